@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+// carafepp._core: Python arrays to carafepp_tensor, statuses to exceptions, and the GIL released in between. What is
+// right or wrong about arguments is decided in the core; here only what it cannot see: that a Python object is an
+// integer, or an array, or read-only.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "carafepp/carafepp.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+[[noreturn]] void raise(PyObject* type, const std::string& sentence) {
+    PyErr_SetString(type, sentence.c_str());
+    throw nb::python_error();
+}
+
+void check(carafepp_status status) {
+    if (status == CARAFEPP_OK) return;
+    PyObject* const types[] = {
+        nullptr, PyExc_TypeError, PyExc_ValueError, PyExc_NotImplementedError, PyExc_RuntimeError, PyExc_MemoryError};
+    raise(types[status], carafepp_last_error());
+}
+
+std::string show(nb::handle object) {
+    return std::string(nb::repr(object).c_str()) + " (" + nb::inst_name(object).c_str() + ")";
+}
+
+struct Params {
+    std::string function;
+    carafepp_function number;
+    carafepp_params values{};
+    std::optional<std::string> implementation;
+
+    std::string sentence(const std::string& text) const { return "[" + function + "] " + text; }
+
+    int64_t integer(const char* name, nb::handle object, int64_t limit) const {
+        nb::object index = nb::steal(PyNumber_Index(object.ptr()));
+        if (!index.is_valid()) {
+            PyErr_Clear();
+            raise(PyExc_TypeError, sentence(std::string(name) + " must be an integer; got " + show(object) + "."));
+        }
+        int overflow = 0;
+        const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+        if (overflow != 0 || value > limit || value < -limit) {
+            raise(PyExc_ValueError, sentence(std::string(name) + " must be within " + std::to_string(limit) +
+                                             " of 0; got " + show(index) + "."));
+        }
+        return value;
+    }
+
+    int32_t small_integer(const char* name, nb::handle object) const {
+        return static_cast<int32_t>(integer(name, object, std::numeric_limits<int32_t>::max()));
+    }
+
+    Params(const char* function, carafepp_function number, nb::handle up, nb::handle down, nb::handle kernel_size,
+           nb::handle groups, int normalizer, nb::handle size, bool channels_last,
+           std::optional<std::string> implementation)
+        : function(function), number(number), implementation(std::move(implementation)) {
+        values.struct_size = sizeof values;
+        values.up = small_integer("up", up);
+        values.down = small_integer("down", down);
+        values.kernel_size = small_integer("kernel_size", kernel_size);
+        values.groups = small_integer("groups", groups);
+        values.normalizer = normalizer;
+        if (channels_last) values.flags |= CARAFEPP_CHANNELS_LAST;
+        if (this->implementation) values.implementation = this->implementation->c_str();
+        if (!size.is_none()) {
+            values.flags |= CARAFEPP_SIZE;
+            if (!PySequence_Check(size.ptr()) || PySequence_Size(size.ptr()) != 2) {
+                PyErr_Clear();
+                raise(PyExc_TypeError, sentence("size must be a pair (H', W') of integers; got " + show(size) + "."));
+            }
+            for (int k = 0; k < 2; k++) {
+                values.size[k] = integer("size", nb::object(size[k]), std::numeric_limits<int64_t>::max());
+            }
+        }
+    }
+
+    Params(const Params&) = delete;  // values points into implementation
+};
+
+// An argument: an array, or a pair of an array of 16-bit integers and the dtype number that they stand for (NumPy has
+// no bfloat16 of its own and does not export that of ml_dtypes), or None for an optional result.
+class Tensor {
+public:
+    Tensor(const Params& params, const char* name, nb::handle object, bool result) {
+        if (object.is_none()) return;
+        nb::object array = nb::borrow(object);
+        if (PyTuple_Check(object.ptr())) {
+            tensor_.dtype = nb::cast<carafepp_dtype>(object[1]);
+            array = object[0];
+        }
+        if (result) {
+            nb::ndarray<> writable;
+            if (nb::try_cast(array, writable, false)) view_ = nb::ndarray<nb::ro>(writable);
+        } else {
+            nb::try_cast(array, view_, false);
+        }
+        if (!view_.is_valid()) {
+            if (result && nb::try_cast(array, view_, false)) {
+                raise(PyExc_ValueError,
+                      params.sentence(std::string(name) + " must be writable; got a read-only array."));
+            }
+            raise(PyExc_TypeError,
+                  params.sentence(std::string(name) +
+                                  " must be an array that DLPack can describe (a plain dtype in the byte "
+                                  "order of this machine, strides of whole elements); got " +
+                                  nb::inst_name(array).c_str() + "."));
+        }
+        const nb::dlpack::dtype dtype = view_.dtype();
+        if (tensor_.dtype == 0) tensor_.dtype = dtype.lanes == 1 ? dtype.code << 8 | dtype.bits : dtype.code << 8;
+        tensor_.data = const_cast<void*>(view_.data());
+        tensor_.device = view_.device_type();
+        tensor_.device_index = view_.device_id();
+        tensor_.ndim = static_cast<int32_t>(view_.ndim());
+        const size_t axes = std::min<size_t>(view_.ndim(), 5);
+        std::copy_n(view_.shape_ptr(), axes, tensor_.shape);
+        std::copy_n(view_.stride_ptr(), axes, tensor_.strides);
+        given_ = true;
+    }
+
+    const carafepp_tensor* get() const { return given_ ? &tensor_ : nullptr; }
+
+private:
+    nb::ndarray<nb::ro> view_;  // holds on to the array
+    carafepp_tensor tensor_{};
+    bool given_ = false;
+};
+
+template <class F>
+void call(F f) {
+    carafepp_status status;
+    {
+        nb::gil_scoped_release released;
+        status = f();
+    }
+    check(status);
+}
+
+void reassemble(const Params& params, nb::handle features, nb::handle masks, nb::handle output) {
+    const Tensor x(params, "features", features, false), m(params, "masks", masks, false),
+        y(params, "output", output, true);
+    call([&] { return carafepp_reassemble(&params.values, x.get(), m.get(), y.get(), nullptr); });
+}
+
+void reassemble_backward(const Params& params, nb::handle grad_output, nb::handle features, nb::handle masks,
+                         nb::handle grad_features, nb::handle grad_masks) {
+    const Tensor d(params, "grad_output", grad_output, false), x(params, "features", features, false),
+        m(params, "masks", masks, false);
+    const Tensor gx(params, "grad_features", grad_features, true), gm(params, "grad_masks", grad_masks, true);
+    call([&] {
+        return carafepp_reassemble_backward(&params.values, d.get(), x.get(), m.get(), gx.get(), gm.get(), nullptr);
+    });
+}
+
+void reassemble_with_logits(const Params& params, nb::handle features, nb::handle logits, nb::handle output) {
+    const Tensor x(params, "features", features, false), l(params, "logits", logits, false),
+        y(params, "output", output, true);
+    call([&] { return carafepp_reassemble_with_logits(&params.values, x.get(), l.get(), y.get(), nullptr); });
+}
+
+void reassemble_with_logits_backward(const Params& params, nb::handle grad_output, nb::handle features,
+                                     nb::handle logits, nb::handle grad_features, nb::handle grad_logits) {
+    const Tensor d(params, "grad_output", grad_output, false), x(params, "features", features, false),
+        l(params, "logits", logits, false);
+    const Tensor gx(params, "grad_features", grad_features, true), gl(params, "grad_logits", grad_logits, true);
+    call([&] {
+        return carafepp_reassemble_with_logits_backward(&params.values, d.get(), x.get(), l.get(), gx.get(), gl.get(),
+                                                        nullptr);
+    });
+}
+
+void normalize_masks(const Params& params, nb::handle logits, nb::handle masks) {
+    const Tensor l(params, "logits", logits, false), m(params, "masks", masks, true);
+    call([&] { return carafepp_normalize_masks(&params.values, l.get(), m.get(), nullptr); });
+}
+
+void normalize_masks_backward(const Params& params, nb::handle grad_masks, nb::handle logits, nb::handle grad_logits) {
+    const Tensor gm(params, "grad_masks", grad_masks, false), l(params, "logits", logits, false);
+    const Tensor gl(params, "grad_logits", grad_logits, true);
+    call([&] { return carafepp_normalize_masks_backward(&params.values, gm.get(), l.get(), gl.get(), nullptr); });
+}
+
+nb::tuple output_shape(const Params& params, nb::handle shape) {
+    carafepp_tensor input{};
+    input.ndim = static_cast<int32_t>(nb::len(shape));
+    for (int k = 0; k < std::min(input.ndim, 5); k++) {
+        input.shape[k] = params.integer("shape", nb::object(shape[k]), std::numeric_limits<int64_t>::max());
+    }
+    int64_t result[5];
+    check(carafepp_output_shape(&params.values, params.number, &input, result));
+    if (input.ndim == 3) return nb::make_tuple(result[0], result[1], result[2]);
+    return nb::make_tuple(result[0], result[1], result[2], result[3]);
+}
+
+using Entry = std::tuple<std::string, std::optional<std::string>>;
+
+std::vector<Entry> list_implementations(const Params& params, nb::args arrays) {
+    std::vector<Tensor> tensors;
+    std::vector<const carafepp_tensor*> pointers;
+    tensors.reserve(arrays.size());
+    for (nb::handle array : arrays) {
+        tensors.emplace_back(params, "array", array, false);
+        pointers.push_back(tensors.back().get());
+    }
+    const size_t inputs[] = {0, 2, 3, 2, 3, 1, 2};
+    if (tensors.size() != inputs[params.number]) {
+        raise(PyExc_TypeError,
+              params.sentence("the implementations depend on " + std::to_string(inputs[params.number]) +
+                              " arrays, those that the function reads; got " + std::to_string(tensors.size()) + "."));
+    }
+    std::vector<Entry> entries;
+    const auto visit = [](void* user, const char* name, const char* declines) {
+        std::optional<std::string> reason;
+        if (declines != nullptr) reason = declines;
+        static_cast<std::vector<Entry>*>(user)->emplace_back(name, reason);
+    };
+    check(carafepp_list_implementations(&params.values, params.number, pointers.data(), visit, &entries));
+    return entries;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    m.doc() = "The C ABI of carafepp (carafepp.h) on arrays that speak DLPack. Private: use the functions of carafepp.";
+
+    m.attr("OUTPUT_SIZE") = CARAFEPP_OUTPUT_SIZE + 0;
+    m.attr("REASSEMBLE") = CARAFEPP_REASSEMBLE + 0;
+    m.attr("REASSEMBLE_BACKWARD") = CARAFEPP_REASSEMBLE_BACKWARD + 0;
+    m.attr("REASSEMBLE_WITH_LOGITS") = CARAFEPP_REASSEMBLE_WITH_LOGITS + 0;
+    m.attr("REASSEMBLE_WITH_LOGITS_BACKWARD") = CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD + 0;
+    m.attr("NORMALIZE_MASKS") = CARAFEPP_NORMALIZE_MASKS + 0;
+    m.attr("NORMALIZE_MASKS_BACKWARD") = CARAFEPP_NORMALIZE_MASKS_BACKWARD + 0;
+    m.attr("SOFTMAX") = CARAFEPP_SOFTMAX + 0;
+    m.attr("SIGMOID") = CARAFEPP_SIGMOID + 0;
+    m.attr("SIGMOID_NORMALIZED") = CARAFEPP_SIGMOID_NORMALIZED + 0;
+    m.attr("NONE") = CARAFEPP_NONE + 0;
+    m.attr("BFLOAT16") = CARAFEPP_BFLOAT16 + 0;
+
+    nb::class_<Params>(m, "Params", "carafepp_params, and the function that they are for.")
+        .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, bool,
+                      std::optional<std::string>>(),
+             "function"_a, "number"_a, "up"_a, "down"_a, "kernel_size"_a, "groups"_a, "normalizer"_a, "size"_a.none(),
+             "channels_last"_a, "implementation"_a.none());
+
+    m.def("reassemble", reassemble, "params"_a, "features"_a, "masks"_a, "output"_a);
+    m.def("reassemble_backward", reassemble_backward, "params"_a, "grad_output"_a, "features"_a, "masks"_a,
+          "grad_features"_a.none(), "grad_masks"_a.none());
+    m.def("reassemble_with_logits", reassemble_with_logits, "params"_a, "features"_a, "logits"_a, "output"_a);
+    m.def("reassemble_with_logits_backward", reassemble_with_logits_backward, "params"_a, "grad_output"_a, "features"_a,
+          "logits"_a, "grad_features"_a.none(), "grad_logits"_a.none());
+    m.def("normalize_masks", normalize_masks, "params"_a, "logits"_a, "masks"_a);
+    m.def("normalize_masks_backward", normalize_masks_backward, "params"_a, "grad_masks"_a, "logits"_a,
+          "grad_logits"_a);
+    m.def("output_shape", output_shape, "params"_a, "shape"_a);
+    m.def("list_implementations", list_implementations, "params"_a, "arrays"_a);
+
+    m.def("version", carafepp_version);
+    m.def("config", carafepp_config);
+    m.def("set_num_threads", carafepp_set_num_threads, "threads"_a);
+    m.def("get_num_threads", carafepp_get_num_threads);
+}

@@ -1,0 +1,250 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libcarafepp: CARAFE++, content-aware reassembly of features, over raw device pointers.
+ *
+ * Source: J. Wang, K. Chen, R. Xu, Z. Liu, C. C. Loy, D. Lin, "CARAFE++: Unified Content-Aware ReAssembly of FEatures",
+ * arXiv:2012.04733, sections 3.1 to 3.3. Equation (3) of the paper, for any rational factor up/down:
+ *
+ *     output[n,c,i',j'] = sum over a,b in [-r, r] of
+ *         masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]
+ *
+ *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down, src(i') = i'*down/up rounded down;
+ *     features are 0 outside their borders: such a tap contributes exactly 0, whatever its mask, and nothing is
+ * renormalised.
+ *
+ * "masks" are normalised reassembly kernels, one of K*K weights for every output pixel; "logits" are what the content
+ * encoder predicts before the kernel normaliser, channel (g*K*K + t)*up*up + dy*up + dx being tap t of the output pixel
+ * at the sub-pixel (dy, dx) of a source pixel (the order of pixel shuffle).
+ *
+ * Sizes:   H' = ceil(H*up/down), W' = ceil(W*up/down), or smaller (a crop at the bottom and right) with CARAFEPP_SIZE.
+ *          Hl = ceil(H/down), Wl = ceil(W/down). Any size from 0 to beyond 2^31 elements. up and down are taken as
+ * given, not reduced. K odd, 1 <= K <= 31; C divisible by groups.
+ *
+ * Types:   features, output and grad_output share one dtype. masks and logits (and grad_masks, grad_logits) have that
+ * dtype or, with half features, float32.
+ *
+ *          storage                sums in      CPU    CUDA
+ *          float32                float32      yes    not yet
+ *          float64                float64      yes    not yet
+ *          float16, bfloat16      float32      yes    not yet
+ *
+ * Memory:  tensors may have any strides, negative and (inputs) zero ones included. A result may not overlap itself,
+ * another result or an input; slices of one buffer that interleave without sharing an element are fine. Data must be
+ * aligned to its element. Every element of a result is written, what no term reaches as exact 0. Nothing is written
+ * when a check fails.
+ *
+ * Order:   each element of a result is computed by one thread in a fixed order: the same bits at every run and thread
+ * count. NaN and Inf propagate by the formula.
+ *
+ * Threads: all functions may be called from several threads at once. A forked child may go on calling.
+ *
+ * Errors:  no exception leaves the library; it never aborts and prints only when CARAFEPP_LOG=debug asks for it.
+ *
+ *          status                      Python exception       when
+ *          CARAFEPP_OK                 -
+ *          CARAFEPP_TYPE_ERROR         TypeError              a dtype
+ *          CARAFEPP_VALUE_ERROR        ValueError             a shape, range, device, layout or overlap
+ *          CARAFEPP_NOT_IMPLEMENTED    NotImplementedError    legal, not built
+ *          CARAFEPP_RUNTIME_ERROR      RuntimeError           the device failed
+ *          CARAFEPP_MEMORY_ERROR       MemoryError            scratch memory could not be had
+ */
+#ifndef CARAFEPP_CARAFEPP_H
+#define CARAFEPP_CARAFEPP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define CARAFEPP_API __attribute__((visibility("default")))
+#else
+#define CARAFEPP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef int32_t carafepp_status;
+enum {
+    CARAFEPP_OK = 0,
+    CARAFEPP_TYPE_ERROR = 1,
+    CARAFEPP_VALUE_ERROR = 2,
+    CARAFEPP_NOT_IMPLEMENTED = 3,
+    CARAFEPP_RUNTIME_ERROR = 4,
+    CARAFEPP_MEMORY_ERROR = 5
+};
+
+/* The numbers are DLPack's type code * 256 + bits, so that an error can name any DLPack dtype that came instead. */
+typedef int32_t carafepp_dtype;
+enum { CARAFEPP_FLOAT16 = 0x0210, CARAFEPP_FLOAT32 = 0x0220, CARAFEPP_FLOAT64 = 0x0240, CARAFEPP_BFLOAT16 = 0x0410 };
+
+/* DLPack's device types. Pinned host memory counts as CPU, managed memory as CUDA. */
+typedef int32_t carafepp_device;
+enum { CARAFEPP_CPU = 1, CARAFEPP_CUDA = 2, CARAFEPP_CUDA_HOST = 3, CARAFEPP_CUDA_MANAGED = 13 };
+
+/* Kernel normalisers (Table 14 of the paper), over the K*K taps of one output pixel. */
+typedef int32_t carafepp_normalizer;
+enum {
+    CARAFEPP_SOFTMAX = 0,            /* exp(l - max l) / sum; all -inf gives NaN */
+    CARAFEPP_SIGMOID = 1,            /* 1 / (1 + exp(-l)) */
+    CARAFEPP_SIGMOID_NORMALIZED = 2, /* sigmoid / its sum, computed as softmax(log(sigmoid(l))): never 0/0 */
+    CARAFEPP_NONE = 3                /* the logits themselves */
+};
+
+/* Bits of carafepp_params.flags. */
+enum {
+    CARAFEPP_CHANNELS_LAST =
+        1,            /* the axes of every tensor are N, H, W, C (how it lies in memory is told by its strides alone) */
+    CARAFEPP_SIZE = 2 /* params.size holds the output size; otherwise it is the natural one */
+};
+
+/* The functions below, for carafepp_output_shape and carafepp_list_implementations. */
+typedef int32_t carafepp_function;
+enum {
+    CARAFEPP_OUTPUT_SIZE =
+        0, /* for carafepp_output_shape alone: as CARAFEPP_REASSEMBLE, when nothing is to be reassembled */
+    CARAFEPP_REASSEMBLE = 1,
+    CARAFEPP_REASSEMBLE_BACKWARD = 2,
+    CARAFEPP_REASSEMBLE_WITH_LOGITS = 3,
+    CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD = 4,
+    CARAFEPP_NORMALIZE_MASKS = 5,
+    CARAFEPP_NORMALIZE_MASKS_BACKWARD = 6
+};
+
+/* A strided array that somebody else owns. Axes: N, C, H, W, or C, H, W when ndim is 3 (one image; then all tensors of
+ * a call have three axes); with CARAFEPP_CHANNELS_LAST N, H, W, C or H, W, C. There is room for a depth axis. */
+typedef struct carafepp_tensor {
+    void* data; /* the element at index 0, 0, 0, 0; may be NULL where there are no elements */
+    carafepp_dtype dtype;
+    carafepp_device device;
+    int32_t device_index;
+    int32_t ndim; /* 4 or 3 */
+    int64_t shape[5];
+    int64_t strides[5]; /* in elements */
+} carafepp_tensor;
+
+/* Set struct_size to sizeof(carafepp_params) and everything else that is not used to 0. A smaller struct_size from
+ * version 1's on is accepted, the missing fields read as 0; a larger one if its tail is 0. */
+typedef struct carafepp_params {
+    size_t struct_size;
+    int32_t up, down;               /* at least 1 */
+    int32_t kernel_size;            /* odd, 1 to 31; where masks are given also 0: sqrt(channels of masks / groups) */
+    int32_t groups;                 /* at least 1 */
+    carafepp_normalizer normalizer; /* read by the functions of logits */
+    uint32_t flags;
+    const char* implementation; /* NULL: the best that accepts; else the name of one entry of the list, used wherever it
+                                   applies */
+    int64_t size[2];            /* H', W', with CARAFEPP_SIZE */
+    int64_t reserved[4];        /* 0 */
+} carafepp_params;
+
+/* `stream` is a cudaStream_t for CUDA tensors (NULL: the legacy default stream; the call does not wait for the work)
+ * and ignored for CPU tensors (the call returns when the work is done).
+ *
+ * carafepp_reassemble: the formula above.
+ *
+ *     features  (N, C, H, W)                      in
+ *     masks     (N, groups*K*K, H', W')           in
+ *     output    (N, C, H', W')                    out
+ */
+CARAFEPP_API carafepp_status carafepp_reassemble(const carafepp_params* params, const carafepp_tensor* features,
+                                                 const carafepp_tensor* masks, const carafepp_tensor* output,
+                                                 void* stream);
+
+/* Both gradients of carafepp_reassemble, each in gather form; a NULL result is not computed. The size is that of masks.
+ *
+ *     grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of grad_output[n,c,i',j'] *
+ * features[n,c,src(i')+a_t,src(j')+b_t] grad_features[n,c,i,j] = sum over (i',j',a,b) with src(i')+a = i, src(j')+b = j
+ * of grad_output[n,c,i',j'] * masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j']
+ *
+ *     grad_output    (N, C, H', W')               in
+ *     features       (N, C, H, W)                 in
+ *     masks          (N, groups*K*K, H', W')      in
+ *     grad_features  (N, C, H, W) or NULL         out, dtype of features
+ *     grad_masks     (N, groups*K*K, H', W') or NULL    out, dtype of masks
+ */
+CARAFEPP_API carafepp_status carafepp_reassemble_backward(const carafepp_params* params,
+                                                          const carafepp_tensor* grad_output,
+                                                          const carafepp_tensor* features, const carafepp_tensor* masks,
+                                                          const carafepp_tensor* grad_features,
+                                                          const carafepp_tensor* grad_masks, void* stream);
+
+/* carafepp_reassemble with masks = normalizer(pixel_shuffle(logits, up)) cropped to H', W', in one pass: masks are
+ * never stored.
+ *
+ *     features  (N, C, H, W)                      in
+ *     logits    (N, groups*K*K*up*up, Hl, Wl)     in
+ *     output    (N, C, H', W')                    out
+ */
+CARAFEPP_API carafepp_status carafepp_reassemble_with_logits(const carafepp_params* params,
+                                                             const carafepp_tensor* features,
+                                                             const carafepp_tensor* logits,
+                                                             const carafepp_tensor* output, void* stream);
+
+/* Both gradients of carafepp_reassemble_with_logits; the masks are computed again. The size is that of grad_output, at
+ * most the natural one; logits outside the crop get gradient 0.
+ *
+ *     grad_output    (N, C, H', W')               in
+ *     features       (N, C, H, W)                 in
+ *     logits         (N, groups*K*K*up*up, Hl, Wl)            in
+ *     grad_features  (N, C, H, W) or NULL         out, dtype of features
+ *     grad_logits    (N, groups*K*K*up*up, Hl, Wl) or NULL    out, dtype of logits
+ */
+CARAFEPP_API carafepp_status carafepp_reassemble_with_logits_backward(const carafepp_params* params,
+                                                                      const carafepp_tensor* grad_output,
+                                                                      const carafepp_tensor* features,
+                                                                      const carafepp_tensor* logits,
+                                                                      const carafepp_tensor* grad_features,
+                                                                      const carafepp_tensor* grad_logits, void* stream);
+
+/* masks = normalizer(pixel_shuffle(logits, up)), cropped to the size. params.down is not used. masks may have the dtype
+ * of logits only.
+ *
+ *     logits  (N, groups*K*K*up*up, Hl, Wl)       in
+ *     masks   (N, groups*K*K, H', W')             out; natural size (Hl*up, Wl*up), or params.size
+ */
+CARAFEPP_API carafepp_status carafepp_normalize_masks(const carafepp_params* params, const carafepp_tensor* logits,
+                                                      const carafepp_tensor* masks, void* stream);
+
+/* The gradient of carafepp_normalize_masks. The size is that of grad_masks; logits outside the crop get gradient 0.
+ *
+ *     grad_masks   (N, groups*K*K, H', W')        in, dtype of logits
+ *     logits       (N, groups*K*K*up*up, Hl, Wl)  in
+ *     grad_logits  as logits                      out
+ */
+CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_params* params,
+                                                               const carafepp_tensor* grad_masks,
+                                                               const carafepp_tensor* logits,
+                                                               const carafepp_tensor* grad_logits, void* stream);
+
+/* The shape of the first result of a forward `function` (a carafepp_*(..., output or masks)), for its first input:
+ * features, or logits for CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. `shape` gets input->ndim
+ * numbers, in its axes. */
+CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
+                                                   const carafepp_tensor* input, int64_t* shape);
+
+/* Calls visit(user, name, declines) for every implementation of `function`, best first; `declines` is NULL for one that
+ * accepts the problem, else the reason. `tensors` are the inputs of the function in the order of its signature. Strings
+ * live until visit returns. The names are <function>_<layout>_<instruction set, architecture, or ref>. */
+typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
+CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
+                                                           const carafepp_tensor* const* tensors, carafepp_visit visit,
+                                                           void* user);
+
+/* The sentence of this thread's last failed call: "[function] argument must <rule> = <numbers>; got <numbers>. <hint>"
+ */
+CARAFEPP_API const char* carafepp_last_error(void);
+
+CARAFEPP_API const char* carafepp_version(void); /* "major.minor.patch" */
+CARAFEPP_API int carafepp_abi_version(void);     /* 1 */
+CARAFEPP_API const char* carafepp_config(void);  /* lines "key: value": version, compiler, instruction sets, CUDA */
+
+/* Threads that one call may use on the CPU. At first CARAFEPP_NUM_THREADS, or else the cores that the process may use;
+ * a number below 1 goes back to that. No thread is started before a call has work for it. */
+CARAFEPP_API void carafepp_set_num_threads(int threads);
+CARAFEPP_API int carafepp_get_num_threads(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entry points. Each call is checked once, then goes to the first implementation in a list that accepts the
+// problem.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "cpu/parallel.h"
+#include "cpu/reference.h"
+#include "cuda/cuda.h"
+#include "problem.h"
+
+namespace carafepp {
+namespace {
+
+struct Implementation {
+    const char* name;
+    const char* (*declines)(const Problem&);  // the reason, or NULL
+    void (*run)(const Problem&);
+};
+
+const char* takes_all(const Problem&) { return nullptr; }
+
+// Best first, the reference last. Each list ends with an entry without a name.
+constexpr Implementation kReassemble[] = {{"reassemble_any_ref", takes_all, reference::reassemble}, {}};
+constexpr Implementation kReassembleWithLogits[] = {
+    {"reassemble_with_logits_any_ref", takes_all, reference::reassemble}, {}};
+constexpr Implementation kGradFeatures[] = {{"grad_features_any_ref", takes_all, reference::grad_features}, {}};
+constexpr Implementation kGradMasks[] = {{"grad_masks_any_ref", takes_all, reference::grad_masks}, {}};
+constexpr Implementation kGradLogits[] = {{"grad_logits_any_ref", takes_all, reference::grad_masks}, {}};
+constexpr Implementation kNormalizeMasks[] = {{"normalize_masks_any_ref", takes_all, reference::normalize_masks}, {}};
+constexpr Implementation kNormalizeMasksBackward[] = {
+    {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks}, {}};
+
+// The list for each result of each function, in the order of the signature.
+constexpr const Implementation* kLists[][2] = {
+    {},
+    {kReassemble},
+    {kGradFeatures, kGradMasks},
+    {kReassembleWithLogits},
+    {kGradFeatures, kGradLogits},
+    {kNormalizeMasks},
+    {kNormalizeMasksBackward},
+};
+
+bool log_choices() {
+    static const bool wanted = [] {
+        const char* level = std::getenv("CARAFEPP_LOG");
+        return level != nullptr && std::strcmp(level, "debug") == 0;
+    }();
+    return wanted;
+}
+
+[[noreturn]] void fail(carafepp_status status, carafepp_function function, const std::string& sentence) {
+    throw Error{status, std::string("[") + function_name(function) + "] " + sentence};
+}
+
+const Implementation* find(const Implementation* list, const char* name) {
+    for (; list != nullptr && list->name != nullptr; list++) {
+        if (std::strcmp(list->name, name) == 0) return list;
+    }
+    return nullptr;
+}
+
+// A forced name counts for the list that it stands in; the other results of a call, and other functions, choose as
+// always.
+void check_forced(carafepp_function function, const char* name) {
+    if (name == nullptr) return;
+    for (const auto& lists : kLists) {
+        if (find(lists[0], name) || find(lists[1], name)) return;
+    }
+    fail(CARAFEPP_VALUE_ERROR, function,
+         std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
+}
+
+const Implementation& choose(carafepp_function function, const Implementation* list, const char* forced_name,
+                             const Problem& problem) {
+    const Implementation* forced = forced_name ? find(list, forced_name) : nullptr;
+    if (forced != nullptr && forced->declines(problem) != nullptr) {
+        fail(CARAFEPP_NOT_IMPLEMENTED, function,
+             std::string("implementation ") + forced->name + " declines: " + forced->declines(problem) + ".");
+    }
+    const Implementation* entry = forced ? forced : list;
+    std::string log;
+    while (const char* reason = entry->declines(problem)) {
+        if (log_choices()) log += std::string("; ") + entry->name + " declines: " + reason;
+        entry++;
+    }
+    if (log_choices()) {
+        std::fprintf(stderr, "carafepp: [%s] %s%s%s\n", function_name(function), entry->name, forced ? " (forced)" : "",
+                     log.c_str());
+    }
+    return *entry;
+}
+
+Call check(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
+           bool with_results) {
+    Call call = check_call(function, params, tensors, with_results);
+    check_forced(function, call.params.implementation);
+    if (call.problem.device == CARAFEPP_CUDA && cuda::unavailable()) {
+        fail(CARAFEPP_NOT_IMPLEMENTED, function,
+             std::string("CUDA arrays cannot be computed on: ") + cuda::unavailable() + ".");
+    }
+    return call;
+}
+
+void run(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors) {
+    Call call = check(function, params, tensors, true);
+    for (int k = 0; k < 2; k++) {
+        if (!call.wanted[k]) continue;
+        call.problem.result = call.results[k];
+        choose(function, kLists[function][k], call.params.implementation, call.problem).run(call.problem);
+    }
+}
+
+// ---- the C boundary ----
+
+thread_local char last_error[2048] = "";
+
+carafepp_status report(carafepp_status status, const char* sentence) {
+    std::snprintf(last_error, sizeof last_error, "%s", sentence);
+    return status;
+}
+
+// Turns what f throws into a status and a sentence.
+template <class F>
+carafepp_status guarded(F f) {
+    try {
+        f();
+        return CARAFEPP_OK;
+    } catch (const Error& error) {
+        return report(error.status, error.message.c_str());
+    } catch (const std::bad_alloc&) {
+        return report(CARAFEPP_MEMORY_ERROR, "[carafepp] out of memory for scratch space.");
+    } catch (const std::exception& error) {
+        return report(CARAFEPP_RUNTIME_ERROR, error.what());
+    } catch (...) {
+        return report(CARAFEPP_RUNTIME_ERROR, "[carafepp] a caller's function threw.");
+    }
+}
+
+template <class... Tensors>
+carafepp_status call(carafepp_function function, const carafepp_params* params, const Tensors*... tensors) {
+    return guarded([&] {
+        const carafepp_tensor* const all[] = {tensors...};
+        run(function, params, all);
+    });
+}
+
+struct Config {
+    char text[512];
+
+    Config() {
+#if defined(__clang__)
+        const char* compiler = "clang " __clang_version__;
+#else
+        const char* compiler = "gcc " __VERSION__;
+#endif
+#if defined(__x86_64__)
+        const char* target = "x86-64";
+        const char* features[] = {
+            __builtin_cpu_supports("sse4.2") ? " sse4.2" : "",     __builtin_cpu_supports("avx2") ? " avx2" : "",
+            __builtin_cpu_supports("fma") ? " fma" : "",           __builtin_cpu_supports("avx512f") ? " avx512f" : "",
+            __builtin_cpu_supports("avx512bw") ? " avx512bw" : "",
+        };
+#else
+        const char* target = "generic";
+        const char* features[] = {" unknown", "", "", "", ""};
+#endif
+        std::snprintf(text, sizeof text,
+                      "version: %s\ncompiler: %s\nbuilt for: %s\nthis processor has:%s%s%s%s%s\ncuda: %s",
+                      CARAFEPP_VERSION, compiler, target, features[0], features[1], features[2], features[3],
+                      features[4], cuda::unavailable() ? "not built" : "built");
+    }
+};
+
+}  // namespace
+}  // namespace carafepp
+
+using namespace carafepp;
+
+carafepp_status carafepp_reassemble(const carafepp_params* params, const carafepp_tensor* features,
+                                    const carafepp_tensor* masks, const carafepp_tensor* output, void*) {
+    return call(CARAFEPP_REASSEMBLE, params, features, masks, output);
+}
+
+carafepp_status carafepp_reassemble_backward(const carafepp_params* params, const carafepp_tensor* grad_output,
+                                             const carafepp_tensor* features, const carafepp_tensor* masks,
+                                             const carafepp_tensor* grad_features, const carafepp_tensor* grad_masks,
+                                             void*) {
+    return call(CARAFEPP_REASSEMBLE_BACKWARD, params, grad_output, features, masks, grad_features, grad_masks);
+}
+
+carafepp_status carafepp_reassemble_with_logits(const carafepp_params* params, const carafepp_tensor* features,
+                                                const carafepp_tensor* logits, const carafepp_tensor* output, void*) {
+    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS, params, features, logits, output);
+}
+
+carafepp_status carafepp_reassemble_with_logits_backward(const carafepp_params* params,
+                                                         const carafepp_tensor* grad_output,
+                                                         const carafepp_tensor* features, const carafepp_tensor* logits,
+                                                         const carafepp_tensor* grad_features,
+                                                         const carafepp_tensor* grad_logits, void*) {
+    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD, params, grad_output, features, logits, grad_features,
+                grad_logits);
+}
+
+carafepp_status carafepp_normalize_masks(const carafepp_params* params, const carafepp_tensor* logits,
+                                         const carafepp_tensor* masks, void*) {
+    return call(CARAFEPP_NORMALIZE_MASKS, params, logits, masks);
+}
+
+carafepp_status carafepp_normalize_masks_backward(const carafepp_params* params, const carafepp_tensor* grad_masks,
+                                                  const carafepp_tensor* logits, const carafepp_tensor* grad_logits,
+                                                  void*) {
+    return call(CARAFEPP_NORMALIZE_MASKS_BACKWARD, params, grad_masks, logits, grad_logits);
+}
+
+carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
+                                      const carafepp_tensor* input, int64_t* shape) {
+    return guarded([&] { output_shape(function, params, input, shape); });
+}
+
+carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
+                                              const carafepp_tensor* const* tensors, carafepp_visit visit, void* user) {
+    return guarded([&] {
+        const Call checked = check(function, params, tensors, false);
+        for (const Implementation* list : kLists[function]) {
+            for (; list != nullptr && list->name != nullptr; list++)
+                visit(user, list->name, list->declines(checked.problem));
+        }
+    });
+}
+
+const char* carafepp_last_error(void) { return last_error; }
+
+const char* carafepp_version(void) { return CARAFEPP_VERSION; }
+
+int carafepp_abi_version(void) { return 1; }
+
+const char* carafepp_config(void) {
+    static const Config config;
+    return config.text;
+}
+
+void carafepp_set_num_threads(int threads) { set_num_threads(threads); }
+
+int carafepp_get_num_threads(void) { return get_num_threads(); }

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace carafepp {
+namespace {
+
+// Waking a thread costs some ten microseconds: below this many multiply-adds a thread it is not worth it.
+constexpr double kCostWorthAThread = 50e3;
+
+constexpr int kMaxThreads = 1024;
+
+int default_num_threads() {
+    if (const char* text = std::getenv("CARAFEPP_NUM_THREADS")) {
+        char* end = nullptr;
+        const long threads = std::strtol(text, &end, 10);
+        if (end != text && *end == '\0' && threads >= 1) return static_cast<int>(std::min<long>(threads, kMaxThreads));
+    }
+    // On Linux this counts the cores that the process may use, not all of the machine's.
+    return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+}
+
+// One job at a time: the caller and the workers that it wakes draw items from a common counter. A worker that wakes too
+// late finds the job closed; nobody waits for it. The pool is never destroyed, since its threads outlive main: at exit
+// they end with the process.
+class Pool {
+public:
+    // False when another call has the pool.
+    bool run(int64_t items, int threads, Task task) {
+        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) return false;
+        start_workers(threads - 1);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = task;
+            items_ = items;
+            next_.store(0, std::memory_order_relaxed);
+            open_to_ = threads - 1;
+            job_++;
+        }
+        wake_.notify_all();
+        work(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        open_to_ = 0;
+        done_.wait(lock, [this] { return active_ == 0; });
+        return true;
+    }
+
+private:
+    // As many workers as asked for, or as many as the system lets us start. They take no signals, which are the
+    // caller's to handle.
+    void start_workers(int count) {
+        if (workers_ >= count) return;
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (; workers_ < count; workers_++) std::thread(&Pool::worker, this, workers_ + 1, job_).detach();
+        } catch (const std::system_error&) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    void worker(int id, uint64_t job_seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return job_ != job_seen; });
+            job_seen = job_;
+            if (id > open_to_) continue;
+            active_++;
+            lock.unlock();
+            work(id);
+            lock.lock();
+            if (--active_ == 0) done_.notify_one();
+        }
+    }
+
+    void work(int id) {
+        for (;;) {
+            const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
+            if (item >= items_) return;
+            task_.run(task_.context, item, id);
+        }
+    }
+
+    std::mutex turn_;  // held by the call that has the pool
+    int workers_ = 0;  // started so far; guarded by turn_
+
+    std::mutex mutex_;  // guards what follows, but for the counter and, while a job runs, task_ and items_
+    std::condition_variable wake_, done_;
+    uint64_t job_ = 0;
+    int open_to_ = 0;  // workers with an id up to this may join the job
+    int active_ = 0;   // those that have
+    Task task_{};
+    int64_t items_ = 0;
+    std::atomic<int64_t> next_{0};
+};
+
+// A forked child has none of its parent's threads and may have inherited a locked mutex: it gets a new pool, in the
+// place of the old.
+alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
+
+void renew_pool() { new (pool_memory) Pool; }
+
+// When the library is loaded, while there is nobody to race with.
+const int default_threads = [] {
+    renew_pool();
+    pthread_atfork(nullptr, nullptr, renew_pool);
+    return default_num_threads();
+}();
+
+std::atomic<int> chosen_threads{0};  // 0: the default
+
+}  // namespace
+
+void set_num_threads(int threads) {
+    chosen_threads.store(std::clamp(threads, 0, kMaxThreads), std::memory_order_relaxed);
+}
+
+int get_num_threads() {
+    const int chosen = chosen_threads.load(std::memory_order_relaxed);
+    return chosen > 0 ? chosen : default_threads;
+}
+
+int threads_for(int64_t items, double cost_of_all) {
+    const double worth = std::min(cost_of_all / kCostWorthAThread, static_cast<double>(items));
+    return std::clamp(static_cast<int>(std::min<double>(worth, kMaxThreads)), 1, get_num_threads());
+}
+
+void run_on_pool(int64_t items, int threads, Task task) {
+    if (std::launder(reinterpret_cast<Pool*>(pool_memory))->run(items, threads, task)) return;
+    for (int64_t item = 0; item < items; item++) task.run(task.context, item, 0);
+}
+
+}  // namespace carafepp

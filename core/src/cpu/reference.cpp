@@ -1,0 +1,496 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every function here works on a row of outputs (grad_features: of sources) at a time and reads as: stage the masks of
+// a tile (copied, or normalised from logits), contract the taps, write out. Staging converts to the type of the sums
+// and removes the strides, so that one contraction serves every dtype and layout.
+//
+// Columns. Output column j' = q*up + p (cell q, phase p < up) is centred on source column q*down + source(p). Staged
+// rows of outputs are split by phase, and staged rows of sources by column modulo down (into lanes): then one tap of
+// one phase reads one lane at q + shift, and all inner loops run over q, on adjacent elements, for any up and down. The
+// bounds of these loops leave out taps beyond a border.
+#include "reference.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "dtypes.h"
+#include "normalizer.h"
+#include "parallel.h"
+
+namespace carafepp::reference {
+namespace {
+
+constexpr int64_t kTileElements = 32 * 1024;  // of staged masks or sums: 128 KiB of float
+constexpr double kCostOfExp = 20;             // in multiply-adds
+
+struct Range {
+    int64_t begin = 0, end = 0;
+    int64_t size() const { return std::max<int64_t>(end - begin, 0); }
+};
+
+// Staged rows, each of the same cells.
+template <class A>
+struct Staged {
+    A* data;
+    Range cells;
+    A* at(int64_t row, int64_t cell) const { return data + row * cells.size() + (cell - cells.begin); }
+};
+
+template <class T>
+T* at(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
+    return static_cast<T*>(array.data) + n * array.stride_n + c * array.stride_c + h * array.stride_h +
+           w * array.stride_w;
+}
+
+template <class T, class A>
+void load(const T* from, int64_t stride, int64_t count, A* to) {
+    if (stride == 1) {
+        for (int64_t q = 0; q < count; q++) to[q] = widen(from[q]);
+    } else {
+        for (int64_t q = 0; q < count; q++) to[q] = widen(from[q * stride]);
+    }
+}
+
+template <class A, class T>
+void store(const A* from, int64_t count, T* to, int64_t stride) {
+    if (stride == 1) {
+        for (int64_t q = 0; q < count; q++) to[q] = narrow<T>(from[q]);
+    } else {
+        for (int64_t q = 0; q < count; q++) to[q * stride] = narrow<T>(from[q]);
+    }
+}
+
+template <class A>
+void multiply_add(const A* __restrict a, const A* __restrict b, int64_t count, A* __restrict sum) {
+    for (int64_t q = 0; q < count; q++) sum[q] += a[q] * b[q];
+}
+
+// Scratch memory of the calling thread, kept for its next call.
+template <class A>
+A* scratch_memory(int64_t elements) {
+    static thread_local std::unique_ptr<A[]> memory;
+    static thread_local int64_t size = 0;
+    if (size < elements) {
+        memory.reset();
+        size = 0;
+        memory.reset(new A[static_cast<size_t>(elements)]);
+        size = elements;
+    }
+    return memory.get();
+}
+
+// The arithmetic of columns told above.
+struct Columns {
+    struct Tap {
+        int64_t remainder;  // modulo down, of the source columns that this tap reads
+        int64_t lane;       // where they are staged
+        int64_t shift;      // cell q reads element q + shift
+    };
+
+    int64_t up, down, kernel_size;
+    int64_t width, out_width;         // W, W'
+    int64_t phases;                   // that outputs are computed for
+    int64_t cells;                    // that have outputs
+    Range shifts;                     // of all taps
+    std::vector<Tap> taps;            // [phase][b]
+    std::vector<int64_t> remainders;  // that some tap reads, one for each lane
+
+    Columns(const Problem& problem, int64_t phases)
+        : up(problem.factor.up),
+          down(problem.factor.down),
+          kernel_size(problem.kernel_size),
+          width(problem.features.w),
+          out_width(problem.out_w),
+          phases(phases),
+          cells(ceil_div(out_width, up)) {
+        for (int64_t phase = 0; phase < phases; phase++) {
+            for (int64_t b = 0; b < kernel_size; b++) {
+                const int64_t column = problem.factor.source(phase) + b - problem.radius();
+                taps.push_back({floor_mod(column, down), 0, floor_div(column, down)});
+                remainders.push_back(taps.back().remainder);
+            }
+        }
+        std::sort(remainders.begin(), remainders.end());
+        remainders.erase(std::unique(remainders.begin(), remainders.end()), remainders.end());
+        for (Tap& tap : taps) {
+            tap.lane = std::lower_bound(remainders.begin(), remainders.end(), tap.remainder) - remainders.begin();
+            shifts = {std::min(shifts.begin, tap.shift), std::max(shifts.end, tap.shift + 1)};
+        }
+    }
+
+    // How many cells have a source column of this remainder, and an output of this phase.
+    int64_t sources(int64_t remainder) const { return remainder < width ? ceil_div(width - remainder, down) : 0; }
+    int64_t outputs(int64_t phase) const { return phase < out_width ? ceil_div(out_width - phase, up) : 0; }
+    Range outputs(Range tile, int64_t phase) const { return {tile.begin, std::min(tile.end, outputs(phase))}; }
+
+    // The cells whose sources some output of a tile may read, and the cells of outputs that may read a tile of sources.
+    Range sources_of(Range tile) const {
+        return {std::max<int64_t>(tile.begin + shifts.begin, 0),
+                std::min(tile.end + shifts.end - 1, ceil_div(width, down))};
+    }
+    Range outputs_of(Range tile) const {
+        return {std::max<int64_t>(tile.begin - shifts.end + 1, 0), std::min(tile.end - shifts.begin, cells)};
+    }
+
+    // Calls f(phase, b, tap, range) for every tap, with the outputs of `tile` for which it reads a source column inside
+    // the border.
+    template <class F>
+    void for_each_tap(Range tile, F f) const {
+        for (int64_t phase = 0; phase < phases; phase++) {
+            for (int64_t b = 0; b < kernel_size; b++) {
+                const Tap& tap = taps[static_cast<size_t>(phase * kernel_size + b)];
+                const Range range = outputs(tile, phase);
+                f(phase, b, tap,
+                  Range{std::max(range.begin, -tap.shift), std::min(range.end, sources(tap.remainder) - tap.shift)});
+            }
+        }
+    }
+};
+
+// One problem: T stores features and outputs, M masks and logits; sums are kept in A.
+template <class T, class M>
+class Reference {
+public:
+    using A = Accumulator<T>;
+
+    Reference(const Problem& problem, int64_t phases)
+        : p_(problem),
+          taps_(problem.taps()),
+          channels_(problem.features.c / problem.groups),
+          columns_(problem, phases) {}
+
+    void reassemble() const {
+        const int64_t cells = tile_of_masks();
+        const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
+                      sources_size = staged_sources(cells);
+        const double cost = multiply_adds() + cost_of_normalizing();
+        for_each_tile(p_.out_h, columns_.cells, cells, cost, masks_size + 3 * row_size + sources_size,
+                      [&](const Tile& tile, A* scratch) {
+            A* const sources_memory = scratch + masks_size;
+            const Staged<A> sums{sources_memory + sources_size, tile.cells};
+            const Staged<A> masks = stage_masks(tile, tile.row, tile.cells, 0, taps_, scratch,
+                                                sums.at(columns_.phases, tile.cells.begin));
+            for (int64_t c = tile.group * channels_; c < (tile.group + 1) * channels_; c++) {
+                std::fill_n(sums.data, columns_.phases * tile.cells.size(), A{0});
+                for_each_tap_row(tile.row, [&](int64_t a, int64_t i) {
+                    const Staged<A> sources = stage_sources(tile.n, c, i, tile.cells, sources_memory);
+                    columns_.for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
+                        const int64_t t = a * p_.kernel_size + b;
+                        multiply_add(masks.at(t * columns_.phases + phase, q.begin),
+                                     sources.at(tap.lane, q.begin + tap.shift), q.size(), sums.at(phase, q.begin));
+                    });
+                });
+                write_outputs<T>(sums, 0, tile.n, c, tile.row);
+            }
+        });
+    }
+
+    void grad_features() const {
+        // Tiles are of sources here: sums are [channel of a block][remainder][cell].
+        const int64_t lanes = std::min(columns_.down, columns_.width),
+                      source_cells = ceil_div(columns_.width, columns_.down);
+        const int64_t cells = std::clamp<int64_t>(1024 / lanes, 1, source_cells), sums_size = lanes * cells;
+        const int64_t block = std::clamp<int64_t>(kTileElements / sums_size, 1, channels_),
+                      blocks = ceil_div(channels_, block);
+        const int64_t row_size = columns_.phases * std::min(cells + columns_.shifts.size(), columns_.cells);
+        const int64_t masks_size = (p_.from_logits ? taps_ : p_.kernel_size) * row_size;
+        const double cost = multiply_adds() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
+        for_each_tile(p_.features.h, source_cells, cells, cost, masks_size + 3 * row_size + block * sums_size,
+                      [&](const Tile& tile, A* scratch) {
+            A* const grads_memory = scratch + masks_size;
+            const Range outputs = columns_.outputs_of(tile.cells);
+            const Range rows = outputs_of_row(tile.row);
+            for (int64_t first = tile.group * channels_; first < (tile.group + 1) * channels_; first += block) {
+                const Range channels = {first, std::min(first + block, (tile.group + 1) * channels_)};
+                A* const sums_memory = grads_memory + 3 * row_size;
+                std::fill_n(sums_memory, block * sums_size, A{0});
+                for (int64_t out_i = rows.begin; out_i < rows.end && outputs.size() > 0; out_i++) {
+                    const int64_t a = tile.row - p_.factor.source(out_i) + p_.radius();
+                    const Staged<A> masks = stage_masks(tile, out_i, outputs, a * p_.kernel_size, p_.kernel_size,
+                                                        scratch, grads_memory);
+                    for (int64_t c = channels.begin; c < channels.end; c++) {
+                        const Staged<A> grads = stage_outputs(p_.grad_output, tile.n, c, out_i, outputs, grads_memory);
+                        const Staged<A> sums{sums_memory + (c - first) * sums_size, tile.cells};
+                        columns_.for_each_tap(outputs,
+                                              [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range reached) {
+                            const Range q = {std::max(reached.begin, tile.cells.begin - tap.shift),
+                                             std::min(reached.end, tile.cells.end - tap.shift)};
+                            multiply_add(masks.at(b * columns_.phases + phase, q.begin), grads.at(phase, q.begin),
+                                         q.size(), sums.at(tap.remainder, q.begin + tap.shift));
+                        });
+                    }
+                }
+                for (int64_t c = channels.begin; c < channels.end; c++) {
+                    const Staged<A> sums{sums_memory + (c - first) * sums_size, tile.cells};
+                    for (int64_t remainder = 0; remainder < lanes; remainder++) {
+                        const int64_t end = std::min(tile.cells.end, columns_.sources(remainder));
+                        store(sums.at(remainder, tile.cells.begin), end - tile.cells.begin,
+                              at<T>(p_.result, tile.n, c, tile.row, tile.cells.begin * columns_.down + remainder),
+                              p_.result.stride_w * columns_.down);
+                    }
+                }
+            }
+        });
+    }
+
+    // With logits a tile covers all their sub-pixels, also where a crop leaves no output.
+    void grad_masks() const {
+        const int64_t rows = p_.from_logits ? p_.logits.h * p_.factor.up : p_.out_h;
+        const int64_t row_cells = p_.from_logits ? p_.logits.w : columns_.cells;
+        const int64_t cells = std::min(tile_of_masks(), row_cells);
+        const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
+                      sources_size = staged_sources(cells);
+        const double cost = multiply_adds() + 2 * cost_of_normalizing();
+        for_each_tile(rows, row_cells, cells, cost, 3 * masks_size + sources_size + 3 * row_size,
+                      [&](const Tile& tile, A* scratch) {
+            const Staged<A> grad{scratch, tile.cells};
+            A* const sources_memory = scratch + 3 * masks_size;
+            A* const spare = sources_memory + sources_size;
+            std::fill_n(grad.data, taps_ * columns_.phases * tile.cells.size(), A{0});
+            if (tile.row < p_.out_h) {
+                if (p_.grad_masks.data != nullptr) {
+                    stage_taps(p_.grad_masks, tile, tile.row, tile.cells, 0, taps_, grad.data);
+                } else {
+                    contract_channels(tile, grad, sources_memory, spare);
+                }
+                if (p_.from_logits) to_logits(tile, grad, scratch + masks_size, scratch + 2 * masks_size, spare);
+            }
+            for (int64_t t = 0; t < taps_; t++) {
+                if (p_.from_logits) {
+                    write_logits(grad, t, tile);
+                } else {
+                    write_outputs<M>(grad, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row);
+                }
+            }
+        });
+    }
+
+    void normalize_masks() const {
+        const int64_t cells = tile_of_masks(), row_size = columns_.phases * cells, masks_size = taps_ * row_size;
+        for_each_tile(p_.out_h, columns_.cells, cells, cost_of_normalizing(), masks_size + 2 * row_size,
+                      [&](const Tile& tile, A* scratch) {
+            const Staged<A> masks = stage_masks(tile, tile.row, tile.cells, 0, taps_, scratch, scratch + masks_size);
+            for (int64_t t = 0; t < taps_; t++)
+                write_outputs<M>(masks, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row);
+        });
+    }
+
+private:
+    struct Tile {
+        int64_t n, group, row;
+        Range cells;
+    };
+
+    // Calls f(tile, scratch) for all tiles of a result's rows, on the threads that the cost is worth.
+    template <class F>
+    void for_each_tile(int64_t rows, int64_t row_cells, int64_t cells, double cost, int64_t scratch_size,
+                       const F& f) const {
+        const int64_t tiles = ceil_div(row_cells, cells), items = p_.result.n * p_.groups * rows * tiles;
+        const int threads = threads_for(items, cost);
+        A* const scratch = scratch_memory<A>(threads * scratch_size);
+        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
+            Tile tile;
+            tile.cells.begin = item % tiles * cells;
+            tile.cells.end = std::min(tile.cells.begin + cells, row_cells);
+            tile.row = item / tiles % rows;
+            tile.group = item / tiles / rows % p_.groups;
+            tile.n = item / tiles / rows / p_.groups;
+            f(tile, scratch + worker * scratch_size);
+        });
+    }
+
+    int64_t tile_of_masks() const {
+        const int64_t cell_size = std::max<int64_t>(taps_ * columns_.phases, 1);
+        return std::clamp<int64_t>(kTileElements / cell_size, 1, std::max<int64_t>(columns_.cells, 1));
+    }
+
+    int64_t staged_sources(int64_t cells) const {
+        return static_cast<int64_t>(columns_.remainders.size()) *
+               std::min(cells + columns_.shifts.size(), ceil_div(columns_.width, columns_.down));
+    }
+
+    double multiply_adds() const {
+        return 1.0 * static_cast<double>(p_.features.n) * static_cast<double>(p_.features.c) *
+               static_cast<double>(p_.out_h) * static_cast<double>(p_.out_w) * static_cast<double>(taps_);
+    }
+
+    double cost_of_normalizing() const {
+        if (!p_.from_logits) return 0;
+        return kCostOfExp * static_cast<double>(p_.logits.n) * static_cast<double>(p_.groups * taps_) *
+               static_cast<double>(p_.out_h) * static_cast<double>(p_.out_w);
+    }
+
+    // Calls f(a, i) for the tap rows a of output row out_i whose source row i is inside the border.
+    template <class F>
+    void for_each_tap_row(int64_t out_i, F f) const {
+        const int64_t top = p_.factor.source(out_i) - p_.radius();
+        for (int64_t a = std::max<int64_t>(-top, 0); a < std::min(p_.kernel_size, p_.features.h - top); a++)
+            f(a, top + a);
+    }
+
+    // The output rows whose windows hold source row i.
+    Range outputs_of_row(int64_t i) const {
+        return {std::max<int64_t>(p_.factor.first_output(i - p_.radius()), 0),
+                std::min(p_.factor.first_output(i + p_.radius() + 1), p_.out_h)};
+    }
+
+    // One row of an array of outputs: [phase][cell].
+    Staged<A> stage_outputs(const Array& array, int64_t n, int64_t c, int64_t out_i, Range cells, A* to) const {
+        const Staged<A> staged{to, cells};
+        for (int64_t phase = 0; phase < columns_.phases; phase++) {
+            const T* const row = at<const T>(array, n, c, out_i, cells.begin * columns_.up + phase);
+            load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
+                 staged.at(phase, cells.begin));
+        }
+        return staged;
+    }
+
+    // One row of features, as far as outputs in these cells may read it: [lane][cell].
+    Staged<A> stage_sources(int64_t n, int64_t c, int64_t i, Range cells, A* to) const {
+        const Staged<A> staged{to, columns_.sources_of(cells)};
+        const Array& features = p_.features;
+        for (size_t lane = 0; lane < columns_.remainders.size(); lane++) {
+            const int64_t remainder = columns_.remainders[lane];
+            const T* const row = at<const T>(features, n, c, i, staged.cells.begin * columns_.down + remainder);
+            const int64_t count = std::min(staged.cells.end, columns_.sources(remainder)) - staged.cells.begin;
+            load(row, features.stride_w * columns_.down, count,
+                 staged.at(static_cast<int64_t>(lane), staged.cells.begin));
+        }
+        return staged;
+    }
+
+    // `count` taps from `first` on of an array of masks: [tap][phase][cell].
+    void stage_taps(const Array& array, const Tile& tile, int64_t out_i, Range cells, int64_t first, int64_t count,
+                    A* to) const {
+        const Staged<A> staged{to, cells};
+        for (int64_t t = 0; t < count; t++) {
+            for (int64_t phase = 0; phase < columns_.phases; phase++) {
+                const int64_t channel = tile.group * taps_ + first + t;
+                const M* const row = at<const M>(array, tile.n, channel, out_i, cells.begin * columns_.up + phase);
+                load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
+                     staged.at(t * columns_.phases + phase, cells.begin));
+            }
+        }
+    }
+
+    M* logits_row(const Array& array, const Tile& tile, int64_t t, int64_t out_i, int64_t phase, int64_t cell) const {
+        const int64_t up = columns_.up;
+        const int64_t channel = ((tile.group * taps_ + t) * up + out_i % up) * up + phase;
+        return at<M>(array, tile.n, channel, out_i / up, cell);
+    }
+
+    // All taps of an array of logits: [tap][phase][cell].
+    void stage_logits(const Tile& tile, int64_t out_i, Range cells, A* to) const {
+        const Staged<A> staged{to, cells};
+        for (int64_t t = 0; t < taps_; t++) {
+            for (int64_t phase = 0; phase < columns_.phases; phase++) {
+                const M* const row = logits_row(p_.logits, tile, t, out_i, phase, cells.begin);
+                load(row, p_.logits.stride_w, cells.size(), staged.at(t * columns_.phases + phase, cells.begin));
+            }
+        }
+    }
+
+    // `count` taps of the masks from `first` on: [tap][phase][cell]. Normalising needs room for all of them.
+    Staged<A> stage_masks(const Tile& tile, int64_t out_i, Range cells, int64_t first, int64_t count, A* to,
+                          A* spare) const {
+        if (!p_.from_logits) {
+            stage_taps(p_.masks, tile, out_i, cells, first, count, to);
+            return {to, cells};
+        }
+        stage_logits(tile, out_i, cells, to);
+        const int64_t lanes = columns_.phases * cells.size();
+        normalize(p_.normalizer, to, taps_, lanes, spare);
+        return {to + first * lanes, cells};
+    }
+
+    // grad[t] += sum over the channels of a group of grad_output * features at tap t.
+    void contract_channels(const Tile& tile, const Staged<A>& grad, A* sources_memory, A* outputs_memory) const {
+        for (int64_t c = tile.group * channels_; c < (tile.group + 1) * channels_; c++) {
+            const Staged<A> outputs = stage_outputs(p_.grad_output, tile.n, c, tile.row, tile.cells, outputs_memory);
+            for_each_tap_row(tile.row, [&](int64_t a, int64_t i) {
+                const Staged<A> sources = stage_sources(tile.n, c, i, tile.cells, sources_memory);
+                columns_.for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
+                    const int64_t t = a * p_.kernel_size + b;
+                    multiply_add(outputs.at(phase, q.begin), sources.at(tap.lane, q.begin + tap.shift), q.size(),
+                                 grad.at(t * columns_.phases + phase, q.begin));
+                });
+            });
+        }
+    }
+
+    // The gradient of the masks of a tile to that of its logits, in place: exactly 0 where a crop leaves no output.
+    void to_logits(const Tile& tile, const Staged<A>& grad, A* logits, A* masks, A* spare) const {
+        const int64_t lanes = columns_.phases * tile.cells.size();
+        stage_logits(tile, tile.row, tile.cells, logits);
+        std::copy_n(logits, taps_ * lanes, masks);
+        normalize(p_.normalizer, masks, taps_, lanes, spare);
+        normalize_backward(p_.normalizer, grad.data, masks, logits, taps_, lanes, spare);
+        for (int64_t row = 0; row < taps_ * columns_.phases; row++) {
+            const int64_t outputs = columns_.outputs(tile.cells, row % columns_.phases).size();
+            std::fill_n(grad.at(row, tile.cells.begin) + outputs, tile.cells.size() - outputs, A{0});
+        }
+    }
+
+    // One row of the result, from `phases` staged rows.
+    template <class Out>
+    void write_outputs(const Staged<A>& staged, int64_t first_row, int64_t n, int64_t c, int64_t out_i) const {
+        for (int64_t phase = 0; phase < columns_.phases; phase++) {
+            Out* const row = at<Out>(p_.result, n, c, out_i, staged.cells.begin * columns_.up + phase);
+            store(staged.at(first_row + phase, staged.cells.begin), columns_.outputs(staged.cells, phase).size(), row,
+                  p_.result.stride_w * columns_.up);
+        }
+    }
+
+    void write_logits(const Staged<A>& staged, int64_t t, const Tile& tile) const {
+        for (int64_t phase = 0; phase < columns_.phases; phase++) {
+            store(staged.at(t * columns_.phases + phase, tile.cells.begin), tile.cells.size(),
+                  logits_row(p_.result, tile, t, tile.row, phase, tile.cells.begin), p_.result.stride_w);
+        }
+    }
+
+    const Problem& p_;
+    const int64_t taps_;
+    const int64_t channels_;  // of a group
+    const Columns columns_;
+};
+
+// Calls f(Reference<T, M>) for the dtypes of a problem, unless its result has no elements.
+template <class F>
+void with_reference(const Problem& problem, int64_t phases, F f) {
+    if (problem.result.empty()) return;
+    const carafepp_dtype masks = problem.from_logits ? problem.logits.dtype : problem.masks.dtype;
+    const carafepp_dtype features = problem.features.dtype ? problem.features.dtype : masks;
+    with_type(features, [&](auto features_type) {
+        using T = typename decltype(features_type)::type;
+        if (masks == features) {
+            f(Reference<T, T>(problem, phases));
+        } else if constexpr (sizeof(T) == 2) {
+            f(Reference<T, float>(problem, phases));
+        }
+    });
+}
+
+}  // namespace
+
+void reassemble(const Problem& problem) {
+    with_reference(problem, std::min(problem.factor.up, problem.out_w),
+                   [](const auto& reference) { reference.reassemble(); });
+}
+
+void grad_features(const Problem& problem) {
+    with_reference(problem, std::min(problem.factor.up, problem.out_w),
+                   [](const auto& reference) { reference.grad_features(); });
+}
+
+void grad_masks(const Problem& problem) {
+    const int64_t phases = problem.from_logits ? problem.factor.up : std::min(problem.factor.up, problem.out_w);
+    with_reference(problem, phases, [](const auto& reference) { reference.grad_masks(); });
+}
+
+void normalize_masks(const Problem& problem) {
+    with_reference(problem, std::min(problem.factor.up, problem.out_w),
+                   [](const auto& reference) { reference.normalize_masks(); });
+}
+
+}  // namespace carafepp::reference

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// The storage types, their conversions to and from the type that sums are kept in, and the step from a run-time dtype
+// to a C++ type.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "problem.h"
+
+namespace carafepp {
+
+constexpr int64_t itemsize(carafepp_dtype dtype) { return (dtype & 0xff) / 8; }
+
+struct Float16 {
+    uint16_t bits;
+};
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
+
+// Without branches, so that a loop of it vectorises, and without denormal floats, so that it holds where they are
+// flushed to 0.
+inline float widen(Float16 value) {
+    const uint32_t exponent_and_fraction = uint32_t{value.bits & 0x7fffu} << 13;
+    const uint32_t exponent = exponent_and_fraction & 0x0f800000u;
+    const uint32_t normal = exponent_and_fraction + ((127 - 15) << 23);
+    const uint32_t infinite_or_nan = normal + ((255 - 31 - (127 - 15)) << 23);
+    const uint32_t denormal = bits_of(float_of(normal + (1u << 23)) - float_of((127 - 14) << 23));
+    const uint32_t magnitude = exponent == 0 ? denormal : exponent == 0x0f800000u ? infinite_or_nan : normal;
+    return float_of(magnitude | uint32_t{value.bits & 0x8000u} << 16);
+}
+
+// Rounds to nearest, ties to even.
+template <class T>
+T narrow(float value);
+
+template <class T>
+T narrow(double value);
+
+template <>
+inline float narrow<float>(float value) {
+    return value;
+}
+
+template <>
+inline double narrow<double>(double value) {
+    return value;
+}
+
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const uint32_t quiet_nan = bits | 0x00400000u;
+    return {static_cast<uint16_t>((value != value ? quiet_nan : rounded) >> 16)};
+}
+
+template <>
+inline Float16 narrow<Float16>(float value) {
+    const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
+    const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+    const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 0.5 leaves the fraction of a number below 2^-14 in units of 2^-24, rounded by the addition.
+    const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t infinity = 0x7c00, nan = 0x7e00;
+    const uint32_t bits = magnitude > 0x7f800000u    ? nan
+                          : magnitude >= 0x477ff000u ? infinity  // 65520, halfway to the next power of two, and above
+                          : magnitude < 0x38800000u  ? denormal
+                                                     : normal;
+    return {static_cast<uint16_t>(sign | bits)};
+}
+
+// The type that sums of T are kept in.
+template <class T>
+struct AccumulatorOf {
+    using type = float;
+};
+
+template <>
+struct AccumulatorOf<double> {
+    using type = double;
+};
+
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+// Calls f(Type<T>()) with the storage type of a dtype.
+template <class F>
+void with_type(carafepp_dtype dtype, F f) {
+    switch (dtype) {
+        case CARAFEPP_FLOAT32: return f(Type<float>());
+        case CARAFEPP_FLOAT64: return f(Type<double>());
+        case CARAFEPP_FLOAT16: return f(Type<Float16>());
+        case CARAFEPP_BFLOAT16: return f(Type<BFloat16>());
+    }
+}
+
+}  // namespace carafepp

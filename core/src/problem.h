@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a checked call asks for: shapes, index arithmetic (one source for host and device), and the sentences for a call
+// that asks wrongly.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "carafepp/carafepp.h"
+
+#if defined(__CUDACC__)
+#define CARAFEPP_HOST_DEVICE __host__ __device__
+#else
+#define CARAFEPP_HOST_DEVICE
+#endif
+
+namespace carafepp {
+
+struct Error {
+    carafepp_status status;
+    std::string message;
+};
+
+// One array of a call, its axes N, C, H, W whatever the caller's were; strides in elements.
+struct Array {
+    void* data = nullptr;
+    carafepp_dtype dtype = 0;
+    int64_t n = 0, c = 0, h = 0, w = 0;
+    int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
+
+    bool empty() const { return n == 0 || c == 0 || h == 0 || w == 0; }
+};
+
+// For b > 0.
+CARAFEPP_HOST_DEVICE constexpr int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+CARAFEPP_HOST_DEVICE constexpr int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+CARAFEPP_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// The rational factor, for rows and columns alike.
+struct Factor {
+    int64_t up = 1, down = 1;
+
+    // src(i'), the source that an output is centred on.
+    CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return output * down / up; }
+
+    // The first output centred on `source` or behind it: those with source i in a window of radius r are
+    // [first_output(i - r), first_output(i + r + 1)), before any crop.
+    CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
+
+    // ceil(n * up / down), the natural size.
+    CARAFEPP_HOST_DEVICE constexpr int64_t natural_size(int64_t n) const { return ceil_div(n * up, down); }
+};
+
+// A call whose arguments were found right. Arrays that its function does not have are empty.
+struct Problem {
+    Factor factor;
+    int64_t kernel_size = 1;
+    int64_t groups = 1;
+    carafepp_normalizer normalizer = CARAFEPP_NONE;
+    carafepp_device device = CARAFEPP_CPU;
+    int32_t device_index = 0;
+    bool from_logits = false;      // masks come from `logits`, normalised while they are read
+    int64_t out_h = 0, out_w = 0;  // H', W'
+
+    Array features, masks, logits, grad_output, grad_masks;  // the inputs
+    Array result;                                            // the one result that is computed next
+
+    int64_t taps() const { return kernel_size * kernel_size; }
+    int64_t radius() const { return kernel_size / 2; }
+};
+
+// The public name of a function without its prefix: what stands in brackets before a sentence.
+const char* function_name(carafepp_function function);
+
+// A checked call: the problem, and the results that its function writes, in the order of its signature.
+struct Call {
+    carafepp_params params;  // as the current version
+    Problem problem;
+    Array results[2];
+    bool wanted[2] = {false, false};
+};
+
+// Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
+// signature. Without `with_results` they end after the inputs, which alone decide what a function can do.
+Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
+                bool with_results);
+
+// Fills shape[0 .. input->ndim) as carafepp_output_shape promises.
+void output_shape(carafepp_function function, const carafepp_params* params, const carafepp_tensor* input,
+                  int64_t* shape);
+
+}  // namespace carafepp

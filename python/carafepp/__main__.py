@@ -1,0 +1,27 @@
+"""`python -m carafepp`: what this installation is; `python -m carafepp demo`: what it does."""
+
+import sys
+
+from . import show_config
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command and return the exit status."""
+    if not arguments:
+        show_config()
+        return 0
+    if arguments[0] == "demo":
+        from .demo import main as demo  # brings in scikit-image and matplotlib
+
+        return demo(arguments[1:])
+    print(
+        f"carafepp: no command {arguments[0]!r}.\n"
+        "usage: python -m carafepp          version, build, instruction sets, threads, devices\n"
+        "       python -m carafepp demo     the demo on real data (--help tells more)",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

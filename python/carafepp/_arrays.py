@@ -1,0 +1,155 @@
+"""Framework facts: which library an array is of, how the core reads it, and how a result like it is made.
+
+No framework is imported here: an array of one can only come in when somebody else has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _core
+
+# Their arrays speak DLPack but must never be written to.
+_IMMUTABLE = ("jax", "jaxlib", "tensorflow")
+
+
+class NumPy:
+    """NumPy arrays, those of ml_dtypes' bfloat16 included."""
+
+    @staticmethod
+    def view(function: str, name: str, array: Any) -> Any:
+        """Return what `_core` takes for an array."""
+        if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"[{function}] {name} must not be a masked array: its mask would be lost.")
+        dtype = array.dtype
+        if dtype.kind == "V" and dtype.name == "bfloat16":  # opaque to NumPy, which exports its own
+            return array.view(np.uint16), _core.BFLOAT16
+        return array
+
+    @staticmethod
+    def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
+        """Return an uninitialised result: C order in the axes of the layout, whatever `like` has."""
+        return np.empty(shape, like.dtype)
+
+
+class PyTorch:
+    """PyTorch tensors that hold data of their own."""
+
+    @staticmethod
+    def view(function: str, name: str, array: Any) -> Any:
+        """Return what `_core` takes for a tensor: a capsule, which is cheaper than its `__dlpack__`."""
+        torch = sys.modules["torch"]
+        if array.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"[{function}] {name} must not require grad: the operators are not differentiable "
+                "yet. Call under torch.no_grad(), or pass a detached tensor and use the "
+                "*_backward functions."
+            )
+        if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"[{function}] {name} must be a tensor with data of its own; "
+                f"got {type(array).__name__}."
+            )
+        if array.is_neg():  # a sign that only PyTorch's own functions know of
+            raise ValueError(f"[{function}] {name} must hold its values; call its resolve_neg().")
+        try:
+            return torch._C._to_dlpack(array)
+        except (RuntimeError, BufferError) as error:
+            raise TypeError(
+                f"[{function}] {name} must be a dense tensor with data of its own; "
+                f"got one on {array.device} with layout {array.layout}, of which PyTorch says: "
+                f"{error}"
+            ) from error
+
+    @staticmethod
+    def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
+        """Return an uninitialised result, channels_last if `like` unambiguously is."""
+        torch = sys.modules["torch"]
+        channels_last = len(shape) == 4 and _is_channels_last(like.shape, like.stride())
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(
+            shape, dtype=like.dtype, device=like.device, memory_format=memory_format
+        )
+
+
+def _is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Tell whether pixels of several adjacent channels follow each other, in rows."""
+    _, c, h, w = shape
+    _, stride_c, stride_h, stride_w = strides
+    if c == 1 or h * w == 1 or stride_c != 1:
+        return False
+    return (w == 1 or stride_w >= c) and (h == 1 or stride_h >= (stride_w * w if w > 1 else c))
+
+
+class DLPack:
+    """Arrays of any other library that speaks DLPack."""
+
+    @staticmethod
+    def view(function: str, name: str, array: Any) -> Any:
+        """Return what `_core` takes for an array: itself."""
+        return array
+
+    @staticmethod
+    def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
+        """Return an uninitialised result from the array's own namespace."""
+        return like.__array_namespace__().empty(shape, dtype=like.dtype, device=like.device)
+
+
+Library = type[NumPy] | type[PyTorch] | type[DLPack]
+
+
+def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:
+    """Return the one library that all arrays of a call are of. Results may be None: to be made."""
+    arrays = {name: array for name, array in {**inputs, **results}.items() if array is not None}
+    for array in arrays.values():
+        if type(array) is not np.ndarray:
+            break
+    else:
+        return NumPy
+
+    first, *others = inputs
+    library, package = _recognise(function, first, inputs[first])
+    for name, array in arrays.items():
+        other, other_package = _recognise(function, name, array)
+        if other_package != package:
+            raise TypeError(
+                f"[{function}] {name} must be an array of the library of {first}, {package}; "
+                f"got one of {other_package}."
+            )
+    if library is DLPack:
+        _check_results(function, package, inputs[first], results)
+    return library
+
+
+def _recognise(function: str, name: str, array: Any) -> tuple[Library, str]:
+    """Return the library of one array, and the name of its package."""
+    if isinstance(array, np.ndarray):
+        return NumPy, "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return PyTorch, "torch"
+    cls = type(array)
+    if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):
+        return DLPack, cls.__module__.partition(".")[0]
+    raise TypeError(
+        f"[{function}] {name} must be an array: of NumPy, PyTorch or another library that speaks "
+        f"DLPack; got {cls.__name__}."
+    )
+
+
+def _check_results(function: str, package: str, like: Any, results: Mapping[str, Any]) -> None:
+    """Check that results can be written, and made where none are given."""
+    if package in _IMMUTABLE:
+        raise TypeError(
+            f"[{function}] arrays of {package} are immutable, so that no result can be written "
+            "into one. Pass NumPy arrays."
+        )
+    if not hasattr(like, "__array_namespace__") and None in results.values():
+        raise TypeError(
+            f"[{function}] out must be given: {type(like).__name__} has no __array_namespace__ "
+            "that a result could come from."
+        )
