@@ -266,8 +266,10 @@ NB_MODULE(_core, m) {
     m.def("normalize_masks", normalize_masks, "params"_a, "logits"_a, "masks"_a);
     m.def("normalize_masks_backward", normalize_masks_backward, "params"_a, "grad_masks"_a, "logits"_a,
           "grad_logits"_a);
-    m.def("output_shape", output_shape, "params"_a, "shape"_a);
-    m.def("list_implementations", list_implementations, "params"_a, "arrays"_a);
+    m.def("output_shape", output_shape, "params"_a, "shape"_a,
+          nb::sig("def output_shape(params: Params, shape: object) -> tuple[int, ...]"));
+    m.def("list_implementations", list_implementations, "params"_a, "arrays"_a,
+          nb::sig("def list_implementations(params: Params, *arrays: object) -> list[tuple[str, str | None]]"));
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);

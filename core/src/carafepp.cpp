@@ -226,6 +226,9 @@ carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_fu
 carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
                                               const carafepp_tensor* const* tensors, carafepp_visit visit, void* user) {
     return guarded([&] {
+        if (tensors == nullptr || visit == nullptr) {
+            fail(CARAFEPP_VALUE_ERROR, function, std::string(tensors ? "visit" : "tensors") + " must not be NULL.");
+        }
         const Call checked = check(function, params, tensors, false);
         for (const Implementation* list : kLists[function]) {
             for (; list != nullptr && list->name != nullptr; list++)

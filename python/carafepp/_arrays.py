@@ -1,6 +1,6 @@
-"""Framework facts: which library an array is of, how the core reads it, and how a result like it is made.
+"""Framework facts: which library an array is of, how the core reads it, how one like it is made.
 
-No framework is imported here: an array of one can only come in when somebody else has imported it.
+No framework is imported here: an array of one only comes in when somebody else has imported it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ class NumPy:
     def view(function: str, name: str, array: Any) -> Any:
         """Return what `_core` takes for an array."""
         if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"[{function}] {name} must not be a masked array: its mask would be lost.")
+            raise TypeError(
+                f"[{function}] {name} must not be a masked array: its mask would be lost."
+            )
         dtype = array.dtype
-        if dtype.kind == "V" and dtype.name == "bfloat16":  # opaque to NumPy, which exports its own
+        if dtype.kind == "V" and dtype.name == "bfloat16":  # which NumPy does not export
             return array.view(np.uint16), _core.BFLOAT16
         return array
 
     @staticmethod
     def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
-        """Return an uninitialised result: C order in the axes of the layout, whatever `like` has."""
+        """Return an uninitialised result, in C order whatever order `like` has."""
         return np.empty(shape, like.dtype)
 
 
@@ -41,7 +43,7 @@ class PyTorch:
 
     @staticmethod
     def view(function: str, name: str, array: Any) -> Any:
-        """Return what `_core` takes for a tensor: a capsule, which is cheaper than its `__dlpack__`."""
+        """Return what `_core` takes for a tensor: a capsule, cheaper than its `__dlpack__`."""
         torch = sys.modules["torch"]
         if array.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
@@ -71,9 +73,7 @@ class PyTorch:
         torch = sys.modules["torch"]
         channels_last = len(shape) == 4 and _is_channels_last(like.shape, like.stride())
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(
-            shape, dtype=like.dtype, device=like.device, memory_format=memory_format
-        )
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -104,17 +104,17 @@ Library = type[NumPy] | type[PyTorch] | type[DLPack]
 
 def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:
     """Return the one library that all arrays of a call are of. Results may be None: to be made."""
-    arrays = {name: array for name, array in {**inputs, **results}.items() if array is not None}
+    arrays = {**inputs, **{name: array for name, array in results.items() if array is not None}}
     for array in arrays.values():
         if type(array) is not np.ndarray:
             break
     else:
         return NumPy
 
-    first, *others = inputs
+    first = next(iter(inputs))
     library, package = _recognise(function, first, inputs[first])
     for name, array in arrays.items():
-        other, other_package = _recognise(function, name, array)
+        _, other_package = _recognise(function, name, array)
         if other_package != package:
             raise TypeError(
                 f"[{function}] {name} must be an array of the library of {first}, {package}; "

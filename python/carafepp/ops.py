@@ -5,15 +5,24 @@ Each makes its result if none is given and hands all arrays to the core, where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from . import _core
 from ._arrays import library_of
 
-ArrayT = TypeVar("ArrayT")
+
+class Array(Protocol):
+    """What a type checker can know of an array of any library."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of the axes."""
+
+
+ArrayT = TypeVar("ArrayT", bound=Array)
 
 _NORMALIZERS = {
     "softmax": _core.SOFTMAX,
@@ -510,6 +519,8 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
 
     Raises
     ------
+    TypeError
+        size is not a pair of integers.
     ValueError
         A negative size, or up or down below 1.
 
@@ -518,10 +529,11 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     >>> output_size((7, 8), up=3, down=2)
     (11, 12)
     """
-    height, width = size
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"[output_size] size must be a pair (H, W) of integers; got {size!r}.")
     params = _params("output_size", _core.OUTPUT_SIZE, up, down, 1, "NCHW")
-    shape = _core.output_shape(params, (1, height, width))
-    return shape[1], shape[2]
+    _, height, width = _core.output_shape(params, (1, *size))
+    return height, width
 
 
 def set_num_threads(threads: int) -> None:
@@ -559,6 +571,7 @@ def list_implementations(
     kernel_size: int = 0,
     groups: int = 1,
     normalizer: str = "softmax",
+    size: tuple[int, int] | None = None,
     layout: str = "NCHW",
 ) -> list[tuple[str, str | None]]:
     """Return the implementations of a function for a problem, best first.
@@ -569,7 +582,7 @@ def list_implementations(
         The name of a function of this module.
     *arrays
         The arrays that it reads, in the order of its signature.
-    up, down, kernel_size, groups, normalizer, layout
+    up, down, kernel_size, groups, normalizer, size, layout
         As for that function.
 
     Returns
@@ -594,7 +607,7 @@ def list_implementations(
     number = getattr(_core, function.upper(), None)
     if not isinstance(number, int) or number == _core.OUTPUT_SIZE or function not in globals():
         raise ValueError(f"[list_implementations] {function!r} has no implementations to list.")
-    params = _params(function, number, up, down, groups, layout, kernel_size, normalizer)
+    params = _params(function, number, up, down, groups, layout, kernel_size, normalizer, size)
     names = [f"arrays[{k}]" for k in range(len(arrays))]
     library = library_of(function, dict(zip(names, arrays, strict=True)), {})
     views = [library.view(function, *pair) for pair in zip(names, arrays, strict=True)]

@@ -1,0 +1,58 @@
+"""
+The C ABI of carafepp (carafepp.h) on arrays that speak DLPack. Private: use the functions of carafepp.
+"""
+
+
+
+OUTPUT_SIZE: int = 0
+
+REASSEMBLE: int = 1
+
+REASSEMBLE_BACKWARD: int = 2
+
+REASSEMBLE_WITH_LOGITS: int = 3
+
+REASSEMBLE_WITH_LOGITS_BACKWARD: int = 4
+
+NORMALIZE_MASKS: int = 5
+
+NORMALIZE_MASKS_BACKWARD: int = 6
+
+SOFTMAX: int = 0
+
+SIGMOID: int = 1
+
+SIGMOID_NORMALIZED: int = 2
+
+NONE: int = 3
+
+BFLOAT16: int = 1040
+
+class Params:
+    """carafepp_params, and the function that they are for."""
+
+    def __init__(self, function: str, number: int, up: object, down: object, kernel_size: object, groups: object, normalizer: int, size: object | None, channels_last: bool, implementation: str | None) -> None: ...
+
+def reassemble(params: Params, features: object, masks: object, output: object) -> None: ...
+
+def reassemble_backward(params: Params, grad_output: object, features: object, masks: object, grad_features: object | None, grad_masks: object | None) -> None: ...
+
+def reassemble_with_logits(params: Params, features: object, logits: object, output: object) -> None: ...
+
+def reassemble_with_logits_backward(params: Params, grad_output: object, features: object, logits: object, grad_features: object | None, grad_logits: object | None) -> None: ...
+
+def normalize_masks(params: Params, logits: object, masks: object) -> None: ...
+
+def normalize_masks_backward(params: Params, grad_masks: object, logits: object, grad_logits: object) -> None: ...
+
+def output_shape(params: Params, shape: object) -> tuple[int, ...]: ...
+
+def list_implementations(params: Params, *arrays: object) -> list[tuple[str, str | None]]: ...
+
+def version() -> str: ...
+
+def config() -> str: ...
+
+def set_num_threads(threads: int) -> None: ...
+
+def get_num_threads() -> int: ...

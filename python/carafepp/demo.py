@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m carafepp demo`: content-aware reassembly on real data, in both directions.
+
+Up: a disparity map, shrunk eight times, is brought back with the photograph as its guide.
+Down: a photograph is shrunk four times with masks that keep its thin structures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import carafepp
+
+MISSING: ImportError | None = None
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from PIL import Image, ImageOps
+    from scipy import ndimage
+    from skimage import color, data
+except ImportError as error:
+    MISSING = error
+
+Array = NDArray[Any]
+Panel = tuple[str, Array]  # a title and a picture [H, W, 3] in 0..1
+Part = tuple[slice, slice]  # rows and columns of a picture
+
+# Upsampling. The scores change little when one of these is moved by a quarter.
+UP = 8
+UP_KERNEL = 5  # the position term leaves next to nothing for blocks further off than two
+LIGHTNESS = 0.5  # light and shadow change a surface's lightness more than its hue: half weight
+COLOUR_SCALE = 2.0  # in CIELAB units; about 2 is the smallest difference that the eye notices
+MIXED_PENALTY = 0.5  # a block of many colours spans an edge, its disparity too: put it further off
+POSITION_SCALE = 0.4  # in blocks: wide enough to interpolate a slope, narrow enough to stay local
+
+# Downsampling.
+DOWN = 4
+DOWN_KERNEL = 2 * DOWN - 1  # the smallest window around a block's first pixel that holds the block
+AROUND = 0.7  # in blocks, of a Gaussian: the block counts about as much as its two neighbours
+NOISE = 2.0  # in CIELAB units: smaller differences are no detail, and are averaged away
+
+# Drawing, in pixels (and a disparity error).
+GAP, STRIP, DPI = 14, 38, 100
+WORST = 5.0  # errors from here on are drawn brightest
+CELL = 8  # how large a pixel of a shrunk picture is drawn
+
+
+class Scores(NamedTuple):
+    """Error of an upsampled disparity over the known pixels, and the time it took."""
+
+    rmse: float
+    mae: float
+    bad: float  # share of the pixels that are more than one off
+    seconds: float
+
+
+class Look(NamedTuple):
+    """What shrinking left of a picture, in grey levels of 0..255."""
+
+    brightness: float  # area averaging keeps the photograph's
+    contrast: float  # standard deviation of the pixels from their 3x3 neighbourhood
+
+
+def split_into_blocks(image: Array, size: int) -> Array:
+    """[H, W, C] -> [ceil(H/size), ceil(W/size), size*size, C], NaN outside the image."""
+    pad = [(0, -image.shape[0] % size), (0, -image.shape[1] % size), (0, 0)]
+    padded = np.pad(image, pad, constant_values=np.nan)
+    rows, cols = padded.shape[0] // size, padded.shape[1] // size
+    blocks: Array = padded.reshape(rows, size, cols, size, -1).transpose(0, 2, 1, 3, 4)
+    return blocks.reshape(rows, cols, size * size, -1)
+
+
+# -------------------------------------------------------------------------------------------- up
+
+
+def load_scene() -> tuple[Array, Array]:
+    """Photograph [H, W, 3] in 0..1, disparity [H, W], NaN where unknown; cut to whole blocks."""
+    photo, _, disparity = data.stereo_motorcycle()
+    height, width = (size // UP * UP for size in disparity.shape)
+    disparity = np.where(np.isfinite(disparity) & (disparity > 0), disparity, np.nan)
+    return photo[:height, :width].astype(np.float32) / 255, disparity[:height, :width]
+
+
+def shrink_disparity(disparity: Array) -> Array:
+    """[H, W] -> [H/8, W/8]: mean of a block's known pixels; if it has none, the nearest block's."""
+    blocks = split_into_blocks(disparity[..., None], UP)[..., 0]
+    known = np.isfinite(blocks)
+    mean = np.where(known, blocks, 0).sum(2) / np.maximum(known.sum(2), 1)
+    nearest = ndimage.distance_transform_edt(
+        ~known.any(2), return_distances=False, return_indices=True
+    )
+    lowres: Array = mean[tuple(nearest)].astype(np.float32)
+    return lowres
+
+
+def upsampling_logits(photo: Array) -> Array:
+    """[H, W, 3] -> [1, K*K*8*8, H/8, W/8]: how alike a pixel and a block are, in colour and place.
+
+    Joint bilateral upsampling (Kopf et al. 2007) written as CARAFE: exp(logit) is its weight.
+    """
+    k, r = UP_KERNEL, UP_KERNEL // 2
+    lab = color.rgb2lab(photo).astype(np.float32) * np.array([LIGHTNESS, 1, 1], np.float32)
+    pixels = split_into_blocks(lab, UP)  # [H/8, W/8, 64, 3]
+    rows, cols = pixels.shape[:2]
+    colour = pixels.mean(2, keepdims=True)  # of a block
+    spread = np.sqrt(((pixels - colour) ** 2).sum(3).mean(2, keepdims=True))
+
+    # Beyond the border lie blocks of infinitely other colour: their weight becomes exactly 0.
+    border = [(r, r), (r, r), (0, 0)]
+    colour = np.pad(colour[:, :, 0], border, constant_values=np.inf)[:, :, None]
+    spread = np.pad(spread, border)
+    place = (np.arange(UP) + 0.5) / UP - 0.5  # of a pixel's centre, in blocks from its block's
+
+    logits = np.empty((k, k, UP * UP, rows, cols), np.float32)
+    for a, b in np.ndindex(k, k):
+        tap = np.s_[a : a + rows, b : b + cols]
+        unlike = np.sqrt(((pixels - colour[tap]) ** 2).sum(3)) + MIXED_PENALTY * spread[tap]
+        away2 = (place[:, None] - (a - r)) ** 2 + (place - (b - r)) ** 2  # [8, 8]
+        logit = -unlike / COLOUR_SCALE - away2.ravel() / (2 * POSITION_SCALE**2)
+        logits[a, b] = logit.transpose(2, 0, 1)
+    return logits.reshape(1, k * k * UP * UP, rows, cols)
+
+
+def upsample_with_photo(lowres: Array, photo: Array) -> Array:
+    """[H/8, W/8] and [H, W, 3] -> [H, W]."""
+    upsampled: Array = carafepp.reassemble_with_logits(
+        lowres[None, None],
+        upsampling_logits(photo),
+        up=UP,
+        kernel_size=UP_KERNEL,
+        normalizer="softmax",
+    )
+    return upsampled.squeeze((0, 1))
+
+
+def resize(lowres: Array, method: Image.Resampling) -> Array:
+    """[H/8, W/8] -> [H, W]; Pillow too puts the centres of pixels at halves."""
+    height, width = lowres.shape
+    return np.asarray(Image.fromarray(lowres).resize((width * UP, height * UP), method))
+
+
+def score(upsampled: Array, disparity: Array, seconds: float) -> Scores:
+    """Compare [H, W] with the measured [H, W]."""
+    error = np.abs(upsampled - disparity)[np.isfinite(disparity)]
+    rmse, mae, bad = np.sqrt((error**2).mean()), error.mean(), (error > 1).mean()
+    return Scores(float(rmse), float(mae), float(bad), seconds)
+
+
+def upsampling_demo(path: Path) -> dict[str, Scores]:
+    """Upsample the shrunk disparity in four ways; the pictures go to `path`."""
+    photo, disparity = load_scene()
+    lowres = shrink_disparity(disparity)
+    methods: dict[str, Callable[[], Array]] = {
+        "nearest": lambda: resize(lowres, Image.Resampling.NEAREST),
+        "bilinear": lambda: resize(lowres, Image.Resampling.BILINEAR),
+        "bicubic": lambda: resize(lowres, Image.Resampling.BICUBIC),
+        "carafepp": lambda: upsample_with_photo(lowres, photo),
+    }
+    results: dict[str, Array] = {}
+    scores: dict[str, Scores] = {}
+    for name, method in methods.items():
+        start = time.perf_counter()
+        results[name] = method()
+        scores[name] = score(results[name], disparity, time.perf_counter() - start)
+    draw_upsampling(path, photo, disparity, results, scores)
+    return scores
+
+
+def draw_upsampling(
+    path: Path, photo: Array, disparity: Array, results: dict[str, Array], scores: dict[str, Scores]
+) -> None:
+    """Three rows: the five pictures; a detail of each; the measurement and the four error maps."""
+    least, most = np.nanmin(disparity), np.nanmax(disparity)
+
+    def depth(values: Array) -> Array:
+        return paint((values - least) / (most - least), "turbo")
+
+    pictures = {"photograph": photo} | {name: depth(result) for name, result in results.items()}
+    bench = np.s_[90:214, 30:214]  # its slats and cross are about as thin as a block
+    errors = [
+        (
+            f"error: mean {scores[name].mae:.2f}, RMSE {scores[name].rmse:.2f}, "
+            f"{scores[name].bad:.1%} > 1",
+            paint(np.abs(result - disparity) / WORST, "inferno"),
+        )
+        for name, result in results.items()
+    ]
+    write_sheet(
+        path,
+        f"Disparity upsampled {UP}x from one small map. "
+        f"Errors: black is 0, the brightest {WORST:g} or more; grey was not measured.",
+        [
+            list(pictures.items()),
+            [("in the frame", picture[bench]) for picture in pictures.values()],
+            [("measured disparity", depth(disparity)), *errors],
+        ],
+        panel=(photo.shape[1] // 2, photo.shape[0] // 2),
+        frame=bench,
+    )
+
+
+# ------------------------------------------------------------------------------------------ down
+
+
+def read_picture(path: Path) -> Array:
+    """Any picture that Pillow reads -> [H, W, 3] in 0..1, upright, on white where transparent."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        picture = picture.convert("RGBA")
+    # Pillow has many ways to say that a file is broken.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture), np.float32)[..., :3] / 255
+
+
+def downsampling_logits(photo: Array) -> Array:
+    """[H, W, 3] -> [1, K*K, ceil(H/4), ceil(W/4)]: how much a pixel of a block stands out.
+
+    Its weight is the squared difference of its colour from the surroundings of the block, after
+    detail-preserving image downscaling (Weber et al. 2016): thin lines keep their colour.
+    """
+    k, first = DOWN_KERNEL, DOWN_KERNEL // 2
+    pixels = split_into_blocks(color.rgb2lab(photo).astype(np.float32), DOWN)
+    rows, cols = pixels.shape[:2]  # [ceil(H/4), ceil(W/4), 16, 3]
+    surroundings = ndimage.gaussian_filter(np.nanmean(pixels, 2), (AROUND, AROUND, 0))
+    difference2 = ((pixels - surroundings[:, :, None]) ** 2).sum(3)
+    logit = np.where(np.isnan(difference2), -np.inf, np.log(difference2 + NOISE**2))
+
+    # A window is centred on the first pixel of its block, so the block is its lower right part.
+    # Weight 0 for all other taps: the result does not shift against the photograph.
+    logits = np.full((k, k, rows, cols), -np.inf, np.float32)
+    logits[first:, first:] = logit.reshape(rows, cols, DOWN, DOWN).transpose(2, 3, 0, 1)
+    return logits.reshape(1, k * k, rows, cols)
+
+
+def downsample_with_masks(photo: Array) -> Array:
+    """[H, W, 3] -> [ceil(H/4), ceil(W/4), 3]."""
+    features = photo.transpose(2, 0, 1)[None]
+    masks = carafepp.normalize_masks(
+        downsampling_logits(photo), kernel_size=DOWN_KERNEL, normalizer="softmax"
+    )
+    shrunk: Array = carafepp.reassemble(features, masks, down=DOWN)
+    return shrunk.squeeze(0).transpose(1, 2, 0)
+
+
+def look_at(picture: Array) -> Look:
+    """Measure [H, W, 3]."""
+    grey = 255 * color.rgb2gray(picture)
+    return Look(float(grey.mean()), float(np.std(grey - ndimage.uniform_filter(grey, 3))))
+
+
+def downsampling_demo(path: Path, photo: Array) -> dict[str, Look]:
+    """Shrink [H, W, 3] in three ways; the pictures go to `path`."""
+    blocks = split_into_blocks(photo, DOWN)
+    results = {
+        "area averaging": np.nanmean(blocks, 2),
+        "max pooling": np.nanmax(blocks, 2),
+        "carafepp": downsample_with_masks(photo),
+    }
+    looks = {name: look_at(result) for name, result in results.items()}
+    draw_downsampling(path, photo, results, looks)
+    return looks
+
+
+def draw_downsampling(
+    path: Path, photo: Array, results: dict[str, Array], looks: dict[str, Look]
+) -> None:
+    """Two by two: the photograph, and the middle of each result, large."""
+    width = 736  # of a panel: that of the scene
+    height = width * photo.shape[0] // photo.shape[1]
+    height = min(max(height, width // 3), width)  # or else a banner would leave no room for text
+    rows, cols = results["carafepp"].shape[:2]
+    high, wide = min(height // CELL, rows), min(width // CELL, cols)
+    top, left = (rows - high) // 2, (cols - wide) // 2
+    middles = [result[top : top + high, left : left + wide] for result in results.values()]
+    panels = [("photograph", photo)] + [
+        (f"{name}: brightness {look.brightness:.0f}, contrast {look.contrast:.0f}", middle)
+        for (name, look), middle in zip(looks.items(), middles, strict=True)
+    ]
+    write_sheet(
+        path,
+        f"A photograph shrunk {DOWN}x in three ways: what is in the frame",
+        [panels[:2], panels[2:]],
+        panel=(width, height),
+        frame=np.s_[DOWN * top : DOWN * (top + high), DOWN * left : DOWN * (left + wide)],
+    )
+
+
+# ---------------------------------------------------------------------------- pictures and words
+
+
+def paint(values: Array, colours: str) -> Array:
+    """[H, W] -> [H, W, 3]: 0..1 in the colours of a matplotlib map, NaN in grey."""
+    colormap = matplotlib.colormaps[colours].with_extremes(bad="0.5")
+    painted: Array = colormap(np.ma.masked_invalid(values))
+    return painted[..., :3]
+
+
+def write_sheet(
+    path: Path, heading: str, rows: Sequence[Sequence[Panel]], panel: tuple[int, int], frame: Part
+) -> None:
+    """Write rows of panels of (wide, high) pixels each, the first one with a frame in it."""
+    wide, high = panel
+    width = len(rows[0]) * (wide + GAP) + GAP
+    height = STRIP + len(rows) * (STRIP + high) + GAP
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.text(GAP / width, 1 - STRIP / height, heading, fontsize=15, va="bottom")
+    for i, row in enumerate(rows):
+        for j, (title, picture) in enumerate(row):
+            left, bottom = GAP + j * (wide + GAP), GAP + (len(rows) - 1 - i) * (STRIP + high)
+            axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
+            axes.imshow(np.clip(picture, 0, 1))
+            axes.set_title(title, fontsize=13, loc="left")
+            axes.set_axis_off()
+    (top, bottom), (left, right) = ((part.start, part.stop) for part in frame)
+    size = right - left, bottom - top
+    figure.axes[0].add_patch(Rectangle((left, top), *size, fill=False, edgecolor="white", lw=2))
+    figure.savefig(path, pil_kwargs={"optimize": True})
+
+
+def print_scores(scores: dict[str, Scores]) -> None:
+    """Print the table of the upsampling."""
+    print(f"Disparity upsampled {UP}x, against the measured one:\n")
+    print("               RMSE   mean error   off by > 1      time")
+    for name, (rmse, mae, bad, seconds) in scores.items():
+        print(f"  {name:<10} {rmse:6.3f} {mae:12.3f} {bad:12.1%} {1000 * seconds:6.0f} ms")
+    print("\n  The time of carafepp includes making the logits from the photograph.\n")
+
+
+def print_looks(looks: dict[str, Look]) -> None:
+    """Print the table of the downsampling."""
+    print(f"Photograph shrunk {DOWN}x, in grey levels of 0..255:\n")
+    print("                 brightness   contrast")
+    for name, (brightness, contrast) in looks.items():
+        print(f"  {name:<14} {brightness:10.1f} {contrast:10.1f}")
+    print()
+
+
+def run(image: Path | None, out: Path) -> None:
+    """Both directions on the scene, or the second one on the user's picture."""
+    photo = load_scene()[0] if image is None else read_picture(image)
+    out.mkdir(parents=True, exist_ok=True)
+    shrunk = out / f"carafepp-{'photograph' if image is None else image.stem}.png"
+    written = [shrunk]
+    if image is None:
+        written.insert(0, out / "carafepp-disparity.png")
+        print_scores(upsampling_demo(written[0]))
+    print_looks(downsampling_demo(shrunk, photo))
+    print("Written:", *written, sep="\n  ")
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo; 2 when it cannot, with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m carafepp demo",
+        description="Upsample a disparity map and shrink a photograph, beside the usual ways.",
+    )
+    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="shrink only this")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for the PNG files")
+    arguments = parser.parse_args(argv)
+    try:
+        if MISSING is not None:
+            raise OSError(f'{MISSING}; the demo needs: pip install "carafepp[demo]"')
+        run(arguments.image, arguments.out)
+    except OSError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0

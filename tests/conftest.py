@@ -1,0 +1,68 @@
+"""Shared by all tests: seeds, hypothesis profiles, skips that a promise turns into failures."""
+
+import importlib
+import os
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "ci",
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def skip(what: str, reason: str) -> None:
+    """Skip, or fail if CARAFEPP_REQUIRE (say `torch,cuda`) promises that `what` is there."""
+    if what in os.environ.get("CARAFEPP_REQUIRE", "").split(","):
+        pytest.fail(f"CARAFEPP_REQUIRE promises {what}, but: {reason}")
+    pytest.skip(f"{what}: {reason}")
+
+
+def import_or_skip(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        skip(name, str(error))
+
+
+@pytest.fixture
+def require():
+    """The function `skip(what, reason)`."""
+    return skip
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return import_or_skip("torch")
+
+
+@pytest.fixture(scope="session")
+def array_api_strict():
+    return import_or_skip("array_api_strict")
+
+
+@pytest.fixture(scope="session")
+def jax():
+    return import_or_skip("jax")
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers that depend on nothing but the name of the test."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))

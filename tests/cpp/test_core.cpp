@@ -1,0 +1,643 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI, tested from outside: values against the formula in plain loops, and what only C can get wrong (NULL,
+// struct_size, memory at the edge of a page, fork). The wide table of cases, dtypes and layouts is tested from Python.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "carafepp/carafepp.h"
+#include "overlap.h"
+
+extern "C" int header_is_c99(void);
+
+namespace {
+
+// ---- a harness of twenty lines ----
+
+int failures_here = 0;
+
+#define CHECK(condition)                                                          \
+    do {                                                                          \
+        if (!(condition)) {                                                       \
+            failures_here++;                                                      \
+            std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
+        }                                                                         \
+    } while (false)
+
+#define CHECK_TEXT(text, part)                                                               \
+    do {                                                                                     \
+        if (std::string(text).find(part) == std::string::npos) {                             \
+            failures_here++;                                                                 \
+            std::printf("%s:%d: \"%s\" is not in \"%s\"\n", __FILE__, __LINE__, part, text); \
+        }                                                                                    \
+    } while (false)
+
+struct Test {
+    const char* name;
+    void (*run)();
+};
+
+std::vector<Test>& tests() {
+    static std::vector<Test> all;
+    return all;
+}
+
+#define TEST(name)                                                      \
+    void name();                                                        \
+    const bool name##_added = (tests().push_back({#name, name}), true); \
+    void name()
+
+// ---- arrays and calls ----
+
+carafepp_params params_of(int up, int down, int kernel_size, int groups, int normalizer = CARAFEPP_SOFTMAX) {
+    carafepp_params params{};
+    params.struct_size = sizeof params;
+    params.up = up;
+    params.down = down;
+    params.kernel_size = kernel_size;
+    params.groups = groups;
+    params.normalizer = normalizer;
+    return params;
+}
+
+using Shape = std::vector<int64_t>;
+
+int64_t count(const Shape& shape) { return shape[0] * shape[1] * shape[2] * shape[3]; }
+
+carafepp_tensor tensor_of(void* data, const Shape& shape, carafepp_dtype dtype = CARAFEPP_FLOAT32) {
+    carafepp_tensor tensor{};
+    tensor.data = data;
+    tensor.dtype = dtype;
+    tensor.device = CARAFEPP_CPU;
+    tensor.ndim = 4;
+    int64_t stride = 1;
+    for (int k = 3; k >= 0; k--) {
+        tensor.shape[k] = shape[static_cast<size_t>(k)];
+        tensor.strides[k] = stride;
+        stride *= std::max<int64_t>(tensor.shape[k], 1);
+    }
+    return tensor;
+}
+
+struct Problem {
+    int64_t n, c, h, w;
+    int up, down, kernel_size, groups;
+    int64_t out_h, out_w;  // the output, cropped or natural
+
+    int64_t natural(int64_t size) const { return (size * up + down - 1) / down; }
+    Shape features() const { return {n, c, h, w}; }
+    Shape masks() const { return {n, groups * kernel_size * kernel_size, out_h, out_w}; }
+    Shape logits() const {
+        return {n, int64_t{groups} * kernel_size * kernel_size * up * up, (h + down - 1) / down, (w + down - 1) / down};
+    }
+    Shape output() const { return {n, c, out_h, out_w}; }
+    carafepp_params params(int normalizer = CARAFEPP_NONE) const {
+        carafepp_params p = params_of(up, down, kernel_size, groups, normalizer);
+        p.flags = CARAFEPP_SIZE;
+        p.size[0] = out_h;
+        p.size[1] = out_w;
+        return p;
+    }
+};
+
+std::vector<Problem> problems() {
+    std::vector<Problem> all;
+    for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {2, 3}, {4, 6}, {1, 7}}) {
+        for (int kernel_size : {1, 3, 5}) {
+            for (int groups : {1, 3}) {
+                Problem p{2, 6, 7, 5, up, down, kernel_size, groups, 0, 0};
+                p.out_h = p.natural(p.h);
+                p.out_w = p.natural(p.w);
+                all.push_back(p);
+                p.out_h = (p.out_h + 1) / 2;
+                p.out_w = std::max<int64_t>(p.out_w - 1, 1);
+                all.push_back(p);
+            }
+        }
+    }
+    all.push_back({1, 1, 1, 1, 1, 1, 31, 1, 1, 1});
+    all.push_back({1, 2, 3, 400, 2, 1, 3, 1, 6, 800});
+    all.push_back({1, 2, 4, 4, 2, 1, 3, 1, 0, 0});
+    all.push_back({0, 2, 4, 4, 2, 1, 3, 1, 8, 8});
+    return all;
+}
+
+std::vector<float> integers(int64_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 7) - 3);
+    return values;
+}
+
+// Visits every (output element, tap inside the border) of the formula: f(output, mask, feature), as indices of dense
+// arrays.
+void for_each_term(const Problem& p, const std::function<void(size_t, size_t, size_t)>& f) {
+    const int64_t r = p.kernel_size / 2, taps = p.kernel_size * p.kernel_size;
+    for (int64_t n = 0; n < p.n; n++)
+        for (int64_t c = 0; c < p.c; c++)
+            for (int64_t oi = 0; oi < p.out_h; oi++)
+                for (int64_t oj = 0; oj < p.out_w; oj++)
+                    for (int64_t a = -r; a <= r; a++)
+                        for (int64_t b = -r; b <= r; b++) {
+                            const int64_t i = oi * p.down / p.up + a, j = oj * p.down / p.up + b;
+                            if (i < 0 || i >= p.h || j < 0 || j >= p.w) continue;
+                            const int64_t channel = c / (p.c / p.groups) * taps + (a + r) * p.kernel_size + b + r;
+                            f(static_cast<size_t>(((n * p.c + c) * p.out_h + oi) * p.out_w + oj),
+                              static_cast<size_t>(((n * p.groups * taps + channel) * p.out_h + oi) * p.out_w + oj),
+                              static_cast<size_t>(((n * p.c + c) * p.h + i) * p.w + j));
+                        }
+}
+
+// masks[k] = logits[where[k]] of the normaliser "none": pixel shuffle and crop.
+std::vector<size_t> shuffled(const Problem& p) {
+    std::vector<size_t> where;
+    const Shape masks = p.masks(), logits = p.logits();
+    for (int64_t n = 0; n < masks[0]; n++)
+        for (int64_t c = 0; c < masks[1]; c++)
+            for (int64_t i = 0; i < masks[2]; i++)
+                for (int64_t j = 0; j < masks[3]; j++)
+                    where.push_back(static_cast<size_t>(
+                        ((n * logits[1] + (c * p.up + i % p.up) * p.up + j % p.up) * logits[2] + i / p.up) * logits[3] +
+                        j / p.up));
+    return where;
+}
+
+// ---- values ----
+
+TEST(values_are_those_of_the_formula) {
+    for (const Problem& p : problems()) {
+        std::vector<float> features = integers(count(p.features()), 1), logits = integers(count(p.logits()), 2);
+        std::vector<float> grad_output = integers(count(p.output()), 3), masks;
+        const std::vector<size_t> where = shuffled(p);
+        for (size_t k : where) masks.push_back(logits[k]);
+
+        std::vector<float> output(grad_output.size()), grad_features(features.size()), grad_masks(masks.size());
+        for_each_term(p, [&](size_t y, size_t m, size_t x) {
+            output[y] += masks[m] * features[x];
+            grad_masks[m] += grad_output[y] * features[x];
+            grad_features[x] += grad_output[y] * masks[m];
+        });
+        std::vector<float> grad_logits(logits.size());
+        for (size_t k = 0; k < where.size(); k++) grad_logits[where[k]] = grad_masks[k];
+
+        // Results start as NaN: an element that is not written shows.
+        const auto unset = [](const std::vector<float>& like) { return std::vector<float>(like.size(), NAN); };
+        const auto reset = [](std::vector<float>& values) { std::fill(values.begin(), values.end(), NAN); };
+        const carafepp_params params = p.params();
+        carafepp_tensor x = tensor_of(features.data(), p.features()), m = tensor_of(masks.data(), p.masks());
+        carafepp_tensor l = tensor_of(logits.data(), p.logits()), d = tensor_of(grad_output.data(), p.output());
+
+        std::vector<float> result = unset(output);
+        carafepp_tensor y = tensor_of(result.data(), p.output());
+        CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+        CHECK(result == output);
+        reset(result);
+        CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
+        CHECK(result == output);
+
+        std::vector<float> result_x = unset(features), result_m = unset(masks), result_l = unset(logits);
+        carafepp_tensor gx = tensor_of(result_x.data(), p.features()), gm = tensor_of(result_m.data(), p.masks());
+        carafepp_tensor gl = tensor_of(result_l.data(), p.logits());
+        CHECK(carafepp_reassemble_backward(&params, &d, &x, &m, &gx, &gm, nullptr) == CARAFEPP_OK);
+        CHECK(result_x == grad_features);
+        CHECK(result_m == grad_masks);
+        reset(result_x);
+        CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, nullptr, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, nullptr, &gl, nullptr) == CARAFEPP_OK);
+        CHECK(result_x == grad_features);
+        CHECK(result_l == grad_logits);
+
+        reset(result_m);
+        CHECK(carafepp_normalize_masks(&params, &l, &gm, nullptr) == CARAFEPP_OK);
+        CHECK(result_m == masks);
+        reset(result_l);
+        carafepp_tensor dm = tensor_of(grad_masks.data(), p.masks());
+        CHECK(carafepp_normalize_masks_backward(&params, &dm, &l, &gl, nullptr) == CARAFEPP_OK);
+        CHECK(result_l == grad_logits);
+    }
+}
+
+TEST(channels_last_is_the_same_arrays_told_otherwise) {
+    const Problem p{2, 6, 7, 5, 2, 1, 3, 3, 14, 10};
+    std::vector<float> features = integers(count(p.features()), 1), masks = integers(count(p.masks()), 2);
+    std::vector<float> output(static_cast<size_t>(count(p.output()))), again(output.size());
+    carafepp_tensor x = tensor_of(features.data(), p.features()), m = tensor_of(masks.data(), p.masks());
+    carafepp_tensor y = tensor_of(output.data(), p.output());
+    carafepp_params params = p.params();
+    CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+    y.data = again.data();
+    for (carafepp_tensor* tensor : {&x, &m, &y}) {
+        std::rotate(tensor->shape + 1, tensor->shape + 2, tensor->shape + 4);
+        std::rotate(tensor->strides + 1, tensor->strides + 2, tensor->strides + 4);
+    }
+    params.flags |= CARAFEPP_CHANNELS_LAST;
+    CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+    CHECK(again == output);
+}
+
+TEST(softmax_of_equal_logits_is_an_average) {
+    std::vector<float> features(64, 2.0f), logits(9 * 64, 1e30f), output(64);
+    carafepp_params params = params_of(1, 1, 3, 1);
+    carafepp_tensor x = tensor_of(features.data(), {1, 1, 8, 8}), l = tensor_of(logits.data(), {1, 9, 8, 8});
+    carafepp_tensor y = tensor_of(output.data(), {1, 1, 8, 8});
+    CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
+    CHECK(std::abs(output[9] - 2.0f) < 1e-6f);          // all nine taps inside
+    CHECK(std::abs(output[0] - 2.0f * 4 / 9) < 1e-6f);  // four of them
+}
+
+// ---- memory ----
+
+// Bytes that end, or begin, right at a page that must not be touched.
+class GuardedBytes {
+public:
+    GuardedBytes(const void* from, size_t bytes, bool at_end) {
+        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inside = (bytes + page - 1) / page * page;
+        length_ = inside + 2 * page;
+        base_ = static_cast<char*>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        data = base_ + page + (at_end ? inside - bytes : 0);
+        if (bytes) std::memcpy(data, from, bytes);
+        mprotect(base_, page, PROT_NONE);
+        mprotect(base_ + page + inside, page, PROT_NONE);
+    }
+    ~GuardedBytes() { munmap(base_, length_); }
+    GuardedBytes(const GuardedBytes&) = delete;
+
+    char* data;
+
+private:
+    char* base_;
+    size_t length_;
+};
+
+TEST(nothing_beyond_the_arrays_is_touched) {
+    for (const Problem& p : problems()) {
+        for (bool at_end : {false, true}) {
+            for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT16}) {
+                const size_t size = dtype == CARAFEPP_FLOAT32 ? 4 : 2;
+                const auto guarded = [&](const Shape& shape) {
+                    const std::vector<float> zeros(static_cast<size_t>(count(shape)));
+                    return std::make_unique<GuardedBytes>(zeros.data(), zeros.size() * size, at_end);
+                };
+                const auto features = guarded(p.features()), masks = guarded(p.masks()), logits = guarded(p.logits());
+                const auto output = guarded(p.output()), grad = guarded(p.output());
+                const auto grad_x = guarded(p.features()), grad_m = guarded(p.masks()), grad_l = guarded(p.logits());
+                const carafepp_params params = p.params(CARAFEPP_SOFTMAX);
+                carafepp_tensor x = tensor_of(features->data, p.features(), dtype),
+                                m = tensor_of(masks->data, p.masks(), dtype);
+                carafepp_tensor l = tensor_of(logits->data, p.logits(), dtype),
+                                y = tensor_of(output->data, p.output(), dtype);
+                carafepp_tensor d = tensor_of(grad->data, p.output(), dtype),
+                                gx = tensor_of(grad_x->data, p.features(), dtype);
+                carafepp_tensor gm = tensor_of(grad_m->data, p.masks(), dtype),
+                                gl = tensor_of(grad_l->data, p.logits(), dtype);
+                CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+                CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
+                CHECK(carafepp_reassemble_backward(&params, &d, &x, &m, &gx, &gm, nullptr) == CARAFEPP_OK);
+                CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, &gl, nullptr) == CARAFEPP_OK);
+                CHECK(carafepp_normalize_masks(&params, &l, &m, nullptr) == CARAFEPP_OK);
+                CHECK(carafepp_normalize_masks_backward(&params, &gm, &l, &gl, nullptr) == CARAFEPP_OK);
+            }
+        }
+    }
+}
+
+TEST(offsets_beyond_32_bits) {
+    // 2^33 elements of address space, of which some pages are touched.
+    const int64_t side = int64_t{1} << 16, elements = side * side * 2;
+    void* memory = mmap(nullptr, static_cast<size_t>(elements) * 4, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+        std::printf("skipped offsets_beyond_32_bits: no address space of %lld bytes\n",
+                    static_cast<long long>(elements) * 4);
+        return;
+    }
+    float* features = static_cast<float*>(memory);
+    features[elements - side * (side / 4) + side / 4 * 3] = 7;  // the last pixel that an output is centred on
+    std::vector<float> mask(1, 3.0f), output(2 * 4 * 4);
+    carafepp_params params = params_of(1, static_cast<int>(side / 4), 1, 1);
+    carafepp_tensor x = tensor_of(features, {1, 2, side, side}), m = tensor_of(mask.data(), {1, 1, 4, 4});
+    for (int64_t& stride : m.strides) stride = 0;
+    carafepp_tensor y = tensor_of(output.data(), {1, 2, 4, 4});
+    CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+    CHECK(output[31] == 21);
+    CHECK(std::count(output.begin(), output.end(), 0.0f) == 31);
+
+    // The same place as a result: one row of the gradient, the last.
+    std::vector<float> grad(2, 5.0f);
+    carafepp_params identity = params_of(1, 1, 1, 1);
+    carafepp_tensor d = tensor_of(grad.data(), {1, 2, 1, 1}), one = tensor_of(mask.data(), {1, 1, 1, 1});
+    carafepp_tensor gx = tensor_of(features + side * side - 1, {1, 2, 1, 1}),
+                    small = tensor_of(output.data(), {1, 2, 1, 1});
+    gx.strides[1] = side * side;
+    CHECK(carafepp_reassemble_backward(&identity, &d, &small, &one, &gx, nullptr, nullptr) == CARAFEPP_OK);
+    CHECK(features[side * side - 1] == 15 && features[elements - 1] == 15);
+    munmap(memory, static_cast<size_t>(elements) * 4);
+}
+
+TEST(overlap_agrees_with_counting_every_byte) {
+    std::mt19937 random(1);
+    const auto pick = [&](int low, int high) {
+        return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+    };
+    static char buffer[1 << 12];
+    const auto array = [&] {
+        carafepp::Array a;
+        a.dtype = pick(0, 1) ? CARAFEPP_FLOAT32 : CARAFEPP_FLOAT16;
+        a.data = buffer + 1024 + 4 * pick(0, 20);
+        a.n = pick(1, 3), a.c = pick(0, 8) ? pick(1, 4) : 0, a.h = pick(1, 3), a.w = pick(1, 4);
+        a.stride_n = pick(-16, 16), a.stride_c = pick(-9, 9), a.stride_h = pick(-12, 12), a.stride_w = pick(-4, 4);
+        return a;
+    };
+    // The bytes of an array, and whether two of its elements are the same.
+    const auto bytes = [](const carafepp::Array& a, bool* repeats) {
+        std::set<const char*> all;
+        const int64_t size = a.dtype == CARAFEPP_FLOAT32 ? 4 : 2;
+        *repeats = false;
+        for (int64_t n = 0; n < a.n; n++)
+            for (int64_t c = 0; c < a.c; c++)
+                for (int64_t h = 0; h < a.h; h++)
+                    for (int64_t w = 0; w < a.w; w++) {
+                        const char* at = static_cast<char*>(a.data) +
+                                         size * (n * a.stride_n + c * a.stride_c + h * a.stride_h + w * a.stride_w);
+                        for (int64_t k = 0; k < size; k++) *repeats |= !all.insert(at + k).second;
+                    }
+        return all;
+    };
+    int shared = 0, repeated = 0;
+    for (int k = 0; k < 20000; k++) {
+        const carafepp::Array a = array(), b = array();
+        bool a_repeats, b_repeats;
+        const std::set<const char*> of_a = bytes(a, &a_repeats), of_b = bytes(b, &b_repeats);
+        const bool share = std::any_of(of_a.begin(), of_a.end(), [&](const char* at) { return of_b.count(at) > 0; });
+        CHECK(carafepp::share_memory(a, b) == share);
+        CHECK(carafepp::overlaps_itself(a) == a_repeats);
+        shared += share;
+        repeated += a_repeats;
+        if (failures_here > 5) return;
+    }
+    CHECK(shared > 1000 && shared < 19000 && repeated > 1000 && repeated < 19000);
+}
+
+// ---- refusals that only C can provoke ----
+
+struct Small {
+    std::vector<float> features = integers(2 * 4 * 4, 1), masks = integers(9 * 8 * 8, 2),
+                       output = std::vector<float>(2 * 8 * 8, -1.0f);
+    carafepp_params params = params_of(2, 1, 3, 1);
+    carafepp_tensor x = tensor_of(features.data(), {1, 2, 4, 4}), m = tensor_of(masks.data(), {1, 9, 8, 8});
+    carafepp_tensor y = tensor_of(output.data(), {1, 2, 8, 8});
+
+    carafepp_status run() { return carafepp_reassemble(&params, &x, &m, &y, nullptr); }
+    bool untouched() const {
+        return std::all_of(output.begin(), output.end(), [](float value) { return value == -1.0f; });
+    }
+    void refused(carafepp_status status, const char* sentence) {
+        CHECK(run() == status);
+        CHECK_TEXT(carafepp_last_error(), sentence);
+        CHECK(untouched());
+    }
+};
+
+TEST(null_arguments) {
+    Small s;
+    CHECK(s.run() == CARAFEPP_OK);
+    CHECK(carafepp_reassemble(nullptr, &s.x, &s.m, &s.y, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "[reassemble] params must not be NULL.");
+    CHECK(carafepp_reassemble(&s.params, nullptr, &s.m, &s.y, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "[reassemble] features must not be NULL.");
+    CHECK(carafepp_reassemble(&s.params, &s.x, &s.m, nullptr, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "[reassemble] output must not be NULL.");
+    CHECK(carafepp_reassemble_backward(&s.params, &s.y, &s.x, &s.m, nullptr, nullptr, nullptr) == CARAFEPP_OK);
+    Small t;
+    t.m.data = nullptr;
+    t.refused(CARAFEPP_VALUE_ERROR, "[reassemble] masks.data must not be NULL where there are elements.");
+    int64_t shape[4];
+    CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, nullptr, shape) == CARAFEPP_VALUE_ERROR);
+    CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, &s.x, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK(carafepp_output_shape(&s.params, 2, &s.x, shape) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "function must be one of the forward ones");
+    CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, &s.x, shape) == CARAFEPP_OK);
+    CHECK(shape[0] == 1 && shape[1] == 2 && shape[2] == 8 && shape[3] == 8);
+    const carafepp_tensor* inputs[] = {&s.x, &s.m};
+    CHECK(carafepp_list_implementations(&s.params, 99, inputs, [](void*, const char*, const char*) {}, nullptr) ==
+          CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "function must be a number from 1 to 6; got 99.");
+    CHECK(carafepp_list_implementations(&s.params, CARAFEPP_REASSEMBLE, nullptr, nullptr, nullptr) ==
+          CARAFEPP_VALUE_ERROR);
+}
+
+TEST(struct_size_rules) {
+    Small s;
+    s.params.struct_size = 8;
+    s.refused(CARAFEPP_VALUE_ERROR, "params.struct_size must be at least 88; got 8.");
+
+    struct {
+        carafepp_params known;
+        int64_t newer;
+    } larger{params_of(2, 1, 3, 1), 0};
+    larger.known.struct_size = sizeof larger;
+    Small t;
+    CHECK(carafepp_reassemble(&larger.known, &t.x, &t.m, &t.y, nullptr) == CARAFEPP_OK);
+    larger.newer = 1;
+    CHECK(carafepp_reassemble(&larger.known, &t.x, &t.m, &t.y, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "params must be 0 beyond the 88 bytes that this version knows; byte 88 is not.");
+
+    Small u;
+    u.params.reserved[3] = 5;
+    u.refused(CARAFEPP_VALUE_ERROR, "params.reserved must be 0; got 5.");
+    Small v;
+    v.params.flags = 8;
+    v.refused(CARAFEPP_VALUE_ERROR, "params.flags must be a sum of CARAFEPP_CHANNELS_LAST and CARAFEPP_SIZE; got 8.");
+    Small w;
+    w.params.normalizer = 4;
+    w.refused(CARAFEPP_VALUE_ERROR, "normalizer must be a number from 0 to 3; got 4.");
+}
+
+TEST(tensors_that_no_array_library_would_make) {
+    Small s;
+    s.x.ndim = 7;
+    s.refused(CARAFEPP_VALUE_ERROR, "features must have 4 axes (N, C, H, W) or 3 (C, H, W); got 7.");
+    Small t;
+    t.x.shape[2] = -4;
+    t.refused(CARAFEPP_VALUE_ERROR, "features.shape must not be negative; got (1, 2, -4, 4).");
+    Small u;
+    u.x.device = 7;
+    u.refused(CARAFEPP_VALUE_ERROR, "features must be on the CPU or on a CUDA device; got DLPack device type 7.");
+    Small v;
+    v.m.device = CARAFEPP_CUDA;
+    v.refused(CARAFEPP_VALUE_ERROR, "masks must be on the device of features (cpu); got cuda:0.");
+    Small w;
+    w.x.dtype = 0x0f20;
+    w.refused(CARAFEPP_TYPE_ERROR,
+              "features must be float32, float64, float16 or bfloat16; got DLPack type code 15 of 32 bits.");
+    Small p;
+    p.x.device = p.m.device = p.y.device = CARAFEPP_CUDA_HOST;  // pinned: CPU
+    CHECK(p.run() == CARAFEPP_OK);
+    Small q;
+    q.x.device = q.m.device = q.y.device = CARAFEPP_CUDA_MANAGED;
+    q.refused(CARAFEPP_NOT_IMPLEMENTED,
+              "[reassemble] CUDA arrays cannot be computed on: carafepp was built without CUDA");
+}
+
+TEST(sizes_that_overflow) {
+    const int64_t huge = int64_t{1} << 40;
+    Small s;
+    for (carafepp_tensor* tensor : {&s.x, &s.m, &s.y}) {
+        for (int64_t& stride : tensor->strides) stride = 0;
+    }
+    s.x.shape[2] = s.x.shape[3] = huge;
+    s.refused(CARAFEPP_VALUE_ERROR, "features must have fewer than 2**61 bytes");
+    Small t;
+    t.x.strides[2] = INT64_MAX / 2;
+    t.refused(CARAFEPP_VALUE_ERROR, "features must have fewer than 2**61 bytes");
+    Small t2;
+    t2.x.strides[2] = INT64_MIN;
+    t2.refused(CARAFEPP_VALUE_ERROR, "features must have fewer than 2**61 bytes");
+    Small u;
+    for (int64_t& stride : u.x.strides) stride = 0;
+    u.x.shape[3] = int64_t{1} << 50;
+    u.params.up = INT32_MAX;
+    u.refused(CARAFEPP_VALUE_ERROR, "features is too large for up=2147483647");
+    Small v;
+    v.params = params_of(INT32_MAX, 1, 31, INT32_MAX);
+    carafepp_tensor no_pixels = tensor_of(nullptr, {1, INT32_MAX, 0, 0}), no_logits = tensor_of(nullptr, {1, 1, 0, 0});
+    CHECK(carafepp_reassemble_with_logits(&v.params, &no_pixels, &no_logits, &no_pixels, nullptr) ==
+          CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(
+        carafepp_last_error(),
+        "groups*kernel_size**2*up**2 must be below 2**63; got groups=2147483647, kernel_size=31, up=2147483647.");
+}
+
+TEST(implementations_are_listed_and_forced) {
+    Small s;
+    std::vector<std::string> names;
+    const carafepp_tensor* inputs[] = {&s.x, &s.m};
+    const auto visit = [](void* user, const char* name, const char* declines) {
+        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
+    };
+    CHECK(carafepp_list_implementations(&s.params, CARAFEPP_REASSEMBLE, inputs, visit, &names) == CARAFEPP_OK);
+    CHECK(!names.empty() && names.back() == "reassemble_any_ref");
+    s.params.implementation = "reassemble_any_ref";
+    CHECK(s.run() == CARAFEPP_OK);
+    s.params.implementation = "grad_masks_any_ref";  // stands in another list
+    CHECK(s.run() == CARAFEPP_OK);
+    Small t;
+    t.params.implementation = "nonsense";
+    t.refused(CARAFEPP_VALUE_ERROR,
+              "implementation must be a name that carafepp_list_implementations gives; got nonsense.");
+}
+
+// ---- threads ----
+
+struct Large {
+    const Problem p{2, 16, 40, 48, 2, 1, 5, 2, 80, 96};
+    std::vector<float> features, logits, grad_output;
+
+    Large() {
+        std::mt19937 random(1);
+        std::normal_distribution<float> normal;
+        for (auto [array, shape] :
+             {std::pair(&features, p.features()), {&logits, p.logits()}, {&grad_output, p.output()}}) {
+            array->resize(static_cast<size_t>(count(shape)));
+            for (float& value : *array) value = normal(random);
+        }
+    }
+
+    // Everything that the functions write, one after the other.
+    std::vector<float> results() const {
+        const carafepp_params params = p.params(CARAFEPP_SOFTMAX);
+        std::vector<float> output(grad_output.size()), grad_features(features.size()), grad_logits(logits.size());
+        const auto dense = [](const std::vector<float>& values, const Shape& shape) {
+            return tensor_of(const_cast<float*>(values.data()), shape);
+        };
+        const carafepp_tensor x = dense(features, p.features()), l = dense(logits, p.logits()),
+                              d = dense(grad_output, p.output());
+        const carafepp_tensor y = dense(output, p.output()), gx = dense(grad_features, p.features()),
+                              gl = dense(grad_logits, p.logits());
+        CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, &gl, nullptr) == CARAFEPP_OK);
+        output.insert(output.end(), grad_features.begin(), grad_features.end());
+        output.insert(output.end(), grad_logits.begin(), grad_logits.end());
+        return output;
+    }
+};
+
+TEST(the_same_bits_at_every_thread_count) {
+    const Large problem;
+    carafepp_set_num_threads(1);
+    const std::vector<float> expected = problem.results();
+    for (int threads : {2, 3, 7}) {
+        carafepp_set_num_threads(threads);
+        CHECK(carafepp_get_num_threads() == threads);
+        CHECK(std::memcmp(problem.results().data(), expected.data(), expected.size() * sizeof(float)) == 0);
+    }
+    carafepp_set_num_threads(0);
+}
+
+TEST(concurrent_callers) {
+    const Large problem;
+    carafepp_set_num_threads(2);
+    const std::vector<float> expected = problem.results();
+    std::vector<std::thread> callers;
+    std::vector<int> equal(4, 0);
+    for (size_t k = 0; k < equal.size(); k++) {
+        callers.emplace_back([&, k] {
+            for (int repeat = 0; repeat < 5; repeat++) equal[k] += problem.results() == expected;
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (int times : equal) CHECK(times == 5);
+    carafepp_set_num_threads(0);
+}
+
+TEST(a_forked_child_goes_on_calling) {
+    const Large problem;
+    carafepp_set_num_threads(3);
+    const std::vector<float> expected = problem.results();
+    for (int repeat = 0; repeat < 3; repeat++) {
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(60);
+            const bool right = problem.results() == expected;
+            _exit(right && carafepp_get_num_threads() == 3 ? 0 : 1);
+        }
+        int status = -1;
+        CHECK(waitpid(child, &status, 0) == child);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
+    CHECK(problem.results() == expected);
+    carafepp_set_num_threads(0);
+}
+
+TEST(versions) {
+    CHECK(carafepp_abi_version() == 1 && header_is_c99() == 1);
+    CHECK(std::string(carafepp_version()).size() >= 5);
+    CHECK_TEXT(carafepp_config(), carafepp_version());
+}
+
+}  // namespace
+
+int main() {
+    int passed = 0, failed = 0;
+    for (const Test& test : tests()) {
+        failures_here = 0;
+        test.run();
+        std::printf("%s %s\n", failures_here ? "FAILED" : "ok    ", test.name);
+        std::fflush(stdout);
+        (failures_here ? failed : passed)++;
+    }
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}

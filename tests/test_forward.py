@@ -1,0 +1,84 @@
+"""reassemble: every implementation against the definition, on every case and dtype."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import carafepp
+import reference as ref
+from cases import CASES, DTYPES, integer_arrays, numpy_dtype, random_arrays
+from functions import names, run
+from tolerances import assert_exact, assert_within_bound
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+implementations = pytest.mark.parametrize("implementation", names("reassemble"))
+
+
+@functools.cache
+def exact_output(case):
+    arrays = integer_arrays(case, DTYPES[0])
+    return ref.reassemble(arrays.features, arrays.masks, **case.factors)
+
+
+@implementations
+@all_dtypes
+@cases
+def test_small_integers_give_the_exact_result(case, dtypes, implementation):
+    output = run(implementation, "reassemble", case, integer_arrays(case, dtypes))
+    assert_exact(output, exact_output(case), dtypes.features)
+
+
+@implementations
+@all_dtypes
+@cases
+def test_random_numbers_stay_within_the_rounding_bound(case, dtypes, implementation):
+    arrays = random_arrays(case, dtypes)
+    output = run(implementation, "reassemble", case, arrays)
+    expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
+    magnitude = ref.reassemble_magnitude(arrays.features, arrays.masks, **case.factors)
+    assert_within_bound("output", dtypes.features, output, expected, magnitude)
+
+
+@all_dtypes
+@cases
+def test_output_is_a_new_c_ordered_array_of_the_features_dtype(case, dtypes):
+    arrays = integer_arrays(case, dtypes)
+    output = carafepp.reassemble(arrays.features, arrays.masks, **case.factors, **case.crop)
+    assert type(output) is np.ndarray
+    assert output.shape == case.output_shape
+    assert output.dtype == numpy_dtype(dtypes.features)
+    assert output.flags.c_contiguous
+    assert output.flags.writeable
+
+
+@cases
+def test_output_size_is_the_natural_one(case):
+    size = carafepp.output_size((case.h, case.w), up=case.up, down=case.down)
+    assert tuple(size) == case.natural_size == ref.output_size(case.h, case.w, case.up, case.down)
+
+
+def test_output_size_by_default_is_that_of_the_map():
+    assert tuple(carafepp.output_size((5, 7))) == (5, 7)
+
+
+def test_output_size_is_computed_in_64_bits():
+    assert tuple(carafepp.output_size((2**40, 3), up=3, down=2)) == (3 * 2**39, 5)
+
+
+@all_dtypes
+def test_sums_of_16_bit_features_are_kept_in_32_bits(dtypes):
+    """2048 + 1 - 2048: lost in float16 and bfloat16, were the partial sum rounded to them."""
+    features = np.zeros((1, 1, 1, 3), numpy_dtype(dtypes.features))
+    features[..., :] = [2048, 1, -2048]
+    masks = np.zeros((1, 9, 1, 3), numpy_dtype(dtypes.masks))
+    masks[0, 3:6, 0, 1] = 1
+    assert carafepp.reassemble(features, masks).ravel().tolist() == [0, 1, 0]
+
+
+def test_kernel_size_follows_from_the_masks_and_groups():
+    features = np.ones((1, 4, 3, 3), np.float32)
+    masks = np.ones((1, 36, 3, 3), np.float32)
+    centre_of_groups_4 = carafepp.reassemble(features, masks, groups=4)[0, 0, 1, 1]
+    assert centre_of_groups_4 == 9  # K = 3; with groups=1 it would be an even K = 6

@@ -1,0 +1,59 @@
+"""The list of implementations: ended by the reference, and none that no test can reach."""
+
+import re
+
+import pytest
+
+import carafepp
+from cases import CASES, DTYPES, integer_arrays
+from functions import FUNCTIONS, arguments, each_function, names
+
+
+def listed(function, case, dtypes):
+    arrays, params = arguments(function, case, integer_arrays(case, dtypes))
+    return carafepp.list_implementations(function, *arrays, **params)
+
+
+def legal(function):
+    """The pairs of dtypes that make a difference to this function."""
+    alone = function.startswith("normalize")
+    return [d for d in DTYPES if d.features == d.masks or not alone]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_function
+def test_the_list_is_the_same_for_every_problem_and_some_reference_accepts_it(
+    function, case, dtypes
+):
+    entries = listed(function, case, dtypes)
+    assert [name for name, _ in entries] == names(function)
+    assert entries[-1][0].endswith("_ref")
+    assert all(reason is None for name, reason in entries if name.endswith("_ref"))
+    assert all(reason is None or len(reason) > 3 for _, reason in entries)
+
+
+@pytest.mark.parametrize(
+    ("function", "implementation"), [(f, name) for f in FUNCTIONS for name in names(f)]
+)
+def test_every_implementation_accepts_some_problem_of_the_table(function, implementation):
+    """Otherwise no test ever runs it. Those for CUDA are run by the tests for CUDA."""
+    if re.search("_(cuda|sm[0-9]+)", implementation):
+        pytest.skip(f"{implementation} takes CUDA arrays")
+    for case in CASES.values():
+        for dtypes in legal(function):
+            if dict(listed(function, case, dtypes))[implementation] is None:
+                return
+    pytest.fail(f"{implementation} declines every case of the table")
+
+
+@each_function
+def test_names_follow_the_grammar(function):
+    """<function>_<layout>_<isa or device>."""
+    for name in names(function):
+        assert re.fullmatch(
+            "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
+            "|normalize_masks|normalize_masks_backward)"
+            "_(any|nchw|nhwc)_(ref|sse4|avx2|avx512|neon|cuda|sm[0-9]+)",
+            name,
+        ), name

@@ -1,0 +1,303 @@
+"""NaN, Inf, overflow and denormals: what they touch, and what they must not touch."""
+
+import numpy as np
+import pytest
+
+import carafepp
+import reference as ref
+from cases import CASES, DTYPES, double, integer_arrays, integers, numpy_dtype
+from functions import names, run
+from tolerances import EPS, SMALLEST
+
+ALL_DTYPES = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+SOME_DTYPES = pytest.mark.parametrize(
+    "dtypes", [d for d in DTYPES if str(d) in ("f32", "f16", "bf16_f32")], ids=str
+)
+SOME_CASES = pytest.mark.parametrize(
+    "case",
+    [
+        CASES[name]
+        for name in (
+            *("up2", "down2", "same_size", "border_only", "groups_2", "ratio_3_2"),
+            *("skips_features", "w17", "c33"),
+        )
+    ],
+    ids=lambda case: case.name,
+)
+SPECIAL = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+
+
+def with_special_values(array, value, rng, count=2):
+    """A copy with the value at a few random places."""
+    array = array.copy()
+    array.reshape(-1)[rng.integers(0, array.size, count)] = value
+    return array
+
+
+def changed(arrays, **values):
+    return type(arrays)(**{**vars(arrays), **values})
+
+
+def assert_same_values(actual, expected):
+    """NaN where NaN is expected, Inf where Inf is, and every finite element exact."""
+    np.testing.assert_array_equal(double(actual), double(expected.astype(np.asarray(actual).dtype)))
+
+
+# A special value reaches exactly the elements whose formula it enters
+
+
+@pytest.mark.parametrize("implementation", names("reassemble"))
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_a_special_feature_stays_inside_its_windows(case, dtypes, value, implementation, rng):
+    arrays = integer_arrays(case, dtypes)
+    arrays = changed(arrays, features=with_special_values(arrays.features, value, rng))
+    expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
+    assert_same_values(run(implementation, "reassemble", case, arrays), expected)
+
+
+@pytest.mark.parametrize("implementation", names("reassemble"))
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_a_special_mask_stays_at_its_output(case, dtypes, value, implementation, rng):
+    arrays = integer_arrays(case, dtypes)
+    arrays = changed(arrays, masks=with_special_values(arrays.masks, value, rng))
+    expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
+    assert_same_values(run(implementation, "reassemble", case, arrays), expected)
+
+
+@pytest.mark.parametrize("implementation", names("reassemble_backward"))
+@pytest.mark.parametrize("where", ["grad_output", "features", "masks"])
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_special_values_reach_the_gradients_by_the_formula(
+    case, dtypes, value, where, implementation, rng
+):
+    arrays = integer_arrays(case, dtypes)
+    arrays = changed(arrays, **{where: with_special_values(getattr(arrays, where), value, rng)})
+    gx = ref.grad_features(arrays.grad_output, arrays.masks, (case.h, case.w), **case.factors)
+    gm = ref.grad_masks(arrays.grad_output, arrays.features, case.kernel_size, **case.factors)
+    actual_gx, actual_gm = run(implementation, "reassemble_backward", case, arrays)
+    assert_same_values(actual_gx, gx)
+    assert_same_values(actual_gm, gm)
+
+
+# Taps outside the border contribute exactly 0
+
+
+def taps_outside(case):
+    """True for the mask elements whose tap lies outside the map. [N, G*K*K, H', W']."""
+    ones = np.ones(case.output_shape), np.ones(case.features_shape)
+    return ref.grad_masks(*ones, case.kernel_size, **case.factors) == 0
+
+
+@pytest.mark.parametrize("implementation", names("reassemble"))
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_special_masks_outside_the_border_do_nothing(case, dtypes, value, implementation):
+    arrays = integer_arrays(case, dtypes)
+    masks = arrays.masks.copy()
+    masks[taps_outside(case)] = value
+    output = run(implementation, "reassemble", case, changed(arrays, masks=masks))
+    assert_same_values(output, ref.reassemble(arrays.features, arrays.masks, **case.factors))
+
+
+@pytest.mark.parametrize("implementation", names("reassemble_backward"))
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_masks_outside_the_border_get_exactly_zero_even_of_special_gradients(
+    case, dtypes, value, implementation
+):
+    arrays, outside = integer_arrays(case, dtypes), taps_outside(case)
+    masks = arrays.masks.copy()
+    masks[outside] = value
+    grad_output = np.full(case.output_shape, value, numpy_dtype(dtypes.features))
+    arrays = changed(arrays, masks=masks, grad_output=grad_output)
+    _, gm = run(implementation, "reassemble_backward", case, arrays)
+    assert outside.any()
+    assert not gm[outside].any()
+
+
+@pytest.mark.parametrize("implementation", names("reassemble_backward"))
+@SPECIAL
+@SOME_DTYPES
+@SOME_CASES
+def test_features_get_nothing_from_special_masks_outside_the_border(
+    case, dtypes, value, implementation
+):
+    arrays = integer_arrays(case, dtypes)
+    masks = arrays.masks.copy()
+    masks[taps_outside(case)] = value
+    gx, _ = run(implementation, "reassemble_backward", case, changed(arrays, masks=masks))
+    size = (case.h, case.w)
+    assert_same_values(
+        gx, ref.grad_features(arrays.grad_output, arrays.masks, size, **case.factors)
+    )
+
+
+# Overflow, denormals
+
+
+def single(value, dtype):
+    return np.full((1, 1, 1, 1), value, numpy_dtype(dtype))
+
+
+@ALL_DTYPES
+def test_overflow_becomes_inf(dtypes):
+    largest = {"float16": 65504, "bfloat16": 3e38, "float32": 3e38, "float64": 1.7e308}
+    features = single(largest[dtypes.features], dtypes.features)
+    output = carafepp.reassemble(features, single(-2, dtypes.masks))
+    assert double(output).item() == -np.inf
+
+
+def test_float16_sums_beyond_its_range_on_the_way_are_finite_in_the_end():
+    features = np.full((1, 1, 1, 3), 60000, np.float16)
+    masks = np.zeros((1, 9, 1, 3), np.float16)
+    masks[0, 3:6, 0, 1] = [2, 2, -3.5]
+    assert carafepp.reassemble(features, masks)[0, 0, 0, 1] == np.float16(30000)
+
+
+def test_float16_results_round_to_nearest_even():
+    features = np.array([2049, 2051, 65519, 65520], np.float32).reshape(4, 1, 1, 1)
+    scaled = (features / 2**15).astype(np.float32)  # as the masks: float32 beside float16 features
+    output = carafepp.reassemble(np.full((4, 1, 1, 1), 2.0**15, np.float16), scaled)
+    assert output.ravel().tolist() == [2048, 2052, 65504, np.inf]
+
+
+@ALL_DTYPES
+def test_denormal_features_pass_unchanged(dtypes):
+    smallest = single(SMALLEST[dtypes.features], dtypes.features)
+    output = carafepp.reassemble(3 * smallest, single(1, dtypes.masks))
+    assert double(output).item() == 3 * SMALLEST[dtypes.features]
+
+
+@ALL_DTYPES
+def test_denormal_masks_pass_unchanged(dtypes):
+    smallest = single(SMALLEST[dtypes.masks], dtypes.masks)
+    _, gm = carafepp.reassemble_backward(
+        single(1, dtypes.features), single(1, dtypes.features), smallest
+    )
+    gx, _ = carafepp.reassemble_backward(
+        single(1, dtypes.features), single(1, dtypes.features), smallest
+    )
+    assert double(gm).item() == 1
+    expected = double(smallest.astype(numpy_dtype(dtypes.features)))  # float32 beside float16: 0
+    assert double(gx).item() == expected.item()
+
+
+@ALL_DTYPES
+def test_results_below_the_normal_range_are_denormal(dtypes):
+    normal = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+    value = normal.get(dtypes.features, 2.0**-1022)
+    output = carafepp.reassemble(single(value, dtypes.features), single(0.5, dtypes.masks))
+    assert double(output).item() == value / 2
+
+
+# Extreme logits
+
+
+EXTREME_LOGITS = {
+    "all_minus_inf": [-np.inf] * 9,
+    "one_minus_inf": [-np.inf] + [0.5] * 8,
+    "one_finite": [-np.inf] * 4 + [0.5] + [-np.inf] * 4,
+    "one_plus_inf": [np.inf] + [0.5] * 8,
+    "all_plus_inf": [np.inf] * 9,
+    "plus_and_minus_inf": [np.inf, -np.inf] + [0.5] * 7,
+    "nan": [np.nan] + [0.5] * 8,
+    "huge": [1e30, -1e30] + [0.0] * 7,
+    "all_huge": [1e30] * 9,
+    "all_hugely_negative": [-1e30] * 9,
+    "one_large": [200.0] + [0.0] * 8,
+    "all_large_and_negative": [-200.0] * 9,
+}
+extreme_logits = pytest.mark.parametrize(
+    "logits", [np.array(v).reshape(1, 9, 1, 1) for v in EXTREME_LOGITS.values()], ids=EXTREME_LOGITS
+)
+normalizers = pytest.mark.parametrize("normalizer", ref.NORMALIZERS)
+mask_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+
+
+def rounded(values, dtype):
+    with np.errstate(over="ignore"):  # 1e30 is Inf in float16
+        return values.astype(numpy_dtype(dtype))
+
+
+@pytest.mark.parametrize("implementation", names("normalize_masks"))
+@extreme_logits
+@normalizers
+@mask_dtypes
+def test_extreme_logits_are_normalized_as_by_torch(dtype, normalizer, logits, implementation):
+    """All -inf: NaN; one +inf: NaN; +-1e30: 1 and 0. (The definition is tested against torch.)"""
+    logits = rounded(logits, dtype)
+    del implementation
+    masks = carafepp.normalize_masks(logits, kernel_size=3, normalizer=normalizer)
+    expected = ref.normalize(logits, normalizer=normalizer)
+    np.testing.assert_allclose(double(masks), expected, rtol=16 * EPS[dtype], atol=SMALLEST[dtype])
+
+
+@extreme_logits
+@normalizers
+@mask_dtypes
+def test_extreme_logits_in_the_backward_follow_the_formula(dtype, normalizer, logits, rng):
+    logits = rounded(logits, dtype)
+    gm = integers(rng, logits.shape, 4, dtype)
+    gl = carafepp.normalize_masks_backward(gm, logits, kernel_size=3, normalizer=normalizer)
+    expected = ref.normalize_backward(gm, logits, normalizer=normalizer)
+    tolerance = 64 * EPS[dtype]
+    np.testing.assert_allclose(double(gl), expected, rtol=tolerance, atol=tolerance)
+
+
+@extreme_logits
+@normalizers
+@mask_dtypes
+def test_extreme_logits_in_the_fused_forward_follow_the_formula(dtype, normalizer, logits):
+    """A single pixel: of the nine taps only the centre is inside the map."""
+    logits = rounded(logits, dtype)
+    output = carafepp.reassemble_with_logits(
+        single(2, dtype), logits, kernel_size=3, normalizer=normalizer
+    )
+    expected = 2 * ref.normalize(logits, normalizer=normalizer)[:, 4:5]
+    expected = double(rounded(expected, dtype))
+    np.testing.assert_allclose(double(output), expected, rtol=16 * EPS[dtype], atol=SMALLEST[dtype])
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid_normalized"])
+def test_pixels_with_nan_masks_do_not_touch_their_neighbours(normalizer, rng):
+    case = CASES["ratio_3_2"]
+    arrays = integer_arrays(case, DTYPES[0])
+    options = {**case.factors, "kernel_size": case.kernel_size, "normalizer": normalizer}
+    plain = carafepp.reassemble_with_logits(arrays.features, arrays.logits, **options)
+    masked = ref.pixel_shuffle(double(arrays.logits), case.up)
+    masked[:, :, 3, 4] = -np.inf
+    logits = ref.pixel_unshuffle(masked, case.up).astype(np.float32)
+    output = carafepp.reassemble_with_logits(arrays.features, logits, **options)
+    assert np.isnan(output[:, :, 3, 4]).all()
+    plain[:, :, 3, 4] = np.nan
+    np.testing.assert_array_equal(output, plain)
+
+
+# Garbage in the result's memory
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_element_of_a_result_is_written(case, dtypes):
+    arrays = integer_arrays(case, dtypes)
+    out = np.full(case.output_shape, np.nan, numpy_dtype(dtypes.features))
+    gradients = tuple(
+        np.full(shape, np.nan, numpy_dtype(dtype))
+        for shape, dtype in (
+            (case.features_shape, dtypes.features),
+            (case.masks_shape, dtypes.masks),
+        )
+    )
+    inputs = arrays.features, arrays.masks
+    carafepp.reassemble(*inputs, **case.factors, **case.crop, out=out)
+    carafepp.reassemble_backward(arrays.grad_output, *inputs, **case.factors, out=gradients)
+    for result in (out, *gradients):
+        assert not np.isnan(double(result)).any()

@@ -1,0 +1,60 @@
+"""The price of a call on tiny arrays, where the arithmetic costs nothing."""
+
+import time
+
+import numpy as np
+import pytest
+
+import carafepp
+
+LIMIT = 10e-6  # seconds for one call of reassemble on NumPy arrays
+BATCHES = 10
+CALLS = 400
+
+
+def seconds_per_call(function) -> float:
+    """The best of several batches, so that a busy machine has to be busy all the time to matter."""
+    batches = []
+    for _ in range(BATCHES):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            function()
+        batches.append((time.perf_counter() - begin) / CALLS)
+    return min(batches)
+
+
+def assert_below_limit(function):
+    """Up to five attempts: what counts is what a call can do, not what the machine is busy with."""
+    measured = []
+    for _ in range(5):
+        measured.append(seconds_per_call(function))
+        if measured[-1] < LIMIT:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"one call takes {min(measured) * 1e6:.1f} us; the limit is {LIMIT * 1e6:.0f} us")
+
+
+@pytest.fixture
+def arrays():
+    return np.ones((1, 16, 8, 8), np.float32), np.ones((1, 1, 8, 8), np.float32)
+
+
+def test_reassemble_of_tiny_numpy_arrays_takes_less_than_10_us(arrays):
+    features, masks = arrays
+    assert_below_limit(lambda: carafepp.reassemble(features, masks))
+
+
+def test_reassemble_into_out_takes_less_than_10_us(arrays):
+    features, masks = arrays
+    out = np.empty_like(features)
+    assert_below_limit(lambda: carafepp.reassemble(features, masks, out=out))
+
+
+def test_the_number_of_threads_adds_nothing_to_a_tiny_call(arrays):
+    """No thread is woken for it."""
+    features, masks = arrays
+    carafepp.set_num_threads(64)
+    try:
+        assert_below_limit(lambda: carafepp.reassemble(features, masks))
+    finally:
+        carafepp.set_num_threads(0)
