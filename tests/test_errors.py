@@ -584,6 +584,6 @@ def test_vmapped_tensor(torch):
 
 
 def test_a_negative_number_of_threads():
-    sentence = "[set_num_threads] threads must be at least 0; got -1."
+    sentence = "[set_num_threads] threads must be from 0 to 1024; got -1."
     with refused(ValueError, sentence):
         carafepp.set_num_threads(-1)

@@ -7,7 +7,7 @@ import pytest
 
 import carafepp
 import reference as ref
-from cases import CASES, DTYPES, integer_arrays, numpy_dtype, random_arrays
+from cases import CASES, DTYPES, integer_arrays, integers, numpy_dtype, random_arrays
 from functions import names, run
 from tolerances import assert_exact, assert_within_bound
 
@@ -38,7 +38,7 @@ def test_random_numbers_stay_within_the_rounding_bound(case, dtypes, implementat
     output = run(implementation, "reassemble", case, arrays)
     expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
     magnitude = ref.reassemble_magnitude(arrays.features, arrays.masks, **case.factors)
-    assert_within_bound("output", dtypes.features, output, expected, magnitude)
+    assert_within_bound("output", dtypes.features, case.kernel_size, output, expected, magnitude)
 
 
 @all_dtypes
@@ -65,6 +65,27 @@ def test_output_size_by_default_is_that_of_the_map():
 
 def test_output_size_is_computed_in_64_bits():
     assert tuple(carafepp.output_size((2**40, 3), up=3, down=2)) == (3 * 2**39, 5)
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        (2**31 - 1, 1),
+        (1, 2**31 - 1),
+        (2**31 - 1, 2**31 - 2),
+        (2**31 - 2, 2**31 - 1),
+        (2**30, 2**30),
+        (2**30, 3),
+        (3, 2**30),
+    ],
+)
+def test_factors_may_be_as_large_as_32_bits_allow(up, down, rng):
+    """The size of the result is what matters: here a crop of at most 4x5."""
+    features = integers(rng, (2, 3, 5, 6), 4)
+    size = tuple(min(a, b) for a, b in zip((4, 5), ref.output_size(5, 6, up, down), strict=True))
+    masks = integers(rng, (2, 25, *size), 2)
+    output = carafepp.reassemble(features, masks, up=up, down=down, size=size)
+    np.testing.assert_array_equal(output, ref.reassemble(features, masks, up=up, down=down))
 
 
 @all_dtypes

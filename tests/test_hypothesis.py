@@ -4,6 +4,7 @@ HYPOTHESIS_PROFILE=long runs many more examples, with new ones each time.
 """
 
 import numpy as np
+import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
@@ -146,7 +147,9 @@ def test_reassemble_with_logits_stays_within_its_bound(run, normalizer):
     )
     expected = ref.reassemble(features, masks, **case.factors)
     magnitude = ref.reassemble_magnitude(features, masks, **case.factors)
-    assert_within_bound("output_from_logits", dtypes.features, out, expected, magnitude)
+    assert_within_bound(
+        "output_from_logits", dtypes.features, case.kernel_size, out, expected, magnitude
+    )
 
 
 @given(
@@ -174,6 +177,7 @@ def test_gradients_through_logits_stay_within_their_bounds(run, normalizer):
     assert_within_bound(
         "grad_features_from_logits",
         dtypes.features,
+        case.kernel_size,
         gx,
         ref.grad_features(d, masks, size, **case.factors),
         ref.grad_features_magnitude(d, masks, size, **case.factors),
@@ -183,6 +187,7 @@ def test_gradients_through_logits_stay_within_their_bounds(run, normalizer):
     assert_within_bound(
         "grad_logits",
         dtypes.features,
+        case.kernel_size,
         gl,
         ref.normalize_backward(gm, logits, **params),
         ref.normalize_backward_magnitude(gm_magnitude, logits, **params),
@@ -203,10 +208,13 @@ def test_normalize_masks_and_its_backward_stay_within_their_bounds(run, normaliz
     carafepp.normalize_masks(logits, **options, **crop(case), out=masks)
     carafepp.normalize_masks_backward(gm, logits, **options, out=gl)
     expected = ref.normalize(logits, size=case.output_size, **params)
-    assert_within_bound("normalized_masks", dtypes.masks, masks, expected, np.abs(expected))
+    assert_within_bound(
+        "normalized_masks", dtypes.masks, case.kernel_size, masks, expected, np.abs(expected)
+    )
     assert_within_bound(
         "normalized_masks_backward",
         dtypes.masks,
+        case.kernel_size,
         gl,
         ref.normalize_backward(gm, logits, **params),
         ref.normalize_backward_magnitude(gm, logits, **params),
@@ -236,7 +244,47 @@ def test_random_reassemble_stays_within_its_bound(run):
     output = carafepp.reassemble(features, masks, **case.factors, **crop(case))
     expected = ref.reassemble(features, masks, **case.factors)
     magnitude = ref.reassemble_magnitude(features, masks, **case.factors)
-    assert_within_bound("output", dtypes.features, output, expected, magnitude)
+    assert_within_bound("output", dtypes.features, case.kernel_size, output, expected, magnitude)
+
+
+@st.composite
+def slices_of_one_buffer(draw):
+    """A buffer and two views of it, of one shape, with any strides that stay inside."""
+    shape = draw(st.tuples(*4 * [st.integers(1, 3)]))
+    buffer = np.arange(draw(st.integers(40, 200)), dtype=np.float32)
+
+    def view():
+        strides = draw(st.tuples(*4 * [st.integers(-25, 25)]))
+        reach = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+        first, last = -sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
+        assume(first + last < buffer.size)
+        offset = draw(st.integers(first, buffer.size - 1 - last))
+        return np.lib.stride_tricks.as_strided(buffer[offset:], shape, [4 * s for s in strides])
+
+    return buffer, view(), view()
+
+
+def addresses(view):
+    start = view.__array_interface__["data"][0]
+    steps = np.meshgrid(*(np.arange(n) for n in view.shape), indexing="ij")
+    return (start + sum(i * s for i, s in zip(steps, view.strides, strict=True))).ravel().tolist()
+
+
+@given(slices_of_one_buffer())
+def test_out_is_refused_if_and_only_if_elements_share_memory(run):
+    buffer, features, out = run
+    masks = np.ones((features.shape[0], 1, *features.shape[2:]), np.float32)
+    before, expected = buffer.copy(), features.copy()
+    places = addresses(out)
+    shared = len(set(places)) < len(places) or not set(places).isdisjoint(addresses(features))
+    event("shared" if shared else "not shared")
+    if shared:
+        with pytest.raises(ValueError, match="out"):
+            carafepp.reassemble(features, masks, out=out)
+        np.testing.assert_array_equal(buffer, before)
+    else:
+        carafepp.reassemble(features, masks, out=out)
+        np.testing.assert_array_equal(out, expected)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 2**20), st.integers(1, 2**9), st.integers(1, 2**9))

@@ -169,6 +169,42 @@ def test_float16_results_round_to_nearest_even():
     assert output.ravel().tolist() == [2048, 2052, 65504, np.inf]
 
 
+HALVES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+def all_halves(dtype):
+    """Every bit pattern: numbers of both signs, denormals, Inf and NaN."""
+    return np.arange(2**16, dtype=np.uint16).view(numpy_dtype(dtype)).reshape(1, 1, 256, 256)
+
+
+@HALVES
+def test_every_16_bit_number_passes_unchanged(dtype):
+    features = all_halves(dtype)
+    output = carafepp.reassemble(features, np.ones((1, 1, 256, 256), np.float32))
+    numbers = ~np.isnan(features)
+    np.testing.assert_array_equal(numbers, ~np.isnan(output))
+    np.testing.assert_array_equal(
+        output[numbers].view(np.uint16), features[numbers].view(np.uint16)
+    )
+
+
+@HALVES
+@pytest.mark.parametrize("side", ["below", "halfway", "above"])
+def test_results_round_to_the_nearest_16_bit_number(side, dtype):
+    """Ties to even. At, and one float32 beside, the middle of each two neighbours, up to Inf."""
+    positive = np.arange(2**15, dtype=np.uint16).view(numpy_dtype(dtype))
+    finite = positive[np.isfinite(positive)].astype(np.float64)
+    finite = np.append(finite, 2 * finite[-1] - finite[-2])  # where Inf stands: the next number
+    middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
+    to = {"below": -np.inf, "halfway": middle, "above": np.inf}[side]
+    values = np.nextafter(middle, np.float32(to) if side != "halfway" else middle)
+    values = np.concatenate([values, -values]).reshape(1, 1, 1, -1)
+    with np.errstate(over="ignore"):
+        expected = values.astype(numpy_dtype(dtype))
+    output = carafepp.reassemble(np.ones(values.shape, numpy_dtype(dtype)), values)
+    np.testing.assert_array_equal(output.view(np.uint16), expected.view(np.uint16))
+
+
 @ALL_DTYPES
 def test_denormal_features_pass_unchanged(dtypes):
     smallest = single(SMALLEST[dtypes.features], dtypes.features)

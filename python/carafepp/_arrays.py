@@ -51,6 +51,12 @@ class PyTorch:
                 "yet. Call under torch.no_grad(), or pass a detached tensor and use the "
                 "*_backward functions."
             )
+        forward_ad = torch.autograd.forward_ad
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
+            raise NotImplementedError(
+                f"[{function}] {name} must not have a tangent: the operators are not "
+                "differentiable yet."
+            )
         if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise TypeError(
                 f"[{function}] {name} must be a tensor with data of its own; "

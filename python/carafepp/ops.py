@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import index
 from typing import Any, Protocol, TypeVar
 
 from . import _core
@@ -117,14 +118,11 @@ def reassemble(
     function = "reassemble"
     params = _params(function, _core.REASSEMBLE, up, down, groups, layout, size=size)
     library = library_of(function, {"features": features, "masks": masks}, {"out": out})
+    features_view = library.view(function, "features", features)
+    masks_view = library.view(function, "masks", masks)
     if out is None:
         out = library.empty(function, features, _core.output_shape(params, features.shape))
-    _core.reassemble(
-        params,
-        library.view(function, "features", features),
-        library.view(function, "masks", masks),
-        library.view(function, "output", out),
-    )
+    _core.reassemble(params, features_view, masks_view, library.view(function, "output", out))
     return out
 
 
@@ -276,13 +274,12 @@ def reassemble_with_logits(
     number = _core.REASSEMBLE_WITH_LOGITS
     params = _params(function, number, up, down, groups, layout, kernel_size, normalizer, size)
     library = library_of(function, {"features": features, "logits": logits}, {"out": out})
+    features_view = library.view(function, "features", features)
+    logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, features, _core.output_shape(params, features.shape))
     _core.reassemble_with_logits(
-        params,
-        library.view(function, "features", features),
-        library.view(function, "logits", logits),
-        library.view(function, "output", out),
+        params, features_view, logits_view, library.view(function, "output", out)
     )
     return out
 
@@ -425,13 +422,10 @@ def normalize_masks(
     number = _core.NORMALIZE_MASKS
     params = _params(function, number, up, 1, groups, layout, kernel_size, normalizer, size)
     library = library_of(function, {"logits": logits}, {"out": out})
+    logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, logits, _core.output_shape(params, logits.shape))
-    _core.normalize_masks(
-        params,
-        library.view(function, "logits", logits),
-        library.view(function, "masks", out),
-    )
+    _core.normalize_masks(params, logits_view, library.view(function, "masks", out))
     return out
 
 
@@ -490,15 +484,13 @@ def normalize_masks_backward(
     function = "normalize_masks_backward"
     number = _core.NORMALIZE_MASKS_BACKWARD
     params = _params(function, number, up, 1, groups, layout, kernel_size, normalizer)
-    inputs = {"grad_masks": grad_masks, "logits": logits}
-    library = library_of(function, inputs, {"out": out})
+    library = library_of(function, {"grad_masks": grad_masks, "logits": logits}, {"out": out})
+    grad_masks_view = library.view(function, "grad_masks", grad_masks)
+    logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, logits, logits.shape)
     _core.normalize_masks_backward(
-        params,
-        library.view(function, "grad_masks", grad_masks),
-        library.view(function, "logits", logits),
-        library.view(function, "grad_logits", out),
+        params, grad_masks_view, logits_view, library.view(function, "grad_logits", out)
     )
     return out
 
@@ -542,14 +534,21 @@ def set_num_threads(threads: int) -> None:
     The default is CARAFEPP_NUM_THREADS or else the number of cores that the process may use.
     Results do not depend on it.
 
+    Parameters
+    ----------
+    threads : int, 0 to 1024
+
     Raises
     ------
+    TypeError
+        Not an integer.
     ValueError
-        A negative number.
+        Another number.
     """
-    if threads < 0:
-        raise ValueError(f"[set_num_threads] threads must be at least 0; got {threads}.")
-    _core.set_num_threads(threads)
+    count = index(threads)
+    if not 0 <= count <= 1024:
+        raise ValueError(f"[set_num_threads] threads must be from 0 to 1024; got {count}.")
+    _core.set_num_threads(count)
 
 
 def get_num_threads() -> int:

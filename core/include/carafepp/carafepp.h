@@ -240,7 +240,7 @@ CARAFEPP_API int carafepp_abi_version(void);     /* 1 */
 CARAFEPP_API const char* carafepp_config(void);  /* lines "key: value": version, compiler, instruction sets, CUDA */
 
 /* Threads that one call may use on the CPU. At first CARAFEPP_NUM_THREADS, or else the cores that the process may use;
- * a number below 1 goes back to that. No thread is started before a call has work for it. */
+ * a number below 1 goes back to that, and 1024 is the most. No thread is started before a call has work for it. */
 CARAFEPP_API void carafepp_set_num_threads(int threads);
 CARAFEPP_API int carafepp_get_num_threads(void);
 

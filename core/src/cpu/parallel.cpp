@@ -2,6 +2,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -27,8 +28,12 @@ int default_num_threads() {
         const long threads = std::strtol(text, &end, 10);
         if (end != text && *end == '\0' && threads >= 1) return static_cast<int>(std::min<long>(threads, kMaxThreads));
     }
-    // On Linux this counts the cores that the process may use, not all of the machine's.
-    return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+    int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t may_use;  // of all cores, those that this process may use
+    if (sched_getaffinity(0, sizeof may_use, &may_use) == 0) cores = CPU_COUNT(&may_use);
+#endif
+    return std::clamp(cores, 1, kMaxThreads);
 }
 
 // One job at a time: the caller and the workers that it wakes draw items from a common counter. A worker that wakes too

@@ -161,7 +161,7 @@ public:
           columns_(problem, phases) {}
 
     void reassemble() const {
-        const int64_t cells = tile_of_masks();
+        const int64_t cells = tile_of_masks(taps_);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
         const double cost = multiply_adds() + cost_of_normalizing();
@@ -187,14 +187,18 @@ public:
     }
 
     void grad_features() const {
-        // Tiles are of sources here: sums are [channel of a block][remainder][cell].
-        const int64_t lanes = std::min(columns_.down, columns_.width),
-                      source_cells = ceil_div(columns_.width, columns_.down);
-        const int64_t cells = std::clamp<int64_t>(1024 / lanes, 1, source_cells), sums_size = lanes * cells;
-        const int64_t block = std::clamp<int64_t>(kTileElements / sums_size, 1, channels_),
-                      blocks = ceil_div(channels_, block);
+        // Tiles are of sources here: sums are [channel of a block][remainder][cell]. At least 32 channels share staged
+        // masks.
+        const int64_t lanes = std::min(columns_.down, columns_.width);
+        const int64_t source_cells = ceil_div(columns_.width, columns_.down);
+        const int64_t staged_taps = p_.from_logits ? taps_ : p_.kernel_size;
+        const int64_t cells = std::clamp<int64_t>(std::min(kTileElements / 32 / lanes, tile_of_masks(staged_taps)), 1,
+                                                  source_cells);
+        const int64_t sums_size = lanes * cells;
+        const int64_t block = std::clamp<int64_t>(kTileElements / sums_size, 1, channels_);
+        const int64_t blocks = ceil_div(channels_, block);
         const int64_t row_size = columns_.phases * std::min(cells + columns_.shifts.size(), columns_.cells);
-        const int64_t masks_size = (p_.from_logits ? taps_ : p_.kernel_size) * row_size;
+        const int64_t masks_size = staged_taps * row_size;
         const double cost = multiply_adds() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
         for_each_tile(p_.features.h, source_cells, cells, cost, masks_size + 3 * row_size + block * sums_size,
                       [&](const Tile& tile, A* scratch) {
@@ -238,7 +242,7 @@ public:
     void grad_masks() const {
         const int64_t rows = p_.from_logits ? p_.logits.h * p_.factor.up : p_.out_h;
         const int64_t row_cells = p_.from_logits ? p_.logits.w : columns_.cells;
-        const int64_t cells = std::min(tile_of_masks(), row_cells);
+        const int64_t cells = std::min(tile_of_masks(taps_), row_cells);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
         const double cost = multiply_adds() + 2 * cost_of_normalizing();
@@ -267,7 +271,7 @@ public:
     }
 
     void normalize_masks() const {
-        const int64_t cells = tile_of_masks(), row_size = columns_.phases * cells, masks_size = taps_ * row_size;
+        const int64_t cells = tile_of_masks(taps_), row_size = columns_.phases * cells, masks_size = taps_ * row_size;
         for_each_tile(p_.out_h, columns_.cells, cells, cost_of_normalizing(), masks_size + 2 * row_size,
                       [&](const Tile& tile, A* scratch) {
             const Staged<A> masks = stage_masks(tile, tile.row, tile.cells, 0, taps_, scratch, scratch + masks_size);
@@ -300,8 +304,9 @@ private:
         });
     }
 
-    int64_t tile_of_masks() const {
-        const int64_t cell_size = std::max<int64_t>(taps_ * columns_.phases, 1);
+    // How many cells make a tile of masks, with as many taps staged.
+    int64_t tile_of_masks(int64_t staged_taps) const {
+        const int64_t cell_size = std::max<int64_t>(staged_taps * columns_.phases, 1);
         return std::clamp<int64_t>(kTileElements / cell_size, 1, std::max<int64_t>(columns_.cells, 1));
     }
 

@@ -1,0 +1,33 @@
+"""What the README shows runs as it stands."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = {
+    re.search(r"import (\w+)", block)[1]: block
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+}
+
+
+def test_every_library_is_shown():
+    assert set(BLOCKS) == {"numpy", "torch", "cupy"}
+
+
+def test_numpy():
+    names = {}
+    exec(BLOCKS["numpy"], names)
+    assert names["output"].shape == (2, 64, 100, 152)
+    assert names["masks"].shape == (2, 25, 100, 152)
+    assert names["smaller"].shape == (2, 64, 75, 114)
+    fused = names["carafepp"].reassemble_with_logits(names["features"], names["logits"], up=2)
+    np.testing.assert_allclose(names["output"], fused, rtol=1e-5, atol=1e-6)
+
+
+def test_torch(torch):
+    names = {}
+    exec(BLOCKS["torch"], names)
+    assert names["output"].shape == (2, 64, 28, 28)
+    assert names["output"].is_contiguous(memory_format=torch.channels_last)
