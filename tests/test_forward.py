@@ -68,24 +68,28 @@ def test_output_size_is_computed_in_64_bits():
 
 
 @pytest.mark.parametrize(
-    ("up", "down"),
+    ("up", "down", "kernel_size"),
     [
-        (2**31 - 1, 1),
-        (1, 2**31 - 1),
-        (2**31 - 1, 2**31 - 2),
-        (2**31 - 2, 2**31 - 1),
-        (2**30, 2**30),
-        (2**30, 3),
-        (3, 2**30),
+        (2**31 - 1, 1, 1),
+        (2**31 - 1, 2**31 - 2, 1),
+        (2**31 - 2, 2**31 - 1, 1),
+        (2**29, 3, 5),
+        (2**29, 2**29, 5),
+        (3, 2**31 - 1, 5),
+        (1, 2**31 - 1, 31),
     ],
 )
-def test_factors_may_be_as_large_as_32_bits_allow(up, down, rng):
-    """The size of the result is what matters: here a crop of at most 4x5."""
+def test_factors_may_be_huge(up, down, kernel_size, rng):
+    """What a call costs is the size of its result: here a crop of at most 4x5."""
     features = integers(rng, (2, 3, 5, 6), 4)
     size = tuple(min(a, b) for a, b in zip((4, 5), ref.output_size(5, 6, up, down), strict=True))
-    masks = integers(rng, (2, 25, *size), 2)
-    output = carafepp.reassemble(features, masks, up=up, down=down, size=size)
-    np.testing.assert_array_equal(output, ref.reassemble(features, masks, up=up, down=down))
+    masks = integers(rng, (2, kernel_size**2, *size), 2)
+    factors = {"up": up, "down": down}
+    output = carafepp.reassemble(features, masks, **factors, size=size)
+    np.testing.assert_array_equal(output, ref.reassemble(features, masks, **factors))
+    gx, gm = carafepp.reassemble_backward(output, features, masks, **factors)
+    np.testing.assert_array_equal(gx, ref.grad_features(output, masks, (5, 6), **factors))
+    np.testing.assert_array_equal(gm, ref.grad_masks(output, features, kernel_size, **factors))
 
 
 @all_dtypes

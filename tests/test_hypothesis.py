@@ -18,23 +18,26 @@ MAX_TERMS = 60_000  # multiplications of the forward pass: keeps an example in m
 
 @st.composite
 def problems(draw):
-    """A legal problem of any kind, with empty axes now and then."""
-    extent = st.one_of(st.integers(1, 9), st.integers(0, 20))
+    """A legal problem of any kind, one axis of it empty now and then."""
     groups = draw(st.integers(1, 4))
+    empty = draw(st.sampled_from(12 * [""] + ["n", "c", "h", "w"]))
     case = Case(
         name="hypothesis",
         reason="",
-        n=draw(st.integers(0, 3)),
-        c=groups * draw(st.integers(0, 9)),
-        h=draw(extent),
-        w=draw(extent),
+        n=draw(st.integers(1, 3)) if empty != "n" else 0,
+        c=groups * draw(st.integers(1, 9)) if empty != "c" else 0,
+        h=draw(st.integers(1, 20)) if empty != "h" else 0,
+        w=draw(st.integers(1, 20)) if empty != "w" else 0,
         up=draw(st.integers(1, 5)),
         down=draw(st.integers(1, 5)),
         kernel_size=draw(st.sampled_from([1, 3, 5, 7, 9, 31])),
         groups=groups,
     )
     if draw(st.booleans()):
-        size = tuple(draw(st.integers(0, extent)) for extent in case.natural_size)
+        smallest = 0 if empty else 1
+        size = tuple(
+            draw(st.integers(min(smallest, extent), extent)) for extent in case.natural_size
+        )
         case = Case(**{**vars(case), "size": size})
     assume(case.terms <= MAX_TERMS and np.prod(case.logits_shape) <= MAX_TERMS)
     event("empty" if case.terms == 0 else "not empty")

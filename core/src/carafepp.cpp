@@ -170,9 +170,9 @@ struct Config {
         const char* features[] = {" unknown", "", "", "", ""};
 #endif
         std::snprintf(text, sizeof text,
-                      "version: %s\ncompiler: %s\nbuilt for: %s\nthis processor has:%s%s%s%s%s\ncuda: %s",
+                      "version: %s\ncompiler: %s\nbuilt for: %s\nthis processor has:%s%s%s%s%s\ndevices: cpu%s",
                       CARAFEPP_VERSION, compiler, target, features[0], features[1], features[2], features[3],
-                      features[4], cuda::unavailable() ? "not built" : "built");
+                      features[4], cuda::unavailable() ? " (built without CUDA)" : ", cuda");
     }
 };
 

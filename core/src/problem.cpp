@@ -2,6 +2,7 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <locale>
@@ -86,13 +87,14 @@ bool known(carafepp_function function) {
 
 // ---- checks of params ----
 
-constexpr size_t kVersion1Size = sizeof(carafepp_params);
+constexpr size_t kVersion1Size = offsetof(carafepp_params, reserved) + sizeof(carafepp_params::reserved);
+constexpr size_t kLargestSize = 4096;  // beyond, struct_size was never set, and reading so far could fault
 
 carafepp_params read_params(carafepp_function function, const carafepp_params* given) {
     if (given == nullptr) fail(CARAFEPP_VALUE_ERROR, function, "params must not be NULL.");
-    if (given->struct_size < kVersion1Size) {
-        fail(CARAFEPP_VALUE_ERROR, function, "params.struct_size must be at least ", kVersion1Size, "; got ",
-             given->struct_size, ". Set it to sizeof(carafepp_params).");
+    if (given->struct_size < kVersion1Size || given->struct_size > kLargestSize) {
+        fail(CARAFEPP_VALUE_ERROR, function, "params.struct_size must be from ", kVersion1Size, " to ", kLargestSize,
+             "; got ", given->struct_size, ". Set it to sizeof(carafepp_params).");
     }
     carafepp_params params{};
     std::memcpy(&params, given, std::min(given->struct_size, sizeof params));

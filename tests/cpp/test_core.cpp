@@ -441,7 +441,9 @@ TEST(null_arguments) {
 TEST(struct_size_rules) {
     Small s;
     s.params.struct_size = 8;
-    s.refused(CARAFEPP_VALUE_ERROR, "params.struct_size must be at least 88; got 8.");
+    s.refused(CARAFEPP_VALUE_ERROR, "params.struct_size must be from 88 to 4096; got 8.");
+    s.params.struct_size = SIZE_MAX;
+    s.refused(CARAFEPP_VALUE_ERROR, "params.struct_size must be from 88 to 4096; got 18446744073709551615.");
 
     struct {
         carafepp_params known;
