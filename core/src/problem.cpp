@@ -484,9 +484,10 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
     const Shape of_output{{"N", "C", "H'", "W'"}, {first.n, first.c, problem.out_h, problem.out_w}};
     const Shape of_masks{{"N", "groups*kernel_size**2", "H'", "W'"},
                          {first.n, check.channels(problem.kernel_size, 1), problem.out_h, problem.out_w}};
+    // Not of a call without logits, whose factor may be larger than logits could have channels for.
     const Shape of_logits{{"N", "groups*kernel_size**2*up**2", has_features ? "ceil(H/down)" : "Hl",
                            has_features ? "ceil(W/down)" : "Wl"},
-                          {first.n, check.channels(problem.kernel_size, factor.up),
+                          {first.n, reads_masks ? 0 : check.channels(problem.kernel_size, factor.up),
                            has_features ? ceil_div(first.h, factor.down) : first.h,
                            has_features ? ceil_div(first.w, factor.down) : first.w}};
     for (int k = 0; k < arguments; k++) {
