@@ -209,19 +209,21 @@ nb::tuple output_shape(const Params& params, nb::handle shape) {
 
 using Entry = std::tuple<std::string, std::optional<std::string>>;
 
-std::vector<Entry> list_implementations(const Params& params, nb::args arrays) {
+std::vector<Entry> list_implementations(const Params& params, nb::sequence inputs, nb::sequence results) {
     std::vector<Tensor> tensors;
     std::vector<const carafepp_tensor*> pointers;
-    tensors.reserve(arrays.size());
-    for (nb::handle array : arrays) {
-        tensors.emplace_back(params, "array", array, false);
-        pointers.push_back(tensors.back().get());
+    tensors.reserve(nb::len(inputs) + nb::len(results));
+    for (nb::sequence arrays : {inputs, results}) {
+        for (nb::handle array : arrays) {
+            tensors.emplace_back(params, "array", array, false);
+            pointers.push_back(tensors.back().get());
+        }
     }
-    const size_t inputs[] = {0, 2, 3, 2, 3, 1, 2};
-    if (tensors.size() != inputs[params.number]) {
+    const size_t expected[][2] = {{0, 0}, {2, 1}, {3, 2}, {2, 1}, {3, 2}, {1, 1}, {2, 1}};
+    if (nb::len(inputs) != expected[params.number][0] || nb::len(results) != expected[params.number][1]) {
         raise(PyExc_TypeError,
-              params.sentence("the implementations depend on " + std::to_string(inputs[params.number]) +
-                              " arrays, those that the function reads; got " + std::to_string(tensors.size()) + "."));
+              params.sentence("the implementations depend on " + std::to_string(expected[params.number][0]) +
+                              " arrays, those that the function reads; got " + std::to_string(nb::len(inputs)) + "."));
     }
     std::vector<Entry> entries;
     const auto visit = [](void* user, const char* name, const char* declines) {
@@ -268,8 +270,9 @@ NB_MODULE(_core, m) {
           "grad_logits"_a);
     m.def("output_shape", output_shape, "params"_a, "shape"_a,
           nb::sig("def output_shape(params: Params, shape: object) -> tuple[int, ...]"));
-    m.def("list_implementations", list_implementations, "params"_a, "arrays"_a,
-          nb::sig("def list_implementations(params: Params, *arrays: object) -> list[tuple[str, str | None]]"));
+    m.def("list_implementations", list_implementations, "params"_a, "inputs"_a, "results"_a,
+          nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
+                  "list[tuple[str, str | None]]"));
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);

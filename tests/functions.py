@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 import carafepp
@@ -79,6 +80,23 @@ def names(function: str) -> list[str]:
     return [name for name, _ in carafepp.list_implementations(function, *arrays, **params)]
 
 
+def layout_of(implementation: str) -> str:
+    """Return the layout that an implementation is for: NCHW for one that takes any."""
+    return "NHWC" if "_nhwc_" in implementation else "NCHW"
+
+
+def in_layout(arrays, layout: str) -> tuple:
+    """Return C-ordered copies of NCHW arrays in the axes of this layout."""
+    return tuple(
+        np.ascontiguousarray(np.moveaxis(a, 1, -1)) if layout == "NHWC" else a for a in arrays
+    )
+
+
+def from_layout(results: tuple, layout: str) -> tuple:
+    """Return views of results with the axes N, C, H, W."""
+    return tuple(np.moveaxis(a, -1, 1) if layout == "NHWC" else a for a in results)
+
+
 @contextlib.contextmanager
 def forced(implementation: str, function: str, arrays, params) -> Iterator[None]:
     """Run the function by this implementation; skip, with its reason, if it declines."""
@@ -89,10 +107,23 @@ def forced(implementation: str, function: str, arrays, params) -> Iterator[None]
         yield
 
 
+@contextlib.contextmanager
+def one_that_accepts(choice: int, function: str, arrays, params, out=None) -> Iterator[None]:
+    """Run the function by any implementation that accepts the problem, chosen by a number."""
+    if out is None:
+        out = getattr(carafepp, function)(*arrays, **params)
+    entries = carafepp.list_implementations(function, *arrays, **params, out=out)
+    accepting = [name for name, reason in entries if reason is None]
+    with carafepp.force_implementation(accepting[choice % len(accepting)]):
+        yield
+
+
 def run(implementation: str, function: str, case: Case, arrays, **options):
     """The result of one implementation. `options` are normalizer or parameters of the call."""
+    layout = layout_of(implementation)
     normalizer = options.pop("normalizer", "softmax")
     inputs, params = arguments(function, case, arrays, normalizer)
-    params = {**params, **options}
+    inputs, params = in_layout(inputs, layout), {**params, **options, "layout": layout}
     with forced(implementation, function, inputs, params):
-        return getattr(carafepp, function)(*inputs, **params)
+        results = from_layout(call(function, inputs, params), layout)
+    return results if len(results) > 1 else results[0]

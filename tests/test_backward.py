@@ -7,11 +7,12 @@ import pytest
 
 import carafepp
 import reference as ref
-from cases import CASES, DTYPES, integer_arrays, numpy_dtype, random_arrays
+from cases import CASES, DTYPES, FEW, integer_arrays, numpy_dtype, random_arrays
 from functions import names, run
 from tolerances import assert_exact, assert_within_bound
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 implementations = pytest.mark.parametrize("implementation", names("reassemble_backward"))
 
@@ -41,14 +42,18 @@ def test_small_integers_give_the_exact_gradients(case, dtypes, implementation):
     assert_exact(gm, expected_gm, dtypes.masks)
 
 
+@functools.lru_cache(maxsize=8)  # for all implementations, which are run one after the other
+def random_gradients(case, dtypes, suffix=""):
+    return expected_gradients(case, random_arrays(case, dtypes), suffix)
+
+
 @implementations
 @all_dtypes
 @cases
 def test_random_numbers_stay_within_the_rounding_bound(case, dtypes, implementation):
-    arrays = random_arrays(case, dtypes)
-    gx, gm = run(implementation, "reassemble_backward", case, arrays)
-    expected_gx, expected_gm = expected_gradients(case, arrays)
-    magnitude_gx, magnitude_gm = expected_gradients(case, arrays, "_magnitude")
+    gx, gm = run(implementation, "reassemble_backward", case, random_arrays(case, dtypes))
+    expected_gx, expected_gm = random_gradients(case, dtypes)
+    magnitude_gx, magnitude_gm = random_gradients(case, dtypes, "_magnitude")
     assert_within_bound(
         "grad_features", dtypes.features, case.kernel_size, gx, expected_gx, magnitude_gx
     )
@@ -56,7 +61,7 @@ def test_random_numbers_stay_within_the_rounding_bound(case, dtypes, implementat
 
 
 @all_dtypes
-@cases
+@few_cases
 def test_gradients_are_new_c_ordered_arrays_like_their_arguments(case, dtypes):
     arrays = integer_arrays(case, dtypes)
     gx, gm = carafepp.reassemble_backward(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import carafepp
 import reference as ref
 from cases import DTYPES, Case, broadcast, integers, normal, numpy_dtype
+from functions import one_that_accepts
 from tolerances import assert_exact, assert_within_bound
 
 MAX_TERMS = 60_000  # multiplications of the forward pass: keeps an example in milliseconds
@@ -63,7 +64,7 @@ def views(draw, shape, dtype, *, writeable):
 
 
 def filled(view, values):
-    """The values in the memory of the view; a broadcast view keeps the last of those that meet."""
+    """The values in the memory of the view; a broadcast view repeats the first of them."""
     if view.flags.writeable:
         view[...] = values
         return view
@@ -98,6 +99,12 @@ def runs(draw, *names):
     return case, dtypes, draw(st.integers(0, 2**32 - 1)), arrays
 
 
+def call(seed, function, inputs, params, out=None):
+    """Call by one of the implementations that accept the problem: which one, the seed tells."""
+    with one_that_accepts(seed, function, inputs, params, out):
+        return getattr(carafepp, function)(*inputs, **params, out=out)
+
+
 def crop(case):
     return {"size": case.output_size}
 
@@ -117,7 +124,7 @@ def test_reassemble_of_integers_is_exact(run):
     features = draw_integers(rng, arrays["features"], 4)
     masks = draw_integers(rng, arrays["masks"], 2)
     out = arrays["output"]
-    carafepp.reassemble(features, masks, **case.factors, **crop(case), out=out)
+    call(seed, "reassemble", (features, masks), {**case.factors, **crop(case)}, out)
     assert_exact(out, ref.reassemble(features, masks, **case.factors), dtypes.features)
 
 
@@ -129,7 +136,7 @@ def test_gradients_of_integers_are_exact(run):
     features = draw_integers(rng, arrays["features"], 4)
     masks = draw_integers(rng, arrays["masks"], 2)
     out = gx, gm = arrays["grad_features"], arrays["grad_masks"]
-    carafepp.reassemble_backward(d, features, masks, **case.factors, out=out)
+    call(seed, "reassemble_backward", (d, features, masks), case.factors, out)
     size, k = (case.h, case.w), case.kernel_size
     assert_exact(gx, ref.grad_features(d, masks, size, **case.factors), dtypes.features)
     assert_exact(gm, ref.grad_masks(d, features, k, **case.factors), dtypes.masks)
@@ -141,10 +148,8 @@ def test_reassemble_with_logits_stays_within_its_bound(run, normalizer):
     rng = np.random.default_rng(seed)
     features, logits = draw_normal(rng, arrays["features"]), draw_normal(rng, arrays["logits"])
     out = arrays["output"]
-    options = {"kernel_size": case.kernel_size, "normalizer": normalizer}
-    carafepp.reassemble_with_logits(
-        features, logits, **case.factors, **options, **crop(case), out=out
-    )
+    options = {**case.factors, "kernel_size": case.kernel_size, "normalizer": normalizer}
+    call(seed, "reassemble_with_logits", (features, logits), {**options, **crop(case)}, out)
     masks = ref.normalize(
         logits, up=case.up, groups=case.groups, normalizer=normalizer, size=case.output_size
     )
@@ -165,15 +170,8 @@ def test_gradients_through_logits_stay_within_their_bounds(run, normalizer):
     d, features = draw_normal(rng, arrays["grad_output"]), draw_normal(rng, arrays["features"])
     logits = draw_normal(rng, arrays["logits"])
     out = gx, gl = arrays["grad_features"], arrays["grad_logits"]
-    carafepp.reassemble_with_logits_backward(
-        d,
-        features,
-        logits,
-        **case.factors,
-        kernel_size=case.kernel_size,
-        normalizer=normalizer,
-        out=out,
-    )
+    options = {**case.factors, "kernel_size": case.kernel_size, "normalizer": normalizer}
+    call(seed, "reassemble_with_logits_backward", (d, features, logits), options, out)
     size, k = (case.h, case.w), case.kernel_size
     params = {"up": case.up, "groups": case.groups, "normalizer": normalizer}
     masks = ref.normalize(logits, size=case.output_size, **params)
@@ -208,8 +206,8 @@ def test_normalize_masks_and_its_backward_stay_within_their_bounds(run, normaliz
     masks, gl = arrays["masks"], arrays["grad_logits"]
     params = {"up": case.up, "groups": case.groups, "normalizer": normalizer}
     options = {**params, "kernel_size": case.kernel_size}
-    carafepp.normalize_masks(logits, **options, **crop(case), out=masks)
-    carafepp.normalize_masks_backward(gm, logits, **options, out=gl)
+    call(seed, "normalize_masks", (logits,), {**options, **crop(case)}, masks)
+    call(seed, "normalize_masks_backward", (gm, logits), options, gl)
     expected = ref.normalize(logits, size=case.output_size, **params)
     assert_within_bound(
         "normalized_masks", dtypes.masks, case.kernel_size, masks, expected, np.abs(expected)
@@ -235,7 +233,7 @@ def test_special_values_reach_what_the_formula_says(run, places, in_masks):
     for place, value in zip(places, values, strict=False):
         if target.size:
             target.flat[place % target.size] = value
-    output = carafepp.reassemble(features, masks, **case.factors, **crop(case))
+    output = call(seed, "reassemble", (features, masks), {**case.factors, **crop(case)})
     assert_exact(output, ref.reassemble(features, masks, **case.factors), dtypes.features)
 
 
@@ -244,7 +242,7 @@ def test_random_reassemble_stays_within_its_bound(run):
     case, dtypes, seed, arrays = run
     rng = np.random.default_rng(seed)
     features, masks = draw_normal(rng, arrays["features"]), draw_normal(rng, arrays["masks"])
-    output = carafepp.reassemble(features, masks, **case.factors, **crop(case))
+    output = call(seed, "reassemble", (features, masks), {**case.factors, **crop(case)})
     expected = ref.reassemble(features, masks, **case.factors)
     magnitude = ref.reassemble_magnitude(features, masks, **case.factors)
     assert_within_bound("output", dtypes.features, case.kernel_size, output, expected, magnitude)

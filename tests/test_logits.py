@@ -8,26 +8,33 @@ import pytest
 
 import carafepp
 import reference as ref
-from cases import CASES, DTYPES, integer_arrays, numpy_dtype, random_arrays
+from cases import CASES, DTYPES, FEW, integer_arrays, numpy_dtype, random_arrays
 from functions import names, run
 from tolerances import assert_exact, assert_within_bound
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-mask_dtypes = pytest.mark.parametrize(  # of the functions without features
-    "dtypes", [d for d in DTYPES if d.features == d.masks], ids=str
-)
+MASK_DTYPES = [d for d in DTYPES if d.features == d.masks]  # of the functions without features
+mask_dtypes = pytest.mark.parametrize("dtypes", MASK_DTYPES, ids=str)
 normalizers = pytest.mark.parametrize("normalizer", ref.NORMALIZERS)
+
+
 # softmax with all dtypes, the others with two: which one it is changes nothing else
-normalizers_and_dtypes = pytest.mark.parametrize(
-    ("normalizer", "dtypes"),
-    [
-        pytest.param(normalizer, dtypes, id=f"{normalizer}-{dtypes}")
-        for normalizer in ref.NORMALIZERS
-        for dtypes in DTYPES
-        if normalizer == "softmax" or str(dtypes) in ("f32", "f16")
-    ],
-)
+def _normalizers_and_dtypes(all_dtypes):
+    return pytest.mark.parametrize(
+        ("normalizer", "dtypes"),
+        [
+            pytest.param(normalizer, dtypes, id=f"{normalizer}-{dtypes}")
+            for normalizer in ref.NORMALIZERS
+            for dtypes in all_dtypes
+            if normalizer == "softmax" or str(dtypes) in ("f32", "f16")
+        ],
+    )
+
+
+normalizers_and_dtypes = _normalizers_and_dtypes(DTYPES)
+normalizers_and_mask_dtypes = _normalizers_and_dtypes(MASK_DTYPES)
 
 
 def implementations(function):
@@ -61,22 +68,31 @@ def test_forward_of_small_integers_is_exact(case, dtypes, implementation):
     assert_exact(output, exact_output(case), dtypes.features)
 
 
+@functools.lru_cache(maxsize=8)  # for all implementations, which are run one after the other
+def random_output(case, dtypes, normalizer):
+    """Expected, and the magnitude of its terms."""
+    a = random_arrays(case, dtypes)
+    masks = ref.normalize(a.logits, size=case.output_size, **normalize_params(case, normalizer))
+    return (
+        ref.reassemble(a.features, masks, **case.factors),
+        ref.reassemble_magnitude(a.features, masks, **case.factors),
+    )
+
+
 @implementations("reassemble_with_logits")
 @normalizers_and_dtypes
 @cases
 def test_forward_stays_within_the_rounding_bound(case, dtypes, normalizer, implementation):
     a = random_arrays(case, dtypes)
     output = run(implementation, "reassemble_with_logits", case, a, normalizer=normalizer)
-    masks = ref.normalize(a.logits, size=case.output_size, **normalize_params(case, normalizer))
-    expected = ref.reassemble(a.features, masks, **case.factors)
-    magnitude = ref.reassemble_magnitude(a.features, masks, **case.factors)
+    expected, magnitude = random_output(case, dtypes, normalizer)
     assert_within_bound(
         "output_from_logits", dtypes.features, case.kernel_size, output, expected, magnitude
     )
 
 
 @all_dtypes
-@cases
+@few_cases
 def test_output_is_a_new_c_ordered_array_of_the_features_dtype(case, dtypes):
     arrays = integer_arrays(case, dtypes)
     output = carafepp.reassemble_with_logits(
@@ -123,29 +139,34 @@ def test_gradients_of_small_integers_are_exact(case, dtypes, implementation):
     assert_exact(gl, expected_gl, dtypes.masks)
 
 
+@functools.lru_cache(maxsize=8)
+def random_gradients(case, dtypes, normalizer):
+    """For features and for logits: expected, and the magnitude of its terms."""
+    a, size, k = random_arrays(case, dtypes), (case.h, case.w), case.kernel_size
+    params, d = normalize_params(case, normalizer), a.grad_output
+    masks = ref.normalize(a.logits, size=case.output_size, **params)
+    gx = ref.grad_features(d, masks, size, **case.factors)
+    magnitude_gx = ref.grad_features_magnitude(d, masks, size, **case.factors)
+    gm = ref.grad_masks(d, a.features, k, **case.factors)
+    magnitude_gm = ref.grad_masks_magnitude(d, a.features, k, **case.factors)
+    gl = ref.normalize_backward(gm, a.logits, **params)
+    magnitude_gl = ref.normalize_backward_magnitude(magnitude_gm, a.logits, **params)
+    return (gx, magnitude_gx), (gl, magnitude_gl)
+
+
 @implementations("reassemble_with_logits_backward")
 @normalizers_and_dtypes
 @cases
 def test_gradients_stay_within_the_rounding_bound(case, dtypes, normalizer, implementation):
-    a, size, k = random_arrays(case, dtypes), (case.h, case.w), case.kernel_size
+    a, k = random_arrays(case, dtypes), case.kernel_size
     gx, gl = run(implementation, "reassemble_with_logits_backward", case, a, normalizer=normalizer)
-    params, d = normalize_params(case, normalizer), a.grad_output
-    masks = ref.normalize(a.logits, size=case.output_size, **params)
-    expected_gx = ref.grad_features(d, masks, size, **case.factors)
-    magnitude_gx = ref.grad_features_magnitude(d, masks, size, **case.factors)
-    expected_gm = ref.grad_masks(d, a.features, k, **case.factors)
-    magnitude_gm = ref.grad_masks_magnitude(d, a.features, k, **case.factors)
-    expected_gl = ref.normalize_backward(expected_gm, a.logits, **params)
-    magnitude_gl = ref.normalize_backward_magnitude(magnitude_gm, a.logits, **params)
-    dtype = dtypes.features
-    assert_within_bound(
-        "grad_features_from_logits", dtype, case.kernel_size, gx, expected_gx, magnitude_gx
-    )
-    assert_within_bound("grad_logits", dtype, case.kernel_size, gl, expected_gl, magnitude_gl)
+    for_features, for_logits = random_gradients(case, dtypes, normalizer)
+    assert_within_bound("grad_features_from_logits", dtypes.features, k, gx, *for_features)
+    assert_within_bound("grad_logits", dtypes.features, k, gl, *for_logits)
 
 
 @all_dtypes
-@cases
+@few_cases
 def test_gradients_are_new_c_ordered_arrays_like_their_arguments(case, dtypes):
     a = integer_arrays(case, dtypes)
     gx, gl = carafepp.reassemble_with_logits_backward(
@@ -247,8 +268,7 @@ def test_logits_outside_the_crop_are_not_read(case, normalizer):
 
 
 @implementations("normalize_masks")
-@normalizers
-@mask_dtypes
+@normalizers_and_mask_dtypes
 @cases
 def test_masks_stay_within_the_rounding_bound(case, dtypes, normalizer, implementation):
     a = random_arrays(case, dtypes)
@@ -262,8 +282,7 @@ def test_masks_stay_within_the_rounding_bound(case, dtypes, normalizer, implemen
 
 
 @implementations("normalize_masks_backward")
-@normalizers
-@mask_dtypes
+@normalizers_and_mask_dtypes
 @cases
 def test_gradient_of_masks_stays_within_the_rounding_bound(
     case, dtypes, normalizer, implementation

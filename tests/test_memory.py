@@ -34,7 +34,6 @@ def test_a_call_keeps_no_reference_to_its_arrays(function):
     before = reference_counts((*inputs, *outs))
     for _ in range(10):
         call_into(function, inputs, params, outs)
-    gc.collect()
     assert reference_counts((*inputs, *outs)) == before
 
 
@@ -58,7 +57,6 @@ def test_a_failing_call_keeps_no_reference_to_its_arrays(function):
         except ValueError:
             continue
         pytest.fail("the call does not fail")
-    gc.collect()
     assert reference_counts((*inputs, wrong)) == before
 
 
@@ -90,14 +88,10 @@ def assert_flat(resident_bytes, function, calls=500, allowed=4 << 20):
     assert grown < allowed, f"{grown / calls:.0f} bytes a call"
 
 
-LEAK = 32 << 10  # bytes an array: 500 leaked ones are 16 MB
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @each_function
 def test_calls_leak_no_memory(function, threads, resident_bytes, rng):
-    n, c, h = 1, 8, 32
-    assert n * c * h * h * 4 == LEAK
+    n, c, h = 1, 64, 32  # work for 3 threads; the smallest array, leaked 200 times, is 7 MB
     arrays = SimpleNamespace(
         features=integers(rng, (n, c, h, h), 4),
         masks=integers(rng, (n, 9, h, h), 2),
@@ -109,7 +103,7 @@ def test_calls_leak_no_memory(function, threads, resident_bytes, rng):
     params.pop("size", None)
     carafepp.set_num_threads(threads)
     try:
-        assert_flat(resident_bytes, lambda: call(function, inputs, params))
+        assert_flat(resident_bytes, lambda: call(function, inputs, params), calls=200)
     finally:
         carafepp.set_num_threads(0)
 

@@ -26,7 +26,7 @@ normalizers = pytest.mark.parametrize("normalizer", ref.NORMALIZERS)
 @pytest.fixture
 def problem(request, rng):
     up, down, k, groups, (h, w), size = PROBLEMS[request.param]
-    n, c = 2, 2 * groups
+    n, c = 1, 2 * groups
     out_h, out_w = ref.output_size(h, w, up, down) if size is None else size
     logits_h, logits_w = -(-h // down), -(-w // down)
     return SimpleNamespace(
@@ -78,6 +78,19 @@ def test_reassemble_equals_the_formula_in_plain_loops(problem):
     )
     actual = ref.reassemble(problem.features, problem.masks, **problem.params)
     np.testing.assert_allclose(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@problems
+def test_images_of_a_batch_do_not_mix(problem):
+    p = problem
+    features, masks, d = (np.concatenate([x, 2 * x]) for x in (p.features, p.masks, p.grad_output))
+    size, k = p.features.shape[2:], p.kernel_size
+    y = ref.reassemble(features, masks, **p.params)
+    np.testing.assert_allclose(y[1:], 4 * y[:1])
+    gx = ref.grad_features(d, masks, size, **p.params)
+    np.testing.assert_allclose(gx[1:], 4 * gx[:1])
+    gm = ref.grad_masks(d, features, k, **p.params)
+    np.testing.assert_allclose(gm[1:], 4 * gm[:1])
 
 
 @problems

@@ -9,6 +9,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/reference.h"
+#include "cpu/simd/kernels.h"
 #include "cuda/cuda.h"
 #include "problem.h"
 
@@ -23,10 +24,30 @@ struct Implementation {
 
 const char* takes_all(const Problem&) { return nullptr; }
 
+// Accepts what a kernel accepts, where the processor has its instruction set.
+template <const char* (*unavailable)(), const char* (*not_for)(const Problem&)>
+const char* takes(const Problem& problem) {
+    const char* reason = unavailable();
+    return reason ? reason : not_for(problem);
+}
+
 // Best first, the reference last. Each list ends with an entry without a name.
-constexpr Implementation kReassemble[] = {{"reassemble_any_ref", takes_all, reference::reassemble}, {}};
+constexpr Implementation kReassemble[] = {
+    {"reassemble_nhwc_avx512", takes<avx512::unavailable, not_for_reassemble_nhwc>, avx512::reassemble_nhwc},
+    {"reassemble_nhwc_avx2", takes<avx2::unavailable, not_for_reassemble_nhwc>, avx2::reassemble_nhwc},
+    {"reassemble_nchw_avx512", takes<avx512::unavailable, not_for_reassemble_nchw>, avx512::reassemble_nchw},
+    {"reassemble_nchw_avx2", takes<avx2::unavailable, not_for_reassemble_nchw>, avx2::reassemble_nchw},
+    {"reassemble_any_ref", takes_all, reference::reassemble},
+    {}};
 constexpr Implementation kReassembleWithLogits[] = {
-    {"reassemble_with_logits_any_ref", takes_all, reference::reassemble}, {}};
+    {"reassemble_with_logits_nhwc_avx512", takes<avx512::unavailable, not_for_reassemble_nhwc>,
+     avx512::reassemble_nhwc},
+    {"reassemble_with_logits_nhwc_avx2", takes<avx2::unavailable, not_for_reassemble_nhwc>, avx2::reassemble_nhwc},
+    {"reassemble_with_logits_nchw_avx512", takes<avx512::unavailable, not_for_reassemble_nchw>,
+     avx512::reassemble_nchw},
+    {"reassemble_with_logits_nchw_avx2", takes<avx2::unavailable, not_for_reassemble_nchw>, avx2::reassemble_nchw},
+    {"reassemble_with_logits_any_ref", takes_all, reference::reassemble},
+    {}};
 constexpr Implementation kGradFeatures[] = {{"grad_features_any_ref", takes_all, reference::grad_features}, {}};
 constexpr Implementation kGradMasks[] = {{"grad_masks_any_ref", takes_all, reference::grad_masks}, {}};
 constexpr Implementation kGradLogits[] = {{"grad_logits_any_ref", takes_all, reference::grad_masks}, {}};
@@ -96,8 +117,8 @@ const Implementation& choose(carafepp_function function, const Implementation* l
 }
 
 Call check(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
-           bool with_results) {
-    Call call = check_call(function, params, tensors, with_results);
+           bool results_required) {
+    Call call = check_call(function, params, tensors, results_required);
     check_forced(function, call.params.implementation);
     if (call.problem.device == CARAFEPP_CUDA && cuda::unavailable()) {
         fail(CARAFEPP_NOT_IMPLEMENTED, function,
@@ -229,10 +250,13 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
         if (tensors == nullptr || visit == nullptr) {
             fail(CARAFEPP_VALUE_ERROR, function, std::string(tensors ? "visit" : "tensors") + " must not be NULL.");
         }
-        const Call checked = check(function, params, tensors, false);
-        for (const Implementation* list : kLists[function]) {
-            for (; list != nullptr && list->name != nullptr; list++)
-                visit(user, list->name, list->declines(checked.problem));
+        Call call = check(function, params, tensors, false);
+        for (int k = 0; k < 2; k++) {
+            call.problem.result = call.results[k];
+            for (const Implementation* entry = kLists[function][k]; entry != nullptr && entry->name != nullptr;
+                 entry++) {
+                visit(user, entry->name, entry->declines(call.problem));
+            }
         }
     });
 }

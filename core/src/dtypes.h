@@ -118,4 +118,20 @@ void with_type(carafepp_dtype dtype, F f) {
     }
 }
 
+// Calls f(Type<T>(), Type<M>()) with the storage types of features and of masks or logits, unless the result has no
+// elements. A problem without features has one type.
+template <class F>
+void with_types(const Problem& problem, F f) {
+    if (problem.result.empty()) return;
+    const carafepp_dtype masks = problem.from_logits ? problem.logits.dtype : problem.masks.dtype;
+    const carafepp_dtype features = problem.features.dtype ? problem.features.dtype : masks;
+    with_type(features, [&](auto features_type) {
+        if (masks == features) {
+            f(features_type, features_type);
+        } else if constexpr (sizeof(typename decltype(features_type)::type) == 2) {
+            f(features_type, Type<float>());
+        }
+    });
+}
+
 }  // namespace carafepp

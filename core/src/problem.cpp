@@ -419,7 +419,7 @@ void output_shape(carafepp_function function, const carafepp_params* given, cons
 }
 
 Call check_call(carafepp_function function, const carafepp_params* given, const carafepp_tensor* const* tensors,
-                bool with_results) {
+                bool results_required) {
     if (!known(function))
         fail(CARAFEPP_VALUE_ERROR, function, "function must be a number from 1 to 6; got ", function, ".");
     Call call{read_params(function, given), {}, {}, {}};
@@ -435,9 +435,9 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
         input = check.read(argument.name, tensors[k]);
         arrays[k] = &input;
     }
-    const int arguments = signature.inputs + (with_results ? signature.results : 0);
+    const int arguments = signature.inputs + signature.results;
     for (int k = signature.inputs; k < arguments; k++) {
-        if (tensors[k] == nullptr && signature.result_optional) continue;
+        if (tensors[k] == nullptr && (signature.result_optional || !results_required)) continue;
         const int r = k - signature.inputs;
         call.wanted[r] = true;
         call.results[r] = check.read(signature.arguments[k].name, tensors[k]);

@@ -81,9 +81,9 @@ struct Call {
 };
 
 // Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
-// signature. Without `with_results` they end after the inputs, which alone decide what a function can do.
+// signature; without `results_required` those of results may be NULL, for a problem of which they are not known yet.
 Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
-                bool with_results);
+                bool results_required);
 
 // Fills shape[0 .. input->ndim) as carafepp_output_shape promises.
 void output_shape(carafepp_function function, const carafepp_params* params, const carafepp_tensor* input,

@@ -572,6 +572,7 @@ def list_implementations(
     normalizer: str = "softmax",
     size: tuple[int, int] | None = None,
     layout: str = "NCHW",
+    out: Any = None,
 ) -> list[tuple[str, str | None]]:
     """Return the implementations of a function for a problem, best first.
 
@@ -583,6 +584,8 @@ def list_implementations(
         The arrays that it reads, in the order of its signature.
     up, down, kernel_size, groups, normalizer, size, layout
         As for that function.
+    out : array or pair of arrays, optional
+        As for that function. Without it, what the layout of a result rules out is not told.
 
     Returns
     -------
@@ -607,10 +610,16 @@ def list_implementations(
     if not isinstance(number, int) or number == _core.OUTPUT_SIZE or function not in globals():
         raise ValueError(f"[list_implementations] {function!r} has no implementations to list.")
     params = _params(function, number, up, down, groups, layout, kernel_size, normalizer, size)
-    names = [f"arrays[{k}]" for k in range(len(arrays))]
-    library = library_of(function, dict(zip(names, arrays, strict=True)), {})
-    views = [library.view(function, *pair) for pair in zip(names, arrays, strict=True)]
-    return _core.list_implementations(params, *views)
+    inputs = {f"arrays[{k}]": array for k, array in enumerate(arrays)}
+    backward = number in (_core.REASSEMBLE_BACKWARD, _core.REASSEMBLE_WITH_LOGITS_BACKWARD)
+    given = (out or (None, None)) if backward else (out,)
+    results = {f"out[{k}]": array for k, array in enumerate(given) if array is not None}
+    library = library_of(function, {**inputs, **results}, {})
+    return _core.list_implementations(
+        params,
+        [library.view(function, name, array) for name, array in inputs.items()],
+        [a if a is None else library.view(function, f"out[{k}]", a) for k, a in enumerate(given)],
+    )
 
 
 @contextmanager

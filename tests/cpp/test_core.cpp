@@ -281,33 +281,47 @@ private:
     size_t length_;
 };
 
+// The implementations of carafepp_reassemble that accept a problem.
+std::vector<std::string> accepting(const carafepp_params& params, std::vector<const carafepp_tensor*> tensors) {
+    std::vector<std::string> names;
+    const auto visit = [](void* user, const char* name, const char* declines) {
+        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
+    };
+    CHECK(carafepp_list_implementations(&params, CARAFEPP_REASSEMBLE, tensors.data(), visit, &names) == CARAFEPP_OK);
+    return names;
+}
+
 TEST(nothing_beyond_the_arrays_is_touched) {
+    const auto check_problem = [](const Problem& p, bool at_end, bool channels_last, carafepp_dtype dtype) {
+        std::vector<std::unique_ptr<GuardedBytes>> memory;
+        const auto guarded = [&](const Shape& s) {
+            const std::vector<float> zeros(static_cast<size_t>(count(s)));
+            const size_t bytes = zeros.size() * (dtype == CARAFEPP_FLOAT32 ? 4 : 2);
+            memory.push_back(std::make_unique<GuardedBytes>(zeros.data(), bytes, at_end));
+            return tensor_of(memory.back()->data, channels_last ? Shape{s[0], s[2], s[3], s[1]} : s, dtype);
+        };
+        const carafepp_tensor x = guarded(p.features()), m = guarded(p.masks()), l = guarded(p.logits());
+        const carafepp_tensor y = guarded(p.output()), d = guarded(p.output());
+        const carafepp_tensor gx = guarded(p.features()), gm = guarded(p.masks()), gl = guarded(p.logits());
+        carafepp_params params = p.params(CARAFEPP_SOFTMAX);
+        if (channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
+        for (const std::string& name : accepting(params, {&x, &m, &y})) {
+            params.implementation = name.c_str();
+            CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+        }
+        params.implementation = nullptr;
+        CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_reassemble_backward(&params, &d, &x, &m, &gx, &gm, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, &gl, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_normalize_masks(&params, &l, &m, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_normalize_masks_backward(&params, &gm, &l, &gl, nullptr) == CARAFEPP_OK);
+    };
     for (const Problem& p : problems()) {
         for (bool at_end : {false, true}) {
-            for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT16}) {
-                const size_t size = dtype == CARAFEPP_FLOAT32 ? 4 : 2;
-                const auto guarded = [&](const Shape& shape) {
-                    const std::vector<float> zeros(static_cast<size_t>(count(shape)));
-                    return std::make_unique<GuardedBytes>(zeros.data(), zeros.size() * size, at_end);
-                };
-                const auto features = guarded(p.features()), masks = guarded(p.masks()), logits = guarded(p.logits());
-                const auto output = guarded(p.output()), grad = guarded(p.output());
-                const auto grad_x = guarded(p.features()), grad_m = guarded(p.masks()), grad_l = guarded(p.logits());
-                const carafepp_params params = p.params(CARAFEPP_SOFTMAX);
-                carafepp_tensor x = tensor_of(features->data, p.features(), dtype),
-                                m = tensor_of(masks->data, p.masks(), dtype);
-                carafepp_tensor l = tensor_of(logits->data, p.logits(), dtype),
-                                y = tensor_of(output->data, p.output(), dtype);
-                carafepp_tensor d = tensor_of(grad->data, p.output(), dtype),
-                                gx = tensor_of(grad_x->data, p.features(), dtype);
-                carafepp_tensor gm = tensor_of(grad_m->data, p.masks(), dtype),
-                                gl = tensor_of(grad_l->data, p.logits(), dtype);
-                CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
-                CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
-                CHECK(carafepp_reassemble_backward(&params, &d, &x, &m, &gx, &gm, nullptr) == CARAFEPP_OK);
-                CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, &gl, nullptr) == CARAFEPP_OK);
-                CHECK(carafepp_normalize_masks(&params, &l, &m, nullptr) == CARAFEPP_OK);
-                CHECK(carafepp_normalize_masks_backward(&params, &gm, &l, &gl, nullptr) == CARAFEPP_OK);
+            for (bool channels_last : {false, true}) {
+                for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT16}) {
+                    check_problem(p, at_end, channels_last, dtype);
+                }
             }
         }
     }
@@ -430,7 +444,7 @@ TEST(null_arguments) {
     CHECK_TEXT(carafepp_last_error(), "function must be one of the forward ones");
     CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, &s.x, shape) == CARAFEPP_OK);
     CHECK(shape[0] == 1 && shape[1] == 2 && shape[2] == 8 && shape[3] == 8);
-    const carafepp_tensor* inputs[] = {&s.x, &s.m};
+    const carafepp_tensor* inputs[] = {&s.x, &s.m, nullptr};
     CHECK(carafepp_list_implementations(&s.params, 99, inputs, [](void*, const char*, const char*) {}, nullptr) ==
           CARAFEPP_VALUE_ERROR);
     CHECK_TEXT(carafepp_last_error(), "function must be a number from 1 to 6; got 99.");
@@ -524,12 +538,7 @@ TEST(sizes_that_overflow) {
 
 TEST(implementations_are_listed_and_forced) {
     Small s;
-    std::vector<std::string> names;
-    const carafepp_tensor* inputs[] = {&s.x, &s.m};
-    const auto visit = [](void* user, const char* name, const char* declines) {
-        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
-    };
-    CHECK(carafepp_list_implementations(&s.params, CARAFEPP_REASSEMBLE, inputs, visit, &names) == CARAFEPP_OK);
+    const std::vector<std::string> names = accepting(s.params, {&s.x, &s.m, nullptr});
     CHECK(!names.empty() && names.back() == "reassemble_any_ref");
     s.params.implementation = "reassemble_any_ref";
     CHECK(s.run() == CARAFEPP_OK);

@@ -224,8 +224,9 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
                                                    const carafepp_tensor* input, int64_t* shape);
 
 /* Calls visit(user, name, declines) for every implementation of `function`, best first; `declines` is NULL for one that
- * accepts the problem, else the reason. `tensors` are the inputs of the function in the order of its signature. Strings
- * live until visit returns. The names are <function>_<layout>_<instruction set, architecture, or ref>. */
+ * accepts the problem, else the reason. `tensors` are the tensors of the function in the order of its signature,
+ * results included, which may be NULL while they are not known. Strings live until visit returns. The names are
+ * <function>_<layout>_<instruction set, architecture, or ref>. */
 typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
 CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
                                                            const carafepp_tensor* const* tensors, carafepp_visit visit,

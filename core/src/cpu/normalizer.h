@@ -12,19 +12,19 @@
 namespace carafepp {
 
 template <class A>
-A sigmoid(A logit) {
+static A sigmoid(A logit) {
     const A small = std::exp(-std::abs(logit));  // never overflows
     return (logit < 0 ? small : A{1}) / (A{1} + small);
 }
 
 template <class A>
-A log_sigmoid(A logit) {
+static A log_sigmoid(A logit) {
     return (logit < 0 ? logit : A{0}) - std::log1p(std::exp(-std::abs(logit)));
 }
 
 // tile[t][q] = softmax of tile[.][q] at t. `scratch` holds 2*lanes.
 template <class A>
-void softmax(A* tile, int64_t taps, int64_t lanes, A* scratch) {
+static void softmax(A* tile, int64_t taps, int64_t lanes, A* scratch) {
     A* const largest = scratch;
     A* const sum = scratch + lanes;
     for (int64_t q = 0; q < lanes; q++) largest[q] = -std::numeric_limits<A>::infinity();
@@ -46,7 +46,7 @@ void softmax(A* tile, int64_t taps, int64_t lanes, A* scratch) {
 
 // Logits to masks, in place.
 template <class A>
-void normalize(carafepp_normalizer normalizer, A* tile, int64_t taps, int64_t lanes, A* scratch) {
+static void normalize(carafepp_normalizer normalizer, A* tile, int64_t taps, int64_t lanes, A* scratch) {
     switch (normalizer) {
         case CARAFEPP_SOFTMAX: softmax(tile, taps, lanes, scratch); break;
         case CARAFEPP_SIGMOID:
@@ -62,8 +62,8 @@ void normalize(carafepp_normalizer normalizer, A* tile, int64_t taps, int64_t la
 
 // The gradient of masks to that of logits, in place.
 template <class A>
-void normalize_backward(carafepp_normalizer normalizer, A* grad, const A* masks, const A* logits, int64_t taps,
-                        int64_t lanes, A* scratch) {
+static void normalize_backward(carafepp_normalizer normalizer, A* grad, const A* masks, const A* logits, int64_t taps,
+                               int64_t lanes, A* scratch) {
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer == CARAFEPP_SIGMOID) {
         for (int64_t q = 0; q < taps * lanes; q++) grad[q] *= masks[q] * (A{1} - masks[q]);

@@ -11,12 +11,12 @@
 #include "reference.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "dtypes.h"
 #include "normalizer.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace carafepp::reference {
 namespace {
@@ -64,20 +64,6 @@ void store(const A* from, int64_t count, T* to, int64_t stride) {
 template <class A>
 void multiply_add(const A* __restrict a, const A* __restrict b, int64_t count, A* __restrict sum) {
     for (int64_t q = 0; q < count; q++) sum[q] += a[q] * b[q];
-}
-
-// Scratch memory of the calling thread, kept for its next call.
-template <class A>
-A* scratch_memory(int64_t elements) {
-    static thread_local std::unique_ptr<A[]> memory;
-    static thread_local int64_t size = 0;
-    if (size < elements) {
-        memory.reset();
-        size = 0;
-        memory.reset(new A[static_cast<size_t>(elements)]);
-        size = elements;
-    }
-    return memory.get();
 }
 
 // The arithmetic of columns told above.
@@ -292,7 +278,7 @@ private:
                        const F& f) const {
         const int64_t tiles = ceil_div(row_cells, cells), items = p_.result.n * p_.groups * rows * tiles;
         const int threads = threads_for(items, cost);
-        A* const scratch = scratch_memory<A>(threads * scratch_size);
+        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             Tile tile;
             tile.cells.begin = item % tiles * cells;
@@ -460,19 +446,10 @@ private:
     const Columns columns_;
 };
 
-// Calls f(Reference<T, M>) for the dtypes of a problem, unless its result has no elements.
 template <class F>
 void with_reference(const Problem& problem, int64_t phases, F f) {
-    if (problem.result.empty()) return;
-    const carafepp_dtype masks = problem.from_logits ? problem.logits.dtype : problem.masks.dtype;
-    const carafepp_dtype features = problem.features.dtype ? problem.features.dtype : masks;
-    with_type(features, [&](auto features_type) {
-        using T = typename decltype(features_type)::type;
-        if (masks == features) {
-            f(Reference<T, T>(problem, phases));
-        } else if constexpr (sizeof(T) == 2) {
-            f(Reference<T, float>(problem, phases));
-        }
+    with_types(problem, [&](auto features, auto masks) {
+        f(Reference<typename decltype(features)::type, typename decltype(masks)::type>(problem, phases));
     });
 }
 

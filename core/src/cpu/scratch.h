@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scratch memory of the calling thread, kept for its next call: one block, of which each worker gets a part.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+namespace carafepp {
+
+// At least `bytes`, aligned to 64; valid until this thread's next call. Throws std::bad_alloc.
+void* scratch_bytes(int64_t bytes);
+
+}  // namespace carafepp

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the instruction set that a translation unit is compiled for, by the compiler's vector extensions;
+// intrinsics stand only where those have no word: conversions of halves, masked tails, non-temporal stores.
+//
+// Everything has internal linkage: an inline function that two translation units of different instruction sets shared
+// would be linked once, from either, and might then run where it must not.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.h"
+
+#define CARAFEPP_INLINE static inline __attribute__((always_inline))
+
+namespace carafepp {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#endif
+
+// Vectors of the type A that sums are kept in, and of the storage types as they lie in memory.
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(kVectorBytes)));
+    typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    typedef int32_t integer __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(kVectorBytes)));
+    typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+    typedef int64_t integer __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class A>
+using Vector = typename VectorOf<A>::type;
+
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+CARAFEPP_INLINE Vector<A> splat(A value) {
+    return value - Vector<A>{};
+}
+
+// ---- loads, widening ----
+
+CARAFEPP_INLINE Vector<float> load(const float* from) {
+    return *reinterpret_cast<const VectorOf<float>::unaligned*>(from);
+}
+CARAFEPP_INLINE Vector<double> load(const double* from) {
+    return *reinterpret_cast<const VectorOf<double>::unaligned*>(from);
+}
+
+#if defined(__AVX512F__)
+
+CARAFEPP_INLINE Vector<float> load(const Float16* from) {
+    return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+CARAFEPP_INLINE Vector<float> load(const BFloat16* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (Vector<float>)_mm512_slli_epi32(wide, 16);
+}
+
+#elif defined(__AVX2__)
+
+CARAFEPP_INLINE Vector<float> load(const Float16* from) {
+    return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+CARAFEPP_INLINE Vector<float> load(const BFloat16* from) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (Vector<float>)_mm256_slli_epi32(wide, 16);
+}
+
+#endif
+
+// ---- stores, rounding to nearest, ties to even ----
+
+CARAFEPP_INLINE void store(Vector<float> value, float* to) {
+    *reinterpret_cast<VectorOf<float>::unaligned*>(to) = value;
+}
+CARAFEPP_INLINE void store(Vector<double> value, double* to) {
+    *reinterpret_cast<VectorOf<double>::unaligned*>(to) = value;
+}
+
+CARAFEPP_INLINE VectorOf<float>::integer rounded_to_bfloat16(Vector<float> value) {
+    typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+    const Unsigned bits = (Unsigned)value;
+    const Unsigned rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Unsigned quiet_nan = bits | 0x00400000u;
+    return (VectorOf<float>::integer)((value != value ? quiet_nan : rounded) >> 16);
+}
+
+#if defined(__AVX512F__)
+
+CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_to_bfloat16(value)));
+}
+CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm512_stream_ps(to, (__m512)value); }
+CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm512_stream_pd(to, (__m512d)value); }
+
+#elif defined(__AVX2__)
+
+CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+}
+CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
+    const __m256i wide = (__m256i)rounded_to_bfloat16(value);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm256_stream_ps(to, (__m256)value); }
+CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm256_stream_pd(to, (__m256d)value); }
+
+#endif
+
+// ---- parts of vectors: lanes [begin, end) are loaded and the others are 0; the first `count` lanes are stored ----
+
+#if defined(__AVX512F__)
+
+CARAFEPP_INLINE uint32_t lane_mask(int begin, int end) {
+    return begin < end ? ((1u << end) - 1) & ~((1u << begin) - 1) : 0;
+}
+CARAFEPP_INLINE Vector<float> load_between(const float* from, int begin, int end) {
+    return (Vector<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_mask(begin, end)), from);
+}
+CARAFEPP_INLINE Vector<double> load_between(const double* from, int begin, int end) {
+    return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(begin, end)), from);
+}
+CARAFEPP_INLINE Vector<float> load_between(const Float16* from, int begin, int end) {
+    return (Vector<float>)_mm512_cvtph_ps(
+        _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(begin, end)), from));
+}
+CARAFEPP_INLINE Vector<float> load_between(const BFloat16* from, int begin, int end) {
+    const __m256i lanes = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(begin, end)), from);
+    return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes), 16);
+}
+CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lane_mask(0, count)), (__m512)value);
+}
+
+#elif defined(__AVX2__)
+
+CARAFEPP_INLINE __m256i lane_mask(int begin, int end) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                               _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+}
+CARAFEPP_INLINE Vector<float> load_between(const float* from, int begin, int end) {
+    return (Vector<float>)_mm256_maskload_ps(from, lane_mask(begin, end));
+}
+CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
+    _mm256_maskstore_ps(to, lane_mask(0, count), (__m256)value);
+}
+
+#endif
+
+// The other types go through memory.
+template <class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_between(const T* from, int begin, int end) {
+    T lanes[kLanes<Accumulator<T>>] = {};
+    for (int q = begin; q < end; q++) lanes[q] = from[q];
+    return load(lanes);
+}
+template <class T>
+CARAFEPP_INLINE void store_first(Vector<Accumulator<T>> value, T* to, int count) {
+    T lanes[kLanes<Accumulator<T>>];
+    store(value, lanes);
+    std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+// As many of the lanes as `count` allows: none, some or all.
+template <class T>
+CARAFEPP_INLINE void store_part(Vector<Accumulator<T>> value, T* to, int64_t count) {
+    if (count >= kLanes<Accumulator<T>>) {
+        store(value, to);
+    } else if (count > 0) {
+        store_first(value, to, static_cast<int>(count));
+    }
+}
+
+// Every `Step`-th element from `from` on, where elements [begin, end) of the Step * kLanes are there and the others are
+// 0.
+template <int Step, class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from, int begin, int end) {
+    static_assert(Step == 1 || Step == 2, "shuffles for other steps are not written");
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    if constexpr (Step == 1) return load_between(from, begin, end);
+    typename VectorOf<A>::integer even;
+    for (int q = 0; q < L; q++) even[q] = 2 * q;
+    const Vector<A> low = load_between(from, begin < L ? begin : L, end < L ? end : L);
+    const Vector<A> high = load_between(from + L, begin > L ? begin - L : 0, end > L ? end - L : 0);
+    return __builtin_shuffle(low, high, even);
+}
+template <int Step, class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    if constexpr (Step == 1) return load(from);
+    typename VectorOf<A>::integer even;
+    for (int q = 0; q < L; q++) even[q] = 2 * q;
+    return __builtin_shuffle(load(from), load(from + L), even);
+}
+
+// ---- arithmetic ----
+
+template <class V>
+CARAFEPP_INLINE V larger(V a, V b) {
+    return a > b ? a : b;
+}
+
+// exp of numbers that are not positive: within 2 units in the last place, denormal results included, exp(-inf) = 0,
+// exp(NaN) = NaN. Cephes' polynomial over [-ln2/2, ln2/2]; the power of two in two factors, so that neither leaves the
+// range.
+CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
+    typedef VectorOf<float>::integer Integer;
+    const Vector<float> lowest = splat(-110.0f);  // exp of it is 0
+    x = x < lowest ? lowest : x;
+    const Vector<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vector<float> shifted = x * 1.44269504088896341f + magic;
+    const Vector<float> n = shifted - magic;
+    Vector<float> r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Vector<float> p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Integer exponent = (Integer)shifted - (Integer)magic;
+    const Integer half = exponent >> 1;
+    const Vector<float> scale = (Vector<float>)((half + 127) << 23);
+    const Vector<float> rest = (Vector<float>)((exponent - half + 127) << 23);
+    return p * scale * rest;
+}
+
+}  // namespace
+}  // namespace carafepp
