@@ -10,9 +10,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <limits>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -141,12 +144,20 @@ private:
     bool given_ = false;
 };
 
+// The thread that ends the interpreter, once it has begun to. A daemon thread that asked for the GIL after that would
+// be unwound by Python through frames that cannot be (before 3.14), and the process would abort: it sleeps until the
+// process ends instead.
+std::atomic<std::thread::id> ending{std::thread::id()};
+
 template <class F>
 void call(F f) {
     carafepp_status status;
     {
         nb::gil_scoped_release released;
         status = f();
+        const std::thread::id by = ending.load();
+        while (by != std::thread::id() && by != std::this_thread::get_id())
+            std::this_thread::sleep_for(std::chrono::hours(1));
     }
     check(status);
 }
@@ -273,6 +284,8 @@ NB_MODULE(_core, m) {
     m.def("list_implementations", list_implementations, "params"_a, "inputs"_a, "results"_a,
           nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
                   "list[tuple[str, str | None]]"));
+
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function([] { ending = std::this_thread::get_id(); }));
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);

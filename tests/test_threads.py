@@ -348,3 +348,29 @@ def test_the_definition_agrees_with_large_problems(num_threads):
     output = carafepp.reassemble(arrays.features, arrays.masks, **LARGE.factors)
     expected = ref.reassemble(arrays.features, arrays.masks, **LARGE.factors)
     np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_program_may_end_while_a_daemon_thread_computes():
+    body = """
+    import threading, time
+    carafepp.set_num_threads(1)
+    large, masks = np.ones((1, 64, 300, 300), np.float32), np.ones((1, 961, 300, 300), np.float32)
+
+    def compute():
+        while True:
+            carafepp.reassemble(large, masks)
+
+    threading.Thread(target=compute, daemon=True).start()
+    time.sleep(0.2)
+    print("main is done")
+    """
+    assert run_program(body) == "main is done"
+
+
+def test_a_call_while_the_program_ends_is_a_call_as_any_other():
+    program = "import atexit\natexit.register(lambda: print(late()))\n" + PROGRAM  # runs last
+    body = """
+    def late():
+        return carafepp.reassemble(x, m, up=2).shape
+    """
+    assert run_program(body, program=program) == "(2, 16, 80, 80)"
