@@ -285,6 +285,7 @@ NB_MODULE(_core, m) {
           nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
                   "list[tuple[str, str | None]]"));
 
+    nb::set_leak_warnings(false);  // of what such a thread still holds
     nb::module_::import_("atexit").attr("register")(nb::cpp_function([] { ending = std::this_thread::get_id(); }));
 
     m.def("version", carafepp_version);
