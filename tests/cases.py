@@ -69,30 +69,30 @@ class Case:
 
 _TABLE = [
     # The three uses of the operator
-    Case("up2", "upsampling, the paper's setting", 2, 6, 5, 7, up=2, kernel_size=5),
-    Case("down2", "downsampling, the paper's setting", 2, 6, 8, 10, down=2, kernel_size=5),
-    Case("same_size", "a content-aware filter: up = down = 1", 2, 5, 6, 7),
+    Case("up2", "upsampling, the paper's setting", 2, 10, 5, 7, up=2, kernel_size=5),
+    Case("down2", "downsampling, the paper's setting", 2, 10, 8, 10, down=2, kernel_size=5),
+    Case("same_size", "a content-aware filter: up = down = 1", 2, 9, 6, 7),
     # Kernel sizes
     Case("k1", "one tap: no border at all", 2, 4, 5, 6, up=2, kernel_size=1),
-    Case("k3", "the smallest kernel with a border", 1, 4, 5, 6, up=2, kernel_size=3),
-    Case("k7", "a kernel beyond the usual 5", 1, 4, 9, 8, up=2, kernel_size=7),
-    Case("k9_down", "a wide kernel, downsampling", 1, 5, 13, 12, down=2, kernel_size=9),
-    Case("k31", "the largest kernel; its window leaves the map", 1, 2, 9, 10, kernel_size=31),
+    Case("k3", "the smallest kernel with a border", 1, 9, 5, 6, up=2, kernel_size=3),
+    Case("k7", "a kernel beyond the usual 5", 1, 9, 9, 8, up=2, kernel_size=7),
+    Case("k9_down", "a wide kernel, downsampling", 1, 9, 13, 12, down=2, kernel_size=9),
+    Case("k31", "the largest kernel; its window leaves the map", 1, 9, 9, 10, kernel_size=31),
     Case("k31_inside", "the largest kernel, some windows inside", 1, 1, 33, 34, kernel_size=31),
-    Case("border_only", "the kernel is larger than the map", 2, 5, 2, 3, up=2, kernel_size=7),
-    Case("border_only_rows", "K larger than H, smaller than W", 1, 5, 2, 19, up=2, kernel_size=5),
+    Case("border_only", "the kernel is larger than the map", 2, 9, 2, 3, up=2, kernel_size=7),
+    Case("border_only_rows", "K larger than H, smaller than W", 1, 9, 2, 19, up=2, kernel_size=5),
     # Groups
-    Case("groups_2", "two groups of channels", 2, 8, 4, 5, up=2, groups=2),
+    Case("groups_2", "two groups of channels", 2, 18, 4, 5, up=2, groups=2),
     Case("groups_3_of_7", "groups of a prime number of channels", 1, 21, 4, 5, up=2, groups=3),
     Case("groups_eq_c", "one mask per channel", 2, 6, 4, 5, up=2, groups=6),
     Case("groups_down", "groups, downsampling", 2, 8, 7, 6, down=2, kernel_size=5, groups=4),
     # Sizes of the map
-    Case("odd_hw", "odd height and width, upsampling", 2, 5, 7, 5, up=2),
-    Case("odd_hw_down", "odd height and width: H' = (H+1)/2", 2, 5, 7, 5, down=2, kernel_size=5),
+    Case("odd_hw", "odd height and width, upsampling", 2, 9, 7, 5, up=2),
+    Case("odd_hw_down", "odd height and width: H' = (H+1)/2", 2, 9, 7, 5, down=2, kernel_size=5),
     Case("one_pixel", "a single pixel", 1, 1, 1, 1),
     Case("one_pixel_up4", "a single pixel becomes 4x4", 1, 5, 1, 1, up=4, kernel_size=5),
     Case("one_pixel_down4", "a single pixel stays one", 1, 5, 1, 1, down=4, kernel_size=5),
-    Case("one_row", "height 1", 2, 5, 1, 37, up=2, kernel_size=5),
+    Case("one_row", "height 1", 2, 9, 1, 37, up=2, kernel_size=5),
     Case("one_column", "width 1", 2, 5, 37, 1, up=2, kernel_size=5),
     Case("wide_row", "rows wider than a tile", 1, 2, 1, 4500, up=2),
     Case("wide_row_k7", "rows wider than a tile, of many taps", 1, 2, 2, 1030, up=2, kernel_size=7),
@@ -103,11 +103,11 @@ _TABLE = [
     Case("many_pixels", "enough work for several threads", 2, 16, 24, 22, up=2, kernel_size=5),
     # Widths around the vectors of the instruction sets
     *(
-        Case(f"w{w}", f"width {w}: around a vector", 1, 3, 4, w, up=2, kernel_size=5)
+        Case(f"w{w}", f"width {w}: around a vector", 1, 9, 4, w, up=2, kernel_size=5)
         for w in (7, 8, 9, 15, 16, 17, 31, 32, 33)
     ),
     *(
-        Case(f"w{w}_down", f"width {w}, downsampling: around a vector", 1, 3, 5, w, down=2)
+        Case(f"w{w}_down", f"width {w}, downsampling: around a vector", 1, 9, 5, w, down=2)
         for w in (15, 16, 17, 32, 33)
     ),
     # Channels around the vectors of the instruction sets
@@ -121,15 +121,15 @@ _TABLE = [
     ),
     Case("c_per_group_17", "an odd number of channels in each group", 1, 34, 3, 4, up=2, groups=2),
     # Factors
-    Case("up3", "an odd factor", 1, 5, 4, 5, up=3, kernel_size=5),
-    Case("up4", "upsampling by 4", 1, 5, 3, 4, up=4, kernel_size=5),
-    Case("down3", "an odd factor, downsampling", 1, 5, 10, 11, down=3, kernel_size=5),
-    Case("down4", "downsampling by 4", 1, 5, 11, 9, down=4, kernel_size=5),
-    Case("ratio_3_2", "upsampling by a fraction", 2, 4, 5, 6, up=3, down=2),
-    Case("ratio_2_3", "downsampling by a fraction", 2, 4, 7, 8, up=2, down=3),
-    Case("ratio_4_6", "a fraction that is not reduced", 2, 4, 7, 8, up=4, down=6),
-    Case("ratio_2_2", "1, not reduced: half of the logits are cropped", 2, 4, 5, 7, up=2, down=2),
-    Case("ratio_7_5", "a fraction of larger numbers", 1, 4, 6, 11, up=7, down=5, kernel_size=5),
+    Case("up3", "an odd factor", 1, 9, 4, 5, up=3, kernel_size=5),
+    Case("up4", "upsampling by 4", 1, 9, 3, 4, up=4, kernel_size=5),
+    Case("down3", "an odd factor, downsampling", 1, 9, 10, 11, down=3, kernel_size=5),
+    Case("down4", "downsampling by 4", 1, 9, 11, 9, down=4, kernel_size=5),
+    Case("ratio_3_2", "upsampling by a fraction", 2, 9, 5, 6, up=3, down=2),
+    Case("ratio_2_3", "downsampling by a fraction", 2, 9, 7, 8, up=2, down=3),
+    Case("ratio_4_6", "a fraction that is not reduced", 2, 9, 7, 8, up=4, down=6),
+    Case("ratio_2_2", "1, not reduced: half of the logits are cropped", 2, 9, 5, 7, up=2, down=2),
+    Case("ratio_7_5", "a fraction of larger numbers", 1, 9, 6, 11, up=7, down=5, kernel_size=5),
     Case("many_phases", "more phases than there are taps", 1, 2, 2, 3, up=13),
     Case("down_to_one", "a factor beyond the map: one output", 2, 3, 5, 6, down=1000),
     Case("skips_features", "down > K: features that no tap reaches", 2, 5, 15, 16, down=7),
@@ -138,11 +138,11 @@ _TABLE = [
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
     # Crops
-    Case("crop_up", "a skip connection of odd size", 2, 5, 4, 5, up=2, kernel_size=5, size=(7, 9)),
-    Case("crop_down", "a crop, downsampling", 2, 5, 9, 11, down=2, kernel_size=5, size=(4, 5)),
-    Case("crop_ratio", "a crop at a fraction", 1, 4, 5, 6, up=3, down=2, size=(7, 8)),
-    Case("crop_to_one", "a single output of many", 2, 5, 4, 5, up=2, size=(1, 1)),
-    Case("crop_rows", "features below the crop get no gradient", 1, 5, 9, 4, up=2, size=(2, 8)),
+    Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
+    Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),
+    Case("crop_ratio", "a crop at a fraction", 1, 9, 5, 6, up=3, down=2, size=(7, 8)),
+    Case("crop_to_one", "a single output of many", 2, 9, 4, 5, up=2, size=(1, 1)),
+    Case("crop_rows", "features below the crop get no gradient", 1, 9, 9, 4, up=2, size=(2, 8)),
     Case("up_beyond_crop", "a factor larger than the output", 1, 2, 2, 3, up=40, size=(3, 50)),
     Case("natural_size_given", "size= equal to the natural one", 1, 3, 4, 5, up=2, size=(8, 10)),
     # Nothing to do
