@@ -129,10 +129,15 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
 
 void run(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors) {
     Call call = check(function, params, tensors, true);
+    const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
     for (int k = 0; k < 2; k++) {
-        if (!call.wanted[k]) continue;
         call.problem.result = call.results[k];
-        choose(function, kLists[function][k], call.params.implementation, call.problem).run(call.problem);
+        if (call.wanted[k])
+            chosen[k] = &choose(function, kLists[function][k], call.params.implementation, call.problem);
+    }
+    for (int k = 0; k < 2; k++) {
+        call.problem.result = call.results[k];
+        if (chosen[k] != nullptr) chosen[k]->run(call.problem);
     }
 }
 
