@@ -14,7 +14,6 @@
 namespace carafepp {
 namespace {
 
-constexpr int64_t kMaxKernelSize = 31;
 constexpr int64_t kMaxBytes = int64_t{1} << 61;  // leaves room to add extents of two arrays
 
 // ---- sentences ----

@@ -16,6 +16,8 @@
 
 namespace carafepp {
 
+constexpr int kMaxKernelSize = 31;
+
 struct Error {
     carafepp_status status;
     std::string message;

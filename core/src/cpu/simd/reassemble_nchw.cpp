@@ -16,7 +16,6 @@ namespace carafepp {
 namespace {
 
 constexpr int64_t kStagedElements = 64 * 1024;  // of masks in a block of bands: in float 256 KiB, of a level 2 cache
-constexpr int kMaxKernelSize = 31;
 constexpr int64_t kBlockBands = 4;  // rows of features are read again by the next band, soon enough to be in level 1
 constexpr int64_t kBlockChannels = 16;  // so that the rows of features of a tile stay there too
 
