@@ -1,0 +1,13 @@
+"""Benchmarks of carafepp: `python -m benchmarks --help`, from the root of the repository.
+
+problems -> implementations, peers (the rivals) -> compare (check, then time) -> bars, report, plot.
+Shapes (`cases.py`), the definition (`reference.py`) and the rounding bounds (`tolerances.py`) are
+those of the tests.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT / "tests"))

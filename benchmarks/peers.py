@@ -1,0 +1,289 @@
+"""The rivals that are PyTorch's: compositions of the same computation, and other operators.
+
+A composition takes features and masks, axes N, C, H, W, contiguous or channels_last, up or down by
+an integer. Without autograd its last step writes into `out`, which is recycled; what it needs on
+the way comes from PyTorch's allocator. From logits, pixel_shuffle and softmax are part of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cases import Case
+
+from .problems import Arrays
+from .rivals import Rival
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def settings(threads: int) -> Iterator[None]:
+    """Set PyTorch's number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tensor(array: np.ndarray, layout: str) -> torch.Tensor:
+    """Return a tensor on the memory of an array, axes N, C, H, W."""
+    if array.dtype.name == "bfloat16":
+        shared = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        shared = torch.from_numpy(array)
+    return shared if layout == "NCHW" else shared.permute(0, 3, 1, 2)
+
+
+# Compositions. Shapes: features (N, C, H, W), masks (N, K*K, h, w), where h, w is the output's size
+# before a crop; s is the factor, t = K*K counts taps.
+
+
+def _padded(features, case: Case):
+    return F.pad(features, [case.kernel_size // 2] * 4)
+
+
+def _phases(masks, case: Case):
+    """(N, t, H, s, W, s): a view of masks whose outputs are sorted by source pixel."""
+    n, taps, h, w = masks.shape
+    return masks.view(n, taps, h // case.up, case.up, w // case.up, case.up)
+
+
+def _finish(output, case: Case, out):
+    """Crop, and write into `out` if there is one."""
+    output = output[:, :, : case.output_size[0], : case.output_size[1]]
+    return output if out is None else out.copy_(output)
+
+
+def _add_product(total, x, mask):
+    """Return total + x * mask, in place where autograd does not look."""
+    if total is None:
+        return x * mask
+    return torch.addcmul(total, x, mask) if torch.is_grad_enabled() else total.addcmul_(x, mask)
+
+
+def unfold(features, masks, case: Case, out=None):
+    """All windows of the source as a tensor (N, C, t, H or h, W or w), contracted over t."""
+    (n, c, h, w), k = features.shape, case.kernel_size
+    if case.down > 1:
+        out_h, out_w = masks.shape[2:]
+        windows = F.unfold(features, k, padding=k // 2, stride=case.down)
+        windows = windows.view(n, c, k * k, out_h, out_w)
+        return _finish((windows * masks.unsqueeze(1)).sum(2), case, out)
+    windows = F.unfold(features, k, padding=k // 2).view(n, c, k * k, h, w)
+    masks = _phases(masks, case).permute(0, 3, 5, 1, 2, 4).reshape(n, case.up**2, k * k, h, w)
+    output = torch.einsum("nskhw,nckhw->ncshw", masks, windows)
+    return _finish(F.pixel_shuffle(output.reshape(n, -1, h, w), case.up), case, out)
+
+
+def taps(features, masks, case: Case, out=None):
+    """Loop over taps, each a product of shifted features with one channel of masks."""
+    (n, c, h, w), k, s = features.shape, case.kernel_size, case.up
+    out_h, out_w = masks.shape[2:]
+    padded, down, output = _padded(features, case), case.down, None
+    in_place = out is not None and out.shape[2:] == masks.shape[2:]  # not to be cropped
+    for tap in range(k * k):
+        a, b = divmod(tap, k)
+        if down > 1:
+            x = padded[:, :, a : a + down * (out_h - 1) + 1 : down]
+            x = x[:, :, :, b : b + down * (out_w - 1) + 1 : down]
+            mask = masks[:, tap].unsqueeze(1)
+        else:
+            x = padded[:, :, a : a + h, b : b + w].reshape(n, c, h, 1, w, 1)
+            mask = _phases(masks, case)[:, tap].unsqueeze(1)
+        if output is None and in_place:
+            output = torch.mul(x, mask, out=out if down > 1 else out.view(n, c, h, s, w, s))
+        else:
+            output = _add_product(output, x, mask)
+    return out if in_place else _finish(output.reshape(n, c, out_h, out_w), case, out)
+
+
+def taps_per_phase(features, masks, case: Case, out=None):
+    """Loop over taps for each of the s*s phases, at the size of the source (up alone)."""
+    (n, _, h, w), k, s = features.shape, case.kernel_size, case.up
+    padded = _padded(features, case)
+    masks = _phases(masks, case).permute(3, 5, 0, 1, 2, 4).contiguous()
+    phases = []
+    for phase in masks.reshape(s * s, n, k * k, h, w):
+        total = None
+        for tap in range(k * k):
+            a, b = divmod(tap, k)
+            x = padded[:, :, a : a + h, b : b + w]
+            total = _add_product(total, x, phase[:, tap].unsqueeze(1))
+        phases.append(total)
+    output = F.pixel_shuffle(torch.stack(phases, 2).reshape(n, -1, h, w), s)
+    return _finish(output, case, out)
+
+
+def bmm(features, masks, case: Case, out=None):
+    """For each source pixel a product of its s*s masks with its window, (s*s, t) @ (t, C)."""
+    (n, c, h, w), k, s, d = features.shape, case.kernel_size, case.up, case.down
+    h, w = -(-h // d), -(-w // d)
+    margin = (0, 0, *[k // 2] * 4)
+    rows = F.pad(features.permute(0, 2, 3, 1), margin).contiguous()
+    windows = rows.unfold(1, k, d).unfold(2, k, d).permute(0, 1, 2, 4, 5, 3)
+    windows = windows.reshape(n * h * w, k * k, c)
+    masks = _phases(masks, case).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, s * s, k * k)
+    output = torch.bmm(masks, windows).view(n, h, w, s, s, c).permute(0, 5, 1, 3, 2, 4)
+    return _finish(output.reshape(n, c, h * s, w * s), case, out)
+
+
+COMPOSITIONS: dict[str, Callable] = {
+    "unfold": unfold,
+    "taps": taps,
+    "taps per phase": taps_per_phase,
+    "bmm": bmm,
+}
+COMPILED = "compiled"  # the best of these and the loop over taps, by torch.compile
+
+
+def compositions(case: Case) -> list[str]:
+    """Return the names of the compositions for this problem; none for a fraction or groups."""
+    if case.groups != 1 or (case.up > 1 and case.down > 1):
+        return []
+    return [name for name in COMPOSITIONS if case.up > 1 or name != "taps per phase"]
+
+
+def _masks(weights, case: Case, source: str):
+    """Return masks before a crop, from logits by pixel_shuffle and softmax."""
+    if source == "logits":
+        return F.softmax(F.pixel_shuffle(weights, case.up), 1)
+    (h, w), (full_h, full_w) = case.output_size, case.natural_size
+    return weights if (h, w) == (full_h, full_w) else F.pad(weights, (0, full_w - w, 0, full_h - h))
+
+
+def composed(name: str, case: Case, source: str, features, weights, out=None):
+    """Compute the output by one composition, from masks or from logits."""
+    return COMPOSITIONS[name](features, _masks(weights, case, source), case, out)
+
+
+# What users would take instead: {name: (function of x, function of x and out, or None)}.
+
+
+def operators(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> dict:
+    """Return the other operators of this shape, for an integer factor up or down."""
+    size, s, d = case.output_size, case.up, case.down
+
+    def weight(k: int):
+        return torch.randn(case.c, case.c, k, k).to(dtype, memory_format=memory_format)
+
+    if s > 1 and d == 1:
+        w = weight(s)
+        return {
+            "nearest": (
+                lambda x: F.interpolate(x, size, mode="nearest"),
+                lambda x, out: aten.upsample_nearest2d.out(x, size, out=out),
+            ),
+            "bilinear": (
+                lambda x: F.interpolate(x, size, mode="bilinear"),
+                lambda x, out: aten.upsample_bilinear2d.out(x, size, False, out=out),
+            ),
+            f"conv_transpose {s}x{s}": (
+                lambda x: F.conv_transpose2d(x, w, stride=s)[:, :, : size[0], : size[1]],
+                None,
+            ),
+        }
+    if d > 1 and s == 1:
+        w, window = weight(3), ([d, d], [d, d], [0, 0])
+        indices = torch.empty(case.output_shape, dtype=torch.int64, memory_format=memory_format)
+        return {
+            "avg_pool": (
+                lambda x: F.avg_pool2d(x, d, ceil_mode=True),
+                lambda x, out: aten.avg_pool2d.out(x, *window, True, out=out),
+            ),
+            "max_pool": (
+                lambda x: F.max_pool2d(x, d, ceil_mode=True),
+                lambda x, out: aten.max_pool2d_with_indices.out(
+                    x, *window, [1, 1], True, out=out, indices=indices
+                )[0],
+            ),
+            "conv 3x3": (lambda x: F.conv2d(x, w, stride=d, padding=1), None),
+        }
+    return {}
+
+
+# Rivals
+
+
+def _forward(function: Callable, *inputs):
+    with torch.no_grad():
+        return function(*inputs)
+
+
+def _forward_backward(function: Callable, leaves: list, grad_output) -> tuple:
+    """Return the result and the gradients of the leaves."""
+    output = function(*leaves)
+    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+
+def forget_compiled() -> None:
+    """Free what was compiled for another problem; leave room for all variants of the next one."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+
+
+class Peers:
+    """PyTorch's rivals for a pass of a problem, on arrays of one dtype and layout."""
+
+    def __init__(self, arrays: Arrays, pass_: str, dtype: str, layout: str):
+        inputs = arrays.inputs(dtype, layout)
+        self.case, self.source = arrays.case, arrays.source
+        self.pass_, self.dtype, self.layout = pass_, dtype, layout
+        self.features = tensor(inputs.features, layout)
+        self.weights = tensor(inputs.weights, layout)
+        self.grad_output = tensor(inputs.grad_output, layout)
+        self.out = arrays.result("output", dtype, layout)
+
+    def rivals(self, threads: int, outputs: str, wanted: Callable[[str], bool]) -> Iterator[Rival]:
+        """Yield those whose name is wanted, but for the compiled ones."""
+        for name in filter(wanted, compositions(self.case)):
+            yield self.composition(name, threads, outputs)
+        memory_format = torch.channels_last if self.layout == "NHWC" else torch.contiguous_format
+        found = operators(self.case, self.features.dtype, memory_format)
+        for name, (function, into) in found.items():
+            if wanted(name) and (into or outputs == "recycled"):
+                yield self._rival("operator", name, threads, outputs, function, into)
+
+    def composition(self, name: str, threads: int, outputs: str, compiled: bool = False) -> Rival:
+        """Return one composition, or what torch.compile makes of it."""
+        function = partial(composed, name, self.case, self.source)
+        if compiled:
+            name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
+        rival = self._rival("composition", name, threads, outputs, function, function)
+        rival.results = ("output", "grad_features", f"grad_{self.source}")
+        if self.pass_ == "forward":
+            rival.results = ("output",)
+        rival.slack = 2 if self.dtype in ("float32", "float64") else self.case.kernel_size**2
+        return rival
+
+    def _rival(self, kind, name, threads, outputs, function, into) -> Rival:
+        inputs = [self.features] if kind == "operator" else [self.features, self.weights]
+        outs = ()
+        if self.pass_ == "forward+backward":
+            leaves = [array.detach().requires_grad_() for array in inputs]
+            call = partial(_forward_backward, function, leaves, self.grad_output)
+        elif outputs == "fresh" or into is None:
+            call = partial(_forward, function, *inputs)
+        else:
+            outs = (self.out,)
+            call = partial(_forward, into, *inputs, tensor(self.out, self.layout))
+        return Rival(
+            name=name,
+            kind=kind,
+            pass_=self.pass_,
+            source=self.source,
+            layout=self.layout,
+            dtype=self.dtype,
+            threads=threads,
+            outputs="recycled" if outs else "fresh",
+            call=call,
+            settings=partial(settings, threads),
+            outs=outs,
+            twin=outputs == "fresh",
+        )

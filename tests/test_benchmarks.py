@@ -1,0 +1,116 @@
+"""The benchmarks' tool: what it shows and writes, and that it finds a wrong answer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import carafepp
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--cases", "tiny", "--threads", "1", "--dtype", "float32"]
+
+# What `python -m benchmarks` does, with a composition whose answer is wrong by a thousandth.
+SEEDED = """
+import sys
+from benchmarks import peers
+from benchmarks.__main__ import main
+right = peers.COMPOSITIONS["bmm"]
+peers.COMPOSITIONS["bmm"] = lambda *args: right(*args).mul_(1.001)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def files(torch, tmp_path_factory):
+    """What one short run writes, and what it prints."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("benchmarks")
+    paths = {key: folder / name for key, name in [("json", "a"), ("markdown", "b"), ("plot", "c")]}
+    options = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
+    peers = ["--peers", "bmm,nearest"]
+    done = run("-m", "benchmarks", "--quick", *TINY, *peers, "--seconds", "0.2", *options)
+    assert done.returncode == 0, done.stderr
+    return {**paths, "printed": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def data(files):
+    return json.loads(files["json"].read_text())
+
+
+def implementations(layout: str) -> set[str]:
+    """Those that accept the tiny problem in this layout."""
+    features, output = (1, 16, 8, 8), (1, 16, 16, 16)
+    masks, logits = (1, 25, 16, 16), (1, 100, 8, 8)
+    found = set()
+    for function, shapes, params in [
+        ("reassemble", (features, masks), {}),
+        ("reassemble_backward", (output, features, masks), {}),
+        ("reassemble_with_logits", (features, logits), {"kernel_size": 5}),
+    ]:
+        order = (0, 1, 2, 3) if layout == "NCHW" else (0, 2, 3, 1)
+        arrays = [np.zeros([shape[axis] for axis in order], np.float32) for shape in shapes]
+        listed = carafepp.list_implementations(function, *arrays, up=2, layout=layout, **params)
+        found |= {name for name, reason in listed if reason is None}
+    return found
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_every_implementation_is_timed(data, layout):
+    rows = [row for row in data["rows"] if row["kind"] == "carafepp" and row["layout"] == layout]
+    assert implementations(layout) <= {row["implementation"] for row in rows}
+    assert all(row["seconds"] > 0 and row["samples"] > 0 for row in rows)
+    assert all(row["share"] > 0 for row in rows)
+
+
+def test_carafepp_is_compared_with_the_best_peers(data):
+    """As the rows themselves tell it."""
+    of = {"pass": "forward", "source": "masks"}
+    rows = [row for row in data["rows"] if all(row[key] == of[key] for key in of)]
+    best = min(row["seconds"] for row in rows if row["kind"] == "composition")
+    nearest = {row["layout"]: row["seconds"] for row in rows if row["implementation"] == "nearest"}
+    for row in rows:
+        assert row["x_composition"] == pytest.approx(best / row["seconds"])
+        assert row["x_operator"] == pytest.approx(nearest[row["layout"]] / row["seconds"])
+
+
+def test_the_tables_say_where_and_how_and_what_the_bars_are(files, data):
+    printed = files["printed"]
+    assert files["markdown"].read_text().strip() == printed.strip()
+    for word in ("CPU", "commit", "torch", "date", "FMA", "copy", "### tiny", "### The bars"):
+        assert word in printed
+    reached = {bar["what"]: bar["reached"] for bar in data["bars"]}
+    assert "not measured" in reached.values()
+    assert any("(1, 16, 8, 8)" in what and reached[what] != "not measured" for what in reached)
+
+
+def test_the_picture_is_a_png(files):
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_answer_is_shown_and_not_timed(torch, tmp_path):
+    path = tmp_path / "rows.json"
+    peers = ["--peers", "bmm,unfold", "--pass", "forward", "--from", "masks"]
+    done = run("-c", SEEDED, *TINY, *peers, "--check-only", "--json", str(path))
+    assert done.returncode == 1, done.stderr
+    assert "WRONG: tiny: bmm forward" in done.stdout
+    rows = json.loads(path.read_text())["rows"]
+    wrong = {row["implementation"] for row in rows if row["error"]}
+    assert wrong == {"bmm"}
+    assert {row["implementation"] for row in rows} > {"bmm", "unfold"}
+
+
+def test_an_unknown_case_is_refused():
+    done = run("-m", "benchmarks", "--cases", "none")
+    assert done.returncode == 2
+    assert "'none' is none of fpn1" in done.stderr
