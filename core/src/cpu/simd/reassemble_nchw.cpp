@@ -93,14 +93,9 @@ CARAFEPP_INLINE void write_row(const Accumulator<T>* staged, int64_t phase_strid
     if (phases == 1) {
         store_part(load(staged), to, count);
     } else if (phases == 2) {
-        typename VectorOf<A>::integer low, high;
-        for (int q = 0; q < L; q++) {
-            low[q] = q / 2 + q % 2 * L;
-            high[q] = L / 2 + q / 2 + q % 2 * L;
-        }
         const Vector<A> even = load(staged), odd = load(staged + phase_stride);
-        store_part(__builtin_shuffle(even, odd, low), to, count);
-        store_part(__builtin_shuffle(even, odd, high), to + L, count - L);
+        store_part(shuffle<AlternatingLow, A>(even, odd), to, count);
+        store_part(shuffle<AlternatingHigh, A>(even, odd), to + L, count - L);
     } else {
         for (int64_t phase = 0; phase < phases; phase++) {
             const A* lanes = staged + phase * phase_stride;

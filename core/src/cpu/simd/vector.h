@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "dtypes.h"
 
@@ -193,28 +194,55 @@ CARAFEPP_INLINE void store_part(Vector<Accumulator<T>> value, T* to, int64_t cou
     }
 }
 
-// Every `Step`-th element from `from` on, where elements [begin, end) of the Step * kLanes are there and the others are
-// 0.
+// ---- shuffles: lanes of two vectors, numbered through ----
+
+struct EvenLanes {
+    static constexpr int at(int lane, int) { return 2 * lane; }
+};
+struct AlternatingLow {  // low[0], high[0], low[1], ...
+    static constexpr int at(int lane, int lanes) { return lane / 2 + lane % 2 * lanes; }
+};
+struct AlternatingHigh {  // and so on from their middle
+    static constexpr int at(int lane, int lanes) { return lanes / 2 + AlternatingLow::at(lane, lanes); }
+};
+
+template <class Rule, class A, int... Lane>
+CARAFEPP_INLINE Vector<A> shuffle_lanes(Vector<A> low, Vector<A> high, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(low, high, Rule::at(Lane, sizeof...(Lane))...);
+#else
+    return __builtin_shuffle(low, high, typename VectorOf<A>::integer{Rule::at(Lane, sizeof...(Lane))...});
+#endif
+}
+template <class Rule, class A>
+CARAFEPP_INLINE Vector<A> shuffle(Vector<A> low, Vector<A> high) {
+    return shuffle_lanes<Rule, A>(low, high, std::make_integer_sequence<int, kLanes<A>>());
+}
+
+// Every `Step`-th element from `from` on; with bounds, elements [begin, end) of the Step * kLanes are there and the
+// others are 0.
+template <int Step, class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from) {
+    static_assert(Step == 1 || Step == 2, "shuffles for other steps are not written");
+    using A = Accumulator<T>;
+    if constexpr (Step == 1) {
+        return load(from);
+    } else {
+        return shuffle<EvenLanes, A>(load(from), load(from + kLanes<A>));
+    }
+}
 template <int Step, class T>
 CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from, int begin, int end) {
     static_assert(Step == 1 || Step == 2, "shuffles for other steps are not written");
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
-    if constexpr (Step == 1) return load_between(from, begin, end);
-    typename VectorOf<A>::integer even;
-    for (int q = 0; q < L; q++) even[q] = 2 * q;
-    const Vector<A> low = load_between(from, begin < L ? begin : L, end < L ? end : L);
-    const Vector<A> high = load_between(from + L, begin > L ? begin - L : 0, end > L ? end - L : 0);
-    return __builtin_shuffle(low, high, even);
-}
-template <int Step, class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from) {
-    using A = Accumulator<T>;
-    constexpr int L = kLanes<A>;
-    if constexpr (Step == 1) return load(from);
-    typename VectorOf<A>::integer even;
-    for (int q = 0; q < L; q++) even[q] = 2 * q;
-    return __builtin_shuffle(load(from), load(from + L), even);
+    if constexpr (Step == 1) {
+        return load_between(from, begin, end);
+    } else {
+        const Vector<A> low = load_between(from, begin < L ? begin : L, end < L ? end : L);
+        const Vector<A> high = load_between(from + L, begin > L ? begin - L : 0, end > L ? end - L : 0);
+        return shuffle<EvenLanes, A>(low, high);
+    }
 }
 
 // ---- arithmetic ----
