@@ -10,7 +10,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <limits>
 #include <optional>
@@ -144,21 +143,22 @@ private:
     bool given_ = false;
 };
 
-// The thread that ends the interpreter, once it has begun to. A daemon thread that asked for the GIL after that would
-// be unwound by Python through frames that cannot be (before 3.14), and the process would abort: it sleeps until the
-// process ends instead.
-std::atomic<std::thread::id> ending{std::thread::id()};
+// Before 3.14, Python ends a daemon thread that asks for the GIL of an ending interpreter by pthread_exit, whose
+// unwinding would terminate the process at the first noexcept frame. Caught here, the thread sleeps until the process
+// has ended.
+void take_gil(PyThreadState* state) {
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
 
 template <class F>
 void call(F f) {
-    carafepp_status status;
-    {
-        nb::gil_scoped_release released;
-        status = f();
-        const std::thread::id by = ending.load();
-        while (by != std::thread::id() && by != std::this_thread::get_id())
-            std::this_thread::sleep_for(std::chrono::hours(1));
-    }
+    PyThreadState* const state = PyEval_SaveThread();
+    const carafepp_status status = f();
+    take_gil(state);
     check(status);
 }
 
@@ -285,8 +285,7 @@ NB_MODULE(_core, m) {
           nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
                   "list[tuple[str, str | None]]"));
 
-    nb::set_leak_warnings(false);  // of what such a thread still holds
-    nb::module_::import_("atexit").attr("register")(nb::cpp_function([] { ending = std::this_thread::get_id(); }));
+    nb::set_leak_warnings(false);  // of what a daemon thread still holds when the program ends
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);
