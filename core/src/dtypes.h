@@ -88,6 +88,14 @@ inline Float16 narrow<Float16>(float value) {
     return {static_cast<uint16_t>(sign | bits)};
 }
 
+// Where an element of an array lies. Inlined wherever it stands, as every instruction set compiles its own
+// (cpu/simd/vector.h).
+template <class T>
+__attribute__((always_inline)) inline T* element(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
+    return static_cast<T*>(array.data) + n * array.stride_n + c * array.stride_c + h * array.stride_h +
+           w * array.stride_w;
+}
+
 // The type that sums of T are kept in.
 template <class T>
 struct AccumulatorOf {

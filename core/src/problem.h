@@ -69,6 +69,12 @@ struct Problem {
 
     int64_t taps() const { return kernel_size * kernel_size; }
     int64_t radius() const { return kernel_size / 2; }
+
+    // Of the contraction, taps beyond the border included: what a call costs, about.
+    double multiply_adds() const {
+        return static_cast<double>(taps()) * static_cast<double>(features.n) * static_cast<double>(features.c) *
+               static_cast<double>(out_h) * static_cast<double>(out_w);
+    }
 };
 
 // The public name of a function without its prefix: what stands in brackets before a sentence.

@@ -37,12 +37,6 @@ struct Staged {
     A* at(int64_t row, int64_t cell) const { return data + row * cells.size() + (cell - cells.begin); }
 };
 
-template <class T>
-T* at(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
-    return static_cast<T*>(array.data) + n * array.stride_n + c * array.stride_c + h * array.stride_h +
-           w * array.stride_w;
-}
-
 template <class T, class A>
 void load(const T* from, int64_t stride, int64_t count, A* to) {
     if (stride == 1) {
@@ -150,7 +144,7 @@ public:
         const int64_t cells = tile_of_masks(taps_);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
-        const double cost = multiply_adds() + cost_of_normalizing();
+        const double cost = p_.multiply_adds() + cost_of_normalizing();
         for_each_tile(p_.out_h, columns_.cells, cells, cost, masks_size + 3 * row_size + sources_size,
                       [&](const Tile& tile, A* scratch) {
             A* const sources_memory = scratch + masks_size;
@@ -185,7 +179,7 @@ public:
         const int64_t blocks = ceil_div(channels_, block);
         const int64_t row_size = columns_.phases * std::min(cells + columns_.shifts.size(), columns_.cells);
         const int64_t masks_size = staged_taps * row_size;
-        const double cost = multiply_adds() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
+        const double cost = p_.multiply_adds() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
         for_each_tile(p_.features.h, source_cells, cells, cost, masks_size + 3 * row_size + block * sums_size,
                       [&](const Tile& tile, A* scratch) {
             A* const grads_memory = scratch + masks_size;
@@ -216,7 +210,7 @@ public:
                     for (int64_t remainder = 0; remainder < lanes; remainder++) {
                         const int64_t end = std::min(tile.cells.end, columns_.sources(remainder));
                         store(sums.at(remainder, tile.cells.begin), end - tile.cells.begin,
-                              at<T>(p_.result, tile.n, c, tile.row, tile.cells.begin * columns_.down + remainder),
+                              element<T>(p_.result, tile.n, c, tile.row, tile.cells.begin * columns_.down + remainder),
                               p_.result.stride_w * columns_.down);
                     }
                 }
@@ -231,7 +225,7 @@ public:
         const int64_t cells = std::min(tile_of_masks(taps_), row_cells);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
-        const double cost = multiply_adds() + 2 * cost_of_normalizing();
+        const double cost = p_.multiply_adds() + 2 * cost_of_normalizing();
         for_each_tile(rows, row_cells, cells, cost, 3 * masks_size + sources_size + 3 * row_size,
                       [&](const Tile& tile, A* scratch) {
             const Staged<A> grad{scratch, tile.cells};
@@ -301,11 +295,6 @@ private:
                std::min(cells + columns_.shifts.size(), ceil_div(columns_.width, columns_.down));
     }
 
-    double multiply_adds() const {
-        return 1.0 * static_cast<double>(p_.features.n) * static_cast<double>(p_.features.c) *
-               static_cast<double>(p_.out_h) * static_cast<double>(p_.out_w) * static_cast<double>(taps_);
-    }
-
     double cost_of_normalizing() const {
         if (!p_.from_logits) return 0;
         return kCostOfExp * static_cast<double>(p_.logits.n) * static_cast<double>(p_.groups * taps_) *
@@ -330,7 +319,7 @@ private:
     Staged<A> stage_outputs(const Array& array, int64_t n, int64_t c, int64_t out_i, Range cells, A* to) const {
         const Staged<A> staged{to, cells};
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
-            const T* const row = at<const T>(array, n, c, out_i, cells.begin * columns_.up + phase);
+            const T* const row = element<const T>(array, n, c, out_i, cells.begin * columns_.up + phase);
             load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
                  staged.at(phase, cells.begin));
         }
@@ -343,7 +332,7 @@ private:
         const Array& features = p_.features;
         for (size_t lane = 0; lane < columns_.remainders.size(); lane++) {
             const int64_t remainder = columns_.remainders[lane];
-            const T* const row = at<const T>(features, n, c, i, staged.cells.begin * columns_.down + remainder);
+            const T* const row = element<const T>(features, n, c, i, staged.cells.begin * columns_.down + remainder);
             const int64_t count = std::min(staged.cells.end, columns_.sources(remainder)) - staged.cells.begin;
             load(row, features.stride_w * columns_.down, count,
                  staged.at(static_cast<int64_t>(lane), staged.cells.begin));
@@ -358,7 +347,7 @@ private:
         for (int64_t t = 0; t < count; t++) {
             for (int64_t phase = 0; phase < columns_.phases; phase++) {
                 const int64_t channel = tile.group * taps_ + first + t;
-                const M* const row = at<const M>(array, tile.n, channel, out_i, cells.begin * columns_.up + phase);
+                const M* const row = element<const M>(array, tile.n, channel, out_i, cells.begin * columns_.up + phase);
                 load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
                      staged.at(t * columns_.phases + phase, cells.begin));
             }
@@ -368,7 +357,7 @@ private:
     M* logits_row(const Array& array, const Tile& tile, int64_t t, int64_t out_i, int64_t phase, int64_t cell) const {
         const int64_t up = columns_.up;
         const int64_t channel = ((tile.group * taps_ + t) * up + out_i % up) * up + phase;
-        return at<M>(array, tile.n, channel, out_i / up, cell);
+        return element<M>(array, tile.n, channel, out_i / up, cell);
     }
 
     // All taps of an array of logits: [tap][phase][cell].
@@ -427,7 +416,7 @@ private:
     template <class Out>
     void write_outputs(const Staged<A>& staged, int64_t first_row, int64_t n, int64_t c, int64_t out_i) const {
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
-            Out* const row = at<Out>(p_.result, n, c, out_i, staged.cells.begin * columns_.up + phase);
+            Out* const row = element<Out>(p_.result, n, c, out_i, staged.cells.begin * columns_.up + phase);
             store(staged.at(first_row + phase, staged.cells.begin), columns_.outputs(staged.cells, phase).size(), row,
                   p_.result.stride_w * columns_.up);
         }

@@ -7,17 +7,13 @@
 // of them (an output of all cells).
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/normalizer.h"
 #include "cpu/simd/vector.h"
 
 namespace carafepp {
 namespace {
-
-template <class T>
-CARAFEPP_INLINE T* element(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
-    return static_cast<T*>(array.data) + n * array.stride_n + c * array.stride_c + h * array.stride_h +
-           w * array.stride_w;
-}
 
 // Up to a vector of elements that lie `stride` apart; lanes beyond `count` are 0.
 template <class M>
@@ -67,18 +63,22 @@ struct MaskTiles {
     void stage(int64_t n, int64_t group, int64_t out_i, int64_t cell, int count, A* to, A* spare) const {
         const Problem& p = problem;
         const int64_t taps = p.taps(), up = p.factor.up;
-        for (int64_t t = 0; t < taps; t++) {
-            for (int64_t phase = 0; phase < phases; phase++) {
-                A* const lanes = to + (t * phases + phase) * kLanes<A>;
-                if (p.from_logits) {
-                    const int64_t channel = ((group * taps + t) * up + out_i % up) * up + phase;
-                    load_lanes(element<const M>(p.logits, n, channel, out_i / up, cell), p.logits.stride_w, count,
-                               lanes);
-                } else {
-                    const int64_t outputs = ceil_div(p.out_w - phase, up) - cell;  // from this cell on, of this phase
-                    load_lanes(element<const M>(p.masks, n, group * taps + t, out_i, cell * up + phase),
-                               p.masks.stride_w * up, static_cast<int>(outputs < count ? outputs : count), lanes);
-                }
+        for (int64_t phase = 0; phase < phases; phase++) {
+            const M* from;
+            int64_t tap_stride, stride, there = count;  // lanes that have an output
+            if (p.from_logits) {
+                from = element<const M>(p.logits, n, (group * taps * up + out_i % up) * up + phase, out_i / up, cell);
+                tap_stride = up * up * p.logits.stride_c;
+                stride = p.logits.stride_w;
+            } else {
+                from = element<const M>(p.masks, n, group * taps, out_i, cell * up + phase);
+                tap_stride = p.masks.stride_c;
+                stride = up * p.masks.stride_w;
+                there = std::min(there, ceil_div(p.out_w - phase, up) - cell);
+            }
+            for (int64_t t = 0; t < taps; t++) {
+                load_lanes(from + t * tap_stride, stride, static_cast<int>(there),
+                           to + (t * phases + phase) * kLanes<A>);
             }
         }
         if (!p.from_logits) return;

@@ -19,10 +19,9 @@ constexpr int64_t kStagedElements = 64 * 1024;  // of masks in a block of bands:
 constexpr int64_t kBlockBands = 4;  // rows of features are read again by the next band, soon enough to be in level 1
 constexpr int64_t kBlockChannels = 16;  // so that the rows of features of a tile stay there too
 
-// Which lanes read a column inside the border.
+// Lanes [begin, end).
 struct Lanes {
     int begin, end;
-    bool all(int lanes) const { return begin == 0 && end == lanes; }
 };
 
 // One tile of one band: where the windows of its first cell begin (perhaps outside), and which tap rows are inside.
@@ -33,15 +32,6 @@ struct Window {
     int a_begin, a_end, kernel_size;
     int64_t first_column;  // of the corner, in its row
     int64_t width;
-    int64_t down;
-
-    // Of the tap column `b` of a phase centred `offset` columns further.
-    template <int L>
-    Lanes inside(int64_t offset, int b) const {
-        const int64_t column = first_column + offset + b;
-        return {static_cast<int>(std::clamp<int64_t>(ceil_div(-column, down), 0, L)),
-                static_cast<int>(std::clamp<int64_t>(ceil_div(width - column, down), 0, L))};
-    }
 };
 
 // `P` outputs that read the same windows, `NC` channels: sums go to [output][channel][lane]. `Inside`: no window leaves
@@ -129,9 +119,7 @@ struct ReassembleNchw {
         const int64_t masks_size = block * panel * band_size;
         const int64_t scratch_size = masks_size + (2 + band_rows * kMostChannels) * phases * L;
         const int64_t items = p.result.n * p.groups * blocks * panels;
-        const double cost = 1.0 * static_cast<double>(p.taps()) * static_cast<double>(p.result.n * p.result.c) *
-                            static_cast<double>(p.out_h * p.out_w) / L;
-        const int threads = threads_for(items, cost);
+        const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             Block b;
@@ -181,18 +169,20 @@ struct ReassembleNchw {
 
     // Weights of taps beyond a border, where features are loaded as 0: 0 * 0 even where the weight is Inf.
     void clear_outside(int64_t cell, A* row) const {
-        const int64_t k = p.kernel_size;
-        Window<T> window = {};
-        window.first_column = cell * p.factor.down - p.radius();
-        window.width = p.features.w;
-        window.down = p.factor.down;
-        for (int64_t phase = 0; phase < phases; phase++) {
-            for (int64_t t = 0; t < p.taps(); t++) {
-                const Lanes inside = window.template inside<L>(p.factor.source(phase), static_cast<int>(t % k));
-                if (inside.all(L)) continue;
-                A* const lanes = row + (t * phases + phase) * L;
-                for (int q = 0; q < L; q++) {
-                    if (q < inside.begin || q >= inside.end) lanes[q] = 0;
+        const int64_t k = p.kernel_size, down = p.factor.down, left = cell * down - p.radius();
+        const int64_t farthest = columns.groups[columns.count - 1].offset + k - 1;
+        if (left >= 0 && left + farthest + (L - 1) * down < p.features.w) return;
+        for (int g = 0; g < columns.count; g++) {
+            for (int64_t b = 0; b < k; b++) {
+                const int64_t column = left + columns.groups[g].offset + b;  // of the first lane
+                const int64_t begin = std::clamp<int64_t>(ceil_div(-column, down), 0, L);
+                const int64_t end = std::clamp<int64_t>(ceil_div(p.features.w - column, down), begin, L);
+                for (int64_t a = 0; a < k; a++) {
+                    for (int phase = columns.groups[g].begin; phase < columns.groups[g].end; phase++) {
+                        A* const lanes = row + ((a * k + b) * phases + phase) * L;
+                        std::fill(lanes, lanes + begin, A{0});
+                        std::fill(lanes + end, lanes + L, A{0});
+                    }
                 }
             }
         }
@@ -222,7 +212,6 @@ struct ReassembleNchw {
             window.a_end = static_cast<int>(std::min(p.kernel_size, p.features.h - top));
             window.first_column = left;
             window.width = p.features.w;
-            window.down = factor.down;
             contract_phases<NC>(b, window, staged(b, band, tile), rows);
             for (int64_t row = rows.begin; row < rows.end; row++) {
                 for (int64_t k = 0; k < NC; k++) {

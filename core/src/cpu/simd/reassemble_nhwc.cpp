@@ -125,9 +125,7 @@ struct ReassembleNhwc {
         const int64_t band_rows = ceil_div(p.factor.up, p.factor.down);
         const int64_t scratch_size = (band_rows * p.taps() + 2) * masks.phases * kLanes<A>;
         const int64_t items = p.result.n * p.groups * bands;
-        const double cost = 1.0 * static_cast<double>(p.taps()) * static_cast<double>(p.result.n * p.result.c) *
-                            static_cast<double>(p.out_h * p.out_w) / kLanes<A>;
-        const int threads = threads_for(items, cost);
+        const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
         const bool streams = streams_results();
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
