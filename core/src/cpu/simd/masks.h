@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The masks of a tile, staged in L1: copied, or normalised from logits.
+// The masks of a tile, staged in L1: copied, or normalised from logits; and their gradients on the way back.
 //
-// A cell is `up` columns of outputs (phases) over `down` columns of sources. A tile is as many neighbouring cells as a
-// vector has lanes, over the output rows of one band; it is staged as [row of the band][tap][phase][cell], so that
-// normalising is arithmetic on whole vectors, and a kernel reads either one weight (an output of one cell) or a vector
-// of them (an output of all cells).
+// A cell is up x up outputs over down x down sources; the columns of its outputs are its phases. A tile is as many
+// neighbouring cells as a vector has lanes. A row of outputs is staged as [tap][phase][cell], so that normalising is
+// arithmetic on whole vectors, and a kernel reads either one weight (an output of one cell) or a vector of them (an
+// output of all cells). Rows [tap][phase] lie `pitch` apart: the lanes of a tile, or of the panel that it is part of.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +15,17 @@
 namespace carafepp {
 namespace {
 
+// Output rows [begin, end) of one row of cells.
+struct Rows {
+    int64_t begin, end;
+};
+
 // Up to a vector of elements that lie `stride` apart; lanes beyond `count` are 0.
 template <class M>
 CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumulator<M>* to) {
     using A = Accumulator<M>;
     if (stride == 1) {
-        store(load_between(from, 0, count), to);
+        store(count == kLanes<A> ? load(from) : load_between(from, 0, count), to);
         return;
     }
     if (stride == 2 && count > 0) {
@@ -31,11 +36,20 @@ CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumu
     for (int q = count; q < kLanes<A>; q++) to[q] = 0;
 }
 
+template <class M>
+CARAFEPP_INLINE void store_lanes(const Accumulator<M>* from, int count, M* to, int64_t stride) {
+    if (stride == 1) {
+        store_part(load(from), to, count);
+        return;
+    }
+    for (int q = 0; q < count; q++) to[q * stride] = narrow<M>(from[q]);
+}
+
 // Softmax over taps, for each phase and lane.
-CARAFEPP_INLINE void softmax_of_tile(float* tile, int64_t taps, int64_t phases) {
-    const int64_t step = phases * kLanes<float>;
+CARAFEPP_INLINE void softmax_of_tile(float* tile, int64_t taps, int64_t phases, int64_t pitch) {
+    const int64_t step = phases * pitch;
     for (int64_t p = 0; p < phases; p++) {
-        float* const first = tile + p * kLanes<float>;
+        float* const first = tile + p * pitch;
         Vector<float> largest = load(first);
         for (int64_t t = 1; t < taps; t++) largest = larger(load(first + t * step), largest);
         Vector<float> sum = splat(0.0f);
@@ -49,46 +63,205 @@ CARAFEPP_INLINE void softmax_of_tile(float* tile, int64_t taps, int64_t phases) 
     }
 }
 
-// Tiles of one problem. M is the type masks or logits are stored in.
+// Where the adjacent channels of a cell stand in staged rows, in their order: (tap*up + row)*up + phase of logits; of
+// masks, tap, which is the same with an `up` of 1.
+template <class A>
+struct Places {
+    A* staged;  // row 0, phase 0 of tap 0
+    int up, first_row, rows, phases;
+    int64_t row_size, tap_size, pitch;
+    int row = 0, phase = 0;
+    int64_t tap_offset = 0;
+
+    void seek(int channel) {
+        phase = channel % up;
+        row = channel / up % up - first_row;
+        tap_offset = channel / (up * up) * tap_size;
+    }
+
+    // Of the next channel; NULL where its row or phase is not staged.
+    A* next() {
+        A* const place = row >= 0 && row < rows && phase < phases ? staged + row * row_size + tap_offset + phase * pitch
+                                                                  : nullptr;
+        if (++phase == up) {
+            phase = 0;
+            if (++row == up - first_row) {
+                row = -first_row;
+                tap_offset += tap_size;
+            }
+        }
+        return place;
+    }
+};
+
+// Blocks of channels as wide as a vector that cover `channels`: the last may overlap the one before it.
+template <int L, class F>
+CARAFEPP_INLINE void for_each_block(int channels, F f) {
+    for (int c = 0; c < channels; c += L) f(channels < L ? 0 : std::min(c, channels - L), std::min(channels, L));
+}
+
+// `count` cells of `channels` adjacent elements to the lanes of their places, by transposing; other lanes become 0.
+template <class M>
+void load_channels(const M* from, int64_t cell_stride, int count, int channels, Places<Accumulator<M>> places) {
+    using A = Accumulator<M>;
+    constexpr int L = kLanes<A>;
+    for_each_block<L>(channels, [&](int begin, int size) {
+        Vector<A> lanes[L] = {};
+#pragma GCC unroll 16
+        for (int q = 0; q < L; q++) {
+            const M* const cell = from + q * cell_stride + begin;
+            if (q < count) lanes[q] = size == L ? load(cell) : load_between(cell, 0, size);
+        }
+        transpose<A>(lanes);
+        places.seek(begin);
+#pragma GCC unroll 16
+        for (int c = 0; c < L; c++) {
+            A* const place = c < size ? places.next() : nullptr;
+            if (place != nullptr) store(lanes[c], place);
+        }
+    });
+}
+
+// The inverse of load_channels; places that are not staged are 0.
+template <class M>
+void store_channels(Places<const Accumulator<M>> places, int count, int channels, M* to, int64_t cell_stride) {
+    using A = Accumulator<M>;
+    constexpr int L = kLanes<A>;
+    for_each_block<L>(channels, [&](int begin, int size) {
+        Vector<A> lanes[L] = {};
+        places.seek(begin);
+#pragma GCC unroll 16
+        for (int c = 0; c < L; c++) {
+            const A* const place = c < size ? places.next() : nullptr;
+            if (place != nullptr) lanes[c] = load(place);
+        }
+        transpose<A>(lanes);
+#pragma GCC unroll 16
+        for (int q = 0; q < L; q++) {
+            if (q < count) store_part(lanes[q], to + q * cell_stride + begin, size);
+        }
+    });
+}
+
+// Tiles of an array of masks, [N, groups*taps, H', W'], or of logits, [N, groups*taps*up*up, ceil(H'/up), ceil(W'/up)].
 template <class M>
 struct MaskTiles {
     using A = Accumulator<M>;
+    static constexpr int L = kLanes<A>;
 
-    const Problem& problem;
-    int64_t phases;  // columns of outputs in a cell: min(up, W')
+    const Problem& p;
+    int64_t phases;
+    int64_t taps = p.taps();
 
-    int64_t row_size() const { return problem.taps() * phases * kLanes<A>; }
+    int64_t row_size(int64_t pitch) const { return taps * phases * pitch; }
 
-    // Stages one output row of `count` cells from `cell` on; `spare` holds 2 * phases * kLanes.
-    void stage(int64_t n, int64_t group, int64_t out_i, int64_t cell, int count, A* to, A* spare) const {
-        const Problem& p = problem;
-        const int64_t taps = p.taps(), up = p.factor.up;
-        for (int64_t phase = 0; phase < phases; phase++) {
-            const M* from;
-            int64_t tap_stride, stride, there = count;  // lanes that have an output
-            if (p.from_logits) {
-                from = element<const M>(p.logits, n, (group * taps * up + out_i % up) * up + phase, out_i / up, cell);
-                tap_stride = up * up * p.logits.stride_c;
-                stride = p.logits.stride_w;
-            } else {
-                from = element<const M>(p.masks, n, group * taps, out_i, cell * up + phase);
-                tap_stride = p.masks.stride_c;
-                stride = up * p.masks.stride_w;
-                there = std::min(there, ceil_div(p.out_w - phase, up) - cell);
-            }
-            for (int64_t t = 0; t < taps; t++) {
-                load_lanes(from + t * tap_stride, stride, static_cast<int>(there),
-                           to + (t * phases + phase) * kLanes<A>);
+    // The masks of `count` cells from `cell` on, as [row][tap][phase][lane]. Lanes beyond them are finite.
+    void stage(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
+        load_rows(n, group, rows, cell, count, pitch, to);
+        if (!p.from_logits) return;
+        for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) normalize_row(to, pitch);
+    }
+
+    // What `stage` loads: masks or logits.
+    void load_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
+        const Array& array = p.from_logits ? p.logits : p.masks;
+        if (array.stride_c == 1 && p.from_logits) {
+            load_channels<M>(locate(array, n, group, rows.begin / p.factor.up * p.factor.up, cell, 0).first,
+                             array.stride_w, count, channels_of_logits(), places_of_logits<A>(rows, pitch, to));
+            return;
+        }
+        for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) {
+            for (int64_t phase = 0; phase < phases; phase++) {
+                const Strip from = locate(array, n, group, row, cell, phase);
+                const int there = static_cast<int>(std::clamp<int64_t>(from.count, 0, count));
+                A* const first = to + phase * pitch;
+                if (array.stride_c == 1) {
+                    load_channels<M>(from.first, from.cell_stride, there, static_cast<int>(taps),
+                                     places_of_masks<A>(pitch, first));
+                    continue;
+                }
+                for (int64_t t = 0; t < taps; t++)
+                    load_lanes(from.first + t * from.tap_stride, from.cell_stride, there, first + t * phases * pitch);
             }
         }
-        if (!p.from_logits) return;
+    }
+
+    // Staged rows to the result, which has the shape of the masks or, with all rows and phases of its cells, logits.
+    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from) const {
+        const Array& array = p.result;
+        if (array.stride_c == 1 && p.from_logits) {
+            store_channels<M>(places_of_logits<const A>(rows, pitch, from), count, channels_of_logits(),
+                              locate(array, n, group, rows.begin, cell, 0).first, array.stride_w);
+            return;
+        }
+        for (int64_t row = rows.begin; row < rows.end; row++, from += row_size(pitch)) {
+            for (int64_t phase = 0; phase < phases; phase++) {
+                const Strip to = locate(array, n, group, row, cell, phase);
+                const int there = static_cast<int>(std::clamp<int64_t>(to.count, 0, count));
+                const A* const first = from + phase * pitch;
+                if (array.stride_c == 1) {
+                    store_channels<M>(places_of_masks<const A>(pitch, first), there, static_cast<int>(taps), to.first,
+                                      to.cell_stride);
+                    continue;
+                }
+                for (int64_t t = 0; t < taps; t++)
+                    store_lanes(first + t * phases * pitch, there, to.first + t * to.tap_stride, to.cell_stride);
+            }
+        }
+    }
+
+    // A staged row of logits to masks.
+    void normalize_row(A* row, int64_t pitch) const {
         if constexpr (sizeof(A) == sizeof(float)) {
             if (p.normalizer == CARAFEPP_SOFTMAX) {
-                softmax_of_tile(to, taps, phases);
+                softmax_of_tile(row, taps, phases, pitch);
                 return;
             }
         }
-        normalize(p.normalizer, to, taps, phases * kLanes<A>, spare);
+        A lanes[kMaxKernelSize * kMaxKernelSize * L], spare[2 * L];
+        for (int64_t phase = 0; phase < phases; phase++) {
+            A* const first = row + phase * pitch;
+            for (int64_t t = 0; t < taps; t++) store(load(first + t * phases * pitch), lanes + t * L);
+            normalize(p.normalizer, lanes, taps, L, spare);
+            for (int64_t t = 0; t < taps; t++) store(load(lanes + t * L), first + t * phases * pitch);
+        }
+    }
+
+private:
+    // One phase of a row of an array: tap t of the q-th cell is first[t*tap_stride + q*cell_stride]; `count` cells.
+    struct Strip {
+        M* first;
+        int64_t tap_stride, cell_stride, count;
+    };
+
+    Strip locate(const Array& array, int64_t n, int64_t group, int64_t row, int64_t cell, int64_t phase) const {
+        const int64_t up = p.factor.up;
+        if (p.from_logits) {
+            const int64_t channel = (group * taps * up + row % up) * up + phase;
+            return {element<M>(array, n, channel, row / up, cell), up * up * array.stride_c, array.stride_w, L};
+        }
+        return {element<M>(array, n, group * taps, row, cell * up + phase), array.stride_c, up * array.stride_w,
+                ceil_div(p.out_w - phase, up) - cell};
+    }
+
+    int channels_of_logits() const { return static_cast<int>(taps * p.factor.up * p.factor.up); }
+
+    template <class P>
+    Places<P> places_of_logits(Rows rows, int64_t pitch, P* staged) const {
+        const int up = static_cast<int>(p.factor.up);
+        return {staged,
+                up,
+                static_cast<int>(rows.begin % up),
+                static_cast<int>(rows.end - rows.begin),
+                static_cast<int>(phases),
+                row_size(pitch),
+                phases * pitch,
+                pitch};
+    }
+
+    template <class P>
+    Places<P> places_of_masks(int64_t pitch, P* staged) const {
+        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
     }
 };
 

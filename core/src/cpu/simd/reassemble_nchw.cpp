@@ -107,7 +107,7 @@ struct ReassembleNchw {
     const Phases columns{p.factor, phases};
     const int64_t channels = p.features.c / p.groups;
     const int64_t band_rows = ceil_div(p.factor.up, p.factor.down);
-    const int64_t band_size = band_rows * masks.row_size();  // of one tile
+    const int64_t band_size = band_rows * masks.row_size(L);  // of one tile
 
     void run() const {
         const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L),
@@ -159,8 +159,8 @@ struct ReassembleNchw {
                 const int64_t cell = (b.first_tile + tile) * L;
                 const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
                 for (int64_t row = rows.begin; row < rows.end; row++) {
-                    A* const to = staged(b, band, tile) + (row - rows.begin) * masks.row_size();
-                    masks.stage(b.n, b.group, row, cell, count, to, b.sums);
+                    A* const to = staged(b, band, tile) + (row - rows.begin) * masks.row_size(L);
+                    masks.stage(b.n, b.group, {row, row + 1}, cell, count, L, to);
                     clear_outside(cell, to);
                 }
             }
@@ -233,7 +233,7 @@ struct ReassembleNchw {
             int count = 0;
             for (int64_t row = 0; row < rows.end - rows.begin; row++) {
                 for (int phase = group.begin; phase < group.end; phase++) {
-                    weights[count] = tile + row * masks.row_size() + phase * L;
+                    weights[count] = tile + row * masks.row_size(L) + phase * L;
                     sums[count] = b.sums + (row * phases + phase) * NC * L;
                     count++;
                     if constexpr (NC <= kChannels) {

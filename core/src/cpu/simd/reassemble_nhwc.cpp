@@ -116,6 +116,7 @@ struct ReassembleNhwc {
 
     const Problem& p;
     const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
+    const int64_t row_size = masks.row_size(kLanes<A>);
     const Phases phases{p.factor, masks.phases};
     const int64_t cells = ceil_div(p.out_w, p.factor.up);
     const int64_t channels = p.features.c / p.groups;
@@ -123,7 +124,7 @@ struct ReassembleNhwc {
     void run() const {
         const int64_t bands = bands_in(p.factor, p.out_h);
         const int64_t band_rows = ceil_div(p.factor.up, p.factor.down);
-        const int64_t scratch_size = (band_rows * p.taps() + 2) * masks.phases * kLanes<A>;
+        const int64_t scratch_size = band_rows * row_size;
         const int64_t items = p.result.n * p.groups * bands;
         const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
@@ -134,10 +135,7 @@ struct ReassembleNhwc {
             A* const tile = scratch + worker * scratch_size;
             for (int64_t cell = 0; cell < cells; cell += kLanes<A>) {
                 const int count = static_cast<int>(std::min<int64_t>(kLanes<A>, cells - cell));
-                for (int64_t row = rows.begin; row < rows.end; row++) {
-                    masks.stage(n, group, row, cell, count, tile + (row - rows.begin) * masks.row_size(),
-                                tile + band_rows * masks.row_size());
-                }
+                masks.stage(n, group, {rows.begin, rows.end}, cell, count, kLanes<A>, tile);
                 for (int lane = 0; lane < count; lane++) contract_cell(n, group, rows, cell, lane, tile, streams);
             }
             if (streams) _mm_sfence();
@@ -174,7 +172,7 @@ struct ReassembleNhwc {
             site.count = 0;
             for (int64_t row = rows.begin; row < rows.end; row++) {
                 for (int64_t phase = columns.begin; phase < end; phase++) {
-                    site.weights[site.count] = tile + (row - rows.begin) * masks.row_size() + phase * kLanes<A> + lane;
+                    site.weights[site.count] = tile + (row - rows.begin) * row_size + phase * kLanes<A> + lane;
                     site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, first_column + phase);
                 }
             }

@@ -219,6 +219,40 @@ CARAFEPP_INLINE Vector<A> shuffle(Vector<A> low, Vector<A> high) {
     return shuffle_lanes<Rule, A>(low, high, std::make_integer_sequence<int, kLanes<A>>());
 }
 
+template <int Distance>
+struct ExchangeLow {  // blocks of `Distance` lanes of the first, the odd ones replaced by the even ones of the second
+    static constexpr int at(int lane, int lanes) { return lane & Distance ? lanes + lane - Distance : lane; }
+};
+template <int Distance>
+struct ExchangeHigh {  // the even ones of the second replaced by the odd ones of the first
+    static constexpr int at(int lane, int lanes) { return lane & Distance ? lanes + lane : lane + Distance; }
+};
+
+// rows[i] lane k becomes rows[k] lane i.
+template <class A, int Distance = 1>
+CARAFEPP_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; i++) {
+        if (i & Distance) continue;
+        const Vector<A> low = rows[i], high = rows[i + Distance];
+        rows[i] = shuffle<ExchangeLow<Distance>, A>(low, high);
+        rows[i + Distance] = shuffle<ExchangeHigh<Distance>, A>(low, high);
+    }
+    if constexpr (2 * Distance < kLanes<A>) transpose<A, 2 * Distance>(rows);
+}
+
+// Lane i: the sum of the lanes of rows[i].
+template <class A, int Distance = 1>
+CARAFEPP_INLINE Vector<A> sums_of_lanes(Vector<A> (&rows)[kLanes<A>]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; i += 2 * Distance) {
+        rows[i] = shuffle<ExchangeLow<Distance>, A>(rows[i], rows[i + Distance]) +
+                  shuffle<ExchangeHigh<Distance>, A>(rows[i], rows[i + Distance]);
+    }
+    if constexpr (2 * Distance < kLanes<A>) return sums_of_lanes<A, 2 * Distance>(rows);
+    return rows[0];
+}
+
 // Every `Step`-th element from `from` on; with bounds, elements [begin, end) of the Step * kLanes are there and the
 // others are 0.
 template <int Step, class T>
