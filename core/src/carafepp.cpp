@@ -48,9 +48,21 @@ constexpr Implementation kReassembleWithLogits[] = {
     {"reassemble_with_logits_nchw_avx2", takes<avx2::unavailable, not_for_reassemble_nchw>, avx2::reassemble_nchw},
     {"reassemble_with_logits_any_ref", takes_all, reference::reassemble},
     {}};
-constexpr Implementation kGradFeatures[] = {{"grad_features_any_ref", takes_all, reference::grad_features}, {}};
-constexpr Implementation kGradMasks[] = {{"grad_masks_any_ref", takes_all, reference::grad_masks}, {}};
-constexpr Implementation kGradLogits[] = {{"grad_logits_any_ref", takes_all, reference::grad_masks}, {}};
+constexpr Implementation kGradFeatures[] = {
+    {"grad_features_nhwc_avx512", takes<avx512::unavailable, not_for_grad_features_nhwc>, avx512::grad_features_nhwc},
+    {"grad_features_nhwc_avx2", takes<avx2::unavailable, not_for_grad_features_nhwc>, avx2::grad_features_nhwc},
+    {"grad_features_any_ref", takes_all, reference::grad_features},
+    {}};
+constexpr Implementation kGradMasks[] = {
+    {"grad_masks_nhwc_avx512", takes<avx512::unavailable, not_for_grad_masks_nhwc>, avx512::grad_masks_nhwc},
+    {"grad_masks_nhwc_avx2", takes<avx2::unavailable, not_for_grad_masks_nhwc>, avx2::grad_masks_nhwc},
+    {"grad_masks_any_ref", takes_all, reference::grad_masks},
+    {}};
+constexpr Implementation kGradLogits[] = {
+    {"grad_logits_nhwc_avx512", takes<avx512::unavailable, not_for_grad_masks_nhwc>, avx512::grad_masks_nhwc},
+    {"grad_logits_nhwc_avx2", takes<avx2::unavailable, not_for_grad_masks_nhwc>, avx2::grad_masks_nhwc},
+    {"grad_logits_any_ref", takes_all, reference::grad_masks},
+    {}};
 constexpr Implementation kNormalizeMasks[] = {{"normalize_masks_any_ref", takes_all, reference::normalize_masks}, {}};
 constexpr Implementation kNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks}, {}};

@@ -26,7 +26,7 @@ static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) 
 
 constexpr int kMaxPhases = 8;  // kernels.cpp declines more
 
-// Of the phases of a cell, those centred on one source column: `offset` columns behind the cell's first.
+// Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
 struct Phases {
     struct Group {
         int begin, end, offset;

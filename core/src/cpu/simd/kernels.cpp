@@ -40,4 +40,24 @@ const char* not_for_reassemble_nchw(const Problem& p) {
     return unfit_for_tiles(p, 8);
 }
 
+const char* not_for_grad_masks_nhwc(const Problem& p) {
+    if (p.features.stride_c != 1) return "channels of features are not adjacent";
+    if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    return unfit_for_tiles(p, 4);
+}
+
+const char* not_for_grad_features_nhwc(const Problem& p) {
+    if (!p.result.empty() && p.result.stride_c != 1) return "channels of grad_features are not adjacent";
+    if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    if (p.kernel_size == 1) return "kernel_size is 1";
+    if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
+    if (p.factor.up > 8) return "up is more than 8";
+    // The window of a block of 3x4 pixels, and what of a cell it may cut.
+    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
+    const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
+    if (rows * columns * p.factor.up * p.factor.up * p.taps() > 256 * 1024)
+        return "the masks of the outputs that touch a few pixels take more than 1 MiB";
+    return nullptr;
+}
+
 }  // namespace carafepp

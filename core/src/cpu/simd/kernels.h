@@ -11,16 +11,22 @@ namespace avx2 {
 const char* unavailable();  // why this processor cannot run this namespace, or NULL
 void reassemble_nhwc(const Problem& problem);
 void reassemble_nchw(const Problem& problem);
+void grad_features_nhwc(const Problem& problem);
+void grad_masks_nhwc(const Problem& problem);
 }  // namespace avx2
 
 namespace avx512 {
 const char* unavailable();
 void reassemble_nhwc(const Problem& problem);
 void reassemble_nchw(const Problem& problem);
+void grad_features_nhwc(const Problem& problem);
+void grad_masks_nhwc(const Problem& problem);
 }  // namespace avx512
 
-// Why a problem is not one for reassemble_nhwc or reassemble_nchw, or NULL.
+// Why a problem is not one for the kernel of that name, or NULL.
 const char* not_for_reassemble_nhwc(const Problem& problem);
 const char* not_for_reassemble_nchw(const Problem& problem);
+const char* not_for_grad_features_nhwc(const Problem& problem);
+const char* not_for_grad_masks_nhwc(const Problem& problem);
 
 }  // namespace carafepp

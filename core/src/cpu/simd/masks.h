@@ -102,7 +102,8 @@ CARAFEPP_INLINE void for_each_block(int channels, F f) {
 
 // `count` cells of `channels` adjacent elements to the lanes of their places, by transposing; other lanes become 0.
 template <class M>
-void load_channels(const M* from, int64_t cell_stride, int count, int channels, Places<Accumulator<M>> places) {
+__attribute__((noinline)) void load_channels(const M* from, int64_t cell_stride, int count, int channels,
+                                             Places<Accumulator<M>> places) {
     using A = Accumulator<M>;
     constexpr int L = kLanes<A>;
     for_each_block<L>(channels, [&](int begin, int size) {
@@ -124,7 +125,8 @@ void load_channels(const M* from, int64_t cell_stride, int count, int channels, 
 
 // The inverse of load_channels; places that are not staged are 0.
 template <class M>
-void store_channels(Places<const Accumulator<M>> places, int count, int channels, M* to, int64_t cell_stride) {
+__attribute__((noinline)) void store_channels(Places<const Accumulator<M>> places, int count, int channels, M* to,
+                                              int64_t cell_stride) {
     using A = Accumulator<M>;
     constexpr int L = kLanes<A>;
     for_each_block<L>(channels, [&](int begin, int size) {
@@ -210,6 +212,12 @@ struct MaskTiles {
         }
     }
 
+    // The taps of one phase of a staged row.
+    template <class P>
+    Places<P> places_of_masks(int64_t pitch, P* staged) const {
+        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
+    }
+
     // A staged row of logits to masks.
     void normalize_row(A* row, int64_t pitch) const {
         if constexpr (sizeof(A) == sizeof(float)) {
@@ -224,6 +232,37 @@ struct MaskTiles {
             for (int64_t t = 0; t < taps; t++) store(load(first + t * phases * pitch), lanes + t * L);
             normalize(p.normalizer, lanes, taps, L, spare);
             for (int64_t t = 0; t < taps; t++) store(load(lanes + t * L), first + t * phases * pitch);
+        }
+    }
+
+    // The gradient of a staged row of masks to that of its logits, in place. `masks` is room for a row.
+    void normalize_row_backward(A* grad, const A* logits, A* masks, int64_t pitch) const {
+        std::copy_n(logits, row_size(pitch), masks);
+        normalize_row(masks, pitch);
+        A spare[L];
+        A* lanes = new A[3 * taps * L];
+        for (int64_t phase = 0; phase < phases; phase++) {
+            for (int64_t t = 0; t < taps; t++) {
+                const int64_t from = (t * phases + phase) * pitch;
+                store(load(grad + from), lanes + t * L);
+                store(load(masks + from), lanes + (taps + t) * L);
+                store(load(logits + from), lanes + (2 * taps + t) * L);
+            }
+            normalize_backward(p.normalizer, lanes, lanes + taps * L, lanes + 2 * taps * L, taps, int64_t{L}, spare);
+            for (int64_t t = 0; t < taps; t++) store(load(lanes + t * L), grad + (t * phases + phase) * pitch);
+        }
+        delete[] lanes;
+    }
+
+    // Exactly 0 for logits whose output a crop leaves out.
+    void clear_cropped(Rows rows, int64_t cell, int64_t pitch, A* grad) const {
+        const int64_t up = p.factor.up;
+        if (rows.end <= p.out_h && (cell + L) * up <= p.out_w) return;
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            for (int64_t k = 0; k < taps * phases; k++, grad += pitch) {
+                const int64_t outputs = row < p.out_h ? ceil_div(p.out_w - k % phases, up) - cell : 0;
+                for (int64_t lane = std::max<int64_t>(outputs, 0); lane < L; lane++) grad[lane] = 0;
+            }
         }
     }
 
@@ -257,11 +296,6 @@ private:
                 row_size(pitch),
                 phases * pitch,
                 pitch};
-    }
-
-    template <class P>
-    Places<P> places_of_masks(int64_t pitch, P* staged) const {
-        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
     }
 };
 

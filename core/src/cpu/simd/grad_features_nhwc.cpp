@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of features with adjacent channels, compiled once for each instruction set. A block of source pixels is
+// computed at once from all outputs whose windows touch it: each vector of grad_output that is loaded serves every
+// pixel of the block that the output's window holds. For a panel of columns, going down: stage the masks of the next
+// outputs, pack the weights of a block in the order of their use, contract, write out.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/bands.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/masks.h"
+
+namespace carafepp {
+namespace {
+
+constexpr int64_t kPanelBytes = 768 *
+                                1024;  // of grad_output that the blocks of a panel's row share, in the level 2 cache
+constexpr int64_t kRingElements = 256 * 1024;  // of staged masks
+constexpr int64_t kChunkRows = 24;             // of sources that one item goes down; each begins with staging a window
+
+constexpr int kRows = kVectorRegisters == 32 ? 3 : 2;     // of a block
+constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;  // of a block
+constexpr int kBlock = kRows * kColumns;
+constexpr int kVectors = 2;  // of channels, of each pixel of a block
+
+// Sources [begin, end) of a block of `Most` that a window holds. A window is at least as wide as a block less one, so
+// that one end or the other is the block's.
+static constexpr int range_of(int begin, int end, int most) { return begin == 0 ? end - 1 : most - 1 + begin; }
+
+// Calls f(begin, end) of a range, both known to the compiler.
+template <int Most, int Range = 2 * Most - 2, class F>
+CARAFEPP_INLINE void with_range(int range, F f) {
+    if constexpr (Range > 0) {
+        if (range != Range) {
+            with_range<Most, Range - 1>(range, f);
+            return;
+        }
+    }
+    constexpr int kBegin = Range < Most ? 0 : Range - Most + 1, kEnd = Range < Most ? Range + 1 : Most;
+    f(std::integral_constant<int, kBegin>(), std::integral_constant<int, kEnd>());
+}
+
+// Neighbouring outputs of one row whose windows hold the same columns of a block.
+struct Run {
+    int range, count;
+};
+
+// One row of outputs whose windows touch a block: its first, and the weights [output][row][column of the block].
+template <class T>
+struct OutputRow {
+    const T* grads;
+    const Accumulator<T>* weights;
+    int range;  // of the block's rows
+};
+
+// All outputs whose windows touch a block.
+template <class T>
+struct Outputs {
+    const OutputRow<T>* rows;
+    const Run* runs;
+    int row_count, run_count;
+    int64_t pixel_stride;
+};
+
+// A block of pixels of the result, of which some may be beyond its borders.
+template <class T>
+struct Pixels {
+    T* first;
+    int64_t row_stride, pixel_stride;
+    int rows, columns;
+};
+
+// `NV` vectors of channels from `c` on; with `Tail`, the first `tail` lanes of one.
+template <int NV, bool Tail, class T>
+__attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t c, int tail) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    Vector<A> sums[kRows][kColumns][NV] = {};
+    for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
+        const T* grads = row->grads + c;
+        const A* weights = row->weights;
+        with_range<kRows>(row->range, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
+            for (const Run* run = outputs.runs; run < outputs.runs + outputs.run_count; run++) {
+                with_range<kColumns>(run->range, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
+                    int left = run->count;
+                    do {
+                        Vector<A> grad[NV];
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; v++)
+                            grad[v] = Tail ? load_between(grads, 0, tail) : load(grads + v * L);
+#pragma GCC unroll 4
+                        for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+                            for (int q = 0; q < kColumns; q++) {
+                                if (r < r_begin || r >= r_end || q < q_begin || q >= q_end) continue;
+                                const Vector<A> weight = splat(weights[r * kColumns + q]);
+#pragma GCC unroll 4
+                                for (int v = 0; v < NV; v++) sums[r][q][v] += weight * grad[v];
+                            }
+                        }
+                        grads += outputs.pixel_stride;
+                        weights += kBlock;
+                    } while (--left > 0);
+                });
+            }
+        });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+        for (int q = 0; q < kColumns; q++) {
+            if (r >= pixels.rows || q >= pixels.columns) continue;
+            T* const to = pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                if constexpr (Tail) {
+                    store_first(sums[r][q][v], to, tail);
+                } else {
+                    store(sums[r][q][v], to + v * L);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void contract_channels(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t channels) {
+    constexpr int L = kLanes<Accumulator<T>>;
+    int64_t c = 0;
+    for (; c + kVectors * L <= channels; c += kVectors * L) contract<kVectors, false>(outputs, pixels, c, 0);
+    if (c + L <= channels) {
+        contract<1, false>(outputs, pixels, c, 0);
+        c += L;
+    }
+    if (c < channels) contract<1, true>(outputs, pixels, c, static_cast<int>(channels - c));
+}
+
+// A call cut into items: a chunk of source rows of a panel of source columns, for one image and group. The masks of the
+// outputs of some rows of cells are staged in a ring, pixel by pixel: [row of cells][row][pixel][tap].
+template <class T, class M>
+struct GradFeaturesNhwc {
+    using A = Accumulator<T>;
+    static constexpr int L = kLanes<A>;
+    static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxPhases;  // in a row, that touch a block
+
+    const Problem& p;
+    const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
+    const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
+    const MaskTiles<M> masks{p, std::min(up, p.out_w)};
+
+    const int64_t ring_rows = ceil_div(2 * radius + kRows, down) + 1;  // of cells
+    const int64_t block_outputs = outputs_of(2 * radius + kColumns), block_rows = outputs_of(2 * radius + kRows);
+    const int64_t panel = panel_columns();
+    const int64_t panels = ceil_div(width, panel);
+    const int64_t panel_pixels = (ceil_div(panel + 2 * radius, down) + 1) * up;
+    const int64_t chunk = ceil_div(ceil_div(height, ceil_div(height, kChunkRows)), kRows) * kRows;
+    const int64_t chunks = ceil_div(height, chunk);
+
+    // Packing reads whole rows of a block, also where a window holds less of it.
+    const int64_t margin = kRows * p.kernel_size + kColumns;
+    const int64_t ring_size = ring_rows * up * panel_pixels * taps;
+    const int64_t tile_size = up * masks.row_size(L);
+    const int64_t packed_size = block_rows * block_outputs * kBlock;
+    const int64_t scratch_size = ceil_div(ring_size + 2 * margin, L) * L + tile_size + packed_size;
+
+    // At most as many outputs are centred on as many neighbouring sources.
+    int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
+
+    int64_t panel_columns() const {
+        const int64_t pixel_bytes = block_rows * channels * int64_t{sizeof(T)};
+        const int64_t pixels = std::min(kPanelBytes / pixel_bytes, kRingElements / (ring_rows * up * taps));
+        const int64_t most = std::max<int64_t>(pixels * down / up - 2 * radius, kColumns);
+        return ceil_div(ceil_div(width, ceil_div(width, most)), kColumns) * kColumns;
+    }
+
+    void run() const {
+        const int64_t items = p.result.n * p.groups * chunks * panels;
+        const int threads = threads_for(items, p.multiply_adds() / L);
+        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
+        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
+            Item at;
+            at.left = item % panels * panel;
+            at.right = std::min(at.left + panel, width);
+            at.n = item / panels / chunks / p.groups;
+            at.group = item / panels / chunks % p.groups;
+            at.first_cell = first_output_inside(at.left - radius, p.out_w) / up;
+            at.end_cell = ceil_div(first_output_inside(at.left + panel + radius, p.out_w), up);
+            at.ring = scratch + worker * scratch_size + margin;
+            at.tile = at.ring + ceil_div(ring_size + 2 * margin, L) * L - margin;
+            at.packed = at.tile + tile_size;
+            const int64_t top = item / panels % chunks * chunk, bottom = std::min(top + chunk, height);
+            int64_t staged = 0;  // rows of cells before it are
+            for (int64_t i = top; i < bottom; i += kRows) {
+                const int64_t end = ceil_div(first_output_inside(i + kRows + radius, p.out_h), up);
+                staged = std::max(staged, first_output_inside(i - radius, p.out_h) / up);
+                for (; staged < end; staged++) stage(at, staged);
+                for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
+            }
+        });
+    }
+
+    struct Item {
+        int64_t n, group, left, right, first_cell, end_cell;
+        A *ring, *tile, *packed;
+    };
+
+    int64_t first_output_inside(int64_t source, int64_t outputs) const {
+        return source <= 0 ? 0 : std::min(p.factor.first_output(source), outputs);
+    }
+
+    A* staged_row(const Item& at, int64_t out_i) const {
+        return at.ring + (out_i / up % ring_rows * up + out_i % up) * panel_pixels * taps;
+    }
+
+    // The masks of the outputs of one row of cells, into the ring.
+    void stage(const Item& at, int64_t cell_row) const {
+        const Rows rows{cell_row * up, std::min((cell_row + 1) * up, p.out_h)};
+        if (!p.from_logits && p.masks.stride_c == 1) {
+            for (int64_t row = rows.begin; row < rows.end; row++) copy_pixels(at, row);
+            return;
+        }
+        for (int64_t cell = at.first_cell; cell < at.end_cell; cell += L) {
+            const int count = static_cast<int>(std::min<int64_t>(L, at.end_cell - cell));
+            masks.stage(at.n, at.group, rows, cell, count, L, at.tile);
+            for (int64_t row = rows.begin; row < rows.end; row++) {
+                for (int64_t phase = 0; phase < masks.phases; phase++) {
+                    const A* const from = at.tile + (row - rows.begin) * masks.row_size(L) + phase * L;
+                    store_channels<A>(masks.template places_of_masks<const A>(L, from), count, static_cast<int>(taps),
+                                      staged_row(at, row) + ((cell - at.first_cell) * up + phase) * taps, up * taps);
+                }
+            }
+        }
+    }
+
+    // Masks with adjacent channels are as they are to be staged.
+    void copy_pixels(const Item& at, int64_t row) const {
+        A* to = staged_row(at, row);
+        for (int64_t j = at.first_cell * up; j < std::min(at.end_cell * up, p.out_w); j++, to += taps) {
+            const M* const from = element<const M>(p.masks, at.n, at.group * taps, row, j);
+            for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
+                store_part(size == L ? load(from + begin) : load_between(from, 0, size), to + begin, size);
+            });
+        }
+    }
+
+    // The block of source pixels with its corner at (i, j).
+    void contract_block(const Item& at, int64_t i, int64_t bottom, int64_t j) const {
+        Run runs[2 * kColumns];
+        int64_t taps_of[kMostOutputs];  // of the output's window, where the block's first pixel is in its rows
+        OutputRow<T> rows[kMostOutputs];
+        const int64_t first = first_output_inside(j - radius, p.out_w);
+        const int64_t end = first_output_inside(j + kColumns + radius, p.out_w);
+        Outputs<T> outputs{rows, runs, 0, 0, p.grad_output.stride_w};
+
+        int64_t source = p.factor.source(first), remainder = first * down - source * up;
+        for (int64_t q = first; q < end; q++) {
+            const int range = range_in_block(source - j, kColumns);
+            if (outputs.run_count == 0 || runs[outputs.run_count - 1].range != range)
+                runs[outputs.run_count++] = {range, 0};
+            runs[outputs.run_count - 1].count++;
+            taps_of[q - first] = (q - at.first_cell * up) * taps + j - source + radius;
+            for (remainder += down; remainder >= up; remainder -= up) source++;
+        }
+
+        A* packed = at.packed;
+        const int64_t last_row = first_output_inside(i + kRows + radius, p.out_h);
+        for (int64_t row = first_output_inside(i - radius, p.out_h); row < last_row; row++) {
+            const int64_t source_row = p.factor.source(row);
+            rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, at.group * channels, row, first), packed,
+                                         range_in_block(source_row - i, kRows)};
+            const A* const weights = staged_row(at, row) + (i - source_row + radius) * p.kernel_size;
+            for (int64_t q = 0; q < end - first; q++, packed += kBlock) {
+#pragma GCC unroll 4
+                for (int b = 0; b < kRows; b++)
+                    std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * p.kernel_size, kColumns * sizeof(A));
+            }
+        }
+        const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j), p.result.stride_h,
+                               p.result.stride_w, static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
+                               static_cast<int>(std::min<int64_t>(kColumns, width - j))};
+        contract_channels(outputs, pixels, channels);
+    }
+
+    // Of a block that begins at 0, what the window of an output centred on `source` holds.
+    int range_in_block(int64_t source, int most) const {
+        return range_of(static_cast<int>(std::max<int64_t>(source - radius, 0)),
+                        static_cast<int>(std::min<int64_t>(source + radius + 1, most)), most);
+    }
+};
+
+}  // namespace
+
+namespace CARAFEPP_ISA {
+
+void grad_features_nhwc(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        GradFeaturesNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+    });
+}
+
+}  // namespace CARAFEPP_ISA
+}  // namespace carafepp

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits with adjacent channels, compiled once for each instruction set. For each cell:
+// contract its outputs and their windows over the channels, several taps and outputs at a time, each in a vector of
+// partial sums; sum the lanes of these vectors. For each tile: carry the gradient of the masks through the normaliser,
+// write out.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/bands.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/masks.h"
+#include "cpu/simd/windows.h"
+
+namespace carafepp {
+namespace {
+
+constexpr int kMostSums = kVectorRegisters == 32 ? 20 : 12;  // in registers at once, beside what they are summed from
+
+// Outputs that share a window, and where the sums of each stand: those of tap t at sums[o] + t * tap_step.
+template <class T>
+struct Outputs {
+    using A = Accumulator<T>;
+    static constexpr int kMost = kMaxPhases * kMaxPhases;
+
+    const T* grads[kMost];
+    A* sums[kMost];
+    int count = 0;
+};
+
+// `P` outputs times NA x NB pixels from `pixels` on.
+template <int P, int NA, int NB, class T>
+__attribute__((noinline)) void contract(const T* const* grads, const T* pixels, int64_t row_stride,
+                                        int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
+                                        int64_t row_step, int64_t tap_step) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    Vector<A> sum[P][NA][NB] = {};
+    const auto add = [&](auto load_channels_from) __attribute__((always_inline)) {
+        Vector<A> grad[P];
+#pragma GCC unroll 4
+        for (int o = 0; o < P; o++) grad[o] = load_channels_from(grads[o]);
+#pragma GCC unroll 4
+        for (int a = 0; a < NA; a++) {
+#pragma GCC unroll 8
+            for (int b = 0; b < NB; b++) {
+                const Vector<A> features = load_channels_from(pixels + a * row_stride + b * pixel_stride);
+#pragma GCC unroll 4
+                for (int o = 0; o < P; o++) sum[o][a][b] += grad[o] * features;
+            }
+        }
+    };
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
+    if (c < channels) {
+        const int rest = static_cast<int>(channels - c);
+        add([c, rest](const T* from) __attribute__((always_inline)) { return load_between(from + c, 0, rest); });
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < P; o++) {
+#pragma GCC unroll 4
+        for (int a = 0; a < NA; a++) {
+#pragma GCC unroll 8
+            for (int b = 0; b < NB; b++) store(sum[o][a][b], sums[o] + a * row_step + b * tap_step);
+        }
+    }
+}
+
+template <class T, class M>
+struct GradMasksNhwc {
+    using A = Accumulator<T>;
+    static constexpr int L = kLanes<A>;
+
+    const Problem& p;
+    const int64_t up = p.factor.up;
+    // Logits that a crop leaves no output for have a gradient too, 0.
+    const MaskTiles<M> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
+    const Phases rows{p.factor, up};
+    const Phases columns{p.factor, masks.phases};
+    const int64_t cell_rows = p.from_logits ? p.result.h : ceil_div(p.out_h, up);
+    const int64_t cells = p.from_logits ? p.result.w : ceil_div(p.out_w, up);
+    const int64_t channels = p.features.c / p.groups;
+    const int64_t row_size = masks.row_size(1);  // sums of a row of one cell: [tap][phase]
+    const int64_t line_pitch = ceil_div(up * row_size, L) * L;
+
+    void run() const {
+        const int64_t tile_size = up * row_size * L, sums_size = line_pitch * L, lines_size = line_pitch * L;
+        const int64_t scratch_size = 3 * tile_size + sums_size + lines_size;
+        const int64_t items = p.result.n * p.groups * cell_rows;
+        const int threads = threads_for(items, p.multiply_adds() / L);
+        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
+        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
+            Item at;
+            at.cell_row = item % cell_rows;
+            at.group = item / cell_rows % p.groups;
+            at.n = item / cell_rows / p.groups;
+            at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
+            if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
+            at.sums = scratch + worker * scratch_size;
+            at.lines = at.sums + sums_size;
+            A* const tile = at.lines + lines_size;
+            for (int64_t cell = 0; cell < cells; cell += L) {
+                const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
+                for (int lane = 0; lane < count; lane++) contract_cell(at, cell + lane, at.lines + lane * line_pitch);
+                const int64_t sums = (at.rows.end - at.rows.begin) * row_size;
+                load_channels<A>(at.lines, line_pitch, count, static_cast<int>(sums), {tile, 1, 0, 1, 1, 0, L, L});
+                if (p.from_logits) to_logits(at, cell, count, tile, tile + tile_size, tile + 2 * tile_size);
+                masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile);
+            }
+        });
+    }
+
+    struct Item {
+        int64_t n, group, cell_row;
+        Rows rows;
+        A *sums, *lines;
+    };
+
+    // line = the gradient of the masks of one cell: [row][tap][phase].
+    void contract_cell(const Item& at, int64_t cell, A* line) const {
+        std::fill(at.sums, at.sums + line_pitch * L, A{0});
+        for (int r = 0; r < rows.count; r++) {
+            for (int q = 0; q < columns.count; q++) contract_window(at, cell, rows.groups[r], columns.groups[q]);
+        }
+        for (int64_t k = 0; k < line_pitch; k += L) {
+            Vector<A> partial[L];
+#pragma GCC unroll 16
+            for (int i = 0; i < L; i++) partial[i] = load(at.sums + (k + i) * L);
+            store(sums_of_lanes<A>(partial), line + k);
+        }
+    }
+
+    // The outputs of one cell that read the same window.
+    void contract_window(const Item& at, int64_t cell, Phases::Group r, Phases::Group q) const {
+        const PixelWindow<const T> window = window_of<const T>(p, p.features, at.n, at.group * channels,
+                                                               at.cell_row * p.factor.down + r.offset,
+                                                               cell * p.factor.down + q.offset);
+        Outputs<T> outputs;
+        for (int64_t row = r.begin; row < std::min<int64_t>(r.end, p.out_h - at.cell_row * up); row++) {
+            for (int64_t phase = q.begin; phase < std::min<int64_t>(q.end, p.out_w - cell * up); phase++) {
+                outputs.grads[outputs.count] = element<const T>(p.grad_output, at.n, at.group * channels,
+                                                                at.cell_row * up + row, cell * up + phase);
+                outputs.sums[outputs.count++] = at.sums + (row * row_size + phase) * L;
+            }
+        }
+        int first = 0;
+        for (; first + 4 <= outputs.count; first += 4) contract_rows<4>(window, outputs, first);
+        switch (outputs.count - first) {
+            case 3: contract_rows<3>(window, outputs, first); break;
+            case 2: contract_rows<2>(window, outputs, first); break;
+            case 1: contract_rows<1>(window, outputs, first); break;
+        }
+    }
+
+    // All taps of a window, as many rows and columns at a time as there are registers for.
+    template <int P>
+    void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first) const {
+        constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(4, kMostSums / P / kColumns);
+        for (int a = window.a_begin; a < window.a_end;) {
+            const int na = std::min(kRows, window.a_end - a);
+            for (int b = window.b_begin; b < window.b_end;) {
+                const int left = window.b_end - b,
+                          nb = left > kColumns && left < 2 * kColumns ? (left + 1) / 2 : std::min(kColumns, left);
+                with_count<kRows>(na, [&](auto rows_here) {
+                    with_count<kColumns>(nb, [&](auto columns_here) {
+                        contract_taps<P, rows_here(), columns_here()>(window, outputs, first, a, b);
+                    });
+                });
+                b += nb;
+            }
+            a += na;
+        }
+    }
+
+    template <int P, int NA, int NB>
+    void contract_taps(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first, int a, int b) const {
+        const int64_t tap_step = masks.phases * L, k = p.kernel_size;
+        A* sums[P];
+        for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
+        contract<P, NA, NB>(outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride, channels,
+                            sums, k * tap_step, tap_step);
+    }
+
+    // The gradient of the masks of a tile to that of its logits, in place.
+    void to_logits(const Item& at, int64_t cell, int count, A* grad, A* logits, A* staged) const {
+        masks.load_rows(at.n, at.group, at.rows, cell, count, L, logits);
+        for (int64_t row = 0; row < up; row++)
+            masks.normalize_row_backward(grad + row * row_size * L, logits + row * row_size * L, staged, L);
+        masks.clear_cropped(at.rows, cell, L, grad);
+    }
+};
+
+}  // namespace
+
+namespace CARAFEPP_ISA {
+
+void grad_masks_nhwc(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        GradMasksNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+    });
+}
+
+}  // namespace CARAFEPP_ISA
+}  // namespace carafepp
