@@ -11,6 +11,7 @@
 #include "cpu/simd/bands.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
+#include "cpu/simd/windows.h"
 
 namespace carafepp {
 namespace {
@@ -62,6 +63,11 @@ struct Outputs {
     const Run* runs;
     int row_count, run_count;
     int64_t pixel_stride;
+
+    // Of the rows that the block below is the first to need: as many pixels as it has columns of its own.
+    const T* ahead;
+    int64_t ahead_stride;
+    int ahead_rows, ahead_pixels;
 };
 
 // A block of pixels of the result, of which some may be beyond its borders.
@@ -72,13 +78,20 @@ struct Pixels {
     int rows, columns;
 };
 
-// `NV` vectors of channels from `c` on; with `Tail`, the first `tail` lanes of one.
-template <int NV, bool Tail, class T>
+// `NV` vectors of channels from `c` on, or the first `tail` lanes of one.
+template <int NV, Store store_as, class T>
 __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t c, int tail) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sums[kRows][kColumns][NV] = {};
     for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
+        if (row - outputs.rows < outputs.ahead_rows) {
+            const T* ahead = outputs.ahead + (row - outputs.rows) * outputs.ahead_stride + c;
+            for (int q = 0; q < outputs.ahead_pixels; q++, ahead += outputs.pixel_stride) {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * L, 0, 2);
+            }
+        }
         const T* grads = row->grads + c;
         const A* weights = row->weights;
         with_range<kRows>(row->range, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
@@ -89,7 +102,12 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
                         Vector<A> grad[NV];
 #pragma GCC unroll 4
                         for (int v = 0; v < NV; v++)
-                            grad[v] = Tail ? load_between(grads, 0, tail) : load(grads + v * L);
+                            grad[v] = store_as == Store::kTail ? load_between(grads, 0, tail) : load(grads + v * L);
+                        // The next channels of this pixel are the next ones wanted.
+                        if constexpr (NV == kVectors) {
+#pragma GCC unroll 4
+                            for (int v = 0; v < NV; v++) __builtin_prefetch(grads + (NV + v) * L);
+                        }
 #pragma GCC unroll 4
                         for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
@@ -114,27 +132,21 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
             if (r >= pixels.rows || q >= pixels.columns) continue;
             T* const to = pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c;
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) {
-                if constexpr (Tail) {
-                    store_first(sums[r][q][v], to, tail);
-                } else {
-                    store(sums[r][q][v], to + v * L);
-                }
-            }
+            for (int v = 0; v < NV; v++) write_channels<store_as>(sums[r][q][v], to + v * L, tail);
         }
     }
 }
 
-template <class T>
+template <Store store_as, class T>
 void contract_channels(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
     int64_t c = 0;
-    for (; c + kVectors * L <= channels; c += kVectors * L) contract<kVectors, false>(outputs, pixels, c, 0);
+    for (; c + kVectors * L <= channels; c += kVectors * L) contract<kVectors, store_as>(outputs, pixels, c, 0);
     if (c + L <= channels) {
-        contract<1, false>(outputs, pixels, c, 0);
+        contract<1, store_as>(outputs, pixels, c, 0);
         c += L;
     }
-    if (c < channels) contract<1, true>(outputs, pixels, c, static_cast<int>(channels - c));
+    if (c < channels) contract<1, Store::kTail>(outputs, pixels, c, static_cast<int>(channels - c));
 }
 
 // A call cut into items: a chunk of source rows of a panel of source columns, for one image and group. The masks of the
@@ -179,6 +191,7 @@ struct GradFeaturesNhwc {
         const int64_t items = p.result.n * p.groups * chunks * panels;
         const int threads = threads_for(items, p.multiply_adds() / L);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
+        const bool streaming = streams<T>(p.result, channels);
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             Item at;
             at.left = item % panels * panel;
@@ -190,6 +203,7 @@ struct GradFeaturesNhwc {
             at.ring = scratch + worker * scratch_size + margin;
             at.tile = at.ring + ceil_div(ring_size + 2 * margin, L) * L - margin;
             at.packed = at.tile + tile_size;
+            at.streams = streaming;
             const int64_t top = item / panels % chunks * chunk, bottom = std::min(top + chunk, height);
             int64_t staged = 0;  // rows of cells before it are
             for (int64_t i = top; i < bottom; i += kRows) {
@@ -198,12 +212,14 @@ struct GradFeaturesNhwc {
                 for (; staged < end; staged++) stage(at, staged);
                 for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
             }
+            if (streaming) _mm_sfence();
         });
     }
 
     struct Item {
         int64_t n, group, left, right, first_cell, end_cell;
         A *ring, *tile, *packed;
+        bool streams;
     };
 
     int64_t first_output_inside(int64_t source, int64_t outputs) const {
@@ -252,7 +268,10 @@ struct GradFeaturesNhwc {
         OutputRow<T> rows[kMostOutputs];
         const int64_t first = first_output_inside(j - radius, p.out_w);
         const int64_t end = first_output_inside(j + kColumns + radius, p.out_w);
-        Outputs<T> outputs{rows, runs, 0, 0, p.grad_output.stride_w};
+        Outputs<T> outputs{};
+        outputs.rows = rows;
+        outputs.runs = runs;
+        outputs.pixel_stride = p.grad_output.stride_w;
 
         int64_t source = p.factor.source(first), remainder = first * down - source * up;
         for (int64_t q = first; q < end; q++) {
@@ -277,10 +296,20 @@ struct GradFeaturesNhwc {
                     std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * p.kernel_size, kColumns * sizeof(A));
             }
         }
+        const int64_t next_rows = first_output_inside(i + 2 * kRows + radius, p.out_h);
+        const int64_t own = first_output_inside(j + radius, p.out_w);
+        outputs.ahead = element<const T>(p.grad_output, at.n, at.group * channels, last_row, own);
+        outputs.ahead_stride = p.grad_output.stride_h;
+        outputs.ahead_rows = static_cast<int>(next_rows - last_row);
+        outputs.ahead_pixels = static_cast<int>(first_output_inside(j + radius + kColumns, p.out_w) - own);
         const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j), p.result.stride_h,
                                p.result.stride_w, static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
                                static_cast<int>(std::min<int64_t>(kColumns, width - j))};
-        contract_channels(outputs, pixels, channels);
+        if (at.streams) {
+            contract_channels<kStreamed<T>>(outputs, pixels, channels);
+        } else {
+            contract_channels<Store::kPlain>(outputs, pixels, channels);
+        }
     }
 
     // Of a block that begins at 0, what the window of an output centred on `source` holds.

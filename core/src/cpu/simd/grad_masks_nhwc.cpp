@@ -33,7 +33,7 @@ struct Outputs {
 template <int P, int NA, int NB, class T>
 __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, int64_t row_stride,
                                         int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
-                                        int64_t row_step, int64_t tap_step) {
+                                        int64_t row_step, int64_t tap_step, const T* next_grads, const T* next_pixels) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sum[P][NA][NB] = {};
@@ -52,7 +52,11 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
         }
     };
     int64_t c = 0;
-    for (; c + L <= channels; c += L) add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
+    for (; c + L <= channels; c += L) {
+        __builtin_prefetch(next_grads + c);
+        __builtin_prefetch(next_pixels + c);
+        add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
+    }
     if (c < channels) {
         const int rest = static_cast<int>(channels - c);
         add([c, rest](const T* from) __attribute__((always_inline)) { return load_between(from + c, 0, rest); });
@@ -179,7 +183,8 @@ struct GradMasksNhwc {
         A* sums[P];
         for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
         contract<P, NA, NB>(outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride, channels,
-                            sums, k * tap_step, tap_step);
+                            sums, k * tap_step, tap_step, outputs.grads[first + a % P] + up * p.grad_output.stride_w,
+                            window.pixel(a, b + NB));
     }
 
     // The gradient of the masks of a tile to that of its logits, in place.

@@ -11,12 +11,10 @@
 #include "cpu/simd/bands.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
+#include "cpu/simd/windows.h"
 
 namespace carafepp {
 namespace {
-
-// Results from here on leave the caches before anybody reads them: they are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // One source pixel: where its window begins (perhaps outside), which taps of it are inside, and the outputs centred on
 // it.
@@ -32,8 +30,6 @@ struct Site {
     T* outputs[64];
     int count;
 };
-
-enum class Store { kPlain, kStream, kTail };
 
 // `P` outputs from `first` on, `NV` vectors of channels from `c` on.
 template <int P, int NV, Store store_as, class T>
@@ -61,15 +57,7 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
     for (int o = 0; o < P; o++) {
         T* const y = site.outputs[first + o] + c;
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) {
-            if constexpr (store_as == Store::kTail) {
-                store_first(sums[o][v], y, tail);
-            } else if constexpr (store_as == Store::kStream) {
-                stream(sums[o][v], y + v * kLanes<A>);
-            } else {
-                store(sums[o][v], y + v * kLanes<A>);
-            }
-        }
+        for (int v = 0; v < NV; v++) write_channels<store_as>(sums[o][v], y + v * kLanes<A>, tail);
     }
 }
 
@@ -111,9 +99,6 @@ template <class T, class M>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
 
-    // 16-bit results fill half a vector, which cannot be written past the caches.
-    static constexpr bool kStreams = sizeof(T) == sizeof(A);
-
     const Problem& p;
     const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
     const int64_t row_size = masks.row_size(kLanes<A>);
@@ -128,7 +113,7 @@ struct ReassembleNhwc {
         const int64_t items = p.result.n * p.groups * bands;
         const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        const bool streams = streams_results();
+        const bool streaming = streams<T>(p.result, channels);
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             const int64_t n = item / bands / p.groups, group = item / bands % p.groups;
             const Band rows = band_of(p.factor, item % bands, p.out_h);
@@ -136,23 +121,15 @@ struct ReassembleNhwc {
             for (int64_t cell = 0; cell < cells; cell += kLanes<A>) {
                 const int count = static_cast<int>(std::min<int64_t>(kLanes<A>, cells - cell));
                 masks.stage(n, group, {rows.begin, rows.end}, cell, count, kLanes<A>, tile);
-                for (int lane = 0; lane < count; lane++) contract_cell(n, group, rows, cell, lane, tile, streams);
+                for (int lane = 0; lane < count; lane++) contract_cell(n, group, rows, cell, lane, tile, streaming);
             }
-            if (streams) _mm_sfence();
+            if (streaming) _mm_sfence();
         });
     }
 
-    bool streams_results() const {
-        if (!kStreams || p.result.n * p.result.c * p.out_h * p.out_w * int64_t{sizeof(T)} < kStreamBytes) return false;
-        uint64_t offsets = reinterpret_cast<uintptr_t>(p.result.data);
-        for (int64_t stride : {p.result.stride_n, p.result.stride_h, p.result.stride_w, channels}) {
-            offsets |= static_cast<uint64_t>(stride) * sizeof(T);
-        }
-        return offsets % kVectorBytes == 0;
-    }
-
     // All outputs of one cell, window by window.
-    void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, int lane, const A* tile, bool streams) const {
+    void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, int lane, const A* tile,
+                       bool streaming) const {
         const int64_t k = p.kernel_size, r = p.radius(), top = rows.source - r;
         Site<T> site;
         site.row_stride = p.features.stride_h;
@@ -176,10 +153,11 @@ struct ReassembleNhwc {
                     site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, first_column + phase);
                 }
             }
-            if constexpr (kStreams) {
-                if (streams) contract_site<Store::kStream>(site, channels);
+            if (streaming) {
+                contract_site<kStreamed<T>>(site, channels);
+            } else {
+                contract_site<Store::kPlain>(site, channels);
             }
-            if (!streams) contract_site<Store::kPlain>(site, channels);
         }
     }
 };

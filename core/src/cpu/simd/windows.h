@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/simd/vector.h"
 #include "dtypes.h"
 #include "problem.h"
 
@@ -32,6 +33,39 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::min(p.kernel_size, features.h - top)),
             static_cast<int>(std::max<int64_t>(-left, 0)),
             static_cast<int>(std::min(p.kernel_size, features.w - left))};
+}
+
+// How a block of channels is written: by plain stores, past the caches, or the first lanes of a vector only.
+enum class Store { kPlain, kStream, kTail };
+
+// 16-bit results fill half a vector, which cannot be written past the caches.
+template <class T>
+constexpr Store kStreamed = sizeof(T) == sizeof(Accumulator<T>) ? Store::kStream : Store::kPlain;
+
+// Results from here on leave the caches before anybody reads them: they are written past the caches.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+// Whether pixels of a result, with so many channels in a group, are whole aligned vectors, and the result is large.
+template <class T>
+bool streams(const Array& result, int64_t channels) {
+    if (kStreamed<T> != Store::kStream) return false;
+    if (result.n * result.c * result.h * result.w * int64_t{sizeof(T)} < kStreamBytes) return false;
+    uint64_t offsets = reinterpret_cast<uintptr_t>(result.data);
+    for (int64_t stride : {result.stride_n, result.stride_h, result.stride_w, channels})
+        offsets |= static_cast<uint64_t>(stride) * sizeof(T);
+    return offsets % kVectorBytes == 0;
+}
+
+// A vector of a result; with Store::kTail its first `tail` lanes.
+template <Store store_as, class T>
+CARAFEPP_INLINE void write_channels(Vector<Accumulator<T>> value, T* to, int tail) {
+    if constexpr (store_as == Store::kTail) {
+        store_first(value, to, tail);
+    } else if constexpr (store_as == Store::kStream) {
+        stream(value, to);
+    } else {
+        store(value, to);
+    }
 }
 
 // Calls f(n) with n in [1, Most] known to the compiler.
