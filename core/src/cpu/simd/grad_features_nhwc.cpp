@@ -100,9 +100,7 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
                     int left = run->count;
                     do {
                         Vector<A> grad[NV];
-#pragma GCC unroll 4
-                        for (int v = 0; v < NV; v++)
-                            grad[v] = store_as == Store::kTail ? load_between(grads, 0, tail) : load(grads + v * L);
+                        read_channels<NV, store_as>(grads, tail, grad);
                         // The next channels of this pixel are the next ones wanted.
                         if constexpr (NV == kVectors) {
 #pragma GCC unroll 4
@@ -130,9 +128,8 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
 #pragma GCC unroll 4
         for (int q = 0; q < kColumns; q++) {
             if (r >= pixels.rows || q >= pixels.columns) continue;
-            T* const to = pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c;
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) write_channels<store_as>(sums[r][q][v], to + v * L, tail);
+            write_channels<NV, store_as>(sums[r][q], pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c,
+                                         tail);
         }
     }
 }
@@ -233,32 +230,8 @@ struct GradFeaturesNhwc {
     // The masks of the outputs of one row of cells, into the ring.
     void stage(const Item& at, int64_t cell_row) const {
         const Rows rows{cell_row * up, std::min((cell_row + 1) * up, p.out_h)};
-        if (!p.from_logits && p.masks.stride_c == 1) {
-            for (int64_t row = rows.begin; row < rows.end; row++) copy_pixels(at, row);
-            return;
-        }
-        for (int64_t cell = at.first_cell; cell < at.end_cell; cell += L) {
-            const int count = static_cast<int>(std::min<int64_t>(L, at.end_cell - cell));
-            masks.stage(at.n, at.group, rows, cell, count, L, at.tile);
-            for (int64_t row = rows.begin; row < rows.end; row++) {
-                for (int64_t phase = 0; phase < masks.phases; phase++) {
-                    const A* const from = at.tile + (row - rows.begin) * masks.row_size(L) + phase * L;
-                    store_channels<A>(masks.template places_of_masks<const A>(L, from), count, static_cast<int>(taps),
-                                      staged_row(at, row) + ((cell - at.first_cell) * up + phase) * taps, up * taps);
-                }
-            }
-        }
-    }
-
-    // Masks with adjacent channels are as they are to be staged.
-    void copy_pixels(const Item& at, int64_t row) const {
-        A* to = staged_row(at, row);
-        for (int64_t j = at.first_cell * up; j < std::min(at.end_cell * up, p.out_w); j++, to += taps) {
-            const M* const from = element<const M>(p.masks, at.n, at.group * taps, row, j);
-            for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
-                store_part(size == L ? load(from + begin) : load_between(from, 0, size), to + begin, size);
-            });
-        }
+        masks.stage_pixels(at.n, at.group, rows, at.first_cell, at.end_cell - at.first_cell, at.tile,
+                           panel_pixels * taps, staged_row(at, rows.begin));
     }
 
     // The block of source pixels with its corner at (i, j).

@@ -52,6 +52,14 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
         }
     };
     int64_t c = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        for (; c + 2 * L <= channels; c += 2 * L) {
+            __builtin_prefetch(next_grads + c);
+            __builtin_prefetch(next_pixels + c);
+            add([c](const T* from) __attribute__((always_inline)) { return load_even(from + c); });
+            add([c](const T* from) __attribute__((always_inline)) { return load_odd(from + c); });
+        }
+    }
     for (; c + L <= channels; c += L) {
         __builtin_prefetch(next_grads + c);
         __builtin_prefetch(next_pixels + c);

@@ -164,6 +164,32 @@ struct MaskTiles {
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) normalize_row(to, pitch);
     }
 
+    // The same pixel by pixel, each with its taps adjacent: of output (row, (cell + q)*up + phase) from
+    // to + (row - rows.begin)*row_pitch + (q*up + phase)*taps on. `tile` is room for the rows of a tile.
+    void stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, A* tile, int64_t row_pitch,
+                      A* to) const {
+        const int64_t up = p.factor.up;
+        if (!p.from_logits && p.masks.stride_c == 1) {
+            for (int64_t row = rows.begin; row < rows.end; row++, to += row_pitch) {
+                const int64_t end = std::min((cell + count) * up, p.out_w);
+                for (int64_t j = cell * up; j < end; j++)
+                    copy_taps(element<const M>(p.masks, n, group * taps, row, j), to + (j - cell * up) * taps);
+            }
+            return;
+        }
+        for (int64_t q = 0; q < count; q += L) {
+            const int lanes = static_cast<int>(std::min<int64_t>(L, count - q));
+            stage(n, group, rows, cell + q, lanes, L, tile);
+            for (int64_t row = 0; row < rows.end - rows.begin; row++) {
+                for (int64_t phase = 0; phase < phases; phase++) {
+                    store_channels<A>(places_of_masks<const A>(L, tile + row * row_size(L) + phase * L), lanes,
+                                      static_cast<int>(taps), to + row * row_pitch + (q * up + phase) * taps,
+                                      up * taps);
+                }
+            }
+        }
+    }
+
     // What `stage` loads: masks or logits.
     void load_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
         const Array& array = p.from_logits ? p.logits : p.masks;
@@ -210,12 +236,6 @@ struct MaskTiles {
                     store_lanes(first + t * phases * pitch, there, to.first + t * to.tap_stride, to.cell_stride);
             }
         }
-    }
-
-    // The taps of one phase of a staged row.
-    template <class P>
-    Places<P> places_of_masks(int64_t pitch, P* staged) const {
-        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
     }
 
     // A staged row of logits to masks.
@@ -267,6 +287,12 @@ struct MaskTiles {
     }
 
 private:
+    void copy_taps(const M* from, A* to) const {
+        for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
+            store_part(size == L ? load(from + begin) : load_between(from, 0, size), to + begin, size);
+        });
+    }
+
     // One phase of a row of an array: tap t of the q-th cell is first[t*tap_stride + q*cell_stride]; `count` cells.
     struct Strip {
         M* first;
@@ -296,6 +322,12 @@ private:
                 row_size(pitch),
                 phases * pitch,
                 pitch};
+    }
+
+    // The taps of one phase of a staged row.
+    template <class P>
+    Places<P> places_of_masks(int64_t pitch, P* staged) const {
+        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
     }
 };
 

@@ -16,17 +16,14 @@
 namespace carafepp {
 namespace {
 
-// One source pixel: where its window begins (perhaps outside), which taps of it are inside, and the outputs centred on
-// it.
+// One source pixel, its window and the outputs centred on it.
 template <class T>
 struct Site {
     using A = Accumulator<T>;
 
-    const T* window;
-    int64_t row_stride, pixel_stride;
-    int a_begin, a_end, b_begin, b_end, kernel_size;
-    int64_t tap_stride;    // of the staged masks
-    const A* weights[64];  // of each output, at its first tap
+    PixelWindow<const T> window;
+    int kernel_size;
+    const A* weights[64];  // of each output, its taps adjacent
     T* outputs[64];
     int count;
 };
@@ -36,29 +33,26 @@ template <int P, int NV, Store store_as, class T>
 CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
-    for (int a = site.a_begin; a < site.a_end; a++) {
-        const T* x = site.window + a * site.row_stride + site.b_begin * site.pixel_stride + c;
-        int64_t tap = (a * site.kernel_size + site.b_begin) * site.tap_stride;
-        for (int b = site.b_begin; b < site.b_end; b++, x += site.pixel_stride, tap += site.tap_stride) {
+    const PixelWindow<const T>& window = site.window;
+    for (int a = window.a_begin; a < window.a_end; a++) {
+        const T* x = window.pixel(a, window.b_begin) + c;
+        const int64_t row = a * site.kernel_size;
+        for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride) {
             Vector<A> features[NV];
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) {
-                features[v] = store_as == Store::kTail ? load_between(x, 0, tail) : load(x + v * kLanes<A>);
-            }
+            read_channels<NV, store_as>(x, tail, features);
 #pragma GCC unroll 4
             for (int o = 0; o < P; o++) {
-                const Vector<A> weight = splat(site.weights[first + o][tap]);
+                const Vector<A> weight = splat(site.weights[first + o][row + b]);
 #pragma GCC unroll 8
                 for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
             }
         }
+        // The column that the next cell's windows have and these have not.
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) __builtin_prefetch(x + v * kLanes<A>);
     }
 #pragma GCC unroll 4
-    for (int o = 0; o < P; o++) {
-        T* const y = site.outputs[first + o] + c;
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) write_channels<store_as>(sums[o][v], y + v * kLanes<A>, tail);
-    }
+    for (int o = 0; o < P; o++) write_channels<NV, store_as>(sums[o], site.outputs[first + o] + c, tail);
 }
 
 // All channels of a group, for `P` outputs: blocks of as many vectors as the registers hold sums for, then fewer, then
@@ -98,59 +92,71 @@ void contract_site(const Site<T>& site, int64_t channels) {
 template <class T, class M>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
+    static constexpr int64_t kCells = kLanes<A>;  // of a tile
 
     const Problem& p;
-    const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
-    const int64_t row_size = masks.row_size(kLanes<A>);
+    const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
+    const MaskTiles<M> masks{p, std::min(up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
-    const int64_t cells = ceil_div(p.out_w, p.factor.up);
+    const int64_t cells = ceil_div(p.out_w, up);
     const int64_t channels = p.features.c / p.groups;
+    const bool streaming = streams<T>(p.result, channels);
+
+    // The weights of an output: (row, phase) of the q-th cell of a tile from first + row*row_stride +
+    // (q*up + phase)*pixel_stride on.
+    struct Weights {
+        const A* first;
+        int64_t row_stride, pixel_stride;
+    };
 
     void run() const {
-        const int64_t bands = bands_in(p.factor, p.out_h);
-        const int64_t band_rows = ceil_div(p.factor.up, p.factor.down);
-        const int64_t scratch_size = band_rows * row_size;
+        const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
+        const int64_t pixels_size = band_rows * kCells * up * taps, tile_size = band_rows * masks.row_size(kCells);
         const int64_t items = p.result.n * p.groups * bands;
         const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
+        const int64_t scratch_size = pixels_size + tile_size;
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        const bool streaming = streams<T>(p.result, channels);
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             const int64_t n = item / bands / p.groups, group = item / bands % p.groups;
             const Band rows = band_of(p.factor, item % bands, p.out_h);
             A* const tile = scratch + worker * scratch_size;
-            for (int64_t cell = 0; cell < cells; cell += kLanes<A>) {
-                const int count = static_cast<int>(std::min<int64_t>(kLanes<A>, cells - cell));
-                masks.stage(n, group, {rows.begin, rows.end}, cell, count, kLanes<A>, tile);
-                for (int lane = 0; lane < count; lane++) contract_cell(n, group, rows, cell, lane, tile, streaming);
+            for (int64_t cell = 0; cell < cells; cell += kCells) {
+                const int64_t count = std::min(kCells, cells - cell);
+                const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
+                for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
             }
             if (streaming) _mm_sfence();
         });
     }
 
-    // All outputs of one cell, window by window.
-    void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, int lane, const A* tile,
-                       bool streaming) const {
-        const int64_t k = p.kernel_size, r = p.radius(), top = rows.source - r;
+    // Masks with adjacent channels are read where they are.
+    Weights stage(int64_t n, int64_t group, Band rows, int64_t cell, int64_t count, A* tile, A* pixels) const {
+        if constexpr (std::is_same_v<M, A>) {
+            if (!p.from_logits && p.masks.stride_c == 1) {
+                return {element<const M>(p.masks, n, group * taps, rows.begin, cell * up), p.masks.stride_h,
+                        p.masks.stride_w};
+            }
+        }
+        const int64_t row_stride = kCells * up * taps;
+        masks.stage_pixels(n, group, {rows.begin, rows.end}, cell, count, tile, row_stride, pixels);
+        return {pixels, row_stride, taps};
+    }
+
+    // All outputs of one cell, the q-th of its tile, window by window.
+    void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, const Weights& weights, int64_t q) const {
         Site<T> site;
-        site.row_stride = p.features.stride_h;
-        site.pixel_stride = p.features.stride_w;
-        site.kernel_size = static_cast<int>(k);
-        site.a_begin = static_cast<int>(std::max<int64_t>(-top, 0));
-        site.a_end = static_cast<int>(std::min(k, p.features.h - top));
-        site.tap_stride = masks.phases * kLanes<A>;
-        const int64_t first_column = (cell + lane) * p.factor.up;
+        site.kernel_size = static_cast<int>(p.kernel_size);
         for (int g = 0; g < phases.count; g++) {
             const Phases::Group& columns = phases.groups[g];
-            const int64_t left = (cell + lane) * p.factor.down + columns.offset - r;
-            const int64_t end = std::min<int64_t>(columns.end, p.out_w - first_column);
-            site.window = element<const T>(p.features, n, group * channels, top, left);
-            site.b_begin = static_cast<int>(std::max<int64_t>(-left, 0));
-            site.b_end = static_cast<int>(std::min(k, p.features.w - left));
+            site.window = window_of<const T>(p, p.features, n, group * channels, rows.source,
+                                             cell * down + columns.offset);
             site.count = 0;
             for (int64_t row = rows.begin; row < rows.end; row++) {
-                for (int64_t phase = columns.begin; phase < end; phase++) {
-                    site.weights[site.count] = tile + (row - rows.begin) * row_size + phase * kLanes<A> + lane;
-                    site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, first_column + phase);
+                for (int64_t phase = columns.begin; phase < std::min<int64_t>(columns.end, p.out_w - cell * up);
+                     phase++) {
+                    site.weights[site.count] = weights.first + (row - rows.begin) * weights.row_stride +
+                                               (q * up + phase) * weights.pixel_stride;
+                    site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, cell * up + phase);
                 }
             }
             if (streaming) {

@@ -35,12 +35,71 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::min(p.kernel_size, features.w - left))};
 }
 
-// How a block of channels is written: by plain stores, past the caches, or the first lanes of a vector only.
+// How a block of channels is read and written: whole vectors, stored plainly or past the caches, or the first lanes of
+// one vector only.
 enum class Store { kPlain, kStream, kTail };
 
-// 16-bit results fill half a vector, which cannot be written past the caches.
+// Of bfloat16, a vector's bytes hold two vectors of floats, the even and the odd elements, without a shuffle. Which
+// lane a channel is in makes no difference to sums over taps.
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UnalignedBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+
+CARAFEPP_INLINE Vector<float> load_even(const BFloat16* from) {
+    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) << 16);
+}
+CARAFEPP_INLINE Vector<float> load_odd(const BFloat16* from) {
+    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) & 0xffff0000u);
+}
+CARAFEPP_INLINE Bits alternating(Vector<float> even, Vector<float> odd) {
+    return (Bits)rounded_to_bfloat16(even) | (Bits)rounded_to_bfloat16(odd) << 16;
+}
+
+// `NV` vectors of channels, in any order of lanes that write_channels has too.
+template <int NV, Store store_as, class T>
+CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T>> (&to)[NV]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+        const T* const vector = from + v * kLanes<Accumulator<T>>;
+        if constexpr (store_as == Store::kTail) {
+            to[v] = load_between(from, 0, tail);
+        } else if constexpr (std::is_same_v<T, BFloat16> && NV % 2 == 0) {
+            to[v] = v % 2 == 0 ? load_even(vector) : load_odd(vector - kLanes<float>);
+        } else {
+            to[v] = load(vector);
+        }
+    }
+}
+
+template <int NV, Store store_as, class T>
+CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T* to, int tail) {
+    if constexpr (store_as == Store::kTail) {
+        store_first(from[0], to, tail);
+    } else if constexpr (std::is_same_v<T, BFloat16> && NV % 2 == 0) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v += 2) {
+            const Bits both = alternating(from[v], from[v + 1]);
+            if constexpr (store_as == Store::kStream) {
+                stream((Vector<float>)both, reinterpret_cast<float*>(to + v * kLanes<float>));
+            } else {
+                *reinterpret_cast<UnalignedBits*>(to + v * kLanes<float>) = (UnalignedBits)both;
+            }
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) {
+            T* const vector = to + v * kLanes<Accumulator<T>>;
+            if constexpr (store_as == Store::kStream && sizeof(T) == sizeof(Accumulator<T>)) {
+                stream(from[v], vector);
+            } else {
+                store(from[v], vector);
+            }
+        }
+    }
+}
+
+// Half a vector cannot be written past the caches, and no pair of vectors of float16 makes a whole one.
 template <class T>
-constexpr Store kStreamed = sizeof(T) == sizeof(Accumulator<T>) ? Store::kStream : Store::kPlain;
+constexpr Store kStreamed = std::is_same_v<T, Float16> ? Store::kPlain : Store::kStream;
 
 // Results from here on leave the caches before anybody reads them: they are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
@@ -54,18 +113,6 @@ bool streams(const Array& result, int64_t channels) {
     for (int64_t stride : {result.stride_n, result.stride_h, result.stride_w, channels})
         offsets |= static_cast<uint64_t>(stride) * sizeof(T);
     return offsets % kVectorBytes == 0;
-}
-
-// A vector of a result; with Store::kTail its first `tail` lanes.
-template <Store store_as, class T>
-CARAFEPP_INLINE void write_channels(Vector<Accumulator<T>> value, T* to, int tail) {
-    if constexpr (store_as == Store::kTail) {
-        store_first(value, to, tail);
-    } else if constexpr (store_as == Store::kStream) {
-        stream(value, to);
-    } else {
-        store(value, to);
-    }
 }
 
 // Calls f(n) with n in [1, Most] known to the compiler.
