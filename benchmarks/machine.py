@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 TRAFFIC = [1 << exponent for exponent in range(18, 29, 2)]  # bytes read plus written by a copy
-WIDTHS = {"avx512": 64, "avx2": 32}  # bytes of a vector, by the end of an implementation's name
+# Bytes of a vector, by the end of an implementation's name.
+WIDTHS = {"avx512": 64, "avx2": 32, "sse2": 16, "neon": 16}
 
 _SAMPLE = 10e-3  # seconds
 _SAMPLES = 9

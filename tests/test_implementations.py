@@ -66,6 +66,6 @@ def test_names_follow_the_grammar(function):
         assert re.fullmatch(
             "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
             "|normalize_masks|normalize_masks_backward)"
-            "_(any|nchw|nhwc)_(ref|sse4|avx2|avx512|neon|cuda|sm[0-9]+)",
+            "_(any|nchw|nhwc)_(ref|sse2|avx2|avx512|neon|generic|cuda|sm[0-9]+)",
             name,
         ), name

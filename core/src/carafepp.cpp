@@ -31,38 +31,36 @@ const char* takes(const Problem& problem) {
     return reason ? reason : not_for(problem);
 }
 
+#define CARAFEPP_ENTRY(name, isa, kernel) {name "_" #isa, takes<isa::unavailable, not_for_##kernel>, isa::kernel}
+
+// The entries of a kernel: one for each instruction set of the processor that this is built for.
+#if defined(__x86_64__)
+#define CARAFEPP_ENTRIES(name, kernel) \
+    CARAFEPP_ENTRY(name, avx512, kernel), CARAFEPP_ENTRY(name, avx2, kernel), CARAFEPP_ENTRY(name, sse2, kernel)
+#elif defined(__aarch64__)
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, neon, kernel)
+#else
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, generic, kernel)
+#endif
+
 // Best first, the reference last. Each list ends with an entry without a name.
-constexpr Implementation kReassemble[] = {
-    {"reassemble_nhwc_avx512", takes<avx512::unavailable, not_for_reassemble_nhwc>, avx512::reassemble_nhwc},
-    {"reassemble_nhwc_avx2", takes<avx2::unavailable, not_for_reassemble_nhwc>, avx2::reassemble_nhwc},
-    {"reassemble_nchw_avx512", takes<avx512::unavailable, not_for_reassemble_nchw>, avx512::reassemble_nchw},
-    {"reassemble_nchw_avx2", takes<avx2::unavailable, not_for_reassemble_nchw>, avx2::reassemble_nchw},
-    {"reassemble_any_ref", takes_all, reference::reassemble},
-    {}};
+constexpr Implementation kReassemble[] = {CARAFEPP_ENTRIES("reassemble_nhwc", reassemble_nhwc),
+                                          CARAFEPP_ENTRIES("reassemble_nchw", reassemble_nchw),
+                                          {"reassemble_any_ref", takes_all, reference::reassemble},
+                                          {}};
 constexpr Implementation kReassembleWithLogits[] = {
-    {"reassemble_with_logits_nhwc_avx512", takes<avx512::unavailable, not_for_reassemble_nhwc>,
-     avx512::reassemble_nhwc},
-    {"reassemble_with_logits_nhwc_avx2", takes<avx2::unavailable, not_for_reassemble_nhwc>, avx2::reassemble_nhwc},
-    {"reassemble_with_logits_nchw_avx512", takes<avx512::unavailable, not_for_reassemble_nchw>,
-     avx512::reassemble_nchw},
-    {"reassemble_with_logits_nchw_avx2", takes<avx2::unavailable, not_for_reassemble_nchw>, avx2::reassemble_nchw},
+    CARAFEPP_ENTRIES("reassemble_with_logits_nhwc", reassemble_nhwc),
+    CARAFEPP_ENTRIES("reassemble_with_logits_nchw", reassemble_nchw),
     {"reassemble_with_logits_any_ref", takes_all, reference::reassemble},
     {}};
-constexpr Implementation kGradFeatures[] = {
-    {"grad_features_nhwc_avx512", takes<avx512::unavailable, not_for_grad_features_nhwc>, avx512::grad_features_nhwc},
-    {"grad_features_nhwc_avx2", takes<avx2::unavailable, not_for_grad_features_nhwc>, avx2::grad_features_nhwc},
-    {"grad_features_any_ref", takes_all, reference::grad_features},
-    {}};
+constexpr Implementation kGradFeatures[] = {CARAFEPP_ENTRIES("grad_features_nhwc", grad_features_nhwc),
+                                            {"grad_features_any_ref", takes_all, reference::grad_features},
+                                            {}};
 constexpr Implementation kGradMasks[] = {
-    {"grad_masks_nhwc_avx512", takes<avx512::unavailable, not_for_grad_masks_nhwc>, avx512::grad_masks_nhwc},
-    {"grad_masks_nhwc_avx2", takes<avx2::unavailable, not_for_grad_masks_nhwc>, avx2::grad_masks_nhwc},
-    {"grad_masks_any_ref", takes_all, reference::grad_masks},
-    {}};
-constexpr Implementation kGradLogits[] = {
-    {"grad_logits_nhwc_avx512", takes<avx512::unavailable, not_for_grad_masks_nhwc>, avx512::grad_masks_nhwc},
-    {"grad_logits_nhwc_avx2", takes<avx2::unavailable, not_for_grad_masks_nhwc>, avx2::grad_masks_nhwc},
-    {"grad_logits_any_ref", takes_all, reference::grad_masks},
-    {}};
+    CARAFEPP_ENTRIES("grad_masks_nhwc", grad_masks_nhwc), {"grad_masks_any_ref", takes_all, reference::grad_masks}, {}};
+constexpr Implementation kGradLogits[] = {CARAFEPP_ENTRIES("grad_logits_nhwc", grad_masks_nhwc),
+                                          {"grad_logits_any_ref", takes_all, reference::grad_masks},
+                                          {}};
 constexpr Implementation kNormalizeMasks[] = {{"normalize_masks_any_ref", takes_all, reference::normalize_masks}, {}};
 constexpr Implementation kNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks}, {}};
@@ -203,6 +201,9 @@ struct Config {
             __builtin_cpu_supports("fma") ? " fma" : "",           __builtin_cpu_supports("avx512f") ? " avx512f" : "",
             __builtin_cpu_supports("avx512bw") ? " avx512bw" : "",
         };
+#elif defined(__aarch64__)
+        const char* target = "aarch64";
+        const char* features[] = {" neon", "", "", "", ""};
 #else
         const char* target = "generic";
         const char* features[] = {" unknown", "", "", "", ""};

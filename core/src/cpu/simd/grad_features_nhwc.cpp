@@ -209,7 +209,7 @@ struct GradFeaturesNhwc {
                 for (; staged < end; staged++) stage(at, staged);
                 for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
             }
-            if (streaming) _mm_sfence();
+            if (streaming) finish_streams();
         });
     }
 

@@ -3,6 +3,10 @@
 
 namespace carafepp {
 
+#if defined(__x86_64__)
+
+const char* sse2::unavailable() { return nullptr; }
+
 const char* avx2::unavailable() {
     // No processor has AVX2 without F16C, which clang 14 has no name for.
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -14,6 +18,16 @@ const char* avx512::unavailable() {
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return has ? nullptr : "this processor has no AVX-512 (F, BW, DQ, VL)";
 }
+
+#elif defined(__aarch64__)
+
+const char* neon::unavailable() { return nullptr; }
+
+#else
+
+const char* generic::unavailable() { return nullptr; }
+
+#endif
 
 // What both layouts ask of a problem: enough work for each staged mask, small tables of phases, and the masks of a tile
 // in 512 KiB.

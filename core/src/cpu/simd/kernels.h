@@ -1,27 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels that are compiled once for each instruction set, in a namespace of its name, and what they accept. A
-// build for another processor has the same symbols, from no_x86.cpp.
+// The kernels that are compiled once for each instruction set of the processor that this is built for, in a namespace
+// of its name, and what they accept.
 #pragma once
 
 #include "problem.h"
 
+#define CARAFEPP_KERNELS_OF(isa)                                                         \
+    namespace isa {                                                                      \
+    const char* unavailable(); /* why it cannot run on the processor at hand, or NULL */ \
+    void reassemble_nhwc(const Problem& problem);                                        \
+    void reassemble_nchw(const Problem& problem);                                        \
+    void grad_features_nhwc(const Problem& problem);                                     \
+    void grad_masks_nhwc(const Problem& problem);                                        \
+    }
+
 namespace carafepp {
 
-namespace avx2 {
-const char* unavailable();  // why this processor cannot run this namespace, or NULL
-void reassemble_nhwc(const Problem& problem);
-void reassemble_nchw(const Problem& problem);
-void grad_features_nhwc(const Problem& problem);
-void grad_masks_nhwc(const Problem& problem);
-}  // namespace avx2
-
-namespace avx512 {
-const char* unavailable();
-void reassemble_nhwc(const Problem& problem);
-void reassemble_nchw(const Problem& problem);
-void grad_features_nhwc(const Problem& problem);
-void grad_masks_nhwc(const Problem& problem);
-}  // namespace avx512
+#if defined(__x86_64__)
+CARAFEPP_KERNELS_OF(sse2)
+CARAFEPP_KERNELS_OF(avx2)
+CARAFEPP_KERNELS_OF(avx512)
+#elif defined(__aarch64__)
+CARAFEPP_KERNELS_OF(neon)
+#else
+CARAFEPP_KERNELS_OF(generic)
+#endif
 
 // Why a problem is not one for the kernel of that name, or NULL.
 const char* not_for_reassemble_nhwc(const Problem& problem);

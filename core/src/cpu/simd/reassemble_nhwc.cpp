@@ -125,7 +125,7 @@ struct ReassembleNhwc {
                 const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
                 for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
             }
-            if (streaming) _mm_sfence();
+            if (streaming) finish_streams();
         });
     }
 

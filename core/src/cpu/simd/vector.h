@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of the instruction set that a translation unit is compiled for, by the compiler's vector extensions;
-// intrinsics stand only where those have no word: conversions of halves, masked tails, non-temporal stores.
+// intrinsics stand only where those have no word: conversions of halves, masked tails, non-temporal stores. Vectors of
+// 16 bytes are there on every processor.
 //
 // Everything has internal linkage: an inline function that two translation units of different instruction sets shared
 // would be linked once, from either, and might then run where it must not.
 #pragma once
 
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -19,11 +24,10 @@
 namespace carafepp {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = CARAFEPP_VECTOR_BYTES;
+#if CARAFEPP_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kVectorRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+#else
 constexpr int kVectorRegisters = 16;
 #endif
 
@@ -35,6 +39,7 @@ struct VectorOf<float> {
     typedef float type __attribute__((vector_size(kVectorBytes)));
     typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
     typedef int32_t integer __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t natural __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
@@ -63,7 +68,7 @@ CARAFEPP_INLINE Vector<double> load(const double* from) {
     return *reinterpret_cast<const VectorOf<double>::unaligned*>(from);
 }
 
-#if defined(__AVX512F__)
+#if CARAFEPP_VECTOR_BYTES == 64
 
 CARAFEPP_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -73,7 +78,7 @@ CARAFEPP_INLINE Vector<float> load(const BFloat16* from) {
     return (Vector<float>)_mm512_slli_epi32(wide, 16);
 }
 
-#elif defined(__AVX2__)
+#elif CARAFEPP_VECTOR_BYTES == 32
 
 CARAFEPP_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -82,6 +87,39 @@ CARAFEPP_INLINE Vector<float> load(const BFloat16* from) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return (Vector<float>)_mm256_slli_epi32(wide, 16);
 }
+
+#else
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// 16-bit elements, each in the upper half of its lane.
+template <class T>
+CARAFEPP_INLINE VectorOf<float>::integer load_high(const T* from) {
+    typedef VectorOf<float>::integer Integer;
+#if defined(__SSE2__)
+    return (Integer)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+    return (Integer)vshlq_n_u32(vmovl_u16(vld1_u16(&from->bits)), 16);
+#else
+    return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integer) << 16;
+#endif
+}
+
+CARAFEPP_INLINE Vector<float> load(const Float16* from) {
+#if defined(__aarch64__)
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
+#else  // as widen(Float16)
+    typedef VectorOf<float>::integer Integer;
+    const Integer high = load_high(from), exponent_and_fraction = (high & 0x7fff0000) >> 3;
+    const Integer exponent = exponent_and_fraction & 0x0f800000;
+    const Integer normal = exponent_and_fraction + ((127 - 15) << 23);
+    const Integer infinite_or_nan = normal + ((255 - 31 - (127 - 15)) << 23);
+    const Integer denormal = (Integer)((Vector<float>)(normal + (1 << 23)) - 0x1p-14f);
+    const Integer magnitude = exponent == 0 ? denormal : exponent == 0x0f800000 ? infinite_or_nan : normal;
+    return (Vector<float>)(magnitude | (high & INT32_MIN));
+#endif
+}
+CARAFEPP_INLINE Vector<float> load(const BFloat16* from) { return (Vector<float>)load_high(from); }
 
 #endif
 
@@ -94,15 +132,15 @@ CARAFEPP_INLINE void store(Vector<double> value, double* to) {
     *reinterpret_cast<VectorOf<double>::unaligned*>(to) = value;
 }
 
-CARAFEPP_INLINE VectorOf<float>::integer rounded_to_bfloat16(Vector<float> value) {
-    typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
-    const Unsigned bits = (Unsigned)value;
-    const Unsigned rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Unsigned quiet_nan = bits | 0x00400000u;
-    return (VectorOf<float>::integer)((value != value ? quiet_nan : rounded) >> 16);
+CARAFEPP_INLINE VectorOf<float>::natural rounded_to_bfloat16(Vector<float> value) {
+    typedef VectorOf<float>::natural Natural;
+    const Natural bits = (Natural)value;
+    const Natural rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Natural quiet_nan = bits | 0x00400000u;
+    return (value != value ? quiet_nan : rounded) >> 16;
 }
 
-#if defined(__AVX512F__)
+#if CARAFEPP_VECTOR_BYTES == 64
 
 CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
@@ -114,7 +152,7 @@ CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
 CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm512_stream_ps(to, (__m512)value); }
 CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm512_stream_pd(to, (__m512d)value); }
 
-#elif defined(__AVX2__)
+#elif CARAFEPP_VECTOR_BYTES == 32
 
 CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
@@ -127,11 +165,49 @@ CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
 CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm256_stream_ps(to, (__m256)value); }
 CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm256_stream_pd(to, (__m256d)value); }
 
+#else
+
+CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
+#if defined(__aarch64__)
+    vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(value)));
+#else  // as narrow<Float16>
+    typedef VectorOf<float>::integer Integer;
+    const Integer sign = ((Integer)value >> 16) & 0x8000, magnitude = (Integer)value & 0x7fffffff;
+    const Integer normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Integer denormal = (Integer)((Vector<float>)magnitude + 0.5f) - 0x3f000000;
+    const Integer infinity = Integer{} + 0x7c00, nan = Integer{} + 0x7e00;
+    const Integer bits = magnitude > 0x7f800000    ? nan
+                         : magnitude >= 0x477ff000 ? infinity
+                         : magnitude < 0x38800000  ? denormal
+                                                   : normal;
+    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(sign | bits, Halves);
 #endif
+}
+CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
+    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
+}
+#if defined(__SSE2__)
+CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm_stream_ps(to, (__m128)value); }
+CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm_stream_pd(to, (__m128d)value); }
+#else
+template <class A>
+CARAFEPP_INLINE void stream(Vector<A> value, A* to) {
+    store(value, to);
+}
+#endif
+
+#endif
+
+// Other threads may read what was streamed once this is done, as they may what was stored.
+CARAFEPP_INLINE void finish_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
 
 // ---- parts of vectors: lanes [begin, end) are loaded and the others are 0; the first `count` lanes are stored ----
 
-#if defined(__AVX512F__)
+#if CARAFEPP_VECTOR_BYTES == 64
 
 CARAFEPP_INLINE uint32_t lane_mask(int begin, int end) {
     return begin < end ? ((1u << end) - 1) & ~((1u << begin) - 1) : 0;
@@ -154,7 +230,7 @@ CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lane_mask(0, count)), (__m512)value);
 }
 
-#elif defined(__AVX2__)
+#elif CARAFEPP_VECTOR_BYTES == 32
 
 CARAFEPP_INLINE __m256i lane_mask(int begin, int end) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -170,9 +246,10 @@ CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
 
 #endif
 
-// The other types go through memory.
+// The others go through memory.
 template <class T>
 CARAFEPP_INLINE Vector<Accumulator<T>> load_between(const T* from, int begin, int end) {
+    if (begin == 0 && end == kLanes<Accumulator<T>>) return load(from);
     T lanes[kLanes<Accumulator<T>>] = {};
     for (int q = begin; q < end; q++) lanes[q] = from[q];
     return load(lanes);
