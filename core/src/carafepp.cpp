@@ -134,6 +134,9 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
         fail(CARAFEPP_NOT_IMPLEMENTED, function,
              std::string("CUDA arrays cannot be computed on: ") + cuda::unavailable() + ".");
     }
+    if (call.problem.device == CARAFEPP_CPU && wrong_isa_limit()) {
+        fail(CARAFEPP_VALUE_ERROR, function, wrong_isa_limit());
+    }
     return call;
 }
 
@@ -197,8 +200,10 @@ struct Config {
 #if defined(__x86_64__)
         const char* target = "x86-64";
         const char* features[] = {
-            __builtin_cpu_supports("sse4.2") ? " sse4.2" : "",     __builtin_cpu_supports("avx2") ? " avx2" : "",
-            __builtin_cpu_supports("fma") ? " fma" : "",           __builtin_cpu_supports("avx512f") ? " avx512f" : "",
+            " sse2",
+            __builtin_cpu_supports("avx2") ? " avx2" : "",
+            __builtin_cpu_supports("fma") ? " fma" : "",
+            __builtin_cpu_supports("avx512f") ? " avx512f" : "",
             __builtin_cpu_supports("avx512bw") ? " avx512bw" : "",
         };
 #elif defined(__aarch64__)

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "carafepp/carafepp.h"
+#include "dtypes.h"
 #include "overlap.h"
 
 extern "C" int header_is_c99(void);
@@ -257,6 +258,63 @@ TEST(softmax_of_equal_logits_is_an_average) {
     CHECK(std::abs(output[0] - 2.0f * 4 / 9) < 1e-6f);  // four of them
 }
 
+// The implementations of carafepp_reassemble that accept a problem.
+std::vector<std::string> accepting(const carafepp_params& params, std::vector<const carafepp_tensor*> tensors) {
+    std::vector<std::string> names;
+    const auto visit = [](void* user, const char* name, const char* declines) {
+        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
+    };
+    CHECK(carafepp_list_implementations(&params, CARAFEPP_REASSEMBLE, tensors.data(), visit, &names) == CARAFEPP_OK);
+    return names;
+}
+
+// Small integers, in the bytes of a dtype.
+std::vector<char> stored(const std::vector<float>& values, carafepp_dtype dtype) {
+    std::vector<char> bytes;
+    carafepp::with_type(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        for (float value : values) {
+            const T element = carafepp::narrow<T>(carafepp::Accumulator<T>{value});
+            bytes.insert(bytes.end(), reinterpret_cast<const char*>(&element),
+                         reinterpret_cast<const char*>(&element + 1));
+        }
+    });
+    return bytes;
+}
+
+TEST(every_implementation_gives_what_the_reference_gives) {
+    std::set<std::string> tested;
+    for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {3, 1}}) {
+        Problem p{2, 18, 5, 37, up, down, up == 3 ? 5 : 3, 2, 0, 0};
+        p.out_h = p.natural(p.h);
+        p.out_w = p.natural(p.w) - 1;
+        for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT64, CARAFEPP_FLOAT16, CARAFEPP_BFLOAT16}) {
+            for (bool channels_last : {false, true}) {
+                const auto shape = [&](const Shape& s) { return channels_last ? Shape{s[0], s[2], s[3], s[1]} : s; };
+                std::vector<char> features = stored(integers(count(p.features()), 1), dtype);
+                std::vector<char> masks = stored(integers(count(p.masks()), 2), dtype);
+                std::vector<char> output = stored(integers(count(p.output()), 3), dtype);
+                const carafepp_tensor x = tensor_of(features.data(), shape(p.features()), dtype);
+                const carafepp_tensor m = tensor_of(masks.data(), shape(p.masks()), dtype);
+                const carafepp_tensor y = tensor_of(output.data(), shape(p.output()), dtype);
+                carafepp_params params = p.params();
+                if (channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
+                params.implementation = "reassemble_any_ref";
+                CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+                const std::vector<char> expected = output;
+                for (const std::string& name : accepting(params, {&x, &m, &y})) {
+                    params.implementation = name.c_str();
+                    std::fill(output.begin(), output.end(), 77);
+                    CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
+                    CHECK_TEXT(output == expected ? name.c_str() : "another result than the reference's", name.c_str());
+                    tested.insert(name);
+                }
+            }
+        }
+    }
+    CHECK(tested.size() >= 3);  // one kernel of each layout, and the reference
+}
+
 // ---- memory ----
 
 // Bytes that end, or begin, right at a page that must not be touched.
@@ -280,16 +338,6 @@ private:
     char* base_;
     size_t length_;
 };
-
-// The implementations of carafepp_reassemble that accept a problem.
-std::vector<std::string> accepting(const carafepp_params& params, std::vector<const carafepp_tensor*> tensors) {
-    std::vector<std::string> names;
-    const auto visit = [](void* user, const char* name, const char* declines) {
-        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
-    };
-    CHECK(carafepp_list_implementations(&params, CARAFEPP_REASSEMBLE, tensors.data(), visit, &names) == CARAFEPP_OK);
-    return names;
-}
 
 TEST(nothing_beyond_the_arrays_is_touched) {
     const auto check_problem = [](const Problem& p, bool at_end, bool channels_last, carafepp_dtype dtype) {

@@ -38,6 +38,9 @@
  *
  * Threads: all functions may be called from several threads at once. A forked child may go on calling.
  *
+ *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an instruction
+ * set: sse2, avx2 or avx512 on x86-64, neon on aarch64. A call fails where it is anything else.
+ *
  * Errors:  no exception leaves the library; it never aborts and prints only when CARAFEPP_LOG=debug asks for it.
  *
  *          status                      Python exception       when

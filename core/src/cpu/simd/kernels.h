@@ -26,6 +26,10 @@ CARAFEPP_KERNELS_OF(neon)
 CARAFEPP_KERNELS_OF(generic)
 #endif
 
+// Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
+// or NULL. Read once.
+const char* wrong_isa_limit();
+
 // Why a problem is not one for the kernel of that name, or NULL.
 const char* not_for_reassemble_nhwc(const Problem& problem);
 const char* not_for_reassemble_nchw(const Problem& problem);
