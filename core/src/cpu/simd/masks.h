@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "cpu/normalizer.h"
+#include "cpu/simd/normalize.h"
 #include "cpu/simd/vector.h"
 
 namespace carafepp {
@@ -43,24 +43,6 @@ CARAFEPP_INLINE void store_lanes(const Accumulator<M>* from, int count, M* to, i
         return;
     }
     for (int q = 0; q < count; q++) to[q * stride] = narrow<M>(from[q]);
-}
-
-// Softmax over taps, for each phase and lane.
-CARAFEPP_INLINE void softmax_of_tile(float* tile, int64_t taps, int64_t phases, int64_t pitch) {
-    const int64_t step = phases * pitch;
-    for (int64_t p = 0; p < phases; p++) {
-        float* const first = tile + p * pitch;
-        Vector<float> largest = load(first);
-        for (int64_t t = 1; t < taps; t++) largest = larger(load(first + t * step), largest);
-        Vector<float> sum = splat(0.0f);
-        for (int64_t t = 0; t < taps; t++) {
-            const Vector<float> e = exp_of_nonpositive(load(first + t * step) - largest);
-            store(e, first + t * step);
-            sum += e;
-        }
-        const Vector<float> scale = 1.0f / sum;
-        for (int64_t t = 0; t < taps; t++) store(load(first + t * step) * scale, first + t * step);
-    }
 }
 
 // Where the adjacent channels of a cell stand in staged rows, in their order: (tap*up + row)*up + phase of logits; of
@@ -239,39 +221,13 @@ struct MaskTiles {
     }
 
     // A staged row of logits to masks.
-    void normalize_row(A* row, int64_t pitch) const {
-        if constexpr (sizeof(A) == sizeof(float)) {
-            if (p.normalizer == CARAFEPP_SOFTMAX) {
-                softmax_of_tile(row, taps, phases, pitch);
-                return;
-            }
-        }
-        A lanes[kMaxKernelSize * kMaxKernelSize * L], spare[2 * L];
-        for (int64_t phase = 0; phase < phases; phase++) {
-            A* const first = row + phase * pitch;
-            for (int64_t t = 0; t < taps; t++) store(load(first + t * phases * pitch), lanes + t * L);
-            normalize(p.normalizer, lanes, taps, L, spare);
-            for (int64_t t = 0; t < taps; t++) store(load(lanes + t * L), first + t * phases * pitch);
-        }
-    }
+    void normalize_row(A* row, int64_t pitch) const { normalize_tile(p.normalizer, row, taps, phases, pitch, L); }
 
     // The gradient of a staged row of masks to that of its logits, in place. `masks` is room for a row.
     void normalize_row_backward(A* grad, const A* logits, A* masks, int64_t pitch) const {
         std::copy_n(logits, row_size(pitch), masks);
         normalize_row(masks, pitch);
-        A spare[L];
-        A* lanes = new A[3 * taps * L];
-        for (int64_t phase = 0; phase < phases; phase++) {
-            for (int64_t t = 0; t < taps; t++) {
-                const int64_t from = (t * phases + phase) * pitch;
-                store(load(grad + from), lanes + t * L);
-                store(load(masks + from), lanes + (taps + t) * L);
-                store(load(logits + from), lanes + (2 * taps + t) * L);
-            }
-            normalize_backward(p.normalizer, lanes, lanes + taps * L, lanes + 2 * taps * L, taps, int64_t{L}, spare);
-            for (int64_t t = 0; t < taps; t++) store(load(lanes + t * L), grad + (t * phases + phase) * pitch);
-        }
-        delete[] lanes;
+        normalize_tile_backward(p.normalizer, grad, masks, logits, taps, phases, pitch, L);
     }
 
     // Exactly 0 for logits whose output a crop leaves out.

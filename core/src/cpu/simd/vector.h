@@ -46,6 +46,7 @@ struct VectorOf<double> {
     typedef double type __attribute__((vector_size(kVectorBytes)));
     typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
     typedef int64_t integer __attribute__((vector_size(kVectorBytes)));
+    typedef uint64_t natural __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class A>
@@ -386,6 +387,27 @@ CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     const Integer half = exponent >> 1;
     const Vector<float> scale = (Vector<float>)((half + 127) << 23);
     const Vector<float> rest = (Vector<float>)((exponent - half + 127) << 23);
+    return p * scale * rest;
+}
+
+// The same in double: Taylor's series to r^13 / 13!. The exponent is raised above 0, as not every instruction set can
+// shift a negative one.
+CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
+    typedef VectorOf<double>::natural Natural;
+    const Vector<double> lowest = splat(-760.0);
+    x = x < lowest ? lowest : x;
+    const Vector<double> magic = splat(0x1.8p52);
+    const Vector<double> shifted = x * 1.4426950408889634 + magic;
+    const Vector<double> n = shifted - magic;
+    Vector<double> r = x - n * 6.93145751953125e-1;
+    r = r - n * 1.42860682030941723212e-6;
+    Vector<double> p = splat(1.0);
+#pragma GCC unroll 16
+    for (int k = 13; k > 0; k--) p = p * (r * (1.0 / k)) + 1.0;
+    const Natural exponent = (Natural)shifted - (Natural)magic + 2048;
+    const Natural half = exponent >> 1;
+    const Vector<double> scale = (Vector<double>)((half - 1) << 52);
+    const Vector<double> rest = (Vector<double>)((exponent - half - 1) << 52);
     return p * scale * rest;
 }
 
