@@ -61,9 +61,13 @@ constexpr Implementation kGradMasks[] = {
 constexpr Implementation kGradLogits[] = {CARAFEPP_ENTRIES("grad_logits_nhwc", grad_masks_nhwc),
                                           {"grad_logits_any_ref", takes_all, reference::grad_masks},
                                           {}};
-constexpr Implementation kNormalizeMasks[] = {{"normalize_masks_any_ref", takes_all, reference::normalize_masks}, {}};
+constexpr Implementation kNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),
+                                              {"normalize_masks_any_ref", takes_all, reference::normalize_masks},
+                                              {}};
 constexpr Implementation kNormalizeMasksBackward[] = {
-    {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks}, {}};
+    CARAFEPP_ENTRIES("normalize_masks_backward_any", normalize_masks_backward),
+    {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks},
+    {}};
 
 // The list for each result of each function, in the order of the signature.
 constexpr const Implementation* kLists[][2] = {

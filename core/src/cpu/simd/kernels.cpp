@@ -104,6 +104,14 @@ const char* not_for_reassemble_nchw(const Problem& p) {
     return unfit_for_tiles(p, 8);
 }
 
+const char* not_for_normalize_masks(const Problem& p) {
+    if (p.logits.w < 4) return "fewer than 4 columns";
+    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
+    return nullptr;
+}
+
+const char* not_for_normalize_masks_backward(const Problem& p) { return not_for_normalize_masks(p); }
+
 const char* not_for_grad_masks_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";

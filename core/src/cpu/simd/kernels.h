@@ -12,6 +12,8 @@
     void reassemble_nchw(const Problem& problem);                                        \
     void grad_features_nhwc(const Problem& problem);                                     \
     void grad_masks_nhwc(const Problem& problem);                                        \
+    void normalize_masks(const Problem& problem);                                        \
+    void normalize_masks_backward(const Problem& problem);                               \
     }
 
 namespace carafepp {
@@ -35,5 +37,7 @@ const char* not_for_reassemble_nhwc(const Problem& problem);
 const char* not_for_reassemble_nchw(const Problem& problem);
 const char* not_for_grad_features_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nhwc(const Problem& problem);
+const char* not_for_normalize_masks(const Problem& problem);
+const char* not_for_normalize_masks_backward(const Problem& problem);
 
 }  // namespace carafepp
