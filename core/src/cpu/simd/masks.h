@@ -45,6 +45,28 @@ CARAFEPP_INLINE void store_lanes(const Accumulator<M>* from, int count, M* to, i
     for (int q = 0; q < count; q++) to[q * stride] = narrow<M>(from[q]);
 }
 
+// `count` columns, those of two phases in turn, to the lanes of each; lanes beyond them are 0.
+template <class M>
+CARAFEPP_INLINE void load_pairs(const M* from, int64_t count, Accumulator<M>* even, Accumulator<M>* odd) {
+    using A = Accumulator<M>;
+    constexpr int L = kLanes<A>;
+    const auto part = [](const M* at, int64_t there) __attribute__((always_inline)) {
+        return there >= L ? load(at) : load_between(at, 0, static_cast<int>(std::max<int64_t>(there, 0)));
+    };
+    const Vector<A> low = part(from, count), high = part(from + L, count - L);
+    store(shuffle<EvenLanes, A>(low, high), even);
+    store(shuffle<OddLanes, A>(low, high), odd);
+}
+
+// The inverse of load_pairs.
+template <class M>
+CARAFEPP_INLINE void store_pairs(const Accumulator<M>* even, const Accumulator<M>* odd, int64_t count, M* to) {
+    using A = Accumulator<M>;
+    const Vector<A> low = load(even), high = load(odd);
+    store_part(shuffle<AlternatingLow, A>(low, high), to, count);
+    store_part(shuffle<AlternatingHigh, A>(low, high), to + kLanes<A>, count - kLanes<A>);
+}
+
 // Where the adjacent channels of a cell stand in staged rows, in their order: (tap*up + row)*up + phase of logits; of
 // masks, tap, which is the same with an `up` of 1.
 template <class A>
@@ -181,6 +203,14 @@ struct MaskTiles {
             return;
         }
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) {
+            if (has_pairs(array)) {
+                const Strip from = locate(array, n, group, row, cell, 0);
+                for (int64_t t = 0; t < taps; t++) {
+                    A* const even = to + 2 * t * pitch;
+                    load_pairs(from.first + t * from.tap_stride, columns_of(cell, count), even, even + pitch);
+                }
+                continue;
+            }
             for (int64_t phase = 0; phase < phases; phase++) {
                 const Strip from = locate(array, n, group, row, cell, phase);
                 const int there = static_cast<int>(std::clamp<int64_t>(from.count, 0, count));
@@ -205,6 +235,14 @@ struct MaskTiles {
             return;
         }
         for (int64_t row = rows.begin; row < rows.end; row++, from += row_size(pitch)) {
+            if (has_pairs(array)) {
+                const Strip to = locate(array, n, group, row, cell, 0);
+                for (int64_t t = 0; t < taps; t++) {
+                    const A* const even = from + 2 * t * pitch;
+                    store_pairs(even, even + pitch, columns_of(cell, count), to.first + t * to.tap_stride);
+                }
+                continue;
+            }
             for (int64_t phase = 0; phase < phases; phase++) {
                 const Strip to = locate(array, n, group, row, cell, phase);
                 const int there = static_cast<int>(std::clamp<int64_t>(to.count, 0, count));
@@ -263,6 +301,15 @@ private:
         }
         return {element<M>(array, n, group * taps, row, cell * up + phase), array.stride_c, up * array.stride_w,
                 ceil_div(p.out_w - phase, up) - cell};
+    }
+
+    // Masks whose two phases lie side by side.
+    bool has_pairs(const Array& array) const {
+        return !p.from_logits && p.factor.up == 2 && phases == 2 && array.stride_w == 1 && array.stride_c != 1;
+    }
+
+    int64_t columns_of(int64_t cell, int count) const {
+        return std::min<int64_t>(count * p.factor.up, p.out_w - cell * p.factor.up);
     }
 
     int channels_of_logits() const { return static_cast<int>(taps * p.factor.up * p.factor.up); }

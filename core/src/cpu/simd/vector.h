@@ -277,6 +277,9 @@ CARAFEPP_INLINE void store_part(Vector<Accumulator<T>> value, T* to, int64_t cou
 struct EvenLanes {
     static constexpr int at(int lane, int) { return 2 * lane; }
 };
+struct OddLanes {
+    static constexpr int at(int lane, int) { return 2 * lane + 1; }
+};
 struct AlternatingLow {  // low[0], high[0], low[1], ...
     static constexpr int at(int lane, int lanes) { return lane / 2 + lane % 2 * lanes; }
 };
