@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
+#include "cpu/simd/cell_masks.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
@@ -79,13 +80,18 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
     }
 }
 
+// How the sums of one cell are ordered: tap t of output (row, phase) at row*row_step + phase*phase_step + t*tap_step.
+struct Order {
+    int64_t row_step, phase_step, tap_step;
+};
+
 template <class T, class M>
 struct GradMasksNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
-    const int64_t up = p.factor.up;
+    const int64_t up = p.factor.up, taps = p.taps();
     // Logits that a crop leaves no output for have a gradient too, 0.
     const MaskTiles<M> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
     const Phases rows{p.factor, up};
@@ -93,12 +99,21 @@ struct GradMasksNhwc {
     const int64_t cell_rows = p.from_logits ? p.result.h : ceil_div(p.out_h, up);
     const int64_t cells = p.from_logits ? p.result.w : ceil_div(p.out_w, up);
     const int64_t channels = p.features.c / p.groups;
-    const int64_t row_size = masks.row_size(1);  // sums of a row of one cell: [tap][phase]
-    const int64_t line_pitch = ceil_div(up * row_size, L) * L;
+
+    // Where channels of the result are adjacent, sums are in their order; else in that of a tile.
+    const bool as_masks = !p.from_logits && p.result.stride_c == 1;
+    const bool as_logits = p.from_logits && p.result.stride_c == 1 && p.logits.stride_c == 1 &&
+                           CellMasks<A>::fits(up * up);
+    const Order order = as_logits  ? Order{up, 1, up * up}
+                        : as_masks ? Order{masks.phases * taps, taps, 1}
+                                   : Order{taps * masks.phases, 1, masks.phases};
+    const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
+    const int64_t sums_of_cell = up * masks.phases * taps;
+    const int64_t line_size = ceil_div(sums_of_cell, L) * L;
 
     void run() const {
-        const int64_t tile_size = up * row_size * L, sums_size = line_pitch * L, lines_size = line_pitch * L;
-        const int64_t scratch_size = 3 * tile_size + sums_size + lines_size;
+        const int64_t sums_size = line_size * L, tile_size = line_size * L;
+        const int64_t scratch_size = sums_size + 4 * tile_size;
         const int64_t items = p.result.n * p.groups * cell_rows;
         const int threads = threads_for(items, p.multiply_adds() / L);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
@@ -110,15 +125,17 @@ struct GradMasksNhwc {
             at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
             if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
             at.sums = scratch + worker * scratch_size;
-            at.lines = at.sums + sums_size;
-            A* const tile = at.lines + lines_size;
+            A* const lines = at.sums + sums_size;
+            std::fill(at.sums + sums_of_cell * L, at.sums + sums_size, A{0});
             for (int64_t cell = 0; cell < cells; cell += L) {
                 const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
-                for (int lane = 0; lane < count; lane++) contract_cell(at, cell + lane, at.lines + lane * line_pitch);
-                const int64_t sums = (at.rows.end - at.rows.begin) * row_size;
-                load_channels<A>(at.lines, line_pitch, count, static_cast<int>(sums), {tile, 1, 0, 1, 1, 0, L, L});
-                if (p.from_logits) to_logits(at, cell, count, tile, tile + tile_size, tile + 2 * tile_size);
-                masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile);
+                for (int q = 0; q < count; q++) {
+                    A* const line = lines + q * line_size;
+                    contract_cell(at, cell + q, line);
+                    if (as_logits) write_logits(at, cell + q, line, lines + tile_size);
+                    if (as_masks) write_masks(at, cell + q, line);
+                }
+                if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
             }
         });
     }
@@ -126,21 +143,73 @@ struct GradMasksNhwc {
     struct Item {
         int64_t n, group, cell_row;
         Rows rows;
-        A *sums, *lines;
+        A* sums;
     };
 
-    // line = the gradient of the masks of one cell: [row][tap][phase].
+    // line = the gradient of the masks of one cell.
     void contract_cell(const Item& at, int64_t cell, A* line) const {
-        std::fill(at.sums, at.sums + line_pitch * L, A{0});
+        if (!is_inner(at.cell_row, cell)) std::fill(at.sums, at.sums + sums_of_cell * L, A{0});
         for (int r = 0; r < rows.count; r++) {
             for (int q = 0; q < columns.count; q++) contract_window(at, cell, rows.groups[r], columns.groups[q]);
         }
-        for (int64_t k = 0; k < line_pitch; k += L) {
+        for (int64_t k = 0; k < line_size; k += L) {
             Vector<A> partial[L];
 #pragma GCC unroll 16
             for (int i = 0; i < L; i++) partial[i] = load(at.sums + (k + i) * L);
             store(sums_of_lanes<A>(partial), line + k);
         }
+    }
+
+    // Whether all outputs of a cell are there, and all their windows inside the borders, so that every sum is written.
+    bool is_inner(int64_t cell_row, int64_t cell) const {
+        const int64_t r = p.radius(), i = cell_row * p.factor.down, j = cell * p.factor.down;
+        return masks.phases == up && (cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w && i >= r && j >= r &&
+               i + rows.groups[rows.count - 1].offset + r < p.features.h &&
+               j + columns.groups[columns.count - 1].offset + r < p.features.w;
+    }
+
+    // A line in the order of the result. `staged` is room for another.
+    void write_logits(const Item& at, int64_t cell, A* line, A* staged) const {
+        const int64_t channel = at.group * taps * up * up;
+        const M* const logits = element<const M>(p.logits, at.n, channel, at.cell_row, cell);
+        cell_masks.normalize(logits, 0, 1, staged);
+        cell_masks.normalize_backward(logits, staged, line);
+        clear_cropped(at.cell_row, cell, line);
+        cell_masks.write(line, element<M>(p.result, at.n, channel, at.cell_row, cell));
+    }
+
+    void write_masks(const Item& at, int64_t cell, const A* line) const {
+        for (int64_t row = at.rows.begin; row < at.rows.end; row++) {
+            for (int64_t phase = 0; phase < std::min(masks.phases, p.out_w - cell * up); phase++) {
+                const A* const from = line + ((row - at.rows.begin) * masks.phases + phase) * taps;
+                M* const to = element<M>(p.result, at.n, at.group * taps, row, cell * up + phase);
+                for (int64_t t = 0; t < taps; t += L) store_part(load(from + t), to + t, taps - t);
+            }
+        }
+    }
+
+    // Exactly 0 for the logits of a cell whose output a crop leaves out.
+    void clear_cropped(int64_t cell_row, int64_t cell, A* line) const {
+        if ((cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w) return;
+        for (int64_t k = 0; k < up * up; k++) {
+            if (cell_row * up + k / up < p.out_h && cell * up + k % up < p.out_w) continue;
+            for (int64_t t = 0; t < taps; t++) line[t * up * up + k] = 0;
+        }
+    }
+
+    // Lines in the order of a tile, through one.
+    void write_tile(const Item& at, int64_t cell, int count, const A* lines, A* tile, int64_t tile_size) const {
+        load_channels<A>(lines, line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
+                         {tile, 1, 0, 1, 1, 0, L, L});
+        if (p.from_logits) {
+            A *const logits = tile + tile_size, *const staged = tile + 2 * tile_size;
+            masks.load_rows(at.n, at.group, at.rows, cell, count, L, logits);
+            for (int64_t row = 0; row < up; row++)
+                masks.normalize_row_backward(tile + row * masks.row_size(L), logits + row * masks.row_size(L), staged,
+                                             L);
+            masks.clear_cropped(at.rows, cell, L, tile);
+        }
+        masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile);
     }
 
     // The outputs of one cell that read the same window.
@@ -153,16 +222,13 @@ struct GradMasksNhwc {
             for (int64_t phase = q.begin; phase < std::min<int64_t>(q.end, p.out_w - cell * up); phase++) {
                 outputs.grads[outputs.count] = element<const T>(p.grad_output, at.n, at.group * channels,
                                                                 at.cell_row * up + row, cell * up + phase);
-                outputs.sums[outputs.count++] = at.sums + (row * row_size + phase) * L;
+                outputs.sums[outputs.count++] = at.sums + (row * order.row_step + phase * order.phase_step) * L;
             }
         }
         int first = 0;
         for (; first + 4 <= outputs.count; first += 4) contract_rows<4>(window, outputs, first);
-        switch (outputs.count - first) {
-            case 3: contract_rows<3>(window, outputs, first); break;
-            case 2: contract_rows<2>(window, outputs, first); break;
-            case 1: contract_rows<1>(window, outputs, first); break;
-        }
+        for (; first + 2 <= outputs.count; first += 2) contract_rows<2>(window, outputs, first);
+        if (first < outputs.count) contract_rows<1>(window, outputs, first);
     }
 
     // All taps of a window, as many rows and columns at a time as there are registers for.
@@ -187,20 +253,12 @@ struct GradMasksNhwc {
 
     template <int P, int NA, int NB>
     void contract_taps(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first, int a, int b) const {
-        const int64_t tap_step = masks.phases * L, k = p.kernel_size;
+        const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
         A* sums[P];
         for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
         contract<P, NA, NB>(outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride, channels,
                             sums, k * tap_step, tap_step, outputs.grads[first + a % P] + up * p.grad_output.stride_w,
                             window.pixel(a, b + NB));
-    }
-
-    // The gradient of the masks of a tile to that of its logits, in place.
-    void to_logits(const Item& at, int64_t cell, int count, A* grad, A* logits, A* staged) const {
-        masks.load_rows(at.n, at.group, at.rows, cell, count, L, logits);
-        for (int64_t row = 0; row < up; row++)
-            masks.normalize_row_backward(grad + row * row_size * L, logits + row * row_size * L, staged, L);
-        masks.clear_cropped(at.rows, cell, L, grad);
     }
 };
 

@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
+#include "cpu/simd/cell_masks.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
@@ -23,7 +24,8 @@ struct Site {
 
     PixelWindow<const T> window;
     int kernel_size;
-    const A* weights[64];  // of each output, its taps adjacent
+    int64_t tap_stride;
+    const A* weights[64];  // of each output, those of its taps `tap_stride` apart
     T* outputs[64];
     int count;
 };
@@ -36,13 +38,13 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
     const PixelWindow<const T>& window = site.window;
     for (int a = window.a_begin; a < window.a_end; a++) {
         const T* x = window.pixel(a, window.b_begin) + c;
-        const int64_t row = a * site.kernel_size;
-        for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride) {
+        int64_t tap = (a * site.kernel_size + window.b_begin) * site.tap_stride;
+        for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride, tap += site.tap_stride) {
             Vector<A> features[NV];
             read_channels<NV, store_as>(x, tail, features);
 #pragma GCC unroll 4
             for (int o = 0; o < P; o++) {
-                const Vector<A> weight = splat(site.weights[first + o][row + b]);
+                const Vector<A> weight = splat(site.weights[first + o][tap]);
 #pragma GCC unroll 8
                 for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
             }
@@ -58,7 +60,7 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
 // All channels of a group, for `P` outputs: blocks of as many vectors as the registers hold sums for, then fewer, then
 // a tail.
 template <int P, Store store_as, class T>
-void contract_channels(const Site<T>& site, int first, int64_t channels) {
+__attribute__((noinline)) void contract_channels(const Site<T>& site, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
     constexpr int kMost = P == 1 ? 8 : kVectorRegisters == 32 ? 4 : 2;
     int64_t c = 0;
@@ -102,16 +104,16 @@ struct ReassembleNhwc {
     const int64_t channels = p.features.c / p.groups;
     const bool streaming = streams<T>(p.result, channels);
 
-    // The weights of an output: (row, phase) of the q-th cell of a tile from first + row*row_stride +
-    // (q*up + phase)*pixel_stride on.
+    // Where the weight of a tap of output (row, phase) of the q-th cell of a tile is.
     struct Weights {
         const A* first;
-        int64_t row_stride, pixel_stride;
+        int64_t row_stride, cell_stride, phase_stride, tap_stride;
     };
 
     void run() const {
         const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
-        const int64_t pixels_size = band_rows * kCells * up * taps, tile_size = band_rows * masks.row_size(kCells);
+        const int64_t pixels_size = kCells * ceil_div(band_rows * up * taps, kCells) * kCells,
+                      tile_size = band_rows * masks.row_size(kCells);
         const int64_t items = p.result.n * p.groups * bands;
         const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
         const int64_t scratch_size = pixels_size + tile_size;
@@ -123,7 +125,9 @@ struct ReassembleNhwc {
             for (int64_t cell = 0; cell < cells; cell += kCells) {
                 const int64_t count = std::min(kCells, cells - cell);
                 const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
-                for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
+                for (int64_t q = 0; q < count; q++) {
+                    contract_cell(n, group, rows, cell + q, weights, q);
+                }
             }
             if (streaming) finish_streams();
         });
@@ -134,18 +138,25 @@ struct ReassembleNhwc {
         if constexpr (std::is_same_v<M, A>) {
             if (!p.from_logits && p.masks.stride_c == 1) {
                 return {element<const M>(p.masks, n, group * taps, rows.begin, cell * up), p.masks.stride_h,
-                        p.masks.stride_w};
+                        up * p.masks.stride_w, p.masks.stride_w, 1};
             }
+        }
+        if (p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) && CellMasks<A>::fits(up * up)) {
+            const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
+            cell_masks.normalize(element<const M>(p.logits, n, group * taps * up * up, rows.begin / up, cell),
+                                 p.logits.stride_w, static_cast<int>(count), pixels);
+            return {pixels, up, cell_masks.size, 1, up * up};
         }
         const int64_t row_stride = kCells * up * taps;
         masks.stage_pixels(n, group, {rows.begin, rows.end}, cell, count, tile, row_stride, pixels);
-        return {pixels, row_stride, taps};
+        return {pixels, row_stride, up * taps, taps, 1};
     }
 
     // All outputs of one cell, the q-th of its tile, window by window.
     void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, const Weights& weights, int64_t q) const {
         Site<T> site;
         site.kernel_size = static_cast<int>(p.kernel_size);
+        site.tap_stride = weights.tap_stride;
         for (int g = 0; g < phases.count; g++) {
             const Phases::Group& columns = phases.groups[g];
             site.window = window_of<const T>(p, p.features, n, group * channels, rows.source,
@@ -155,7 +166,7 @@ struct ReassembleNhwc {
                 for (int64_t phase = columns.begin; phase < std::min<int64_t>(columns.end, p.out_w - cell * up);
                      phase++) {
                     site.weights[site.count] = weights.first + (row - rows.begin) * weights.row_stride +
-                                               (q * up + phase) * weights.pixel_stride;
+                                               q * weights.cell_stride + phase * weights.phase_stride;
                     site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, cell * up + phase);
                 }
             }
