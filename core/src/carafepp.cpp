@@ -54,11 +54,15 @@ constexpr Implementation kReassembleWithLogits[] = {
     {"reassemble_with_logits_any_ref", takes_all, reference::reassemble},
     {}};
 constexpr Implementation kGradFeatures[] = {CARAFEPP_ENTRIES("grad_features_nhwc", grad_features_nhwc),
+                                            CARAFEPP_ENTRIES("grad_features_nchw", grad_features_nchw),
                                             {"grad_features_any_ref", takes_all, reference::grad_features},
                                             {}};
-constexpr Implementation kGradMasks[] = {
-    CARAFEPP_ENTRIES("grad_masks_nhwc", grad_masks_nhwc), {"grad_masks_any_ref", takes_all, reference::grad_masks}, {}};
+constexpr Implementation kGradMasks[] = {CARAFEPP_ENTRIES("grad_masks_nhwc", grad_masks_nhwc),
+                                         CARAFEPP_ENTRIES("grad_masks_nchw", grad_masks_nchw),
+                                         {"grad_masks_any_ref", takes_all, reference::grad_masks},
+                                         {}};
 constexpr Implementation kGradLogits[] = {CARAFEPP_ENTRIES("grad_logits_nhwc", grad_masks_nhwc),
+                                          CARAFEPP_ENTRIES("grad_logits_nchw", grad_masks_nchw),
                                           {"grad_logits_any_ref", takes_all, reference::grad_masks},
                                           {}};
 constexpr Implementation kNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),

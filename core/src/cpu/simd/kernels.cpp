@@ -132,4 +132,26 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
     return nullptr;
 }
 
+static const char* unfit_for_columns(const Problem& p) {
+    if (p.grad_output.stride_w != 1) return "columns of grad_output are not adjacent";
+    if (p.kernel_size == 1) return "kernel_size is 1";
+    if (p.factor.up > 8 || p.factor.down > 8) return "up or down is more than 8";
+    if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
+    return nullptr;
+}
+
+const char* not_for_grad_features_nchw(const Problem& p) {
+    if (!p.result.empty() && p.result.stride_w != 1) return "columns of grad_features are not adjacent";
+    // Staged for one source row of a tile, and all masks of a row of outputs.
+    if ((p.factor.natural_size(p.kernel_size) * 16 + p.kernel_size * 64) * p.kernel_size * p.factor.up > 256 * 1024)
+        return "the masks of the outputs that touch a row take more than 1 MiB";
+    return unfit_for_columns(p);
+}
+
+const char* not_for_grad_masks_nchw(const Problem& p) {
+    if (p.features.stride_w != 1) return "columns of features are not adjacent";
+    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
+    return unfit_for_columns(p);
+}
+
 }  // namespace carafepp

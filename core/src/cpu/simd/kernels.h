@@ -12,6 +12,8 @@
     void reassemble_nchw(const Problem& problem);                                        \
     void grad_features_nhwc(const Problem& problem);                                     \
     void grad_masks_nhwc(const Problem& problem);                                        \
+    void grad_features_nchw(const Problem& problem);                                     \
+    void grad_masks_nchw(const Problem& problem);                                        \
     void normalize_masks(const Problem& problem);                                        \
     void normalize_masks_backward(const Problem& problem);                               \
     }
@@ -37,6 +39,8 @@ const char* not_for_reassemble_nhwc(const Problem& problem);
 const char* not_for_reassemble_nchw(const Problem& problem);
 const char* not_for_grad_features_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nhwc(const Problem& problem);
+const char* not_for_grad_features_nchw(const Problem& problem);
+const char* not_for_grad_masks_nchw(const Problem& problem);
 const char* not_for_normalize_masks(const Problem& problem);
 const char* not_for_normalize_masks_backward(const Problem& problem);
 

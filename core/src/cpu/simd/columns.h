@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Columns of a row, in lanes. Split by column modulo the factor, a row of outputs becomes its `up` phases and a row of
+// sources its `down` parts, in each of which neighbouring cells are adjacent: then a tap of a phase reads one part,
+// some cells on, whatever the factor is.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd/vector.h"
+#include "problem.h"
+
+namespace carafepp {
+namespace {
+
+constexpr int kMaxFactor = 8;  // kernels.cpp declines more
+
+// Which part each tap of each phase reads, and how many cells on.
+struct ColumnTaps {
+    struct Tap {
+        int part, shift;
+    };
+    int kernel_size, phases, parts;
+    int least_shift = 0, most_shift = 0;
+    Tap taps[kMaxFactor * kMaxKernelSize];
+
+    ColumnTaps(const Problem& p)
+        : kernel_size(static_cast<int>(p.kernel_size)),
+          phases(static_cast<int>(p.factor.up)),
+          parts(static_cast<int>(p.factor.down)) {
+        for (int phase = 0; phase < phases; phase++) {
+            for (int b = 0; b < kernel_size; b++) {
+                const int64_t column = p.factor.source(phase) + b - p.radius();
+                Tap& tap = taps[phase * kernel_size + b];
+                tap = {static_cast<int>(floor_mod(column, parts)), static_cast<int>(floor_div(column, parts))};
+                least_shift = std::min(least_shift, tap.shift);
+                most_shift = std::max(most_shift, tap.shift);
+            }
+        }
+    }
+
+    const Tap& at(int phase, int b) const { return taps[phase * kernel_size + b]; }
+    int shifts() const { return most_shift - least_shift; }
+};
+
+// A vector of a row from `column` on; 0 where the row has no such column.
+template <class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_columns(const T* row, int64_t column, int64_t width) {
+    constexpr int L = kLanes<Accumulator<T>>;
+    if (column >= 0 && column + L <= width) return load(row + column);
+    if (column <= -L || column >= width) return Vector<Accumulator<T>>{};
+    return load_between(row + column, static_cast<int>(std::max<int64_t>(-column, 0)),
+                        static_cast<int>(std::min<int64_t>(width - column, L)));
+}
+
+// to[part*pitch + k] = row[(cell + k)*parts + part], or 0 outside the row, for as many k as whole vectors hold `count`.
+template <int Parts, class T>
+CARAFEPP_INLINE void split_row(const T* row, int64_t width, int64_t cell, int64_t count, Accumulator<T>* to,
+                               int64_t pitch) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    int64_t k = 0;
+    const auto split_up_to = [&](int64_t end, auto load_at) __attribute__((always_inline)) {
+        for (; k < end; k += L) {
+            const int64_t column = (cell + k) * Parts;
+            if constexpr (Parts == 1) {
+                store(load_at(column), to + k);
+            } else {
+                const Vector<A> low = load_at(column), high = load_at(column + L);
+                store(shuffle<EvenLanes, A>(low, high), to + k);
+                store(shuffle<OddLanes, A>(low, high), to + pitch + k);
+            }
+        }
+    };
+    const auto some = [=](int64_t column) __attribute__((always_inline)) { return load_columns(row, column, width); };
+    split_up_to(std::min(count, -cell), some);
+    split_up_to(std::min(count, width / Parts - cell - L + 1),
+                [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
+    split_up_to(count, some);
+}
+
+template <class T>
+CARAFEPP_INLINE void split_row(const T* row, int64_t width, int parts, int64_t cell, int64_t count, Accumulator<T>* to,
+                               int64_t pitch) {
+    using A = Accumulator<T>;
+    if (parts == 1) return split_row<1>(row, width, cell, count, to, pitch);
+    if (parts == 2) return split_row<2>(row, width, cell, count, to, pitch);
+    for (int part = 0; part < parts; part++) {
+        for (int64_t k = 0; k < ceil_div(count, kLanes<A>) * kLanes<A>; k++) {
+            const int64_t column = (cell + k) * parts + part;
+            to[part * pitch + k] = column >= 0 && column < width ? widen(row[column]) : A{0};
+        }
+    }
+}
+
+// The inverse, of one vector of each part: `count` columns.
+template <class T>
+CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, int parts, int64_t count, T* to) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    if (parts == 1) {
+        store_part(load(from), to, count);
+    } else if (parts == 2) {
+        const Vector<A> even = load(from), odd = load(from + pitch);
+        store_part(shuffle<AlternatingLow, A>(even, odd), to, count);
+        store_part(shuffle<AlternatingHigh, A>(even, odd), to + L, count - L);
+    } else {
+        for (int part = 0; part < parts; part++) {
+            for (int64_t column = part, q = 0; column < count && q < L; column += parts, q++)
+                to[column] = narrow<T>(from[part * pitch + q]);
+        }
+    }
+}
+
+// Past the caches, but for the ends that do not fill a line.
+template <class A>
+CARAFEPP_INLINE void stream_lines(const A* from, int64_t count, A* to) {
+    constexpr int L = kLanes<A>;
+    const int64_t line = 64 / int64_t{sizeof(A)};
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(A)) % line;
+    int64_t k = std::min(count, (line - misaligned) % line);
+    std::copy_n(from, k, to);
+    for (; k + line <= count; k += line) {
+        for (int64_t part = k; part < k + line; part += L) stream(load(from + part), to + part);
+    }
+    std::copy_n(from + k, count - k, to + k);
+}
+
+// Rows of some channels that are read next: fetched into the level 2 cache a line at a time, between arithmetic that
+// hides how long that takes. Fetching ahead of what is read one page after the other is beyond the processor's own
+// prefetching.
+struct Ahead {
+    const char* row = nullptr;  // the current one
+    int64_t at = 0, row_bytes = 0;
+    int64_t row_stride = 0, channel_stride = 0;  // from the last row of a channel to the next one's first
+    int rows = 0, channels = 0;                  // channels that are left
+    int row_index = 0;
+
+    Ahead() = default;
+
+    template <class T>
+    Ahead(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
+        : row(reinterpret_cast<const char*>(first)),
+          row_bytes(columns * int64_t{sizeof(T)}),
+          row_stride(array.stride_h * int64_t{sizeof(T)}),
+          rows(static_cast<int>(rows_of_channel)),
+          channels(static_cast<int>(channel_count)) {
+        channel_stride = array.stride_c * int64_t{sizeof(T)} - (rows - 1) * row_stride;
+        if (rows <= 0 || columns <= 0) channels = 0;
+        if (row_stride == row_bytes) {  // as one row
+            row_bytes *= rows;
+            channel_stride += (rows - 1) * row_stride;
+            rows = 1;
+        }
+    }
+
+    __attribute__((always_inline)) void fetch_line() {
+        if (channels <= 0) return;
+        __builtin_prefetch(row + at, 0, 2);
+        at += 64;
+        if (at < row_bytes) return;
+        at = 0;
+        if (++row_index < rows) {
+            row += row_stride;
+        } else {
+            row_index = 0;
+            row += channel_stride;
+            channels--;
+        }
+    }
+};
+
+// Part `index` of [begin, end) when that is cut into `count` parts as equal as can be.
+struct Slice {
+    int begin, end;
+};
+CARAFEPP_INLINE Slice slice(int begin, int end, int index, int count) {
+    const int size = end - begin;
+    return {begin + size * index / count, begin + size * (index + 1) / count};
+}
+
+}  // namespace
+}  // namespace carafepp

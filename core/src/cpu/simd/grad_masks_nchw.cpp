@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits with adjacent columns, compiled once for each instruction set. A vector holds one tap
+// of one output (row, phase) of neighbouring cells, so that a sum over channels never crosses lanes. For a block of
+// rows of cells: for some channels at a time split the rows of grad_output and of features into lanes and add their
+// products to the sums of every tap; then take the sums of masks back to those of logits, and write out.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/bands.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/masks.h"
+
+namespace carafepp {
+namespace {
+
+constexpr int64_t kSumElements = 32 * 1024;  // of a block: in float 128 KiB, read and written once in `kChannels`
+constexpr int64_t kChannels = 32;            // at a time
+constexpr int kMostOutputs = 4;              // that one loaded vector of features serves
+
+// Tap columns whose sums are kept in registers at once, beside those of `outputs`.
+constexpr int most_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
+
+// Some outputs that read the same row of features at the same columns.
+template <class A>
+struct Outputs {
+    const A* grads[kMostOutputs];  // channels a vector apart
+    A* sums[kMostOutputs];         // of column 0 of the tap row of each
+    int64_t tap_stride;            // of the sums
+};
+
+// NB tap columns from `b` on, P outputs: sums += grad_output * features, over `channels`.
+template <int P, int NB, class A>
+__attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* features, int64_t channel_stride,
+                                        const int64_t* columns, int b, int64_t channels, Ahead& ahead) {
+    constexpr int L = kLanes<A>;
+    Vector<A> sums[P][NB];
+#pragma GCC unroll 4
+    for (int o = 0; o < P; o++) {
+#pragma GCC unroll 5
+        for (int k = 0; k < NB; k++) sums[o][k] = load(outputs.sums[o] + (b + k) * outputs.tap_stride);
+    }
+    const A* grads[P];
+#pragma GCC unroll 4
+    for (int o = 0; o < P; o++) grads[o] = outputs.grads[o];
+    int64_t column[NB];
+#pragma GCC unroll 5
+    for (int k = 0; k < NB; k++) column[k] = columns[b + k];
+    for (int64_t at = 0; at < channels * L; at += L, features += channel_stride) {
+        ahead.fetch_line();
+        Vector<A> read[NB];
+#pragma GCC unroll 5
+        for (int k = 0; k < NB; k++) read[k] = load(features + column[k]);
+#pragma GCC unroll 4
+        for (int o = 0; o < P; o++) {
+            const Vector<A> grad = load(grads[o] + at);
+#pragma GCC unroll 5
+            for (int k = 0; k < NB; k++) sums[o][k] += grad * read[k];
+        }
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < P; o++) {
+#pragma GCC unroll 5
+        for (int k = 0; k < NB; k++) store(sums[o][k], outputs.sums[o] + (b + k) * outputs.tap_stride);
+    }
+}
+
+template <int P, class A>
+void contract_columns(const Outputs<A>& outputs, const A* features, int64_t channel_stride, const int64_t* columns,
+                      int kernel_size, int64_t channels, Ahead& ahead) {
+    constexpr int kMost = most_columns(P);
+    const int slices = (kernel_size + kMost - 1) / kMost;
+    for (int k = 0; k < slices; k++) {
+        const Slice part = slice(0, kernel_size, k, slices);
+        switch (part.end - part.begin) {
+            case 2: contract<P, 2>(outputs, features, channel_stride, columns, part.begin, channels, ahead); break;
+            case 3: contract<P, 3>(outputs, features, channel_stride, columns, part.begin, channels, ahead); break;
+            default:
+                if constexpr (kMost == 5) {
+                    if (part.end - part.begin == 4) {
+                        contract<P, 4>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
+                    } else {
+                        contract<P, 5>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
+                    }
+                }
+        }
+    }
+}
+
+template <class T, class M>
+struct GradMasksNchw {
+    using A = Accumulator<T>;
+    static constexpr int L = kLanes<A>;
+
+    const Problem& p;
+    const MaskTiles<M> masks{p, p.factor.up};
+    const ColumnTaps taps{p};
+    const int64_t up = p.factor.up, down = p.factor.down;
+    const int64_t channels = p.features.c / p.groups, at_once = std::min(channels, kChannels);
+    const int64_t strip = up >= 2 * down ? ceil_div(up, down) : 8;  // rows of outputs that are contracted together
+    const int64_t row_size = masks.row_size(L);
+    // With logits, all their sub-pixels, also where a crop leaves no output.
+    const int64_t rows = p.from_logits ? p.logits.h * up : p.out_h;
+    const int64_t cells = p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
+    const int64_t tiles = ceil_div(cells, L), cell_rows = ceil_div(rows, up);
+    const int64_t panel = std::clamp<int64_t>(kSumElements / (up * row_size), 1, tiles);
+    const int64_t block = std::clamp<int64_t>(kSumElements / (up * row_size * panel), 1, cell_rows);
+    const int64_t pitch = ceil_div(panel * L + taps.shifts(), L) * L;  // of a part of a row of features
+
+    // A vector more than needed, so that rows of all channels do not compete for a few sets of the cache.
+    const int64_t output_size = (at_once + 1) * L, source_size = at_once * down * pitch + L;
+
+    const int64_t sums_size = panel * block * up * row_size;
+    const int64_t grads_size = strip * up * output_size;
+    const int64_t features_size = (block * down + p.kernel_size) * source_size;
+    const int64_t logits_size = p.from_logits ? (up + 1) * row_size : 0;
+
+    const Phases phases{p.factor, up};
+    int64_t columns[kMaxPhases][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
+
+    explicit GradMasksNchw(const Problem& problem) : p(problem) {
+        for (int g = 0; g < phases.count; g++) {
+            for (int b = 0; b < taps.kernel_size; b++) {
+                const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);
+                columns[g][b] = tap.part * pitch + tap.shift - taps.least_shift;
+            }
+        }
+    }
+
+    // What one item is: some rows of cells of some tiles, all channels of a group.
+    struct Block {
+        int64_t n, group, first_tile, tiles;
+        int64_t begin, end, computed_end;  // rows of outputs; those from computed_end on do not exist
+        int64_t source_begin, source_end;  // rows of features, inside the border
+        A* sums;                           // [tile][row][tap][phase][lane]
+        A* grads;                          // of a strip of a tile: [row][phase][channel][lane]
+        A* features;                       // [row][channel][part][cell]
+        A* logits;
+    };
+
+    void run() const {
+        const int64_t panels = ceil_div(tiles, panel), blocks = ceil_div(cell_rows, block);
+        const int64_t scratch_size = sums_size + grads_size + features_size + logits_size;
+        const int64_t items = p.result.n * p.groups * blocks * panels;
+        const int threads = threads_for(items, p.multiply_adds() / L);
+        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
+        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
+            Block b;
+            b.sums = scratch + worker * scratch_size;
+            b.grads = b.sums + sums_size;
+            b.features = b.grads + grads_size;
+            b.logits = b.features + features_size;
+            b.first_tile = item % panels * panel;
+            b.tiles = std::min(panel, tiles - b.first_tile);
+            b.begin = item / panels % blocks * block * up;
+            b.end = std::min(b.begin + block * up, rows);
+            b.computed_end = std::min(b.end, p.out_h);
+            b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
+            b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
+            b.group = item / panels / blocks % p.groups;
+            b.n = item / panels / blocks / p.groups;
+            std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
+            for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
+                contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
+            for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
+        });
+    }
+
+    A* sums(const Block& b, int64_t tile, int64_t row) const {
+        return b.sums + (tile * (b.end - b.begin) + row - b.begin) * row_size;
+    }
+
+    void contract_channels(const Block& b, int64_t channel, int64_t count) const {
+        split_sources(b, channel, count);
+        for (int64_t begin = b.begin; begin < b.computed_end; begin += strip) {
+            const int64_t end = std::min(begin + strip, b.computed_end);
+            Ahead ahead = next_outputs(b, channel, end);
+            for (int64_t tile = 0; tile < b.tiles; tile++) {
+                split_outputs(b, channel, count, tile, begin, end);
+                contract_strip(b, count, tile, begin, end, ahead);
+            }
+        }
+    }
+
+    // The rows of grad_output behind a strip that ends before `row`: the next strip's, or of the next channels.
+    Ahead next_outputs(const Block& b, int64_t channel, int64_t row) const {
+        const bool last = row == b.computed_end;
+        const int64_t next = last ? b.begin : row, next_channel = last ? channel + at_once : channel;
+        const int64_t column = b.first_tile * L * up;
+        return {p.grad_output, element<const T>(p.grad_output, b.n, next_channel, next, column),
+                std::min(b.tiles * L * up, p.out_w - column), std::min(strip, b.computed_end - next),
+                std::min(at_once, (b.group + 1) * channels - next_channel)};
+    }
+
+    void split_sources(const Block& b, int64_t channel, int64_t count) const {
+        const int64_t cell = b.first_tile * L + taps.least_shift;
+        for (int64_t c = 0; c < count; c++) {
+            for (int64_t i = b.source_begin; i < b.source_end; i++)
+                split_row(element<const T>(p.features, b.n, channel + c, i, 0), p.features.w, static_cast<int>(down),
+                          cell, b.tiles * L + taps.shifts(),
+                          b.features + (i - b.source_begin) * source_size + c * down * pitch, pitch);
+        }
+    }
+
+    void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t tile, int64_t begin, int64_t end) const {
+        for (int64_t c = 0; c < count; c++) {
+            for (int64_t row = begin; row < end; row++)
+                split_row(element<const T>(p.grad_output, b.n, channel + c, row, 0), p.out_w, static_cast<int>(up),
+                          (b.first_tile + tile) * L, L, b.grads + (row - begin) * up * output_size + c * L,
+                          output_size);
+        }
+    }
+
+    // Each row of features, with the outputs of a strip [strip_begin, strip_end) that read it.
+    void contract_strip(const Block& b, int64_t count, int64_t tile, int64_t strip_begin, int64_t strip_end,
+                        Ahead& ahead) const {
+        const int64_t source_begin = std::max(p.factor.source(strip_begin) - p.radius(), b.source_begin);
+        const int64_t source_end = std::min(p.factor.source(strip_end - 1) + p.radius() + 1, b.source_end);
+        for (int64_t i = source_begin; i < source_end; i++) {
+            const int64_t begin = std::max(p.factor.first_output(i - p.radius()), strip_begin);
+            const int64_t end = std::min(p.factor.first_output(i + p.radius() + 1), strip_end);
+            const A* const features = b.features + (i - b.source_begin) * source_size + tile * L;
+            for (int g = 0; g < phases.count; g++) {
+                const Phases::Group& group = phases.groups[g];
+                const int width = group.end - group.begin;
+                const int outputs = static_cast<int>(end - begin) * width;
+                const int slices = (outputs + kMostOutputs - 1) / kMostOutputs;
+                for (int k = 0; k < slices; k++) {
+                    const Slice part = slice(0, outputs, k, slices);
+                    Outputs<A> some;
+                    some.tap_stride = up * L;
+                    for (int o = part.begin; o < part.end; o++) {
+                        const int64_t row = begin + o / width, phase = group.begin + o % width;
+                        const int64_t a = i - p.factor.source(row) + p.radius();
+                        some.grads[o - part.begin] = b.grads + ((row - strip_begin) * up + phase) * output_size;
+                        some.sums[o - part.begin] = sums(b, tile, row) + (a * p.kernel_size * up + phase) * L;
+                    }
+                    contract_outputs(some, part.end - part.begin, features, columns[g], count, ahead);
+                }
+            }
+        }
+    }
+
+    void contract_outputs(const Outputs<A>& outputs, int number, const A* features, const int64_t* columns,
+                          int64_t count, Ahead& ahead) const {
+        const int k = taps.kernel_size;
+        switch (number) {
+            case 1: contract_columns<1>(outputs, features, down * pitch, columns, k, count, ahead); break;
+            case 2: contract_columns<2>(outputs, features, down * pitch, columns, k, count, ahead); break;
+            case 3: contract_columns<3>(outputs, features, down * pitch, columns, k, count, ahead); break;
+            default: contract_columns<4>(outputs, features, down * pitch, columns, k, count, ahead);
+        }
+    }
+
+    void write(const Block& b, int64_t tile) const {
+        const int64_t cell = (b.first_tile + tile) * L;
+        const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
+        for (int64_t row = b.begin; row < b.computed_end; row++) clear_outside(cell, sums(b, tile, row));
+        for (int64_t row = b.begin; row < b.end; row += up) {
+            const Rows of_cells{row, std::min(row + up, b.end)};
+            if (p.from_logits) to_logits(b, of_cells, cell, count, sums(b, tile, row));
+            masks.store_rows(b.n, b.group, of_cells, cell, count, L, sums(b, tile, row));
+        }
+    }
+
+    // Taps beyond a border, where features were 0 but grad_output may have been Inf or NaN.
+    void clear_outside(int64_t cell, A* row) const {
+        const int64_t k = p.kernel_size;
+        if ((cell + taps.least_shift) * down >= 0 && (cell + L + taps.most_shift) * down <= p.features.w) return;
+        for (int phase = 0; phase < up; phase++) {
+            for (int b = 0; b < k; b++) {
+                const ColumnTaps::Tap& tap = taps.at(phase, b);
+                const int64_t first = -tap.shift - cell;
+                const int64_t begin = std::clamp<int64_t>(first, 0, L);
+                const int64_t end = std::clamp<int64_t>(first + ceil_div(p.features.w - tap.part, down), begin, L);
+                for (int64_t a = 0; a < k; a++) {
+                    A* const lanes = row + ((a * k + b) * up + phase) * L;
+                    std::fill(lanes, lanes + begin, A{0});
+                    std::fill(lanes + end, lanes + L, A{0});
+                }
+            }
+        }
+    }
+
+    // The gradient of the masks of a tile to that of its logits, in place.
+    void to_logits(const Block& b, Rows of_cells, int64_t cell, int count, A* grad) const {
+        A* const staged_masks = b.logits + up * row_size;
+        masks.load_rows(b.n, b.group, of_cells, cell, count, L, b.logits);
+        for (int64_t at = 0; at < up * row_size; at += row_size)
+            masks.normalize_row_backward(grad + at, b.logits + at, staged_masks, L);
+        masks.clear_cropped(of_cells, cell, L, grad);
+    }
+};
+
+}  // namespace
+
+namespace CARAFEPP_ISA {
+
+void grad_masks_nchw(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+    });
+}
+
+}  // namespace CARAFEPP_ISA
+}  // namespace carafepp
