@@ -104,26 +104,37 @@ CARAFEPP_INLINE void for_each_block(int channels, F f) {
     for (int c = 0; c < channels; c += L) f(channels < L ? 0 : std::min(c, channels - L), std::min(channels, L));
 }
 
+// A block of as many rows as a vector has lanes, in memory, so that what is before and after it is a short loop.
+template <class A>
+__attribute__((noinline)) void transpose_block(A* block) {
+    constexpr int L = kLanes<A>;
+    Vector<A> rows[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) rows[i] = load(block + i * L);
+    transpose<A>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) store(rows[i], block + i * L);
+}
+
 // `count` cells of `channels` adjacent elements to the lanes of their places, by transposing; other lanes become 0.
 template <class M>
 __attribute__((noinline)) void load_channels(const M* from, int64_t cell_stride, int count, int channels,
                                              Places<Accumulator<M>> places) {
     using A = Accumulator<M>;
     constexpr int L = kLanes<A>;
+    alignas(kVectorBytes) A block[L * L];
+    for (int q = count; q < L; q++) store(Vector<A>{}, block + q * L);
     for_each_block<L>(channels, [&](int begin, int size) {
-        Vector<A> lanes[L] = {};
-#pragma GCC unroll 16
-        for (int q = 0; q < L; q++) {
-            const M* const cell = from + q * cell_stride + begin;
-            if (q < count) lanes[q] = size == L ? load(cell) : load_between(cell, 0, size);
-        }
-        transpose<A>(lanes);
+        const M* cell = from + begin;
+        for (int q = 0; q < count; q++, cell += cell_stride)
+            store(size == L ? load(cell) : load_between(cell, 0, size), block + q * L);
+        transpose_block(block);
         places.seek(begin);
-#pragma GCC unroll 16
-        for (int c = 0; c < L; c++) {
-            A* const place = c < size ? places.next() : nullptr;
-            if (place != nullptr) store(lanes[c], place);
+        for (int c = 0; c < size; c++) {
+            A* const place = places.next();
+            if (place != nullptr) store(load(block + c * L), place);
         }
+        for (int q = count; q < L; q++) store(Vector<A>{}, block + q * L);
     });
 }
 
@@ -133,19 +144,16 @@ __attribute__((noinline)) void store_channels(Places<const Accumulator<M>> place
                                               int64_t cell_stride) {
     using A = Accumulator<M>;
     constexpr int L = kLanes<A>;
+    alignas(kVectorBytes) A block[L * L];
     for_each_block<L>(channels, [&](int begin, int size) {
-        Vector<A> lanes[L] = {};
         places.seek(begin);
-#pragma GCC unroll 16
         for (int c = 0; c < L; c++) {
             const A* const place = c < size ? places.next() : nullptr;
-            if (place != nullptr) lanes[c] = load(place);
+            store(place != nullptr ? load(place) : Vector<A>{}, block + c * L);
         }
-        transpose<A>(lanes);
-#pragma GCC unroll 16
-        for (int q = 0; q < L; q++) {
-            if (q < count) store_part(lanes[q], to + q * cell_stride + begin, size);
-        }
+        transpose_block(block);
+        M* cell = to + begin;
+        for (int q = 0; q < count; q++, cell += cell_stride) store_part(load(block + q * L), cell, size);
     });
 }
 
