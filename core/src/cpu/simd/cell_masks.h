@@ -79,12 +79,11 @@ struct CellMasks {
         }
     }
 
-    // The gradient of the masks of a cell, grad[0 .. size), to that of its logits, in place. `spare` is room for
-    // `size`.
+    // The gradient of the masks of a cell, grad[0 .. size), to that of its logits, in place. The masks are
+    // lost.
     template <class M>
-    void normalize_backward(const M* logits, A* grad, A* masks) const {
+    void normalize_backward(const M* logits, A* masks, A* grad) const {
         if (normalizer == CARAFEPP_NONE) return;
-        normalize(logits, 0, 1, masks);
         if (normalizer == CARAFEPP_SIGMOID) {
             for (int k = 0; k < size; k += L) {
                 const Vector<A> mask = load(masks + k);
