@@ -25,6 +25,7 @@ static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) 
 }
 
 constexpr int kMaxPhases = 8;  // kernels.cpp declines more
+constexpr int kMaxDown = 8;    // so it does for reassemble_nchw
 
 // Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
 struct Phases {

@@ -99,7 +99,7 @@ const char* not_for_reassemble_nhwc(const Problem& p) {
 const char* not_for_reassemble_nchw(const Problem& p) {
     if (p.features.stride_w != 1) return "columns of features are not adjacent";
     if (!p.result.empty() && p.result.stride_w != 1) return "columns of the output are not adjacent";
-    if (p.factor.down > 2) return "every third column or fewer is read";
+    if (p.factor.down > 8) return "down is more than 8";
     if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
     return unfit_for_tiles(p, 8);
 }

@@ -360,6 +360,116 @@ CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from, int begin, int 
     }
 }
 
+// ---- several rows of lanes in one, and back ----
+
+// Three vectors take two shuffles each: of the first two, then of that and the third.
+template <int From>
+struct EveryThirdOfTwo {
+    static constexpr int at(int lane, int lanes) { return 3 * lane + From < 2 * lanes ? 3 * lane + From : 0; }
+};
+template <int From>
+struct EveryThirdOfLast {
+    static constexpr int at(int lane, int lanes) {
+        return 3 * lane + From < 2 * lanes ? lane : 3 * lane + From - lanes;
+    }
+};
+template <int Nth>
+struct AlternatingOfTwo {
+    static constexpr int at(int lane, int lanes) {
+        const int element = Nth * lanes + lane;
+        return element % 3 < 2 ? element / 3 + element % 3 * lanes : 0;
+    }
+};
+template <int Nth>
+struct AlternatingOfLast {
+    static constexpr int at(int lane, int lanes) {
+        const int element = Nth * lanes + lane;
+        return element % 3 < 2 ? lane : lanes + element / 3;
+    }
+};
+
+// columns[k] becomes elements k, k + N, k + 2N, ... of the N vectors read one after the other.
+template <class A, int N>
+CARAFEPP_INLINE void deinterleave(Vector<A> (&columns)[N]) {
+    static_assert(N <= 4, "shuffles for more are not written");
+    if constexpr (N == 2) {
+        const Vector<A> even = shuffle<EvenLanes, A>(columns[0], columns[1]);
+        columns[1] = shuffle<OddLanes, A>(columns[0], columns[1]);
+        columns[0] = even;
+    } else if constexpr (N == 3) {
+        const Vector<A> a = columns[0], b = columns[1], c = columns[2];
+        columns[0] = shuffle<EveryThirdOfLast<0>, A>(shuffle<EveryThirdOfTwo<0>, A>(a, b), c);
+        columns[1] = shuffle<EveryThirdOfLast<1>, A>(shuffle<EveryThirdOfTwo<1>, A>(a, b), c);
+        columns[2] = shuffle<EveryThirdOfLast<2>, A>(shuffle<EveryThirdOfTwo<2>, A>(a, b), c);
+    } else if constexpr (N == 4) {
+        Vector<A> low[2] = {columns[0], columns[1]}, high[2] = {columns[2], columns[3]};
+        deinterleave<A, 2>(low);
+        deinterleave<A, 2>(high);
+        Vector<A> even[2] = {low[0], high[0]}, odd[2] = {low[1], high[1]};
+        deinterleave<A, 2>(even);
+        deinterleave<A, 2>(odd);
+        columns[0] = even[0];
+        columns[1] = odd[0];
+        columns[2] = even[1];
+        columns[3] = odd[1];
+    }
+}
+
+// The reverse.
+template <class A, int N>
+CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
+    static_assert(N <= 4, "shuffles for more are not written");
+    if constexpr (N == 2) {
+        const Vector<A> low = shuffle<AlternatingLow, A>(columns[0], columns[1]);
+        columns[1] = shuffle<AlternatingHigh, A>(columns[0], columns[1]);
+        columns[0] = low;
+    } else if constexpr (N == 3) {
+        const Vector<A> a = columns[0], b = columns[1], c = columns[2];
+        columns[0] = shuffle<AlternatingOfLast<0>, A>(shuffle<AlternatingOfTwo<0>, A>(a, b), c);
+        columns[1] = shuffle<AlternatingOfLast<1>, A>(shuffle<AlternatingOfTwo<1>, A>(a, b), c);
+        columns[2] = shuffle<AlternatingOfLast<2>, A>(shuffle<AlternatingOfTwo<2>, A>(a, b), c);
+    } else if constexpr (N == 4) {
+        Vector<A> even[2] = {columns[0], columns[2]}, odd[2] = {columns[1], columns[3]};
+        interleave<A, 2>(even);
+        interleave<A, 2>(odd);
+        for (int k = 0; k < 2; k++) {
+            columns[2 * k] = shuffle<AlternatingLow, A>(even[k], odd[k]);
+            columns[2 * k + 1] = shuffle<AlternatingHigh, A>(even[k], odd[k]);
+        }
+    }
+}
+
+// ---- 16-bit results past the caches; two stores make a line ----
+
+#if CARAFEPP_VECTOR_BYTES == 64
+
+CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) {
+    const __m256i lanes = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), lanes);
+}
+CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) {
+    const __m256i lanes = _mm512_cvtepi32_epi16((__m512i)rounded_to_bfloat16(value));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), lanes);
+}
+
+#elif CARAFEPP_VECTOR_BYTES == 32
+
+CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+}
+CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) {
+    const __m256i wide = (__m256i)rounded_to_bfloat16(value);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+
+#else
+
+CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) { store(value, to); }
+CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) { store(value, to); }
+
+#endif
+
 // ---- arithmetic ----
 
 template <class V>
