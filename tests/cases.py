@@ -137,6 +137,16 @@ _TABLE = [
         "skips_features_k1", "only every fourth feature is read", 2, 3, 9, 10, down=4, kernel_size=1
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
+    # Several vectors of columns, where a row of one is another path
+    Case("up3_wide", "three phases of several vectors", 1, 9, 5, 37, up=3),
+    Case("up4_wide", "four phases of several vectors", 1, 5, 3, 21, up=4),
+    Case("down3_wide", "every third of several vectors", 1, 9, 7, 101, down=3, kernel_size=5),
+    Case("down4_wide", "every fourth of several vectors", 1, 9, 9, 90, down=4),
+    Case("down5_wide", "every fifth of several vectors", 1, 9, 9, 96, down=5, kernel_size=7),
+    Case("ratio_3_2_wide", "phases of two source columns", 1, 9, 5, 42, up=3, down=2),
+    Case("ratio_2_3_wide", "a fraction below 1", 1, 9, 7, 62, up=2, down=3, kernel_size=5),
+    Case("ratio_7_5_wide", "seven phases of five source columns", 1, 4, 6, 52, up=7, down=5),
+    Case("past_caches", "a result that is written past the caches", 1, 17, 101, 173, up=2),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

@@ -79,15 +79,19 @@ const char* generic::unavailable() { return nullptr; }
 
 #endif
 
-// What both layouts ask of a problem: enough work for each staged mask, small tables of phases, and the masks of a tile
-// in 512 KiB.
-static const char* unfit_for_tiles(const Problem& p, int64_t fewest_channels) {
-    if (p.kernel_size == 1) return "kernel_size is 1";
-    if (p.features.c / p.groups < fewest_channels) return "too few channels in a group to make up for staging masks";
+// Small tables of phases, and the masks of a tile in 512 KiB.
+static const char* too_large_for_tiles(const Problem& p) {
     if (p.factor.up > 8) return "up is more than 8";
     const int64_t lanes = 16, band_rows = ceil_div(p.factor.up, p.factor.down);
     if (p.taps() * p.factor.up * band_rows * lanes > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
+}
+
+// And enough work for each staged mask.
+static const char* unfit_for_tiles(const Problem& p, int64_t fewest_channels) {
+    if (p.kernel_size == 1) return "kernel_size is 1";
+    if (p.features.c / p.groups < fewest_channels) return "too few channels in a group to make up for staging masks";
+    return too_large_for_tiles(p);
 }
 
 const char* not_for_reassemble_nhwc(const Problem& p) {
@@ -100,8 +104,7 @@ const char* not_for_reassemble_nchw(const Problem& p) {
     if (p.features.stride_w != 1) return "columns of features are not adjacent";
     if (!p.result.empty() && p.result.stride_w != 1) return "columns of the output are not adjacent";
     if (p.factor.down > 8) return "down is more than 8";
-    if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
-    return unfit_for_tiles(p, 8);
+    return too_large_for_tiles(p);
 }
 
 const char* not_for_normalize_masks(const Problem& p) {
