@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kPanelBytes = 768 *
                                 1024;  // of grad_output that the blocks of a panel's row share, in the level 2 cache
-constexpr int64_t kRingElements = 256 * 1024;  // of staged masks
-constexpr int64_t kChunkRows = 24;             // of sources that one item goes down; each begins with staging a window
+constexpr int64_t kRingBytes = 1024 * 1024;  // of staged masks
+constexpr int64_t kChunkRows = 24;           // of sources that one item goes down; each begins with staging a window
 
 constexpr int kRows = kVectorRegisters == 32 ? 3 : 2;     // of a block
 constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;  // of a block
@@ -179,7 +179,8 @@ struct GradFeaturesNhwc {
 
     int64_t panel_columns() const {
         const int64_t pixel_bytes = block_rows * channels * int64_t{sizeof(T)};
-        const int64_t pixels = std::min(kPanelBytes / pixel_bytes, kRingElements / (ring_rows * up * taps));
+        const int64_t pixels = std::min(kPanelBytes / pixel_bytes,
+                                        kRingBytes / int64_t{sizeof(A)} / (ring_rows * up * taps));
         const int64_t most = std::max<int64_t>(pixels * down / up - 2 * radius, kColumns);
         return ceil_div(ceil_div(width, ceil_div(width, most)), kColumns) * kColumns;
     }

@@ -118,6 +118,7 @@ const char* not_for_normalize_masks_backward(const Problem& p) { return not_for_
 const char* not_for_grad_masks_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    if (p.taps() * p.factor.up * p.factor.up * 16 > 96 * 1024) return "the sums of a tile take more than 384 KiB";
     return unfit_for_tiles(p, 4);
 }
 
@@ -130,7 +131,8 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
     // The window of a block of 3x4 pixels, and what of a cell it may cut.
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
-    if (rows * columns * p.factor.up * p.factor.up * p.taps() > 256 * 1024)
+    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4;
+    if (rows * columns * p.factor.up * p.factor.up * p.taps() * size > 1024 * 1024)
         return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return nullptr;
 }

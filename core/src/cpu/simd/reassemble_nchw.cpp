@@ -15,9 +15,9 @@
 namespace carafepp {
 namespace {
 
-constexpr int64_t kMasksInBlock = 96 * 1024;        // elements: in float 384 KiB, of a level 2 cache
-constexpr int64_t kFeaturesInBlock = 6 * 1024;      // elements: in float 24 KiB, of a level 1 cache
-constexpr int64_t kSumsInBlock = 32 * 1024;         // elements, of a level 2 cache, twice
+constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
+constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
+constexpr int64_t kSumsInBlock = 128 * 1024 / kVectorBytes;     // vectors, of a level 2 cache, twice
 constexpr int64_t kStreamBytes = int64_t{4} << 20;  // results from here on leave the caches before anybody reads them
 constexpr int64_t kCacheLine = 64;
 
@@ -366,12 +366,13 @@ struct Cut {
         const int64_t cells = ceil_div(p.out_w, up), all_tiles = ceil_div(cells, lanes);
         const int64_t unit = up == 1 ? 2 : up, units = ceil_div(p.out_h, unit);  // of rows
         const int64_t tile_size = unit * mask_row_size;
-        tiles = split(all_tiles, kMasksInBlock / tile_size);
+        tiles = split(all_tiles, kMasksInBlock * lanes / tile_size);
         const int64_t blocks_beside = p.result.n * p.groups * ceil_div(all_tiles, tiles);
         const int64_t threads = threads_for(INT32_MAX, p.multiply_adds() / static_cast<double>(lanes));
         const int64_t blocks = threads > 1 ? ceil_div(4 * threads, blocks_beside) : 1;  // so that no thread waits long
         const int64_t fewest = std::min<int64_t>(4, units);
-        rows = split(units, std::min(kMasksInBlock / (tile_size * tiles), std::max(units / blocks, fewest))) * unit;
+        rows = split(units, std::min(kMasksInBlock * lanes / (tile_size * tiles), std::max(units / blocks, fewest))) *
+               unit;
 
         reach_before = -floor_div(-r, down);
         reach_behind = floor_div(phases.groups[phases.count - 1].offset + r, down);
@@ -383,7 +384,7 @@ struct Cut {
         const int64_t phases_of_row = std::min(up, p.out_w);
         sums_size = rows * std::min(block_cells * up, p.out_w) + lanes * phases_of_row;
         const int64_t all_channels = p.features.c / p.groups, at_once = 4 * (up == 1 ? 2 : kFor2);
-        channels = std::min(kFeaturesInBlock / channel_size, kSumsInBlock / sums_size);
+        channels = std::min(kFeaturesInBlock * lanes / channel_size, kSumsInBlock * lanes / sums_size);
         channels = split(all_channels, std::max<int64_t>(channels / at_once * at_once, at_once));
 
         for (int g = 0; g < phases.count; g++) {
