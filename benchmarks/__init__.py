@@ -11,3 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT / "tests"))
+
+import os
+
+# Between two calls PyTorch's threads spin, on the cores where the next rival is timed.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
