@@ -5,14 +5,13 @@ Shapes (`cases.py`), the definition (`reference.py`) and the rounding bounds (`t
 those of the tests.
 """
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT / "tests"))
-
-import os
 
 # Between two calls PyTorch's threads spin, on the cores where the next rival is timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
