@@ -20,9 +20,6 @@ constexpr int64_t kStagedElements = 160 * 1024;  // of masks of a chunk: in floa
 constexpr int64_t kLeastRows = 8;                // of a chunk, where a narrower panel makes room for them
 constexpr int64_t kChannels = 16;                // at a time: their rows of grad_output stay in level 1
 
-// Results from here on leave the caches before anybody reads them: they are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 // What is kept in registers: the sums of some source rows, of some channels.
 constexpr int kRowsAtOnce = kVectorRegisters == 32 ? 5 : 3;
 constexpr int kChannelsAtOnce = 4;
@@ -135,8 +132,7 @@ struct GradFeaturesNchw {
         sums_size = panel * chunk * down * at_once * L;
         const int64_t all_masks_size = masks.row_size(all_masks_pitch);
         grads_size = at_once * ceil_div(up, down) * up * pitch;
-        streams = kStreams && panel == tiles && p.result.stride_h == p.features.w &&
-                  p.result.n * p.result.c * p.result.h * p.result.w * int64_t{sizeof(T)} >= kStreamBytes;
+        streams = kStreams && panel == tiles && p.result.stride_h == p.features.w && leaves_caches<T>(p.result);
         if (streams) rows_size = ceil_div(chunk * p.features.w, L) * L;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
     }

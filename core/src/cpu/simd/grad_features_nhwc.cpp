@@ -26,11 +26,9 @@ constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;  // of a block
 constexpr int kBlock = kRows * kColumns;
 constexpr int kVectors = 2;  // of channels, of each pixel of a block
 
-// Sources [begin, end) of a block of `Most` that a window holds. A window is at least as wide as a block less one, so
-// that one end or the other is the block's.
-static constexpr int range_of(int begin, int end, int most) { return begin == 0 ? end - 1 : most - 1 + begin; }
-
-// Calls f(begin, end) of a range, both known to the compiler.
+// Calls f(begin, end) of a range, the sources of a block of `Most` that a window holds, both known to the compiler. A
+// window is at least as wide as a block less one, so that one end or the other is the block's: the range is numbered by
+// the other one.
 template <int Most, int Range = 2 * Most - 2, class F>
 CARAFEPP_INLINE void with_range(int range, F f) {
     if constexpr (Range > 0) {
@@ -288,8 +286,8 @@ struct GradFeaturesNhwc {
 
     // Of a block that begins at 0, what the window of an output centred on `source` holds.
     int range_in_block(int64_t source, int most) const {
-        return range_of(static_cast<int>(std::max<int64_t>(source - radius, 0)),
-                        static_cast<int>(std::min<int64_t>(source + radius + 1, most)), most);
+        const int64_t begin = source - radius, end = source + radius + 1;
+        return static_cast<int>(begin <= 0 ? std::min<int64_t>(end, most) - 1 : most - 1 + begin);
     }
 };
 

@@ -25,11 +25,12 @@ template <class M>
 CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumulator<M>* to) {
     using A = Accumulator<M>;
     if (stride == 1) {
-        store(count == kLanes<A> ? load(from) : load_between(from, 0, count), to);
+        store(load_part(from, count), to);
         return;
     }
     if (stride == 2 && count > 0) {
-        store(load_every<2>(from, 0, 2 * count - 1), to);
+        const int64_t there = 2 * count - 1;
+        store(shuffle<EvenLanes, A>(load_part(from, there), load_part(from + kLanes<A>, there - kLanes<A>)), to);
         return;
     }
     for (int q = 0; q < count; q++) to[q] = widen(from[q * stride]);
@@ -50,10 +51,7 @@ template <class M>
 CARAFEPP_INLINE void load_pairs(const M* from, int64_t count, Accumulator<M>* even, Accumulator<M>* odd) {
     using A = Accumulator<M>;
     constexpr int L = kLanes<A>;
-    const auto part = [](const M* at, int64_t there) __attribute__((always_inline)) {
-        return there >= L ? load(at) : load_between(at, 0, static_cast<int>(std::max<int64_t>(there, 0)));
-    };
-    const Vector<A> low = part(from, count), high = part(from + L, count - L);
+    const Vector<A> low = load_part(from, count), high = load_part(from + L, count - L);
     store(shuffle<EvenLanes, A>(low, high), even);
     store(shuffle<OddLanes, A>(low, high), odd);
 }
@@ -126,8 +124,7 @@ __attribute__((noinline)) void load_channels(const M* from, int64_t cell_stride,
     for (int q = count; q < L; q++) store(Vector<A>{}, block + q * L);
     for_each_block<L>(channels, [&](int begin, int size) {
         const M* cell = from + begin;
-        for (int q = 0; q < count; q++, cell += cell_stride)
-            store(size == L ? load(cell) : load_between(cell, 0, size), block + q * L);
+        for (int q = 0; q < count; q++, cell += cell_stride) store(load_part(cell, size), block + q * L);
         transpose_block(block);
         places.seek(begin);
         for (int c = 0; c < size; c++) {
@@ -291,7 +288,7 @@ struct MaskTiles {
 private:
     void copy_taps(const M* from, A* to) const {
         for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
-            store_part(size == L ? load(from + begin) : load_between(from, 0, size), to + begin, size);
+            store_part(load_part(from + begin, size), to + begin, size);
         });
     }
 

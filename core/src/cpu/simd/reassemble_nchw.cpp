@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
 constexpr int64_t kSumsInBlock = 128 * 1024 / kVectorBytes;     // vectors, of a level 2 cache, twice
-constexpr int64_t kStreamBytes = int64_t{4} << 20;  // results from here on leave the caches before anybody reads them
 constexpr int64_t kCacheLine = 64;
 
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
@@ -417,7 +416,7 @@ struct ReassembleNchw {
     const Cut cut{p, phases, masks.row_size(L), L};
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
-    const bool past_caches = p.result.n * p.result.c * p.out_h * p.out_w * int64_t{sizeof(T)} >= kStreamBytes;
+    const bool past_caches = leaves_caches<T>(p.result);
     const bool drains = past_caches || sizeof(T) != sizeof(A);  // else sums are written where they belong
 
     // What one item is: some rows of some tiles, all channels of a group.

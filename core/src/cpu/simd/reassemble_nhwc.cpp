@@ -97,7 +97,7 @@ struct ReassembleNhwc {
     static constexpr int64_t kCells = kLanes<A>;  // of a tile
 
     const Problem& p;
-    const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
+    const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
     const MaskTiles<M> masks{p, std::min(up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
     const int64_t cells = ceil_div(p.out_w, up);
@@ -125,9 +125,7 @@ struct ReassembleNhwc {
             for (int64_t cell = 0; cell < cells; cell += kCells) {
                 const int64_t count = std::min(kCells, cells - cell);
                 const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
-                for (int64_t q = 0; q < count; q++) {
-                    contract_cell(n, group, rows, cell + q, weights, q);
-                }
+                for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
             }
             if (streaming) finish_streams();
         });

@@ -199,6 +199,13 @@ CARAFEPP_INLINE void stream(Vector<A> value, A* to) {
 
 #endif
 
+// Whether a result is so large that it leaves the caches before anybody reads it: then it is written past them.
+template <class T>
+CARAFEPP_INLINE bool leaves_caches(const Array& result) {
+    constexpr int64_t kBytes = int64_t{4} << 20;
+    return result.n * result.c * result.h * result.w * int64_t{sizeof(T)} >= kBytes;
+}
+
 // Other threads may read what was streamed once this is done, as they may what was stored.
 CARAFEPP_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -263,6 +270,11 @@ CARAFEPP_INLINE void store_first(Vector<Accumulator<T>> value, T* to, int count)
 }
 
 // As many of the lanes as `count` allows: none, some or all.
+template <class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_part(const T* from, int64_t count) {
+    return count >= kLanes<Accumulator<T>> ? load(from)
+                                           : load_between(from, 0, static_cast<int>(count > 0 ? count : 0));
+}
 template <class T>
 CARAFEPP_INLINE void store_part(Vector<Accumulator<T>> value, T* to, int64_t count) {
     if (count >= kLanes<Accumulator<T>>) {
@@ -332,32 +344,6 @@ CARAFEPP_INLINE Vector<A> sums_of_lanes(Vector<A> (&rows)[kLanes<A>]) {
     }
     if constexpr (2 * Distance < kLanes<A>) return sums_of_lanes<A, 2 * Distance>(rows);
     return rows[0];
-}
-
-// Every `Step`-th element from `from` on; with bounds, elements [begin, end) of the Step * kLanes are there and the
-// others are 0.
-template <int Step, class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from) {
-    static_assert(Step == 1 || Step == 2, "shuffles for other steps are not written");
-    using A = Accumulator<T>;
-    if constexpr (Step == 1) {
-        return load(from);
-    } else {
-        return shuffle<EvenLanes, A>(load(from), load(from + kLanes<A>));
-    }
-}
-template <int Step, class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_every(const T* from, int begin, int end) {
-    static_assert(Step == 1 || Step == 2, "shuffles for other steps are not written");
-    using A = Accumulator<T>;
-    constexpr int L = kLanes<A>;
-    if constexpr (Step == 1) {
-        return load_between(from, begin, end);
-    } else {
-        const Vector<A> low = load_between(from, begin < L ? begin : L, end < L ? end : L);
-        const Vector<A> high = load_between(from + L, begin > L ? begin - L : 0, end > L ? end - L : 0);
-        return shuffle<EvenLanes, A>(low, high);
-    }
 }
 
 // ---- several rows of lanes in one, and back ----

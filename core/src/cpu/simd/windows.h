@@ -101,14 +101,10 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
 template <class T>
 constexpr Store kStreamed = std::is_same_v<T, Float16> ? Store::kPlain : Store::kStream;
 
-// Results from here on leave the caches before anybody reads them: they are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 // Whether pixels of a result, with so many channels in a group, are whole aligned vectors, and the result is large.
 template <class T>
 bool streams(const Array& result, int64_t channels) {
-    if (kStreamed<T> != Store::kStream) return false;
-    if (result.n * result.c * result.h * result.w * int64_t{sizeof(T)} < kStreamBytes) return false;
+    if (kStreamed<T> != Store::kStream || !leaves_caches<T>(result)) return false;
     uint64_t offsets = reinterpret_cast<uintptr_t>(result.data);
     for (int64_t stride : {result.stride_n, result.stride_h, result.stride_w, channels})
         offsets |= static_cast<uint64_t>(stride) * sizeof(T);
