@@ -3,6 +3,7 @@
 // since the divisions would cost as much as a tap in the loops.
 #pragma once
 
+#include "cpu/simd/kernels.h"
 #include "problem.h"
 
 namespace carafepp {
@@ -24,15 +25,14 @@ static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) 
     return {factor.first_output(band), end < outputs ? end : outputs, band};
 }
 
-constexpr int kMaxPhases = 8;  // kernels.cpp declines more
-constexpr int kMaxDown = 8;    // so it does for reassemble_nchw
+constexpr int kMaxPhases = kMaxFactor, kMaxDown = kMaxFactor;
 
 // Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
 struct Phases {
     struct Group {
         int begin, end, offset;
     };
-    Group groups[kMaxPhases];
+    Group groups[kMaxFactor];
     int count = 0;
 
     Phases(const Factor& factor, int64_t phases) {

@@ -6,13 +6,12 @@
 
 #include <algorithm>
 
+#include "cpu/simd/kernels.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
 
 namespace carafepp {
 namespace {
-
-constexpr int kMaxFactor = 8;  // kernels.cpp declines more
 
 // Which part each tap of each phase reads, and how many cells on.
 struct ColumnTaps {

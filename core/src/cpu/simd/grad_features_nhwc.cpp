@@ -150,7 +150,7 @@ template <class T, class M>
 struct GradFeaturesNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
-    static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxPhases;  // in a row, that touch a block
+    static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // in a row, that touch a block
 
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();

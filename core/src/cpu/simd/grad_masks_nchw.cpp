@@ -118,7 +118,7 @@ struct GradMasksNchw {
     const int64_t logits_size = p.from_logits ? (up + 1) * row_size : 0;
 
     const Phases phases{p.factor, up};
-    int64_t columns[kMaxPhases][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
+    int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
 
     explicit GradMasksNchw(const Problem& problem) : p(problem) {
         for (int g = 0; g < phases.count; g++) {
@@ -290,7 +290,7 @@ struct GradMasksNchw {
         masks.load_rows(b.n, b.group, of_cells, cell, count, L, b.logits);
         for (int64_t at = 0; at < up * row_size; at += row_size)
             masks.normalize_row_backward(grad + at, b.logits + at, staged_masks, L);
-        masks.clear_cropped(of_cells, cell, L, grad);
+        masks.clear_cropped(of_cells, cell, L, masks.order(L), grad);
     }
 };
 

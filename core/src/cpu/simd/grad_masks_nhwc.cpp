@@ -23,7 +23,7 @@ constexpr int kMostSums = kVectorRegisters == 32 ? 20 : 12;  // in registers at 
 template <class T>
 struct Outputs {
     using A = Accumulator<T>;
-    static constexpr int kMost = kMaxPhases * kMaxPhases;
+    static constexpr int kMost = kMaxFactor * kMaxFactor;
 
     const T* grads[kMost];
     A* sums[kMost];
@@ -80,11 +80,6 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
     }
 }
 
-// How the sums of one cell are ordered: tap t of output (row, phase) at row*row_step + phase*phase_step + t*tap_step.
-struct Order {
-    int64_t row_step, phase_step, tap_step;
-};
-
 template <class T, class M>
 struct GradMasksNhwc {
     using A = Accumulator<T>;
@@ -106,7 +101,7 @@ struct GradMasksNhwc {
                            CellMasks<A>::fits(up * up);
     const Order order = as_logits  ? Order{up, 1, up * up}
                         : as_masks ? Order{masks.phases * taps, taps, 1}
-                                   : Order{taps * masks.phases, 1, masks.phases};
+                                   : masks.order(1);
     const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
     const int64_t sums_of_cell = up * masks.phases * taps;
     const int64_t line_size = ceil_div(sums_of_cell, L) * L;
@@ -174,7 +169,7 @@ struct GradMasksNhwc {
         const M* const logits = element<const M>(p.logits, at.n, channel, at.cell_row, cell);
         cell_masks.normalize(logits, 0, 1, staged);
         cell_masks.normalize_backward(logits, staged, line);
-        clear_cropped(at.cell_row, cell, line);
+        masks.clear_cropped(at.rows, cell, 1, order, line);
         cell_masks.write(line, element<M>(p.result, at.n, channel, at.cell_row, cell));
     }
 
@@ -188,15 +183,6 @@ struct GradMasksNhwc {
         }
     }
 
-    // Exactly 0 for the logits of a cell whose output a crop leaves out.
-    void clear_cropped(int64_t cell_row, int64_t cell, A* line) const {
-        if ((cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w) return;
-        for (int64_t k = 0; k < up * up; k++) {
-            if (cell_row * up + k / up < p.out_h && cell * up + k % up < p.out_w) continue;
-            for (int64_t t = 0; t < taps; t++) line[t * up * up + k] = 0;
-        }
-    }
-
     // Lines in the order of a tile, through one.
     void write_tile(const Item& at, int64_t cell, int count, const A* lines, A* tile, int64_t tile_size) const {
         load_channels<A>(lines, line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
@@ -207,7 +193,7 @@ struct GradMasksNhwc {
             for (int64_t row = 0; row < up; row++)
                 masks.normalize_row_backward(tile + row * masks.row_size(L), logits + row * masks.row_size(L), staged,
                                              L);
-            masks.clear_cropped(at.rows, cell, L, tile);
+            masks.clear_cropped(at.rows, cell, L, masks.order(L), tile);
         }
         masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile);
     }

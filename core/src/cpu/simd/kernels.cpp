@@ -81,7 +81,7 @@ const char* generic::unavailable() { return nullptr; }
 
 // Small tables of phases, and the masks of a tile in 512 KiB.
 static const char* too_large_for_tiles(const Problem& p) {
-    if (p.factor.up > 8) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 8";
     const int64_t lanes = 16, band_rows = ceil_div(p.factor.up, p.factor.down);
     if (p.taps() * p.factor.up * band_rows * lanes > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
@@ -103,7 +103,7 @@ const char* not_for_reassemble_nhwc(const Problem& p) {
 const char* not_for_reassemble_nchw(const Problem& p) {
     if (p.features.stride_w != 1) return "columns of features are not adjacent";
     if (!p.result.empty() && p.result.stride_w != 1) return "columns of the output are not adjacent";
-    if (p.factor.down > 8) return "down is more than 8";
+    if (p.factor.down > kMaxFactor) return "down is more than 8";
     return too_large_for_tiles(p);
 }
 
@@ -127,7 +127,7 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
     if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
-    if (p.factor.up > 8) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 8";
     // The window of a block of 3x4 pixels, and what of a cell it may cut.
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
@@ -140,7 +140,7 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
 static const char* unfit_for_columns(const Problem& p) {
     if (p.grad_output.stride_w != 1) return "columns of grad_output are not adjacent";
     if (p.kernel_size == 1) return "kernel_size is 1";
-    if (p.factor.up > 8 || p.factor.down > 8) return "up or down is more than 8";
+    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 8";
     if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
     return nullptr;
 }

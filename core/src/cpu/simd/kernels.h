@@ -30,6 +30,8 @@ CARAFEPP_KERNELS_OF(neon)
 CARAFEPP_KERNELS_OF(generic)
 #endif
 
+constexpr int kMaxFactor = 8;  // up and down that the kernels with tables of phases accept
+
 // Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
 // or NULL. Read once.
 const char* wrong_isa_limit();

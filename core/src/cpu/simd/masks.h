@@ -154,6 +154,11 @@ __attribute__((noinline)) void store_channels(Places<const Accumulator<M>> place
     });
 }
 
+// Where the masks of a cell stand: tap t of output (row, phase) at row*row_step + phase*phase_step + t*tap_step.
+struct Order {
+    int64_t row_step, phase_step, tap_step;
+};
+
 // Tiles of an array of masks, [N, groups*taps, H', W'], or of logits, [N, groups*taps*up*up, ceil(H'/up), ceil(W'/up)].
 template <class M>
 struct MaskTiles {
@@ -165,6 +170,7 @@ struct MaskTiles {
     int64_t taps = p.taps();
 
     int64_t row_size(int64_t pitch) const { return taps * phases * pitch; }
+    Order order(int64_t pitch) const { return {row_size(pitch), pitch, phases * pitch}; }
 
     // The masks of `count` cells from `cell` on, as [row][tap][phase][lane]. Lanes beyond them are finite.
     void stage(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
@@ -273,14 +279,16 @@ struct MaskTiles {
         normalize_tile_backward(p.normalizer, grad, masks, logits, taps, phases, pitch, L);
     }
 
-    // Exactly 0 for logits whose output a crop leaves out.
-    void clear_cropped(Rows rows, int64_t cell, int64_t pitch, A* grad) const {
+    // Exactly 0 for logits of `count` cells whose output a crop leaves out.
+    void clear_cropped(Rows rows, int64_t cell, int count, Order order, A* grad) const {
         const int64_t up = p.factor.up;
-        if (rows.end <= p.out_h && (cell + L) * up <= p.out_w) return;
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            for (int64_t k = 0; k < taps * phases; k++, grad += pitch) {
-                const int64_t outputs = row < p.out_h ? ceil_div(p.out_w - k % phases, up) - cell : 0;
-                for (int64_t lane = std::max<int64_t>(outputs, 0); lane < L; lane++) grad[lane] = 0;
+        if (rows.end <= p.out_h && (cell + count) * up <= p.out_w) return;
+        for (int64_t row = rows.begin; row < rows.end; row++, grad += order.row_step) {
+            for (int64_t phase = 0; phase < phases; phase++) {
+                const int64_t outputs = row < p.out_h ? ceil_div(p.out_w - phase, up) - cell : 0;
+                for (int64_t q = std::max<int64_t>(outputs, 0); q < count; q++) {
+                    for (int64_t t = 0; t < taps; t++) grad[phase * order.phase_step + t * order.tap_step + q] = 0;
+                }
             }
         }
     }

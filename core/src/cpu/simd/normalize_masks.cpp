@@ -51,7 +51,7 @@ struct NormalizeMasks {
             for (int64_t row = 0; row < rows.end - rows.begin; row++) {
                 logits.normalize_row_backward(grad + row * row_size, staged + row * row_size, grad + 2 * tile_size, L);
             }
-            logits.clear_cropped(at.rows, at.cell, L, grad);
+            logits.clear_cropped(at.rows, at.cell, L, logits.order(L), grad);
             logits.store_rows(at.n, at.group, at.rows, at.cell, at.count, L, grad);
         });
     }
