@@ -186,7 +186,7 @@ struct GradMasksNhwc {
     // Lines in the order of a tile, through one.
     void write_tile(const Item& at, int64_t cell, int count, const A* lines, A* tile, int64_t tile_size) const {
         load_channels<A>(lines, line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
-                         {tile, 1, 0, 1, 1, 0, L, L});
+                         adjacent_places(tile, L));
         if (p.from_logits) {
             A *const logits = tile + tile_size, *const staged = tile + 2 * tile_size;
             masks.load_rows(at.n, at.group, at.rows, cell, count, L, logits);

@@ -96,22 +96,29 @@ struct Places {
     }
 };
 
+// The places of adjacent channels that are staged `pitch` apart.
+template <class A>
+CARAFEPP_INLINE Places<A> adjacent_places(A* staged, int64_t pitch) {
+    return {staged, 1, 0, 1, 1, 0, pitch, 0};
+}
+
 // Blocks of channels as wide as a vector that cover `channels`: the last may overlap the one before it.
 template <int L, class F>
 CARAFEPP_INLINE void for_each_block(int channels, F f) {
     for (int c = 0; c < channels; c += L) f(channels < L ? 0 : std::min(c, channels - L), std::min(channels, L));
 }
 
-// A block of as many rows as a vector has lanes, in memory, so that what is before and after it is a short loop.
-template <class A>
-__attribute__((noinline)) void transpose_block(A* block) {
+// A block of as many rows as a vector has lanes, perhaps in its own place.
+template <class From, class To>
+__attribute__((noinline)) void transpose_block(const From* from, int64_t from_pitch, To* to, int64_t to_pitch) {
+    using A = Accumulator<From>;
     constexpr int L = kLanes<A>;
     Vector<A> rows[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; i++) rows[i] = load(block + i * L);
+    for (int i = 0; i < L; i++) rows[i] = load(from + i * from_pitch);
     transpose<A>(rows);
 #pragma GCC unroll 16
-    for (int i = 0; i < L; i++) store(rows[i], block + i * L);
+    for (int i = 0; i < L; i++) store(rows[i], to + i * to_pitch);
 }
 
 // `count` cells of `channels` adjacent elements to the lanes of their places, by transposing; other lanes become 0.
@@ -124,8 +131,12 @@ __attribute__((noinline)) void load_channels(const M* from, int64_t cell_stride,
     for (int q = count; q < L; q++) store(Vector<A>{}, block + q * L);
     for_each_block<L>(channels, [&](int begin, int size) {
         const M* cell = from + begin;
+        if (count == L && size == L && places.up == 1) {  // places a pitch apart: no detour through a block
+            transpose_block(cell, cell_stride, places.staged + begin * places.tap_size, places.tap_size);
+            return;
+        }
         for (int q = 0; q < count; q++, cell += cell_stride) store(load_part(cell, size), block + q * L);
-        transpose_block(block);
+        transpose_block(block, L, block, L);
         places.seek(begin);
         for (int c = 0; c < size; c++) {
             A* const place = places.next();
@@ -143,12 +154,16 @@ __attribute__((noinline)) void store_channels(Places<const Accumulator<M>> place
     constexpr int L = kLanes<A>;
     alignas(kVectorBytes) A block[L * L];
     for_each_block<L>(channels, [&](int begin, int size) {
+        if (count == L && size == L && places.up == 1) {
+            transpose_block(places.staged + begin * places.tap_size, places.tap_size, to + begin, cell_stride);
+            return;
+        }
         places.seek(begin);
         for (int c = 0; c < L; c++) {
             const A* const place = c < size ? places.next() : nullptr;
             store(place != nullptr ? load(place) : Vector<A>{}, block + c * L);
         }
-        transpose_block(block);
+        transpose_block(block, L, block, L);
         M* cell = to + begin;
         for (int q = 0; q < count; q++, cell += cell_stride) store_part(load(block + q * L), cell, size);
     });
@@ -197,7 +212,7 @@ struct MaskTiles {
             stage(n, group, rows, cell + q, lanes, L, tile);
             for (int64_t row = 0; row < rows.end - rows.begin; row++) {
                 for (int64_t phase = 0; phase < phases; phase++) {
-                    store_channels<A>(places_of_masks<const A>(L, tile + row * row_size(L) + phase * L), lanes,
+                    store_channels<A>(adjacent_places<const A>(tile + row * row_size(L) + phase * L, phases * L), lanes,
                                       static_cast<int>(taps), to + row * row_pitch + (q * up + phase) * taps,
                                       up * taps);
                 }
@@ -228,7 +243,7 @@ struct MaskTiles {
                 A* const first = to + phase * pitch;
                 if (array.stride_c == 1) {
                     load_channels<M>(from.first, from.cell_stride, there, static_cast<int>(taps),
-                                     places_of_masks<A>(pitch, first));
+                                     adjacent_places(first, phases * pitch));
                     continue;
                 }
                 for (int64_t t = 0; t < taps; t++)
@@ -259,7 +274,7 @@ struct MaskTiles {
                 const int there = static_cast<int>(std::clamp<int64_t>(to.count, 0, count));
                 const A* const first = from + phase * pitch;
                 if (array.stride_c == 1) {
-                    store_channels<M>(places_of_masks<const A>(pitch, first), there, static_cast<int>(taps), to.first,
+                    store_channels<M>(adjacent_places(first, phases * pitch), there, static_cast<int>(taps), to.first,
                                       to.cell_stride);
                     continue;
                 }
@@ -338,12 +353,6 @@ private:
                 row_size(pitch),
                 phases * pitch,
                 pitch};
-    }
-
-    // The taps of one phase of a staged row.
-    template <class P>
-    Places<P> places_of_masks(int64_t pitch, P* staged) const {
-        return {staged, 1, 0, 1, 1, 0, phases * pitch, pitch};
     }
 };
 
