@@ -79,6 +79,8 @@ _TABLE = [
     Case("k9_down", "a wide kernel, downsampling", 1, 9, 13, 12, down=2, kernel_size=9),
     Case("k31", "the largest kernel; its window leaves the map", 1, 9, 9, 10, kernel_size=31),
     Case("k31_inside", "the largest kernel, some windows inside", 1, 1, 33, 34, kernel_size=31),
+    Case("k31_up2", "the largest kernel, upsampling", 1, 9, 5, 21, up=2, kernel_size=31),
+    Case("k31_down2", "the largest kernel, downsampling", 1, 9, 7, 33, down=2, kernel_size=31),
     Case("border_only", "the kernel is larger than the map", 2, 9, 2, 3, up=2, kernel_size=7),
     Case("border_only_rows", "K larger than H, smaller than W", 1, 9, 2, 19, up=2, kernel_size=5),
     # Groups
@@ -120,6 +122,8 @@ _TABLE = [
         for c in (1, 15, 16, 17, 33)
     ),
     Case("c_per_group_17", "an odd number of channels in each group", 1, 34, 3, 4, up=2, groups=2),
+    Case("picture", "three channels of wide rows", 2, 3, 5, 37, up=2, kernel_size=5),
+    Case("picture_down3", "three channels, every third column", 2, 3, 8, 100, down=3),
     # Factors
     Case("up3", "an odd factor", 1, 9, 4, 5, up=3, kernel_size=5),
     Case("up4", "upsampling by 4", 1, 9, 3, 4, up=4, kernel_size=5),
@@ -133,6 +137,7 @@ _TABLE = [
     Case("many_phases", "more phases than there are taps", 1, 2, 2, 3, up=13),
     Case("down_to_one", "a factor beyond the map: one output", 2, 3, 5, 6, down=1000),
     Case("skips_features", "down > K: features that no tap reaches", 2, 5, 15, 16, down=7),
+    Case("k1_wide", "one tap, several vectors of columns", 1, 9, 5, 37, up=2, kernel_size=1),
     Case(
         "skips_features_k1", "only every fourth feature is read", 2, 3, 9, 10, down=4, kernel_size=1
     ),

@@ -21,7 +21,16 @@ cases = pytest.mark.parametrize(
     "case",
     [
         CASES[name]
-        for name in ("up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "w17", "crop_up")
+        for name in (
+            "up2",
+            "down2",
+            "ratio_3_2",
+            "groups_2",
+            "one_pixel_up4",
+            "w17",
+            "crop_up",
+            "picture",
+        )
     ],
     ids=lambda case: case.name,
 )
@@ -69,11 +78,12 @@ def test_a_broadcast_input_gives_the_result_of_its_copy(case, function, index, a
     assert_equal(result, call(function, inputs, params))
 
 
+@pytest.mark.parametrize("name", ["groups_down", "picture_down3", "k1_wide", "k31_up2"])
 @all_dtypes
 @layouts
 @each_function
-def test_all_inputs_in_one_layout_give_the_same_result(function, memory, dtypes):
-    case = CASES["groups_down"]
+def test_all_inputs_in_one_layout_give_the_same_result(function, memory, dtypes, name):
+    case = CASES[name]
     inputs, params = problem(function, case, dtypes)
     expected = call(function, inputs, params)
     assert_equal(call(function, [place(a, memory) for a in inputs], params), expected)

@@ -7,11 +7,22 @@
 #include <algorithm>
 
 #include "cpu/simd/kernels.h"
+#include "cpu/simd/masks.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
 
 namespace carafepp {
 namespace {
+
+struct Slice {
+    int begin, end;
+};
+
+// Part `index` of [begin, end) when that is cut into `count` parts as equal as can be.
+CARAFEPP_INLINE Slice slice(int begin, int end, int index, int count) {
+    const int size = end - begin;
+    return {begin + size * index / count, begin + size * (index + 1) / count};
+}
 
 // Which part each tap of each phase reads, and how many cells on.
 struct ColumnTaps {
@@ -77,35 +88,118 @@ CARAFEPP_INLINE void split_row(const T* row, int64_t width, int64_t cell, int64_
     split_up_to(count, some);
 }
 
+// Of the lanes [0, lanes) of a part, those that are columns of the row.
+CARAFEPP_INLINE Slice lanes_inside(int64_t width, int parts, int part, int64_t cell, int64_t lanes) {
+    const int64_t begin = std::clamp<int64_t>(-cell, 0, lanes);
+    return {static_cast<int>(begin), static_cast<int>(std::clamp(ceil_div(width - part, parts) - cell, begin, lanes))};
+}
+
+// How rows are split: from which cell on, how many, and how far apart channels, rows and parts lie then.
+struct Split {
+    int parts;
+    int64_t cell, count, channel_pitch, row_pitch, part_pitch;
+
+    template <class A>
+    int64_t lanes() const {
+        return ceil_div(count, kLanes<A>) * kLanes<A>;
+    }
+};
+
+// The same as split_row of columns that lie `stride` apart, into any number of parts.
 template <class T>
-CARAFEPP_INLINE void split_row(const T* row, int64_t width, int parts, int64_t cell, int64_t count, Accumulator<T>* to,
-                               int64_t pitch) {
+CARAFEPP_INLINE void split_strided(const T* row, int64_t stride, int64_t width, const Split& split,
+                                   Accumulator<T>* to) {
     using A = Accumulator<T>;
-    if (parts == 1) return split_row<1>(row, width, cell, count, to, pitch);
-    if (parts == 2) return split_row<2>(row, width, cell, count, to, pitch);
-    for (int part = 0; part < parts; part++) {
-        for (int64_t k = 0; k < ceil_div(count, kLanes<A>) * kLanes<A>; k++) {
-            const int64_t column = (cell + k) * parts + part;
-            to[part * pitch + k] = column >= 0 && column < width ? widen(row[column]) : A{0};
+    const int parts = split.parts;
+    const int64_t lanes = split.lanes<A>();
+    for (int part = 0; part < parts; part++, to += split.part_pitch) {
+        const Slice inside = lanes_inside(width, parts, part, split.cell, lanes);
+        const T* const first = row + (split.cell * parts + part) * stride;
+        std::fill(to, to + inside.begin, A{0});
+        for (int64_t k = inside.begin; k < inside.end; k++) to[k] = widen(first[k * parts * stride]);
+        std::fill(to + inside.end, to + lanes, A{0});
+    }
+}
+
+// The same of all channels of a row at once, adjacent in pixels that lie `stride` apart: a vector of pixels is
+// transposed. No part has fewer columns than that.
+template <class T>
+void split_pixels(const T* row, int64_t stride, int64_t width, int channels, const Split& split, Accumulator<T>* to) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    const int parts = split.parts;
+    const int64_t lanes = split.lanes<A>();
+    for (int part = 0; part < parts; part++, to += split.part_pitch) {
+        const Slice inside = lanes_inside(width, parts, part, split.cell, lanes);
+        const T* const first = row + (split.cell * parts + part) * stride;
+        for (int c = 0; c < channels; c++) {
+            A* const of_channel = to + c * split.channel_pitch;
+            std::fill(of_channel, of_channel + inside.begin, A{0});
+            std::fill(of_channel + inside.end, of_channel + lanes, A{0});
         }
+        for (int k = inside.begin; k < inside.end; k += L) {
+            const int at = std::min(k, inside.end - L);
+            load_channels<T>(first + at * parts * stride, parts * stride, L, channels,
+                             adjacent_places(to + at, split.channel_pitch));
+        }
+    }
+}
+
+// Whether channels are adjacent and columns are not, and there are enough of them to make up for transposing.
+CARAFEPP_INLINE bool as_pixels(const Array& array, int64_t channels) {
+    return array.stride_c == 1 && array.stride_w != 1 && channels >= 4;
+}
+
+// Some rows of some channels of an array.
+template <class T>
+void split_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows, const Split& split,
+                Accumulator<T>* to) {
+    using A = Accumulator<T>;
+    const Slice fewest = lanes_inside(array.w, split.parts, split.parts - 1, split.cell, split.lanes<A>());
+    if (as_pixels(array, channels) && fewest.end - fewest.begin >= kLanes<A>) {
+        for (int64_t row = rows.begin; row < rows.end; row++, to += split.row_pitch) {
+            split_pixels(element<const T>(array, n, channel, row, 0), array.stride_w, array.w,
+                         static_cast<int>(channels), split, to);
+        }
+        return;
+    }
+    const int64_t cell = split.cell, count = split.count, pitch = split.part_pitch, width = array.w;
+    const auto split_each = [&](auto split_one) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < channels; c++) {
+            const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
+            A* of_row = to + c * split.channel_pitch;
+            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += split.row_pitch)
+                split_one(from, of_row);
+        }
+    };
+    if (array.stride_w == 1 && split.parts == 1) {
+        split_each([=](const T* from, A* of_row)
+                       __attribute__((always_inline)) { split_row<1>(from, width, cell, count, of_row, pitch); });
+    } else if (array.stride_w == 1 && split.parts == 2) {
+        split_each([=](const T* from, A* of_row)
+                       __attribute__((always_inline)) { split_row<2>(from, width, cell, count, of_row, pitch); });
+    } else {
+        split_each([&](const T* from, A* of_row)
+                       __attribute__((always_inline)) { split_strided(from, array.stride_w, width, split, of_row); });
     }
 }
 
 // The inverse, of one vector of each part: `count` columns.
 template <class T>
-CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, int parts, int64_t count, T* to) {
+CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, int parts, int64_t count, T* to,
+                                   int64_t stride) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
-    if (parts == 1) {
+    if (stride == 1 && parts == 1) {
         store_part(load(from), to, count);
-    } else if (parts == 2) {
+    } else if (stride == 1 && parts == 2) {
         const Vector<A> even = load(from), odd = load(from + pitch);
         store_part(shuffle<AlternatingLow, A>(even, odd), to, count);
         store_part(shuffle<AlternatingHigh, A>(even, odd), to + L, count - L);
     } else {
         for (int part = 0; part < parts; part++) {
             for (int64_t column = part, q = 0; column < count && q < L; column += parts, q++)
-                to[column] = narrow<T>(from[part * pitch + q]);
+                to[column * stride] = narrow<T>(from[part * pitch + q]);
         }
     }
 }
@@ -139,7 +233,7 @@ struct Ahead {
     template <class T>
     Ahead(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
         : row(reinterpret_cast<const char*>(first)),
-          row_bytes(columns * int64_t{sizeof(T)}),
+          row_bytes(columns * array.stride_w * int64_t{sizeof(T)}),
           row_stride(array.stride_h * int64_t{sizeof(T)}),
           rows(static_cast<int>(rows_of_channel)),
           channels(static_cast<int>(channel_count)) {
@@ -167,15 +261,6 @@ struct Ahead {
         }
     }
 };
-
-// Part `index` of [begin, end) when that is cut into `count` parts as equal as can be.
-struct Slice {
-    int begin, end;
-};
-CARAFEPP_INLINE Slice slice(int begin, int end, int index, int count) {
-    const int size = end - begin;
-    return {begin + size * index / count, begin + size * (index + 1) / count};
-}
 
 }  // namespace
 }  // namespace carafepp

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of features with adjacent columns, compiled once for each instruction set. It is gathered: a vector
-// holds one source pixel (row, column modulo down) of neighbouring cells, and its sum over all outputs that read it is
-// whole in one item, in one order whatever the threads. For a chunk of source rows: stage the masks of all rows of
-// outputs that read them; then for a few channels at a time walk down these rows, split each into lanes, and add its
-// products to the sums of the source rows that it reads; write the sums out.
+// The gradient of features, with columns in lanes, compiled once for each instruction set. Made for adjacent columns,
+// it takes any strides. It is gathered: a vector holds one source pixel (row, column modulo down) of neighbouring
+// cells, and its sum over all outputs that read it is whole in one item, in one order whatever the threads. For a chunk
+// of source rows: stage the masks of all rows of outputs that read them; then for a few channels at a time walk down
+// these rows, split each into lanes, and add its products to the sums of the source rows that it reads; write the sums
+// out. Windows so large that their masks would leave the caches are staged on the way down instead, for as many
+// channels at a time as there is room for.
 #include <algorithm>
 
 #include "cpu/parallel.h"
@@ -19,6 +21,7 @@ namespace {
 constexpr int64_t kStagedElements = 160 * 1024;  // of masks of a chunk: in float 640 KiB
 constexpr int64_t kLeastRows = 8;                // of a chunk, where a narrower panel makes room for them
 constexpr int64_t kChannels = 16;                // at a time: their rows of grad_output stay in level 1
+constexpr int64_t kMostChannels = 128;           // where all masks are staged for each such time
 
 // What is kept in registers: the sums of some source rows, of some channels.
 constexpr int kRowsAtOnce = kVectorRegisters == 32 ? 5 : 3;
@@ -77,18 +80,6 @@ __attribute__((noinline)) void contract(const Visit<A>& visit, Ahead& ahead) {
     }
 }
 
-template <class A>
-void contract_rows(const Visit<A>& visit, int rows, Ahead& ahead) {
-    switch (rows) {
-        case 1: contract<1, kChannelsAtOnce>(visit, ahead); break;
-        case 2: contract<2, kChannelsAtOnce>(visit, ahead); break;
-        case 3: contract<3, kChannelsAtOnce>(visit, ahead); break;
-        default:
-            if constexpr (kRowsAtOnce == 5)
-                rows == 4 ? contract<4, kChannelsAtOnce>(visit, ahead) : contract<5, kChannelsAtOnce>(visit, ahead);
-    }
-}
-
 template <class T, class M>
 struct GradFeaturesNchw {
     using A = Accumulator<T>;
@@ -96,19 +87,19 @@ struct GradFeaturesNchw {
     static constexpr bool kStreams = sizeof(T) == sizeof(A);
 
     const Problem& p;
-    const MaskTiles<M> masks{p, p.factor.up};
     const ColumnTaps taps{p};
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size;
     const int64_t channels = p.features.c / p.groups;
-    const int64_t at_once = ceil_div(std::min(channels, kChannels), kChannelsAtOnce) * kChannelsAtOnce;
     const int64_t tiles = ceil_div(ceil_div(p.features.w, down), L);  // of sources
 
-    // Sizes that follow from the items: `panel` tiles of `chunk` source rows.
-    int64_t panel = tiles, chunk = p.features.h;
+    // Items are `panel` tiles of `chunk` source rows, computed `at_once` channels at a time; sizes follow from that.
+    int64_t panel = 1, chunk = p.features.h, at_once = std::min(channels, kChannels);
     int64_t weights_row = k * up * L;      // one tap row of a row of outputs: [b][phase][lane]
     int64_t weights_output, weights_tile;  // [tile][row of outputs][tap row][b][phase][lane]
+    bool keeps_masks;     // of all rows of outputs that read a chunk; else of those centred on one source row
+    int64_t staged_rows;  // of outputs
     int64_t span, pitch, all_masks_pitch;  // of cells whose outputs a panel is read by
-    int64_t scratch_size, weights_size, sums_size, grads_size, rows_size = 0;
+    int64_t scratch_size, weights_size, sums_size, grads_size, rows_size;
     bool streams;  // whole rows
     Term terms[kMaxFactor * kMaxKernelSize];
     int terms_of[kMaxFactor + 1];  // a part's terms are [terms_of[part], terms_of[part + 1])
@@ -119,21 +110,36 @@ struct GradFeaturesNchw {
     }
 
     void choose_items() {
-        const int64_t wanted = std::min(kLeastRows, p.features.h);
-        panel = std::clamp<int64_t>(kStagedElements / weights_of(wanted), 1, tiles);
-        panel = ceil_div(tiles, ceil_div(tiles, panel));
-        while (chunk > 1 && weights_of(chunk) * panel > kStagedElements) chunk = ceil_div(chunk, 2);
+        const int64_t wanted = weights_of(std::min(kLeastRows, p.features.h));
+        keeps_masks = wanted <= kStagedElements;
+        if (keeps_masks) {
+            panel = ceil_div(tiles, ceil_div(tiles, std::min(kStagedElements / wanted, tiles)));
+            while (chunk > 1 && weights_of(chunk) * panel > kStagedElements) chunk = ceil_div(chunk, 2);
+        } else {
+            chunk = std::min(chunk, k);
+            at_once = std::min(channels, kMostChannels);
+        }
+        for (find_sizes(); scratch_size > kScratchBytes / int64_t{sizeof(A)}; find_sizes()) {
+            int64_t& most = panel > 1 ? panel : chunk > 1 ? chunk : at_once;
+            if (most <= 1) break;
+            most = ceil_div(most, 2);
+        }
+    }
+
+    void find_sizes() {
+        staged_rows = keeps_masks ? p.factor.natural_size(chunk + k - 1) : ceil_div(up, down);
         weights_output = std::min(chunk, k) * weights_row;
-        weights_tile = weights_of(chunk);
+        weights_tile = staged_rows * weights_output;
         span = panel * L + taps.shifts();
         pitch = ceil_div(span, L) * L;
         all_masks_pitch = pitch + L;
         weights_size = panel * weights_tile;
         sums_size = panel * chunk * down * at_once * L;
-        const int64_t all_masks_size = masks.row_size(all_masks_pitch);
+        const int64_t all_masks_size = (p.from_logits ? k : std::min(chunk, k)) * k * up * all_masks_pitch;
         grads_size = at_once * ceil_div(up, down) * up * pitch;
-        streams = kStreams && panel == tiles && p.result.stride_h == p.features.w && leaves_caches<T>(p.result);
-        if (streams) rows_size = ceil_div(chunk * p.features.w, L) * L;
+        streams = kStreams && panel == tiles && p.result.stride_w == 1 && p.result.stride_h == p.features.w &&
+                  leaves_caches<T>(p.result);
+        rows_size = streams ? ceil_div(chunk * p.features.w, L) * L : 0;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
     }
 
@@ -190,7 +196,9 @@ struct GradFeaturesNchw {
             b.outputs_end = std::min(p.factor.first_output(b.end + p.radius()), p.out_h);
             b.group = item / panels / chunks % p.groups;
             b.n = item / panels / chunks / p.groups;
-            for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row);
+            if (keeps_masks) {
+                for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row);
+            }
             for (int64_t c = 0; c < channels; c += at_once) {
                 const int64_t count = std::min(at_once, channels - c);
                 contract_channels(b, b.group * channels + c, count);
@@ -206,12 +214,23 @@ struct GradFeaturesNchw {
     }
 
     A* weights(const Block& b, int64_t tile, int64_t row) const {
-        return b.weights + tile * weights_tile + (row - b.outputs_begin) * weights_output;
+        return b.weights + tile * weights_tile + row % staged_rows * weights_output;
+    }
+
+    // Of a source row of a tile: [part][channel][lane].
+    A* sums(const Block& b, int64_t tile, int64_t row) const {
+        return b.sums + (tile * chunk + row) * down * at_once * L;
     }
 
     // The masks of one row of outputs, each tap moved on to the cells of the sources that it reads; 0 where there is no
     // output.
     void stage(const Block& b, int64_t row) const {
+        const Slice inside = tap_rows(b, row);
+        MaskTiles<M> masks{p, up};
+        if (!p.from_logits) {  // a normaliser takes all taps together
+            masks.first_tap = inside.begin * k;
+            masks.taps = (inside.end - inside.begin) * k;
+        }
         const int64_t cells = ceil_div(p.out_w, up), size = masks.row_size(all_masks_pitch);
         const int64_t begin = std::clamp<int64_t>(b.first_cell, 0, cells);
         const int64_t end = std::clamp<int64_t>(b.first_cell + span, 0, cells);
@@ -230,13 +249,13 @@ struct GradFeaturesNchw {
                 std::fill(lanes + last, lanes + pitch, A{0});
             }
         }
-        const Slice inside = tap_rows(b, row);
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             A* to = weights(b, tile, row);
             for (int64_t t = inside.begin * k; t < inside.end * k; t++) {
                 for (int phase = 0; phase < up; phase++, to += L) {
                     const int64_t shift = taps.most_shift - taps.at(phase, static_cast<int>(t % k)).shift;
-                    store(load(b.all_masks + (t * up + phase) * all_masks_pitch + tile * L + shift), to);
+                    store(load(b.all_masks + ((t - masks.first_tap) * up + phase) * all_masks_pitch + tile * L + shift),
+                          to);
                 }
             }
         }
@@ -248,21 +267,19 @@ struct GradFeaturesNchw {
         for (int64_t row = b.outputs_begin; row < b.outputs_end; row = next) {
             next = row + 1;
             while (next < b.outputs_end && p.factor.source(next) == p.factor.source(row)) next++;
+            if (!keeps_masks) {
+                for (int64_t staged = row; staged < next; staged++) stage(b, staged);
+            }
             split_outputs(b, channel, count, row, next);
             contract_outputs(b, channel, count, row, next);
         }
     }
 
-    // Rows [begin, end) of grad_output; channels beyond `count` become 0.
+    // Rows [begin, end) of grad_output.
     void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t begin, int64_t end) const {
-        const int64_t size = (end - begin) * up * pitch, padded = ceil_div(count, kChannelsAtOnce) * kChannelsAtOnce;
-        for (int64_t c = 0; c < count; c++) {
-            for (int64_t row = begin; row < end; row++)
-                split_row(element<const T>(p.grad_output, b.n, channel + c, row, 0), p.out_w, static_cast<int>(up),
-                          b.first_cell, b.tiles * L + taps.shifts(), b.grads + c * size + (row - begin) * up * pitch,
-                          pitch);
-        }
-        std::fill_n(b.grads + count * size, (padded - count) * size, A{0});
+        const Split split{static_cast<int>(up),       b.first_cell, b.tiles * L + taps.shifts(),
+                          (end - begin) * up * pitch, up * pitch,   pitch};
+        split_rows<T>(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
     }
 
     // Rows [begin, end) of outputs, which are centred on one source row.
@@ -290,11 +307,15 @@ struct GradFeaturesNchw {
                 for (int part = 0; part < down; part++) {
                     visit.terms = terms + terms_of[part];
                     visit.terms_end = terms + terms_of[part + 1];
-                    A* const sums = b.sums + ((tile * chunk + first + some.begin) * down + part) * at_once * L;
+                    A* const of_part = sums(b, tile, first + some.begin) + part * at_once * L;
                     for (int64_t c = 0; c < count; c += kChannelsAtOnce) {
-                        visit.sums = sums + c * L;
+                        visit.sums = of_part + c * L;
                         visit.grads = b.grads + c * visit.grads_channel + tile * L;
-                        contract_rows(visit, some.end - some.begin, ahead);
+                        with_count<kRowsAtOnce>(some.end - some.begin, [&](auto rows_here) {
+                            with_count<kChannelsAtOnce>(static_cast<int>(count - c), [&](auto channels_here) {
+                                contract<rows_here(), channels_here()>(visit, ahead);
+                            });
+                        });
                     }
                 }
             }
@@ -302,26 +323,50 @@ struct GradFeaturesNchw {
     }
 
     void write(const Block& b, int64_t channel, int64_t count) const {
+        if (as_pixels(p.result, count)) {
+            write_pixels(b, channel, static_cast<int>(count));
+            return;
+        }
         for (int64_t c = 0; c < count; c++) {
-            T* const to = element<T>(p.result, b.n, channel + c, b.begin, 0);
+            T* const to = element<T>(p.result, b.n, channel + c, b.begin, b.first_tile * L * down);
             if constexpr (kStreams) {
                 if (streams) {
-                    write_rows(b, c, b.rows, p.features.w);
+                    write_rows(b, c, b.rows, p.features.w, 1);
                     stream_lines(b.rows, (b.end - b.begin) * p.features.w, to);
                     continue;
                 }
             }
-            write_rows(b, c, to, p.result.stride_h);
+            write_rows(b, c, to, p.result.stride_h, p.result.stride_w);
         }
         if (streams) finish_streams();
     }
 
-    void write_rows(const Block& b, int64_t c, T* to, int64_t row_stride) const {
+    void write_rows(const Block& b, int64_t c, T* to, int64_t row_stride, int64_t column_stride) const {
+        const int64_t tile_columns = L * down, sums_tile = chunk * down * at_once * L;
+        for (int64_t i = 0; i < b.end - b.begin; i++, to += row_stride) {
+            const A* from = sums(b, 0, i) + c * L;
+            T* tile = to;
+            int64_t left = p.features.w - b.first_tile * tile_columns;
+            for (int64_t t = 0; t < b.tiles; t++) {
+                store_columns(from, at_once * L, static_cast<int>(down), left, tile, column_stride);
+                from += sums_tile;
+                tile += tile_columns * column_stride;
+                left -= tile_columns;
+            }
+        }
+    }
+
+    // All channels at once, adjacent in each pixel.
+    void write_pixels(const Block& b, int64_t channel, int count) const {
         for (int64_t i = 0; i < b.end - b.begin; i++) {
             for (int64_t tile = 0; tile < b.tiles; tile++) {
-                const int64_t column = (b.first_tile + tile) * L * down;
-                store_columns(b.sums + ((tile * chunk + i) * down * at_once + c) * L, at_once * L,
-                              static_cast<int>(down), p.features.w - column, to + i * row_stride + column);
+                for (int64_t part = 0; part < down; part++) {
+                    const int64_t column = (b.first_tile + tile) * L * down + part;
+                    const int64_t pixels = std::clamp<int64_t>(ceil_div(p.features.w - column, down), 0, L);
+                    store_channels<T>(
+                        adjacent_places<const A>(sums(b, tile, i) + part * at_once * L, L), static_cast<int>(pixels),
+                        count, element<T>(p.result, b.n, channel, b.begin + i, column), down * p.result.stride_w);
+                }
             }
         }
     }

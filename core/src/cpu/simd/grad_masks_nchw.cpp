@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of masks or logits with adjacent columns, compiled once for each instruction set. A vector holds one tap
-// of one output (row, phase) of neighbouring cells, so that a sum over channels never crosses lanes. For a block of
-// rows of cells: for some channels at a time split the rows of grad_output and of features into lanes and add their
-// products to the sums of every tap; then take the sums of masks back to those of logits, and write out.
+// The gradient of masks or logits, with columns in lanes, compiled once for each instruction set. Made for adjacent
+// columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells, so that a sum
+// over channels never crosses lanes. For a block of rows of cells: for some channels at a time split the rows of
+// grad_output and of features into lanes and add their products to the sums of every tap; then take the sums of masks
+// back to those of logits, and write out.
 #include <algorithm>
 
 #include "cpu/parallel.h"
@@ -74,18 +75,9 @@ void contract_columns(const Outputs<A>& outputs, const A* features, int64_t chan
     const int slices = (kernel_size + kMost - 1) / kMost;
     for (int k = 0; k < slices; k++) {
         const Slice part = slice(0, kernel_size, k, slices);
-        switch (part.end - part.begin) {
-            case 2: contract<P, 2>(outputs, features, channel_stride, columns, part.begin, channels, ahead); break;
-            case 3: contract<P, 3>(outputs, features, channel_stride, columns, part.begin, channels, ahead); break;
-            default:
-                if constexpr (kMost == 5) {
-                    if (part.end - part.begin == 4) {
-                        contract<P, 4>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
-                    } else {
-                        contract<P, 5>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
-                    }
-                }
-        }
+        with_count<kMost>(part.end - part.begin, [&](auto columns_here) {
+            contract<P, columns_here()>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
+        });
     }
 }
 
@@ -98,35 +90,48 @@ struct GradMasksNchw {
     const MaskTiles<M> masks{p, p.factor.up};
     const ColumnTaps taps{p};
     const int64_t up = p.factor.up, down = p.factor.down;
-    const int64_t channels = p.features.c / p.groups, at_once = std::min(channels, kChannels);
+    const int64_t channels = p.features.c / p.groups;
     const int64_t strip = up >= 2 * down ? ceil_div(up, down) : 8;  // rows of outputs that are contracted together
     const int64_t row_size = masks.row_size(L);
     // With logits, all their sub-pixels, also where a crop leaves no output.
     const int64_t rows = p.from_logits ? p.logits.h * up : p.out_h;
     const int64_t cells = p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
     const int64_t tiles = ceil_div(cells, L), cell_rows = ceil_div(rows, up);
-    const int64_t panel = std::clamp<int64_t>(kSumElements / (up * row_size), 1, tiles);
-    const int64_t block = std::clamp<int64_t>(kSumElements / (up * row_size * panel), 1, cell_rows);
-    const int64_t pitch = ceil_div(panel * L + taps.shifts(), L) * L;  // of a part of a row of features
 
-    // A vector more than needed, so that rows of all channels do not compete for a few sets of the cache.
-    const int64_t output_size = (at_once + 1) * L, source_size = at_once * down * pitch + L;
-
-    const int64_t sums_size = panel * block * up * row_size;
-    const int64_t grads_size = strip * up * output_size;
-    const int64_t features_size = (block * down + p.kernel_size) * source_size;
-    const int64_t logits_size = p.from_logits ? (up + 1) * row_size : 0;
+    // Items are `panel` tiles of `block` rows of cells, computed `at_once` channels at a time; sizes follow from that.
+    int64_t panel = std::clamp<int64_t>(kSumElements / (up * row_size), 1, tiles);
+    int64_t block = std::clamp<int64_t>(kSumElements / (up * row_size * panel), 1, cell_rows);
+    int64_t at_once = std::min(channels, kChannels);
+    int64_t pitch;                     // of a part of a row of features
+    int64_t output_size, source_size;  // of a row of one phase of outputs, of a row of features
+    int64_t scratch_size, sums_size, grads_size, features_size;
 
     const Phases phases{p.factor, up};
     int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
 
     explicit GradMasksNchw(const Problem& problem) : p(problem) {
+        for (find_sizes(); scratch_size > kScratchBytes / int64_t{sizeof(A)}; find_sizes()) {
+            int64_t& most = block > 1 ? block : panel > 1 ? panel : at_once;
+            if (most <= 1) break;
+            most = ceil_div(most, 2);
+        }
         for (int g = 0; g < phases.count; g++) {
             for (int b = 0; b < taps.kernel_size; b++) {
                 const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);
                 columns[g][b] = tap.part * pitch + tap.shift - taps.least_shift;
             }
         }
+    }
+
+    void find_sizes() {
+        pitch = ceil_div(panel * L + taps.shifts(), L) * L;
+        // A vector more than needed, so that rows of all channels do not compete for a few sets of the cache.
+        output_size = (at_once + 1) * L;
+        source_size = at_once * down * pitch + L;
+        sums_size = panel * block * up * row_size;
+        grads_size = strip * up * output_size;
+        features_size = (block * down + p.kernel_size) * source_size;
+        scratch_size = sums_size + grads_size + features_size + (p.from_logits ? (up + 1) * row_size : 0);
     }
 
     // What one item is: some rows of cells of some tiles, all channels of a group.
@@ -142,7 +147,6 @@ struct GradMasksNchw {
 
     void run() const {
         const int64_t panels = ceil_div(tiles, panel), blocks = ceil_div(cell_rows, block);
-        const int64_t scratch_size = sums_size + grads_size + features_size + logits_size;
         const int64_t items = p.result.n * p.groups * blocks * panels;
         const int threads = threads_for(items, p.multiply_adds() / L);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
@@ -195,22 +199,18 @@ struct GradMasksNchw {
     }
 
     void split_sources(const Block& b, int64_t channel, int64_t count) const {
-        const int64_t cell = b.first_tile * L + taps.least_shift;
-        for (int64_t c = 0; c < count; c++) {
-            for (int64_t i = b.source_begin; i < b.source_end; i++)
-                split_row(element<const T>(p.features, b.n, channel + c, i, 0), p.features.w, static_cast<int>(down),
-                          cell, b.tiles * L + taps.shifts(),
-                          b.features + (i - b.source_begin) * source_size + c * down * pitch, pitch);
-        }
+        const Split split{static_cast<int>(down),
+                          b.first_tile * L + taps.least_shift,
+                          b.tiles * L + taps.shifts(),
+                          down * pitch,
+                          source_size,
+                          pitch};
+        split_rows<T>(p.features, b.n, channel, count, {b.source_begin, b.source_end}, split, b.features);
     }
 
     void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t tile, int64_t begin, int64_t end) const {
-        for (int64_t c = 0; c < count; c++) {
-            for (int64_t row = begin; row < end; row++)
-                split_row(element<const T>(p.grad_output, b.n, channel + c, row, 0), p.out_w, static_cast<int>(up),
-                          (b.first_tile + tile) * L, L, b.grads + (row - begin) * up * output_size + c * L,
-                          output_size);
-        }
+        const Split split{static_cast<int>(up), (b.first_tile + tile) * L, L, L, up * output_size, output_size};
+        split_rows<T>(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
     }
 
     // Each row of features, with the outputs of a strip [strip_begin, strip_end) that read it.
@@ -237,20 +237,12 @@ struct GradMasksNchw {
                         some.grads[o - part.begin] = b.grads + ((row - strip_begin) * up + phase) * output_size;
                         some.sums[o - part.begin] = sums(b, tile, row) + (a * p.kernel_size * up + phase) * L;
                     }
-                    contract_outputs(some, part.end - part.begin, features, columns[g], count, ahead);
+                    with_count<kMostOutputs>(part.end - part.begin, [&](auto outputs_here) {
+                        contract_columns<outputs_here()>(some, features, down * pitch, columns[g], taps.kernel_size,
+                                                         count, ahead);
+                    });
                 }
             }
-        }
-    }
-
-    void contract_outputs(const Outputs<A>& outputs, int number, const A* features, const int64_t* columns,
-                          int64_t count, Ahead& ahead) const {
-        const int k = taps.kernel_size;
-        switch (number) {
-            case 1: contract_columns<1>(outputs, features, down * pitch, columns, k, count, ahead); break;
-            case 2: contract_columns<2>(outputs, features, down * pitch, columns, k, count, ahead); break;
-            case 3: contract_columns<3>(outputs, features, down * pitch, columns, k, count, ahead); break;
-            default: contract_columns<4>(outputs, features, down * pitch, columns, k, count, ahead);
         }
     }
 

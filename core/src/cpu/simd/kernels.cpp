@@ -119,7 +119,8 @@ const char* not_for_grad_masks_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
     if (p.taps() * p.factor.up * p.factor.up * 16 > 96 * 1024) return "the sums of a tile take more than 384 KiB";
-    return unfit_for_tiles(p, 4);
+    if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
+    return too_large_for_tiles(p);
 }
 
 const char* not_for_grad_features_nhwc(const Problem& p) {
@@ -128,33 +129,31 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
     if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
     if (p.factor.up > kMaxFactor) return "up is more than 8";
-    // The window of a block of 3x4 pixels, and what of a cell it may cut.
+    // The window of a block of 3x4 pixels, and what of a cell it may cut; beside it a vector of cells being staged.
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4;
-    if (rows * columns * p.factor.up * p.factor.up * p.taps() * size > 1024 * 1024)
+    if ((rows * columns * size + 64) * p.factor.up * p.factor.up * p.taps() > 1024 * 1024)
         return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return nullptr;
 }
 
 static const char* unfit_for_columns(const Problem& p) {
-    if (p.grad_output.stride_w != 1) return "columns of grad_output are not adjacent";
-    if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 8";
     if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
+    if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
     return nullptr;
 }
 
 const char* not_for_grad_features_nchw(const Problem& p) {
-    if (!p.result.empty() && p.result.stride_w != 1) return "columns of grad_features are not adjacent";
-    // Staged for one source row of a tile, and all masks of a row of outputs.
-    if ((p.factor.natural_size(p.kernel_size) * 16 + p.kernel_size * 64) * p.kernel_size * p.factor.up > 256 * 1024)
-        return "the masks of the outputs that touch a row take more than 1 MiB";
+    // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
+    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4, cells_bytes = 3 * 64 + p.kernel_size * size;
+    if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
+        return "the masks of the outputs that touch a row take more than 1920 KiB";
     return unfit_for_columns(p);
 }
 
 const char* not_for_grad_masks_nchw(const Problem& p) {
-    if (p.features.stride_w != 1) return "columns of features are not adjacent";
     if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
 }

@@ -182,7 +182,7 @@ struct MaskTiles {
 
     const Problem& p;
     int64_t phases;
-    int64_t taps = p.taps();
+    int64_t first_tap = 0, taps = p.taps();  // of masks, not of logits, also fewer than all
 
     int64_t row_size(int64_t pitch) const { return taps * phases * pitch; }
     Order order(int64_t pitch) const { return {row_size(pitch), pitch, phases * pitch}; }
@@ -203,7 +203,7 @@ struct MaskTiles {
             for (int64_t row = rows.begin; row < rows.end; row++, to += row_pitch) {
                 const int64_t end = std::min((cell + count) * up, p.out_w);
                 for (int64_t j = cell * up; j < end; j++)
-                    copy_taps(element<const M>(p.masks, n, group * taps, row, j), to + (j - cell * up) * taps);
+                    copy_taps(element<const M>(p.masks, n, group * p.taps(), row, j), to + (j - cell * up) * taps);
             }
             return;
         }
@@ -327,7 +327,8 @@ private:
             const int64_t channel = (group * taps * up + row % up) * up + phase;
             return {element<M>(array, n, channel, row / up, cell), up * up * array.stride_c, array.stride_w, L};
         }
-        return {element<M>(array, n, group * taps, row, cell * up + phase), array.stride_c, up * array.stride_w,
+        const int64_t channel = group * p.taps() + first_tap;
+        return {element<M>(array, n, channel, row, cell * up + phase), array.stride_c, up * array.stride_w,
                 ceil_div(p.out_w - phase, up) - cell};
     }
 

@@ -60,6 +60,18 @@ CARAFEPP_INLINE Vector<A> splat(A value) {
     return value - Vector<A>{};
 }
 
+// Calls f(n) with n in [1, Most] known to the compiler.
+template <int Most, class F>
+static inline __attribute__((always_inline)) void with_count(int n, F f) {
+    if constexpr (Most > 1) {
+        if (n < Most) {
+            with_count<Most - 1>(n, f);
+            return;
+        }
+    }
+    f(std::integral_constant<int, Most>());
+}
+
 // ---- loads, widening ----
 
 CARAFEPP_INLINE Vector<float> load(const float* from) {

@@ -111,17 +111,5 @@ bool streams(const Array& result, int64_t channels) {
     return offsets % kVectorBytes == 0;
 }
 
-// Calls f(n) with n in [1, Most] known to the compiler.
-template <int Most, class F>
-static inline __attribute__((always_inline)) void with_count(int n, F f) {
-    if constexpr (Most > 1) {
-        if (n < Most) {
-            with_count<Most - 1>(n, f);
-            return;
-        }
-    }
-    f(std::integral_constant<int, Most>());
-}
-
 }  // namespace
 }  // namespace carafepp
