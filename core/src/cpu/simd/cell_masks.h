@@ -17,13 +17,12 @@ struct Exchange {
     static constexpr int at(int lane, int) { return lane ^ Distance; }
 };
 
-// The first `count` lanes; the others are 0.
-template <class V>
-CARAFEPP_INLINE V first_lanes(V lanes, int count) {
-    typedef std::remove_reference_t<decltype(lanes[0])> A;
+// The first `count` lanes, the others replaced.
+template <class A>
+CARAFEPP_INLINE Vector<A> first_lanes(Vector<A> lanes, int count, A others) {
     typename VectorOf<A>::integer number;
     for (int q = 0; q < kLanes<A>; q++) number[q] = q;
-    return number < count ? lanes : V{};
+    return number < count ? lanes : splat(others);
 }
 
 template <class A>
@@ -36,47 +35,20 @@ struct CellMasks {
 
     static bool fits(int64_t outputs) { return outputs <= L && L % outputs == 0; }
 
-    // The masks of up to L cells, masks[q*size ..) of the q-th; beyond `channels` they are 0 or make no difference. One
-    // step for all cells before the next, since each waits for the one before.
+    // The masks of up to L cells, masks[q*size ..) of the q-th; beyond `channels` they are 0 or make no difference.
     template <class M>
     void normalize(const M* logits, int64_t cell_stride, int count, A* masks) const {
-        for (int q = 0; q < count; q++) load_padded(logits + q * cell_stride, -infinity, masks + q * size);
-        if (normalizer == CARAFEPP_NONE) return;
-        if (normalizer == CARAFEPP_SIGMOID) {
-            for (int k = 0; k < count * size; k += L) store(sigmoid_of<A>(load(masks + k)), masks + k);
-            return;
-        }
-        if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-            for (int k = 0; k < count * size; k += L) store(log_sigmoid_of<A>(load(masks + k)), masks + k);
-        }
-        Vector<A> of_cell[L];  // the largest, then one over the sum
+        if (normalizer == CARAFEPP_SOFTMAX) return softmax(logits, cell_stride, count, masks);
         for (int q = 0; q < count; q++) {
-            const A* const cell = masks + q * size;
-            Vector<A> largest = load(cell);
-            for (int k = L; k < size; k += L) largest = larger(load(cell + k), largest);
-            of_cell[q] = over_taps(largest, [](Vector<A> a, Vector<A> b) { return larger(a, b); });
-        }
-        for (int q = 0; q < count; q++) {
-            A* const cell = masks + q * size;
-            Vector<A> sum = {};
-            for (int k = 0; k + L <= channels; k += L) {
-                const Vector<A> e = exp_of_nonpositive(load(cell + k) - of_cell[q]);
-                store(e, cell + k);
-                sum += e;
+            for (int k = 0; k < size; k += L) {
+                const Vector<A> logit = load_part(logits + q * cell_stride + k, channels - k);
+                store(normalizer == CARAFEPP_NONE      ? logit
+                      : normalizer == CARAFEPP_SIGMOID ? sigmoid_of<A>(logit)
+                                                       : log_sigmoid_of<A>(logit),
+                      masks + q * size + k);
             }
-            if (const int rest = channels %
-                                 L) {  // an exp that underflows, of padding, would cost as much as the others
-                A* const last = cell + size - L;
-                const Vector<A> e = exp_of_nonpositive(first_lanes(load(last) - of_cell[q], rest));
-                store(first_lanes(e, rest), last);
-                sum += first_lanes(e, rest);
-            }
-            of_cell[q] = A{1} / over_taps(sum, [](Vector<A> a, Vector<A> b) { return a + b; });
         }
-        for (int q = 0; q < count; q++) {
-            A* const cell = masks + q * size;
-            for (int k = 0; k < size; k += L) store(load(cell + k) * of_cell[q], cell + k);
-        }
+        if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) softmax<A>(masks, size, count, masks);
     }
 
     // The gradient of the masks of a cell, grad[0 .. size), to that of its logits, in place. The masks are
@@ -96,8 +68,10 @@ struct CellMasks {
         mean = over_taps(mean, [](Vector<A> a, Vector<A> b) { return a + b; });
         for (int k = 0; k < size; k += L) store(load(masks + k) * (load(grad + k) - mean), grad + k);
         if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
-        load_padded(logits, A{0}, masks);
-        for (int k = 0; k < size; k += L) store(load(grad + k) * sigmoid_of<A>(-load(masks + k)), grad + k);
+        for (int k = 0; k < size; k += L) {
+            const Vector<A> logit = load_part(logits + k, channels - k);
+            store(load(grad + k) * sigmoid_of<A>(-logit), grad + k);
+        }
     }
 
     template <class M>
@@ -108,13 +82,39 @@ struct CellMasks {
 private:
     static constexpr A infinity = std::numeric_limits<A>::infinity();
 
+    // One step for all cells before the next, since each waits for the one before.
     template <class M>
-    void load_padded(const M* from, A padding, A* to) const {
-        int k = 0;
-        for (; k + L <= channels; k += L) store(load(from + k), to + k);
-        if (k == channels) return;
-        store(load_between(from + k, 0, channels - k), to + k);
-        for (k = channels; k < size; k++) to[k] = padding;
+    void softmax(const M* from, int64_t cell_stride, int count, A* masks) const {
+        const int whole = channels / L * L, rest = channels - whole;
+        Vector<A> of_cell[L];  // the largest, then one over the sum
+        for (int q = 0; q < count; q++) {
+            const M* const cell = from + q * cell_stride;
+            Vector<A> largest = splat(-infinity);
+            for (int k = 0; k < whole; k += L) largest = larger(load(cell + k), largest);
+            if (rest > 0) largest = larger(first_lanes<A>(load_part(cell + whole, rest), rest, -infinity), largest);
+            of_cell[q] = over_taps(largest, [](Vector<A> a, Vector<A> b) { return larger(a, b); });
+        }
+        for (int q = 0; q < count; q++) {
+            const M* const cell = from + q * cell_stride;
+            A* const to = masks + q * size;
+            Vector<A> sum = {};
+            for (int k = 0; k < whole; k += L) {
+                const Vector<A> e = exp_of_nonpositive(load(cell + k) - of_cell[q]);
+                store(e, to + k);
+                sum += e;
+            }
+            if (rest > 0) {  // an exp that underflows, of padding, would cost as much as the others
+                const Vector<A> x = load_part(cell + whole, rest) - of_cell[q];
+                const Vector<A> e = first_lanes<A>(exp_of_nonpositive(first_lanes<A>(x, rest, A{0})), rest, A{0});
+                store(e, to + whole);
+                sum += e;
+            }
+            of_cell[q] = A{1} / over_taps(sum, [](Vector<A> a, Vector<A> b) { return a + b; });
+        }
+        for (int q = 0; q < count; q++) {
+            A* const cell = masks + q * size;
+            for (int k = 0; k < size; k += L) store(load(cell + k) * of_cell[q], cell + k);
+        }
     }
 
     // What each output's lanes make together, in all of them.

@@ -87,22 +87,14 @@ static const char* too_large_for_tiles(const Problem& p) {
     return nullptr;
 }
 
-// And enough work for each staged mask.
-static const char* unfit_for_tiles(const Problem& p, int64_t fewest_channels) {
-    if (p.kernel_size == 1) return "kernel_size is 1";
-    if (p.features.c / p.groups < fewest_channels) return "too few channels in a group to make up for staging masks";
-    return too_large_for_tiles(p);
-}
-
 const char* not_for_reassemble_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (!p.result.empty() && p.result.stride_c != 1) return "channels of the output are not adjacent";
-    return unfit_for_tiles(p, 4);
+    if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
+    return too_large_for_tiles(p);
 }
 
 const char* not_for_reassemble_nchw(const Problem& p) {
-    if (p.features.stride_w != 1) return "columns of features are not adjacent";
-    if (!p.result.empty() && p.result.stride_w != 1) return "columns of the output are not adjacent";
     if (p.factor.down > kMaxFactor) return "down is more than 8";
     return too_large_for_tiles(p);
 }

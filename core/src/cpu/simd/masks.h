@@ -201,9 +201,14 @@ struct MaskTiles {
         const int64_t up = p.factor.up;
         if (!p.from_logits && p.masks.stride_c == 1) {
             for (int64_t row = rows.begin; row < rows.end; row++, to += row_pitch) {
-                const int64_t end = std::min((cell + count) * up, p.out_w);
-                for (int64_t j = cell * up; j < end; j++)
-                    copy_taps(element<const M>(p.masks, n, group * p.taps(), row, j), to + (j - cell * up) * taps);
+                const int64_t begin = cell * up, end = std::min((cell + count) * up, p.out_w);
+                const M* from = element<const M>(p.masks, n, group * p.taps(), row, begin);
+                if (p.masks.stride_w == taps) {
+                    copy_taps(from, (end - begin) * taps, to);
+                    continue;
+                }
+                for (int64_t j = begin; j < end; j++, from += p.masks.stride_w)
+                    copy_taps(from, taps, to + (j - begin) * taps);
             }
             return;
         }
@@ -309,8 +314,8 @@ struct MaskTiles {
     }
 
 private:
-    void copy_taps(const M* from, A* to) const {
-        for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
+    void copy_taps(const M* from, int64_t count, A* to) const {
+        for_each_block<L>(static_cast<int>(count), [&](int begin, int size) __attribute__((always_inline)) {
             store_part(load_part(from + begin, size), to + begin, size);
         });
     }

@@ -35,8 +35,13 @@ CARAFEPP_INLINE Vector<A> log_sigmoid_of(Vector<A> logit) {
 // Softmax over taps that lie `step` apart, of one vector of lanes.
 template <class A>
 CARAFEPP_INLINE void softmax_of(A* first, int64_t taps, int64_t step) {
-    Vector<A> largest = load(first);
-    for (int64_t t = 1; t < taps; t++) largest = larger(load(first + t * step), largest);
+    Vector<A> largest = load(first),
+              of_odd = largest;  // two chains, as one would wait for itself; taps are odd in number
+    for (int64_t t = 1; t + 1 < taps; t += 2) {
+        of_odd = larger(load(first + t * step), of_odd);
+        largest = larger(load(first + (t + 1) * step), largest);
+    }
+    largest = larger(of_odd, largest);
     Vector<A> sum = {};
     for (int64_t t = 0; t < taps; t++) {
         const Vector<A> e = exp_of_nonpositive(load(first + t * step) - largest);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forward with adjacent columns, compiled once for each instruction set. A vector holds the same output (row,
+// The forward with columns in lanes, compiled once for each instruction set. A vector holds the same output (row,
 // phase) of neighbouring cells; it needs the masks as they are staged. For a block of rows of outputs: stage the masks
 // of all tiles; then for some channels at a time sweep down the rows, two at a time: stage the rows of features that
 // come into their windows, contract the taps tile by tile, and write out.
@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
+#include "cpu/simd/columns.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -17,74 +18,11 @@ namespace {
 
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
-constexpr int64_t kSumsInBlock = 128 * 1024 / kVectorBytes;     // vectors, of a level 2 cache, twice
-constexpr int64_t kCacheLine = 64;
 
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
 
 // Channels contracted at once, with one phase and with more: as many as there are registers for their sums.
 constexpr int kFor1 = kVectorRegisters == 32 ? 8 : 4, kFor2 = kVectorRegisters == 32 ? 4 : 3;
-
-// ---- staging rows of features: in the type of sums, 0 beyond the borders, by column modulo down ----
-
-// The same columns of a row in several channels. Unless `Inside`, those from `begin` to `end` are inside.
-template <int Down, bool Inside, class T>
-CARAFEPP_INLINE void stage_columns(const T* from, int64_t from_stride, int64_t channels, int64_t begin, int64_t end,
-                                   Accumulator<T>* to, int64_t to_stride, int64_t residue_stride) {
-    using A = Accumulator<T>;
-    constexpr int64_t L = kLanes<A>;
-    int first[Down], last[Down];
-    for (int k = 0; k < Down; k++) {
-        first[k] = static_cast<int>(std::clamp<int64_t>(begin - k * L, 0, L));
-        last[k] = static_cast<int>(std::clamp<int64_t>(end - k * L, 0, L));
-    }
-    for (int64_t c = 0; c < channels; c++, from += from_stride, to += to_stride) {
-        Vector<A> columns[Down];
-#pragma GCC unroll 4
-        for (int k = 0; k < Down; k++) {
-            columns[k] = Inside ? load(from + k * L) : load_between(from + k * L, first[k], last[k]);
-        }
-        deinterleave<A, Down>(columns);
-#pragma GCC unroll 4
-        for (int k = 0; k < Down; k++) store(columns[k], to + k * residue_stride);
-    }
-}
-
-// From `column` on, which may lie outside, `cells` columns of each residue.
-template <int Down, class T>
-void stage_row(const T* row, int64_t from_stride, int64_t channels, int64_t width, int64_t column, int64_t cells,
-               Accumulator<T>* to, int64_t to_stride, int64_t residue_stride) {
-    constexpr int64_t L = kLanes<Accumulator<T>>;
-    for (int64_t cell = 0; cell < cells; cell += L, column += Down * L, to += L) {
-        if (column >= 0 && column + Down * L <= width) {
-            stage_columns<Down, true>(row + column, from_stride, channels, 0, Down * L, to, to_stride, residue_stride);
-        } else {
-            stage_columns<Down, false>(row + column, from_stride, channels, -column, width - column, to, to_stride,
-                                       residue_stride);
-        }
-    }
-}
-
-// The same for any factor.
-template <class T>
-void stage_row(int64_t down, const T* row, int64_t from_stride, int64_t channels, int64_t width, int64_t column,
-               int64_t cells, Accumulator<T>* to, int64_t to_stride, int64_t residue_stride) {
-    for (int64_t c = 0; c < channels; c++, row += from_stride, to += to_stride) {
-        for (int64_t k = 0; k < down; k++) {
-            for (int64_t cell = 0; cell < cells; cell++) {
-                const int64_t x = column + cell * down + k;
-                to[k * residue_stride + cell] = x >= 0 && x < width ? widen(row[x]) : Accumulator<T>{0};
-            }
-        }
-    }
-}
-
-// ---- contracting the taps of a tile ----
-
-// What is done between contractions, so that memory is not idle.
-struct Meanwhile {
-    void (*step)(Meanwhile& self);
-};
 
 // One tile of one or two rows of outputs, whose windows begin `step` rows of features apart.
 template <class A>
@@ -100,26 +38,38 @@ struct Windows {
     int64_t tap_stride;   // of the weights
     A* outputs;           // of the first row, in the first channel
     int64_t output_channel_stride, output_row_stride;
-    int64_t count;   // columns of outputs
-    int64_t phases;  // in a cell of them
+    int64_t count;     // columns of outputs
+    int64_t phases;    // in a cell of them
+    bool past_caches;  // are whole vectors of outputs written
 };
 
-// Adds the taps of rows [begin, end) of features, from one channel on, to the rows [First, Last) of outputs.
-template <int First, int Last, int R, int Q, int NC, class A>
+// Adds the taps of rows [begin, end) of features, from one channel on, to the rows [First, Last) of outputs. `K` is the
+// kernel size, or 0 where the compiler does not know it; where it does, the weights of neighbouring taps are adjacent.
+// Whatever else is computed here takes the place of a multiplication: hence so few addresses.
+template <int K, int First, int Last, int R, int Q, int NC, class A>
 CARAFEPP_INLINE void accumulate(const Windows<A>& windows, const A* channel, int begin, int end,
                                 Vector<A> (&sums)[R][Q][NC]) {
     constexpr int L = kLanes<A>;
+    const int kernel_size = K > 0 ? K : windows.kernel_size;
+    const int64_t tap_stride = K > 0 ? Q * L : windows.tap_stride;
+    const int64_t stride = windows.channel_stride, three_channels = 3 * stride;
     for (int y = begin; y < end; y++) {
         const A* const row = channel + windows.rows[y];
         const A* weights[R];
 #pragma GCC unroll 2
         for (int r = First; r < Last; r++) {
-            weights[r] = windows.weights[r] + (y - r * windows.step) * windows.kernel_size * windows.tap_stride;
+            weights[r] = windows.weights[r] + (y - r * windows.step) * kernel_size * tap_stride;
         }
-        for (int b = 0; b < windows.kernel_size; b++) {
+        const auto add_tap = [&](int b) __attribute__((always_inline)) {
             Vector<A> features[NC];
 #pragma GCC unroll 8
-            for (int c = 0; c < NC; c++) features[c] = load(row + windows.columns[b] + c * windows.channel_stride);
+            for (int c = 0; c < NC; c += 4) {
+                const A* const x = row + windows.columns[b] + c * stride;
+                features[c] = load(x);
+                if (c + 1 < NC) features[c + 1] = load(x + stride);
+                if (c + 2 < NC) features[c + 2] = load(x + 2 * stride);
+                if (c + 3 < NC) features[c + 3] = load(x + three_channels);
+            }
 #pragma GCC unroll 2
             for (int r = First; r < Last; r++) {
 #pragma GCC unroll 4
@@ -128,30 +78,45 @@ CARAFEPP_INLINE void accumulate(const Windows<A>& windows, const A* channel, int
 #pragma GCC unroll 8
                     for (int c = 0; c < NC; c++) sums[r][q][c] += weight * features[c];
                 }
-                weights[r] += windows.tap_stride;
+                weights[r] += tap_stride;
             }
+        };
+        if constexpr (K > 0) {
+#pragma GCC unroll 7
+            for (int b = 0; b < K; b++) add_tap(b);
+        } else {
+            for (int b = 0; b < kernel_size; b++) add_tap(b);
         }
     }
 }
 
-// Writes sums, [row][phase][channel], that do not fill whole vectors of outputs or lie between those of other phases.
-template <int Q, class A>
-__attribute__((noinline)) void write_parts(const A* sums, int rows, int channels, const Windows<A>& windows,
-                                           A* outputs) {
-    constexpr int L = kLanes<A>;
-    for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < channels; c++) {
-            const A* const first = sums + (r * Q * channels + c) * L;
+// Writes sums of all phases of a cell, which interleaved are vectors of outputs, each by store_vector(vector, to, q).
+template <int R, int Q, int NC, class A, class F>
+CARAFEPP_INLINE void write(const Vector<A> (&sums)[R][Q][NC], const Windows<A>& windows, A* outputs, F store_vector) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+        for (int c = 0; c < NC; c++) {
             A* const to = outputs + r * windows.output_row_stride + c * windows.output_channel_stride;
-            if (windows.phases == Q) {
-                Vector<A> columns[Q];
-                for (int q = 0; q < Q; q++) columns[q] = load(first + q * channels * L);
-                interleave<A, Q>(columns);
-                for (int q = 0; q < Q; q++) store_part(columns[q], to + q * L, windows.count - q * L);
-                continue;
-            }
-            for (int q = 0; q < Q; q++) {
-                const A* lane = first + q * channels * L;
+            Vector<A> columns[Q];
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) columns[q] = sums[r][q][c];
+            interleave<A, Q>(columns);
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) store_vector(columns[q], to + q * kLanes<A>, q);
+        }
+    }
+}
+
+// The same of some phases: sums, [row][phase][channel], lie between those of others.
+template <class A>
+__attribute__((noinline)) void write_between(const A* sums, int rows, int phases, int channels,
+                                             const Windows<A>& windows, A* outputs) {
+    for (int r = 0; r < rows; r++) {
+        for (int q = 0; q < phases; q++) {
+            for (int c = 0; c < channels; c++) {
+                A* const to = outputs + r * windows.output_row_stride + c * windows.output_channel_stride;
+                const A* lane = sums + ((r * phases + q) * channels + c) * kLanes<A>;
                 for (int64_t column = q; column < windows.count; column += windows.phases) to[column] = *lane++;
             }
         }
@@ -159,188 +124,47 @@ __attribute__((noinline)) void write_parts(const A* sums, int rows, int channels
 }
 
 // `R` rows and `Q` phases that read the same columns, `NC` channels at a time.
-template <int R, int Q, int NC, class A>
-__attribute__((noinline)) void contract(const Windows<A>& windows, int64_t channels, Meanwhile& meanwhile) {
+template <int K, int R, int Q, int NC, class A>
+__attribute__((noinline)) void contract(const Windows<A>& windows, int64_t channels) {
     constexpr int L = kLanes<A>;
     const int begin = windows.begin, end = windows.end, k = windows.kernel_size, step = windows.step;
-    const bool whole = Q == windows.phases && windows.count >= Q * L;
     for (int64_t c = 0; c < channels; c += NC) {
         if (c + NC > channels) c = channels - NC;  // some once more, rather than few at a time
         const A* const features = windows.features + c * windows.channel_stride;
         A* const outputs = windows.outputs + c * windows.output_channel_stride;
         Vector<A> sums[R][Q][NC] = {};
         if constexpr (R == 1) {
-            accumulate<0, 1>(windows, features, begin, end, sums);
+            accumulate<K, 0, 1>(windows, features, begin, end, sums);
         } else {
-            accumulate<0, 1>(windows, features, begin, std::min({end, step, k}), sums);
-            accumulate<0, 2>(windows, features, std::max(begin, step), std::min(end, k), sums);
-            accumulate<1, 2>(windows, features, std::max({begin, step, k}), end, sums);
+            accumulate<K, 0, 1>(windows, features, begin, std::min({end, step, k}), sums);
+            accumulate<K, 0, 2>(windows, features, std::max(begin, step), std::min(end, k), sums);
+            accumulate<K, 1, 2>(windows, features, std::max({begin, step, k}), end, sums);
         }
-        if (whole) {
-#pragma GCC unroll 2
-            for (int r = 0; r < R; r++) {
-#pragma GCC unroll 8
-                for (int n = 0; n < NC; n++) {
-                    A* const to = outputs + r * windows.output_row_stride + n * windows.output_channel_stride;
-                    Vector<A> columns[Q];
-#pragma GCC unroll 4
-                    for (int q = 0; q < Q; q++) columns[q] = sums[r][q][n];
-                    interleave<A, Q>(columns);
-#pragma GCC unroll 4
-                    for (int q = 0; q < Q; q++) store(columns[q], to + q * L);
-                }
-            }
-        } else {
-            A parts[R * Q * NC * L];
+        const int64_t count = windows.count;
+        if (Q != windows.phases) {
+            A lanes[R * Q * NC * L];
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
                 for (int q = 0; q < Q; q++) {
 #pragma GCC unroll 8
-                    for (int n = 0; n < NC; n++) store(sums[r][q][n], parts + ((r * Q + q) * NC + n) * L);
+                    for (int n = 0; n < NC; n++) store(sums[r][q][n], lanes + ((r * Q + q) * NC + n) * L);
                 }
             }
-            write_parts<Q>(parts, R, NC, windows, outputs);
+            write_between(lanes, R, Q, NC, windows, outputs);
+        } else if (count < Q * L) {
+            write(sums, windows, outputs, [count](Vector<A> vector, A* to, int q) __attribute__((always_inline)) {
+                store_part(vector, to, count - q * L);
+            });
+        } else if (windows.past_caches) {
+            write(sums, windows, outputs,
+                  [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { stream(vector, to); });
+        } else {
+            write(sums, windows, outputs,
+                  [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { store(vector, to); });
         }
-        meanwhile.step(meanwhile);
     }
 }
-
-// ---- traffic between memory and the caches ----
-
-// Runs of adjacent elements, `length` of them, in rows and channels.
-template <class T>
-struct Runs {
-    T* data = nullptr;
-    int64_t channel_stride = 0, row_stride = 0;
-    int64_t channels = 0, rows = 0, length = 0;
-
-    // Rows that follow each other without a gap are one.
-    void join() {
-        if (row_stride != length) return;
-        length *= rows;
-        rows = 1;
-    }
-    int64_t count() const { return channels * rows; }
-};
-
-// Goes from run to run.
-template <class T>
-struct Walk {
-    Runs<T> runs;
-    int64_t row = 0;
-    T* run = runs.data;
-
-    void next() {
-        run += runs.row_stride;
-        if (++row < runs.rows) return;
-        row = 0;
-        run += runs.channel_stride - runs.rows * runs.row_stride;
-    }
-};
-
-// Finished sums on their way to the result, some at a time.
-template <class T>
-class Drain {
-    using A = Accumulator<T>;
-    static constexpr int64_t L = kLanes<A>;
-
-public:
-    void start(const Runs<const A>& from, const Runs<T>& to, bool past_caches) {
-        from_ = {from};
-        to_ = {to};
-        left_ = to.count();
-        length_ = to.length;
-        past_caches_ = past_caches;
-    }
-
-    int64_t vectors() const { return left_ * (length_ / L + 2); }
-    void finish() { step(vectors()); }
-
-    void step(int64_t vectors) {
-        while (vectors > 0 && left_ > 0) {
-            if (past_caches_) {
-                if (done_ == 0) align();
-                for (; vectors > 0 && done_ + L <= length_; vectors--, done_ += L) {
-                    stream(load(from_.run + done_), to_.run + done_);
-                }
-            } else {
-                for (; vectors > 0 && done_ + L <= length_; vectors--, done_ += L) {
-                    store(load(from_.run + done_), to_.run + done_);
-                }
-            }
-            if (done_ + L <= length_) return;
-            store_part(load(from_.run + done_), to_.run + done_, length_ - done_);
-            done_ = 0;
-            from_.next();
-            to_.next();
-            left_--;
-            vectors--;
-        }
-    }
-
-private:
-    // Only whole aligned vectors are written past the caches.
-    void align() {
-        const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to_.run) / sizeof(T) % L);
-        if (beyond == 0) return;
-        done_ = std::min(L - beyond, length_);
-        store_part(load(from_.run), to_.run, done_);
-    }
-
-    Walk<const A> from_;
-    Walk<T> to_;
-    int64_t left_ = 0, length_ = 0, done_ = 0;  // runs; elements of one
-    bool past_caches_ = false;
-};
-
-// The features of the next channels on their way into the level 2 cache, some lines at a time.
-template <class T>
-class Prefetch {
-    static constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
-
-public:
-    void start(const Runs<const T>& from) {
-        from_ = {from};
-        left_ = from.count();
-    }
-
-    int64_t lines() const { return left_ * ceil_div(from_.runs.length, kStep); }
-
-    void step(int64_t lines) {
-        for (; lines > 0 && left_ > 0; lines--) {
-            __builtin_prefetch(from_.run + done_, 0, 2);
-            done_ += kStep;
-            if (done_ < from_.runs.length) continue;
-            done_ = 0;
-            from_.next();
-            left_--;
-        }
-    }
-
-private:
-    Walk<const T> from_;
-    int64_t left_ = 0, done_ = 0;  // runs; elements of one
-};
-
-template <class T>
-struct Traffic : Meanwhile {
-    Drain<T> drain;
-    Prefetch<T> prefetch;
-    int64_t vectors = 0, lines = 0;  // a step
-
-    Traffic() : Meanwhile{[](Meanwhile& self) { static_cast<Traffic&>(self).move(); }} {}
-
-    void pace(int64_t steps) {
-        vectors = ceil_div(drain.vectors(), steps);
-        lines = ceil_div(prefetch.lines(), steps);
-    }
-
-    void move() {
-        if (vectors > 0) drain.step(vectors);
-        if (lines > 0) prefetch.step(lines);
-    }
-};
 
 // ---- the whole ----
 
@@ -350,14 +174,13 @@ struct Cut {
     int64_t rows, tiles, channels;                         // of a block
     int64_t reach_before, reach_behind;                    // cells beyond its own that the taps of a cell read
     int64_t ring, residue_stride, row_size, channel_size;  // of staged features
-    int64_t sums_size;                                     // of a channel
-    int tap_columns[kMaxPhases][kMaxKernelSize];           // of each group of phases
+    int tap_columns[kMaxFactor][kMaxKernelSize];           // of each group of phases
 
     // Phases of one group, as many as are contracted at once.
     struct Part {
         int first, count, group;
     };
-    Part parts[kMaxPhases];
+    Part parts[kMaxFactor];
     int parts_count = 0;
 
     Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes) {
@@ -380,10 +203,8 @@ struct Cut {
         residue_stride = ceil_div(block_cells + reach_before + reach_behind, lanes) * lanes;
         row_size = down * residue_stride;
         channel_size = ring * row_size;
-        const int64_t phases_of_row = std::min(up, p.out_w);
-        sums_size = rows * std::min(block_cells * up, p.out_w) + lanes * phases_of_row;
-        const int64_t all_channels = p.features.c / p.groups, at_once = 4 * (up == 1 ? 2 : kFor2);
-        channels = std::min(kFeaturesInBlock * lanes / channel_size, kSumsInBlock * lanes / sums_size);
+        const int64_t all_channels = p.features.c / p.groups, at_once = up == 1 ? kFor1 : kFor2;
+        channels = kFeaturesInBlock * lanes / channel_size;
         channels = split(all_channels, std::max<int64_t>(channels / at_once * at_once, at_once));
 
         for (int g = 0; g < phases.count; g++) {
@@ -416,21 +237,32 @@ struct ReassembleNchw {
     const Cut cut{p, phases, masks.row_size(L), L};
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
-    const bool past_caches = leaves_caches<T>(p.result);
-    const bool drains = past_caches || sizeof(T) != sizeof(A);  // else sums are written where they belong
+    // Else sums go by way of a buffer, of a tile of two rows.
+    const bool in_place = std::is_same_v<T, A> && p.result.stride_w == 1;
+    const int64_t tile_columns = L * masks.phases;
+    const bool past_caches = in_place && leaves_caches<T>(p.result) && writes_lines();
+
+    // Whether each vector of a tile, with the other phases', is a whole line or more.
+    bool writes_lines() const {
+        const int64_t line = 64 / int64_t{sizeof(T)};
+        for (int64_t stride : {p.result.stride_n, p.result.stride_c, p.result.stride_h, tile_columns}) {
+            if (stride % line != 0) return false;
+        }
+        return reinterpret_cast<uintptr_t>(p.result.data) % 64 == 0;
+    }
 
     // What one item is: some rows of some tiles, all channels of a group.
     struct Block {
         int64_t n, group, first_row, rows, first_tile, tiles;
         int64_t first_cell, cells, first_column, columns;  // of outputs
-        A *masks, *features, *sums;
+        A *masks, *features, *outputs;
     };
 
     void run() const {
         const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
         const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
-        const int64_t sums_size = drains ? 2 * cut.channels * cut.sums_size + L : 0;
-        const int64_t scratch_size = masks_size + features_size + ceil_div(sums_size, L) * L;
+        const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
+        const int64_t scratch_size = masks_size + features_size + outputs_size;
         const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
         const int64_t items = p.result.n * p.groups * row_blocks * panels;
         const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
@@ -439,7 +271,7 @@ struct ReassembleNchw {
             Block b;
             b.masks = scratch + worker * scratch_size;
             b.features = b.masks + masks_size;
-            b.sums = b.features + features_size;
+            b.outputs = b.features + features_size;
             b.first_tile = item % panels * cut.tiles;
             b.tiles = std::min(cut.tiles, tiles - b.first_tile);
             b.first_cell = b.first_tile * L;
@@ -501,138 +333,115 @@ struct ReassembleNchw {
     int staged_row(int64_t i) const { return static_cast<int>(floor_mod(i, cut.ring) * cut.row_size); }
 
     void stage_features(const Block& b, int64_t channel, int64_t count, int64_t i) const {
-        const int64_t stride = p.features.stride_c, width = p.features.w;
-        const int64_t column = (b.first_cell - cut.reach_before) * p.factor.down;
-        const int64_t reached = b.cells + cut.reach_before + cut.reach_behind;
-        const T* const row = element<const T>(p.features, b.n, channel, i, 0);
-        A* const to = b.features + staged_row(i);
-        switch (p.factor.down) {
-            case 1: stage_row<1>(row, stride, count, width, column, reached, to, cut.channel_size, 0); break;
-            case 2:
-                stage_row<2>(row, stride, count, width, column, reached, to, cut.channel_size, cut.residue_stride);
-                break;
-            case 3:
-                stage_row<3>(row, stride, count, width, column, reached, to, cut.channel_size, cut.residue_stride);
-                break;
-            case 4:
-                stage_row<4>(row, stride, count, width, column, reached, to, cut.channel_size, cut.residue_stride);
-                break;
-            default:
-                stage_row(p.factor.down, row, stride, count, width, column, reached, to, cut.channel_size,
-                          cut.residue_stride);
-        }
-    }
-
-    // What a block reads of some channels, but for columns beyond its own cells.
-    Runs<const T> features_of(const Block& b, int64_t channel, int64_t count) const {
-        const int64_t top = std::max<int64_t>(p.factor.source(b.first_row) - p.radius(), 0);
-        const int64_t end = p.factor.source(b.first_row + b.rows - 1) + p.radius() + 1;
-        const int64_t column = b.first_cell * p.factor.down;
-        Runs<const T> runs{element<const T>(p.features, b.n, channel, top, column),
-                           p.features.stride_c,
-                           p.features.stride_h,
-                           count,
-                           std::min(end, p.features.h) - top,
-                           std::min(b.cells * p.factor.down, p.features.w - column)};
-        runs.join();
-        return runs;
+        const Split split{static_cast<int>(p.factor.down),
+                          b.first_cell - cut.reach_before,
+                          b.cells + cut.reach_before + cut.reach_behind,
+                          cut.channel_size,
+                          0,
+                          cut.residue_stride};
+        split_rows<T>(p.features, b.n, channel, count, {i, i + 1}, split, b.features + staged_row(i));
     }
 
     // ---- taps ----
 
+    // All rows of a block, in all channels.
     void contract_block(const Block& b) const {
-        Traffic<T> traffic;
-        A* sums = b.sums;
         for (int64_t c = 0; c < channels; c += cut.channels) {
             const int64_t channel = b.group * channels + c, count = std::min(cut.channels, channels - c);
-            const int64_t next = std::min(cut.channels, channels - c - count);
-            if (next > 0 && p.factor.up >= p.factor.down) traffic.prefetch.start(features_of(b, channel + count, next));
-            traffic.pace(ceil_div(b.rows, 2) * b.tiles * cut.parts_count *
-                         ceil_div(count, cut.parts[0].count == 1 ? kFor1 : kFor2));
-            Runs<T> result{element<T>(p.result, b.n, channel, b.first_row, b.first_column),
-                           p.result.stride_c,
-                           p.result.stride_h,
-                           count,
-                           b.rows,
-                           b.columns};
-            Runs<A> outputs{sums, cut.sums_size, b.columns, count, b.rows, b.columns};
-            if constexpr (sizeof(T) == sizeof(A)) {
-                if (!drains) outputs = result;
+            int64_t staged = 0;  // rows of features before this one are
+            for (int64_t i = b.first_row; i < b.first_row + b.rows; i += 2) {
+                const int64_t last = std::min(i + 1, b.first_row + b.rows - 1);
+                const int64_t top = p.factor.source(i) - p.radius(), end = p.factor.source(last) + p.radius() + 1;
+                for (staged = std::max(staged, top); staged < std::min(end, p.features.h); staged++)
+                    stage_features(b, channel, count, staged);
+                contract_rows(b, channel, count, {i, last + 1}, {top, end});
             }
-            contract_rows(b, outputs, channel, traffic);
-            if (!drains) continue;
-            if (p.result.stride_h == b.columns) {
-                outputs.join();
-                result.join();
-            }
-            traffic.drain.finish();
-            traffic.drain.start(
-                {outputs.data, outputs.channel_stride, outputs.row_stride, count, outputs.rows, outputs.length}, result,
-                past_caches);
-            sums = sums == b.sums ? b.sums + cut.channels * cut.sums_size : b.sums;
         }
-        traffic.drain.finish();
     }
 
-    // All rows of a block in some channels.
-    void contract_rows(const Block& b, const Runs<A>& outputs, int64_t channel, Meanwhile& meanwhile) const {
-        int64_t staged = 0;  // rows of features before this one are
-        for (int64_t row = 0; row < b.rows; row += 2) {
-            const int64_t i = b.first_row + row, rows = std::min<int64_t>(2, b.rows - row);
-            const int64_t top = p.factor.source(i) - p.radius();
-            const int64_t end = p.factor.source(i + rows - 1) + p.radius() + 1;
-            for (staged = std::max(staged, top); staged < std::min(end, p.features.h); staged++) {
-                stage_features(b, channel, outputs.channels, staged);
+    // One or two rows of outputs, whose windows are rows `sources` of features.
+    void contract_rows(const Block& b, int64_t channel, int64_t count, Rows rows, Rows sources) const {
+        int staged_rows[kMaxKernelSize + kMaxFactor];
+        for (int64_t y = sources.begin; y < sources.end; y++) staged_rows[y - sources.begin] = staged_row(y);
+        Windows<A> w;
+        w.channel_stride = cut.channel_size;
+        w.rows = staged_rows;
+        w.kernel_size = static_cast<int>(p.kernel_size);
+        w.begin = static_cast<int>(std::max<int64_t>(-sources.begin, 0));
+        w.end = static_cast<int>(std::min(sources.end, p.features.h) - sources.begin);
+        w.step = static_cast<int>(sources.end - sources.begin - p.kernel_size);
+        w.tap_stride = masks.phases * L;
+        w.output_channel_stride = in_place ? p.result.stride_c : 2 * tile_columns;
+        w.output_row_stride = in_place ? p.result.stride_h : tile_columns;
+        w.phases = masks.phases;
+        w.past_caches = past_caches;
+        for (int64_t tile = 0; tile < b.tiles; tile++) {
+            const int64_t column = b.first_column + tile * L * p.factor.up;
+            const int64_t columns = std::min(tile_columns, p.out_w - column);
+            T* const result = element<T>(p.result, b.n, channel, rows.begin, column);
+            A* outputs = b.outputs;
+            if constexpr (std::is_same_v<T, A>) {
+                if (in_place) outputs = result;
             }
-            int staged_rows[kMaxKernelSize + kMaxDown];
-            for (int64_t y = top; y < end; y++) staged_rows[y - top] = staged_row(y);
-            Windows<A> w;
-            w.channel_stride = cut.channel_size;
-            w.rows = staged_rows;
-            w.kernel_size = static_cast<int>(p.kernel_size);
-            w.begin = static_cast<int>(std::max<int64_t>(-top, 0));
-            w.end = static_cast<int>(std::min(end, p.features.h) - top);
-            w.step = static_cast<int>(end - top - p.kernel_size);
-            w.tap_stride = masks.phases * L;
-            w.output_channel_stride = outputs.channel_stride;
-            w.output_row_stride = outputs.row_stride;
-            w.phases = masks.phases;
-            // From right to left: whole vectors may be written to the scratch, since what they write beyond the end of
-            // a row is written again, as the next row or the beginning of this pair's second, or is not read. Not so
-            // where phases are written one after the other.
-            const bool beyond = drains && cut.parts_count == 1;
-            for (int64_t tile = b.tiles - 1; tile >= 0; tile--) {
-                const int64_t column = tile * L * p.factor.up;
-                w.features = b.features + tile * L;
-                for (int k = 0; k < cut.parts_count; k++) {
-                    const Cut::Part& part = cut.parts[k];
-                    w.columns = cut.tap_columns[part.group];
-                    for (int64_t r = 0; r < rows; r++) w.weights[r] = staged_masks(b, i + r, tile) + part.first * L;
-                    w.outputs = outputs.data + row * outputs.row_stride + column + part.first;
-                    w.count = (beyond ? L * masks.phases : std::min(L * masks.phases, b.columns - column)) - part.first;
-                    switch (part.count) {
-                        case 1: contract_pair<1, kFor1>(w, outputs.channels, rows, meanwhile); break;
-                        case 2: contract_pair<2, kFor2>(w, outputs.channels, rows, meanwhile); break;
-                        case 3: contract_each<3, kFor2>(w, outputs.channels, rows, meanwhile); break;
-                        case 4: contract_each<4, kFor2>(w, outputs.channels, rows, meanwhile); break;
-                    }
+            w.features = b.features + tile * L;
+            for (int k = 0; k < cut.parts_count; k++) {
+                const Cut::Part& part = cut.parts[k];
+                w.columns = cut.tap_columns[part.group];
+                for (int64_t r = 0; r < rows.end - rows.begin; r++)
+                    w.weights[r] = staged_masks(b, rows.begin + r, tile) + part.first * L;
+                w.outputs = outputs + part.first;
+                w.count = (in_place ? columns : tile_columns) - part.first;
+                contract_part(w, part.count, count, rows.end - rows.begin);
+            }
+            if (!in_place) write(b.outputs, count, rows.end - rows.begin, columns, result);
+        }
+    }
+
+    // A tile out of the buffer.
+    void write(const A* outputs, int64_t count, int64_t rows, int64_t columns, T* result) const {
+        for (int64_t c = 0; c < count; c++, outputs += 2 * tile_columns, result += p.result.stride_c) {
+            for (int64_t r = 0; r < rows; r++) {
+                const A* const from = outputs + r * tile_columns;
+                T* const to = result + r * p.result.stride_h;
+                for (int64_t k = 0; k < columns; k += L) {
+                    store_lanes(from + k, static_cast<int>(std::min(columns - k, L)), to + k * p.result.stride_w,
+                                p.result.stride_w);
                 }
             }
         }
     }
 
-    template <int Q, int NC>
-    static void contract_pair(const Windows<A>& w, int64_t count, int64_t rows, Meanwhile& meanwhile) {
+    static void contract_part(const Windows<A>& w, int phases, int64_t channels, int64_t rows) {
+        switch (phases == w.phases ? w.kernel_size : 0) {
+            case 3: contract_phases<3>(w, phases, channels, rows); break;
+            case 5: contract_phases<5>(w, phases, channels, rows); break;
+            case 7: contract_phases<7>(w, phases, channels, rows); break;
+            default: contract_phases<0>(w, phases, channels, rows);
+        }
+    }
+
+    template <int K>
+    static void contract_phases(const Windows<A>& w, int phases, int64_t channels, int64_t rows) {
+        switch (phases) {
+            case 1: contract_pair<K, 1, kFor1>(w, channels, rows); break;
+            case 2: contract_pair<K, 2, kFor2>(w, channels, rows); break;
+            case 3: contract_each<K, 3, kFor2>(w, channels, rows); break;
+            case 4: contract_each<K, 4, kFor2>(w, channels, rows); break;
+        }
+    }
+
+    template <int K, int Q, int NC>
+    static void contract_pair(const Windows<A>& w, int64_t channels, int64_t rows) {
         if (rows == 2) {
-            count >= NC ? contract<2, Q, NC>(w, count, meanwhile) : contract<2, Q, 1>(w, count, meanwhile);
+            channels >= NC ? contract<K, 2, Q, NC>(w, channels) : contract<0, 2, Q, 1>(w, channels);
         } else {
-            count >= NC ? contract<1, Q, NC>(w, count, meanwhile) : contract<1, Q, 1>(w, count, meanwhile);
+            channels >= NC ? contract<K, 1, Q, NC>(w, channels) : contract<0, 1, Q, 1>(w, channels);
         }
     }
 
     // One row after the other, where the registers do not hold the sums of both.
-    template <int Q, int NC>
-    static void contract_each(const Windows<A>& both, int64_t count, int64_t rows, Meanwhile& meanwhile) {
+    template <int K, int Q, int NC>
+    static void contract_each(const Windows<A>& both, int64_t channels, int64_t rows) {
         for (int r = 0; r < rows; r++) {
             Windows<A> w = both;
             w.rows += r * w.step;
@@ -640,7 +449,7 @@ struct ReassembleNchw {
             w.end = std::min(both.end - r * w.step, w.kernel_size);
             w.weights[0] = both.weights[r];
             w.outputs += r * w.output_row_stride;
-            count >= NC ? contract<1, Q, NC>(w, count, meanwhile) : contract<1, Q, 1>(w, count, meanwhile);
+            channels >= NC ? contract<K, 1, Q, NC>(w, channels) : contract<0, 1, Q, 1>(w, channels);
         }
     }
 };

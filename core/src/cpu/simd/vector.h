@@ -145,12 +145,14 @@ CARAFEPP_INLINE void store(Vector<double> value, double* to) {
     *reinterpret_cast<VectorOf<double>::unaligned*>(to) = value;
 }
 
+// The upper halves are bfloat16; `number` is that of no NaN.
+CARAFEPP_INLINE VectorOf<float>::natural round_to_upper_half(Vector<float> number) {
+    const VectorOf<float>::natural bits = (VectorOf<float>::natural)number;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
 CARAFEPP_INLINE VectorOf<float>::natural rounded_to_bfloat16(Vector<float> value) {
-    typedef VectorOf<float>::natural Natural;
-    const Natural bits = (Natural)value;
-    const Natural rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Natural quiet_nan = bits | 0x00400000u;
-    return (value != value ? quiet_nan : rounded) >> 16;
+    const VectorOf<float>::natural quiet_nan = (VectorOf<float>::natural)value | 0x00400000u;
+    return (value != value ? quiet_nan : round_to_upper_half(value)) >> 16;
 }
 
 #if CARAFEPP_VECTOR_BYTES == 64
@@ -161,6 +163,9 @@ CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
 }
 CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_to_bfloat16(value)));
+}
+CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
 }
 CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm512_stream_ps(to, (__m512)value); }
 CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm512_stream_pd(to, (__m512d)value); }
@@ -174,6 +179,9 @@ CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
     const __m256i wide = (__m256i)rounded_to_bfloat16(value);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
 }
 CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm256_stream_ps(to, (__m256)value); }
 CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm256_stream_pd(to, (__m256d)value); }
@@ -198,6 +206,10 @@ CARAFEPP_INLINE void store(Vector<float> value, Float16* to) {
 }
 CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
     *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
+}
+CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
+    const VectorOf<float>::integer nan = (a != a) | (b != b);
+    return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
 }
 #if defined(__SSE2__)
 CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm_stream_ps(to, (__m128)value); }
@@ -475,11 +487,40 @@ CARAFEPP_INLINE V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-// exp of numbers that are not positive: within 2 units in the last place, denormal results included, exp(-inf) = 0,
-// exp(NaN) = NaN. Cephes' polynomial over [-ln2/2, ln2/2]; the power of two in two factors, so that neither leaves the
-// range.
-CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
+// value * 2^exponent, rounded once. `magic + exponent` are the bits of `shifted`.
+#if CARAFEPP_VECTOR_BYTES == 64
+
+CARAFEPP_INLINE Vector<float> scale(Vector<float> value, Vector<float> exponent, Vector<float>, Vector<float>) {
+    return (Vector<float>)_mm512_scalef_ps((__m512)value, (__m512)exponent);
+}
+CARAFEPP_INLINE Vector<double> scale(Vector<double> value, Vector<double> exponent, Vector<double>, Vector<double>) {
+    return (Vector<double>)_mm512_scalef_pd((__m512d)value, (__m512d)exponent);
+}
+
+#else
+
+// In two factors, so that neither leaves the range.
+CARAFEPP_INLINE Vector<float> scale(Vector<float> value, Vector<float>, Vector<float> shifted, Vector<float> magic) {
     typedef VectorOf<float>::integer Integer;
+    const Integer exponent = (Integer)shifted - (Integer)magic;
+    const Integer half = exponent >> 1;
+    return value * (Vector<float>)((half + 127) << 23) * (Vector<float>)((exponent - half + 127) << 23);
+}
+
+// The exponent is raised above 0, as not every instruction set can shift a negative one.
+CARAFEPP_INLINE Vector<double> scale(Vector<double> value, Vector<double>, Vector<double> shifted,
+                                     Vector<double> magic) {
+    typedef VectorOf<double>::natural Natural;
+    const Natural exponent = (Natural)shifted - (Natural)magic + 2048;
+    const Natural half = exponent >> 1;
+    return value * (Vector<double>)((half - 1) << 52) * (Vector<double>)((exponent - half - 1) << 52);
+}
+
+#endif
+
+// exp of numbers that are not positive: within 2 units in the last place, denormal results included, exp(-inf) = 0,
+// exp(NaN) = NaN. Cephes' polynomial over [-ln2/2, ln2/2].
+CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     const Vector<float> lowest = splat(-110.0f);  // exp of it is 0
     x = x < lowest ? lowest : x;
     const Vector<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -494,17 +535,11 @@ CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const Integer exponent = (Integer)shifted - (Integer)magic;
-    const Integer half = exponent >> 1;
-    const Vector<float> scale = (Vector<float>)((half + 127) << 23);
-    const Vector<float> rest = (Vector<float>)((exponent - half + 127) << 23);
-    return p * scale * rest;
+    return scale(p, n, shifted, magic);
 }
 
-// The same in double: Taylor's series to r^13 / 13!. The exponent is raised above 0, as not every instruction set can
-// shift a negative one.
+// The same in double: Taylor's series to r^13 / 13!.
 CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
-    typedef VectorOf<double>::natural Natural;
     const Vector<double> lowest = splat(-760.0);
     x = x < lowest ? lowest : x;
     const Vector<double> magic = splat(0x1.8p52);
@@ -515,11 +550,7 @@ CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
     Vector<double> p = splat(1.0);
 #pragma GCC unroll 16
     for (int k = 13; k > 0; k--) p = p * (r * (1.0 / k)) + 1.0;
-    const Natural exponent = (Natural)shifted - (Natural)magic + 2048;
-    const Natural half = exponent >> 1;
-    const Vector<double> scale = (Vector<double>)((half - 1) << 52);
-    const Vector<double> rest = (Vector<double>)((exponent - half - 1) << 52);
-    return p * scale * rest;
+    return scale(p, n, shifted, magic);
 }
 
 }  // namespace

@@ -51,7 +51,9 @@ CARAFEPP_INLINE Vector<float> load_odd(const BFloat16* from) {
     return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) & 0xffff0000u);
 }
 CARAFEPP_INLINE Bits alternating(Vector<float> even, Vector<float> odd) {
-    return (Bits)rounded_to_bfloat16(even) | (Bits)rounded_to_bfloat16(odd) << 16;
+    if (__builtin_expect(any_is_nan(even, odd), false))
+        return (Bits)rounded_to_bfloat16(even) | (Bits)rounded_to_bfloat16(odd) << 16;
+    return (Bits)round_to_upper_half(even) >> 16 | ((Bits)round_to_upper_half(odd) & 0xffff0000u);
 }
 
 // `NV` vectors of channels, in any order of lanes that write_channels has too.
