@@ -73,8 +73,19 @@ constexpr Implementation kNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks},
     {}};
 
-// The list for each result of each function, in the order of the signature.
-constexpr const Implementation* kLists[][2] = {
+constexpr Implementation kCudaReassemble[] = {{"reassemble_any_cuda", takes_all, cuda::reassemble}, {}};
+constexpr Implementation kCudaReassembleWithLogits[] = {
+    {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble}, {}};
+constexpr Implementation kCudaGradFeatures[] = {{"grad_features_any_cuda", takes_all, cuda::grad_features}, {}};
+constexpr Implementation kCudaGradMasks[] = {{"grad_masks_any_cuda", takes_all, cuda::grad_masks}, {}};
+constexpr Implementation kCudaGradLogits[] = {{"grad_logits_any_cuda", takes_all, cuda::grad_masks}, {}};
+constexpr Implementation kCudaNormalizeMasks[] = {{"normalize_masks_any_cuda", takes_all, cuda::normalize_masks}, {}};
+constexpr Implementation kCudaNormalizeMasksBackward[] = {
+    {"normalize_masks_backward_any_cuda", takes_all, cuda::grad_masks}, {}};
+
+// The list for each result of each function, in the order of the signature, on each device.
+using Lists = const Implementation* const[7][2];
+constexpr Lists kCpuLists = {
     {},
     {kReassemble},
     {kGradFeatures, kGradMasks},
@@ -83,6 +94,17 @@ constexpr const Implementation* kLists[][2] = {
     {kNormalizeMasks},
     {kNormalizeMasksBackward},
 };
+constexpr Lists kCudaLists = {
+    {},
+    {kCudaReassemble},
+    {kCudaGradFeatures, kCudaGradMasks},
+    {kCudaReassembleWithLogits},
+    {kCudaGradFeatures, kCudaGradLogits},
+    {kCudaNormalizeMasks},
+    {kCudaNormalizeMasksBackward},
+};
+
+const Lists& lists_of(carafepp_device device) { return device == CARAFEPP_CUDA ? kCudaLists : kCpuLists; }
 
 bool log_choices() {
     static const bool wanted = [] {
@@ -105,10 +127,10 @@ const Implementation* find(const Implementation* list, const char* name) {
 
 // A forced name counts for the list that it stands in; the other results of a call, and other functions, choose as
 // always.
-void check_forced(carafepp_function function, const char* name) {
+void check_forced(carafepp_function function, const char* name, const Lists& lists) {
     if (name == nullptr) return;
-    for (const auto& lists : kLists) {
-        if (find(lists[0], name) || find(lists[1], name)) return;
+    for (const auto& of_function : lists) {
+        if (find(of_function[0], name) || find(of_function[1], name)) return;
     }
     fail(CARAFEPP_VALUE_ERROR, function,
          std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
@@ -137,10 +159,11 @@ const Implementation& choose(carafepp_function function, const Implementation* l
 Call check(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
            bool results_required) {
     Call call = check_call(function, params, tensors, results_required);
-    check_forced(function, call.params.implementation);
-    if (call.problem.device == CARAFEPP_CUDA && cuda::unavailable()) {
-        fail(CARAFEPP_NOT_IMPLEMENTED, function,
-             std::string("CUDA arrays cannot be computed on: ") + cuda::unavailable() + ".");
+    check_forced(function, call.params.implementation, lists_of(call.problem.device));
+    if (call.problem.device == CARAFEPP_CUDA) {
+        const cuda::Availability cuda = cuda::availability();
+        if (cuda.status != CARAFEPP_OK)
+            fail(cuda.status, function, "CUDA arrays cannot be computed on: " + cuda.reason + ".");
     }
     if (call.problem.device == CARAFEPP_CPU && wrong_isa_limit()) {
         fail(CARAFEPP_VALUE_ERROR, function, wrong_isa_limit());
@@ -148,17 +171,28 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
     return call;
 }
 
-void run(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors) {
+void run(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
+         void* stream) {
     Call call = check(function, params, tensors, true);
+    call.problem.stream = stream;
+    const auto& lists = lists_of(call.problem.device)[function];
     const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
     for (int k = 0; k < 2; k++) {
         call.problem.result = call.results[k];
-        if (call.wanted[k])
-            chosen[k] = &choose(function, kLists[function][k], call.params.implementation, call.problem);
+        if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
     }
-    for (int k = 0; k < 2; k++) {
-        call.problem.result = call.results[k];
-        if (chosen[k] != nullptr) chosen[k]->run(call.problem);
+    const auto run_all = [&] {
+        for (int k = 0; k < 2; k++) {
+            call.problem.result = call.results[k];
+            if (chosen[k] != nullptr) chosen[k]->run(call.problem);
+        }
+    };
+    if (call.problem.device != CARAFEPP_CUDA) return run_all();
+    try {
+        const cuda::CurrentDevice device(call.problem.device_index);
+        run_all();
+    } catch (const cuda::Failure& failure) {
+        fail(CARAFEPP_RUNTIME_ERROR, function, "CUDA failed: " + failure.text + ".");
     }
 }
 
@@ -189,10 +223,11 @@ carafepp_status guarded(F f) {
 }
 
 template <class... Tensors>
-carafepp_status call(carafepp_function function, const carafepp_params* params, const Tensors*... tensors) {
+carafepp_status call(carafepp_function function, void* stream, const carafepp_params* params,
+                     const Tensors*... tensors) {
     return guarded([&] {
         const carafepp_tensor* const all[] = {tensors...};
-        run(function, params, all);
+        run(function, params, all, stream);
     });
 }
 
@@ -224,7 +259,7 @@ struct Config {
         std::snprintf(text, sizeof text,
                       "version: %s\ncompiler: %s\nbuilt for: %s\nthis processor has:%s%s%s%s%s\ndevices: cpu%s",
                       CARAFEPP_VERSION, compiler, target, features[0], features[1], features[2], features[3],
-                      features[4], cuda::unavailable() ? " (built without CUDA)" : ", cuda");
+                      features[4], cuda::description());
     }
 };
 
@@ -234,40 +269,41 @@ struct Config {
 using namespace carafepp;
 
 carafepp_status carafepp_reassemble(const carafepp_params* params, const carafepp_tensor* features,
-                                    const carafepp_tensor* masks, const carafepp_tensor* output, void*) {
-    return call(CARAFEPP_REASSEMBLE, params, features, masks, output);
+                                    const carafepp_tensor* masks, const carafepp_tensor* output, void* stream) {
+    return call(CARAFEPP_REASSEMBLE, stream, params, features, masks, output);
 }
 
 carafepp_status carafepp_reassemble_backward(const carafepp_params* params, const carafepp_tensor* grad_output,
                                              const carafepp_tensor* features, const carafepp_tensor* masks,
                                              const carafepp_tensor* grad_features, const carafepp_tensor* grad_masks,
-                                             void*) {
-    return call(CARAFEPP_REASSEMBLE_BACKWARD, params, grad_output, features, masks, grad_features, grad_masks);
+                                             void* stream) {
+    return call(CARAFEPP_REASSEMBLE_BACKWARD, stream, params, grad_output, features, masks, grad_features, grad_masks);
 }
 
 carafepp_status carafepp_reassemble_with_logits(const carafepp_params* params, const carafepp_tensor* features,
-                                                const carafepp_tensor* logits, const carafepp_tensor* output, void*) {
-    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS, params, features, logits, output);
+                                                const carafepp_tensor* logits, const carafepp_tensor* output,
+                                                void* stream) {
+    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS, stream, params, features, logits, output);
 }
 
 carafepp_status carafepp_reassemble_with_logits_backward(const carafepp_params* params,
                                                          const carafepp_tensor* grad_output,
                                                          const carafepp_tensor* features, const carafepp_tensor* logits,
                                                          const carafepp_tensor* grad_features,
-                                                         const carafepp_tensor* grad_logits, void*) {
-    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD, params, grad_output, features, logits, grad_features,
+                                                         const carafepp_tensor* grad_logits, void* stream) {
+    return call(CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD, stream, params, grad_output, features, logits, grad_features,
                 grad_logits);
 }
 
 carafepp_status carafepp_normalize_masks(const carafepp_params* params, const carafepp_tensor* logits,
-                                         const carafepp_tensor* masks, void*) {
-    return call(CARAFEPP_NORMALIZE_MASKS, params, logits, masks);
+                                         const carafepp_tensor* masks, void* stream) {
+    return call(CARAFEPP_NORMALIZE_MASKS, stream, params, logits, masks);
 }
 
 carafepp_status carafepp_normalize_masks_backward(const carafepp_params* params, const carafepp_tensor* grad_masks,
                                                   const carafepp_tensor* logits, const carafepp_tensor* grad_logits,
-                                                  void*) {
-    return call(CARAFEPP_NORMALIZE_MASKS_BACKWARD, params, grad_masks, logits, grad_logits);
+                                                  void* stream) {
+    return call(CARAFEPP_NORMALIZE_MASKS_BACKWARD, stream, params, grad_masks, logits, grad_logits);
 }
 
 carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
@@ -284,8 +320,8 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
         Call call = check(function, params, tensors, false);
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
-            for (const Implementation* entry = kLists[function][k]; entry != nullptr && entry->name != nullptr;
-                 entry++) {
+            for (const Implementation* entry = lists_of(call.problem.device)[function][k];
+                 entry != nullptr && entry->name != nullptr; entry++) {
                 visit(user, entry->name, entry->declines(call.problem));
             }
         }

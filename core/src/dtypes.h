@@ -20,25 +20,25 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-inline uint32_t bits_of(float value) {
+CARAFEPP_HOST_DEVICE inline uint32_t bits_of(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-inline float float_of(uint32_t bits) {
+CARAFEPP_HOST_DEVICE inline float float_of(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
+CARAFEPP_HOST_DEVICE inline float widen(float value) { return value; }
+CARAFEPP_HOST_DEVICE inline double widen(double value) { return value; }
+CARAFEPP_HOST_DEVICE inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 // Without branches, so that a loop of it vectorises, and without denormal floats, so that it holds where they are
 // flushed to 0.
-inline float widen(Float16 value) {
+CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
     const uint32_t exponent_and_fraction = uint32_t{value.bits & 0x7fffu} << 13;
     const uint32_t exponent = exponent_and_fraction & 0x0f800000u;
     const uint32_t normal = exponent_and_fraction + ((127 - 15) << 23);
@@ -50,23 +50,23 @@ inline float widen(Float16 value) {
 
 // Rounds to nearest, ties to even.
 template <class T>
-T narrow(float value);
+CARAFEPP_HOST_DEVICE T narrow(float value);
 
 template <class T>
-T narrow(double value);
+CARAFEPP_HOST_DEVICE T narrow(double value);
 
 template <>
-inline float narrow<float>(float value) {
+CARAFEPP_HOST_DEVICE inline float narrow<float>(float value) {
     return value;
 }
 
 template <>
-inline double narrow<double>(double value) {
+CARAFEPP_HOST_DEVICE inline double narrow<double>(double value) {
     return value;
 }
 
 template <>
-inline BFloat16 narrow<BFloat16>(float value) {
+CARAFEPP_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const uint32_t quiet_nan = bits | 0x00400000u;
@@ -74,7 +74,7 @@ inline BFloat16 narrow<BFloat16>(float value) {
 }
 
 template <>
-inline Float16 narrow<Float16>(float value) {
+CARAFEPP_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
     const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
     const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
     const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -91,7 +91,8 @@ inline Float16 narrow<Float16>(float value) {
 // Where an element of an array lies. Inlined wherever it stands, as every instruction set compiles its own
 // (cpu/simd/vector.h).
 template <class T>
-__attribute__((always_inline)) inline T* element(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
+CARAFEPP_HOST_DEVICE __attribute__((always_inline)) inline T* element(const Array& array, int64_t n, int64_t c,
+                                                                      int64_t h, int64_t w) {
     return static_cast<T*>(array.data) + n * array.stride_n + c * array.stride_c + h * array.stride_h +
            w * array.stride_w;
 }

@@ -61,14 +61,15 @@ struct Problem {
     carafepp_normalizer normalizer = CARAFEPP_NONE;
     carafepp_device device = CARAFEPP_CPU;
     int32_t device_index = 0;
+    void* stream = nullptr;        // of CUDA
     bool from_logits = false;      // masks come from `logits`, normalised while they are read
     int64_t out_h = 0, out_w = 0;  // H', W'
 
     Array features, masks, logits, grad_output, grad_masks;  // the inputs
     Array result;                                            // the one result that is computed next
 
-    int64_t taps() const { return kernel_size * kernel_size; }
-    int64_t radius() const { return kernel_size / 2; }
+    CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
+    CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }
 
     // Of the contraction, taps beyond the border included: what a call costs, about.
     double multiply_adds() const {

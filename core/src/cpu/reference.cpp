@@ -380,7 +380,7 @@ private:
         }
         stage_logits(tile, out_i, cells, to);
         const int64_t lanes = columns_.phases * cells.size();
-        normalize(p_.normalizer, to, taps_, lanes, spare);
+        normalize(p_.normalizer, to, taps_, lanes, lanes, spare);
         return {to + first * lanes, cells};
     }
 
@@ -404,8 +404,8 @@ private:
         const int64_t lanes = columns_.phases * tile.cells.size();
         stage_logits(tile, tile.row, tile.cells, logits);
         std::copy_n(logits, taps_ * lanes, masks);
-        normalize(p_.normalizer, masks, taps_, lanes, spare);
-        normalize_backward(p_.normalizer, grad.data, masks, logits, taps_, lanes, spare);
+        normalize(p_.normalizer, masks, taps_, lanes, lanes, spare);
+        normalize_backward(p_.normalizer, grad.data, masks, logits, taps_, lanes, lanes, spare);
         for (int64_t row = 0; row < taps_ * columns_.phases; row++) {
             const int64_t outputs = columns_.outputs(tile.cells, row % columns_.phases).size();
             std::fill_n(grad.at(row, tile.cells.begin) + outputs, tile.cells.size() - outputs, A{0});

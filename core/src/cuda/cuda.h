@@ -2,9 +2,43 @@
 // What the entry points know of CUDA. A build without it has the same symbols, from no_cuda.cpp.
 #pragma once
 
+#include <string>
+
+#include "problem.h"
+
 namespace carafepp::cuda {
 
-// Why no CUDA tensor can be computed on, or NULL where they can.
-const char* unavailable();
+// CARAFEPP_OK, or the status and the reason why no CUDA tensor can be computed on: not built, or no driver, no device.
+struct Availability {
+    carafepp_status status;
+    std::string reason;
+};
+Availability availability();
+
+// What was built: the end of carafepp_config's line "devices: cpu".
+const char* description();
+
+// What CUDA refused, and its name and text for it.
+struct Failure {
+    std::string text;
+};
+
+// Makes a device current, and at its end the caller's again.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device);
+    ~CurrentDevice();
+    CurrentDevice(const CurrentDevice&) = delete;
+
+private:
+    int callers_ = 0, device_ = 0;
+};
+
+// Each queues one kernel on problem.stream, which computes problem.result, whatever the strides; on the current device.
+// They throw Failure.
+void reassemble(const Problem& problem);     // masks given or normalised from logits
+void grad_features(const Problem& problem);  // likewise
+void grad_masks(const Problem& problem);     // contracted, or given; then to grad_logits, from logits
+void normalize_masks(const Problem& problem);
 
 }  // namespace carafepp::cuda

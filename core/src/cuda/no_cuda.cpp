@@ -3,8 +3,19 @@
 
 namespace carafepp::cuda {
 
-const char* unavailable() {
-    return "carafepp was built without CUDA, and its CUDA kernels are not written yet. Copy the arrays to the CPU";
+Availability availability() {
+    return {CARAFEPP_NOT_IMPLEMENTED,
+            "carafepp was built without CUDA. Build it where nvcc is on the PATH, or copy the arrays to the CPU"};
 }
+
+const char* description() { return " (built without CUDA)"; }
+
+// Never reached: availability() is asked first.
+CurrentDevice::CurrentDevice(int) { throw Failure{availability().reason}; }
+CurrentDevice::~CurrentDevice() = default;
+void reassemble(const Problem&) { throw Failure{availability().reason}; }
+void grad_features(const Problem&) { throw Failure{availability().reason}; }
+void grad_masks(const Problem&) { throw Failure{availability().reason}; }
+void normalize_masks(const Problem&) { throw Failure{availability().reason}; }
 
 }  // namespace carafepp::cuda

@@ -25,7 +25,6 @@ static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) 
     return {factor.first_output(band), end < outputs ? end : outputs, band};
 }
 
-
 // Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
 struct Phases {
     struct Group {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The normalisers of cpu/normalizer.h and their gradients, by vectors, on a staged tile: tap t of phase p of lane q at
+// The normalisers of normalizer.h and their gradients, by vectors, on a staged tile: tap t of phase p of lane q at
 // [(t*phases + p)*pitch + q], `lanes` of them, a multiple of those of a vector.
 #pragma once
 

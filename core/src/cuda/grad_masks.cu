@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits for any strides, factor and kernel size. A block has some outputs of a group:
+// contract grad_output and features over the channels, each thread of one tap of one output at a time (or load the
+// gradient of masks that is given); carry it through the normaliser, each thread of one output; write out.
+#include "cuda/masks.h"
+
+namespace carafepp::cuda {
+namespace {
+
+struct Cut {
+    int64_t outputs, tiles;  // of a block, of the plane
+    int64_t height, width;   // of the plane: of masks, or of the sub-pixels of logits
+};
+
+// 0 for a tap beyond the border, whatever the gradient there.
+template <class T>
+__device__ Accumulator<T> contract(const Problem& p, int64_t n, int64_t group, Output output, int64_t a, int64_t b) {
+    const int64_t i = p.factor.source(output.i) + a - p.radius(), j = p.factor.source(output.j) + b - p.radius();
+    if (i < 0 || j < 0 || i >= p.features.h || j >= p.features.w) return 0;
+    const int64_t channels = p.features.c / p.groups;
+    const T* grad = element<const T>(p.grad_output, n, group * channels, output.i, output.j);
+    const T* feature = element<const T>(p.features, n, group * channels, i, j);
+    Accumulator<T> sum = 0;
+    for (int64_t c = 0; c < channels; c++)
+        sum += widen(grad[c * p.grad_output.stride_c]) * widen(feature[c * p.features.stride_c]);
+    return sum;
+}
+
+template <class T, class M>
+__global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut cut) {
+    using A = Accumulator<T>;
+    const int64_t tile_size = p.taps() * cut.outputs;
+    A* const grads = shared_memory<A>();
+    const bool given = p.grad_masks.data != nullptr;
+    const int64_t items = p.result.n * p.groups * cut.tiles;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient tile = divide(item, cut.tiles), image = divide(tile.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * cut.outputs;
+        const int64_t outputs = min(cut.outputs, cut.height * cut.width - first);
+
+        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
+            const Output output = output_at(first + q, cut.width);
+            A grad = 0;  // of a sub-pixel that a crop leaves out
+            if (output.i < p.out_h && output.j < p.out_w) {
+                const Quotient tap = divide(t, p.kernel_size);
+                grad = given ? A(widen(*element<const M>(p.grad_masks, n, group * p.taps() + t, output.i, output.j)))
+                             : A(contract<T>(p, n, group, output, tap.quotient, tap.remainder));
+            }
+            grads[t * cut.outputs + q] = grad;
+        });
+        if (p.from_logits) {
+            A* const masks = grads + tile_size;
+            A* const logits = masks + tile_size;
+            load_masks<M>(p, p.logits, n, group, 0, p.taps(), first, outputs, cut.width, logits, cut.outputs);
+            stage_masks<M>(p, n, group, first, outputs, cut.width, masks, cut.outputs);
+            for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
+                const Output output = output_at(first + q, cut.width);
+                if (output.i >= p.out_h || output.j >= p.out_w) continue;
+                A scratch[2];
+                normalize_backward(p.normalizer, grads + q, masks + q, logits + q, p.taps(), cut.outputs, 1, scratch);
+            }
+        }
+        __syncthreads();
+        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
+            *mask_at<M>(p, p.result, n, group, t,
+                        output_at(first + q, cut.width)) = narrow<M>(grads[t * cut.outputs + q]);
+        });
+        __syncthreads();
+    }
+}
+
+}  // namespace
+
+void grad_masks(const Problem& p) {
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        using A = Accumulator<T>;
+        const int64_t staged = p.from_logits ? 3 : 1;  // grads; masks and logits
+        Cut cut;
+        cut.height = p.from_logits ? p.logits.h * p.factor.up : p.out_h;
+        cut.width = p.from_logits ? p.logits.w * p.factor.up : p.out_w;
+        cut.outputs = outputs_in_shared<A>(p.taps(), staged, 64);
+        cut.tiles = ceil_div(cut.height * cut.width, cut.outputs);
+        launch(grad_masks_kernel<T, M>, p.result.n * p.groups * cut.tiles,
+               staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
+    });
+}
+
+}  // namespace carafepp::cuda

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// The masks of some outputs in shared memory, copied or normalised from logits: what every kernel begins with. Outputs
+// are numbered row by row, `width` in a row: those of the result or, of logits, all their sub-pixels.
+#pragma once
+
+#include "cuda/platform.h"
+#include "normalizer.h"
+
+namespace carafepp::cuda {
+
+struct Output {
+    int64_t i, j;
+};
+
+__device__ __forceinline__ Output output_at(int64_t number, int64_t width) {
+    const Quotient rows = divide(number, width);
+    return {rows.quotient, rows.remainder};
+}
+
+// Where tap t of an output is in an array of the shape of masks or, `from_logits`, of logits.
+template <class M>
+__device__ __forceinline__ M* mask_at(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t t,
+                                      Output output) {
+    const int64_t tap = group * p.taps() + t;
+    if (!p.from_logits) return element<M>(array, n, tap, output.i, output.j);
+    const int64_t up = p.factor.up;
+    const Quotient row = divide(output.i, up), column = divide(output.j, up);
+    return element<M>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
+}
+
+// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over the threads of a block so that what is adjacent in
+// memory is adjacent in threads.
+template <class F>
+__device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, int64_t outputs, F f) {
+    const bool taps_adjacent = array.stride_c < array.stride_w;
+    for (int64_t k = threadIdx.x; k < taps * outputs; k += kThreads) {
+        const Quotient place = divide(k, taps_adjacent ? taps : outputs);
+        if (taps_adjacent) {
+            f(place.remainder, place.quotient);
+        } else {
+            f(place.quotient, place.remainder);
+        }
+    }
+}
+
+// Taps [first_tap, first_tap + taps) of `outputs` outputs from `first` on, to to[tap*pitch + output].
+template <class M, class A>
+__device__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t first_tap,
+                           int64_t taps, int64_t first, int64_t outputs, int64_t width, A* to, int64_t pitch) {
+    for_each_mask(array, taps, outputs, [&](int64_t t, int64_t q) {
+        to[t * pitch + q] = widen(*mask_at<const M>(p, array, n, group, first_tap + t, output_at(first + q, width)));
+    });
+}
+
+// All taps, normalised if they come from logits. Ends with a barrier.
+template <class M, class A>
+__device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t first, int64_t outputs, int64_t width,
+                            A* to, int64_t pitch) {
+    load_masks<M>(p, p.from_logits ? p.logits : p.masks, n, group, 0, p.taps(), first, outputs, width, to, pitch);
+    __syncthreads();
+    if (!p.from_logits) return;
+    A scratch[2];
+    for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
+        normalize(p.normalizer, to + q, p.taps(), pitch, 1, scratch);
+    __syncthreads();
+}
+
+// How many outputs' masks fit into shared memory, `tiles` times.
+template <class A>
+int64_t outputs_in_shared(int64_t taps, int64_t tiles, int64_t most) {
+    return std::clamp<int64_t>(kSharedBytes / (tiles * taps * int64_t{sizeof(A)}), 1, most);
+}
+
+}  // namespace carafepp::cuda

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The normaliser by itself: stage the masks of some outputs, write them.
+#include "cuda/masks.h"
+
+namespace carafepp::cuda {
+namespace {
+
+template <class M>
+__global__ void __launch_bounds__(kThreads, 2)
+    normalize_masks_kernel(Problem p, int64_t outputs_of_block, int64_t tiles) {
+    using A = Accumulator<M>;
+    A* const masks = shared_memory<A>();
+    const int64_t items = p.result.n * p.groups * tiles;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * outputs_of_block;
+        const int64_t outputs = min(outputs_of_block, p.out_h * p.out_w - first);
+        stage_masks<M>(p, n, group, first, outputs, p.out_w, masks, outputs_of_block);
+        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
+            const Output output = output_at(first + q, p.out_w);
+            *element<M>(p.result, n, group * p.taps() + t, output.i,
+                        output.j) = narrow<M>(masks[t * outputs_of_block + q]);
+        });
+        __syncthreads();
+    }
+}
+
+}  // namespace
+
+void normalize_masks(const Problem& p) {
+    with_types(p, [&](auto, auto masks) {
+        using M = typename decltype(masks)::type;
+        using A = Accumulator<M>;
+        const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
+        const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
+        launch(normalize_masks_kernel<M>, p.result.n * p.groups * tiles, p.taps() * outputs * int64_t{sizeof(A)},
+               p.stream, p, outputs, tiles);
+    });
+}
+
+}  // namespace carafepp::cuda
