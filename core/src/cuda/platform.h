@@ -32,7 +32,9 @@ __device__ __forceinline__ A* shared_memory() {
 #endif
 }
 
-#if !defined(CARAFEPP_EMULATION)
+#if defined(CARAFEPP_EMULATION)
+using std::max, std::min;
+#else
 std::string text_of(cudaError_t error);  // its name and what it means
 #endif
 
@@ -42,7 +44,8 @@ void launch(void (*kernel)(Parameters...), int64_t items, int64_t shared_bytes, 
             std::common_type_t<Parameters>... arguments) {
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), block(kThreads);
 #if defined(CARAFEPP_EMULATION)
-    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, arguments...);
+    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
+                      arguments...);
 #else
     void* pointers[] = {&arguments...};
     const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
