@@ -73,9 +73,16 @@ constexpr Implementation kNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks},
     {}};
 
-constexpr Implementation kCudaReassemble[] = {{"reassemble_any_cuda", takes_all, cuda::reassemble}, {}};
+constexpr Implementation kCudaReassemble[] = {
+    {"reassemble_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
+    {"reassemble_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
+    {"reassemble_any_cuda", takes_all, cuda::reassemble},
+    {}};
 constexpr Implementation kCudaReassembleWithLogits[] = {
-    {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble}, {}};
+    {"reassemble_with_logits_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
+    {"reassemble_with_logits_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
+    {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble},
+    {}};
 constexpr Implementation kCudaGradFeatures[] = {{"grad_features_any_cuda", takes_all, cuda::grad_features}, {}};
 constexpr Implementation kCudaGradMasks[] = {{"grad_masks_any_cuda", takes_all, cuda::grad_masks}, {}};
 constexpr Implementation kCudaGradLogits[] = {{"grad_logits_any_cuda", takes_all, cuda::grad_masks}, {}};

@@ -1,7 +1,7 @@
 """Compile every CUDA source for some architectures and hold the kernels to a budget.
 
-No spills, no local memory, and no more registers than let two blocks of 256 threads run on a
-multiprocessor. Needs nvcc: the one given, on the PATH, or from PyPI.
+No spills, no local memory, and no more registers than let so many threads run at once that loads
+are hidden: two blocks of 256 on a multiprocessor, or three of 128. Needs nvcc: the one given, on the PATH, or from PyPI.
 
     python tests/cuda/ptxas.py [--nvcc NVCC] [--architectures 75,80,90,100,120]
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
+MOST_REGISTERS_OF = {"reassemble_nchw_kernel": 168}  # its masks are in registers
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -64,7 +65,11 @@ def main() -> None:
     beyond = 0
     for kernel in kernels:
         local = [int(kernel[key]) for key in ("stack", "stores", "loads")]
-        wrong = any(local) or int(kernel["registers"]) > MOST_REGISTERS
+        most = next(
+            (most for name, most in MOST_REGISTERS_OF.items() if name in kernel["name"]),
+            MOST_REGISTERS,
+        )
+        wrong = any(local) or int(kernel["registers"]) > most
         beyond += wrong
         print(
             f"{kernel['architecture']:7} {kernel['registers']:>3} registers, "

@@ -92,7 +92,7 @@ void grad_features(const Problem& p) {
         cut.outputs = outputs_in_shared<A>(staged_taps + 1, 1, 128);
         cut.tiles = ceil_div(p.result.w, cut.sources);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(grad_features_kernel<T, M>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles,
+        launch(grad_features_kernel<T, M>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles, kThreads,
                (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
     });
 }

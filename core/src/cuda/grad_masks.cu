@@ -83,7 +83,7 @@ void grad_masks(const Problem& p) {
         cut.width = p.from_logits ? p.logits.w * p.factor.up : p.out_w;
         cut.outputs = outputs_in_shared<A>(p.taps(), staged, 64);
         cut.tiles = ceil_div(cut.height * cut.width, cut.outputs);
-        launch(grad_masks_kernel<T, M>, p.result.n * p.groups * cut.tiles,
+        launch(grad_masks_kernel<T, M>, p.result.n * p.groups * cut.tiles, kThreads,
                staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
     });
 }

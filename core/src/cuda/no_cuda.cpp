@@ -17,5 +17,9 @@ void reassemble(const Problem&) { throw Failure{availability().reason}; }
 void grad_features(const Problem&) { throw Failure{availability().reason}; }
 void grad_masks(const Problem&) { throw Failure{availability().reason}; }
 void normalize_masks(const Problem&) { throw Failure{availability().reason}; }
+const char* not_for_reassemble_nchw(const Problem&) { return "built without CUDA"; }
+const char* not_for_reassemble_nhwc(const Problem&) { return "built without CUDA"; }
+void reassemble_nchw(const Problem&) { throw Failure{availability().reason}; }
+void reassemble_nhwc(const Problem&) { throw Failure{availability().reason}; }
 
 }  // namespace carafepp::cuda

@@ -34,8 +34,8 @@ void normalize_masks(const Problem& p) {
         using A = Accumulator<M>;
         const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
         const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
-        launch(normalize_masks_kernel<M>, p.result.n * p.groups * tiles, p.taps() * outputs * int64_t{sizeof(A)},
-               p.stream, p, outputs, tiles);
+        launch(normalize_masks_kernel<M>, p.result.n * p.groups * tiles, kThreads,
+               p.taps() * outputs * int64_t{sizeof(A)}, p.stream, p, outputs, tiles);
     });
 }
 

@@ -38,11 +38,11 @@ using std::max, std::min;
 std::string text_of(cudaError_t error);  // its name and what it means
 #endif
 
-// Queues blocks of kThreads, which go on to the next item when there are more items than a grid can have blocks.
+// Queues blocks of `threads`, which go on to the next item when there are more items than a grid can have blocks.
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t items, int64_t shared_bytes, void* stream,
+void launch(void (*kernel)(Parameters...), int64_t items, int threads, int64_t shared_bytes, void* stream,
             std::common_type_t<Parameters>... arguments) {
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), block(kThreads);
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), block(static_cast<unsigned>(threads));
 #if defined(CARAFEPP_EMULATION)
     emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
                       arguments...);

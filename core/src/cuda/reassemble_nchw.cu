@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The forward for up x2 with adjacent columns. A thread has one source and some channels: the masks of the source's
+// four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
+// then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
+// through, so that small maps fill blocks.
+#include "cuda/masks.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
+constexpr int kSources = 128;                 // of a block, one of a thread
+constexpr int64_t kChannels = 64;             // of a thread
+
+struct Cut {
+    int64_t tiles, chunks;  // of sources in an image, of channels in a group
+};
+
+// The masks of one output, `step` apart: loaded, and normalised if they are logits.
+template <int K, class M>
+__device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
+                                          float (&taps)[K * K]) {
+#pragma unroll
+    for (int t = 0; t < K * K; t++) taps[t] = widen(from[t * step]);
+    if (!from_logits || normalizer == CARAFEPP_NONE) return;
+    if (normalizer != CARAFEPP_SOFTMAX) {
+#pragma unroll
+        for (int t = 0; t < K * K; t++)
+            taps[t] = normalizer == CARAFEPP_SIGMOID ? sigmoid(taps[t]) : log_sigmoid(taps[t]);
+        if (normalizer == CARAFEPP_SIGMOID) return;
+    }
+    float largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) largest = taps[t] > largest ? taps[t] : largest;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        taps[t] = expf(taps[t] - largest);
+        sum += taps[t];
+    }
+    const float scale = 1 / sum;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) taps[t] *= scale;
+}
+
+// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
+template <int K, bool Inside, class T>
+__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
+                                         const float (&masks)[kOutputs][K * K]) {
+    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
+    T* outputs = element<T>(p.result, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
+    const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
+#pragma unroll 1
+    for (int64_t end = c + channels; c < end; c++, window += p.features.stride_c, outputs += p.result.stride_c) {
+        float sums[kOutputs] = {};
+        const T* row = window;
+#pragma unroll
+        for (int a = 0; a < K; a++, row += p.features.stride_h) {
+#pragma unroll
+            for (int b = 0; b < K; b++) {
+                const bool inside = Inside || (i + a >= K / 2 && i + a < p.features.h + K / 2 && j + b >= K / 2 &&
+                                               j + b < p.features.w + K / 2);
+                const float feature = inside ? widen(row[b]) : 0.0f;
+#pragma unroll
+                for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][a * K + b] * feature;
+            }
+        }
+        outputs[0] = narrow<T>(sums[0]);
+        if (two_columns) outputs[1] = narrow<T>(sums[1]);
+        if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
+        if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+    }
+}
+
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cut cut) {
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
+                       image = divide(tile.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const Output source = output_at(tile.remainder * kSources + threadIdx.x, p.features.w);
+        const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
+        if (source.i * kUp >= p.out_h || source.j * kUp >= p.out_w) continue;
+
+        float masks[kOutputs][K * K];
+        const Array& array = p.from_logits ? p.logits : p.masks;
+        const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
+        const bool inside = i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
+#pragma unroll
+        for (int o = 0; o < kOutputs; o++) {
+            const Output output{source.i * kUp + o / kUp, source.j * kUp + o % kUp};
+            if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) {  // cropped: there is none
+#pragma unroll
+                for (int t = 0; t < K * K; t++) masks[o][t] = 0;
+                continue;
+            }
+            load_taps<K>(mask_at<const M>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, masks[o]);
+            if (inside) continue;
+#pragma unroll
+            for (int t = 0; t < K * K; t++) {  // 0 * 0 is 0 even where a mask is Inf
+                const int y = i + t / K - K / 2, x = j + t % K - K / 2;
+                if (y < 0 || x < 0 || y >= p.features.h || x >= p.features.w) masks[o][t] = 0;
+            }
+        }
+        const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
+        const int64_t channels = min(kChannels, channels_in_group - first);
+        if (inside) {
+            contract<K, true, T>(p, n, c, channels, i, j, masks);
+        } else {
+            contract<K, false, T>(p, n, c, channels, i, j, masks);
+        }
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (!std::is_same_v<T, double>) {
+            Cut cut;
+            cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
+            cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+            launch(reassemble_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources, 0,
+                   p.stream, p, cut);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_reassemble_nchw(const Problem& p) {
+    if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
+    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (p.features.stride_w != 1 || (!p.result.empty() && p.result.stride_w != 1)) return "columns are not adjacent";
+    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
+    return nullptr;
+}
+
+void reassemble_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda
