@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <string>
@@ -154,56 +155,64 @@ void take_gil(PyThreadState* state) {
     }
 }
 
+// `stream` is a cudaStream_t as a number, 0 the legacy default stream; CPU arrays do without.
 template <class F>
-void call(F f) {
+void call(std::uintptr_t stream, F f) {
     PyThreadState* const state = PyEval_SaveThread();
-    const carafepp_status status = f();
+    const carafepp_status status = f(reinterpret_cast<void*>(stream));
     take_gil(state);
     check(status);
 }
 
-void reassemble(const Params& params, nb::handle features, nb::handle masks, nb::handle output) {
+void reassemble(const Params& params, nb::handle features, nb::handle masks, nb::handle output, std::uintptr_t stream) {
     const Tensor x(params, "features", features, false), m(params, "masks", masks, false),
         y(params, "output", output, true);
-    call([&] { return carafepp_reassemble(&params.values, x.get(), m.get(), y.get(), nullptr); });
+    call(stream, [&](void* handle) { return carafepp_reassemble(&params.values, x.get(), m.get(), y.get(), handle); });
 }
 
 void reassemble_backward(const Params& params, nb::handle grad_output, nb::handle features, nb::handle masks,
-                         nb::handle grad_features, nb::handle grad_masks) {
+                         nb::handle grad_features, nb::handle grad_masks, std::uintptr_t stream) {
     const Tensor d(params, "grad_output", grad_output, false), x(params, "features", features, false),
         m(params, "masks", masks, false);
     const Tensor gx(params, "grad_features", grad_features, true), gm(params, "grad_masks", grad_masks, true);
-    call([&] {
-        return carafepp_reassemble_backward(&params.values, d.get(), x.get(), m.get(), gx.get(), gm.get(), nullptr);
+    call(stream, [&](void* handle) {
+        return carafepp_reassemble_backward(&params.values, d.get(), x.get(), m.get(), gx.get(), gm.get(), handle);
     });
 }
 
-void reassemble_with_logits(const Params& params, nb::handle features, nb::handle logits, nb::handle output) {
+void reassemble_with_logits(const Params& params, nb::handle features, nb::handle logits, nb::handle output,
+                            std::uintptr_t stream) {
     const Tensor x(params, "features", features, false), l(params, "logits", logits, false),
         y(params, "output", output, true);
-    call([&] { return carafepp_reassemble_with_logits(&params.values, x.get(), l.get(), y.get(), nullptr); });
+    call(stream, [&](void* handle) {
+        return carafepp_reassemble_with_logits(&params.values, x.get(), l.get(), y.get(), handle);
+    });
 }
 
 void reassemble_with_logits_backward(const Params& params, nb::handle grad_output, nb::handle features,
-                                     nb::handle logits, nb::handle grad_features, nb::handle grad_logits) {
+                                     nb::handle logits, nb::handle grad_features, nb::handle grad_logits,
+                                     std::uintptr_t stream) {
     const Tensor d(params, "grad_output", grad_output, false), x(params, "features", features, false),
         l(params, "logits", logits, false);
     const Tensor gx(params, "grad_features", grad_features, true), gl(params, "grad_logits", grad_logits, true);
-    call([&] {
+    call(stream, [&](void* handle) {
         return carafepp_reassemble_with_logits_backward(&params.values, d.get(), x.get(), l.get(), gx.get(), gl.get(),
-                                                        nullptr);
+                                                        handle);
     });
 }
 
-void normalize_masks(const Params& params, nb::handle logits, nb::handle masks) {
+void normalize_masks(const Params& params, nb::handle logits, nb::handle masks, std::uintptr_t stream) {
     const Tensor l(params, "logits", logits, false), m(params, "masks", masks, true);
-    call([&] { return carafepp_normalize_masks(&params.values, l.get(), m.get(), nullptr); });
+    call(stream, [&](void* handle) { return carafepp_normalize_masks(&params.values, l.get(), m.get(), handle); });
 }
 
-void normalize_masks_backward(const Params& params, nb::handle grad_masks, nb::handle logits, nb::handle grad_logits) {
+void normalize_masks_backward(const Params& params, nb::handle grad_masks, nb::handle logits, nb::handle grad_logits,
+                              std::uintptr_t stream) {
     const Tensor gm(params, "grad_masks", grad_masks, false), l(params, "logits", logits, false);
     const Tensor gl(params, "grad_logits", grad_logits, true);
-    call([&] { return carafepp_normalize_masks_backward(&params.values, gm.get(), l.get(), gl.get(), nullptr); });
+    call(stream, [&](void* handle) {
+        return carafepp_normalize_masks_backward(&params.values, gm.get(), l.get(), gl.get(), handle);
+    });
 }
 
 nb::tuple output_shape(const Params& params, nb::handle shape) {
@@ -263,6 +272,8 @@ NB_MODULE(_core, m) {
     m.attr("SIGMOID_NORMALIZED") = CARAFEPP_SIGMOID_NORMALIZED + 0;
     m.attr("NONE") = CARAFEPP_NONE + 0;
     m.attr("BFLOAT16") = CARAFEPP_BFLOAT16 + 0;
+    m.attr("CUDA") = CARAFEPP_CUDA + 0;
+    m.attr("CUDA_MANAGED") = CARAFEPP_CUDA_MANAGED + 0;
 
     nb::class_<Params>(m, "Params", "carafepp_params, and the function that they are for.")
         .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, bool,
@@ -270,15 +281,16 @@ NB_MODULE(_core, m) {
              "function"_a, "number"_a, "up"_a, "down"_a, "kernel_size"_a, "groups"_a, "normalizer"_a, "size"_a.none(),
              "channels_last"_a, "implementation"_a.none());
 
-    m.def("reassemble", reassemble, "params"_a, "features"_a, "masks"_a, "output"_a);
+    m.def("reassemble", reassemble, "params"_a, "features"_a, "masks"_a, "output"_a, "stream"_a);
     m.def("reassemble_backward", reassemble_backward, "params"_a, "grad_output"_a, "features"_a, "masks"_a,
-          "grad_features"_a.none(), "grad_masks"_a.none());
-    m.def("reassemble_with_logits", reassemble_with_logits, "params"_a, "features"_a, "logits"_a, "output"_a);
+          "grad_features"_a.none(), "grad_masks"_a.none(), "stream"_a);
+    m.def("reassemble_with_logits", reassemble_with_logits, "params"_a, "features"_a, "logits"_a, "output"_a,
+          "stream"_a);
     m.def("reassemble_with_logits_backward", reassemble_with_logits_backward, "params"_a, "grad_output"_a, "features"_a,
-          "logits"_a, "grad_features"_a.none(), "grad_logits"_a.none());
-    m.def("normalize_masks", normalize_masks, "params"_a, "logits"_a, "masks"_a);
-    m.def("normalize_masks_backward", normalize_masks_backward, "params"_a, "grad_masks"_a, "logits"_a,
-          "grad_logits"_a);
+          "logits"_a, "grad_features"_a.none(), "grad_logits"_a.none(), "stream"_a);
+    m.def("normalize_masks", normalize_masks, "params"_a, "logits"_a, "masks"_a, "stream"_a);
+    m.def("normalize_masks_backward", normalize_masks_backward, "params"_a, "grad_masks"_a, "logits"_a, "grad_logits"_a,
+          "stream"_a);
     m.def("output_shape", output_shape, "params"_a, "shape"_a,
           nb::sig("def output_shape(params: Params, shape: object) -> tuple[int, ...]"));
     m.def("list_implementations", list_implementations, "params"_a, "inputs"_a, "results"_a,

@@ -1,6 +1,9 @@
 """Framework facts: which library an array is of, how the core reads it, how one like it is made.
 
 No framework is imported here: an array of one only comes in when somebody else has imported it.
+
+A call does not wait for its work on a GPU, so arrays may be freed while it is still queued. That
+is safe because it is queued on the stream by which their library orders its memory.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ class NumPy:
     def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
         """Return an uninitialised result, in C order whatever order `like` has."""
         return np.empty(shape, like.dtype)
+
+    @staticmethod
+    def stream(array: Any) -> int:
+        """Return the CUDA stream that work on an array belongs on: of no meaning on the CPU."""
+        return 0
 
 
 class PyTorch:
@@ -81,6 +89,13 @@ class PyTorch:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
+    @staticmethod
+    def stream(array: Any) -> int:
+        """Return PyTorch's current stream on the tensor's device."""
+        if not array.is_cuda:
+            return 0
+        return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+
 
 def _is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Tell whether pixels of several adjacent channels follow each other, in rows."""
@@ -91,21 +106,57 @@ def _is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return (w == 1 or stride_w >= c) and (h == 1 or stride_h >= (stride_w * w if w > 1 else c))
 
 
+class CuPy:
+    """CuPy arrays."""
+
+    @staticmethod
+    def view(function: str, name: str, array: Any) -> Any:
+        """Return what `_core` takes for an array: a capsule that orders no streams.
+
+        The work goes on the stream that CuPy's own is on. Asked without a stream, CuPy would order
+        it with the legacy default stream, which a graph that is being captured forbids.
+        """
+        return array.__dlpack__(stream=-1)
+
+    @staticmethod
+    def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
+        """Return an uninitialised result on the device of `like`, in C order."""
+        with like.device:
+            return sys.modules["cupy"].empty(shape, like.dtype)
+
+    @staticmethod
+    def stream(array: Any) -> int:
+        """Return CuPy's current stream on the array's device."""
+        return int(sys.modules["cupy"].cuda.get_current_stream(array.device.id).ptr)
+
+
 class DLPack:
     """Arrays of any other library that speaks DLPack."""
 
     @staticmethod
     def view(function: str, name: str, array: Any) -> Any:
-        """Return what `_core` takes for an array: itself."""
-        return array
+        """Return what `_core` takes for an array: itself, or for a CUDA array a capsule."""
+        device_type, _ = array.__dlpack_device__()
+        if device_type not in (_core.CUDA, _core.CUDA_MANAGED):
+            return array
+        legacy_default = 1  # what DLPack calls it
+        try:  # version 1 tells whether the array is read-only
+            return array.__dlpack__(stream=legacy_default, max_version=(1, 0))
+        except TypeError:
+            return array.__dlpack__(stream=legacy_default)
 
     @staticmethod
     def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
         """Return an uninitialised result from the array's own namespace."""
         return like.__array_namespace__().empty(shape, dtype=like.dtype, device=like.device)
 
+    @staticmethod
+    def stream(array: Any) -> int:
+        """Return the legacy default stream, in CUDA's terms; the library has ordered its own."""
+        return 0
 
-Library = type[NumPy] | type[PyTorch] | type[DLPack]
+
+Library = type[NumPy] | type[PyTorch] | type[CuPy] | type[DLPack]
 
 
 def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:
@@ -138,6 +189,9 @@ def _recognise(function: str, name: str, array: Any) -> tuple[Library, str]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return PyTorch, "torch"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return CuPy, "cupy"
     cls = type(array)
     if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):
         return DLPack, cls.__module__.partition(".")[0]

@@ -90,11 +90,17 @@ def reassemble(
         A shape, a range, a device, or memory that is shared, not aligned or read-only.
     NotImplementedError
         A CUDA array in a build without CUDA; a tensor that requires grad, in grad mode.
+    RuntimeError
+        CUDA has failed, or its driver is missing; the sentence names the error.
 
     Notes
     -----
     Sums are kept in float32 (float64 for float64) in a fixed order: the same bits at every run
     and every thread count. NaN and Inf propagate by the formula.
+
+    Work on CuPy arrays and on PyTorch CUDA tensors is queued on the current stream of their
+    device; for CUDA arrays of other libraries, on the legacy default stream. The call does not
+    wait for it, and the result is all that it allocates, from the library's own memory pool.
 
     References
     ----------
@@ -122,7 +128,8 @@ def reassemble(
     masks_view = library.view(function, "masks", masks)
     if out is None:
         out = library.empty(function, features, _core.output_shape(params, features.shape))
-    _core.reassemble(params, features_view, masks_view, library.view(function, "output", out))
+    out_view = library.view(function, "output", out)
+    _core.reassemble(params, features_view, masks_view, out_view, library.stream(features))
     return out
 
 
@@ -168,7 +175,7 @@ def reassemble_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As `reassemble`.
 
     Notes
@@ -246,7 +253,7 @@ def reassemble_with_logits(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As `reassemble`.
 
     Notes
@@ -278,8 +285,9 @@ def reassemble_with_logits(
     logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, features, _core.output_shape(params, features.shape))
+    out_view = library.view(function, "output", out)
     _core.reassemble_with_logits(
-        params, features_view, logits_view, library.view(function, "output", out)
+        params, features_view, logits_view, out_view, library.stream(features)
     )
     return out
 
@@ -326,7 +334,7 @@ def reassemble_with_logits_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As `reassemble`.
 
     Notes
@@ -399,7 +407,7 @@ def normalize_masks(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As `reassemble`.
 
     Notes
@@ -425,7 +433,8 @@ def normalize_masks(
     logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, logits, _core.output_shape(params, logits.shape))
-    _core.normalize_masks(params, logits_view, library.view(function, "masks", out))
+    out_view = library.view(function, "masks", out)
+    _core.normalize_masks(params, logits_view, out_view, library.stream(logits))
     return out
 
 
@@ -462,7 +471,7 @@ def normalize_masks_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As `reassemble`.
 
     Notes
@@ -489,8 +498,9 @@ def normalize_masks_backward(
     logits_view = library.view(function, "logits", logits)
     if out is None:
         out = library.empty(function, logits, logits.shape)
+    out_view = library.view(function, "grad_logits", out)
     _core.normalize_masks_backward(
-        params, grad_masks_view, logits_view, library.view(function, "grad_logits", out)
+        params, grad_masks_view, logits_view, out_view, library.stream(logits)
     )
     return out
 
@@ -705,5 +715,5 @@ def _backward(
             like = inputs[name]
             grads[k] = library.empty(function, like, like.shape) if out[k] is None else out[k]
             grad_views[k] = library.view(function, f"grad_{name}", grads[k])
-    run(params, *views, *grad_views)
+    run(params, *views, *grad_views, library.stream(inputs["features"]))
     return grads[0], grads[1]
