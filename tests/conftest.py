@@ -8,6 +8,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+import carafepp
+
 hypothesis.settings.register_profile(
     "ci",
     max_examples=150,
@@ -45,6 +47,13 @@ def import_or_skip(name: str):
 def require():
     """The function `skip(what, reason)`."""
     return skip
+
+
+@pytest.fixture
+def without_cuda():
+    """For arrays that only pretend to be on a GPU: they must never reach a real one."""
+    if "built without CUDA" not in carafepp._core.config():
+        pytest.skip("a build with CUDA would believe the pretended pointers")
 
 
 @pytest.fixture(scope="session")

@@ -485,6 +485,7 @@ def on_device(array: np.ndarray, device: tuple[int, int]):
 CUDA, PINNED, METAL = 2, 3, 8
 
 
+@pytest.mark.usefixtures("without_cuda")
 def test_cuda_arrays_need_a_build_with_cuda():
     arrays = [on_device(array, (CUDA, 1)) for array in (X, M, zeros(2, 4, 6, 10))]
     with refused(

@@ -1,13 +1,12 @@
 """Array in, same kind of array out: NumPy, PyTorch, the array API, bare DLPack."""
 
-import ctypes
-
 import numpy as np
 import pytest
 
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, LAYOUTS, double, integer_arrays, numpy_dtype
+from foreign import BFLOAT, CPU, CUDA, CUDA_HOST, ROCM, Foreign
 from functions import RESULTS, arguments, call, each_function, each_input
 from tolerances import assert_exact
 
@@ -512,65 +511,6 @@ def test_a_foreign_export_that_is_no_capsule_is_a_type_error():
         )
 
 
-class DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class DLManagedTensor(ctypes.Structure):
-    _fields_ = (
-        ("dl_tensor", DLTensor),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-
-
-FLOAT, BFLOAT = 2, 4
-CPU, CUDA, CUDA_HOST, ROCM = 1, 2, 3, 10
-
-
-class Foreign:
-    """An array built by hand: any device, dtype and strides, over the memory of a NumPy array."""
-
-    def __init__(self, array, *, device=(CPU, 0), code=FLOAT, strides=True, byte_offset=0, lanes=1):
-        self.array, self.device = array, device
-        self.shape = array.shape
-        extents = ctypes.c_int64 * array.ndim
-        self.extents = extents(*array.shape)
-        self.steps = extents(*(stride // array.itemsize for stride in array.strides))
-        tensor = DLTensor(
-            array.ctypes.data - byte_offset,
-            *device,
-            array.ndim,
-            code,
-            8 * array.itemsize,
-            lanes,
-            self.extents,
-            self.steps if strides else None,
-            byte_offset,
-        )
-        self.managed = DLManagedTensor(tensor, None, None)
-
-    def __dlpack_device__(self):
-        return self.device
-
-    def __dlpack__(self, **keywords):
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype = ctypes.py_object
-        new.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return new(ctypes.addressof(self.managed), b"dltensor", None)
-
-
 def foreign_call(make):
     """reassemble of foreign arrays into a foreign out; (what was written, what was expected)."""
     (features, masks), params = problem("reassemble")
@@ -614,24 +554,6 @@ def test_dlpack_bfloat16_is_read_and_written():
 def test_dlpack_vector_dtypes_are_refused():
     with pytest.raises(TypeError):
         foreign_call(lambda array: Foreign(array, lanes=2))
-
-
-@pytest.fixture
-def without_cuda(require):
-    """Arrays that only pretend to be on a device must never reach a real one."""
-    if "built without CUDA" not in str(carafepp_config()):
-        pytest.skip("a build with CUDA would believe the pretended device pointers")
-
-
-def carafepp_config():
-    """What show_config prints."""
-    import contextlib
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        returned = carafepp.show_config()
-    return text.getvalue() or returned
 
 
 @pytest.mark.usefixtures("without_cuda")
