@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cuda_libraries import connected
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = {
     re.search(r"import (\w+)", block)[1]: block
@@ -31,3 +33,13 @@ def test_torch(torch):
     exec(BLOCKS["torch"], names)
     assert names["output"].shape == (2, 64, 28, 28)
     assert names["output"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cupy(require):
+    library = connected("cupy", require)
+    names = {}
+    exec(BLOCKS["cupy"], names)
+    library.synchronize()
+    assert type(names["output"]) is library.Array
+    assert names["output"].shape == (2, 64, 100, 152)
+    assert np.isfinite(library.read(names["output"])).all()

@@ -1,0 +1,254 @@
+"""How the tests for CUDA use CuPy and PyTorch, and what they use where CUDA is emulated."""
+
+import contextlib
+import threading
+
+import numpy as np
+
+import carafepp
+from cases import LAYOUTS, numpy_dtype
+from foreign import PretendedCUDA
+
+EMULATED = "cuda (emulated)" in carafepp._core.config()
+BUILT_WITHOUT = "built without CUDA" in carafepp._core.config()
+
+
+class Missing(Exception):
+    """(what, reason): what a test cannot run without."""
+
+
+def _require_gpu_build():
+    if BUILT_WITHOUT:
+        raise Missing("cuda", "carafepp was built without CUDA")
+    if EMULATED:
+        raise Missing("cuda", "carafepp was built to emulate CUDA")
+
+
+def connected(name, require):
+    """Return the library of this name; skip, by `require` of conftest.py, if it is missing."""
+    try:
+        return LIBRARIES[name]()
+    except Missing as missing:
+        return require(*missing.args)
+
+
+def _laid_out(array: np.ndarray, memory: str):
+    """In host memory: bytes, and a view of them that holds the array in this layout."""
+    buffer, view = LAYOUTS[memory](array.shape, array.dtype)
+    buffer[...] = 0
+    view[...] = array
+    return buffer.reshape(-1).view(np.uint8), view, view.ctypes.data - buffer.ctypes.data
+
+
+class Emulated:
+    """Arrays that say they are on a GPU and lie in host memory, where emulated kernels run."""
+
+    Array = PretendedCUDA
+    negative_strides = True
+
+    def __init__(self):
+        if not EMULATED:
+            raise Missing("cuda_emulated", "carafepp was not built to emulate CUDA")
+
+    def place(self, array, memory="contiguous"):
+        return PretendedCUDA(_laid_out(array, memory)[1])
+
+    def broadcast(self, array, shape):
+        return PretendedCUDA(np.broadcast_to(array.array, shape))
+
+    def read(self, array):
+        return array.array
+
+
+class CuPy:
+    """Only copies and views: CuPy's own kernels need a compiler that may not be there."""
+
+    negative_strides = True
+
+    def __init__(self):
+        _require_gpu_build()
+        try:
+            import cupy
+        except ImportError as error:
+            raise Missing("cuda", str(error)) from error
+        if not cupy.cuda.is_available():
+            raise Missing("cuda", "CuPy finds no device")
+        self.cupy, self.Array = cupy, cupy.ndarray
+
+    def place(self, array, memory="contiguous"):
+        """A copy on the current device, in this memory layout."""
+        data, view, offset = _laid_out(array, memory)
+        buffer = self.cupy.empty(max(1, data.size), np.uint8)
+        if data.size:
+            buffer.set(data)
+        return self.cupy.ndarray(array.shape, array.dtype, buffer.data + offset, view.strides)
+
+    def empty(self, shape):
+        return self.cupy.empty(shape, np.float32)
+
+    def broadcast(self, array, shape):
+        return self.cupy.broadcast_to(array, shape)
+
+    def read(self, array):
+        """A copy on the host, of any strides."""
+        if array.size == 0:
+            return np.empty(array.shape, array.dtype)
+        ends = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+        low = sum(end for end in ends if end < 0)
+        high = sum(end for end in ends if end > 0) + array.itemsize
+        with array.device:
+            data = self.cupy.ndarray((high - low,), np.uint8, array.data + low).get()
+        return np.ndarray(array.shape, array.dtype, data, -low, array.strides)
+
+    def devices(self):
+        return self.cupy.cuda.runtime.getDeviceCount()
+
+    def device(self, number):
+        return self.cupy.cuda.Device(number)
+
+    def current_device(self):
+        return self.cupy.cuda.runtime.getDevice()
+
+    def device_of(self, array):
+        return array.device.id
+
+    def stream(self):
+        return self.cupy.cuda.Stream(non_blocking=True)
+
+    def on(self, stream):
+        return stream
+
+    def done(self, stream):
+        return stream.done
+
+    def synchronize(self):
+        self.cupy.cuda.runtime.deviceSynchronize()
+
+    @contextlib.contextmanager
+    def busy(self, stream):
+        """The stream is busy until the end of the block."""
+        end = threading.Event()
+        stream.launch_host_func(lambda _: end.wait(30), None)
+        try:
+            yield
+        finally:
+            end.set()
+
+    def copy(self, target, source):
+        """Queue a copy between contiguous arrays on the current stream."""
+        target.data.copy_from_device_async(source.data, source.nbytes)
+
+    def spoil(self, array):
+        """Queue on the current stream that a contiguous array becomes NaN."""
+        array.data.memset_async(255, array.nbytes)
+
+    def capture(self, run):
+        """Capture a graph; return what launches it and what `run` returned."""
+        stream = self.stream()
+        with stream:
+            stream.begin_capture()
+            try:
+                results = run()
+            finally:
+                graph = stream.end_capture()
+        return graph.launch, results
+
+    def allocated_bytes(self):
+        """What the library's allocator has handed out."""
+        return self.cupy.get_default_memory_pool().used_bytes()
+
+    def free_bytes(self):
+        """What is free on the device."""
+        return self.cupy.cuda.runtime.memGetInfo()[0]
+
+
+class PyTorch:
+    negative_strides = False
+
+    def __init__(self):
+        _require_gpu_build()
+        try:
+            import torch
+        except ImportError as error:
+            raise Missing("cuda", str(error)) from error
+        if not torch.cuda.is_available():
+            raise Missing("cuda", "PyTorch finds no device, or was built without CUDA")
+        self.torch, self.Array = torch, torch.Tensor
+
+    def place(self, array, memory="contiguous"):
+        """A copy on the current device, in this memory layout."""
+        data, view, offset = _laid_out(array, memory)
+        dtype = getattr(self.torch, array.dtype.name)
+        strides = [stride // array.itemsize for stride in view.strides]
+        buffer = self.torch.from_numpy(data).to("cuda").view(dtype)
+        return buffer.as_strided(view.shape, strides, offset // array.itemsize)
+
+    def empty(self, shape):
+        return self.torch.empty(shape, device="cuda")
+
+    def broadcast(self, array, shape):
+        return array.expand(shape)
+
+    def read(self, tensor):
+        """A copy on the host, of any strides."""
+        tensor = tensor.cpu()
+        if tensor.dtype == self.torch.bfloat16:
+            return tensor.view(self.torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return tensor.numpy()
+
+    def devices(self):
+        return self.torch.cuda.device_count()
+
+    def device(self, number):
+        return self.torch.cuda.device(number)
+
+    def current_device(self):
+        return self.torch.cuda.current_device()
+
+    def device_of(self, tensor):
+        return tensor.device.index
+
+    def stream(self):
+        return self.torch.cuda.Stream()
+
+    def on(self, stream):
+        return self.torch.cuda.stream(stream)
+
+    def done(self, stream):
+        return stream.query()
+
+    def synchronize(self):
+        self.torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def busy(self, stream):
+        """The stream is busy for long enough: tenths of a second."""
+        with self.on(stream):
+            self.torch.cuda._sleep(1_000_000_000)
+        yield
+
+    def copy(self, target, source):
+        """Queue a copy on the current stream."""
+        target.copy_(source)
+
+    def spoil(self, tensor):
+        """Queue on the current stream that a tensor becomes NaN."""
+        tensor.fill_(float("nan"))
+
+    def capture(self, run):
+        """Capture a graph; return what launches it and what `run` returned."""
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            results = run()
+        return graph.replay, results
+
+    def allocated_bytes(self):
+        """What the library's allocator has handed out."""
+        return self.torch.cuda.memory_allocated()
+
+    def free_bytes(self):
+        """What is free on the device."""
+        return self.torch.cuda.mem_get_info()[0]
+
+
+LIBRARIES = {"cupy": CuPy, "torch": PyTorch, "emulated": Emulated}

@@ -1,0 +1,506 @@
+"""CUDA arrays of CuPy and PyTorch: results, streams, graphs, memory, devices.
+
+Where CUDA is emulated, what does not need a GPU runs on host memory that says it is a CUDA array.
+CARAFEPP_REQUIRE=cuda (or cuda_emulated) turns skips into failures.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import math
+import re
+import threading
+
+import numpy as np
+import pytest
+
+import carafepp
+from cases import BROADCAST_AXES, CASES, DTYPES, LAYOUTS, double, integer_arrays, random_arrays
+from cuda_libraries import BUILT_WITHOUT, EMULATED, LIBRARIES, connected
+from expected import assert_exact_results, assert_random_results
+from foreign import PretendedCUDA
+from functions import (
+    RESULTS,
+    arguments,
+    call,
+    call_into,
+    each_function,
+    each_input,
+    from_layout,
+    in_layout,
+)
+
+F32, CASE = DTYPES[0], CASES["groups_2"]
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SOME_CASES = ("up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up", "picture")
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request, require):
+    return connected(request.param, require)
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def gpu(request, require):
+    """A library on a real device."""
+    return connected(request.param, require)
+
+
+def problem(function, case=CASE, dtypes=F32):
+    """NumPy arrays, integers and the normaliser none: exact results."""
+    return arguments(function, case, integer_arrays(case, dtypes), normalizer="none")
+
+
+def placed(library, arrays, memory="contiguous"):
+    return [library.place(array, memory) for array in arrays]
+
+
+def nans_like(library, arrays, memory="contiguous"):
+    return tuple(library.place(np.full_like(array, np.nan), memory) for array in arrays)
+
+
+def read(library, arrays):
+    return tuple(library.read(array) for array in arrays)
+
+
+def assert_equal(results, expected):
+    for result, exact in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(double(result), double(exact))
+
+
+def out_of(outs):
+    return tuple(outs) if len(outs) == 2 else outs[0]
+
+
+def accepting(function, arrays, params):
+    """The implementations that take these arrays: nothing but kernels for CUDA."""
+    if "out" not in params:  # its layout matters too
+        params = {**params, "out": out_of(call(function, arrays, params))}
+    entries = carafepp.list_implementations(function, *arrays, **params)
+    names = [name for name, reason in entries if reason is None]
+    assert names, entries
+    assert all(re.search("_(cuda|sm[0-9]+)$", name) for name in names), names
+    return names
+
+
+@contextlib.contextmanager
+def by(implementation, *what):
+    """Run by this implementation, and name it if the test fails."""
+    try:
+        with carafepp.force_implementation(implementation):
+            yield
+    except AssertionError as error:
+        raise AssertionError(f"{implementation}, {', '.join(map(str, what))}: {error}") from error
+
+
+# Results
+
+
+@each_function
+@cases
+def test_every_implementation_is_right_for_every_dtype(case, function, library):
+    for dtypes, layout in itertools.product(DTYPES, ["NCHW", "NHWC"]):
+        for normalizer, arrays, check in (
+            ("none", integer_arrays(case, dtypes), assert_exact_results),
+            ("softmax", random_arrays(case, dtypes), assert_random_results),
+        ):
+            inputs, params = arguments(function, case, arrays, normalizer)
+            on_device = placed(library, in_layout(inputs, layout))
+            params["layout"] = layout
+            for name in accepting(function, on_device, params):
+                with by(name, dtypes, layout, normalizer):
+                    results = read(library, call(function, on_device, params))
+                    check(function, case, dtypes, from_layout(results, layout))
+
+
+@pytest.mark.parametrize("normalizer", ["sigmoid", "sigmoid_normalized"])
+@pytest.mark.parametrize("function", [f for f in RESULTS if "logits" in f or "normalize" in f])
+@pytest.mark.parametrize("name", SOME_CASES)
+def test_every_implementation_is_right_for_the_other_normalizers(
+    name, function, normalizer, library
+):
+    case = CASES[name]
+    for dtypes in DTYPES:
+        inputs, params = arguments(function, case, random_arrays(case, dtypes), normalizer)
+        on_device = placed(library, inputs)
+        for implementation in accepting(function, on_device, params):
+            with by(implementation, dtypes):
+                results = read(library, call(function, on_device, params))
+                assert_random_results(function, case, dtypes, results, normalizer)
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+@each_function
+def test_inputs_and_results_may_have_any_layout(function, memory, library):
+    if "flipped" in memory and not library.negative_strides:
+        pytest.skip("PyTorch has no negative strides")
+    for name, dtypes in itertools.product(SOME_CASES, DTYPES):
+        inputs, params = problem(function, CASES[name], dtypes)
+        expected = call(function, inputs, params)
+        on_device = placed(library, inputs, memory)
+        outs = nans_like(library, expected, memory)
+        for implementation in accepting(function, on_device, {**params, "out": out_of(outs)}):
+            outs = nans_like(library, expected, memory)
+            with by(implementation, name, dtypes):
+                call_into(function, on_device, params, outs)
+                assert_equal(read(library, outs), expected)
+
+
+@pytest.mark.parametrize("axes", BROADCAST_AXES.values(), ids=BROADCAST_AXES)
+@each_input
+def test_broadcast_inputs_are_read(function, index, axes, library):
+    inputs, params = problem(function)
+    shape = inputs[index].shape
+    first = inputs[index][tuple(slice(0, 1 if k in axes else None) for k in range(4))]
+    on_device = placed(library, inputs)
+    on_device[index] = library.broadcast(library.place(first), shape)
+    inputs = list(inputs)
+    inputs[index] = np.broadcast_to(first, shape)
+    results = read(library, call(function, on_device, params))
+    assert_equal(results, call(function, inputs, params))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@each_function
+def test_results_are_arrays_of_the_same_library_and_device(function, dtypes, library):
+    inputs, params = problem(function, dtypes=dtypes)
+    on_device = placed(library, inputs)
+    results = call(function, on_device, params)
+    for result, exact in zip(results, call(function, inputs, params), strict=True):
+        assert isinstance(result, library.Array)
+        assert result.device == on_device[0].device
+        assert library.read(result).dtype == exact.dtype
+        np.testing.assert_array_equal(double(library.read(result)), double(exact))
+
+
+@each_function
+def test_unbatched_arrays_give_unbatched_results(function, library):
+    inputs, params = problem(function)
+    inputs = [array[0] for array in inputs]
+    results = call(function, placed(library, inputs), params)
+    assert_equal(read(library, results), call(function, inputs, params))
+
+
+def test_repeated_runs_give_the_same_bits(library):
+    case = CASES["many_pixels"]
+    for function in RESULTS:
+        inputs, params = arguments(function, case, random_arrays(case, F32))
+        on_device = placed(library, inputs)
+        first = read(library, call(function, on_device, params))
+        for _ in range(3):
+            assert_equal(read(library, call(function, on_device, params)), first)
+
+
+def test_torch_channels_last_in_channels_last_out(require):
+    library = connected("torch", require)
+    for function in RESULTS:
+        inputs, params = problem(function)
+        on_device = placed(library, inputs, "nhwc")
+        results = call(function, on_device, params)
+        for result in results:
+            assert result.is_contiguous(memory_format=library.torch.channels_last)
+            assert not result.is_contiguous()
+        assert_equal(read(library, results), call(function, inputs, params))
+
+
+def test_out_may_not_overlap_an_input(library):
+    (features, masks), params = problem("reassemble", CASES["same_size"])
+    x, m = placed(library, (features, masks))
+    with pytest.raises(ValueError, match="output"):
+        carafepp.reassemble(x, m, **params, out=x)
+
+
+@pytest.mark.skipif(not EMULATED, reason="a hand-built array on a GPU")
+def test_read_only_inputs_are_read():
+    (features, masks), params = problem("reassemble")
+    x, m = (PretendedCUDA(array.copy(), read_only=True) for array in (features, masks))
+    output = carafepp.reassemble(x, m, **params)
+    assert_equal([output.array], call("reassemble", (features, masks), params))
+
+
+def test_arrays_on_the_cpu_do_not_mix(gpu):
+    (features, masks), params = problem("reassemble")
+    with pytest.raises(TypeError, match="library of features"):
+        carafepp.reassemble(gpu.place(features), masks, **params)
+
+
+def test_implementations_for_the_cpu_are_refused(library):
+    inputs, params = problem("reassemble")
+    on_device = placed(library, inputs)
+    sentence = "implementation reassemble_any_ref declines: "
+    with (
+        carafepp.force_implementation("reassemble_any_ref"),
+        pytest.raises(NotImplementedError, match=sentence),
+    ):
+        carafepp.reassemble(*on_device, **params)
+
+
+def test_a_missing_driver_is_reported():
+    if BUILT_WITHOUT or EMULATED:
+        pytest.skip("a build without real CUDA needs no driver")
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("there is a driver")
+    (features, masks), params = problem("reassemble")
+    with pytest.raises(RuntimeError, match=r"(?i)driver"):
+        carafepp.reassemble(PretendedCUDA(features), PretendedCUDA(masks), **params)
+
+
+# Streams
+
+
+@each_function
+def test_a_call_returns_while_its_own_stream_is_busy_and_sees_what_was_queued(function, gpu):
+    """Nothing is synchronised: neither when called nor between the work queued before and after."""
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    sources, outs = placed(gpu, inputs), nans_like(gpu, expected)
+    on_device = nans_like(gpu, inputs)
+    call_into(function, on_device, params, outs)  # loads the kernels
+    gpu.synchronize()
+    stream = gpu.stream()
+    with gpu.on(stream), gpu.busy(stream):
+        for target, source in zip(on_device, sources, strict=True):
+            gpu.copy(target, source)
+        call_into(function, on_device, params, outs)
+        for target in on_device:
+            gpu.spoil(target)
+        assert not gpu.done(stream)
+    stream.synchronize()
+    assert_equal(read(gpu, outs), expected)
+
+
+@each_function
+def test_a_call_waits_for_no_other_stream(function, gpu):
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    on_device, outs = placed(gpu, inputs), nans_like(gpu, expected)
+    call_into(function, on_device, params, outs)
+    for out in outs:
+        gpu.spoil(out)
+    gpu.synchronize()
+    own, other = gpu.stream(), gpu.stream()
+    with gpu.busy(other):
+        with gpu.on(own):
+            call_into(function, on_device, params, outs)
+        own.synchronize()
+        assert not gpu.done(other)
+    gpu.synchronize()
+    assert_equal(read(gpu, outs), expected)
+
+
+@each_function
+def test_arrays_may_be_freed_while_their_work_is_queued(function, gpu):
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    call(function, placed(gpu, inputs), params)
+    gpu.synchronize()
+    stream = gpu.stream()
+    with gpu.on(stream):
+        on_device = placed(gpu, inputs)
+        outs = nans_like(gpu, expected)
+        stream.synchronize()
+        with gpu.busy(stream):
+            call_into(function, on_device, params, outs)
+            shapes = [array.shape for array in on_device]
+            del on_device
+            for shape in shapes:  # in the memory that has just come free
+                gpu.spoil(gpu.empty(shape))
+        stream.synchronize()
+        assert_equal(read(gpu, outs), expected)
+
+
+def test_the_current_stream_may_be_the_default_one(gpu):
+    for function in RESULTS:
+        inputs, params = problem(function)
+        results = call(function, placed(gpu, inputs), params)
+        assert_equal(read(gpu, results), call(function, inputs, params))
+
+
+def test_cupy_per_thread_default_stream(require):
+    library = connected("cupy", require)
+    inputs, params = problem("reassemble")
+    with library.cupy.cuda.Stream.ptds:
+        results = call("reassemble", placed(library, inputs), params)
+        assert_equal(read(library, results), call("reassemble", inputs, params))
+
+
+def test_two_threads_have_a_stream_each(gpu):
+    problems = [problem("reassemble", CASES[name]) for name in ("up2", "down2")]
+    wrong = []
+
+    def work(inputs, params):
+        try:
+            (expected,) = call("reassemble", inputs, params)
+            with gpu.on(gpu.stream()):
+                on_device = placed(gpu, inputs)
+                for _ in range(200):
+                    output = carafepp.reassemble(*on_device, **params)
+                assert_equal(read(gpu, [output]), [expected])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=each) for each in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+
+
+class Bare:
+    """An array of a library that carafepp does not know."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, tuple(array.shape)
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@each_function
+def test_bare_dlpack_arrays_are_ordered_before_the_legacy_default_stream(function, gpu):
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    sources, outs = placed(gpu, inputs), nans_like(gpu, expected)
+    on_device = nans_like(gpu, inputs)
+    call_into(function, on_device, params, outs)
+    for out in outs:
+        gpu.spoil(out)
+    gpu.synchronize()
+    stream = gpu.stream()
+    with gpu.on(stream), gpu.busy(stream):
+        for target, source in zip(on_device, sources, strict=True):
+            gpu.copy(target, source)
+        call_into(function, [Bare(a) for a in on_device], params, [Bare(out) for out in outs])
+        assert not gpu.done(stream)
+    gpu.synchronize()
+    assert_equal(read(gpu, outs), expected)
+
+
+def test_torch_finds_no_synchronisation(require):
+    library = connected("torch", require)
+    cuda = library.torch.cuda
+    for function in RESULTS:
+        inputs, params = problem(function)
+        on_device = placed(library, inputs)
+        cuda.set_sync_debug_mode("error")
+        try:
+            results = call(function, on_device, params)
+        finally:
+            cuda.set_sync_debug_mode("default")
+        assert_equal(read(library, results), call(function, inputs, params))
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new results", "out"])
+@each_function
+def test_a_captured_graph_is_replayed_on_new_values(function, given, gpu):
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    on_device = nans_like(gpu, inputs)
+    if given:
+        params = {**params, "out": out_of(nans_like(gpu, expected))}
+    call(function, on_device, params)  # loads the kernels
+    gpu.synchronize()
+    replay, results = gpu.capture(lambda: call(function, on_device, params))
+    for factor in (1, -1):
+        values = [factor * array for array in inputs]
+        for target, source in zip(on_device, placed(gpu, values), strict=True):
+            gpu.copy(target, source)
+        replay()
+        gpu.synchronize()
+        params.pop("out", None)
+        assert_equal(read(gpu, results), call(function, values, params))
+
+
+# Memory
+
+
+@each_function
+def test_nothing_is_allocated_but_the_results(function, gpu):
+    inputs, params = problem(function, CASES["many_pixels"])
+    on_device = placed(gpu, inputs)
+    results = call(function, on_device, params)
+    sizes = [512 * math.ceil(gpu.read(result).nbytes / 512) for result in results]
+    gpu.synchronize()
+    allocated, free = gpu.allocated_bytes(), gpu.free_bytes()
+    call_into(function, on_device, params, results)
+    gpu.synchronize()
+    assert (gpu.allocated_bytes(), gpu.free_bytes()) == (allocated, free)
+    more = call(function, on_device, params)
+    assert gpu.allocated_bytes() == allocated + sum(sizes)
+    del more
+    assert gpu.allocated_bytes() == allocated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
+def test_arrays_of_more_than_2_31_elements(memory, gpu):
+    """3 x 32771 x 32771 float16 features, of which down=4093 reads 9 rows of 9 windows."""
+    h, w, down = 32771, 32771, 4093
+    assert 3 * h * w > 2**31
+    rng = np.random.default_rng(1)
+    features = np.zeros((1, 3, h, w), np.float16)
+    positions = np.add.outer(np.arange(9) * down, [-1, 0, 1]).reshape(-1)[1:]
+    features[:, :, positions[:, None], positions] = rng.integers(-4, 5, (1, 3, 26, 26))
+    masks = rng.integers(-2, 3, (1, 9, 9, 9)).astype(np.float16)
+    grad_output = rng.integers(-4, 5, (1, 3, 9, 9)).astype(np.float16)
+    x, m = gpu.place(features, memory), gpu.place(masks)
+    expected = carafepp.reassemble(features, masks, down=down)
+    np.testing.assert_array_equal(gpu.read(carafepp.reassemble(x, m, down=down)), expected)
+
+    gx, gm = carafepp.reassemble_backward(gpu.place(grad_output), x, m, down=down)
+    expected_gx, expected_gm = carafepp.reassemble_backward(grad_output, features, masks, down=down)
+    np.testing.assert_array_equal(gpu.read(gm), expected_gm)
+    assert np.array_equal(gpu.read(gx), expected_gx)
+
+
+@pytest.mark.slow
+def test_an_output_of_more_than_2_31_elements(gpu):
+    shape = (1, 5, 20741, 20729)
+    assert math.prod(shape) > 2**31
+    features = gpu.broadcast(gpu.place(np.full((1, 1, 1, 1), 3, np.float16)), shape)
+    masks = gpu.broadcast(gpu.place(np.full((1, 1, 1, 1), 2, np.float16)), (1, 1, *shape[2:]))
+    for channel in gpu.read(carafepp.reassemble(features, masks))[0]:
+        assert (channel == 6).all()
+
+
+# Devices
+
+
+@pytest.fixture
+def two_devices(gpu):
+    if gpu.devices() < 2:
+        pytest.skip("one device")
+    return gpu
+
+
+@each_function
+def test_work_is_done_on_the_device_of_the_arrays(function, two_devices):
+    """Whichever is current, which is then current still."""
+    gpu = two_devices
+    inputs, params = problem(function)
+    with gpu.device(1):
+        on_device = placed(gpu, inputs)
+        gpu.synchronize()
+    with gpu.device(0):
+        results = call(function, on_device, params)
+        assert gpu.current_device() == 0
+    assert all(gpu.device_of(result) == 1 for result in results)
+    assert_equal(read(gpu, results), call(function, inputs, params))
+
+
+def test_arrays_on_two_devices_do_not_mix(two_devices):
+    gpu = two_devices
+    (features, masks), params = problem("reassemble")
+    x = gpu.place(features)
+    with gpu.device(1):
+        m = gpu.place(masks)
+    with pytest.raises(ValueError, match=r"masks must be on the device of features \(cuda:0\)"):
+        carafepp.reassemble(x, m, **params)
