@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 
 import numpy as np
 
@@ -68,7 +69,9 @@ class CuPy:
     def __init__(self):
         _require_gpu_build()
         try:
-            import cupy
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no toolkit is installed
+                import cupy
         except ImportError as error:
             raise Missing("cuda", str(error)) from error
         if not cupy.cuda.is_available():

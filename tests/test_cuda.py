@@ -381,6 +381,7 @@ def test_bare_dlpack_arrays_are_ordered_before_the_legacy_default_stream(functio
     assert_equal(read(gpu, outs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_torch_finds_no_synchronisation(require):
     library = connected("torch", require)
     cuda = library.torch.cuda
