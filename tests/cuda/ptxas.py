@@ -1,7 +1,7 @@
 """Compile every CUDA source for some architectures and hold the kernels to a budget.
 
 No spills, no local memory, and no more registers than let so many threads run at once that loads
-are hidden: two blocks of 256 on a multiprocessor, or three of 128. Needs nvcc: the one given, on the PATH, or from PyPI.
+are hidden: two blocks of 256 on a multiprocessor, or three of 128. Needs nvcc.
 
     python tests/cuda/ptxas.py [--nvcc NVCC] [--architectures 75,80,90,100,120]
 """
