@@ -84,8 +84,14 @@ constexpr Implementation kCudaReassembleWithLogits[] = {
     {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble},
     {}};
 constexpr Implementation kCudaGradFeatures[] = {{"grad_features_any_cuda", takes_all, cuda::grad_features}, {}};
-constexpr Implementation kCudaGradMasks[] = {{"grad_masks_any_cuda", takes_all, cuda::grad_masks}, {}};
-constexpr Implementation kCudaGradLogits[] = {{"grad_logits_any_cuda", takes_all, cuda::grad_masks}, {}};
+constexpr Implementation kCudaGradMasks[] = {
+    {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
+    {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
+    {}};
+constexpr Implementation kCudaGradLogits[] = {
+    {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
+    {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
+    {}};
 constexpr Implementation kCudaNormalizeMasks[] = {{"normalize_masks_any_cuda", takes_all, cuda::normalize_masks}, {}};
 constexpr Implementation kCudaNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_cuda", takes_all, cuda::grad_masks}, {}};

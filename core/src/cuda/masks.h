@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The masks of some outputs in shared memory, copied or normalised from logits: what every kernel begins with. Outputs
-// are numbered row by row, `width` in a row: those of the result or, of logits, all their sub-pixels.
+// Masks, copied or normalised from logits: of some outputs in shared memory, or of one in the registers of a thread. It
+// is what every kernel begins with. Outputs are numbered row by row, `width` in a row: those of the result or, of
+// logits, all their sub-pixels.
 #pragma once
 
 #include "cuda/platform.h"
@@ -63,6 +64,32 @@ __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t 
     for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
         normalize(p.normalizer, to + q, p.taps(), pitch, 1, scratch);
     __syncthreads();
+}
+
+// The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers.
+template <int K, class M>
+__device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
+                                          float (&taps)[K * K]) {
+#pragma unroll
+    for (int t = 0; t < K * K; t++) taps[t] = widen(from[t * step]);
+    if (!from_logits || normalizer == CARAFEPP_NONE) return;
+    if (normalizer != CARAFEPP_SOFTMAX) {
+#pragma unroll
+        for (int t = 0; t < K * K; t++)
+            taps[t] = normalizer == CARAFEPP_SIGMOID ? sigmoid(taps[t]) : log_sigmoid(taps[t]);
+        if (normalizer == CARAFEPP_SIGMOID) return;
+    }
+    float largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) largest = taps[t] > largest ? taps[t] : largest;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        taps[t] = expf(taps[t] - largest);
+        sum += taps[t];
+    }
+    const float scale = 1 / sum;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) taps[t] *= scale;
 }
 
 // How many outputs' masks fit into shared memory, `tiles` times.

@@ -17,32 +17,6 @@ struct Cut {
     int64_t tiles, chunks;  // of sources in an image, of channels in a group
 };
 
-// The masks of one output, `step` apart: loaded, and normalised if they are logits.
-template <int K, class M>
-__device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
-                                          float (&taps)[K * K]) {
-#pragma unroll
-    for (int t = 0; t < K * K; t++) taps[t] = widen(from[t * step]);
-    if (!from_logits || normalizer == CARAFEPP_NONE) return;
-    if (normalizer != CARAFEPP_SOFTMAX) {
-#pragma unroll
-        for (int t = 0; t < K * K; t++)
-            taps[t] = normalizer == CARAFEPP_SIGMOID ? sigmoid(taps[t]) : log_sigmoid(taps[t]);
-        if (normalizer == CARAFEPP_SIGMOID) return;
-    }
-    float largest = -INFINITY, sum = 0;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) largest = taps[t] > largest ? taps[t] : largest;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        taps[t] = expf(taps[t] - largest);
-        sum += taps[t];
-    }
-    const float scale = 1 / sum;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) taps[t] *= scale;
-}
-
 // One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
 template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits for up x2 with adjacent columns. The warps of a block have the same sources, a lane
+// one, and a part of the channels each: contract the window of a source with the gradients of its four outputs, all
+// sums in registers; add the warps' sums, always in the same order, so that each warp holds one of the four outputs;
+// carry that through the normaliser, whose masks are computed anew, and write it.
+#include "cuda/masks.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
+constexpr int kSources = 32;                  // of a block: the lanes of a warp
+constexpr int kBlock = kOutputs * kSources;   // threads
+
+// sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
+template <int K, bool Inside, class T>
+__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
+                                         float (&sums)[kOutputs][K * K]) {
+    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
+    const T* grads = element<const T>(p.grad_output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
+    const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
+#pragma unroll 1
+    for (int64_t end = c + channels; c < end; c++, window += p.features.stride_c, grads += p.grad_output.stride_c) {
+        const float grad[kOutputs] = {widen(grads[0]), two_columns ? widen(grads[1]) : 0.0f,
+                                      two_rows ? widen(grads[p.grad_output.stride_h]) : 0.0f,
+                                      two_rows && two_columns ? widen(grads[p.grad_output.stride_h + 1]) : 0.0f};
+        const T* row = window;
+#pragma unroll
+        for (int a = 0; a < K; a++, row += p.features.stride_h) {
+#pragma unroll
+            for (int b = 0; b < K; b++) {
+                const bool inside = Inside || (i + a >= K / 2 && i + a < p.features.h + K / 2 && j + b >= K / 2 &&
+                                               j + b < p.features.w + K / 2);
+                const float feature = inside ? widen(row[b]) : 0.0f;
+#pragma unroll
+                for (int o = 0; o < kOutputs; o++) sums[o][a * K + b] += grad[o] * feature;
+            }
+        }
+    }
+}
+
+// The gradient of an output's masks to that of its logits.
+template <int K, class M>
+__device__ __forceinline__ void through_normalizer(const M* logits, int64_t step, carafepp_normalizer normalizer,
+                                                   float (&grad)[K * K]) {
+    if (normalizer == CARAFEPP_NONE) return;
+    float masks[K * K], mean = 0;
+    load_taps<K>(logits, step, true, normalizer, masks);
+#pragma unroll
+    for (int t = 0; t < K * K; t++) mean += masks[t] * grad[t];
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        if (normalizer == CARAFEPP_SIGMOID) {
+            grad[t] *= masks[t] * (1 - masks[t]);
+        } else {
+            grad[t] = masks[t] * (grad[t] - mean);
+            if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) grad[t] *= sigmoid(-widen(logits[t * step]));
+        }
+    }
+}
+
+// Conversions of halves take registers that a third block would miss.
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
+    grad_masks_nchw_kernel(Problem p, int64_t tiles) {
+    constexpr int kTaps = K * K;
+    float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
+    const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
+    const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kOutputs - 1) / kOutputs;
+    const int64_t items = p.result.n * p.groups * tiles;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const Output source = output_at(tile.remainder * kSources + lane, p.features.w);
+        const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
+        const bool exists = i < p.features.h && i * kUp < p.out_h && j * kUp < p.out_w;
+        const bool inside = i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
+
+        float sums[kOutputs][kTaps] = {};
+        const int64_t first = warp * share, c = group * channels_in_group + first;
+        const int64_t channels = min(share, channels_in_group - first);
+        if (exists && inside) {
+            contract<K, true, T>(p, n, c, channels, i, j, sums);
+        } else if (exists) {
+            contract<K, false, T>(p, n, c, channels, i, j, sums);
+        }
+
+        float grad[kTaps] = {};  // of output `warp`
+#pragma unroll
+        for (int o = 0; o < kOutputs; o++) {
+#pragma unroll
+            for (int t = 0; t < kTaps; t++) shared[(warp * kTaps + t) * kSources + lane] = sums[o][t];
+            __syncthreads();
+            if (warp == o) {
+#pragma unroll
+                for (int t = 0; t < kTaps; t++) {
+                    for (int w = 0; w < kOutputs; w++) grad[t] += shared[(w * kTaps + t) * kSources + lane];
+                }
+            }
+            __syncthreads();
+        }
+
+        const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
+        const bool computed = output.i < p.out_h && output.j < p.out_w;  // else a crop leaves it out
+        if (i >= p.features.h || (!computed && !p.from_logits)) continue;
+        const int64_t taps_apart = p.from_logits ? kOutputs : 1;
+        if (computed) {
+#pragma unroll
+            for (int t = 0; t < kTaps; t++) {  // 0 beyond a border, whatever the gradient there
+                const int y = i + t / K - K / 2, x = j + t % K - K / 2;
+                if (y < 0 || x < 0 || y >= p.features.h || x >= p.features.w) grad[t] = 0;
+            }
+            if (p.from_logits) {
+                through_normalizer<K>(mask_at<const M>(p, p.logits, n, group, 0, output),
+                                      taps_apart * p.logits.stride_c, p.normalizer, grad);
+            }
+        }
+        M* const to = mask_at<M>(p, p.result, n, group, 0, output);
+#pragma unroll
+        for (int t = 0; t < kTaps; t++) to[t * taps_apart * p.result.stride_c] = narrow<M>(computed ? grad[t] : 0.0f);
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (!std::is_same_v<T, double>) {
+            const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
+            launch(grad_masks_nchw_kernel<K, T, M>, p.result.n * p.groups * tiles, kBlock,
+                   kBlock * K * K * int64_t{sizeof(float)}, p.stream, p, tiles);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_grad_masks_nchw(const Problem& p) {
+    if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
+    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (p.features.stride_w != 1 || p.grad_output.stride_w != 1) return "columns are not adjacent";
+    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
+    return nullptr;
+}
+
+void grad_masks_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda
