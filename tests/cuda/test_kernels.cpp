@@ -1,0 +1,840 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels on the emulator, through the C ABI: every implementation that the lists name, forced, on a table of
+// cases, against the formulas of carafepp.h as plain loops in double. Small integers must give the exact result, other
+// numbers one within the bounds of tests/tolerances.py; in every order of threads the same bits.
+//
+//     test_kernels [cpu] [--stop]    on CPU tensors instead; end at the first failure
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "carafepp/carafepp.h"
+#include "dtypes.h"
+#include "emulation.h"
+#include "harness.h"
+
+namespace {
+
+using carafepp::with_type;
+using carafepp::emulation::Order;
+
+carafepp_device device = CARAFEPP_CUDA;
+bool stop_at_first = false;
+
+// ---- cases ----
+
+using Shape = std::vector<int64_t>;  // N, C, H, W
+using Numbers = std::vector<double>;
+
+struct Case {
+    const char* name;
+    int64_t n, c, h, w;
+    int up, down, kernel_size, groups;
+    int64_t crop_h = -1, crop_w = -1;
+
+    int64_t natural(int64_t size) const { return (size * up + down - 1) / down; }
+    int64_t out_h() const { return crop_h < 0 ? natural(h) : crop_h; }
+    int64_t out_w() const { return crop_w < 0 ? natural(w) : crop_w; }
+    int64_t cells_h() const { return (h + down - 1) / down; }
+    int64_t cells_w() const { return (w + down - 1) / down; }
+    int64_t taps() const { return int64_t{kernel_size} * kernel_size; }
+
+    Shape features() const { return {n, c, h, w}; }
+    Shape output() const { return {n, c, out_h(), out_w()}; }
+    Shape masks() const { return {n, groups * taps(), out_h(), out_w()}; }
+    Shape logits() const { return {n, groups * taps() * up * up, cells_h(), cells_w()}; }
+};
+
+const Case kCases[] = {
+    // name, N, C, H, W, up, down, K, groups, crop
+    {"up2", 2, 17, 5, 7, 2, 1, 5, 1},
+    {"down2", 2, 17, 8, 9, 1, 2, 5, 1},
+    {"same_size", 1, 32, 6, 7, 1, 1, 3, 1},
+    {"up3", 1, 3, 4, 5, 3, 1, 5, 1},
+    {"down3", 1, 17, 10, 11, 1, 3, 5, 1},
+    {"up4", 1, 3, 3, 4, 4, 1, 5, 1},
+    {"ratio_3_2", 1, 6, 5, 6, 3, 2, 3, 2},
+    {"ratio_2_3", 1, 6, 7, 8, 2, 3, 3, 3},
+    {"ratio_2_2", 1, 3, 5, 7, 2, 2, 3, 1},
+    {"up5", 1, 3, 3, 3, 5, 1, 3, 1},
+    {"up9", 1, 1, 2, 3, 9, 1, 3, 1},
+    {"down9", 1, 3, 20, 19, 1, 9, 3, 1},
+    {"down9_k13", 1, 1, 20, 19, 1, 9, 13, 1},
+    {"k1", 1, 17, 5, 6, 2, 1, 1, 1},
+    {"k1_down2", 2, 3, 5, 6, 1, 2, 1, 1},
+    {"k7", 1, 3, 9, 8, 2, 1, 7, 1},
+    {"k7_down2", 1, 3, 9, 8, 1, 2, 7, 1},
+    {"k13", 1, 3, 5, 16, 1, 1, 13, 1},
+    {"k31", 1, 2, 4, 5, 1, 1, 31, 1},
+    {"k31_up2", 1, 1, 2, 17, 2, 1, 31, 1},
+    {"k31_down2", 1, 3, 3, 33, 1, 2, 31, 1},
+    {"groups_2", 2, 32, 4, 5, 2, 1, 3, 2},
+    {"groups_2_k5", 1, 64, 3, 9, 2, 1, 5, 2},
+    {"groups_3_of_17", 1, 51, 3, 4, 2, 1, 3, 3},
+    {"groups_of_one", 1, 3, 4, 5, 2, 1, 3, 3},
+    {"groups_down2", 1, 34, 5, 6, 1, 2, 3, 2},
+    {"one_channel", 2, 1, 4, 5, 2, 1, 5, 1},
+    {"channels_33", 1, 33, 3, 4, 2, 1, 3, 1},
+    {"channels_64_down2", 1, 64, 5, 6, 1, 2, 3, 1},
+    {"channels_130", 1, 130, 2, 3, 2, 1, 3, 1},
+    {"one_pixel", 1, 1, 1, 1, 1, 1, 1, 1},
+    {"one_pixel_up2", 1, 17, 1, 1, 2, 1, 5, 1},
+    {"one_row", 1, 3, 1, 37, 2, 1, 5, 1},
+    {"one_column", 1, 3, 37, 1, 2, 1, 5, 1},
+    {"wide", 1, 2, 2, 301, 2, 1, 3, 1},
+    {"wide_down2", 1, 2, 3, 301, 1, 2, 3, 1},
+    {"tall", 1, 2, 131, 2, 1, 1, 3, 1},
+    {"many_images", 19, 2, 2, 3, 2, 1, 3, 1},
+    {"crop_up2", 2, 3, 4, 5, 2, 1, 5, 1, 7, 9},
+    {"crop_down2", 1, 3, 9, 11, 1, 2, 5, 1, 4, 5},
+    {"crop_ratio", 1, 6, 5, 6, 3, 2, 3, 2, 7, 8},
+    {"crop_rows", 1, 17, 9, 4, 2, 1, 3, 1, 2, 8},
+    {"crop_to_one", 2, 3, 4, 5, 2, 1, 3, 1, 1, 1},
+    {"crop_of_up13", 1, 2, 2, 3, 13, 1, 3, 1, 3, 17},
+    {"no_images", 0, 3, 4, 5, 2, 1, 3, 1},
+    {"no_channels", 2, 0, 4, 5, 2, 1, 3, 1},
+    {"no_channels_in_groups", 1, 0, 4, 5, 1, 2, 3, 2},
+    {"no_rows", 1, 3, 0, 5, 2, 1, 3, 1},
+    {"no_columns", 1, 3, 5, 0, 1, 2, 3, 1},
+    {"empty_crop", 1, 3, 4, 5, 2, 1, 3, 1, 0, 0},
+    {"empty_crop_rows", 1, 3, 4, 5, 2, 1, 3, 1, 0, 10},
+};
+
+struct Dtypes {
+    carafepp_dtype features, masks;
+};
+
+const Dtypes kDtypes[] = {
+    {CARAFEPP_FLOAT32, CARAFEPP_FLOAT32},   {CARAFEPP_FLOAT64, CARAFEPP_FLOAT64}, {CARAFEPP_FLOAT16, CARAFEPP_FLOAT16},
+    {CARAFEPP_BFLOAT16, CARAFEPP_BFLOAT16}, {CARAFEPP_FLOAT16, CARAFEPP_FLOAT32}, {CARAFEPP_BFLOAT16, CARAFEPP_FLOAT32},
+};
+
+const char* name_of(carafepp_dtype dtype) {
+    switch (dtype) {
+        case CARAFEPP_FLOAT32: return "float32";
+        case CARAFEPP_FLOAT64: return "float64";
+        case CARAFEPP_FLOAT16: return "float16";
+        default: return "bfloat16";
+    }
+}
+
+// How an array of axes N, C, H, W lies in memory.
+struct Layout {
+    const char* name;
+    int order[4];                // the axes from the outermost to the innermost
+    int step[4] = {1, 1, 1, 1};  // this and what follows: of axes N, C, H, W
+    int before[4] = {}, behind[4] = {};
+    bool flipped[4] = {};
+    int offset = 0;                // of elements, from an address that is aligned to 16 bytes
+    bool any_unit_stride = false;  // axes of one element, along which no step is taken, have an absurd stride
+};
+
+const Layout kNchw = {"nchw", {0, 1, 2, 3}};
+const Layout kNhwc = {"nhwc", {0, 2, 3, 1}};
+const Layout kOddLayouts[] = {
+    {"nchw one element further", {0, 1, 2, 3}, {1, 1, 1, 1}, {}, {}, {}, 1},
+    {"nhwc one element further", {0, 2, 3, 1}, {1, 1, 1, 1}, {}, {}, {}, 1},
+    {"a window of a picture", {0, 1, 2, 3}, {1, 1, 1, 1}, {0, 0, 1, 2}, {0, 0, 1, 1}},
+    {"some channels of nchw", {0, 1, 2, 3}, {1, 1, 1, 1}, {0, 1, 0, 0}, {0, 2, 0, 0}},
+    {"some channels of nhwc", {0, 2, 3, 1}, {1, 1, 1, 1}, {0, 2, 0, 0}, {0, 1, 0, 0}},
+    {"sixteen channels more", {0, 2, 3, 1}, {1, 1, 1, 1}, {0, 0, 0, 0}, {0, 16, 0, 0}},
+    {"every other channel", {0, 1, 2, 3}, {1, 2, 1, 1}},
+    {"every other channel of nhwc", {0, 2, 3, 1}, {1, 2, 1, 1}},
+    {"every other row", {0, 1, 2, 3}, {1, 1, 2, 1}},
+    {"every third column", {0, 1, 2, 3}, {1, 1, 1, 3}},
+    {"transposed pictures", {0, 1, 3, 2}},
+    {"all axes in reverse", {3, 2, 1, 0}},
+    {"images innermost", {1, 2, 3, 0}},
+    {"flipped", {0, 1, 2, 3}, {1, 1, 1, 1}, {}, {}, {true, true, true, true}},
+    {"flipped columns", {0, 1, 2, 3}, {1, 1, 1, 1}, {}, {}, {false, false, false, true}},
+    {"flipped nhwc", {0, 2, 3, 1}, {1, 1, 1, 1}, {}, {}, {false, true, true, true}},
+    {"any unit strides", {0, 1, 2, 3}, {1, 1, 1, 1}, {}, {}, {}, 0, true},
+};
+
+// ---- arrays ----
+
+int64_t count(const Shape& shape) { return shape[0] * shape[1] * shape[2] * shape[3]; }
+
+// Rounded to a dtype.
+double rounded(double number, carafepp_dtype dtype) {
+    with_type(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        number = carafepp::widen(carafepp::narrow<T>(static_cast<carafepp::Accumulator<T>>(number)));
+    });
+    return number;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGuardBytes = 0;  // the ends of the heap block are watched
+#else
+constexpr int64_t kGuardBytes = 64;
+#endif
+constexpr char kUnset = -1;  // in every byte: NaN in all dtypes
+
+// An array in a block of memory that begins and ends with it. All bytes that are not its elements are kUnset.
+class Array {
+public:
+    Array(const Shape& shape, carafepp_dtype dtype, const Layout& layout) : shape_(shape), dtype_(dtype) {
+        int64_t stride = 1, first = layout.offset;
+        for (int k = 3; k >= 0; k--) {
+            const int axis = layout.order[k];
+            const int64_t size = shape[static_cast<size_t>(axis)];
+            const bool unit = size == 1 && layout.any_unit_stride;
+            first += layout.before[axis] * stride;
+            strides_[axis] = unit ? 12345 : stride * layout.step[axis];
+            stride *= layout.before[axis] + std::max<int64_t>(size, 1) * layout.step[axis] + layout.behind[axis];
+            if (layout.flipped[axis] && size > 0) {
+                first += (size - 1) * strides_[axis];
+                strides_[axis] = -strides_[axis];
+            }
+        }
+        if (count(shape) == 0) return;
+        int64_t lowest = first, highest = first;
+        for (int axis = 0; axis < 4; axis++) {
+            const int64_t extent = (shape[static_cast<size_t>(axis)] - 1) * strides_[axis];
+            (extent < 0 ? lowest : highest) += extent;
+        }
+        const int64_t skipped = lowest % (16 / carafepp::itemsize(dtype));  // where it would be in a vector
+        const int64_t elements = skipped + highest - lowest + 1;
+        bytes_.assign(static_cast<size_t>(2 * kGuardBytes + elements * carafepp::itemsize(dtype)), kUnset);
+        bytes_.shrink_to_fit();
+        data_ = bytes_.data() + kGuardBytes + (skipped + first - lowest) * carafepp::itemsize(dtype);
+    }
+
+    // In memory of somebody else.
+    Array(const Shape& shape, carafepp_dtype dtype, char* data, const int64_t (&strides)[4])
+        : shape_(shape), dtype_(dtype), data_(data) {
+        std::copy_n(strides, 4, strides_);
+    }
+
+    Array(const Array&) = delete;
+
+    carafepp_tensor tensor(bool channels_last) const {
+        carafepp_tensor tensor{};
+        tensor.data = data_;
+        tensor.dtype = dtype_;
+        tensor.device = device;
+        tensor.ndim = 4;
+        for (int axis = 0; axis < 4; axis++) {
+            const int place = !channels_last || axis == 0 ? axis : axis == 1 ? 3 : axis - 1;
+            tensor.shape[place] = shape_[static_cast<size_t>(axis)];
+            tensor.strides[place] = strides_[axis];
+        }
+        return tensor;
+    }
+
+    void write(const Numbers& numbers) {
+        for_each([&](auto* element, size_t k) {
+            using T = std::remove_reference_t<decltype(*element)>;
+            *element = carafepp::narrow<T>(static_cast<carafepp::Accumulator<T>>(numbers[k]));
+        });
+    }
+
+    Numbers read() const {
+        Numbers numbers(static_cast<size_t>(count(shape_)));
+        for_each([&](auto* element, size_t k) { numbers[k] = carafepp::widen(*element); });
+        return numbers;
+    }
+
+    void unset() {
+        for_each([&](auto* element, size_t) { std::memset(element, kUnset, sizeof *element); });
+    }
+
+    // Whether no byte beside the elements has changed.
+    bool is_alone() const {
+        Array elements_unset(*this, bytes_);
+        elements_unset.unset();
+        const std::vector<char>& bytes = elements_unset.bytes_;
+        return std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte == kUnset; });
+    }
+
+    const std::vector<char>& bytes() const { return bytes_; }
+    carafepp_dtype dtype() const { return dtype_; }
+
+private:
+    Array(const Array& other, const std::vector<char>& bytes)
+        : shape_(other.shape_), dtype_(other.dtype_), bytes_(bytes) {
+        std::copy_n(other.strides_, 4, strides_);
+        if (!bytes.empty()) data_ = bytes_.data() + (other.data_ - other.bytes_.data());
+    }
+
+    template <class F>
+    void for_each(F f) const {
+        with_type(dtype_, [&](auto type) {
+            using T = typename decltype(type)::type;
+            size_t k = 0;
+            for (int64_t n = 0; n < shape_[0]; n++)
+                for (int64_t c = 0; c < shape_[1]; c++)
+                    for (int64_t h = 0; h < shape_[2]; h++)
+                        for (int64_t w = 0; w < shape_[3]; w++)
+                            f(reinterpret_cast<T*>(data_) + n * strides_[0] + c * strides_[1] + h * strides_[2] +
+                                  w * strides_[3],
+                              k++);
+        });
+    }
+
+    Shape shape_;
+    carafepp_dtype dtype_;
+    int64_t strides_[4] = {};
+    std::vector<char> bytes_;
+    char* data_ = nullptr;
+};
+
+// ---- the definition ----
+
+// A result, and the sum of the magnitudes of the products that it consists of.
+struct Sums {
+    Numbers value, magnitude;
+    explicit Sums(const Shape& shape) : value(static_cast<size_t>(count(shape))), magnitude(value.size()) {}
+    void add(size_t at, double a, double b) {
+        value[at] += a * b;
+        magnitude[at] += std::abs(a * b);
+    }
+};
+
+// Calls f(output, mask, feature) with the indices of every output and each of its taps that lies inside the border.
+template <class F>
+void for_each_term(const Case& p, F f) {
+    const int64_t k = p.kernel_size, r = k / 2;
+    for (int64_t n = 0; n < p.n; n++)
+        for (int64_t c = 0; c < p.c; c++)
+            for (int64_t oi = 0; oi < p.out_h(); oi++)
+                for (int64_t oj = 0; oj < p.out_w(); oj++)
+                    for (int64_t a = -r; a <= r; a++)
+                        for (int64_t b = -r; b <= r; b++) {
+                            const int64_t i = oi * p.down / p.up + a, j = oj * p.down / p.up + b;
+                            if (i < 0 || i >= p.h || j < 0 || j >= p.w) continue;
+                            const int64_t g = c / (p.c / p.groups);
+                            const int64_t channel = n * p.groups * p.taps() + g * p.taps() + (a + r) * k + b + r;
+                            f(static_cast<size_t>(((n * p.c + c) * p.out_h() + oi) * p.out_w() + oj),
+                              static_cast<size_t>((channel * p.out_h() + oi) * p.out_w() + oj),
+                              static_cast<size_t>(((n * p.c + c) * p.h + i) * p.w + j));
+                        }
+}
+
+Sums reassemble(const Case& p, const Numbers& features, const Numbers& masks) {
+    Sums output(p.output());
+    for_each_term(p, [&](size_t y, size_t m, size_t x) { output.add(y, masks[m], features[x]); });
+    return output;
+}
+
+Sums grad_features(const Case& p, const Numbers& grad_output, const Numbers& masks) {
+    Sums grad(p.features());
+    for_each_term(p, [&](size_t y, size_t m, size_t x) { grad.add(x, grad_output[y], masks[m]); });
+    return grad;
+}
+
+Sums grad_masks(const Case& p, const Numbers& grad_output, const Numbers& features) {
+    Sums grad(p.masks());
+    for_each_term(p, [&](size_t y, size_t m, size_t x) { grad.add(m, grad_output[y], features[x]); });
+    return grad;
+}
+
+// Calls f(masks, logits) for every output and group: the indices of its taps.
+template <class F>
+void for_each_window(const Case& p, F f) {
+    const size_t taps = static_cast<size_t>(p.taps());
+    std::vector<size_t> masks(taps), logits(taps);
+    for (int64_t n = 0; n < p.n; n++)
+        for (int64_t g = 0; g < p.groups; g++)
+            for (int64_t oi = 0; oi < p.out_h(); oi++)
+                for (int64_t oj = 0; oj < p.out_w(); oj++) {
+                    for (int64_t t = 0; t < p.taps(); t++) {
+                        const int64_t channel = (n * p.groups + g) * p.taps() + t;
+                        const int64_t shuffled = (channel * p.up + oi % p.up) * p.up + oj % p.up;
+                        masks[static_cast<size_t>(t)] = static_cast<size_t>((channel * p.out_h() + oi) * p.out_w() +
+                                                                            oj);
+                        logits[static_cast<size_t>(t)] = static_cast<size_t>(
+                            (shuffled * p.cells_h() + oi / p.up) * p.cells_w() + oj / p.up);
+                    }
+                    f(masks, logits);
+                }
+}
+
+double sigmoid(double logit) { return 1 / (1 + std::exp(-logit)); }
+
+// log(sigmoid(logit)) without overflow.
+double log_sigmoid(double logit) { return std::min(logit, 0.0) - std::log1p(std::exp(-std::abs(logit))); }
+
+Numbers normalized(Numbers taps, carafepp_normalizer normalizer) {
+    if (normalizer == CARAFEPP_NONE) return taps;
+    if (normalizer == CARAFEPP_SIGMOID) {
+        for (double& tap : taps) tap = sigmoid(tap);
+        return taps;
+    }
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
+        for (double& tap : taps) tap = log_sigmoid(tap);
+    }
+    double largest = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (double tap : taps) largest = std::max(largest, tap);
+    for (double& tap : taps) sum += tap = std::exp(tap - largest);
+    for (double& tap : taps) tap /= sum;
+    return taps;
+}
+
+Sums normalize_masks(const Case& p, const Numbers& logits, carafepp_normalizer normalizer) {
+    Sums result(p.masks());
+    for_each_window(p, [&](const std::vector<size_t>& masks_at, const std::vector<size_t>& logits_at) {
+        Numbers taps;
+        for (size_t at : logits_at) taps.push_back(logits[at]);
+        taps = normalized(taps, normalizer);
+        for (size_t t = 0; t < taps.size(); t++) result.add(masks_at[t], taps[t], 1);
+    });
+    return result;
+}
+
+// The magnitude of the factor 1 - sigmoid is 1, as it may be computed by that subtraction.
+Sums normalize_masks_backward(const Case& p, const Sums& grad_masks, const Numbers& logits,
+                              carafepp_normalizer normalizer) {
+    Sums result(p.logits());
+    for_each_window(p, [&](const std::vector<size_t>& masks_at, const std::vector<size_t>& logits_at) {
+        Numbers taps;
+        for (size_t at : logits_at) taps.push_back(logits[at]);
+        const Numbers masks = normalized(taps, normalizer);
+        const bool has_sum = normalizer == CARAFEPP_SOFTMAX || normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+        double mean = 0, mean_magnitude = 0;
+        for (size_t t = 0; has_sum && t < taps.size(); t++) {
+            mean += masks[t] * grad_masks.value[masks_at[t]];
+            mean_magnitude += std::abs(masks[t]) * grad_masks.magnitude[masks_at[t]];
+        }
+        for (size_t t = 0; t < taps.size(); t++) {
+            const double weight = normalizer == CARAFEPP_NONE ? 1 : masks[t];
+            const bool has_sigmoid = normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+            const double slope = has_sigmoid ? sigmoid(-taps[t]) : 1;
+            result.value[logits_at[t]] = weight * (grad_masks.value[masks_at[t]] - mean) * slope;
+            result.magnitude[logits_at[t]] = weight * (grad_masks.magnitude[masks_at[t]] + mean_magnitude);
+        }
+    });
+    return result;
+}
+
+// ---- bounds: tests/tolerances.py ----
+
+enum class Bound { kExact, kPlain, kFromLogits, kNormalized };
+
+bool within(double actual, double expected, double magnitude, Bound bound, carafepp_dtype dtype, int kernel_size) {
+    if (std::isnan(expected) || std::isinf(expected) || bound == Bound::kExact) {
+        expected = rounded(expected, dtype);
+        return actual == expected || (std::isnan(actual) && std::isnan(expected));
+    }
+    const bool half = dtype == CARAFEPP_FLOAT16 || dtype == CARAFEPP_BFLOAT16;
+    const double eps = std::ldexp(1, dtype == CARAFEPP_FLOAT64   ? -52
+                                     : dtype == CARAFEPP_FLOAT32 ? -23
+                                     : dtype == CARAFEPP_FLOAT16 ? -10
+                                                                 : -7);
+    const double smallest = std::ldexp(1, dtype == CARAFEPP_FLOAT64   ? -1074
+                                          : dtype == CARAFEPP_FLOAT32 ? -149
+                                          : dtype == CARAFEPP_FLOAT16 ? -24
+                                                                      : -133);
+    const double c = half ? (bound == Bound::kNormalized ? 0.5 : 2) : bound == Bound::kPlain ? 6 : 8 + 2 * kernel_size;
+    return std::abs(actual - expected) <= eps * (c * magnitude + std::abs(expected) / 2) + smallest;
+}
+
+// ---- calls ----
+
+// What is being run, for reports.
+struct {
+    const char* name = "";
+    Dtypes dtypes{};
+    const char *values = "", *layout = "", *function = "", *normalizer = "", *implementation = "", *order = "";
+} now;
+
+void print_now() {
+    std::printf("    in %s, %s with %s masks, %s, %s, %s %s, %s, threads %s\n", now.name, name_of(now.dtypes.features),
+                name_of(now.dtypes.masks), now.values, now.layout, now.function, now.normalizer, now.implementation,
+                now.order);
+    std::fflush(stdout);
+}
+
+void report(const char* what) {
+    failures_here++;
+    if (failures_here <= 20) {
+        std::printf("FAILED: %s\n", what);
+        print_now();
+    }
+    if (stop_at_first) std::exit(1);
+}
+
+std::map<std::string, int> runs;  // of each implementation that a list has named
+
+struct Result {
+    Array* array;
+    Bound bound;
+    carafepp_dtype bound_dtype;  // of the bound, that may be wider than that of the array
+    Sums expected;
+    bool wanted = true;
+};
+
+struct Setting {
+    const char* name;
+    carafepp::emulation::Settings settings;
+};
+
+// Copies are deferred in half of them.
+const Setting kSettings[] = {{"forward", {Order::kForward, 0, false}},
+                             {"reverse", {Order::kReverse, 0, true}},
+                             {"random (1)", {Order::kRandom, 1, false}},
+                             {"random (2)", {Order::kRandom, 2, true}}};
+
+carafepp_status invoke(carafepp_function function, const carafepp_params& params,
+                       const std::vector<const carafepp_tensor*>& t) {
+    switch (function) {
+        case CARAFEPP_REASSEMBLE: return carafepp_reassemble(&params, t[0], t[1], t[2], nullptr);
+        case CARAFEPP_REASSEMBLE_BACKWARD:
+            return carafepp_reassemble_backward(&params, t[0], t[1], t[2], t[3], t[4], nullptr);
+        case CARAFEPP_REASSEMBLE_WITH_LOGITS:
+            return carafepp_reassemble_with_logits(&params, t[0], t[1], t[2], nullptr);
+        case CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD:
+            return carafepp_reassemble_with_logits_backward(&params, t[0], t[1], t[2], t[3], t[4], nullptr);
+        case CARAFEPP_NORMALIZE_MASKS: return carafepp_normalize_masks(&params, t[0], t[1], nullptr);
+        default: return carafepp_normalize_masks_backward(&params, t[0], t[1], t[2], nullptr);
+    }
+}
+
+// The names in the lists of a function, of those that accept the problem.
+std::vector<std::string> accepting(carafepp_function function, const carafepp_params& params,
+                                   const std::vector<const carafepp_tensor*>& tensors) {
+    std::vector<std::string> names;
+    const auto visit = [](void* user, const char* name, const char* declines) {
+        runs[name] += 0;
+        if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
+    };
+    if (carafepp_list_implementations(&params, function, tensors.data(), visit, &names) != CARAFEPP_OK) {
+        report(carafepp_last_error());
+    }
+    return names;
+}
+
+const char* function_name(carafepp_function function) {
+    const char* const names[] = {"",
+                                 "reassemble",
+                                 "reassemble_backward",
+                                 "reassemble_with_logits",
+                                 "reassemble_with_logits_backward",
+                                 "normalize_masks",
+                                 "normalize_masks_backward"};
+    return names[function];
+}
+
+void check_values(const Result& result, int kernel_size) {
+    const Numbers actual = result.array->read();
+    for (size_t k = 0; k < actual.size(); k++) {
+        const double expected = result.expected.value[k], magnitude = result.expected.magnitude[k];
+        if (within(actual[k], expected, magnitude, result.bound, result.bound_dtype, kernel_size)) continue;
+        char text[200];
+        std::snprintf(text, sizeof text, "element %zu of %zu: got %.9g, expected %.9g, of products that sum up to %.3g",
+                      k, actual.size(), actual[k], expected, magnitude);
+        return report(text);
+    }
+}
+
+struct Options {
+    bool channels_last = false;
+    size_t settings = std::size(kSettings);
+};
+
+// Runs every implementation that accepts the problem in every setting, and checks what it writes.
+void check_call(const Case& p, carafepp_function function, carafepp_normalizer normalizer,
+                const std::vector<const Array*>& inputs, const std::vector<Result*>& results, const Options& options,
+                const int64_t (*size)[2] = nullptr) {
+    const char* const normalizers[] = {"of softmax", "of sigmoid", "of sigmoid_normalized", "of logits as they are"};
+    now.function = function_name(function);
+    now.normalizer = function <= CARAFEPP_REASSEMBLE_BACKWARD ? "" : normalizers[normalizer];
+    now.implementation = now.order = "none";
+    carafepp_params params{};
+    params.struct_size = sizeof params;
+    params.up = p.up;
+    params.down = p.down;
+    params.kernel_size = p.kernel_size;
+    params.groups = p.groups;
+    params.normalizer = normalizer;
+    if (options.channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
+    if (size != nullptr) {
+        params.flags |= CARAFEPP_SIZE;
+        params.size[0] = (*size)[0];
+        params.size[1] = (*size)[1];
+    }
+    std::vector<carafepp_tensor> tensors;
+    for (const Array* array : inputs) tensors.push_back(array->tensor(options.channels_last));
+    for (const Result* result : results) tensors.push_back(result->array->tensor(options.channels_last));
+    std::vector<const carafepp_tensor*> pointers;
+    for (size_t k = 0; k < tensors.size(); k++) {
+        const bool wanted = k < inputs.size() || results[k - inputs.size()]->wanted;
+        pointers.push_back(wanted ? &tensors[k] : nullptr);
+    }
+    std::vector<std::vector<char>> bytes_before;
+    for (const Array* array : inputs) bytes_before.push_back(array->bytes());
+
+    for (const std::string& name : accepting(function, params, pointers)) {
+        now.implementation = name.c_str();
+        params.implementation = name.c_str();
+        runs[name]++;
+        std::vector<std::vector<char>> first_bytes;
+        for (size_t s = 0; s < (device == CARAFEPP_CUDA ? options.settings : 1); s++) {
+            now.order = kSettings[s].name;
+            carafepp::emulation::settings() = kSettings[s].settings;
+            for (Result* result : results) result->array->unset();
+            if (invoke(function, params, pointers) != CARAFEPP_OK) return report(carafepp_last_error());
+            for (size_t k = 0; k < inputs.size(); k++) {
+                if (inputs[k]->bytes() != bytes_before[k]) report("an input has changed");
+            }
+            std::vector<std::vector<char>> bytes;
+            for (const Result* result : results) {
+                bytes.push_back(result->array->bytes());
+                if (s == 0 && !result->array->is_alone()) report("bytes beside the result have changed");
+                if (s == 0 && result->wanted) check_values(*result, p.kernel_size);
+            }
+            if (s == 0) first_bytes = bytes;
+            if (bytes != first_bytes) report("another order of threads gives other bits");
+        }
+    }
+}
+
+// ---- values ----
+
+enum class Values { kIntegers, kReals, kSpecialIntegers, kExtremeLogits };
+const char* const kValueNames[] = {"integers", "reals", "integers with NaN and Inf", "extreme logits"};
+
+struct Inputs {
+    Numbers features, masks, logits, grad_output, grad_masks;
+};
+
+class Generator {
+public:
+    explicit Generator(unsigned seed) : random_(seed) {}
+
+    int64_t below(int64_t limit) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(limit)); }
+
+    Numbers integers(const Shape& shape, int64_t limit) {
+        Numbers numbers(static_cast<size_t>(count(shape)));
+        for (double& number : numbers) number = static_cast<double>(below(2 * limit + 1) - limit);
+        return numbers;
+    }
+
+    Numbers reals(const Shape& shape, carafepp_dtype dtype) {
+        Numbers numbers(static_cast<size_t>(count(shape)));
+        std::normal_distribution<double> normal;
+        for (double& number : numbers) number = rounded(normal(random_), dtype);
+        return numbers;
+    }
+
+    double special() {
+        const double infinity = std::numeric_limits<double>::infinity();
+        const double all[] = {infinity, -infinity, std::numeric_limits<double>::quiet_NaN()};
+        return all[below(3)];
+    }
+
+    void sprinkle(Numbers& numbers) {
+        for (int k = 0; k < 3 && !numbers.empty(); k++) {
+            numbers[static_cast<size_t>(below(static_cast<int64_t>(numbers.size())))] = special();
+        }
+    }
+
+private:
+    std::mt19937 random_;
+};
+
+// What no output reads: it must not matter.
+void spoil_what_is_not_read(const Case& p, Generator& random, Values values, Inputs& inputs) {
+    if (values == Values::kSpecialIntegers) {
+        std::vector<bool> read(inputs.masks.size());
+        for_each_term(p, [&](size_t, size_t m, size_t) { read[m] = true; });
+        for (size_t m = 0; m < read.size(); m++) {
+            if (!read[m]) inputs.masks[m] = random.special();
+        }
+    }
+    std::vector<bool> read(inputs.logits.size());
+    for_each_window(p, [&](const std::vector<size_t>&, const std::vector<size_t>& logits) {
+        for (size_t at : logits) read[at] = true;
+    });
+    for (size_t at = 0; at < read.size(); at++) {
+        if (!read[at]) inputs.logits[at] = std::numeric_limits<double>::quiet_NaN();
+    }
+}
+
+Inputs draw(const Case& p, Dtypes dtypes, Values values) {
+    unsigned seed = static_cast<unsigned>(values);
+    for (const char* letter = p.name; *letter; letter++) seed = seed * 31 + static_cast<unsigned char>(*letter);
+    Generator random(seed);
+    Inputs inputs;
+    if (values == Values::kIntegers || values == Values::kSpecialIntegers) {
+        inputs = {random.integers(p.features(), 4), random.integers(p.masks(), 2), random.integers(p.logits(), 2),
+                  random.integers(p.output(), 4), random.integers(p.masks(), 4)};
+    } else {
+        inputs = {random.reals(p.features(), dtypes.features), random.reals(p.masks(), dtypes.masks),
+                  random.reals(p.logits(), dtypes.masks), random.reals(p.output(), dtypes.features),
+                  random.reals(p.masks(), dtypes.masks)};
+    }
+    if (values == Values::kSpecialIntegers) {
+        for (Numbers* numbers : {&inputs.features, &inputs.masks, &inputs.grad_output, &inputs.grad_masks}) {
+            random.sprinkle(*numbers);
+        }
+    }
+    if (values == Values::kExtremeLogits) {
+        const double infinity = std::numeric_limits<double>::infinity();
+        for_each_window(p, [&](const std::vector<size_t>&, const std::vector<size_t>& logits) {
+            const size_t one = logits[static_cast<size_t>(random.below(p.taps()))];
+            switch (random.below(12)) {
+                case 0: inputs.logits[one] = infinity; break;
+                case 1: inputs.logits[one] = -infinity; break;
+                case 2: inputs.logits[one] = rounded(10000, dtypes.masks); break;
+                case 3: inputs.logits[one] = rounded(-10000, dtypes.masks); break;
+                case 4: inputs.logits[one] = std::numeric_limits<double>::quiet_NaN(); break;
+                case 5:
+                    for (size_t at : logits) inputs.logits[at] = -infinity;
+                    break;
+                case 6:
+                    for (size_t at : logits) inputs.logits[at] = rounded(-10000, dtypes.masks);
+                    break;
+            }
+        });
+    }
+    if (values == Values::kSpecialIntegers || values == Values::kExtremeLogits) {
+        spoil_what_is_not_read(p, random, values, inputs);
+    }
+    return inputs;
+}
+
+// ---- every function on one case ----
+
+struct Layouts {
+    const char* name;
+    std::function<const Layout&(size_t)> of;  // of the k-th array
+};
+
+void check_functions(const Case& p, Dtypes dtypes, const Inputs& inputs, Values values, carafepp_normalizer normalizer,
+                     const Layouts& layouts, int alone, const Options& options) {
+    now.name = p.name;
+    now.dtypes = dtypes;
+    now.values = kValueNames[static_cast<int>(values)];
+    now.layout = layouts.name;
+    const auto bound = [&](Bound inexact) {
+        const bool exact = values == Values::kIntegers || values == Values::kSpecialIntegers;
+        return exact ? Bound::kExact : inexact;
+    };
+    const auto input = [&](size_t k, const Shape& shape, carafepp_dtype dtype, const Numbers& numbers) {
+        auto array = std::make_unique<Array>(shape, dtype, layouts.of(k));
+        array->write(numbers);
+        return array;
+    };
+    const auto features = input(0, p.features(), dtypes.features, inputs.features);
+    const auto masks = input(1, p.masks(), dtypes.masks, inputs.masks);
+    const auto logits = input(2, p.logits(), dtypes.masks, inputs.logits);
+    const auto grad_output = input(3, p.output(), dtypes.features, inputs.grad_output);
+    const auto grad_of_masks = input(4, p.masks(), dtypes.masks, inputs.grad_masks);
+    Array output(p.output(), dtypes.features, layouts.of(5)), result_x(p.features(), dtypes.features, layouts.of(6));
+    Array result_m(p.masks(), dtypes.masks, layouts.of(7)), result_l(p.logits(), dtypes.masks, layouts.of(8));
+    const int64_t size[2] = {p.out_h(), p.out_w()};
+    const bool cropped = p.crop_h >= 0;
+
+    // Masks
+    {
+        Result y{&output, bound(Bound::kPlain), dtypes.features, reassemble(p, inputs.features, inputs.masks)};
+        check_call(p, CARAFEPP_REASSEMBLE, CARAFEPP_NONE, {features.get(), masks.get()}, {&y}, options,
+                   cropped ? &size : nullptr);
+        Result x{&result_x, bound(Bound::kPlain), dtypes.features, grad_features(p, inputs.grad_output, inputs.masks),
+                 alone != 2};
+        Result m{&result_m, bound(Bound::kPlain), dtypes.masks, grad_masks(p, inputs.grad_output, inputs.features),
+                 alone != 1};
+        check_call(p, CARAFEPP_REASSEMBLE_BACKWARD, CARAFEPP_NONE, {grad_output.get(), features.get(), masks.get()},
+                   {&x, &m}, options);
+    }
+    // Logits
+    {
+        const Sums normal = normalize_masks(p, inputs.logits, normalizer);
+        Result y{&output, bound(Bound::kFromLogits), dtypes.features, reassemble(p, inputs.features, normal.value)};
+        check_call(p, CARAFEPP_REASSEMBLE_WITH_LOGITS, normalizer, {features.get(), logits.get()}, {&y}, options,
+                   cropped ? &size : nullptr);
+        Result x{&result_x, bound(Bound::kFromLogits), dtypes.features,
+                 grad_features(p, inputs.grad_output, normal.value), alone != 2};
+        Result l{
+            &result_l, bound(Bound::kFromLogits), dtypes.features,
+            normalize_masks_backward(p, grad_masks(p, inputs.grad_output, inputs.features), inputs.logits, normalizer),
+            alone != 1};
+        if (bound(Bound::kPlain) == Bound::kExact) l.bound_dtype = dtypes.masks;
+        check_call(p, CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD, normalizer,
+                   {grad_output.get(), features.get(), logits.get()}, {&x, &l}, options);
+    }
+    // The normaliser by itself, which knows one dtype
+    if (dtypes.masks == dtypes.features) {
+        Result m{&result_m, bound(Bound::kNormalized), dtypes.masks, normalize_masks(p, inputs.logits, normalizer)};
+        check_call(p, CARAFEPP_NORMALIZE_MASKS, normalizer, {logits.get()}, {&m}, options, &size);
+        Sums grad(p.masks());
+        for (size_t k = 0; k < grad.value.size(); k++) grad.add(k, inputs.grad_masks[k], 1);
+        Result l{&result_l, bound(Bound::kNormalized), dtypes.masks,
+                 normalize_masks_backward(p, grad, inputs.logits, normalizer)};
+        check_call(p, CARAFEPP_NORMALIZE_MASKS_BACKWARD, normalizer, {grad_of_masks.get(), logits.get()}, {&l},
+                   options);
+    }
+}
+
+const Layouts kAllNchw = {"all nchw", [](size_t) -> const Layout& { return kNchw; }};
+const Layouts kAllNhwc = {"all nhwc", [](size_t) -> const Layout& { return kNhwc; }};
+
+std::string odd_name;
+
+Layouts odd_layouts(size_t first) {
+    odd_name = "odd layouts from number " + std::to_string(first % std::size(kOddLayouts));
+    return {odd_name.c_str(),
+            [first](size_t k) -> const Layout& { return kOddLayouts[(first + 3 * k) % std::size(kOddLayouts)]; }};
+}
+
+TEST(every_case_of_the_table) {
+    size_t turn = 0;
+    for (const Case& p : kCases) {
+        for (const Dtypes& dtypes : kDtypes) {
+            turn++;
+            const auto check = [&](Values values, const Layouts& layouts, carafepp_normalizer normalizer) {
+                Options options;
+                options.channels_last = turn % 2 == 1;
+                check_functions(p, dtypes, draw(p, dtypes, values), values, normalizer, layouts,
+                                static_cast<int>(turn % 3), options);
+            };
+            const auto normalizer = static_cast<carafepp_normalizer>(turn % 3);
+            check(Values::kIntegers, kAllNchw, CARAFEPP_NONE);
+            check(Values::kIntegers, kAllNhwc, CARAFEPP_NONE);
+            check(Values::kIntegers, odd_layouts(turn), CARAFEPP_NONE);
+            check(Values::kReals, turn % 2 ? kAllNchw : kAllNhwc, normalizer);
+            if (turn % 4 == 0) check(Values::kReals, odd_layouts(turn), normalizer);
+            if (turn % 4 == 1) check(Values::kExtremeLogits, turn % 8 == 1 ? kAllNchw : kAllNhwc, normalizer);
+            if (turn % 4 == 2) check(Values::kSpecialIntegers, turn % 8 == 2 ? kAllNchw : kAllNhwc, CARAFEPP_NONE);
+            if (turn % 4 == 3) check(Values::kSpecialIntegers, odd_layouts(turn), CARAFEPP_NONE);
+        }
+    }
+}
+
+TEST(every_implementation_that_is_listed_has_run) {
+    for (const auto& [name, count] : runs) {
+        std::printf("%8d runs of %s\n", count, name.c_str());
+        if (device == CARAFEPP_CUDA) CHECK(count > 0);
+    }
+    std::printf("%.1f million CUDA threads\n", static_cast<double>(carafepp::emulation::threads_run()) / 1e6);
+}
+
+}  // namespace
+
+int main(int argument_count, char** arguments) {
+    for (int k = 1; k < argument_count; k++) {
+        if (std::strcmp(arguments[k], "cpu") == 0) device = CARAFEPP_CPU;
+        if (std::strcmp(arguments[k], "--stop") == 0) stop_at_first = true;
+    }
+    for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE}) {
+        std::signal(signal, [](int number) {
+            print_now();
+            std::signal(number, SIG_DFL);
+            std::raise(number);
+        });
+    }
+    return run_tests();
+}
