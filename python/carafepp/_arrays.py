@@ -2,8 +2,8 @@
 
 No framework is imported here: an array of one only comes in when somebody else has imported it.
 
-A call does not wait for its work on a GPU, so arrays may be freed while it is still queued. That
-is safe because it is queued on the stream by which their library orders its memory.
+A call does not wait for its work on a GPU, so arrays may be freed while it is still queued. For
+CuPy and PyTorch that is safe: it is queued on the stream by which they order their memory.
 """
 
 from __future__ import annotations
