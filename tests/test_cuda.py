@@ -99,7 +99,9 @@ def by(implementation, *what):
 @each_function
 @cases
 def test_every_implementation_is_right_for_every_dtype(case, function, library):
-    for dtypes, layout in itertools.product(DTYPES, ["NCHW", "NHWC"]):
+    large_for_an_emulator = EMULATED and case.terms > 10**6
+    all_dtypes = DTYPES[:1] if large_for_an_emulator else DTYPES
+    for dtypes, layout in itertools.product(all_dtypes, ["NCHW", "NHWC"]):
         for normalizer, arrays, check in (
             ("none", integer_arrays(case, dtypes), assert_exact_results),
             ("softmax", random_arrays(case, dtypes), assert_random_results),
@@ -227,10 +229,10 @@ def test_arrays_on_the_cpu_do_not_mix(gpu):
 def test_implementations_for_the_cpu_are_refused(library):
     inputs, params = problem("reassemble")
     on_device = placed(library, inputs)
-    sentence = "implementation reassemble_any_ref declines: "
+    sentence = "implementation must be a name that carafepp_list_implementations gives"
     with (
         carafepp.force_implementation("reassemble_any_ref"),
-        pytest.raises(NotImplementedError, match=sentence),
+        pytest.raises(ValueError, match=sentence),
     ):
         carafepp.reassemble(*on_device, **params)
 
