@@ -19,6 +19,7 @@ __device__ Accumulator<T> contract(const Problem& p, int64_t n, int64_t group, O
     const int64_t i = p.factor.source(output.i) + a - p.radius(), j = p.factor.source(output.j) + b - p.radius();
     if (i < 0 || j < 0 || i >= p.features.h || j >= p.features.w) return 0;
     const int64_t channels = p.features.c / p.groups;
+    if (channels == 0) return 0;  // perhaps there is no array
     const T* grad = element<const T>(p.grad_output, n, group * channels, output.i, output.j);
     const T* feature = element<const T>(p.features, n, group * channels, i, j);
     Accumulator<T> sum = 0;

@@ -17,6 +17,7 @@ constexpr int kBlock = kOutputs * kSources;   // threads
 template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
                                          float (&sums)[kOutputs][K * K]) {
+    if (channels <= 0) return;  // perhaps there is no array
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
     const T* grads = element<const T>(p.grad_output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
