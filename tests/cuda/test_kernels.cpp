@@ -187,6 +187,11 @@ constexpr int64_t kGuardBytes = 0;  // what lies beyond the heap block is watche
 #else
 constexpr int64_t kGuardBytes = 64;
 #endif
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kUnderTsan = true;
+#else
+constexpr bool kUnderTsan = false;
+#endif
 constexpr char kUnset = -1;  // in every byte: NaN in all dtypes
 
 // An array in a block of memory that begins and ends with it. All bytes that are not its elements are kUnset.
@@ -806,7 +811,8 @@ Make in_odd_layouts(size_t turn) {
     };
 }
 
-// All settings take turns, and each case and dtypes has one layout that runs in all of them.
+// All settings take turns, and each case and dtypes has one layout that runs in all of them. TSan sees races in any
+// order and with any values, and is slow.
 TEST(every_case_of_the_table) {
     size_t turn = 0;
     for (const Case& p : kCases) {
@@ -815,10 +821,11 @@ TEST(every_case_of_the_table) {
             turn++;
             size_t round = 0;
             const auto check = [&](Values values, const char* layout, const Make& make) {
+                if (kUnderTsan && (values != Values::kIntegers || turn % 3 != 0)) return;
                 Options options;
                 options.channels_last = (turn + round) % 2 == 1;
                 options.alone = static_cast<int>((turn + round) % 3);
-                if (round == turn % 4) {
+                if (round == turn % 4 && !kUnderTsan) {
                     options.end_setting = std::size(kSettings);
                 } else {
                     options.first_setting = (turn / 4 + round) % std::size(kSettings);
@@ -890,6 +897,7 @@ TEST(offsets_beyond_32_bits) {
 
 // More of everything than a grid has blocks along y and z.
 TEST(sizes_beyond_65535) {
+    if (kUnderTsan) return;
     Options options;
     options.reassemble_only = true;  // or it would take long
     const int64_t many = 65537;

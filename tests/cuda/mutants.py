@@ -1,0 +1,195 @@
+"""Seed bugs in the CUDA kernels, one at a time: test_kernels must notice each.
+
+What includes the changed file is compiled again, as a build's compile_commands.json has it, and
+linked before that build's library. Needs a build with CARAFEPP_CUDA=EMULATED.
+
+    cmake --preset dev -B build/emulated -DCARAFEPP_CUDA=EMULATED
+    cmake --build build/emulated --target test_kernels
+    python tests/cuda/mutants.py [--build build/emulated] [--jobs N] [NAME ...]
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KERNELS = "core/src/cuda"
+LONGEST = 600  # seconds for one run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: `text`, which stands once in the file, becomes `replacement`.
+
+    `sanitizer` is "address" or "thread" where nothing else could notice.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    sanitizer: str = ""
+
+
+MUTANTS = [
+    Mutant(
+        "masks are read before all are staged",
+        "masks.h",
+        "width, to, pitch);\n    __syncthreads();\n    if (!p.from_logits) return;",
+        "width, to, pitch);\n    if (!p.from_logits) return;",
+    ),
+    Mutant(
+        "the last row of taps is left out",
+        "reassemble.cu",
+        "a < min(k, p.features.h - top)",
+        "a < min(k - 1, p.features.h - top)",
+    ),
+    Mutant(
+        "shared memory is a byte short",
+        "normalize_masks.cu",
+        "p.taps() * outputs * int64_t{sizeof(A)}",
+        "p.taps() * outputs * int64_t{sizeof(A)} - 1",
+    ),
+]
+
+
+class Build:
+    """How a build compiles; objects of the unchanged kernels, with a sanitizer made on demand."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.work = work
+        self.library = folder / "libcarafepp.a"
+        self.commands = {}
+        for entry in json.loads((folder / "compile_commands.json").read_text()):
+            path = Path(entry["file"]).relative_to(ROOT).as_posix()
+            if path.startswith(KERNELS) or path == "tests/cuda/test_kernels.cpp":
+                self.commands[path] = shlex.split(entry["command"])
+        if f"{KERNELS}/reassemble.cu" not in self.commands or not self.library.exists():
+            sys.exit(f"{folder} is no build with CARAFEPP_CUDA=EMULATED; see --help")
+        self.unchanged: dict[str, dict[str, Path]] = {}
+
+    def compile(self, path: str, sources: Path, sanitizer: str, folder: Path) -> Path:
+        """Compile one source of the tree in `sources` to an object in `folder`."""
+        target = folder / (Path(path).name + ".o")
+        command = [
+            argument.replace(f"{ROOT}/core/src", f"{sources}/core/src")
+            for argument in self.commands[path]
+        ]
+        command[command.index("-o") + 1] = str(target)
+        if sanitizer:
+            command += [f"-fsanitize={sanitizer}", "-O1"]
+        done = subprocess.run(command, cwd=self.work, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{path} does not compile:\n{done.stderr}")
+        return target
+
+    def prepare(self, sanitizer: str) -> None:
+        """Make the objects that all mutants share: with a sanitizer of all kernels."""
+        folder = self.work / ("unchanged_" + sanitizer)
+        folder.mkdir()
+        needed = [path for path in self.commands if sanitizer or not path.startswith(KERNELS)]
+        self.unchanged[sanitizer] = {
+            path: self.compile(path, ROOT, sanitizer, folder) for path in needed
+        }
+
+    def link(self, changed: dict[str, Path], sanitizer: str, folder: Path) -> Path:
+        """Link test_kernels: an object takes the place of its like in the library."""
+        program = folder / "test_kernels"
+        objects = {**self.unchanged[sanitizer], **changed}.values()
+        command = [self.commands["tests/cuda/test_kernels.cpp"][0], "-o", str(program)]
+        command += [*map(str, objects), str(self.library), "-lpthread"]
+        if sanitizer:
+            command += [f"-fsanitize={sanitizer}"]
+        subprocess.run(command, check=True)
+        return program
+
+
+def includers(file: str) -> set[str]:
+    """The kernels' sources that a file is, or that include it."""
+    texts = {path.name: path.read_text() for path in (ROOT / KERNELS).iterdir()}
+    found = {file}
+    while True:
+        more = {n for n, t in texts.items() if any(f'#include "cuda/{f}"' in t for f in found)}
+        if more <= found:
+            return {f"{KERNELS}/{name}" for name in found if name.endswith(".cu")}
+        found |= more
+
+
+def first_failure(program: Path) -> str:
+    """What the test says first, or nothing if it passes."""
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    try:
+        done = subprocess.run(
+            [program, "--stop"], capture_output=True, text=True, timeout=LONGEST, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {LONGEST} s"
+    if done.returncode == 0:
+        return ""
+    said = re.search(
+        r"FAILED: .*|not true: .*|carafepp emulation: .*|SUMMARY: .*", done.stdout + done.stderr
+    )
+    return said[0] if said else f"exit status {done.returncode}"
+
+
+def run(mutant: Mutant, build: Build) -> str:
+    """What is said of a mutant."""
+    with tempfile.TemporaryDirectory(dir=build.work) as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "core/src", folder / "core/src")
+        file = folder / KERNELS / mutant.file
+        text = file.read_text()
+        if text.count(mutant.text) != 1:
+            raise RuntimeError(f"{mutant.file} has its text {text.count(mutant.text)} times")
+        file.write_text(text.replace(mutant.text, mutant.replacement))
+        changed = {
+            path: build.compile(path, folder, mutant.sanitizer, folder)
+            for path in includers(mutant.file) & build.commands.keys()
+        }
+        return first_failure(build.link(changed, mutant.sanitizer, folder))
+
+
+def main() -> None:
+    """Print a line for each mutant; exit with 1 unless each was noticed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--build", type=Path, default=ROOT / "build/emulated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("names", nargs="*", help="a part of the name of the mutants to run")
+    asked = parser.parse_args()
+    mutants = [m for m in MUTANTS if not asked.names or any(n in m.name for n in asked.names)]
+    with tempfile.TemporaryDirectory() as work:
+        build = Build(asked.build.resolve(), Path(work))
+        for sanitizer in sorted({mutant.sanitizer for mutant in mutants}):
+            build.prepare(sanitizer)
+            if failure := first_failure(build.link({}, sanitizer, Path(work))):
+                sys.exit(f"without any bug, {sanitizer or 'no'} sanitizer: {failure}")
+
+        def timed(mutant: Mutant) -> bool:
+            start = time.monotonic()
+            try:
+                said = run(mutant, build)
+                verdict = "noticed" if said else "NOT NOTICED"
+            except RuntimeError as error:
+                said, verdict = str(error), "ERROR"
+            seconds = time.monotonic() - start
+            print(f"{verdict:11}  {seconds:5.1f} s  {mutant.name}: {said[:150]}", flush=True)
+            return verdict == "noticed"
+
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            noticed = sum(pool.map(timed, mutants))
+    print(f"{noticed} of {len(mutants)} noticed")
+    sys.exit(noticed < len(mutants))
+
+
+if __name__ == "__main__":
+    main()
