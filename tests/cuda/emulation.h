@@ -75,9 +75,10 @@ enum class Order { kForward, kReverse, kRandom };
 
 // Read when a kernel is launched.
 struct Settings {
-    Order order = Order::kForward;  // of blocks, and of threads: the first that can run does
-    uint64_t seed = 0;              // of the random order, which changes at each barrier
-    bool deferred_copies = false;   // copy_async: data arrive when waited for, or else at once
+    Order order = Order::kForward;    // of blocks, and of threads: the first that can run does
+    uint64_t seed = 0;                // of the random order, which changes at each barrier
+    bool deferred_copies = false;     // copy_async: data arrive when waited for, or else at once
+    int64_t most_blocks = INT32_MAX;  // for launchers whose blocks go on to further items: that they launch
 };
 Settings& settings();
 

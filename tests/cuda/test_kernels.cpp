@@ -494,11 +494,11 @@ struct Setting {
     carafepp::emulation::Settings settings;
 };
 
-// Copies are deferred in half of them.
+// In half of them copies are deferred, and few blocks have all the work.
 const Setting kSettings[] = {{"forward", {Order::kForward, 0, false}},
-                             {"reverse", {Order::kReverse, 0, true}},
+                             {"reverse", {Order::kReverse, 0, true, 3}},
                              {"random (1)", {Order::kRandom, 1, false}},
-                             {"random (2)", {Order::kRandom, 2, true}}};
+                             {"random (2)", {Order::kRandom, 2, true, 2}}};
 
 carafepp_status invoke(carafepp_function function, const carafepp_params& params,
                        const std::vector<const carafepp_tensor*>& t) {

@@ -42,7 +42,12 @@ std::string text_of(cudaError_t error);  // its name and what it means
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t items, int threads, int64_t shared_bytes, void* stream,
             std::common_type_t<Parameters>... arguments) {
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), block(static_cast<unsigned>(threads));
+#if defined(CARAFEPP_EMULATION)
+    const int64_t most_blocks = emulation::settings().most_blocks;
+#else
+    const int64_t most_blocks = INT32_MAX;
+#endif
+    const dim3 grid(static_cast<unsigned>(std::min(items, most_blocks))), block(static_cast<unsigned>(threads));
 #if defined(CARAFEPP_EMULATION)
     emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
                       arguments...);
