@@ -72,13 +72,12 @@ CARAFEPP_INLINE void split_row(const T* row, int64_t width, int64_t cell, int64_
     const auto split_up_to = [&](int64_t end, auto load_at) __attribute__((always_inline)) {
         for (; k < end; k += L) {
             const int64_t column = (cell + k) * Parts;
-            if constexpr (Parts == 1) {
-                store(load_at(column), to + k);
-            } else {
-                const Vector<A> low = load_at(column), high = load_at(column + L);
-                store(shuffle<EvenLanes, A>(low, high), to + k);
-                store(shuffle<OddLanes, A>(low, high), to + pitch + k);
-            }
+            Vector<A> parts[Parts];
+#pragma GCC unroll 4
+            for (int part = 0; part < Parts; part++) parts[part] = load_at(column + part * L);
+            deinterleave<A, Parts>(parts);
+#pragma GCC unroll 4
+            for (int part = 0; part < Parts; part++) store(parts[part], to + k + part * pitch);
         }
     };
     const auto some = [=](int64_t column) __attribute__((always_inline)) { return load_columns(row, column, width); };
@@ -172,12 +171,12 @@ void split_rows(const Array& array, int64_t n, int64_t channel, int64_t channels
                 split_one(from, of_row);
         }
     };
-    if (array.stride_w == 1 && split.parts == 1) {
-        split_each([=](const T* from, A* of_row)
-                       __attribute__((always_inline)) { split_row<1>(from, width, cell, count, of_row, pitch); });
-    } else if (array.stride_w == 1 && split.parts == 2) {
-        split_each([=](const T* from, A* of_row)
-                       __attribute__((always_inline)) { split_row<2>(from, width, cell, count, of_row, pitch); });
+    if (array.stride_w == 1 && split.parts <= 4) {
+        with_count<4>(split.parts, [&](auto parts) __attribute__((always_inline)) {
+            split_each([=](const T* from, A* of_row) __attribute__((always_inline)) {
+                split_row<decltype(parts)::value>(from, width, cell, count, of_row, pitch);
+            });
+        });
     } else {
         split_each([&](const T* from, A* of_row)
                        __attribute__((always_inline)) { split_strided(from, array.stride_w, width, split, of_row); });
@@ -185,22 +184,30 @@ void split_rows(const Array& array, int64_t n, int64_t channel, int64_t channels
 }
 
 // The inverse, of one vector of each part: `count` columns.
+template <int Parts, class T>
+CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, int64_t count, T* to) {
+    using A = Accumulator<T>;
+    Vector<A> parts[Parts];
+#pragma GCC unroll 4
+    for (int part = 0; part < Parts; part++) parts[part] = load(from + part * pitch);
+    interleave<A, Parts>(parts);
+#pragma GCC unroll 4
+    for (int part = 0; part < Parts; part++) store_part(parts[part], to + part * kLanes<A>, count - part * kLanes<A>);
+}
+
+// The same of columns that lie `stride` apart.
 template <class T>
 CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, int parts, int64_t count, T* to,
                                    int64_t stride) {
-    using A = Accumulator<T>;
-    constexpr int L = kLanes<A>;
-    if (stride == 1 && parts == 1) {
-        store_part(load(from), to, count);
-    } else if (stride == 1 && parts == 2) {
-        const Vector<A> even = load(from), odd = load(from + pitch);
-        store_part(shuffle<AlternatingLow, A>(even, odd), to, count);
-        store_part(shuffle<AlternatingHigh, A>(even, odd), to + L, count - L);
-    } else {
-        for (int part = 0; part < parts; part++) {
-            for (int64_t column = part, q = 0; column < count && q < L; column += parts, q++)
-                to[column * stride] = narrow<T>(from[part * pitch + q]);
-        }
+    if (stride == 1 && parts <= 4) {
+        with_count<4>(parts, [&](auto n) __attribute__((always_inline)) {
+            store_columns<decltype(n)::value>(from, pitch, count, to);
+        });
+        return;
+    }
+    for (int part = 0; part < parts; part++) {
+        for (int64_t column = part, q = 0; column < count && q < kLanes<Accumulator<T>>; column += parts, q++)
+            to[column * stride] = narrow<T>(from[part * pitch + q]);
     }
 }
 
