@@ -24,6 +24,9 @@
 #include "emulation.h"
 #include "harness.h"
 
+// Of a sanitizer, if there is one.
+extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
+
 namespace {
 
 using carafepp::with_type;
@@ -922,6 +925,7 @@ int main(int argument_count, char** arguments) {
         if (std::strcmp(arguments[k], "cpu") == 0) device = CARAFEPP_CPU;
         if (std::strcmp(arguments[k], "--stop") == 0) stop_at_first = true;
     }
+    if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(print_now);
     for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE}) {
         std::signal(signal, [](int number) {
             print_now();
