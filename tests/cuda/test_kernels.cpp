@@ -792,7 +792,8 @@ void check_functions(const Case& p, Dtypes dtypes, Values values, carafepp_norma
     if (dtypes.masks == dtypes.features) {
         Result m{result_m.get(), bound(Bound::kNormalized), dtypes.masks,
                  normalize_masks(p, inputs.logits, normalizer)};
-        check_call(p, CARAFEPP_NORMALIZE_MASKS, normalizer, {logits.get()}, {&m}, options, &size);
+        const bool natural = !cropped && p.down == 1;
+        check_call(p, CARAFEPP_NORMALIZE_MASKS, normalizer, {logits.get()}, {&m}, options, natural ? nullptr : &size);
         Sums grad(p.masks());
         for (size_t k = 0; k < grad.value.size(); k++) grad.add(k, inputs.grad_masks[k], 1);
         Result l{result_l.get(), bound(Bound::kNormalized), dtypes.masks,
@@ -824,7 +825,8 @@ TEST(every_case_of_the_table) {
             turn++;
             size_t round = 0;
             const auto check = [&](Values values, const char* layout, const Make& make) {
-                if (kUnderTsan && (values != Values::kIntegers || turn % 3 != 0)) return;
+                const bool for_tsan = dtypes.features == CARAFEPP_FLOAT32 || turn % 6 == 0;
+                if (kUnderTsan && (values != Values::kIntegers || !for_tsan)) return;
                 Options options;
                 options.channels_last = (turn + round) % 2 == 1;
                 options.alone = static_cast<int>((turn + round) % 3);
