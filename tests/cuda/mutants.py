@@ -164,7 +164,7 @@ class Build:
         self.commands = {}
         for entry in json.loads((folder / "compile_commands.json").read_text()):
             path = Path(entry["file"]).relative_to(ROOT).as_posix()
-            if path.startswith(KERNELS) or path == "tests/cuda/test_kernels.cpp":
+            if re.search(r"/(carafepp|test_kernels)\.dir/", entry["command"]):
                 self.commands[path] = shlex.split(entry["command"])
         if f"{KERNELS}/reassemble.cu" not in self.commands or not self.library.exists():
             sys.exit(f"{folder} is no build with CARAFEPP_CUDA=EMULATED; see --help")
@@ -189,7 +189,8 @@ class Build:
         """Make the objects that all mutants share: with a sanitizer of all kernels."""
         folder = self.work / ("unchanged_" + sanitizer)
         folder.mkdir()
-        needed = [path for path in self.commands if sanitizer or not path.startswith(KERNELS)]
+        kernels = [path for path in self.commands if path.startswith(KERNELS)]
+        needed = ["tests/cuda/test_kernels.cpp", *(kernels if sanitizer else [])]
         self.unchanged[sanitizer] = {
             path: self.compile(path, ROOT, sanitizer, folder) for path in needed
         }
