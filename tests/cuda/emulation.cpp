@@ -172,14 +172,15 @@ struct Thread {
 struct Warp {
     unsigned alive = 0;    // lanes that have not ended
     unsigned waiting = 0;  // in a collective
-    bool phase = false;
+    unsigned phases = 0;   // for the clocks
 };
 
 // What orders the accesses of threads, for TSan. A barrier has two clocks that alternate: a thread that runs ahead to
-// the next one must not be ordered before one that still leaves this one.
+// the next one must not be ordered before one that still leaves this one. Parts of a warp, each known by its first
+// lane, may wait apart.
 struct Clocks {
     char block[2];
-    char warps[kMaxThreads / kWarpSize][2];
+    char warps[kMaxThreads / kWarpSize][kWarpSize][2];
 };
 
 // Shared memory between two margins, and clocks. All of it is new in each block under TSan, which would otherwise see
@@ -231,6 +232,7 @@ struct Machine {
     BlockMemory memory;
     size_t shared_bytes = 0;
     unsigned count = 0, ended = 0, at_barrier = 0;  // threads of this block
+    const Thread* first_at_barrier = nullptr;
     bool barrier_phase = false;
     void (*call)(const void*) = nullptr;
     const void* kernel = nullptr;
@@ -285,22 +287,24 @@ __attribute__((format(printf, 1, 2))) [[noreturn]] void fail(const char* format,
     std::abort();
 }
 
-struct Name {  // of a thread, for a report
-    char text[64];
-    explicit Name(const Thread& thread) {
-        std::snprintf(text, sizeof text, "thread (%u, %u, %u)", thread.index.x, thread.index.y, thread.index.z);
-    }
-};
+// For a report, which names two threads at most.
+const char* name_of(const Thread& thread) {
+    static char names[2][64];
+    static int next = 0;
+    char* const name = names[next++ % 2];
+    std::snprintf(name, sizeof names[0], "thread (%u, %u, %u)", thread.index.x, thread.index.y, thread.index.z);
+    return name;
+}
 
-bool same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 [[noreturn]] void report_deadlock() {
     std::fputs("carafepp emulation: no thread can go on:\n", stderr);
     int shown = 0;
     for (const Thread* thread = machine.block; thread < machine.block + machine.count && shown < 8; thread++) {
         if (thread->state == State::kEnded) continue;
-        std::fprintf(stderr, "    %s waits at %s:%d for %s\n", Name(*thread).text, thread->place.file,
-                     thread->place.line, thread->state == State::kAtBarrier ? "its block" : "its warp");
+        std::fprintf(stderr, "    %s waits at %s:%d for %s\n", name_of(*thread), thread->place.file, thread->place.line,
+                     thread->state == State::kAtBarrier ? "its block" : "its warp");
         shown++;
     }
     fail("deadlock");
@@ -335,20 +339,20 @@ void complete_collective(const Thread& thread) {
     }
     for (unsigned left = taking_part; left != 0; left &= left - 1) machine.make_ready(lanes[__builtin_ctz(left)]);
     warp.waiting &= ~taking_part;
-    warp.phase = !warp.phase;
+    warp.phases ^= thread.mask & -thread.mask;
 }
 
 void check_collective(const Thread& thread, const Warp& warp, Collective collective, unsigned mask, Place place) {
     const unsigned lane = thread.number % kWarpSize;
     if (!(mask >> lane & 1)) {
-        fail("%s at %s:%d is not in the mask %08x of its own collective", Name(thread).text, place.file, place.line,
+        fail("%s at %s:%d is not in the mask %08x of its own collective", name_of(thread), place.file, place.line,
              mask);
     }
     for (unsigned others = mask & warp.waiting; others != 0; others &= others - 1) {
         const Thread& other = lanes_of(thread.number / kWarpSize)[__builtin_ctz(others)];
         if (other.mask != mask || other.collective != collective || !same(other.place, place)) {
-            fail("divergent warp: %s is at %s:%d with mask %08x, %s at %s:%d with mask %08x", Name(thread).text,
-                 place.file, place.line, mask, Name(other).text, other.place.file, other.place.line, other.mask);
+            fail("divergent warp: %s is at %s:%d with mask %08x, %s at %s:%d with mask %08x", name_of(thread),
+                 place.file, place.line, mask, name_of(other), other.place.file, other.place.line, other.mask);
         }
     }
 }
@@ -363,7 +367,8 @@ void join(Collective collective, unsigned mask, Place place) {
     thread.mask = mask;
     machine.wait(thread, State::kInCollective, place);
     warp.waiting |= 1u << thread.number % kWarpSize;
-    char* const clock = &machine.memory.clocks().warps[number][warp.phase];
+    const unsigned first_lane = static_cast<unsigned>(__builtin_ctz(mask));
+    char* const clock = &machine.memory.clocks().warps[number][first_lane][warp.phases >> first_lane & 1];
     const bool orders = under_tsan() && collective == Collective::kSync;
     if (orders) __tsan_release(clock);
     complete_collective(thread);
@@ -389,10 +394,9 @@ void end_thread() {
     machine.wait(thread, State::kEnded, Place{});
     machine.ended++;
     if (machine.at_barrier > 0) {
-        const Thread& other = *std::find_if(machine.block, machine.block + machine.count,
-                                            [](const Thread& t) { return t.state == State::kAtBarrier; });
-        fail("divergent barrier: %s has ended, %s waits at %s:%d", Name(thread).text, Name(other).text,
-             other.place.file, other.place.line);
+        const Thread& other = *machine.first_at_barrier;
+        fail("divergent barrier: %s has ended, %s waits at %s:%d", name_of(thread), name_of(other), other.place.file,
+             other.place.line);
     }
     Warp& warp = machine.warps[thread.number / kWarpSize];
     warp.alive &= ~(1u << thread.number % kWarpSize);
@@ -534,23 +538,21 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), 
 }
 
 void misaligned(const volatile void* address, size_t alignment, Place place) {
-    fail("%s accesses %p at %s:%d, which is not aligned to %zu bytes", Name(*machine.current).text,
+    fail("%s accesses %p at %s:%d, which is not aligned to %zu bytes", name_of(*machine.current),
          const_cast<const void*>(address), place.file, place.line, alignment);
 }
 
 void sync_block(Place place) {
     Thread& thread = *machine.current;
     if (machine.ended > 0) {
-        fail("divergent barrier: %s waits at %s:%d, %u threads have ended", Name(thread).text, place.file, place.line,
+        fail("divergent barrier: %s waits at %s:%d, %u threads have ended", name_of(thread), place.file, place.line,
              machine.ended);
     }
-    if (machine.at_barrier > 0) {
-        const Thread& other = *std::find_if(machine.block, machine.block + machine.count,
-                                            [](const Thread& t) { return t.state == State::kAtBarrier; });
-        if (!same(other.place, place)) {
-            fail("divergent barrier: %s waits at %s:%d, %s at %s:%d", Name(thread).text, place.file, place.line,
-                 Name(other).text, other.place.file, other.place.line);
-        }
+    if (machine.at_barrier == 0) machine.first_at_barrier = &thread;
+    const Thread& first = *machine.first_at_barrier;
+    if (machine.at_barrier > 0 && !same(first.place, place)) {
+        fail("divergent barrier: %s waits at %s:%d, %s at %s:%d", name_of(thread), place.file, place.line,
+             name_of(first), first.place.file, first.place.line);
     }
     machine.wait(thread, State::kAtBarrier, place);
     char* const clock = &machine.memory.clocks().block[machine.barrier_phase];
@@ -607,7 +609,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t bytes_rea
     }
     const char* const to = static_cast<char*>(shared);
     if (to < machine.memory.shared() || to + bytes > machine.memory.shared() + machine.shared_bytes) {
-        fail("%s copies beyond the %zu bytes of shared memory at %s:%d", Name(thread).text, machine.shared_bytes,
+        fail("%s copies beyond the %zu bytes of shared memory at %s:%d", name_of(thread), machine.shared_bytes,
              place.file, place.line);
     }
     const Copy copy{shared, global, bytes, bytes_read, thread.group};
