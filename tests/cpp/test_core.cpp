@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "../harness.h"
 #include "carafepp/carafepp.h"
 #include "dtypes.h"
 #include "overlap.h"
@@ -25,18 +26,6 @@ extern "C" int header_is_c99(void);
 
 namespace {
 
-// ---- a harness of twenty lines ----
-
-int failures_here = 0;
-
-#define CHECK(condition)                                                          \
-    do {                                                                          \
-        if (!(condition)) {                                                       \
-            failures_here++;                                                      \
-            std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-        }                                                                         \
-    } while (false)
-
 #define CHECK_TEXT(text, part)                                                               \
     do {                                                                                     \
         if (std::string(text).find(part) == std::string::npos) {                             \
@@ -44,21 +33,6 @@ int failures_here = 0;
             std::printf("%s:%d: \"%s\" is not in \"%s\"\n", __FILE__, __LINE__, part, text); \
         }                                                                                    \
     } while (false)
-
-struct Test {
-    const char* name;
-    void (*run)();
-};
-
-std::vector<Test>& tests() {
-    static std::vector<Test> all;
-    return all;
-}
-
-#define TEST(name)                                                      \
-    void name();                                                        \
-    const bool name##_added = (tests().push_back({#name, name}), true); \
-    void name()
 
 // ---- arrays and calls ----
 
@@ -694,15 +668,4 @@ TEST(versions) {
 
 }  // namespace
 
-int main() {
-    int passed = 0, failed = 0;
-    for (const Test& test : tests()) {
-        failures_here = 0;
-        test.run();
-        std::printf("%s %s\n", failures_here ? "FAILED" : "ok    ", test.name);
-        std::fflush(stdout);
-        (failures_here ? failed : passed)++;
-    }
-    std::printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
-}
+int main() { return run_tests(); }

@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant(
         "an infinite gradient meets a tap beyond a border",
         "grad_masks_nchw.cu",
-        "x >= p.features.w) grad[t] = 0;",
-        "x > p.features.w) grad[t] = 0;",
+        "clear_outside<K>(p, i, j, grad);",
+        "",
     ),
     Mutant(
         "a warp has a channel of another's",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "the halo is short of a column",
-        "reassemble_nchw.cu",
+        "columns.h",
         "j + K / 2 < p.features.w",
         "j + K / 2 <= p.features.w",
         sanitizer="address",

@@ -15,8 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "../harness.h"
 #include "emulation.h"
-#include "harness.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kUnderAsan = true;

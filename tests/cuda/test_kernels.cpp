@@ -19,10 +19,10 @@
 #include <string>
 #include <vector>
 
+#include "../harness.h"
 #include "carafepp/carafepp.h"
 #include "dtypes.h"
 #include "emulation.h"
-#include "harness.h"
 
 // Of a sanitizer, if there is one.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());

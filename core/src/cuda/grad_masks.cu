@@ -54,11 +54,13 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
             A* const masks = grads + tile_size;
             A* const logits = masks + tile_size;
             load_masks<M>(p, p.logits, n, group, 0, p.taps(), first, outputs, cut.width, logits, cut.outputs);
-            stage_masks<M>(p, n, group, first, outputs, cut.width, masks, cut.outputs);
+            __syncthreads();
             for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
                 const Output output = output_at(first + q, cut.width);
                 if (output.i >= p.out_h || output.j >= p.out_w) continue;
+                for (int64_t t = 0; t < p.taps(); t++) masks[t * cut.outputs + q] = logits[t * cut.outputs + q];
                 A scratch[2];
+                normalize(p.normalizer, masks + q, p.taps(), cut.outputs, 1, scratch);
                 normalize_backward(p.normalizer, grads + q, masks + q, logits + q, p.taps(), cut.outputs, 1, scratch);
             }
         }

@@ -4,14 +4,13 @@
 // one, and a part of the channels each: contract the window of a source with the gradients of its four outputs, all
 // sums in registers; add the warps' sums, always in the same order, so that each warp holds one of the four outputs;
 // carry that through the normaliser, whose masks are computed anew, and write it.
-#include "cuda/masks.h"
+#include "cuda/columns.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
-constexpr int kSources = 32;                  // of a block: the lanes of a warp
-constexpr int kBlock = kOutputs * kSources;   // threads
+constexpr int kSources = 32;                 // of a block: the lanes of a warp
+constexpr int kBlock = kOutputs * kSources;  // threads
 
 // sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
 template <int K, bool Inside, class T>
@@ -26,18 +25,10 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
         const float grad[kOutputs] = {widen(grads[0]), two_columns ? widen(grads[1]) : 0.0f,
                                       two_rows ? widen(grads[p.grad_output.stride_h]) : 0.0f,
                                       two_rows && two_columns ? widen(grads[p.grad_output.stride_h + 1]) : 0.0f};
-        const T* row = window;
+        for_each_tap<K, Inside>(p, window, i, j, [&](int t, float feature) {
 #pragma unroll
-        for (int a = 0; a < K; a++, row += p.features.stride_h) {
-#pragma unroll
-            for (int b = 0; b < K; b++) {
-                const bool inside = Inside || (i + a >= K / 2 && i + a < p.features.h + K / 2 && j + b >= K / 2 &&
-                                               j + b < p.features.w + K / 2);
-                const float feature = inside ? widen(row[b]) : 0.0f;
-#pragma unroll
-                for (int o = 0; o < kOutputs; o++) sums[o][a * K + b] += grad[o] * feature;
-            }
-        }
+            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[o] * feature;
+        });
     }
 }
 
@@ -76,7 +67,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         const Output source = output_at(tile.remainder * kSources + lane, p.features.w);
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         const bool exists = i < p.features.h && i * kUp < p.out_h && j * kUp < p.out_w;
-        const bool inside = i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
+        const bool inside = window_inside<K>(p, i, j);
 
         float sums[kOutputs][kTaps] = {};
         const int64_t first = warp * share, c = group * channels_in_group + first;
@@ -107,11 +98,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         if (i >= p.features.h || (!computed && !p.from_logits)) continue;
         const int64_t taps_apart = p.from_logits ? kOutputs : 1;
         if (computed) {
-#pragma unroll
-            for (int t = 0; t < kTaps; t++) {  // 0 beyond a border, whatever the gradient there
-                const int y = i + t / K - K / 2, x = j + t % K - K / 2;
-                if (y < 0 || x < 0 || y >= p.features.h || x >= p.features.w) grad[t] = 0;
-            }
+            clear_outside<K>(p, i, j, grad);  // whatever the gradient there
             if (p.from_logits) {
                 through_normalizer<K>(mask_at<const M>(p, p.logits, n, group, 0, output),
                                       taps_apart * p.logits.stride_c, p.normalizer, grad);
@@ -138,14 +125,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_masks_nchw(const Problem& p) {
-    if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
-    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
-    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
-    if (p.features.stride_w != 1 || p.grad_output.stride_w != 1) return "columns are not adjacent";
-    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
-    return nullptr;
-}
+const char* not_for_grad_masks_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.grad_output); }
 
 void grad_masks_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
 

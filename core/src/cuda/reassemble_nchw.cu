@@ -4,14 +4,13 @@
 // four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
 // then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
 // through, so that small maps fill blocks.
-#include "cuda/masks.h"
+#include "cuda/columns.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
-constexpr int kSources = 128;                 // of a block, one of a thread
-constexpr int64_t kChannels = 64;             // of a thread
+constexpr int kSources = 128;  // of a block, one of a thread
+constexpr int kChannels = 64;  // of a thread
 
 struct Cut {
     int64_t tiles, chunks;  // of sources in an image, of channels in a group
@@ -19,26 +18,18 @@ struct Cut {
 
 // One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
 template <int K, bool Inside, class T>
-__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
+__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
                                          const float (&masks)[kOutputs][K * K]) {
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
     T* outputs = element<T>(p.result, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
 #pragma unroll 1
-    for (int64_t end = c + channels; c < end; c++, window += p.features.stride_c, outputs += p.result.stride_c) {
+    for (; channels > 0; channels--, window += p.features.stride_c, outputs += p.result.stride_c) {
         float sums[kOutputs] = {};
-        const T* row = window;
+        for_each_tap<K, Inside>(p, window, i, j, [&](int t, float feature) {
 #pragma unroll
-        for (int a = 0; a < K; a++, row += p.features.stride_h) {
-#pragma unroll
-            for (int b = 0; b < K; b++) {
-                const bool inside = Inside || (i + a >= K / 2 && i + a < p.features.h + K / 2 && j + b >= K / 2 &&
-                                               j + b < p.features.w + K / 2);
-                const float feature = inside ? widen(row[b]) : 0.0f;
-#pragma unroll
-                for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][a * K + b] * feature;
-            }
-        }
+            for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][t] * feature;
+        });
         outputs[0] = narrow<T>(sums[0]);
         if (two_columns) outputs[1] = narrow<T>(sums[1]);
         if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
@@ -61,7 +52,7 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
         float masks[kOutputs][K * K];
         const Array& array = p.from_logits ? p.logits : p.masks;
         const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
-        const bool inside = i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
+        const bool inside = window_inside<K>(p, i, j);
 #pragma unroll
         for (int o = 0; o < kOutputs; o++) {
             const Output output{source.i * kUp + o / kUp, source.j * kUp + o % kUp};
@@ -71,15 +62,10 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
                 continue;
             }
             load_taps<K>(mask_at<const M>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, masks[o]);
-            if (inside) continue;
-#pragma unroll
-            for (int t = 0; t < K * K; t++) {  // 0 * 0 is 0 even where a mask is Inf
-                const int y = i + t / K - K / 2, x = j + t % K - K / 2;
-                if (y < 0 || x < 0 || y >= p.features.h || x >= p.features.w) masks[o][t] = 0;
-            }
+            if (!inside) clear_outside<K>(p, i, j, masks[o]);  // 0 * 0 is 0 even where a mask is Inf
         }
         const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
-        const int64_t channels = min(kChannels, channels_in_group - first);
+        const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
         if (inside) {
             contract<K, true, T>(p, n, c, channels, i, j, masks);
         } else {
@@ -105,14 +91,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_reassemble_nchw(const Problem& p) {
-    if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
-    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
-    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
-    if (p.features.stride_w != 1 || (!p.result.empty() && p.result.stride_w != 1)) return "columns are not adjacent";
-    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
-    return nullptr;
-}
+const char* not_for_reassemble_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.result); }
 
 void reassemble_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
 

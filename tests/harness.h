@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A harness of thirty lines, as in tests/cpp/test_core.cpp.
+// A harness of thirty lines for the tests in C++.
 #pragma once
 
 #include <cstdio>

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels for up x2 with adjacent columns share: a thread has one source, whose window serves its four
+// outputs.
+#pragma once
+
+#include "cuda/masks.h"
+
+namespace carafepp::cuda {
+
+constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
+
+// Whether tap t of the window around source (i, j) is inside the borders, and whether all are.
+template <int K>
+__device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {
+    const int y = i + t / K, x = j + t % K;
+    return y >= K / 2 && y < p.features.h + K / 2 && x >= K / 2 && x < p.features.w + K / 2;
+}
+template <int K>
+__device__ __forceinline__ bool window_inside(const Problem& p, int i, int j) {
+    return i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
+}
+
+// Of one output's taps those beyond the borders become 0.
+template <int K>
+__device__ __forceinline__ void clear_outside(const Problem& p, int i, int j, float (&taps)[K * K]) {
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        if (!tap_inside<K>(p, i, j, t)) taps[t] = 0;
+    }
+}
+
+// Calls f(t, feature) for each tap of a window in one channel, 0 beyond the borders. `Inside`: all taps are.
+template <int K, bool Inside, class T, class F>
+__device__ __forceinline__ void for_each_tap(const Problem& p, const T* window, int i, int j, F f) {
+#pragma unroll
+    for (int a = 0; a < K; a++, window += p.features.stride_h) {
+#pragma unroll
+        for (int b = 0; b < K; b++) {
+            const int t = a * K + b;
+            f(t, Inside || tap_inside<K>(p, i, j, t) ? widen(window[b]) : 0.0f);
+        }
+    }
+}
+
+// Why these kernels do not take a problem, whose outputs or their gradients are in `outputs`.
+inline const char* not_for_columns_of_up2(const Problem& p, const Array& outputs) {
+    if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
+    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (p.features.stride_w != 1 || (outputs.data != nullptr && outputs.stride_w != 1))
+        return "columns are not adjacent";
+    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
+    return nullptr;
+}
+
+}  // namespace carafepp::cuda
