@@ -82,8 +82,14 @@ CARAFEPP_INLINE void split_row(const T* row, int64_t width, int64_t cell, int64_
     };
     const auto some = [=](int64_t column) __attribute__((always_inline)) { return load_columns(row, column, width); };
     split_up_to(std::min(count, -cell), some);
-    split_up_to(std::min(count, width / Parts - cell - L + 1),
-                [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
+    const int64_t end_inside = std::min(count, width / Parts - cell - L + 1);
+    if constexpr (Parts == 2 && std::is_same_v<T, BFloat16>) {
+        for (; k < end_inside; k += L) {
+            store(load_even(row + (cell + k) * Parts), to + k);
+            store(load_odd(row + (cell + k) * Parts), to + k + pitch);
+        }
+    }
+    split_up_to(end_inside, [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
     split_up_to(count, some);
 }
 
@@ -190,6 +196,12 @@ CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, in
     Vector<A> parts[Parts];
 #pragma GCC unroll 4
     for (int part = 0; part < Parts; part++) parts[part] = load(from + part * pitch);
+    if constexpr (Parts == 2 && std::is_same_v<T, BFloat16>) {
+        if (count >= 2 * kLanes<A>) {
+            store_alternating(parts[0], parts[1], to);
+            return;
+        }
+    }
     interleave<A, Parts>(parts);
 #pragma GCC unroll 4
     for (int part = 0; part < Parts; part++) store_part(parts[part], to + part * kLanes<A>, count - part * kLanes<A>);

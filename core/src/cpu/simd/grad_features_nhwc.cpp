@@ -187,7 +187,8 @@ struct GradFeaturesNhwc {
         const int64_t items = p.result.n * p.groups * chunks * panels;
         const int threads = threads_for(items, p.multiply_adds() / L);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        const bool streaming = streams<T>(p.result, channels);
+        // A line that is written in two parts, far apart in time, leaves the processor twice.
+        const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(p.result, channels);
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
             Item at;
             at.left = item % panels * panel;

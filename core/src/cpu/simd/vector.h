@@ -278,12 +278,37 @@ CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
 
 #endif
 
+// Of 16-bit elements without masked loads, four at a time as one word: single elements that were stored first would not
+// be there yet when the vector is loaded.
+template <class T>
+CARAFEPP_INLINE uint64_t word_between(const T* from, int begin, int end) {
+    uint64_t word = 0;
+    if (begin <= 0 && end >= 4) {
+        std::memcpy(&word, from, sizeof word);
+    } else {
+        for (int q = begin > 0 ? begin : 0; q < (end < 4 ? end : 4); q++) word |= uint64_t{from[q].bits} << 16 * q;
+    }
+    return word;
+}
+
 // The others go through memory.
 template <class T>
 CARAFEPP_INLINE Vector<Accumulator<T>> load_between(const T* from, int begin, int end) {
-    if (begin == 0 && end == kLanes<Accumulator<T>>) return load(from);
-    T lanes[kLanes<Accumulator<T>>] = {};
-    for (int q = begin; q < end; q++) lanes[q] = from[q];
+    constexpr int L = kLanes<Accumulator<T>>;
+    if (begin == 0 && end == L) return load(from);
+    T lanes[L] = {};
+    if constexpr (sizeof(T) == 2 && L == 4) {
+        const uint64_t word = word_between(from, begin, end);
+        std::memcpy(lanes, &word, sizeof lanes);
+#if CARAFEPP_VECTOR_BYTES == 32
+    } else if constexpr (sizeof(T) == 2) {
+        const __m128i words = _mm_set_epi64x(static_cast<int64_t>(word_between(from + 4, begin - 4, end - 4)),
+                                             static_cast<int64_t>(word_between(from, begin, end)));
+        std::memcpy(lanes, &words, sizeof lanes);
+#endif
+    } else {
+        for (int q = begin; q < end; q++) lanes[q] = from[q];
+    }
     return load(lanes);
 }
 template <class T>
@@ -449,36 +474,26 @@ CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
     }
 }
 
-// ---- 16-bit results past the caches; two stores make a line ----
+// ---- bfloat16: a vector's bytes hold two vectors of floats, the even and the odd elements, without a shuffle ----
 
-#if CARAFEPP_VECTOR_BYTES == 64
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UnalignedBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
-CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) {
-    const __m256i lanes = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), lanes);
+CARAFEPP_INLINE Vector<float> load_even(const BFloat16* from) {
+    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) << 16);
 }
-CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) {
-    const __m256i lanes = _mm512_cvtepi32_epi16((__m512i)rounded_to_bfloat16(value));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), lanes);
+CARAFEPP_INLINE Vector<float> load_odd(const BFloat16* from) {
+    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) & 0xffff0000u);
 }
-
-#elif CARAFEPP_VECTOR_BYTES == 32
-
-CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
-}
-CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) {
-    const __m256i wide = (__m256i)rounded_to_bfloat16(value);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), packed);
+CARAFEPP_INLINE Bits alternating(Vector<float> even, Vector<float> odd) {
+    if (__builtin_expect(any_is_nan(even, odd), false))
+        return (Bits)rounded_to_bfloat16(even) | (Bits)rounded_to_bfloat16(odd) << 16;
+    return (Bits)round_to_upper_half(even) >> 16 | ((Bits)round_to_upper_half(odd) & 0xffff0000u);
 }
 
-#else
-
-CARAFEPP_INLINE void stream(Vector<float> value, Float16* to) { store(value, to); }
-CARAFEPP_INLINE void stream(Vector<float> value, BFloat16* to) { store(value, to); }
-
-#endif
+CARAFEPP_INLINE void store_alternating(Vector<float> even, Vector<float> odd, BFloat16* to) {
+    *reinterpret_cast<UnalignedBits*>(to) = (UnalignedBits)alternating(even, odd);
+}
 
 // ---- arithmetic ----
 

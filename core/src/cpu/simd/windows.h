@@ -39,23 +39,6 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
 // one vector only.
 enum class Store { kPlain, kStream, kTail };
 
-// Of bfloat16, a vector's bytes hold two vectors of floats, the even and the odd elements, without a shuffle. Which
-// lane a channel is in makes no difference to sums over taps.
-typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t UnalignedBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
-
-CARAFEPP_INLINE Vector<float> load_even(const BFloat16* from) {
-    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) << 16);
-}
-CARAFEPP_INLINE Vector<float> load_odd(const BFloat16* from) {
-    return (Vector<float>)((Bits) * reinterpret_cast<const UnalignedBits*>(from) & 0xffff0000u);
-}
-CARAFEPP_INLINE Bits alternating(Vector<float> even, Vector<float> odd) {
-    if (__builtin_expect(any_is_nan(even, odd), false))
-        return (Bits)rounded_to_bfloat16(even) | (Bits)rounded_to_bfloat16(odd) << 16;
-    return (Bits)round_to_upper_half(even) >> 16 | ((Bits)round_to_upper_half(odd) & 0xffff0000u);
-}
-
 // `NV` vectors of channels, in any order of lanes that write_channels has too.
 template <int NV, Store store_as, class T>
 CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T>> (&to)[NV]) {
@@ -79,11 +62,11 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
     } else if constexpr (std::is_same_v<T, BFloat16> && NV % 2 == 0) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v += 2) {
-            const Bits both = alternating(from[v], from[v + 1]);
             if constexpr (store_as == Store::kStream) {
-                stream((Vector<float>)both, reinterpret_cast<float*>(to + v * kLanes<float>));
+                stream((Vector<float>)alternating(from[v], from[v + 1]),
+                       reinterpret_cast<float*>(to + v * kLanes<float>));
             } else {
-                *reinterpret_cast<UnalignedBits*>(to + v * kLanes<float>) = (UnalignedBits)both;
+                store_alternating(from[v], from[v + 1], to + v * kLanes<float>);
             }
         }
     } else {
