@@ -1,9 +1,9 @@
 """Peak memory of a call, beyond what was resident before it.
 
 A call of carafepp is measured as the first one of a process of its own, because what it keeps for
-the next call (scratch of its threads, their stacks) would not show later. Pages of its code that
-are touched for the first time count too: some hundred KB. Such processes are forked by a server,
-`python -m benchmarks.memory`, that has imported carafepp and never called it.
+the next call (scratch of its threads, their stacks) would not show later. Such processes are
+forked by a server, `python -m benchmarks.memory`, that has imported carafepp and never called it.
+Pages of files, which are code that runs for the first time, do not count.
 """
 
 import ctypes
@@ -43,11 +43,11 @@ def _begin() -> int:
 def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
     """Call; return the result and the bytes, or None where the system does not tell."""
     try:
-        before = _begin()
+        before, files = _begin(), _status("RssFile")
     except (OSError, AttributeError):
         return call(), None
     result = call()
-    return result, max(0, _status("VmHWM") - before)
+    return result, max(0, _status("VmHWM") - before - (_status("RssFile") - files))
 
 
 def peak_in_a_process(rival: Rival, case_name: str) -> int | None:
