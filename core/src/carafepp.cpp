@@ -83,12 +83,17 @@ constexpr Implementation kCudaReassembleWithLogits[] = {
     {"reassemble_with_logits_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
     {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble},
     {}};
-constexpr Implementation kCudaGradFeatures[] = {{"grad_features_any_cuda", takes_all, cuda::grad_features}, {}};
+constexpr Implementation kCudaGradFeatures[] = {
+    {"grad_features_nhwc_cuda", cuda::not_for_grad_features_nhwc, cuda::grad_features_nhwc},
+    {"grad_features_any_cuda", takes_all, cuda::grad_features},
+    {}};
 constexpr Implementation kCudaGradMasks[] = {
+    {"grad_masks_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
     {}};
 constexpr Implementation kCudaGradLogits[] = {
+    {"grad_logits_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
     {}};

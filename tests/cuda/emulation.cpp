@@ -43,7 +43,7 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;  // in a block
 constexpr unsigned kWarpSize = 32;
-constexpr size_t kMaxSharedBytes = 227 * 1024;
+constexpr size_t kMaxSharedBytes = 48 * 1024;  // more is to be asked for with cudaFuncSetAttribute
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN in every type

@@ -93,15 +93,15 @@ MUTANTS = [
     ),
     Mutant(
         "sums of a warp are read before they are written",
-        "grad_masks_nchw.cu",
-        "= sums[o][t];\n            __syncthreads();",
+        "grad_masks_up2.h",
+        "= sums[o][t];\n        __syncthreads();",
         "= sums[o][t];",
     ),
     Mutant(
         "sums of the next output are written too early",
-        "grad_masks_nchw.cu",
-        "            }\n            __syncthreads();\n        }",
-        "            }\n        }",
+        "grad_masks_up2.h",
+        "o < kOutputs; o++) {\n        __syncthreads();",
+        "o < kOutputs; o++) {",
     ),
     Mutant(
         "an infinite gradient meets a tap beyond a border",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "the halo is short of a column",
-        "columns.h",
+        "up2.h",
         "j + K / 2 < p.features.w",
         "j + K / 2 <= p.features.w",
         sanitizer="address",
@@ -136,7 +136,7 @@ MUTANTS = [
     ),
     Mutant(
         "logits are normalised before all are staged",
-        "reassemble_nhwc.cu",
+        "channels.h",
         "= weight;\n    });\n    __syncthreads();",
         "= weight;\n    });",
     ),
@@ -151,6 +151,49 @@ MUTANTS = [
         "reassemble_nhwc.cu",
         "if (out_i >= p.out_h || out_j >= p.out_w) continue;",
         "if (out_i >= p.out_h) continue;",
+    ),
+    Mutant(
+        "masks of the next row are staged over others that are still read",
+        "grad_features_nhwc.cu",
+        "                }\n                __syncthreads();\n            }",
+        "                }\n            }",
+    ),
+    Mutant(
+        "the mask of an output that a crop leaves out is not a number",
+        "grad_features_nhwc.cu",
+        "if ((i + 1) * kUp <= p.out_h &&",
+        "if (",
+    ),
+    Mutant(
+        "a block ends a row too early",
+        "grad_features_nhwc.cu",
+        "i < bottom + kRadius; i++",
+        "i < min(bottom + kRadius, height); i++",
+    ),
+    Mutant(
+        "a tap reaches the wrong column",
+        "grad_features_nhwc.cu",
+        "if (x < s || x >= s + K) continue;",
+        "if (x >= s + K) continue;",
+    ),
+    Mutant(
+        "the next channels are staged over others that are still read",
+        "grad_masks_nhwc.cu",
+        "contract<K>(shared, lane, warp, sums);\n            __syncthreads();",
+        "contract<K>(shared, lane, warp, sums);",
+    ),
+    Mutant(
+        "channels beyond the last are staged",
+        "grad_masks_nhwc.cu",
+        "channel < channels && y >= 0",
+        "channel <= channels && y >= 0",
+        sanitizer="address",
+    ),
+    Mutant(
+        "gradients are written over logits that are still read",
+        "grad_masks_nhwc.cu",
+        "p.from_logits ? warp : warp * kTaps);",
+        "p.from_logits ? 0 : warp * kTaps);",
     ),
 ]
 

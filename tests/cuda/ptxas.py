@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_nchw_kernel": 168,
+    "grad_masks_nhwc_kernel": 168,
     "grad_masks_nchw_kernelILi5Ef": 168,
     "grad_masks_nchw_kernel": 254,  # of halves
 }

@@ -4,13 +4,10 @@
 // one, and a part of the channels each: contract the window of a source with the gradients of its four outputs, all
 // sums in registers; add the warps' sums, always in the same order, so that each warp holds one of the four outputs;
 // carry that through the normaliser, whose masks are computed anew, and write it.
-#include "cuda/columns.h"
+#include "cuda/grad_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {
-
-constexpr int kSources = 32;                 // of a block: the lanes of a warp
-constexpr int kBlock = kOutputs * kSources;  // threads
 
 // sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
 template <int K, bool Inside, class T>
@@ -29,26 +26,6 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 #pragma unroll
             for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[o] * feature;
         });
-    }
-}
-
-// The gradient of an output's masks to that of its logits.
-template <int K, class M>
-__device__ __forceinline__ void through_normalizer(const M* logits, int64_t step, carafepp_normalizer normalizer,
-                                                   float (&grad)[K * K]) {
-    if (normalizer == CARAFEPP_NONE) return;
-    float masks[K * K], mean = 0;
-    load_taps<K>(logits, step, true, normalizer, masks);
-#pragma unroll
-    for (int t = 0; t < K * K; t++) mean += masks[t] * grad[t];
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        if (normalizer == CARAFEPP_SIGMOID) {
-            grad[t] *= masks[t] * (1 - masks[t]);
-        } else {
-            grad[t] = masks[t] * (grad[t] - mean);
-            if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) grad[t] *= sigmoid(-widen(logits[t * step]));
-        }
     }
 }
 
@@ -78,20 +55,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
             contract<K, false, T>(p, n, c, channels, i, j, sums);
         }
 
-        float grad[kTaps] = {};  // of output `warp`
-#pragma unroll
-        for (int o = 0; o < kOutputs; o++) {
-#pragma unroll
-            for (int t = 0; t < kTaps; t++) shared[(warp * kTaps + t) * kSources + lane] = sums[o][t];
-            __syncthreads();
-            if (warp == o) {
-#pragma unroll
-                for (int t = 0; t < kTaps; t++) {
-                    for (int w = 0; w < kOutputs; w++) grad[t] += shared[(w * kTaps + t) * kSources + lane];
-                }
-            }
-            __syncthreads();
-        }
+        float grad[kTaps];  // of output `warp`
+        sum_of_warps<K>(sums, shared, grad);
 
         const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
         const bool computed = output.i < p.out_h && output.j < p.out_w;  // else a crop leaves it out

@@ -4,7 +4,7 @@
 // four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
 // then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
 // through, so that small maps fill blocks.
-#include "cuda/columns.h"
+#include "cuda/up2.h"
 
 namespace carafepp::cuda {
 namespace {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for up x2 with adjacent columns share: a thread has one source, whose window serves its four
-// outputs.
+// What the kernels for up x2 share: the window of a source serves its four outputs.
 #pragma once
 
 #include "cuda/masks.h"
@@ -42,14 +41,21 @@ __device__ __forceinline__ void for_each_tap(const Problem& p, const T* window, 
     }
 }
 
-// Why these kernels do not take a problem, whose outputs or their gradients are in `outputs`.
-inline const char* not_for_columns_of_up2(const Problem& p, const Array& outputs) {
+// Why these kernels do not take a problem.
+inline const char* not_for_up2(const Problem& p, int64_t largest_kernel) {
     if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";
-    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
+    if (p.kernel_size < 3 || p.kernel_size > largest_kernel)
+        return largest_kernel == 5 ? "kernel_size is not 3 or 5" : "kernel_size is not 3, 5 or 7";
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (p.features.h > INT32_MAX / kUp - 8 || p.features.w > INT32_MAX / kUp - 8) return "rows or columns are too many";
+    return nullptr;
+}
+
+// With columns in lanes. Outputs or their gradients are in `outputs`.
+inline const char* not_for_columns_of_up2(const Problem& p, const Array& outputs) {
+    if (const char* reason = not_for_up2(p, 5)) return reason;
     if (p.features.stride_w != 1 || (outputs.data != nullptr && outputs.stride_w != 1))
         return "columns are not adjacent";
-    if (p.features.h > INT32_MAX / kUp - 2 || p.features.w > INT32_MAX / kUp - 2) return "rows or columns are too many";
     return nullptr;
 }
 

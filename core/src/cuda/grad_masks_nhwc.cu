@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. Of some
+// channels at a time: transpose the features that the tile's windows hold and the gradients of its outputs into shared
+// memory, pixels adjacent; contract the window of a source with its four outputs, all sums in registers. Add the warps'
+// sums; carry that through the normaliser, whose masks are computed anew; write it out by way of shared memory, so that
+// adjacent taps leave together.
+#include "cuda/channels.h"
+#include "cuda/grad_masks_up2.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kColumns = 8, kRows = kSources / kColumns;  // of a tile
+constexpr int kChannels = 16;                             // staged at a time
+constexpr int kOwn = kChannels / kOutputs;                // of these, of a warp
+
+// How features and gradients are staged: rows, outputs and channels so far apart that neither the transposing threads
+// nor the contracting ones meet in a bank.
+template <int K>
+struct Staged {
+    static constexpr int kColumns = cuda::kColumns + K - 1, kRows = cuda::kRows + K - 1;
+    static constexpr int kRow = 24, kChannel = kRow * kRows + 2;
+    static constexpr int kOutput = kSources + 4, kGradChannel = kOutput * kOutputs + 2;
+    static constexpr int kGrads = kChannels * kChannel, kSize = kGrads + kChannels * kGradChannel;
+    static constexpr int kLine = K * K * kOutputs + 1;  // of a source, when written out
+
+    static constexpr int64_t bytes() {
+        const int sums = kBlock * K * K, lines = kSources * kLine;
+        return std::max({kSize, sums, lines}) * int64_t{sizeof(float)};
+    }
+};
+
+struct Cut {
+    int64_t rows, columns;  // of tiles in an image
+};
+
+// Calls f(row, column, channel) for the first of four channels of each pixel, spread over the threads of a block.
+template <class F>
+__device__ __forceinline__ void for_each_vector(int rows, int columns, F f) {
+    constexpr int kVectors = kChannels / kVector;
+    for (int k = static_cast<int>(threadIdx.x); k < rows * columns * kVectors; k += kBlock) {
+        const int pixel = k / kVectors;
+        f(pixel / columns, pixel % columns, k % kVectors * kVector);
+    }
+}
+
+__device__ __forceinline__ void store_apart(float4 value, float* to, int channel) {
+    to[0] = value.x;
+    to[channel] = value.y;
+    to[2 * channel] = value.z;
+    to[3 * channel] = value.w;
+}
+
+// Of the tile with its corner at source (i, j): what does not exist is 0. Ends with a barrier.
+template <int K, class T>
+__device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, int64_t i, int64_t j, float* staged) {
+    using S = Staged<K>;
+    for_each_vector(S::kRows, S::kColumns, [&](int row, int column, int channel) {
+        const int64_t y = i + row - K / 2, x = j + column - K / 2;
+        const bool exists = channel < channels && y >= 0 && y < p.features.h && x >= 0 && x < p.features.w;
+        store_apart(
+            exists ? load_channels(element<const T>(p.features, n, c + channel, y, x)) : make_float4(0, 0, 0, 0),
+            staged + channel * S::kChannel + row * S::kRow + column, S::kChannel);
+    });
+    for_each_vector(kRows * kUp, kColumns * kUp, [&](int row, int column, int channel) {
+        const int64_t out_i = i * kUp + row, out_j = j * kUp + column;
+        const bool exists = channel < channels && out_i < p.out_h && out_j < p.out_w;
+        const int source = row / kUp * kColumns + column / kUp, output = row % kUp * kUp + column % kUp;
+        store_apart(exists ? load_channels(element<const T>(p.grad_output, n, c + channel, out_i, out_j))
+                           : make_float4(0, 0, 0, 0),
+                    staged + S::kGrads + channel * S::kGradChannel + output * S::kOutput + source, S::kGradChannel);
+    });
+    __syncthreads();
+}
+
+// sums[output][tap] += grad_output * features, over the channels that are staged for this warp.
+template <int K>
+__device__ __forceinline__ void contract(const float* staged, int lane, int warp, float (&sums)[kOutputs][K * K]) {
+    using S = Staged<K>;
+    const float* window = staged + warp * kOwn * S::kChannel + lane / kColumns * S::kRow + lane % kColumns;
+    const float* grads = staged + S::kGrads + warp * kOwn * S::kGradChannel + lane;
+#pragma unroll 1
+    for (int c = 0; c < kOwn; c++, window += S::kChannel, grads += S::kGradChannel) {
+        float grad[kOutputs];
+#pragma unroll
+        for (int o = 0; o < kOutputs; o++) grad[o] = grads[o * S::kOutput];
+#pragma unroll
+        for (int t = 0; t < K * K; t++) {
+            const float feature = window[t / K * S::kRow + t % K];
+#pragma unroll
+            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[o] * feature;
+        }
+    }
+}
+
+// Calls f(element, place) for each mask of a tile's outputs: where it is in `array`, of the shape of masks or logits,
+// and where in shared memory. Of outputs that a crop leaves out only logits exist.
+template <int K, class M, class F>
+__device__ __forceinline__ void for_each_tap_of_tile(const Problem& p, const Array& array, int64_t n, int64_t group,
+                                                     int64_t i, int64_t j, F f) {
+    constexpr int kTaps = K * K;
+    for (int k = static_cast<int>(threadIdx.x); k < kSources * kTaps * kOutputs; k += kBlock) {
+        const int source = k / (kTaps * kOutputs), place = k % (kTaps * kOutputs);
+        const int tap = p.from_logits ? place / kOutputs : place % kTaps,
+                  o = p.from_logits ? place % kOutputs : place / kTaps;
+        const int64_t row = i + source / kColumns, column = j + source % kColumns;
+        const Output output{row * kUp + o / kUp, column * kUp + o % kUp};
+        if (row >= p.features.h || column >= p.features.w) continue;
+        if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) continue;
+        f(mask_at<M>(p, array, n, group, tap, output), source * Staged<K>::kLine + place);
+    }
+}
+
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Cut cut) {
+    constexpr int kTaps = K * K;
+    float* const shared = shared_memory<float>();
+    const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const int64_t items = p.result.n * p.groups * cut.rows * cut.columns;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient column = divide(item, cut.columns), row = divide(column.quotient, cut.rows),
+                       image = divide(row.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const int64_t i = row.remainder * kRows, j = column.remainder * kColumns;
+
+        float sums[kOutputs][kTaps] = {};
+        for (int64_t c = 0; c < channels_in_group; c += kChannels) {
+            stage<K, T>(p, n, group * channels_in_group + c, channels_in_group - c, i, j, shared);
+            contract<K>(shared, lane, warp, sums);
+            __syncthreads();
+        }
+        float grad[kTaps];  // of output `warp`
+        sum_of_warps<K>(sums, shared, grad);
+
+        const int own_i = static_cast<int>(i) + lane / kColumns, own_j = static_cast<int>(j) + lane % kColumns;
+        const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
+        if (computed) clear_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
+        if (p.from_logits) {
+            for_each_tap_of_tile<K, const M>(p, p.logits, n, group, i, j,
+                                             [&](const M* from, int place) { shared[place] = widen(*from); });
+            __syncthreads();
+        }
+        float* const line = shared + lane * Staged<K>::kLine + (p.from_logits ? warp : warp * kTaps);
+        const int step = p.from_logits ? kOutputs : 1;
+        if (computed && p.from_logits) through_normalizer<K>(line, step, p.normalizer, grad);
+#pragma unroll
+        for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
+        __syncthreads();
+        for_each_tap_of_tile<K, M>(p, p.result, n, group, i, j,
+                                   [&](M* to, int place) { *to = narrow<M>(shared[place]); });
+        __syncthreads();
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (!std::is_same_v<T, double>) {
+            const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
+            launch(grad_masks_nhwc_kernel<K, T, M>, p.result.n * p.groups * cut.rows * cut.columns, kBlock,
+                   Staged<K>::bytes(), p.stream, p, cut);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_grad_masks_nhwc(const Problem& p) {
+    if (const char* reason = not_for_up2(p, 5)) return reason;
+    if (const char* reason = not_for_vectors(p, p.features)) return reason;
+    return not_for_vectors(p, p.grad_output);
+}
+
+void grad_masks_nhwc(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda
