@@ -223,7 +223,7 @@ def table_markdown(rows: list[Row]) -> str:
         crop = f", cropped to {case.size}" if case.size else ""
         head = f"### {case.name}: {case.features_shape}, {factor}{crop}, K={case.kernel_size}"
         mine = sorted((row for row in rows if row.case is case), key=_order)
-        texts.append(f"{head}: {case.reason}\n\n{_table(_COLUMNS, map(_cells, mine))}")
+        texts.append(f"{head}: {case.reason}\n\n{table(_COLUMNS, map(_cells, mine))}")
     return "\n\n".join(texts)
 
 
@@ -270,10 +270,10 @@ def bars_markdown(bars: list) -> str:
         [bar.what, bar.wanted, bar.reached, met[bar.met], bar.best, bar.same_layout, bar.worst]
         for bar in bars
     ]
-    return "### The bars\n\n" + _table(head, cells)
+    return "### The bars\n\n" + table(head, cells)
 
 
-def _table(head: list[str], cells: Iterable[list[str]]) -> str:
+def table(head: list[str], cells: Iterable[list[str]]) -> str:
     """Return a Markdown table, aligned for reading as it is."""
     lines = [[*head], *cells]
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]

@@ -74,25 +74,35 @@ constexpr Implementation kNormalizeMasksBackward[] = {
     {}};
 
 constexpr Implementation kCudaReassemble[] = {
+    {"reassemble_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
     {"reassemble_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
     {"reassemble_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
+    {"reassemble_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
+    {"reassemble_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
     {"reassemble_any_cuda", takes_all, cuda::reassemble},
     {}};
 constexpr Implementation kCudaReassembleWithLogits[] = {
+    {"reassemble_with_logits_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
     {"reassemble_with_logits_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
     {"reassemble_with_logits_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
+    {"reassemble_with_logits_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
+    {"reassemble_with_logits_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
     {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble},
     {}};
 constexpr Implementation kCudaGradFeatures[] = {
+    {"grad_features_nhwc_mma_cuda", cuda::not_for_grad_features_nhwc_mma, cuda::grad_features_nhwc_mma},
     {"grad_features_nhwc_cuda", cuda::not_for_grad_features_nhwc, cuda::grad_features_nhwc},
+    {"grad_features_nchw_cuda", cuda::not_for_grad_features_nchw, cuda::grad_features_nchw},
     {"grad_features_any_cuda", takes_all, cuda::grad_features},
     {}};
 constexpr Implementation kCudaGradMasks[] = {
+    {"grad_masks_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_masks_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
     {}};
 constexpr Implementation kCudaGradLogits[] = {
+    {"grad_logits_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_logits_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
@@ -189,29 +199,34 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
     return call;
 }
 
+// Calls f() with the device of a problem as the current one.
+template <class F>
+void on_device(carafepp_function function, const Problem& problem, F f) {
+    if (problem.device != CARAFEPP_CUDA) return f();
+    try {
+        const cuda::CurrentDevice device(problem.device_index);
+        f();
+    } catch (const cuda::Failure& failure) {
+        fail(CARAFEPP_RUNTIME_ERROR, function, "CUDA failed: " + failure.text + ".");
+    }
+}
+
 void run(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
          void* stream) {
     Call call = check(function, params, tensors, true);
     call.problem.stream = stream;
     const auto& lists = lists_of(call.problem.device)[function];
-    const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
-    for (int k = 0; k < 2; k++) {
-        call.problem.result = call.results[k];
-        if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
-    }
-    const auto run_all = [&] {
+    on_device(function, call.problem, [&] {
+        const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
+        for (int k = 0; k < 2; k++) {
+            call.problem.result = call.results[k];
+            if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
+        }
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
             if (chosen[k] != nullptr) chosen[k]->run(call.problem);
         }
-    };
-    if (call.problem.device != CARAFEPP_CUDA) return run_all();
-    try {
-        const cuda::CurrentDevice device(call.problem.device_index);
-        run_all();
-    } catch (const cuda::Failure& failure) {
-        fail(CARAFEPP_RUNTIME_ERROR, function, "CUDA failed: " + failure.text + ".");
-    }
+    });
 }
 
 // ---- the C boundary ----
@@ -336,13 +351,14 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
             fail(CARAFEPP_VALUE_ERROR, function, std::string(tensors ? "visit" : "tensors") + " must not be NULL.");
         }
         Call call = check(function, params, tensors, false);
-        for (int k = 0; k < 2; k++) {
-            call.problem.result = call.results[k];
-            for (const Implementation* entry = lists_of(call.problem.device)[function][k];
-                 entry != nullptr && entry->name != nullptr; entry++) {
-                visit(user, entry->name, entry->declines(call.problem));
+        const auto& lists = lists_of(call.problem.device)[function];
+        on_device(function, call.problem, [&] {
+            for (int k = 0; k < 2; k++) {
+                call.problem.result = call.results[k];
+                for (const Implementation* entry = lists[k]; entry != nullptr && entry->name != nullptr; entry++)
+                    visit(user, entry->name, entry->declines(call.problem));
             }
-        }
+        });
     });
 }
 

@@ -130,7 +130,7 @@ MUTANTS = [
     ),
     Mutant(
         "an infinite mask meets a tap beyond a border",
-        "reassemble_nhwc.cu",
+        "channels.h",
         "if (j >= 0 && j < p.features.w) continue;",
         "if (j >= -1 && j < p.features.w) continue;",
     ),
@@ -153,6 +153,19 @@ MUTANTS = [
         "if (out_i >= p.out_h) continue;",
     ),
     Mutant(
+        "gradients of the next row are staged over others that are still read",
+        "grad_features_nchw.cu",
+        "                    }\n                    __syncthreads();\n                }",
+        "                    }\n                }",
+    ),
+    Mutant(
+        "gradients of channels of another group are staged",
+        "grad_features_nchw.cu",
+        "if (!inside || channel + q >= channels) return 0.0f;",
+        "if (!inside || channel >= channels) return 0.0f;",
+        sanitizer="address",
+    ),
+    Mutant(
         "masks of the next row are staged over others that are still read",
         "grad_features_nhwc.cu",
         "                }\n                __syncthreads();\n            }",
@@ -160,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "the mask of an output that a crop leaves out is not a number",
-        "grad_features_nhwc.cu",
+        "grad_features_up2.h",
         "if ((i + 1) * kUp <= p.out_h &&",
         "if (",
     ),
@@ -172,7 +185,7 @@ MUTANTS = [
     ),
     Mutant(
         "a tap reaches the wrong column",
-        "grad_features_nhwc.cu",
+        "grad_features_up2.h",
         "if (x < s || x >= s + K) continue;",
         "if (x >= s + K) continue;",
     ),
@@ -192,8 +205,76 @@ MUTANTS = [
     Mutant(
         "gradients are written over logits that are still read",
         "grad_masks_nhwc.cu",
-        "p.from_logits ? warp : warp * kTaps);",
-        "p.from_logits ? 0 : warp * kTaps);",
+        "Lines<K>::place(p, 0, warp);",
+        "Lines<K>::place(p, 0, warp / 2);",
+    ),
+    Mutant(
+        "a zero of the band makes NaN of an infinite feature",
+        "mma.h",
+        "finite = finite && fabsf(values[q]) < INFINITY;",
+        "",
+    ),
+    Mutant(
+        "pixels of a pair change places",
+        "mma.h",
+        "(even.of[word] & 0xffff) | odd.of[word] << 16",
+        "(odd.of[word] & 0xffff) | even.of[word] << 16",
+    ),
+    Mutant(
+        "rows of outputs change places",
+        "reassemble_nhwc_mma.cu",
+        "out_i = i * kUp + k / 2;",
+        "out_i = i * kUp + 1 - k / 2;",
+    ),
+    Mutant(
+        "channels of another group are summed up",
+        "grad_masks_nhwc_mma.cu",
+        "const bool exist = pair * kWide < left,",
+        "const bool exist = pair * kWide <= left,",
+        sanitizer="address",
+    ),
+    Mutant(
+        "gradients of masks are read before all are there",
+        "grad_masks_nhwc_mma.cu",
+        "widen(*from); });\n        }\n        __syncthreads();",
+        "widen(*from); });\n        }",
+    ),
+    Mutant(
+        "a mask leads to a pixel beside its own",
+        "grad_features_nhwc_mma.cu",
+        "const int a = top + row / kTile + half * 2 - i + kRadius;",
+        "const int a = top + row / kTile + half - i + kRadius;",
+    ),
+    Mutant(
+        "warps of other channels read the masks of the next row",
+        "grad_features_nhwc_mma.cu",
+        "multiply_add<T>(sums, band, even, odd);\n            }\n            __syncthreads();",
+        "multiply_add<T>(sums, band, even, odd);\n            }",
+    ),
+    Mutant(
+        "a pair of columns reaches beyond the row",
+        "reassemble_down2_nchw.cu",
+        "left + 2 * x < p.features.w);",
+        "left + 2 * x <= p.features.w);",
+        sanitizer="address",
+    ),
+    Mutant(
+        "the lower output has the window of the upper one",
+        "reassemble_down2_nchw.cu",
+        "const int a = y - kDown * o, b",
+        "const int a = y - o, b",
+    ),
+    Mutant(
+        "an infinite mask meets a tap beyond the end of a row",
+        "reassemble_down2_nhwc.cu",
+        "x < 0 || x >= p.features.w) staged",
+        "x < 0) staged",
+    ),
+    Mutant(
+        "masks of the next outputs are staged over others that are still read",
+        "reassemble_down2_nhwc.cu",
+        "            }\n        }\n        __syncthreads();",
+        "            }\n        }",
     ),
 ]
 

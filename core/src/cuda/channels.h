@@ -41,16 +41,16 @@ __device__ __forceinline__ void add_products(float weight, float4 value, float4&
     sum.w += weight * value.w;
 }
 
-// Why the channels of an array, whose elements exist, cannot be loaded and stored so.
-inline const char* not_for_vectors(const Problem& p, const Array& array) {
+// Why channels of an array cannot be loaded and stored `count` at a time.
+inline const char* not_for_vectors(const Problem& p, const Array& array, int count = kVector) {
     if (array.empty()) return nullptr;
     if (array.stride_c != 1) return "channels are not adjacent";
-    if (p.features.c / p.groups % kVector != 0) return "channels of a group are not a multiple of 4";
+    if (p.features.c / p.groups % count != 0) return "channels of a group are not whole vectors";
     for (int64_t stride : {array.stride_n, array.stride_h, array.stride_w}) {
-        if (stride % kVector != 0) return "pixels are not four elements, or a multiple, apart";
+        if (stride % count != 0) return "pixels are not whole vectors apart";
     }
-    const auto bytes = static_cast<uintptr_t>(kVector * itemsize(array.dtype));
-    if (reinterpret_cast<uintptr_t>(array.data) % bytes != 0) return "an array is not aligned to four elements";
+    const auto bytes = static_cast<uintptr_t>(count * itemsize(array.dtype));
+    if (reinterpret_cast<uintptr_t>(array.data) % bytes != 0) return "an array is not aligned to vectors";
     return nullptr;
 }
 
@@ -122,6 +122,19 @@ __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_
     __syncthreads();
     if (!p.from_logits) return;
     normalize_staged<K>(p.normalizer, staged, sources * kOutputs);
+    __syncthreads();
+}
+
+// For the forward: masks of taps beyond a border become 0, as features are read as 0 there, and 0 * 0 is 0 even where a
+// mask is Inf. Ends with a barrier.
+template <int K>
+__device__ void clear_outside(const Problem& p, int64_t first, int sources, float* staged) {
+    if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;
+    for (int k = static_cast<int>(threadIdx.x); k < sources * K * K; k += kThreads) {
+        const int64_t j = first + k / (K * K) + k % K - K / 2;
+        if (j >= 0 && j < p.features.w) continue;
+        reinterpret_cast<float4*>(staged)[k] = make_float4(0, 0, 0, 0);
+    }
     __syncthreads();
 }
 

@@ -23,10 +23,9 @@ struct Staged {
     static constexpr int kRow = 24, kChannel = kRow * kRows + 2;
     static constexpr int kOutput = kSources + 4, kGradChannel = kOutput * kOutputs + 2;
     static constexpr int kGrads = kChannels * kChannel, kSize = kGrads + kChannels * kGradChannel;
-    static constexpr int kLine = K * K * kOutputs + 1;  // of a source, when written out
 
     static constexpr int64_t bytes() {
-        const int sums = kBlock * K * K, lines = kSources * kLine;
+        const int sums = kBlock * K * K, lines = kSources * Lines<K>::kSize;
         return std::max({kSize, sums, lines}) * int64_t{sizeof(float)};
     }
 };
@@ -54,17 +53,17 @@ __device__ __forceinline__ void store_apart(float4 value, float* to, int channel
 
 // Of the tile with its corner at source (i, j): what does not exist is 0. Ends with a barrier.
 template <int K, class T>
-__device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, int64_t i, int64_t j, float* staged) {
+__device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j, float* staged) {
     using S = Staged<K>;
     for_each_vector(S::kRows, S::kColumns, [&](int row, int column, int channel) {
-        const int64_t y = i + row - K / 2, x = j + column - K / 2;
+        const int y = i + row - K / 2, x = j + column - K / 2;
         const bool exists = channel < channels && y >= 0 && y < p.features.h && x >= 0 && x < p.features.w;
         store_apart(
             exists ? load_channels(element<const T>(p.features, n, c + channel, y, x)) : make_float4(0, 0, 0, 0),
             staged + channel * S::kChannel + row * S::kRow + column, S::kChannel);
     });
     for_each_vector(kRows * kUp, kColumns * kUp, [&](int row, int column, int channel) {
-        const int64_t out_i = i * kUp + row, out_j = j * kUp + column;
+        const int out_i = i * kUp + row, out_j = j * kUp + column;
         const bool exists = channel < channels && out_i < p.out_h && out_j < p.out_w;
         const int source = row / kUp * kColumns + column / kUp, output = row % kUp * kUp + column % kUp;
         store_apart(exists ? load_channels(element<const T>(p.grad_output, n, c + channel, out_i, out_j))
@@ -94,24 +93,6 @@ __device__ __forceinline__ void contract(const float* staged, int lane, int warp
     }
 }
 
-// Calls f(element, place) for each mask of a tile's outputs: where it is in `array`, of the shape of masks or logits,
-// and where in shared memory. Of outputs that a crop leaves out only logits exist.
-template <int K, class M, class F>
-__device__ __forceinline__ void for_each_tap_of_tile(const Problem& p, const Array& array, int64_t n, int64_t group,
-                                                     int64_t i, int64_t j, F f) {
-    constexpr int kTaps = K * K;
-    for (int k = static_cast<int>(threadIdx.x); k < kSources * kTaps * kOutputs; k += kBlock) {
-        const int source = k / (kTaps * kOutputs), place = k % (kTaps * kOutputs);
-        const int tap = p.from_logits ? place / kOutputs : place % kTaps,
-                  o = p.from_logits ? place % kOutputs : place / kTaps;
-        const int64_t row = i + source / kColumns, column = j + source % kColumns;
-        const Output output{row * kUp + o / kUp, column * kUp + o % kUp};
-        if (row >= p.features.h || column >= p.features.w) continue;
-        if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) continue;
-        f(mask_at<M>(p, array, n, group, tap, output), source * Staged<K>::kLine + place);
-    }
-}
-
 template <int K, class T, class M>
 __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;
@@ -123,7 +104,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
         const Quotient column = divide(item, cut.columns), row = divide(column.quotient, cut.rows),
                        image = divide(row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const int64_t i = row.remainder * kRows, j = column.remainder * kColumns;
+        const int i = static_cast<int>(row.remainder) * kRows, j = static_cast<int>(column.remainder) * kColumns;
 
         float sums[kOutputs][kTaps] = {};
         for (int64_t c = 0; c < channels_in_group; c += kChannels) {
@@ -134,22 +115,22 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
         float grad[kTaps];  // of output `warp`
         sum_of_warps<K>(sums, shared, grad);
 
-        const int own_i = static_cast<int>(i) + lane / kColumns, own_j = static_cast<int>(j) + lane % kColumns;
+        const int own_i = i + lane / kColumns, own_j = j + lane % kColumns;
         const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
         if (computed) clear_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
         if (p.from_logits) {
-            for_each_tap_of_tile<K, const M>(p, p.logits, n, group, i, j,
-                                             [&](const M* from, int place) { shared[place] = widen(*from); });
+            for_each_of_lines<K, kColumns, kBlock, const M>(
+                p, p.logits, n, group, i, j, [&](const M* from, int place) { shared[place] = widen(*from); });
             __syncthreads();
         }
-        float* const line = shared + lane * Staged<K>::kLine + (p.from_logits ? warp : warp * kTaps);
-        const int step = p.from_logits ? kOutputs : 1;
-        if (computed && p.from_logits) through_normalizer<K>(line, step, p.normalizer, grad);
+        float* const line = shared + lane * Lines<K>::kSize + Lines<K>::place(p, 0, warp);
+        const int step = Lines<K>::place(p, 1, 0);
+        if (computed && p.from_logits) through_normalizer<K>(line, kOutputs, p.normalizer, grad);
 #pragma unroll
         for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
         __syncthreads();
-        for_each_tap_of_tile<K, M>(p, p.result, n, group, i, j,
-                                   [&](M* to, int place) { *to = narrow<M>(shared[place]); });
+        for_each_of_lines<K, kColumns, kBlock, M>(p, p.result, n, group, i, j,
+                                                  [&](M* to, int place) { *to = narrow<M>(shared[place]); });
         __syncthreads();
     }
 }

@@ -66,6 +66,25 @@ __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t 
     __syncthreads();
 }
 
+// One mask, normalised if it is from logits.
+template <class M>
+__device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Output output) {
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    const M* const taps = mask_at<const M>(p, array, n, group, 0, output);
+    const int64_t step = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+    const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
+    const auto tap = [&](int64_t k) {
+        const float logit = widen(taps[k * step]);
+        return normalizer == CARAFEPP_SIGMOID_NORMALIZED ? log_sigmoid(logit) : logit;
+    };
+    if (normalizer == CARAFEPP_NONE) return tap(t);
+    if (normalizer == CARAFEPP_SIGMOID) return sigmoid(tap(t));
+    float largest = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < p.taps(); k++) largest = tap(k) > largest ? tap(k) : largest;
+    for (int64_t k = 0; k < p.taps(); k++) sum += expf(tap(k) - largest);
+    return expf(tap(t) - largest) / sum;
+}
+
 // The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers.
 template <int K, class M>
 __device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from_logits, carafepp_normalizer normalizer,

@@ -71,4 +71,42 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
     return {a / b, a % b};
 }
 
+// sums += a * b on tensor cores, in the fragments of PTX's mma.m16n8k8. All lanes of a warp take part.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
+    constexpr bool kHalf = std::is_same_v<T, Float16>;
+#if defined(CARAFEPP_EMULATION)
+    const uint32_t fragment[] = {b};
+    emulation::mma_m16n8k8(kHalf ? emulation::MmaType::kFloat16 : emulation::MmaType::kBFloat16, sums, a, fragment);
+#elif defined(__CUDA_ARCH__)
+    if constexpr (kHalf) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+    } else {
+#if __CUDA_ARCH__ >= 800
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+        __trap();  // never launched: not_for_... has asked is_compiled_for
+#endif
+    }
+#endif
+}
+
+// Whether what the current device would run of a kernel is code for this architecture (80 is 8.0) or a newer one.
+// Devices that the build does not know translate code for an old one.
+template <class... Parameters>
+bool is_compiled_for(int architecture, void (*kernel)(Parameters...)) {
+#if defined(CARAFEPP_EMULATION)
+    return architecture > 0 && kernel != nullptr;
+#else
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) throw Failure{text_of(error)};
+    return attributes.ptxVersion >= architecture;
+#endif
+}
+
 }  // namespace carafepp::cuda

@@ -16,18 +16,6 @@ struct Cut {
     int64_t tiles, chunks;  // of sources in a row, of channels in a group
 };
 
-// The masks of taps beyond a border become 0: features are read as 0 there, and 0 * 0 is 0 even where a mask is Inf.
-template <int K>
-__device__ void clear_outside(const Problem& p, int64_t first, int sources, float* staged) {
-    if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;
-    for (int k = static_cast<int>(threadIdx.x); k < sources * K * K; k += kThreads) {
-        const int64_t j = first + k / (K * K) + k % K - K / 2;
-        if (j >= 0 && j < p.features.w) continue;
-        reinterpret_cast<float4*>(staged)[k] = make_float4(0, 0, 0, 0);
-    }
-    __syncthreads();
-}
-
 template <int K, class T, class M>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;

@@ -51,11 +51,12 @@ inline const char* not_for_up2(const Problem& p, int64_t largest_kernel) {
     return nullptr;
 }
 
-// With columns in lanes. Outputs or their gradients are in `outputs`.
-inline const char* not_for_columns_of_up2(const Problem& p, const Array& outputs) {
+// With columns in lanes, of two arrays.
+inline const char* not_for_columns_of_up2(const Problem& p, const Array& one, const Array& other) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
-    if (p.features.stride_w != 1 || (outputs.data != nullptr && outputs.stride_w != 1))
-        return "columns are not adjacent";
+    for (const Array* array : {&one, &other}) {
+        if (!array->empty() && array->stride_w != 1) return "columns are not adjacent";
+    }
     return nullptr;
 }
 

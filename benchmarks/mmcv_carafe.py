@@ -1,0 +1,93 @@
+"""mmcv's CARAFE, built from a source tree of mmcv: four of its files, not half an hour."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_BINDING = r"""
+#include <torch/extension.h>
+using at::Tensor;
+
+void carafe_forward(Tensor features, Tensor masks, Tensor rfeatures, Tensor routput,
+                    Tensor rmasks, Tensor output, int kernel_size, int group_size,
+                    int scale_factor);
+void carafe_backward(Tensor top_grad, Tensor rfeatures, Tensor masks, Tensor rtop_grad,
+                     Tensor rbottom_grad_hs, Tensor rbottom_grad, Tensor rmask_grad,
+                     Tensor bottom_grad, Tensor mask_grad, int kernel_size, int group_size,
+                     int scale_factor);
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.def("forward", &carafe_forward);
+    m.def("backward", &carafe_backward);
+}
+"""
+
+
+def load_mmcv(tree: Path) -> Callable:
+    """Build it; return its function of features, masks, kernel size, groups and factor."""
+    from torch.utils.cpp_extension import _get_build_directory, load
+
+    csrc = tree / "mmcv" / "ops" / "csrc"
+    build = Path(_get_build_directory("mmcv_carafe", verbose=False))
+    shim = build / "include" / "THC"  # a header that newer versions of PyTorch have elsewhere
+    shim.mkdir(parents=True, exist_ok=True)
+    (shim / "THCAtomics.cuh").write_text("#include <ATen/cuda/Atomic.cuh>\n")
+    binding = build / "binding.cpp"
+    binding.write_text(_BINDING)
+    module = load(
+        "mmcv_carafe",
+        [
+            str(binding),
+            str(csrc / "pytorch" / "carafe.cpp"),
+            str(csrc / "pytorch" / "cuda" / "carafe_cuda.cu"),
+        ],
+        extra_cflags=["-DMMCV_WITH_CUDA"],
+        extra_cuda_cflags=["-DMMCV_WITH_CUDA"],
+        extra_include_paths=[
+            str(csrc / "common"),
+            str(csrc / "common" / "cuda"),
+            str(build / "include"),
+        ],
+    )
+
+    class Carafe(torch.autograd.Function):
+        """As mmcv's own, its zeroed buffers included."""
+
+        @staticmethod
+        def forward(ctx, features, masks, kernel_size, groups, factor):
+            n, c, h, w = features.shape
+            output = features.new_zeros((n, c, h * factor, w * factor))
+            of_output, of_features = torch.zeros_like(output), torch.zeros_like(features)
+            ctx.params = kernel_size, groups, factor
+            module.forward(
+                features,
+                masks,
+                of_features,
+                of_output,
+                torch.zeros_like(masks),
+                output,
+                *ctx.params,
+            )
+            ctx.save_for_backward(features, masks, of_features)
+            return output
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            features, masks, of_features = ctx.saved_tensors
+            grad_features, grad_masks = torch.zeros_like(features), torch.zeros_like(masks)
+            module.backward(
+                grad_output.contiguous(),
+                of_features,
+                masks,
+                torch.zeros_like(grad_output),
+                torch.zeros_like(grad_output),
+                torch.zeros_like(features),
+                torch.zeros_like(masks),
+                grad_features,
+                grad_masks,
+                *ctx.params,
+            )
+            return grad_features, grad_masks, None, None, None
+
+    return Carafe.apply

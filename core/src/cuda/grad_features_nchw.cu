@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of features for up x2 with adjacent columns. Of a row of sources: stage the masks of its outputs as
+// [source][tap][output]; then of each of its two rows of outputs transpose grad_output into shared memory, channels
+// adjacent, and contract; write out the row that is complete.
+#include "cuda/grad_features_up2.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kLanes = 16, kChannels = kLanes * kVector;  // of a block: threads along channels
+constexpr int kPanel = kThreads / kLanes * kColumns;      // columns of sources of a block
+
+// What is staged for a row of sources: with those beside the panel, whose windows reach into it.
+template <int K>
+struct Staged {
+    static constexpr int kSources = kPanel + K - 1, kMasks = kSources * K * K * kOutputs;
+    static constexpr int kOutputColumns = kSources * kUp;
+    static constexpr int kPixel = kChannels + 4;  // so that neighbouring pixels are written to different banks
+    static constexpr int64_t kBytes = (kMasks + kOutputColumns * kPixel) * int64_t{sizeof(float)};
+};
+
+struct Cut {
+    int64_t panels, runs, chunks;  // of columns in a row, of rows in an image, of channels in a group
+};
+
+// grads[column][channel] = grad_output of row out_i, columns out_left and on; 0 where there is none. Ends with a
+// barrier.
+template <int K, class T>
+__device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_left,
+                                float* grads) {
+    using S = Staged<K>;
+    for (int k = static_cast<int>(threadIdx.x); k < S::kOutputColumns * kLanes; k += kThreads) {
+        const int column = k % S::kOutputColumns, channel = k / S::kOutputColumns * kVector, out_j = out_left + column;
+        const bool inside = out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
+        const auto grad = [&](int q) {
+            if (!inside || channel + q >= channels) return 0.0f;
+            return widen(*element<const T>(p.grad_output, n, c + channel + q, out_i, out_j));
+        };
+        *reinterpret_cast<float4*>(grads + column * S::kPixel + channel) = make_float4(grad(0), grad(1), grad(2),
+                                                                                       grad(3));
+    }
+    __syncthreads();
+}
+
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem p, Cut cut) {
+    constexpr int kRadius = K / 2;
+    using S = Staged<K>;
+    float* const masks = shared_memory<float>();
+    float* const grads = masks + S::kMasks;
+    const int channel = static_cast<int>(threadIdx.x) % kLanes * kVector,
+              own = static_cast<int>(threadIdx.x) / kLanes * kColumns;
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const int height = static_cast<int>(p.features.h);
+    const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
+                       run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const int first = static_cast<int>(panel.remainder) * kPanel, j = first + own;
+        const int64_t in_group = chunk.remainder * kChannels, c = group * channels_in_group + in_group;
+        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
+        const bool exists = channel < channels && j < p.features.w;
+        const int top = static_cast<int>(run.remainder) * kRows, bottom = min(top + kRows, height);
+        float4 sums[K][kColumns] = {};  // of rows i - kRadius and on
+        for (int i = top - kRadius; i < bottom + kRadius; i++) {
+            if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) {
+                stage_sources<K, M>(p, n, group, i, first - kRadius, S::kSources, masks);
+                clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
+                for (int row = 0; row < kUp; row++) {
+                    stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
+                    if (exists) {
+                        const float2* const weights = reinterpret_cast<const float2*>(masks) + own * K * K * kUp + row;
+                        const float* const pixels = grads + own * kUp * S::kPixel + channel;
+                        const auto load = [&](int x, int q) {
+                            return *reinterpret_cast<const float4*>(pixels + (x * kUp + q) * S::kPixel);
+                        };
+                        contract<K>(weights, kUp, load, sums);
+                    }
+                    __syncthreads();
+                }
+            }
+            if (exists && i - kRadius >= top) {
+#pragma unroll
+                for (int s = 0; s < kColumns; s++) {
+                    if (j + s >= p.features.w) continue;
+                    T* const to = element<T>(p.result, n, c + channel, i - kRadius, j + s);
+                    const float own_sums[kVector] = {sums[0][s].x, sums[0][s].y, sums[0][s].z, sums[0][s].w};
+#pragma unroll
+                    for (int q = 0; q < kVector; q++) {
+                        if (channel + q < channels) to[q * p.result.stride_c] = narrow<T>(own_sums[q]);
+                    }
+                }
+            }
+            next_row<K>(sums);
+        }
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    Cut cut;
+    cut.panels = ceil_div(p.features.w, kPanel);
+    cut.runs = ceil_div(p.features.h, kRows);
+    cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (!std::is_same_v<T, double>) {
+            launch(grad_features_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
+                   kThreads, Staged<K>::kBytes, p.stream, p, cut);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_grad_features_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.grad_output, p.result); }
+
+void grad_features_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda

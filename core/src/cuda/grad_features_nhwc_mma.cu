@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of features for up x2 with adjacent channels of 16 bits, on tensor cores, in gather form. A warp has a
+// tile of 4 x 4 pixels of the result in 64 channels. Of each row of sources whose windows reach them: stage the masks
+// of its outputs; multiply those that lead from an output to a pixel, a band matrix, with grad_output, four sources of
+// one row of outputs at a time. What of the band is 0 would make NaN of an infinite gradient: where a sum is not finite
+// it is computed anew, tap by tap.
+#include "cuda/grad_features_up2.h"
+#include "cuda/mma.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kTile = 4;               // columns, and rows, of a tile
+constexpr int kChannels = 64;          // of a warp
+constexpr int kWarps = kThreads / 32;  // of a block, beside each other or in other channels
+
+struct Cut {
+    int strips;                    // of a block, each a tile wide
+    int64_t panels, runs, chunks;  // of strips in a row, of rows in an image, of channels in a group
+};
+
+// One element of the result.
+template <class T, class M>
+__device__ float tap_by_tap(const Problem& p, int64_t n, int64_t group, int64_t c, int64_t y, int64_t x) {
+    const int64_t k = p.kernel_size, radius = p.radius();
+    float sum = 0;
+#pragma unroll 1
+    for (int64_t t = 0; t < k * k; t++) {
+        const int64_t i = y + radius - t / k, j = x + radius - t % k;  // the source whose tap t is this pixel
+        if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
+#pragma unroll 1
+        for (int o = 0; o < kOutputs; o++) {
+            const Output output{i * kUp + o / kUp, j * kUp + o % kUp};
+            if (output.i < p.out_h && output.j < p.out_w) {
+                sum += mask_of<M>(p, n, group, t, output) *
+                       widen(*element<const T>(p.grad_output, n, c, output.i, output.j));
+            }
+        }
+    }
+    return sum;
+}
+
+// The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
+// over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Problem p, Cut cut) {
+    constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
+    float* const staged = shared_memory<float>();
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = lane / 4, pair = lane % 4, strip = warp % cut.strips;
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const int height = static_cast<int>(p.features.h), sources = cut.strips * kTile + K - 1;
+    const float scale = scale_of_masks<T>(p);
+    const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
+                       run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const int first = static_cast<int>(panel.remainder) * cut.strips * kTile, left = first + strip * kTile;
+        const int top = static_cast<int>(run.remainder) * kTile, bottom = min(top + kTile, height);
+        const int64_t in_group = (chunk.remainder * (kWarps / cut.strips) + warp / cut.strips) * kChannels;
+        const int64_t c = group * channels_in_group + in_group;
+        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
+        const bool exists = channels > 0 && left < p.features.w;
+        float sums[kWide][4] = {};
+        for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
+            if (i * kUp >= p.out_h || p.out_w == 0) break;
+            stage_sources<K, M>(p, n, group, i, first - kRadius, sources, staged);
+            clear_cropped<K>(p, i, first - kRadius, sources, staged);
+#pragma unroll 1
+            for (int step = 0; step < kUp * 2 && exists; step++) {
+                const int r = step / 2, out_i = i * kUp + r;  // row of outputs
+                const int source = step % 2 * 4 + pair;       // of this lane's outputs
+                const int out_j = (left - kRadius + source) * kUp;
+                const auto grads = [&](int q) {
+                    const bool there = source < kReach && out_i < p.out_h && out_j + q >= 0 && out_j + q < p.out_w &&
+                                       row * kWide < channels;
+                    return load_words(element<const T>(p.grad_output, n, c + row * kWide, out_i, out_j + q), there);
+                };
+                const Words even = grads(0), odd = grads(1);
+                const float* const masks = staged + (strip * kTile + source) * kTaps * kOutputs + r * kUp;
+                const int b = row % kTile - source + K - 1;  // the tap that leads to this lane's column of a tile
+                uint32_t band[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int a = top + row / kTile + half * 2 - i + kRadius;
+                    const bool leads = a >= 0 && a < K && b >= 0 && b < K;
+                    const float* const weight = masks + (a * K + b) * kOutputs;
+                    band[half] = leads ? pair_of<T>(scale * weight[0], scale * weight[1]) : 0;
+                }
+                multiply_add<T>(sums, band, even, odd);
+            }
+            __syncthreads();
+        }
+        if (!exists) continue;
+        // Where pixel and channels of a lane's sums are.
+        struct Place {
+            int y, x, channel;
+        };
+        const auto place = [&](int number) {
+            return Place{top + row / kTile + number / 2 * 2, left + row % kTile, (2 * pair + number % 2) * kWide};
+        };
+        unsigned not_finite = 0;
+#pragma unroll
+        for (int number = 0; number < 4; number++) {
+            const Place at = place(number);
+            if (at.y >= height || at.x >= p.features.w || at.channel >= channels) continue;
+            T* const to = element<T>(p.result, n, c + at.channel, at.y, at.x);
+            if (!store_sums<T>(sums, number, 1 / scale, to)) not_finite |= 1u << number;
+        }
+#pragma unroll 1
+        for (int number = 0; not_finite >> number != 0; number++) {
+            const Place at = place(number);
+            for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
+                *element<T>(p.result, n, c + at.channel + q, at.y,
+                            at.x) = narrow<T>(tap_by_tap<T, M>(p, n, group, c + at.channel + q, at.y, at.x));
+            }
+        }
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    const int64_t channels_in_group = p.features.c / p.groups;
+    Cut cut;
+    cut.strips = channels_in_group > 2 * kChannels ? 2 : channels_in_group > kChannels ? 4 : 8;
+    cut.panels = ceil_div(p.features.w, cut.strips * kTile);
+    cut.runs = ceil_div(p.features.h, kTile);
+    cut.chunks = ceil_div(channels_in_group, kWarps / cut.strips * kChannels);
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (sizeof(T) == 2) {
+            launch(grad_features_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
+                   kThreads, (cut.strips * kTile + K - 1) * K * K * kOutputs * int64_t{sizeof(float)}, p.stream, p,
+                   cut);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_grad_features_nhwc_mma(const Problem& p) {
+    if (const char* reason = not_for_mma(p, {&p.grad_output, &p.result})) return reason;
+    if (const char* reason = masks_too_large_for_mma(p)) return reason;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16, BFloat16>)
+               : nullptr;
+}
+
+void grad_features_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the gradients of features for up x2 share, in gather form: a block goes down the rows of some columns of
+// sources, a thread has four channels of two columns. What the outputs of a row of sources give to all K rows that
+// their windows reach is summed in registers; the uppermost of these rows is then complete.
+#pragma once
+
+#include "cuda/channels.h"
+
+namespace carafepp::cuda {
+
+constexpr int kColumns = 2;  // of a thread
+constexpr int kRows = 16;    // that a block goes down, with a window more
+
+// The masks of outputs that a crop leaves out become 0, as the gradient is read as 0 there. Ends with a barrier.
+template <int K>
+__device__ void clear_cropped(const Problem& p, int i, int first, int sources, float* staged) {
+    if ((i + 1) * kUp <= p.out_h && (first + sources) * kUp <= p.out_w) return;
+    for (int k = static_cast<int>(threadIdx.x); k < sources * K * K * kOutputs; k += kThreads) {
+        const int output = k % kOutputs, j = first + k / (K * K * kOutputs);
+        if (i * kUp + output / kUp >= p.out_h || j * kUp + output % kUp >= p.out_w) staged[k] = 0;
+    }
+    __syncthreads();
+}
+
+// The weights of the outputs of a source that are contracted at once.
+__device__ __forceinline__ void add_products(float2 weight, const float4 (&grad)[2], float4& sum) {
+    add_products(weight.x, grad[0], sum);
+    add_products(weight.y, grad[1], sum);
+}
+__device__ __forceinline__ void add_products(float4 weight, const float4 (&grad)[4], float4& sum) {
+    add_products(weight.x, grad[0], sum);
+    add_products(weight.y, grad[1], sum);
+    add_products(weight.z, grad[2], sum);
+    add_products(weight.w, grad[3], sum);
+}
+
+// sums[a][column] += what the outputs of a row of sources give, from the source K/2 to the left of column 0 on:
+// `weights` are its, those of taps `apart`; load(x, output) are the gradients of the x-th.
+template <int K, class Weights, class Load>
+__device__ __forceinline__ void contract(const Weights* weights, int apart, Load load, float4 (&sums)[K][kColumns]) {
+    constexpr int kCount = sizeof(Weights) / sizeof(float);
+    weights += (K - 1) * apart;  // of the tap that reaches column 0
+#pragma unroll 1
+    for (int x = 0; x < K + kColumns - 1; x++, weights += (K * K - 1) * apart) {
+        float4 grad[kCount];
+#pragma unroll
+        for (int o = 0; o < kCount; o++) grad[o] = load(x, o);
+#pragma unroll
+        for (int s = 0; s < kColumns; s++) {
+            if (x < s || x >= s + K) continue;
+#pragma unroll
+            for (int a = 0; a < K; a++) add_products(weights[(a * K + s) * apart], grad, sums[a][s]);
+        }
+    }
+}
+
+// The sums of the next row's windows.
+template <int K>
+__device__ __forceinline__ void next_row(float4 (&sums)[K][kColumns]) {
+#pragma unroll
+    for (int a = 0; a < K; a++) {
+#pragma unroll
+        for (int s = 0; s < kColumns; s++) sums[a][s] = a + 1 < K ? sums[a + 1][s] : make_float4(0, 0, 0, 0);
+    }
+}
+
+}  // namespace carafepp::cuda

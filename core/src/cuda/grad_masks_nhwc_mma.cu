@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of masks or logits for up x2 with adjacent channels of 16 bits, on tensor cores. A warp has four
+// neighbouring sources of a row, whose windows together are K rows of at most eight pixels. For each of these rows it
+// multiplies the gradients of the 16 outputs with the features of the eight pixels, summed over channels: of the
+// products, a band are the gradients of masks. Carry those through the normaliser, whose masks are computed anew, and
+// write them out by way of shared memory, so that adjacent taps leave together.
+#include "cuda/grad_masks_up2.h"
+#include "cuda/mma.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kOwn = 4;        // sources of a warp
+constexpr int kChannels = 32;  // of a warp at a time
+static_assert(kThreads / 32 * kOwn == kSources, "a block has as many sources as there are lines");
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 1;  // on a multiprocessor: a second one would cost registers that are needed
+#else
+constexpr int kBlocks = 2;
+#endif
+
+// The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns pixels;
+// lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
+// eight adjacent ones, for four products.
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
+    float* const lines = shared_memory<float>();
+    float* const logits = lines + kSources * Lines<K>::kSize;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = lane / 4, pair = lane % 4;
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const int64_t items = p.result.n * p.groups * p.features.h * tiles;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient tile = divide(item, tiles), source_row = divide(tile.quotient, p.features.h),
+                       image = divide(source_row.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder;
+        const int i = static_cast<int>(source_row.remainder), first = static_cast<int>(tile.remainder) * kSources,
+                  j = first + warp * kOwn;
+        if (j < p.features.w) {
+            const int x = j + row - K / 2, out_j = j * kUp + row;
+            const bool pixel_exists = row < kOwn + K - 1 && x >= 0 && x < p.features.w;
+            float sums[K][4] = {};
+            if (channels_in_group > 0) {  // or there may be no arrays
+                const int64_t c = group * channels_in_group + pair * kWide;
+                const T* features = element<const T>(p.features, n, c, i - K / 2, x);
+                const T* grads = element<const T>(p.grad_output, n, c, i * kUp, out_j);
+#pragma unroll 1
+                for (int64_t left = channels_in_group; left > 0; left -= kChannels) {
+                    const bool exist = pair * kWide < left, upper = exist && out_j < p.out_w && i * kUp < p.out_h;
+                    const bool lower = upper && i * kUp + 1 < p.out_h;
+                    const Words of_rows[] = {load_words(grads, upper),
+                                             load_words(grads + p.grad_output.stride_h, lower)};
+#pragma unroll
+                    for (int a = 0; a < K; a++) {
+                        const int y = i + a - K / 2;
+                        if (y < 0 || y >= p.features.h) continue;
+                        const Words of_pixel = load_words(features + a * p.features.stride_h, exist && pixel_exists);
+#pragma unroll
+                        for (int word = 0; word < 4; word++) {
+                            const uint32_t of_outputs[] = {of_rows[0].of[word], of_rows[1].of[word]};
+                            multiply_add<T>(sums[a], of_outputs, of_pixel.of[word]);
+                        }
+                    }
+                    features += kChannels;
+                    grads += kChannels;
+                }
+            }
+            const int source = row / kUp;
+            float* const line = lines + (warp * kOwn + source) * Lines<K>::kSize;
+#pragma unroll
+            for (int a = 0; a < K; a++) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const int b = 2 * pair + k % 2 - source, output = k / 2 * kUp + row % kUp;
+                    if (b >= 0 && b < K) line[Lines<K>::place(p, a * K + b, output)] = sums[a][k];
+                }
+            }
+        }
+        if (p.from_logits) {
+            for_each_of_lines<K, kSources, kThreads, const M>(
+                p, p.logits, n, group, i, first, [&](const M* from, int place) { logits[place] = widen(*from); });
+        }
+        __syncthreads();
+        const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
+        if (source < kSources && first + source < p.features.w) {
+            const int own_j = first + source;
+            const int begin = source * Lines<K>::kSize + Lines<K>::place(p, 0, output), step = Lines<K>::place(p, 1, 0);
+            const bool computed = i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
+            float grad[K * K];
+#pragma unroll
+            for (int t = 0; t < K * K; t++)
+                grad[t] = computed ? lines[begin + t * step] : 0;  // where a crop leaves it out
+            if (computed) clear_outside<K>(p, i, own_j, grad);     // whatever the gradient there
+            if (computed && p.from_logits) through_normalizer<K>(logits + begin, kOutputs, p.normalizer, grad);
+#pragma unroll
+            for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
+        }
+        __syncthreads();
+        for_each_of_lines<K, kSources, kThreads, M>(p, p.result, n, group, i, first,
+                                                    [&](M* to, int place) { *to = narrow<M>(lines[place]); });
+        __syncthreads();
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    const int64_t tiles = ceil_div(p.features.w, kSources);
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (sizeof(T) == 2) {
+            launch(grad_masks_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * p.features.h * tiles, kThreads,
+                   2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p.stream, p, tiles);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_grad_masks_nhwc_mma(const Problem& p) {
+    if (const char* reason = not_for_mma(p, {&p.features, &p.grad_output})) return reason;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16, BFloat16>)
+               : nullptr;
+}
+
+void grad_masks_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The forward for up x2 with adjacent channels of 16 bits, on tensor cores. A warp has four neighbouring sources of a
+// row, whose windows together are K rows of at most eight pixels. For each of these rows it multiplies the masks of the
+// 16 outputs, a band matrix that is built once from those staged, with the features of the eight pixels, 64 channels at
+// a time. What of the band is 0 would make NaN of an infinite feature: where a sum is not finite it is computed anew,
+// tap by tap.
+#include "cuda/mma.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kSources = 4;                                // of a warp
+constexpr int kChannels = 64;                              // of a warp at a time
+constexpr int kSourcesOfBlock = kThreads / 32 * kSources;  // neighbours in a row
+
+struct Cut {
+    int64_t tiles;  // of sources in a row
+};
+
+// One output in one channel: `weights` are its staged masks.
+template <int K, class T>
+__device__ float tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights) {
+    float sum = 0;
+#pragma unroll 1
+    for (int t = 0; t < K * K; t++) {
+        const int64_t y = i + t / K - K / 2, x = j + t % K - K / 2;
+        if (y >= 0 && y < p.features.h && x >= 0 && x < p.features.w)
+            sum += weights[t * kOutputs] * widen(*element<const T>(p.features, n, c, y, x));
+    }
+    return sum;
+}
+
+// The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
+// channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
+template <int K, class T, class M>
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Cut cut) {
+    constexpr int kTaps = K * K;
+    float* const staged = shared_memory<float>();
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = lane / 4, pair = lane % 4;
+    const int64_t channels_in_group = p.features.c / p.groups;
+    const float scale = scale_of_masks<T>(p);
+    const int64_t items = p.result.n * p.groups * p.features.h * cut.tiles;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const Quotient tile = divide(item, cut.tiles), source_row = divide(tile.quotient, p.features.h),
+                       image = divide(source_row.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder, i = source_row.remainder;
+        const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSources;
+        stage_sources<K, M>(p, n, group, i, first, kSourcesOfBlock, staged);
+        clear_outside<K>(p, first, kSourcesOfBlock, staged);
+        if (j < p.features.w) {
+            const int source = row / kUp;  // of this lane's outputs
+            const float* const weights = staged + (warp * kSources + source) * kTaps * kOutputs + row % kUp;
+            uint32_t band[K][2];
+#pragma unroll
+            for (int a = 0; a < K; a++) {
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+                    const auto weight = [&](int pixel) {
+                        const int b = pixel - source;
+                        return b >= 0 && b < K ? scale * weights[(a * K + b) * kOutputs + r * kUp] : 0.0f;
+                    };
+                    band[a][r] = pair_of<T>(weight(2 * pair), weight(2 * pair + 1));
+                }
+            }
+#pragma unroll 1
+            for (int64_t first_channel = 0; first_channel < channels_in_group; first_channel += kChannels) {
+                const int64_t c = group * channels_in_group + first_channel;
+                const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{kChannels}));
+                float sums[kWide][4] = {};
+#pragma unroll
+                for (int a = 0; a < K; a++) {
+                    const int64_t y = i + a - K / 2;
+                    if (y < 0 || y >= p.features.h) continue;
+                    const auto features = [&](int pixel) {
+                        const int64_t x = j + pixel - K / 2;
+                        const bool exists = pixel < kSources + K - 1 && x >= 0 && x < p.features.w &&
+                                            row * kWide < channels;
+                        return load_words(element<const T>(p.features, n, c + row * kWide, y, x), exists);
+                    };
+                    multiply_add<T>(sums, band[a], features(2 * pair), features(2 * pair + 1));
+                }
+                // The four pieces of a lane's sums: of two rows of outputs, each eight channels twice.
+                const int64_t out_j = j * kUp + row;
+                const auto channel_of = [&](int k) { return (2 * pair + k % 2) * kWide; };
+                unsigned not_finite = 0;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const int64_t out_i = i * kUp + k / 2;
+                    if (out_i >= p.out_h || out_j >= p.out_w || channel_of(k) >= channels) continue;
+                    T* const to = element<T>(p.result, n, c + channel_of(k), out_i, out_j);
+                    if (!store_sums<T>(sums, k, 1 / scale, to)) not_finite |= 1u << k;
+                }
+#pragma unroll 1
+                for (int k = 0; not_finite >> k != 0; k++) {
+                    for (int q = 0; q < kWide && (not_finite >> k & 1) != 0; q++) {
+                        const int64_t channel = c + channel_of(k) + q;
+                        *element<T>(p.result, n, channel, i * kUp + k / 2, out_j) = narrow<T>(
+                            tap_by_tap<K, T>(p, n, channel, i, j + source, weights + k / 2 * kUp));
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+template <int K>
+void run(const Problem& p) {
+    const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        using M = typename decltype(masks)::type;
+        if constexpr (sizeof(T) == 2) {
+            launch(reassemble_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * p.features.h * cut.tiles, kThreads,
+                   kSourcesOfBlock * K * K * kOutputs * int64_t{sizeof(float)}, p.stream, p, cut);
+        }
+    });
+}
+
+}  // namespace
+
+const char* not_for_reassemble_nhwc_mma(const Problem& p) {
+    if (const char* reason = not_for_mma(p, {&p.features, &p.result})) return reason;
+    if (const char* reason = masks_too_large_for_mma(p)) return reason;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16, BFloat16>)
+               : nullptr;
+}
+
+void reassemble_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+
+}  // namespace carafepp::cuda
