@@ -40,7 +40,7 @@ def commands(step: str, out: Path, timing: list[str]) -> list[list[str]]:
     if step == "tests":
         return [[*pytest, "tests/test_cuda.py", "tests/test_streams.py", "-m", "slow or not slow"]]
     if step == "sanitize":
-        cases = " or ".join(f"{case}-" for case in SANITIZED_CASES)
+        cases = " or ".join(f"-{case}-" for case in SANITIZED_CASES)
         tests = [*pytest, "tests/test_cuda.py", "-k", f"{SANITIZED} and ({cases})"]
         sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
         return [[*sanitizer, "--tool", tool, *tests] for tool in ("memcheck", "racecheck")]

@@ -154,7 +154,7 @@ def test_the_gpu_steps_stand_for_commands_that_find_what_they_name(tmp_path):
     done = run("-m", "pytest", *tests, "--collect-only", "-p", "no:randomly")
     assert done.returncode == 0, done.stdout
     for case in SANITIZED_CASES:
-        assert f"[{case}-" in done.stdout
+        assert f"[torch-{case}-" in done.stdout
     step = [sys.executable, "-m", "benchmarks.gpu", "sanitize", "--out", str(tmp_path)]
     if shutil.which("compute-sanitizer") is None:
         done = run(*step[1:])
