@@ -381,9 +381,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build/emulated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--every", type=int, default=1, help="run each N-th of them only")
     parser.add_argument("names", nargs="*", help="a part of the name of the mutants to run")
     asked = parser.parse_args()
     mutants = [m for m in MUTANTS if not asked.names or any(n in m.name for n in asked.names)]
+    mutants = mutants[:: asked.every]
     with tempfile.TemporaryDirectory() as work:
         build = Build(asked.build.resolve(), Path(work))
         for sanitizer in sorted({mutant.sanitizer for mutant in mutants}):
