@@ -315,9 +315,9 @@ class Build:
         folder.mkdir()
         kernels = [path for path in self.commands if path.startswith(KERNELS)]
         needed = ["tests/cuda/test_kernels.cpp", *(kernels if sanitizer else [])]
-        self.unchanged[sanitizer] = {
-            path: self.compile(path, ROOT, sanitizer, folder) for path in needed
-        }
+        with ThreadPoolExecutor() as pool:
+            objects = pool.map(lambda path: self.compile(path, ROOT, sanitizer, folder), needed)
+            self.unchanged[sanitizer] = dict(zip(needed, objects, strict=True))
 
     def link(self, changed: dict[str, Path], sanitizer: str, folder: Path) -> Path:
         """Link test_kernels: an object takes the place of its like in the library."""
@@ -388,10 +388,14 @@ def main() -> None:
     mutants = mutants[:: asked.every]
     with tempfile.TemporaryDirectory() as work:
         build = Build(asked.build.resolve(), Path(work))
-        for sanitizer in sorted({mutant.sanitizer for mutant in mutants}):
+        sanitizers = sorted({mutant.sanitizer for mutant in mutants})
+        for sanitizer in sanitizers:
             build.prepare(sanitizer)
-            if failure := first_failure(build.link({}, sanitizer, Path(work))):
-                sys.exit(f"without any bug, {sanitizer or 'no'} sanitizer: {failure}")
+
+        def without_bug(sanitizer: str) -> str:
+            folder = build.work / ("without_bug_" + sanitizer)
+            folder.mkdir()
+            return first_failure(build.link({}, sanitizer, folder))
 
         def timed(mutant: Mutant) -> bool:
             start = time.monotonic()
@@ -405,7 +409,11 @@ def main() -> None:
             return verdict == "noticed"
 
         with ThreadPoolExecutor(asked.jobs) as pool:
+            failures = pool.map(without_bug, sanitizers)
             noticed = sum(pool.map(timed, mutants))
+            for sanitizer, failure in zip(sanitizers, failures, strict=True):
+                if failure:
+                    sys.exit(f"without any bug, {sanitizer or 'no'} sanitizer: {failure}")
     print(f"{noticed} of {len(mutants)} noticed")
     sys.exit(noticed < len(mutants))
 
