@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,19 @@ from cases import Case
 
 from . import peers
 from .mmcv_carafe import load_mmcv
-from .problems import Arrays, touched_bytes
+from .problems import PROBLEMS, Arrays, touched_bytes
 from .report import environment, table
 from .truth import Truth
 
 CASES = [
-    Case("fpn1", "a small level of an FPN", 2, 256, 50, 76, up=2, kernel_size=5),
-    Case("fpn2", "a large level of an FPN", 2, 256, 100, 152, up=2, kernel_size=5),
+    PROBLEMS["fpn1"],
+    PROBLEMS["fpn2"],
     Case("fpn3", "the largest level of an FPN", 2, 256, 200, 304, up=2, kernel_size=5),
     Case("rois", "the mask head on 1000 RoIs", 1000, 256, 14, 14, up=2, kernel_size=5),
     Case("stem", "the pooling of a ResNet stem", 64, 64, 112, 112, down=2, kernel_size=5),
     Case("s2", "a stride-2 stage of a ResNet", 64, 256, 56, 56, down=2, kernel_size=5),
     Case("s3", "a deep stage", 64, 512, 28, 28, down=2, kernel_size=5),
-    Case("tiny", "one tiny map: the price of a call", 1, 16, 8, 8, up=2, kernel_size=5),
+    PROBLEMS["tiny"],
 ]
 PASSES = {  # from what, and the results
     "forward": ("logits", "masks"),
@@ -363,14 +362,13 @@ def main() -> None:
     for k, problem in enumerate(problems):
         case, *rest = problem
         print(f"[{k + 1}/{len(problems)}]", case.name, *rest, file=sys.stderr, flush=True)
-        with torch.cuda.device(0) if device.is_gpu else nullcontext():
-            found += compare(
-                device,
-                problem,
-                lambda name: not asked.rivals or any(part in name for part in asked.rivals),
-                carafe,
-                bandwidth,
-            )
+        found += compare(
+            device,
+            problem,
+            lambda name: not asked.rivals or any(part in name for part in asked.rivals),
+            carafe,
+            bandwidth,
+        )
         peers.forget_compiled()
     text = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
     text += "\n\n" + table(HEADER, list(rows_of(found))) + "\n"

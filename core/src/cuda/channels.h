@@ -13,6 +13,12 @@ constexpr int kNormalizers = 8;  // threads that normalise the taps of an output
 
 // ---- four channels ----
 
+// Two elements of 16 bits in a word, as tensor cores take them, too.
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+    return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+}
+
 __device__ __forceinline__ float4 load_channels(const float* from) {
     return __ldg(reinterpret_cast<const float4*>(from));
 }
@@ -28,10 +34,7 @@ __device__ __forceinline__ float4 load_channels(const T* from) {
 }
 template <class T>
 __device__ __forceinline__ void store_channels(float4 value, T* to) {
-    const auto pair = [](float low, float high) {
-        return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
-    };
-    __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair(value.x, value.y), pair(value.z, value.w)));
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair_of<T>(value.x, value.y), pair_of<T>(value.z, value.w)));
 }
 
 __device__ __forceinline__ void add_products(float weight, float4 value, float4& sum) {

@@ -11,12 +11,6 @@ namespace carafepp::cuda {
 
 constexpr int kWide = 8;  // channels in 16 bytes
 
-// Two elements as tensor cores take them.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
-}
-
 // Eight channels as words of two, 0 where there are none.
 struct Words {
     uint32_t of[4];
