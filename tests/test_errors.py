@@ -527,7 +527,7 @@ TORCH_WRONG = {
     "requires grad": (
         lambda torch: torch.zeros(X.shape, requires_grad=True),
         NotImplementedError,
-        "features must not require grad: the operators are not differentiable yet.",
+        "features must not require grad: what is written to out has no gradient.",
     ),
     "meta": (
         lambda torch: torch.zeros(X.shape, device="meta"),
@@ -573,15 +573,31 @@ def test_fake_tensor(torch):
         fake = torch.zeros(X.shape)
     sentence = "[reassemble] features must be a tensor with data of its own; got FakeTensor."
     with refused(TypeError, sentence):
-        Calls.reassemble(fake, torch.zeros(M.shape))
+        Calls.reassemble(fake, torch.zeros(M.shape), out=torch.zeros(D.shape))
 
 
 def test_vmapped_tensor(torch):
     sentence = "[reassemble] features must be a dense tensor with data of its own"
     with refused(TypeError, sentence):
-        torch.vmap(lambda x, m: Calls.reassemble(x, m))(
+        torch.vmap(lambda x, m: Calls.reassemble(x, m, out=torch.zeros(D.shape)))(
             torch.zeros(3, *X.shape), torch.zeros(3, *M.shape)
         )
+
+
+def test_a_tensor_among_other_arrays(torch):
+    for features, masks in ((torch.zeros(X.shape), M), (X, torch.zeros(M.shape))):
+        with refused(TypeError, "[reassemble] masks must be an array of the library of features"):
+            Calls.reassemble(features, masks)
+
+
+def test_a_wrong_shape_of_tensors(torch):
+    """The operators have the sentences of the core."""
+    with refused(ValueError, "[reassemble] up must be at least 1; got 0."):
+        Calls.reassemble(torch.zeros(X.shape), torch.zeros(M.shape), up=0)
+    sentence = "[reassemble_backward] grad_output must have shape"
+    features = torch.zeros(X.shape, requires_grad=True)
+    with refused(ValueError, sentence):
+        Calls.reassemble_backward(torch.zeros(2, 4, 5, 9), features, torch.zeros(M.shape))
 
 
 def test_a_negative_number_of_threads():

@@ -9,7 +9,7 @@ CuPy and PyTorch that is safe: it is queued on the stream by which they order th
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,14 @@ class PyTorch:
         torch = sys.modules["torch"]
         if array.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                f"[{function}] {name} must not require grad: the operators are not differentiable "
-                "yet. Call under torch.no_grad(), or pass a detached tensor and use the "
-                "*_backward functions."
+                f"[{function}] {name} must not require grad: what is written to out has no "
+                "gradient. Call without out, or under torch.no_grad()."
             )
         forward_ad = torch.autograd.forward_ad
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
             raise NotImplementedError(
-                f"[{function}] {name} must not have a tangent: the operators are not "
-                "differentiable yet."
+                f"[{function}] {name} must not have a tangent: the operators have no forward-mode "
+                "derivative."
             )
         if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise TypeError(
@@ -157,6 +156,14 @@ class DLPack:
 
 
 Library = type[NumPy] | type[PyTorch] | type[CuPy] | type[DLPack]
+
+
+def are_tensors(count: int, values: Iterable[Any]) -> bool:
+    """Tell whether so many of the values, and so all the arrays of a call, are PyTorch tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    return sum([isinstance(value, torch.Tensor) for value in values]) == count
 
 
 def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:

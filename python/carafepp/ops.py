@@ -5,14 +5,15 @@ Each makes its result if none is given and hands all arrays to the core, where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from operator import index
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from . import _core
-from ._arrays import library_of
+from ._arrays import are_tensors, library_of
 
 
 class Array(Protocol):
@@ -36,7 +37,31 @@ _LAYOUTS = {"NCHW": False, "NHWC": True}
 
 _forced_implementation: ContextVar[str | None] = ContextVar("implementation", default=None)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _differentiable(compute: Callable[P, R]) -> Callable[P, R]:
+    """Let PyTorch's operator of that name compute on tensors, unless `out` is given.
+
+    The operator comes back to `compute` where there is data to compute on.
+    """
+    arrays = compute.__code__.co_argcount  # parameters have to be named
+
+    @wraps(compute)
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("out") is None and are_tensors(arrays, (*args, *kwargs.values())):
+            from .torch import operators
+
+            kwargs.pop("out", None)
+            operator: Callable[P, R] = getattr(operators, compute.__name__)
+            return operator(*args, **kwargs)
+        return compute(*args, **kwargs)
+
+    return function
+
+
+@_differentiable
 def reassemble(
     features: ArrayT,
     masks: ArrayT,
@@ -133,6 +158,7 @@ def reassemble(
     return out
 
 
+@_differentiable
 def reassemble_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -211,6 +237,7 @@ def reassemble_backward(
     )
 
 
+@_differentiable
 def reassemble_with_logits(
     features: ArrayT,
     logits: ArrayT,
@@ -292,6 +319,7 @@ def reassemble_with_logits(
     return out
 
 
+@_differentiable
 def reassemble_with_logits_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -373,6 +401,7 @@ def reassemble_with_logits_backward(
     )
 
 
+@_differentiable
 def normalize_masks(
     logits: ArrayT,
     *,
@@ -438,6 +467,7 @@ def normalize_masks(
     return out
 
 
+@_differentiable
 def normalize_masks_backward(
     grad_masks: ArrayT,
     logits: ArrayT,

@@ -1,0 +1,1 @@
+"""CARAFE++ in PyTorch: differentiable operators, modules, what replaces others."""
