@@ -227,7 +227,8 @@ def _derive_grad_logits(
         grad_masks = reassemble_grad_masks(grad_output, features, masks, **factors)
         return normalize_masks_backward(grad_masks, logits, **normalizer)
 
-    return torch.func.vjp(grad_logits, grad_output, features, logits)[1](grad)
+    gradients: Gradients = torch.func.vjp(grad_logits, grad_output, features, logits)[1](grad)
+    return gradients
 
 
 def _derive_normalize_masks(
@@ -244,7 +245,8 @@ def _derive_normalize_masks_backward(
     def grad_logits(grad_masks: Tensor, logits: Tensor) -> Tensor:
         return torch.func.vjp(masks, logits)[1](grad_masks)[0]
 
-    return torch.func.vjp(grad_logits, grad_masks, logits)[1](grad)
+    gradients: Gradients = torch.func.vjp(grad_logits, grad_masks, logits)[1](grad)
+    return gradients
 
 
 def _normalize(
