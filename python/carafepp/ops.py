@@ -694,11 +694,7 @@ def _params(
     """Return the core's parameters; words become numbers here."""
     if layout not in _LAYOUTS:
         raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
-    if normalizer not in _NORMALIZERS:
-        raise ValueError(
-            f"[{function}] normalizer must be one of {', '.join(map(repr, _NORMALIZERS))}; "
-            f"got {normalizer!r}."
-        )
+    check_normalizer(function, normalizer)
     return _core.Params(
         function,
         number,
@@ -711,6 +707,15 @@ def _params(
         _LAYOUTS[layout],
         _forced_implementation.get(),
     )
+
+
+def check_normalizer(function: str, normalizer: str) -> None:
+    """Raise a ValueError if there is no such normaliser."""
+    if normalizer not in _NORMALIZERS:
+        raise ValueError(
+            f"[{function}] normalizer must be one of {', '.join(map(repr, _NORMALIZERS))}; "
+            f"got {normalizer!r}."
+        )
 
 
 def _backward(

@@ -1,1 +1,11 @@
-"""CARAFE++ in PyTorch: differentiable operators, modules, what replaces others."""
+"""CARAFE++ in PyTorch.
+
+`carafepp.reassemble` and the other functions are differentiable on tensors as they are. Here are
+the module, `CARAFE`; `replace_resampling`, which puts it into a network; and, in
+`carafepp.torch.mmcv`, what mmcv has of CARAFE.
+"""
+
+from .modules import CARAFE
+from .replacement import Replacement, replace_resampling
+
+__all__ = ["CARAFE", "Replacement", "replace_resampling"]

@@ -1,0 +1,237 @@
+"""CARAFE++ in the place of the resampling layers of networks."""
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def shapes(network, sizes=((32, 32), (33, 35), (38, 47))):
+    return [network(torch.zeros(1, 4, *size)).shape for size in sizes]
+
+
+LAYERS = [
+    (nn.Upsample(scale_factor=2), (2, 1)),
+    (nn.Upsample(scale_factor=1.5, mode="bilinear"), (3, 2)),
+    (nn.Upsample(scale_factor=0.5), (1, 2)),
+    (nn.UpsamplingNearest2d(scale_factor=3), (3, 1)),
+    (nn.MaxPool2d(2), (1, 2)),
+    (nn.MaxPool2d(3, 2, 1), (1, 2)),
+    (nn.MaxPool2d(2, ceil_mode=True), (1, 2)),
+    (nn.MaxPool2d((3, 3), stride=(3, 3)), (1, 3)),
+    (nn.AvgPool2d(2), (1, 2)),
+    (nn.AvgPool2d(3, 2, 1), (1, 2)),
+    (nn.Conv2d(4, 6, 3, 2, 1), (1, 2)),
+    (nn.Conv2d(4, 6, 1, 2, bias=False), (1, 2)),
+    (nn.Conv2d(4, 6, 2, 2), (1, 2)),
+    (nn.Conv2d(4, 6, 7, 4, 3, groups=2), (1, 4)),
+    (nn.Conv2d(4, 6, 3, 2, 2, dilation=2, padding_mode="reflect"), (1, 2)),
+    (nn.ConvTranspose2d(4, 4, 2, 2), (2, 1)),
+    (nn.ConvTranspose2d(4, 6, 4, 2, 1), (2, 1)),
+    (nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1), (2, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "factor"), LAYERS, ids=lambda value: str(value).split("\n")[0])
+def test_sizes_stay_what_they_were(layer, factor):
+    network = nn.Sequential(layer)
+    before = shapes(network)
+    (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32), kernel_size=3)
+    assert shapes(network) == before
+    assert report.name == "0"
+    assert report.old is layer
+    assert report.new is network[0]
+    carafe = report.new if isinstance(report.new, CARAFE) else report.new[0]
+    assert (carafe.up, carafe.down, carafe.kernel_size) == (*factor, 3)
+    assert "-> " in str(report)
+
+
+STAY = [
+    (nn.Upsample(size=(9, 9)), "one size for every input"),
+    (nn.Upsample(scale_factor=(2, 3)), "differ for rows and columns"),
+    (nn.MaxPool2d(2, return_indices=True), "returns indices"),
+    (nn.MaxPool2d((1, 2)), "differ for rows and columns"),
+    (nn.MaxPool2d(3, 2), "rounded up or down"),
+    (nn.Conv2d(4, 4, 3, 2), "rounded up or down"),
+    (nn.Conv2d(4, 4, 3, (2, 1), 1), "differ for rows and columns"),
+    (nn.ConvTranspose2d(4, 4, 3, 2), "rounded up or down"),
+    (type("Gated", (nn.Conv2d,), {})(4, 4, 3, 2, 1), "what Gated adds"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), STAY, ids=lambda value: str(value).split("\n")[0])
+def test_what_cannot_be_replaced_stays(layer, reason):
+    network = nn.Sequential(layer)
+    (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32))
+    assert network[0] is layer
+    assert report.new is None
+    assert reason in report.reason
+    assert str(report) == f"0: {layer} stays: {report.reason}"
+
+
+def test_what_does_not_resample_is_not_reported():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.MaxPool2d(3, 1, 1), nn.ConvTranspose2d(4, 4, 3))
+    assert replace_resampling(network, torch.zeros(1, 4, 8, 8)) == []
+
+
+def test_without_an_example():
+    """Convolutions know their channels; pooling layers do not."""
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.MaxPool2d(2))
+    first, second = replace_resampling(network)
+    assert first.new is not None
+    assert second.reason == "its channels are unknown without an example"
+
+
+def test_layers_that_serve_several_places():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.MaxPool2d(2)
+            self.same = nn.ModuleList([self.pool])
+            self.unused = nn.MaxPool2d(2)
+            self.up = nn.Upsample(scale_factor=2)
+
+        def forward(self, x):
+            x = self.same[0](self.pool(x))
+            return self.up(torch.cat((self.up(x), self.up(x)), 1))
+
+    network = Network()
+    report = {entry.name: entry for entry in replace_resampling(network, torch.zeros(1, 4, 16, 16))}
+    assert set(report) == {"pool", "same.0", "unused", "up"}
+    assert isinstance(network.pool, CARAFE)
+    assert network.same[0] is network.pool
+    assert report["unused"].reason == "the example does not reach it"
+    assert report["up"].reason == "it serves several numbers of channels, [4, 8]"
+
+
+def test_a_convolution_keeps_its_weights():
+    convolution = nn.Conv2d(4, 6, 3, 2, 1, groups=2)
+    network = nn.Sequential(convolution)
+    replace_resampling(network, torch.zeros(1, 4, 8, 8))
+    carafe, kept = network[0]
+    assert kept.weight is convolution.weight
+    assert kept.bias is convolution.bias
+    assert kept.stride == (1, 1)
+    x = torch.randn(1, 4, 9, 9)
+    expected = nn.functional.conv2d(carafe(x), kept.weight, kept.bias, padding=1, groups=2)
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_options_mode_and_dtype_are_followed():
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, 2, 1)).double()
+    network[1].eval()
+    replace_resampling(
+        network, torch.randn(1, 4, 16, 16).double(), batch_norm=True, compressed_channels=3
+    )
+    assert all(parameter.dtype == torch.float64 for parameter in network.parameters())
+    assert not network[1].training
+    assert network[2].training
+    assert network[1].compressed_channels == 3
+    assert network[2][0].batch_norm
+    assert network[0].num_batches_tracked == 0  # the example leaves no trace
+    assert network.training
+    assert network[0].training
+
+
+def test_select():
+    def network():
+        return nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2))
+
+    example = torch.zeros(1, 4, 16, 16)
+    named = replace_resampling(network(), example, select=["1"])
+    assert [entry.name for entry in named] == ["1"]
+    by_type = replace_resampling(
+        network(), example, select=lambda name, layer: not isinstance(layer, nn.Conv2d)
+    )
+    assert [entry.name for entry in by_type] == ["1", "2"]
+    with pytest.raises(ValueError, match=r"^\[replace_resampling\] select must name .* got 'pool'"):
+        replace_resampling(network(), example, select=["pool"])
+
+
+def test_a_layer_itself_is_refused():
+    with pytest.raises(ValueError, match=r"^\[replace_resampling\] model must be a network"):
+        replace_resampling(nn.MaxPool2d(2))
+
+
+class Bottleneck(nn.Module):
+    """The building block of a ResNet, with the names of torchvision's."""
+
+    def __init__(self, channels, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+        )
+
+    def forward(self, x):
+        main = self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x)))))
+        return torch.relu(main + self.downsample(x))
+
+
+class ResNet(nn.Sequential):
+    """Where a ResNet downsamples: a stem of two, and four layers, of which three by stride 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = 8
+        for number, stride in zip(itertools.count(1), (1, 2, 2, 2)):
+            setattr(self, f"layer{number}", Bottleneck(channels, 4 * number, stride))
+            channels = 16 * number
+
+
+def check_resnet(network):
+    """Figure 4 and section 4.1: seven CARAFE++, one in Res-1, two in each of Res-3 to Res-5."""
+    x = torch.randn(2, 3, 97, 130)
+    before = network(x).shape
+    report = replace_resampling(
+        network, x, select=lambda name, layer: name != "conv1", batch_norm=True
+    )
+    assert [entry.name for entry in report if entry.new] == [
+        "maxpool",
+        *(
+            f"layer{layer}.0{place}" if hasattr(network.layer1, "0") else f"layer{layer}{place}"
+            for layer in (2, 3, 4)
+            for place in (".conv2", ".downsample.0")
+        ),
+    ]
+    assert sum(isinstance(module, CARAFE) for module in network.modules()) == 7
+    output = network(x)
+    assert output.shape == before
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_resnet_gets_the_seven_of_the_paper():
+    check_resnet(ResNet())
+
+
+def test_torchvisions_resnet_too():
+    try:
+        from torchvision.models import resnet50
+    except (ImportError, RuntimeError) as error:  # it fails beside a PyTorch without CUDA
+        pytest.skip(f"torchvision: {error}")
+    check_resnet(resnet50())
+
+
+def test_torchvisions_mask_r_cnn_too():
+    try:
+        from torchvision.models.detection import maskrcnn_resnet50_fpn
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision: {error}")
+    network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    report = replace_resampling(
+        network.roi_heads.mask_predictor, torch.zeros(1, 256, 14, 14), select=["conv5_mask"]
+    )
+    assert report[0].new.up == 2
+    network.eval()
+    assert len(network([torch.zeros(3, 64, 64)])) == 1
