@@ -1,9 +1,11 @@
 """The benchmarks' tool: what it shows and writes, and that it finds a wrong answer."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,43 @@ def test_an_unknown_case_is_refused():
     done = run("-m", "benchmarks", "--cases", "none")
     assert done.returncode == 2
     assert "'none' is none of fpn1" in done.stderr
+
+
+# Modules
+
+
+def test_modules_are_compared(torch, tmp_path):
+    files = {"--json": tmp_path / "modules.json", "--markdown": tmp_path / "modules.md"}
+    options = [word for option, path in files.items() for word in (option, str(path))]
+    options += ["--cases", "tiny", "--seconds", "0.2", "--eager", "--layout", "NHWC"]
+    done = run("-m", "benchmarks.modules", *options)
+    assert done.returncode == 0, done.stderr
+    assert "### tiny: up x2, (1, 16, 8, 8), NHWC, float32, 1 thread" in done.stdout
+    assert "of the leanest composed module's" in files["--markdown"].read_text()
+    rows = json.loads(files["--json"].read_text())["rows"]
+    assert {row["name"] for row in rows} >= {"carafepp", "composed: bmm", "nearest", "bilinear"}
+    assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
+    ours = next(row for row in rows if row["name"] == "carafepp")
+    assert ours["parameters"] == (16 + 1) * 64 + (9 * 64 + 1) * 100
+    assert ours["FLOPs a position"] == 2 * (16 * 64 + 64 * 900 + 16 * 25 * 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_module_takes_half_the_memory_of_a_composed_one(torch):
+    from benchmarks import memory, modules
+
+    case = dataclasses.replace(modules.PROBLEMS["fpn1"], n=1)
+    x = torch.randn(case.features_shape, requires_grad=True)
+    grad_output = torch.randn(case.output_shape)
+    compared = {"carafepp": modules.CARAFE(case.c, up=2)}
+    for name in ("taps per phase", "bmm"):
+        compared[name] = modules.Composed(name, case, up=2)
+    peaks = {}
+    for name, module in compared.items():
+        call = partial(modules.call, module, x, grad_output, "forward+backward")
+        call()  # what a first call makes for later ones does not count
+        peaks[name] = memory.peak(call)[1]
+    assert peaks["carafepp"] <= 0.5 * min(peaks["taps per phase"], peaks["bmm"])
 
 
 # On a GPU
