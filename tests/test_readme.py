@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cuda_libraries import connected
 
@@ -28,11 +29,16 @@ def test_numpy():
     np.testing.assert_allclose(names["output"], fused, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 def test_torch(torch):
     names = {}
     exec(BLOCKS["torch"], names)
-    assert names["output"].shape == (2, 64, 28, 28)
-    assert names["output"].is_contiguous(memory_format=torch.channels_last)
+    assert names["output"].shape == (2, 64, 55, 64)
+    assert names["output"].requires_grad
+    assert all(parameter.grad is not None for parameter in names["network"].parameters())
+    output = names["network"](names["pictures"])
+    assert output.shape == (2, 64, 56, 64)
+    assert output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_cupy(require):
