@@ -99,7 +99,7 @@ def by(implementation, *what):
 @each_function
 @cases
 def test_every_implementation_is_right_for_every_dtype(case, function, library):
-    large_for_an_emulator = EMULATED and case.terms > 10**6
+    large_for_an_emulator = EMULATED and case.terms > 10**5
     all_dtypes = DTYPES[:1] if large_for_an_emulator else DTYPES
     for dtypes, layout in itertools.product(all_dtypes, ["NCHW", "NHWC"]):
         for normalizer, arrays, check in (

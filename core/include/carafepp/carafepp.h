@@ -9,37 +9,38 @@
  *         masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]
  *
  *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down, src(i') = i'*down/up rounded down;
- *     features are 0 outside their borders: such a tap contributes exactly 0, whatever its mask, and nothing is
- * renormalised.
+ *     features are 0 outside their borders: such a tap contributes exactly 0, whatever its mask, without any
+ *     renormalisation.
  *
  * "masks" are normalised reassembly kernels, one of K*K weights for every output pixel; "logits" are what the content
  * encoder predicts before the kernel normaliser, channel (g*K*K + t)*up*up + dy*up + dx being tap t of the output pixel
  * at the sub-pixel (dy, dx) of a source pixel (the order of pixel shuffle).
  *
  * Sizes:   H' = ceil(H*up/down), W' = ceil(W*up/down), or smaller (a crop at the bottom and right) with CARAFEPP_SIZE.
- *          Hl = ceil(H/down), Wl = ceil(W/down). Any size from 0 to beyond 2^31 elements. up and down are taken as
- * given, not reduced. K odd, 1 <= K <= 31; C divisible by groups.
+ *          Hl = ceil(H/down), Wl = ceil(W/down). Any size from 0 to beyond 2^31 elements. up and down are taken
+ *          as given, not reduced. K odd, 1 <= K <= 31; C divisible by groups.
  *
- * Types:   features, output and grad_output share one dtype. masks and logits (and grad_masks, grad_logits) have that
- * dtype or, with half features, float32.
+ * Types:   features, output and grad_output share one dtype. masks and logits (and grad_masks, grad_logits) have
+ *          that dtype or, with half features, float32. On the CPU, and on CUDA in a build with it:
  *
- *          storage                sums in      CPU    CUDA
- *          float32                float32      yes    not yet
- *          float64                float64      yes    not yet
- *          float16, bfloat16      float32      yes    not yet
+ *          storage                sums in
+ *          float32                float32
+ *          float64                float64
+ *          float16, bfloat16      float32
  *
  * Memory:  tensors may have any strides, negative and (inputs) zero ones included. A result may not overlap itself,
- * another result or an input; slices of one buffer that interleave without sharing an element are fine. Data must be
- * aligned to its element. Every element of a result is written, what no term reaches as exact 0. Nothing is written
- * when a check fails.
+ *          another result or an input; slices of one buffer that interleave without sharing an element are fine.
+ *          Data must be aligned to its element. Every element of a result is written, what no term reaches as exact
+ *          0. Nothing is written when a check fails. The library allocates no device memory, and on the CPU at most
+ *          2 MB of scratch a thread.
  *
- * Order:   each element of a result is computed by one thread in a fixed order: the same bits at every run and thread
- * count. NaN and Inf propagate by the formula.
+ * Order:   each element of a result is computed by one thread in a fixed order: the same bits at every run and
+ *          thread count. NaN and Inf propagate by the formula.
  *
  * Threads: all functions may be called from several threads at once. A forked child may go on calling.
  *
- *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an instruction
- * set: sse2, avx2 or avx512 on x86-64, neon on aarch64. A call fails where it is anything else.
+ *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an
+ *          instruction set: sse2, avx2 or avx512 on x86-64, neon on aarch64. A call fails where it is anything else.
  *
  * Errors:  no exception leaves the library; it never aborts and prints only when CARAFEPP_LOG=debug asks for it.
  *
@@ -156,9 +157,10 @@ CARAFEPP_API carafepp_status carafepp_reassemble(const carafepp_params* params, 
 
 /* Both gradients of carafepp_reassemble, each in gather form; a NULL result is not computed. The size is that of masks.
  *
- *     grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of grad_output[n,c,i',j'] *
- * features[n,c,src(i')+a_t,src(j')+b_t] grad_features[n,c,i,j] = sum over (i',j',a,b) with src(i')+a = i, src(j')+b = j
- * of grad_output[n,c,i',j'] * masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j']
+ *     grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of
+ *         grad_output[n,c,i',j'] * features[n,c,src(i')+a_t,src(j')+b_t]
+ *     grad_features[n,c,i,j] = sum over (i',j',a,b) with src(i')+a = i, src(j')+b = j of
+ *         grad_output[n,c,i',j'] * masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j']
  *
  *     grad_output    (N, C, H', W')               in
  *     features       (N, C, H, W)                 in

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .modules import CARAFE
 
@@ -38,6 +38,14 @@ class Replacement(NamedTuple):
         """Tell it in a line or, with the new module, a few."""
         became = f"stays: {self.reason}" if self.new is None else f"-> {self.new}"
         return f"{self.name}: {self.old} {became}"
+
+
+class _Input(NamedTuple):
+    """What a layer that does not know its channels is called with."""
+
+    channels: int
+    device: torch.device
+    dtype: torch.dtype
 
 
 class _Declined(Exception):
@@ -146,12 +154,13 @@ def _select(
 
 def _record_inputs(
     model: nn.Module, layers: set[nn.Module], example: tuple[Any, ...]
-) -> dict[nn.Module, list[Tensor]]:
+) -> dict[nn.Module, set[_Input]]:
     """Return what each layer is called with in a call of the model."""
-    inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+    inputs: dict[nn.Module, set[_Input]] = {layer: set() for layer in layers}
 
     def record(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs[layer].append(arguments[0])
+        (x,) = arguments
+        inputs[layer].add(_Input(x.shape[-3], x.device, x.dtype))
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     training = {module: module.training for module in model.modules()}
@@ -170,41 +179,41 @@ def _record_inputs(
 def _replace(
     name: str,
     old: nn.Module,
-    inputs: dict[nn.Module, list[Tensor]] | None,
+    inputs: dict[nn.Module, set[_Input]] | None,
     options: dict[str, Any],
 ) -> Replacement:
-    make = _convolution if isinstance(old, _CONVOLUTIONS) else _resampling
     try:
-        new = make(old, None if inputs is None else inputs[old], options)
+        factor = _factor(old)
+        if isinstance(old, _CONVOLUTIONS):
+            new = _convolution(old, {**factor, **options})
+        else:
+            channels, device, dtype = _input(old, inputs)
+            new = CARAFE(channels, **{**factor, "device": device, "dtype": dtype, **options})
     except _Declined as reason:
         return Replacement(name, old, None, str(reason))
     return Replacement(name, old, new.train(old.training))
 
 
-def _resampling(old: nn.Module, inputs: list[Tensor] | None, options: dict[str, Any]) -> nn.Module:
-    """Return CARAFE++ for a layer that does not know its channels."""
+def _input(old: nn.Module, inputs: dict[nn.Module, set[_Input]] | None) -> _Input:
+    """Return the one kind of input that a layer is called with."""
     if isinstance(old, nn.MaxPool2d) and old.return_indices:
         raise _Declined("it returns indices")
-    factor = _factor(old)
     if inputs is None:
         raise _Declined("its channels are unknown without an example")
-    if not inputs:
+    channels = sorted({x.channels for x in inputs[old]})
+    if not channels:
         raise _Declined("the example does not reach it")
-    channels = sorted({tensor.shape[-3] for tensor in inputs})
     if len(channels) > 1:
         raise _Declined(f"it serves several numbers of channels, {channels}")
-    place = {"device": inputs[0].device, "dtype": inputs[0].dtype}
-    return CARAFE(channels[0], **factor, **{**place, **options})
+    return next(iter(inputs[old]))
 
 
-def _convolution(
-    old: nn.Conv2d | nn.ConvTranspose2d, inputs: list[Tensor] | None, options: dict[str, Any]
-) -> nn.Module:
+def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -> nn.Module:
     """Return CARAFE++ and the convolution that is left when it resamples no more."""
     if type(old) not in _CONVOLUTIONS:
         raise _Declined(f"what {type(old).__name__} adds to a convolution would be lost")
     place = {"device": old.weight.device, "dtype": old.weight.dtype}
-    carafe = CARAFE(old.in_channels, **_factor(old), **{**place, **options})
+    carafe = CARAFE(old.in_channels, **{**place, **options})
     if isinstance(old, nn.ConvTranspose2d):
         if old.in_channels == old.out_channels:
             return carafe

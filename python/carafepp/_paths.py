@@ -1,0 +1,30 @@
+"""Where the package keeps what a C or C++ program is built against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import _core
+
+_FOLDER = Path(_core.__file__).parent
+
+
+def get_include() -> str:
+    """Return the folder to include ``carafepp/carafepp.h`` from.
+
+    Examples
+    --------
+    ``cc program.c -I"$(python -c 'import carafepp; print(carafepp.get_include())')" ...``
+    """
+    return str(_FOLDER / "include")
+
+
+def get_library() -> str:
+    """Return the shared library, which knows nothing of Python, to link or to load."""
+    (library,) = (_FOLDER / "lib").glob("libcarafepp.*")
+    return str(library)
+
+
+def get_cmake_dir() -> str:
+    """Return the folder for CMake: ``-Dcarafepp_DIR=...`` for ``find_package(carafepp CONFIG)``."""
+    return str(_FOLDER / "lib" / "cmake" / "carafepp")
