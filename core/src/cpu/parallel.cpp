@@ -9,9 +9,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace carafepp {
@@ -72,7 +72,7 @@ private:
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
             for (; workers_ < count; workers_++) std::thread(&Pool::worker, this, workers_ + 1, job_).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {  // no thread, or no memory for one: the others do its work
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
