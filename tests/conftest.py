@@ -1,5 +1,6 @@
 """Shared by all tests: seeds, hypothesis profiles, skips that a promise turns into failures."""
 
+import gc
 import importlib
 import os
 import zlib
@@ -27,6 +28,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the tests themselves, of which there are very many."""
+    gc.freeze()
 
 
 def skip(what: str, reason: str) -> None:

@@ -1,5 +1,6 @@
 """Memory: references, leaks, and offsets beyond 2^31 elements."""
 
+import functools
 import gc
 import math
 import os
@@ -106,6 +107,12 @@ def test_calls_leak_no_memory(function, threads, resident_bytes, rng):
         assert_flat(resident_bytes, lambda: call(function, inputs, params), calls=200)
     finally:
         carafepp.set_num_threads(0)
+
+
+def test_a_hundred_thousand_small_calls_take_no_memory(resident_bytes):
+    features, masks = np.ones((1, 2, 4, 4), np.float32), np.ones((1, 9, 4, 4), np.float32)
+    function = functools.partial(carafepp.reassemble, features, masks)
+    assert_flat(resident_bytes, function, calls=100_000, allowed=1 << 20)
 
 
 @pytest.mark.parametrize(
