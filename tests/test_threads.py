@@ -250,16 +250,18 @@ def test_a_fork_inside_a_fork_computes():
     assert run_program(body) == "0"
 
 
-def test_a_spawned_child_computes(tmp_path):
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_child_of_its_own_computes(method, tmp_path):
     program = tmp_path / "program.py"
     body = """
     if __name__ == "__main__":
         expected = checksum()
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
+        with multiprocessing.get_context(METHOD).Pool(2) as pool:
             assert pool.map_async(checksum, range(4)).get(timeout=120) == 4 * [expected]
         print("the same")
     """
-    program.write_text(PROGRAM + textwrap.dedent(body))
+    body = textwrap.dedent(body).replace("METHOD", repr(method))
+    program.write_text(PROGRAM + body)
     done = subprocess.run(
         [sys.executable, str(program)], capture_output=True, text=True, timeout=180, check=False
     )
@@ -348,6 +350,52 @@ def test_the_definition_agrees_with_large_problems(num_threads):
     output = carafepp.reassemble(arrays.features, arrays.masks, **LARGE.factors)
     expected = ref.reassemble(arrays.features, arrays.masks, **LARGE.factors)
     np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_an_interrupt_comes_after_the_call():
+    body = """
+    import signal, threading, time
+    carafepp.set_num_threads(2)
+    features = np.ones((1, 256, 100, 100), np.float32)
+    masks = np.ones((1, 31 * 31, 100, 100), np.float32)
+    out = np.zeros((1, 256, 100, 100), np.float32)
+
+    def interrupt():
+        while not out.any():  # until the call has begun to write
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    interrupted = False
+    try:
+        carafepp.reassemble(features, masks, out=out)
+        thread.join()
+    except KeyboardInterrupt:
+        interrupted = True
+    print(interrupted, (out[0, :, 50, 50] == 961).all(), checksum() == checksum())
+    """
+    assert run_program(body) == "True True True"
+
+
+def test_a_sub_interpreter_computes_or_says_that_it_cannot():
+    """NumPy of today refuses to be imported in a second one; nothing may crash."""
+    body = """
+    try:
+        import _interpreters as interpreters  # Python 3.13 and newer
+    except ImportError:
+        try:
+            import _xxsubinterpreters as interpreters
+        except ImportError:
+            raise SystemExit(print("none"))
+    program = "import numpy, carafepp; carafepp.reassemble(*[numpy.ones((1, 1, 2, 2))] * 2)"
+    try:
+        error = interpreters.run_string(interpreters.create(), program)
+        print("an error" if error else "a result")
+    except Exception as error:
+        print("an error")
+    """
+    assert run_program(body) in ("none", "a result", "an error")
 
 
 def test_the_program_may_end_while_a_daemon_thread_computes():
