@@ -646,12 +646,30 @@ def test_autocast_on_a_gpu(function, name, torch, require):
     assert_autocast_casts(torch, function, name, "cuda")
 
 
-@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+@each_autocast
 @each_that_casts
-def test_autocast_has_a_kernel_for_each_device(function, device, torch):
-    assert operator(function).has_kernel_for_dispatch_key(
-        getattr(torch._C.DispatchKey, f"Autocast{device}")
-    )
+def test_autocast_for_gpus_where_there_is_none(function, name, torch):
+    """Of tensors that say they are on one and hold no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given, autocast, computed = AUTOCAST[name]
+    tensors, params = random_problem(torch, function)
+    try:
+        # torch.autocast itself would look for a GPU.
+        torch.set_autocast_dtype("cuda", getattr(torch, autocast))
+        torch.set_autocast_enabled("cuda", True)
+        with FakeTensorMode():
+            inputs = [
+                torch.empty(tensor.shape, dtype=getattr(torch, dtype), device="cuda")
+                for tensor, dtype in zip(tensors, given, strict=True)
+            ]
+            with recorded(torch) as names:
+                (output,) = call(function, inputs, params)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+    assert names == [function]
+    assert (output.device.type, output.dtype) == ("cuda", getattr(torch, computed[0]))
 
 
 def test_autocast_leaves_what_is_wrong_without_it(torch):
@@ -705,22 +723,45 @@ def test_compiled_functions_give_what_they_give(dtypes, torch, compiled):
     assert results[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture
+def read(torch, monkeypatch):
+    """What the core was given since, by function and name: its address and strides."""
+    from carafepp._arrays import PyTorch
+
+    given, view = {}, PyTorch.view
+
+    def spy(function, name, array):
+        given[function, name] = array.data_ptr(), array.stride()
+        return view(function, name, array)
+
+    monkeypatch.setattr(PyTorch, "view", spy)
+    return given
+
+
 @pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
-def test_inductor_keeps_strides(memory, torch, compiled):
-    """Of what it computes itself, too: it likes to choose them."""
+def test_inductor_keeps_strides(memory, torch, compiled, read):
+    """It likes to choose those of what it computes, of a convolution above all."""
     import torch._inductor.config as config
 
-    tensors, params = integer_problem(torch, "reassemble_with_logits")
-    tensors = in_memory(memory)(torch, tensors)
+    (x, logits), params = integer_problem(torch, "reassemble_with_logits")
+    weight = torch.ones(CASE.c, CASE.c, 3, 3)
+    inputs = [*in_memory(memory)(torch, [x, logits]), weight]
 
-    def function(x, logits):
-        return (2 * carafepp.reassemble_with_logits(x + 1, logits, **params),)
+    def function(x, logits, weight):
+        features = torch.nn.functional.conv2d(x, weight, padding=1)
+        return (2 * carafepp.reassemble_with_logits(features, logits, **params),)
+
+    def strides_and_results(function):
+        results = with_gradients(function, inputs)
+        return [read["reassemble_with_logits", name][1] for name in ("features", "output")], results
 
     # Graphs that were compiled before must not count, nor what a C++ compiler has to do for loops.
     quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
     with config.patch(fx_graph_cache=False, **quick):
-        results = with_gradients(compiled(function), tensors)
-    assert_all_same(results, with_gradients(function, tensors))
+        strides, results = strides_and_results(compiled(function))
+    expected_strides, expected = strides_and_results(function)
+    assert strides == expected_strides
+    assert_all_same(results, expected)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[3:], ids=str)
@@ -770,29 +811,19 @@ def test_a_factor_may_be_an_argument_of_what_is_compiled(torch, compiled):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", None], ids=str)
 @each_forward
-def test_channels_last_tensors_are_not_copied(function, backend, torch, compiled, monkeypatch):
+def test_channels_last_tensors_are_not_copied(function, backend, torch, compiled, read):
     """The core reads the very memory that the caller has given, and so do the gradients."""
-    from carafepp._arrays import PyTorch
-
     tensors, params = integer_problem(torch, function)
     tensors = that_require_grad(in_memory("nhwc")(torch, tensors))
 
     def run(*inputs):
         return call(function, inputs, params)[0]
 
-    compute = run if backend is None else compiled(run, backend=backend)
-    view, read = PyTorch.view, {}
-
-    def spy(function, name, array):
-        read[function.endswith("backward"), name] = array.data_ptr()
-        return view(function, name, array)
-
-    monkeypatch.setattr(PyTorch, "view", spy)
-    output = compute(*tensors)
+    output = (compiled(run, backend=backend) if backend else run)(*tensors)
     output.backward(torch.ones_like(output))
     for name, tensor in zip(INPUTS[function], tensors, strict=True):
-        assert read[False, name] == tensor.data_ptr()
-        assert read[True, name] == tensor.data_ptr()
+        for reader in (function, f"{function}_backward"):
+            assert read[reader, name] == (tensor.data_ptr(), tensor.stride())
         assert tensor.grad.stride() == tensor.stride()
     assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -975,3 +1006,24 @@ def test_data_parallel_training(torch, tmp_path):
     torch.multiprocessing.spawn(train_step, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
+
+
+# On a GPU: the same code
+
+
+@each_forward
+def test_on_a_gpu(function, torch, compiled, require):
+    """Integers: the results and gradients of the CPU, eager and compiled."""
+    connected("torch", require)
+    tensors, params = integer_problem(torch, function)
+    tensors = in_memory("nhwc")(torch, tensors)
+    on_device = [tensor.cuda() for tensor in tensors]
+
+    def run(*inputs):
+        return call(function, inputs, params)
+
+    expected = with_gradients(run, tensors)
+    for compute in (run, compiled(run, backend="aot_eager")):
+        results = with_gradients(compute, on_device)
+        assert_all_same([result.cpu() for result in results], expected)
+    torch.library.opcheck(operator(function), tuple(that_require_grad(on_device)), params)
