@@ -30,7 +30,7 @@ def assert_below_limit(function, limit=LIMIT):
     for _ in range(5):
         measured.append(seconds_per_call(function))
         if measured[-1] < limit:
-            return measured[-1]
+            return
         time.sleep(0.5)
     pytest.fail(f"one call takes {min(measured) * 1e6:.1f} us; the limit is {limit * 1e6:.0f} us")
 
@@ -61,9 +61,13 @@ def test_the_number_of_threads_adds_nothing_to_a_tiny_call(arrays):
         carafepp.set_num_threads(0)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["without grad", "with grad"])
-def test_reassemble_of_tiny_tensors_takes_less_than_30_us(arrays, requires_grad, torch, capsys):
-    """Shown beside what it could cost at best: the same kernel in an autograd.Function."""
+def test_reassemble_of_tiny_tensors_takes_less_than_30_us(arrays, torch):
+    features, masks = map(torch.from_numpy, arrays)
+    assert_below_limit(lambda: carafepp.reassemble(features, masks), LIMIT_OF_TENSORS)
+
+
+def test_an_operator_costs_little_more_than_an_autograd_function(arrays, torch, capsys):
+    """Which would do nothing but what is needed to run the same kernel and remember it."""
 
     class Reassemble(torch.autograd.Function):
         @staticmethod
@@ -72,11 +76,17 @@ def test_reassemble_of_tiny_tensors_takes_less_than_30_us(arrays, requires_grad,
             return carafepp.reassemble.__wrapped__(features, masks)
 
     features, masks = map(torch.from_numpy, arrays)
-    features.requires_grad_(requires_grad)
-    operator = assert_below_limit(lambda: carafepp.reassemble(features, masks), LIMIT_OF_TENSORS)
-    function = seconds_per_call(lambda: Reassemble.apply(features, masks))
-    with capsys.disabled():
-        print(
-            f"\nreassemble of a tiny tensor, requires_grad={requires_grad}: "
-            f"{operator * 1e6:.1f} us; in an autograd.Function alone {function * 1e6:.1f} us"
+    features.requires_grad_()
+    for _ in range(5):
+        operator = 1e6 * seconds_per_call(lambda: carafepp.reassemble(features, masks))
+        function = 1e6 * seconds_per_call(lambda: Reassemble.apply(features, masks))
+        shown = (
+            f"tiny tensors that require grad: {operator:.1f} us, in a Function {function:.1f} us"
         )
+        if operator < 2 * function:
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail(shown)
+    with capsys.disabled():
+        print(f"\n{shown}")

@@ -53,16 +53,13 @@ def _define(
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(params: dict[str, Any], *tensors: Tensor) -> Tensor:
+        def forward(ctx: Any, params: dict[str, Any], *tensors: Tensor) -> Tensor:
+            ctx.params = params
+            ctx.save_for_backward(*tensors)
             if not torch._C._are_functorch_transforms_active():
                 return below(*tensors, **params)
             with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
                 return below(*tensors, **params)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.params, *tensors = inputs
-            ctx.save_for_backward(*tensors)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Gradients:
