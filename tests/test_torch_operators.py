@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import io
 import itertools
+import re
 import subprocess
 import sys
 
@@ -381,6 +383,20 @@ def test_tensors_without_data_give_such(function, change, kind, torch):
         assert result.dtype == exact.dtype
     for tensor in inputs:
         assert tensor.grad is None or tensor.grad.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("index", range(3), ids=INPUTS["reassemble_backward"])
+def test_tensors_of_two_devices_are_refused_where_one_holds_no_data(index, torch):
+    """It would otherwise be a result that nobody has computed."""
+    tensors, params = integer_problem(torch, "reassemble_backward")
+    tensors[index] = tensors[index].to("meta")
+    blamed = INPUTS["reassemble_backward"][index or 1]
+    devices = "(cpu); got meta" if index else "(meta); got cpu"
+    sentence = (
+        f"[reassemble_grad_features] {blamed} must be on the device of grad_output {devices}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        carafepp.reassemble_backward(*tensors, **params)
 
 
 # Wrong arguments: the sentences of test_errors.py, though PyTorch's dispatcher refuses them first
@@ -883,7 +899,10 @@ def test_export(function, strict, torch):
     exported = torch.export.export(module(torch, function, **params), tuple(tensors), strict=strict)
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert set(map(operator, [function] * 2, range(len(RESULTS[function])))) <= set(targets)
-    results = exported.module()(*tensors)
+    stored = io.BytesIO()
+    torch.export.save(exported, stored)
+    stored.seek(0)
+    results = torch.export.load(stored).module()(*tensors)
     results = results if isinstance(results, tuple) else (results,)
     assert_all_same(results, call(function, tensors, params))
 

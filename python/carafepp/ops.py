@@ -121,7 +121,7 @@ def reassemble(
     ValueError
         A shape, a range, a device, or memory that is shared, not aligned or read-only.
     NotImplementedError
-        A CUDA array in a build without CUDA; a tensor that requires grad, in grad mode.
+        A CUDA array in a build without CUDA; with `out`, a tensor that requires grad.
     RuntimeError
         CUDA has failed, or its driver is missing; the sentence names the error.
 

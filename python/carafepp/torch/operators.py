@@ -50,6 +50,7 @@ def _define(
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
     _library.define(schema, tags=tags)
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
+    names = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -84,9 +85,20 @@ def _define(
         with enable_single_level_autograd_function():
             return apply(params, *tensors)
 
+    def fake(*tensors: Tensor, **params: Any) -> Tensor:
+        # The dispatcher comes here if one tensor holds no data, whatever the others do.
+        (first, device), *others = zip(names, [tensor.device for tensor in tensors], strict=True)
+        for other, its_device in others:
+            if its_device != device:
+                raise ValueError(
+                    f"[{name}] {other} must be on the device of {first} ({device}); "
+                    f"got {its_device}."
+                )
+        return result(*tensors, **params)
+
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"carafepp::{name}", result, lib=_library)
+    torch.library.register_fake(f"carafepp::{name}", fake, lib=_library)
     torch.library.register_vmap(f"carafepp::{name}", partial(_vmap, operator), lib=_library)
     if cast:
         for device in ("CPU", "CUDA"):
