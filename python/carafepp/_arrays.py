@@ -83,10 +83,12 @@ class PyTorch:
     @staticmethod
     def empty(function: str, like: Any, shape: tuple[int, ...]) -> Any:
         """Return an uninitialised result, channels_last if `like` unambiguously is."""
-        torch = sys.modules["torch"]
-        channels_last = len(shape) == 4 and _is_channels_last(like.shape, like.stride())
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+        if len(shape) == 4 and _is_channels_last(like.shape, like.stride()):
+            torch = sys.modules["torch"]
+            return torch.empty(
+                shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+            )
+        return like.new_empty(shape)
 
     @staticmethod
     def stream(array: Any) -> int:

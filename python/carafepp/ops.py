@@ -55,7 +55,14 @@ def _differentiable(compute: Callable[P, R]) -> Callable[P, R]:
 
             kwargs.pop("out", None)
             operator: Callable[P, R] = getattr(operators, compute.__name__)
-            return operator(*args, **kwargs)
+            try:
+                return operator(*args, **kwargs)
+            except RuntimeError as error:
+                if "carafepp::" not in str(error):
+                    raise
+                # An argument that PyTorch's dispatcher refused: here is a better sentence.
+                compute(*args, **kwargs)
+                raise
         return compute(*args, **kwargs)
 
     return function
@@ -114,7 +121,7 @@ def reassemble(
     ValueError
         A shape, a range, a device, or memory that is shared, not aligned or read-only.
     NotImplementedError
-        A CUDA array in a build without CUDA; a tensor that requires grad, in grad mode.
+        A CUDA array in a build without CUDA; with `out`, a tensor that requires grad.
     RuntimeError
         CUDA has failed, or its driver is missing; the sentence names the error.
 

@@ -50,19 +50,17 @@ def _define(
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
     _library.define(schema, tags=tags)
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
+    names = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(params: dict[str, Any], *tensors: Tensor) -> Tensor:
-            # Autograd has gradients off in here. Outer levels of torch.func still need theirs.
-            outer = torch._C._are_functorch_transforms_active()
-            with torch.set_grad_enabled(outer), torch._C._AutoDispatchBelowAutograd():
-                return operator(*tensors, **params)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.params, *tensors = inputs
+        def forward(ctx: Any, params: dict[str, Any], *tensors: Tensor) -> Tensor:
+            ctx.params = params
             ctx.save_for_backward(*tensors)
+            if not torch._C._are_functorch_transforms_active():
+                return below(*tensors, **params)
+            with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
+                return below(*tensors, **params)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Gradients:
@@ -73,15 +71,34 @@ def _define(
     # dispatcher has already come down to one level, for which autograd's part of apply is enough.
     apply = super(torch.autograd.Function, Differentiable).apply
 
+    def below(*tensors: Tensor, **params: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*tensors, **params)
+
     def autograd(*tensors: Tensor, **params: Any) -> Any:
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        # apply refuses forward mode, where a tangent would be lost.
+        if not differentiated and torch.autograd.forward_ad._current_level < 0:
+            return below(*tensors, **params)
         if not torch._C._are_functorch_transforms_active():
             return apply(params, *tensors)
         with enable_single_level_autograd_function():
             return apply(params, *tensors)
 
+    def fake(*tensors: Tensor, **params: Any) -> Tensor:
+        # The dispatcher comes here if one tensor holds no data, whatever the others do.
+        (first, device), *others = zip(names, [tensor.device for tensor in tensors], strict=True)
+        for other, its_device in others:
+            if its_device != device:
+                raise ValueError(
+                    f"[{name}] {other} must be on the device of {first} ({device}); "
+                    f"got {its_device}."
+                )
+        return result(*tensors, **params)
+
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"carafepp::{name}", result, lib=_library)
+    torch.library.register_fake(f"carafepp::{name}", fake, lib=_library)
     torch.library.register_vmap(f"carafepp::{name}", partial(_vmap, operator), lib=_library)
     if cast:
         for device in ("CPU", "CUDA"):
@@ -107,12 +124,13 @@ def _vmap(
 def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **params: Any) -> Any:
     """Cast features to autocast's dtype, and masks or logits too unless they are float32.
 
-    float64 is left alone, as by PyTorch's own operators.
+    float64 and what is no number of this kind are left alone, as by PyTorch's own operators.
     """
-    if features.dtype != torch.float64:
+    if features.is_floating_point() and features.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.lower())
         features = features.to(dtype)
-        masks = masks if masks.dtype == torch.float32 else masks.to(dtype)
+        if masks.is_floating_point() and masks.dtype != torch.float32:
+            masks = masks.to(dtype)
     key = getattr(torch._C.DispatchKey, f"Autocast{device}")
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         return operator(features, masks, **params)
@@ -262,8 +280,9 @@ def _normalize(
     """Return the masks, by functions of PyTorch."""
     if layout == "NHWC":
         logits = logits.movedim(-1, -3)
-    taps = F.pixel_shuffle(logits, up)[..., : size[0], : size[1]]
-    taps = taps.unflatten(-3, (groups, kernel_size**2))
+    # Not by pixel_shuffle, whose derivative of an empty batch has a wrong shape.
+    taps = logits.unflatten(-3, (groups, kernel_size**2, up, up)).movedim((-4, -3), (-3, -1))
+    taps = taps.flatten(-4, -3).flatten(-2, -1)[..., : size[0], : size[1]]
     if normalizer == "sigmoid":
         taps = taps.sigmoid()
     elif normalizer != "none":

@@ -1,0 +1,1044 @@
+"""On PyTorch tensors the functions are operators of PyTorch: torch.ops.carafepp.*."""
+
+import contextlib
+import functools
+import io
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import carafepp
+import cases
+from cases import CASES, DTYPES, Case, random_arrays
+from cuda_libraries import connected
+from functions import FUNCTIONS, INPUTS, RESULTS, arguments, call, each_function, each_result
+from reference import NORMALIZERS
+from test_frameworks import from_torch, problem, to_torch
+
+# Forward mode and inductor import what PyTorch itself has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+F32, F64 = DTYPES[:2]
+CASE = CASES["groups_2"]
+FORWARD = [function for function in FUNCTIONS if not function.endswith("backward")]
+each_forward = pytest.mark.parametrize("function", FORWARD)
+each_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+
+# A derivative is taken by every element: few of them.
+TINY = [
+    Case("up2", "upsampling", 1, 2, 2, 3, up=2),
+    Case("down2", "downsampling, an odd size", 2, 1, 3, 4, down=2),
+    Case("ratio_3_2", "a fraction", 1, 1, 2, 3, up=3, down=2),
+    Case("groups", "groups", 1, 4, 2, 2, up=2, groups=2),
+    Case("crop", "a crop", 1, 2, 2, 3, up=2, size=(3, 5)),
+    Case("skips", "features that no tap reaches", 1, 2, 3, 3, down=2, kernel_size=1),
+]
+each_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+
+
+def operator(function, index=0):
+    """There is one for each result."""
+    from carafepp.torch import operators
+
+    if len(RESULTS[function]) > 1:
+        function = function.replace("backward", f"grad_{RESULTS[function][index]}")
+    return getattr(operators, function)
+
+
+def tensors_of(torch, arrays):
+    return [to_torch(torch, array) for array in arrays]
+
+
+def that_require_grad(tensors):
+    """Leaves of the same memory and strides."""
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def random_problem(torch, function, case=CASE, dtypes=F32, normalizer="softmax"):
+    inputs, params = arguments(function, case, random_arrays(case, dtypes), normalizer)
+    return tensors_of(torch, inputs), params
+
+
+def integer_problem(torch, function, case=CASE, dtypes=F32):
+    """Sums of small integers are exact in any order."""
+    inputs, params = problem(function, case, dtypes)
+    return tensors_of(torch, inputs), params
+
+
+def assert_same(actual, expected):
+    """Bit for bit, of the same dtype and strides."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.stride() == expected.stride() or actual.numel() == 0
+    np.testing.assert_array_equal(from_torch(actual.detach()), from_torch(expected.detach()))
+
+
+def assert_all_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+
+
+@contextlib.contextmanager
+def recorded(torch):
+    """The names of the operators that are called, below autograd."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "carafepp":
+                names.append(function.__name__.removesuffix(".default"))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        yield names
+
+
+# PyTorch's own checks: of the schema, of results without data, of derivatives, of what a compiler
+# makes of the operator
+
+
+def expanded(torch, tensors):
+    return [tensor[:, :, :1, :1].expand(tensor.shape) for tensor in tensors]
+
+
+def in_memory(layout):
+    def place(torch, tensors):
+        return [torch.from_numpy(cases.place(tensor.numpy(), layout)) for tensor in tensors]
+
+    return place
+
+
+def unbatched(torch, tensors):
+    return [tensor[0] for tensor in tensors]
+
+
+def in_nhwc_axes(torch, tensors):
+    return [tensor.movedim(1, -1).contiguous() for tensor in tensors]
+
+
+def as_they_are(torch, tensors):
+    return tensors
+
+
+# case, what becomes of its tensors, further parameters
+OPCHECKS = {
+    "contiguous": ("groups_2", as_they_are, {}),
+    "crop": ("crop_up", as_they_are, {}),
+    "channels_last crop": ("crop_ratio", in_memory("nhwc"), {}),
+    "permuted": ("groups_2", in_memory("transposed_picture"), {}),
+    "sliced": ("down2", in_memory("nhwc_channel_slice"), {}),
+    "every other row": ("ratio_3_2", in_memory("every_other_row"), {}),
+    "expanded": ("groups_2", expanded, {}),
+    "unbatched": ("groups_2", unbatched, {}),
+    "NHWC": ("crop_down", in_nhwc_axes, {"layout": "NHWC"}),
+    "no images": ("empty_batch", as_they_are, {}),
+    "no channels": ("zero_channels_groups", in_memory("nhwc"), {}),
+    "no output": ("empty_crop", as_they_are, {}),
+}
+
+
+@pytest.mark.parametrize("kind", OPCHECKS)
+@each_result
+def test_opcheck(function, index, kind, torch):
+    name, change, more = OPCHECKS[kind]
+    tensors, params = random_problem(torch, function, CASES[name])
+    tensors = that_require_grad(change(torch, tensors))
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if kind in ("channels_last crop", "no images"):  # the others would take a second each
+        utils.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        operator(function, index), tuple(tensors), {**params, **more}, test_utils=utils
+    )
+
+
+# Derivatives
+
+
+def assert_derivatives_are_right(torch, function, tensors, params):
+    """The first and the second of a forward function, the first of a backward."""
+    inputs = that_require_grad(tensors)
+    backward = function.endswith("backward")
+
+    def results(*tensors):
+        return call(function, tensors, params)
+
+    # fast: random projections instead of every element
+    assert torch.autograd.gradcheck(results, inputs, fast_mode=backward)
+    if not backward:
+        assert torch.autograd.gradgradcheck(results, inputs, fast_mode=True)
+
+
+@each_function
+@each_tiny
+def test_derivatives(case, function, torch):
+    assert_derivatives_are_right(torch, function, *random_problem(torch, function, case, F64))
+
+
+@pytest.mark.parametrize("normalizer", [n for n in NORMALIZERS if n != "softmax"])
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if "logits" in INPUTS[f]])
+def test_derivatives_of_every_normalizer(function, normalizer, torch):
+    tensors, params = random_problem(torch, function, TINY[0], F64, normalizer)
+    assert_derivatives_are_right(torch, function, tensors, params)
+
+
+@pytest.mark.parametrize("change", [unbatched, in_nhwc_axes])
+@each_function
+def test_derivatives_of_other_axes(function, change, torch):
+    tensors, params = random_problem(torch, function, TINY[0], F64)
+    layout = {"layout": "NHWC"} if change is in_nhwc_axes else {}
+    assert_derivatives_are_right(torch, function, change(torch, tensors), {**params, **layout})
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.endswith("backward")])
+def test_third_derivatives(function, torch):
+    tensors, params = random_problem(torch, function, TINY[2], F64)
+    inputs = that_require_grad(tensors)
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: call(function, tensors, params), inputs, fast_mode=True
+    )
+
+
+def gradient_call(function, inputs, params, grad):
+    """The gradients for all inputs of a forward function, by its backward function."""
+    params = {key: value for key, value in params.items() if key != "size"}
+    return call(f"{function}_backward", (grad, *inputs), params)
+
+
+@each_dtypes
+@each_forward
+@pytest.mark.parametrize("name", ["groups_2", "crop_ratio", "down2", "empty_crop"])
+def test_gradients_are_those_of_the_numpy_functions(name, function, dtypes, torch):
+    """Bit for bit, in the dtype of what they are the gradients of."""
+    case = CASES[name]
+    arrays = random_arrays(case, dtypes)
+    inputs, params = arguments(function, case, arrays)
+    grad = arrays.grad_masks if function == "normalize_masks" else arrays.grad_output
+    tensors = that_require_grad(tensors_of(torch, inputs))
+    (output,) = call(function, tensors, params)
+    gradients = torch.autograd.grad(output, tensors, to_torch(torch, grad))
+    expected = tensors_of(torch, gradient_call(function, inputs, params, grad))
+    assert_all_same(gradients, expected)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("function", [f for f in FORWARD if len(INPUTS[f]) == 2])
+def test_gradients_are_computed_only_where_needed(function, needed, torch):
+    tensors, params = integer_problem(torch, function)
+    for tensor, need in zip(tensors, needed, strict=True):
+        tensor.requires_grad_(need)
+    with recorded(torch) as names:
+        (output,) = call(function, tensors, params)
+        output.sum().backward()
+    what = (f"{function}_grad_{name}" for name in INPUTS[function])
+    assert names == [function, *itertools.compress(what, needed)]
+    assert [tensor.grad is not None for tensor in tensors] == list(needed)
+
+
+@each_function
+def test_nothing_is_recorded_for_tensors_without_grad(function, torch):
+    tensors, params = integer_problem(torch, function)
+    assert all(result.grad_fn is None for result in call(function, tensors, params))
+    with torch.no_grad():
+        for result in call(function, that_require_grad(tensors), params):
+            assert not result.requires_grad
+    with torch.inference_mode():
+        results = call(function, that_require_grad(tensors), params)
+    assert all(result.is_inference() and not result.requires_grad for result in results)
+
+
+def test_inference_tensors_cannot_be_saved_for_a_derivative(torch):
+    """As for PyTorch's own operators; without one they are tensors like others."""
+    (x, m), params = integer_problem(torch, "reassemble")
+    with torch.inference_mode():
+        inference = x.clone()
+    assert_same(carafepp.reassemble(inference, m, **params), carafepp.reassemble(x, m, **params))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        carafepp.reassemble(inference, m.requires_grad_(), **params)
+
+
+@each_forward
+def test_backward_twice(function, torch):
+    tensors, params = integer_problem(torch, function)
+    tensors = that_require_grad(tensors)
+    (output,) = call(function, tensors, params)
+    output.sum().backward(retain_graph=True)
+    once = [tensor.grad.clone() for tensor in tensors]
+    output.sum().backward()
+    assert_all_same([tensor.grad for tensor in tensors], [2 * gradient for gradient in once])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_tensor_that_was_changed_since_has_no_gradients(index, torch):
+    tensors, params = integer_problem(torch, "reassemble")
+    copies = [tensor.requires_grad_().clone() for tensor in tensors]
+    output = carafepp.reassemble(*copies, **params)
+    copies[index].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_hooks_see_the_gradients(torch):
+    tensors, params = integer_problem(torch, "reassemble")
+    inner = [2 * tensor.requires_grad_() for tensor in tensors]
+    for tensor in inner:
+        tensor.retain_grad()
+    output = carafepp.reassemble(*inner, **params)
+    output.register_hook(lambda gradient: 3 * gradient)
+    output.sum().backward()
+    threes = np.full(output.shape, 3, np.float32)
+    arrays = [tensor.detach().numpy() for tensor in inner]
+    expected = tensors_of(torch, gradient_call("reassemble", arrays, params, threes))
+    assert_all_same([tensor.grad for tensor in inner], expected)
+    assert_all_same([tensor.grad for tensor in tensors], [2 * gradient for gradient in expected])
+
+
+# Kinds of tensors
+
+
+def test_parameters_get_gradients(torch):
+    tensors, params = integer_problem(torch, "reassemble")
+    parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
+    output = carafepp.reassemble(*parameters, **params)
+    assert type(output) is torch.Tensor
+    output.sum().backward()
+    assert all(parameter.grad.any() for parameter in parameters)
+
+
+def test_subclasses_are_kept(torch):
+    """As by PyTorch's own operators; so are their gradients."""
+
+    class Picture(torch.Tensor):
+        pass
+
+    (x, m), params = integer_problem(torch, "reassemble")
+    picture = x.as_subclass(Picture).requires_grad_()
+    output = carafepp.reassemble(picture, m, **params)
+    assert type(output) is Picture
+    assert_same(output.as_subclass(torch.Tensor), carafepp.reassemble(x, m, **params))
+    output.sum().backward()
+    assert picture.grad.as_subclass(torch.Tensor).any()
+
+
+def test_wrappers_that_unwrap_themselves_work(torch):
+    """A subclass without memory of its own whose __torch_dispatch__ calls on what it wraps."""
+    from torch.utils._pytree import tree_map_only
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            wrapper = torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype
+            )
+            wrapper.inner = inner
+            return wrapper
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            args, kwargs = tree_map_only(cls, lambda tensor: tensor.inner, (args, kwargs or {}))
+            return tree_map_only(torch.Tensor, cls, function(*args, **kwargs))
+
+    (x, m), params = integer_problem(torch, "reassemble")
+    wrapper, m = Wrapper(x).requires_grad_(), m.requires_grad_()
+    output = carafepp.reassemble(wrapper, m, **params)
+    assert type(output) is Wrapper
+    expected = carafepp.reassemble(x, m, **params)
+    assert_same(output.inner, expected)
+    (gradient,) = torch.autograd.grad(output.sum(), m)
+    assert_same(gradient.inner, torch.autograd.grad(expected.sum(), m)[0])
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("change", [as_they_are, in_memory("nhwc"), unbatched, in_nhwc_axes])
+@each_function
+def test_tensors_without_data_give_such(function, change, kind, torch):
+    """Of the shape, strides and dtype that the results have, and so do their gradients."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode() if kind == "fake" else contextlib.nullcontext()
+    tensors, params = integer_problem(torch, function, dtypes=DTYPES[4])
+    tensors = change(torch, tensors)
+    if change is in_nhwc_axes:
+        params["layout"] = "NHWC"
+    expected = call(function, tensors, params)
+    empty = [t.to("meta") if kind == "meta" else mode.from_tensor(t) for t in tensors]
+    with mode:
+        inputs = that_require_grad(empty)
+        results = call(function, inputs, params)
+        sum(result.sum() for result in results).backward()
+    for result, exact in zip(results, expected, strict=True):
+        assert result.device.type == ("meta" if kind == "meta" else "cpu")
+        assert (result.shape, result.stride()) == (exact.shape, exact.stride())
+        assert result.dtype == exact.dtype
+    for tensor in inputs:
+        assert tensor.grad is None or tensor.grad.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("index", range(3), ids=INPUTS["reassemble_backward"])
+def test_tensors_of_two_devices_are_refused_where_one_holds_no_data(index, torch):
+    """It would otherwise be a result that nobody has computed."""
+    tensors, params = integer_problem(torch, "reassemble_backward")
+    tensors[index] = tensors[index].to("meta")
+    blamed = INPUTS["reassemble_backward"][index or 1]
+    devices = "(cpu); got meta" if index else "(meta); got cpu"
+    sentence = (
+        f"[reassemble_grad_features] {blamed} must be on the device of grad_output {devices}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        carafepp.reassemble_backward(*tensors, **params)
+
+
+# Wrong arguments: the sentences of test_errors.py, though PyTorch's dispatcher refuses them first
+
+
+WRONG = {
+    "float": {"up": 1.5},
+    "text": {"groups": "2"},
+    "unknown": {"scale": 2},
+    "number for a size": {"size": 3},
+    "float in a size": {"size": (3, 4.5)},
+    "triple for a size": {"size": (3, 4, 5)},
+    "number for a layout": {"layout": 0},
+    "range": {"up": 0},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@each_forward
+def test_wrong_arguments_are_refused_as_those_of_numpy_arrays(function, name, torch):
+    inputs, params = problem(function)
+    params = {**params, **WRONG[name]}
+    with pytest.raises((TypeError, ValueError)) as expected:
+        call(function, inputs, params)
+    # The dispatcher makes a list of what it takes for a size.
+    sentence = str(expected.value).replace("(3, 4, 5) (tuple", "[3, 4, 5] (list")
+    for tensors in (tensors_of(torch, inputs), that_require_grad(tensors_of(torch, inputs))):
+        with pytest.raises(expected.type) as error:
+            call(function, tensors, params)
+        assert str(error.value) == sentence
+
+
+def test_parameters_have_to_be_named(torch):
+    tensors, _ = integer_problem(torch, "reassemble")
+    with pytest.raises(TypeError, match="positional"):
+        carafepp.reassemble(*tensors, 2)
+
+
+# torch.func
+
+
+def bilinear(params):
+    """A scalar of features and masks, nonlinear enough for second derivatives."""
+
+    def loss(x, m):
+        return (carafepp.reassemble(x, m, **params) ** 2).sum()
+
+    return loss
+
+
+def gradient(function, *inputs, argument=0):
+    """By plain autograd."""
+    import torch
+
+    inputs = that_require_grad(inputs)
+    return torch.autograd.grad(function(*inputs), inputs[argument])[0]
+
+
+# in_dims of every input in turn, shape of the samples
+IN_DIMS = {
+    "first axis": lambda k: 0,
+    "another axis": lambda k: (2, 4, 1)[k],
+    "only the first input": lambda k: None if k else 1,
+    "all but the first input": lambda k: 0 if k else None,
+}
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batches", "single images"])
+@pytest.mark.parametrize("dims", IN_DIMS)
+@each_function
+def test_vmap(function, dims, batched, torch):
+    samples = 3
+    tensors, params = integer_problem(torch, function)
+    if not batched:
+        tensors = unbatched(torch, tensors)
+    in_dims = tuple(
+        dim if dim is None or batched else min(dim, 3)
+        for dim in map(IN_DIMS[dims], range(len(tensors)))
+    )
+    if all(dim is None for dim in in_dims):
+        in_dims = (0,)
+    stacks = [
+        tensor if dim is None else torch.stack([tensor + k for k in range(samples)], dim)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+    def run(*inputs):
+        return call(function, inputs, params)
+
+    results = torch.vmap(run, in_dims, out_dims=1)(*stacks)
+    for k in range(samples):
+        inputs = [
+            stack if dim is None else stack.select(dim, k)
+            for stack, dim in zip(stacks, in_dims, strict=True)
+        ]
+        for result, expected in zip(results, run(*inputs), strict=True):
+            np.testing.assert_array_equal(result.select(1, k), expected)
+
+
+@each_function
+def test_nested_vmap(function, torch):
+    tensors, params = integer_problem(torch, function)
+    # of single images, of batches of them: three levels
+    stacks = [torch.stack([torch.stack([t, t + 1]), torch.stack([t + 2, -t])]) for t in tensors]
+
+    def run(*inputs):
+        return call(function, inputs, params)
+
+    results = torch.vmap(torch.vmap(torch.vmap(run), in_dims=1), in_dims=1)(
+        *(stack.movedim(2, 1) for stack in stacks)
+    )
+    for i, j, image in itertools.product(range(2), range(2), range(CASE.n)):
+        expected = run(*(stack[i, j, image] for stack in stacks))
+        for result, one in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(result[image, j, i], one)
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_func_grad_and_vjp(argument, torch):
+    (x, m), params = integer_problem(torch, "reassemble")
+    loss = bilinear(params)
+    expected = gradient(loss, x, m, argument=argument)
+    assert_same(torch.func.grad(loss, argument)(x, m), expected)
+    value, vjp = torch.func.vjp(loss, x, m)
+    assert_same(value, loss(x, m))
+    assert_same(vjp(torch.ones(()))[argument], expected)
+
+
+@pytest.mark.parametrize("function", FORWARD)
+def test_func_jacrev(function, torch):
+    tensors, params = random_problem(torch, function, TINY[0], F64)
+
+    def run(*inputs):
+        return call(function, inputs, params)[0]
+
+    jacobians = torch.func.jacrev(run, tuple(range(len(tensors))))(*tensors)
+    expected = torch.autograd.functional.jacobian(run, tuple(tensors))
+    for jacobian, rows in zip(jacobians, expected, strict=True):
+        np.testing.assert_array_equal(jacobian, rows)
+
+
+def test_func_grad_of_grad(torch):
+    """The two levels of torch.func against autograd twice; and one level of each."""
+    (x, m), params = integer_problem(torch, "reassemble", dtypes=F64)
+    loss = bilinear(params)
+
+    def penalty(x):
+        return (torch.func.grad(loss)(x, m) ** 2).sum()
+
+    inner = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(inner, m), inner, create_graph=True)
+    (expected,) = torch.autograd.grad((first**2).sum(), inner)
+    assert expected.any()
+    assert_same(torch.func.grad(penalty)(x), expected)
+    assert_same(gradient(penalty, x), expected)
+
+
+@each_forward
+def test_func_vmap_of_grad_and_grad_of_vmap(function, torch):
+    tensors, params = integer_problem(torch, function, dtypes=F64)
+
+    def loss(*inputs):
+        return (call(function, inputs, params)[0] ** 2).sum()
+
+    arguments = tuple(range(len(tensors)))
+    separate = torch.vmap(torch.func.grad(loss, arguments))(*tensors)
+    together = torch.func.grad(lambda *inputs: torch.vmap(loss)(*inputs).sum(), arguments)(*tensors)
+    for k in arguments:
+        expected = gradient(loss, *tensors, argument=k)
+        assert_same(separate[k], expected)
+        assert_same(together[k], expected)
+
+
+def test_per_sample_gradients_of_shared_masks(torch):
+    """What vmap does not batch is the same for all samples."""
+    (x, m), params = integer_problem(torch, "reassemble")
+    gradients = torch.vmap(torch.func.grad(bilinear(params), 1), (0, None))(x, m[0])
+    for k in range(len(x)):
+        assert_same(gradients[k], gradient(bilinear(params), x[k], m[0], argument=1))
+
+
+def test_func_respects_no_grad(torch):
+    """Around grad it concerns what is outside; inside, all levels."""
+    (x, m), params = integer_problem(torch, "reassemble")
+    loss = bilinear(params)
+    expected = gradient(loss, x, m)
+    x.requires_grad_()
+    recorded_outside = torch.func.grad(loss)(x, m)
+    assert recorded_outside.requires_grad
+    with torch.no_grad():
+        outside = torch.func.grad(loss)(x, m)
+    assert not outside.requires_grad
+    assert_same(outside, expected)
+
+    def constant(x):
+        with torch.no_grad():
+            return loss(x, m)
+
+    assert not torch.func.grad(constant)(x).any()
+    twice = torch.func.grad(lambda x: torch.func.grad(lambda y: constant(x) * y)(x[0, 0, 0, 0]))
+    assert not twice(x).any()
+
+
+def test_forward_mode_is_refused_under_no_grad_too(torch):
+    (x, m), params = integer_problem(torch, "reassemble")
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(bilinear(params), (x, m), (x, m))
+
+
+# Autocast
+
+# dtypes of features and of masks or logits, that of autocast, and what the kernels then get
+AUTOCAST = {
+    "float32": (("float32", "float32"), "bfloat16", ("bfloat16", "float32")),
+    "float32 beside bfloat16": (("float32", "bfloat16"), "bfloat16", ("bfloat16", "bfloat16")),
+    "float32 beside float16": (("float32", "float16"), "float16", ("float16", "float16")),
+    "bfloat16 beside float32": (("bfloat16", "float32"), "bfloat16", ("bfloat16", "float32")),
+    "float16 beside bfloat16": (("float16", "bfloat16"), "bfloat16", ("bfloat16", "bfloat16")),
+    "float16 in bfloat16": (("float16", "float16"), "bfloat16", ("bfloat16", "bfloat16")),
+    "float32 beside float64": (("float32", "float64"), "bfloat16", ("bfloat16", "bfloat16")),
+    "float64": (("float64", "float64"), "bfloat16", ("float64", "float64")),
+}
+
+
+def assert_autocast_casts(torch, function, name, device):
+    given, autocast, computed = AUTOCAST[name]
+    tensors, params = random_problem(torch, function)
+    inputs = [
+        tensor.to(device, getattr(torch, dtype)).requires_grad_()
+        for tensor, dtype in zip(tensors, given, strict=True)
+    ]
+    with torch.autocast(device, getattr(torch, autocast)):
+        (output,) = call(function, inputs, params)
+    output.float().sum().backward()
+    cast = [
+        tensor.detach().to(getattr(torch, dtype))
+        for tensor, dtype in zip(inputs, computed, strict=True)
+    ]
+    cast = that_require_grad(cast)
+    (expected,) = call(function, cast, params)
+    expected.float().sum().backward()
+    assert output.dtype == getattr(torch, computed[0])
+    assert torch.equal(output, expected)
+    for tensor, other in zip(inputs, cast, strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        assert torch.equal(tensor.grad, other.grad.to(tensor.dtype))
+
+
+each_autocast = pytest.mark.parametrize("name", AUTOCAST)
+each_that_casts = pytest.mark.parametrize("function", ["reassemble", "reassemble_with_logits"])
+
+
+@each_autocast
+@each_that_casts
+def test_autocast(function, name, torch):
+    assert_autocast_casts(torch, function, name, "cpu")
+
+
+@each_autocast
+@each_that_casts
+def test_autocast_on_a_gpu(function, name, torch, require):
+    connected("torch", require)
+    assert_autocast_casts(torch, function, name, "cuda")
+
+
+@each_autocast
+@each_that_casts
+def test_autocast_for_gpus_where_there_is_none(function, name, torch):
+    """Of tensors that say they are on one and hold no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given, autocast, computed = AUTOCAST[name]
+    tensors, params = random_problem(torch, function)
+    try:
+        # torch.autocast itself would look for a GPU.
+        torch.set_autocast_dtype("cuda", getattr(torch, autocast))
+        torch.set_autocast_enabled("cuda", True)
+        with FakeTensorMode():
+            inputs = [
+                torch.empty(tensor.shape, dtype=getattr(torch, dtype), device="cuda")
+                for tensor, dtype in zip(tensors, given, strict=True)
+            ]
+            with recorded(torch) as names:
+                (output,) = call(function, inputs, params)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+    assert names == [function]
+    assert (output.device.type, output.dtype) == ("cuda", getattr(torch, computed[0]))
+
+
+def test_autocast_leaves_what_is_wrong_without_it(torch):
+    (x, m), params = integer_problem(torch, "reassemble")
+    with torch.autocast("cpu", torch.bfloat16):
+        for inputs in ((x.int(), m), (x, m.int()), (x.double(), m)):
+            with pytest.raises(TypeError, match=r"^\[reassemble\] "):
+                carafepp.reassemble(*inputs, **params)
+
+
+def test_autocast_leaves_the_normalizer_alone(torch):
+    (logits,), params = random_problem(torch, "normalize_masks")
+    expected = carafepp.normalize_masks(logits, **params)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(carafepp.normalize_masks(logits, **params), expected)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def compiled(torch):
+    """torch.compile without a graph break, from a clean slate."""
+    torch.compiler.reset()
+    yield functools.partial(torch.compile, fullgraph=True)
+    torch.compiler.reset()
+
+
+def all_three(features, logits):
+    params = {"kernel_size": CASE.kernel_size, "up": 2, "groups": 2, "size": (7, 9)}
+    masks = carafepp.normalize_masks(logits + 1, **params)
+    direct = carafepp.reassemble(2 * features, masks.relu(), up=2, groups=2, size=(7, 9))
+    return direct, carafepp.reassemble_with_logits(features + 1, 2 * logits, **params) / 2
+
+
+def with_gradients(function, inputs):
+    """The results and the gradients of the inputs."""
+    inputs = that_require_grad(inputs)
+    results = function(*inputs)
+    sum(((k + result.float()) ** 2).sum() for k, result in enumerate(results)).backward()
+    return [*results, *(tensor.grad for tensor in inputs)]
+
+
+@each_dtypes
+def test_compiled_functions_give_what_they_give(dtypes, torch, compiled):
+    """Bit for bit, with the same strides: features are channels_last, logits are not."""
+    (x, logits), _ = random_problem(torch, "reassemble_with_logits", dtypes=dtypes)
+    inputs = [x.contiguous(memory_format=torch.channels_last), logits]
+    results = with_gradients(compiled(all_three, backend="aot_eager"), inputs)
+    assert_all_same(results, with_gradients(all_three, inputs))
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def read(torch, monkeypatch):
+    """What the core was given since, by function and name: its address and strides."""
+    from carafepp._arrays import PyTorch
+
+    given, view = {}, PyTorch.view
+
+    def spy(function, name, array):
+        given[function, name] = array.data_ptr(), array.stride()
+        return view(function, name, array)
+
+    monkeypatch.setattr(PyTorch, "view", spy)
+    return given
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
+def test_inductor_keeps_strides(memory, torch, compiled, read):
+    """It likes to choose those of what it computes, of a convolution above all."""
+    import torch._inductor.config as config
+
+    (x, logits), params = integer_problem(torch, "reassemble_with_logits")
+    weight = torch.ones(CASE.c, CASE.c, 3, 3)
+    inputs = [*in_memory(memory)(torch, [x, logits]), weight]
+
+    def function(x, logits, weight):
+        features = torch.nn.functional.conv2d(x, weight, padding=1)
+        return (2 * carafepp.reassemble_with_logits(features, logits, **params),)
+
+    def strides_and_results(function):
+        results = with_gradients(function, inputs)
+        return [read["reassemble_with_logits", name][1] for name in ("features", "output")], results
+
+    # Graphs that were compiled before must not count, nor what a C++ compiler has to do for loops.
+    quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
+    with config.patch(fx_graph_cache=False, **quick):
+        strides, results = strides_and_results(compiled(function))
+    expected_strides, expected = strides_and_results(function)
+    assert strides == expected_strides
+    assert_all_same(results, expected)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[3:], ids=str)
+def test_inductor_runs_half_tensors(dtypes, torch, compiled):
+    tensors, params = random_problem(torch, "reassemble_with_logits", dtypes=dtypes)
+
+    def function(x, logits):
+        return (carafepp.reassemble_with_logits(x, logits, **params),)
+
+    assert_all_same(with_gradients(compiled(function), tensors), with_gradients(function, tensors))
+
+
+# The first have no number in common: what is equal at first is taken to be so for ever.
+SIZES = [(3, 8, 10), (2, 8, 10), (3, 5, 7), (5, 13, 4), (1, 2, 3), (2, 1, 1), (1, 1, 9)]
+
+
+@pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}, {"up": 3, "down": 2}], ids=str)
+def test_one_graph_is_for_many_sizes(factors, torch, compiled):
+    """But for a length of 1, which PyTorch always takes for a constant."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(x, logits):
+        return (carafepp.reassemble_with_logits(x, logits, **factors, kernel_size=3),)
+
+    dynamic = compiled(function, backend=counter, dynamic=True)
+    for n, h, w in SIZES:
+        case = Case("", "", n, 11, h, w, **factors)
+        tensors, _ = random_problem(torch, "reassemble_with_logits", case)
+        assert_all_same(with_gradients(dynamic, tensors), with_gradients(function, tensors))
+        if (n, h, w) == (5, 13, 4):
+            assert counter.frame_count == 1
+
+
+def test_a_factor_may_be_an_argument_of_what_is_compiled(torch, compiled):
+    x, masks = torch.ones(1, 2, 3, 4), torch.ones(1, 9, 12, 16)
+
+    def function(x, masks, up, size):
+        return carafepp.reassemble(x, masks, up=up, size=size)
+
+    dynamic = compiled(function, backend="aot_eager", dynamic=True)
+    for up, h, w in ((4, 12, 16), (3, 8, 11), (4, 11, 16)):
+        m = masks[:, :, :h, :w]
+        assert_same(dynamic(x, m, up, (h, w)), function(x, m, up, (h, w)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", None], ids=str)
+@each_forward
+def test_channels_last_tensors_are_not_copied(function, backend, torch, compiled, read):
+    """The core reads the very memory that the caller has given, and so do the gradients."""
+    tensors, params = integer_problem(torch, function)
+    tensors = that_require_grad(in_memory("nhwc")(torch, tensors))
+
+    def run(*inputs):
+        return call(function, inputs, params)[0]
+
+    output = (compiled(run, backend=backend) if backend else run)(*tensors)
+    output.backward(torch.ones_like(output))
+    for name, tensor in zip(INPUTS[function], tensors, strict=True):
+        for reader in (function, f"{function}_backward"):
+            assert read[reader, name] == (tensor.data_ptr(), tensor.stride())
+        assert tensor.grad.stride() == tensor.stride()
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_transforms_are_compiled(torch, compiled):
+    (x, m), params = integer_problem(torch, "reassemble")
+    loss = bilinear(params)
+    per_sample = torch.vmap(torch.func.grad(loss, (0, 1)))
+    assert_all_same(compiled(per_sample, backend="aot_eager")(x, m), per_sample(x, m))
+
+
+def test_autocast_is_compiled(torch, compiled):
+    tensors, params = random_problem(torch, "reassemble_with_logits")
+
+    def function(x, logits):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (carafepp.reassemble_with_logits(x, logits, **params),)
+
+    results = with_gradients(compiled(function, backend="aot_eager"), tensors)
+    assert results[0].dtype == torch.bfloat16
+    assert_all_same(results, with_gradients(function, tensors))
+
+
+FIRST_CALL = """
+import torch, carafepp
+function = lambda x, m: carafepp.reassemble(x, m, up=2)
+output = torch.compile(function, fullgraph=True, backend="aot_eager")(
+    torch.ones(1, 1, 2, 2), torch.ones(1, 1, 4, 4)
+)
+assert (output == 1).all()
+"""
+
+
+def test_the_first_call_may_be_compiled(torch):
+    """Nothing has imported the operators yet."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL], check=True, timeout=100)
+
+
+# torch.export
+
+
+def module(torch, function, **params):
+    """A module that calls a function of carafepp by its name."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return getattr(carafepp, function)(*inputs, **params)
+
+    return Module()
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@each_function
+def test_export(function, strict, torch):
+    tensors, params = random_problem(torch, function, CASES["crop_up"])
+    tensors = in_memory("nhwc")(torch, tensors)
+    exported = torch.export.export(module(torch, function, **params), tuple(tensors), strict=strict)
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert set(map(operator, [function] * 2, range(len(RESULTS[function])))) <= set(targets)
+    stored = io.BytesIO()
+    torch.export.save(exported, stored)
+    stored.seek(0)
+    results = torch.export.load(stored).module()(*tensors)
+    results = results if isinstance(results, tuple) else (results,)
+    assert_all_same(results, call(function, tensors, params))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}], ids=str)
+def test_export_of_any_batch_height_and_width(factors, strict, torch):
+    def inputs(n, h, w):
+        case = Case("", "", n, 5, h, w, **factors)
+        return tuple(random_problem(torch, "reassemble_with_logits", case)[0])
+
+    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in "nhw")
+    down = factors.get("down", 1)
+    shapes = {0: n, 2: h * down, 3: w * down}, {0: n, 2: h, 3: w}
+    reassembly = module(torch, "reassemble_with_logits", **factors, kernel_size=3)
+    exported = torch.export.export(
+        reassembly, inputs(3, 8, 6), dynamic_shapes=(shapes,), strict=strict
+    )
+    for n, h, w in ((2, 4, 10), (7, 12, 8)):
+        tensors = inputs(n, h, w)
+        assert_same(exported.module()(*tensors), reassembly(*tensors))
+
+
+# Around the operators
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_computes_again(reentrant, torch):
+    from torch.utils.checkpoint import checkpoint
+
+    tensors, params = integer_problem(torch, "reassemble_with_logits")
+
+    def direct(x, logits):
+        return (carafepp.reassemble_with_logits(2 * x, logits, **params),)
+
+    def checkpointed(x, logits):
+        return (checkpoint(lambda *inputs: direct(*inputs)[0], x, logits, use_reentrant=reentrant),)
+
+    with recorded(torch) as names:
+        results = with_gradients(checkpointed, tensors)
+    assert names.count("reassemble_with_logits") == 2
+    assert_all_same(results, with_gradients(direct, tensors))
+
+
+class Upsampled:
+    """A data set whose samples are computed by the workers, gradients included."""
+
+    def __init__(self, torch):
+        self.torch = torch
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, k):
+        x = self.torch.full((64, 24, 24), float(k), requires_grad=True)
+        y = carafepp.reassemble(x, self.torch.ones(1, 48, 48), up=2)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_data_loader_workers(torch):
+    """Forked after the parent has used the threads that they do not have."""
+    data = Upsampled(torch)
+    carafepp.set_num_threads(2)
+    try:
+        expected = [data[k] for k in range(len(data))]
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        for sample, values in zip(loader, expected, strict=True):
+            assert_all_same(sample, values)
+    finally:
+        carafepp.set_num_threads(0)
+
+
+def network(torch):
+    """A content encoder and the reassembly, in small integers."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.Conv2d(3, 36, 1, bias=False)
+            with torch.no_grad():
+                self.encoder.weight.copy_(torch.arange(108).reshape(36, 3, 1, 1) % 5 - 2)
+
+        def forward(self, x):
+            return carafepp.reassemble_with_logits(
+                x, self.encoder(x), up=2, kernel_size=3, normalizer="none"
+            )
+
+    return Network()
+
+
+def images(torch):
+    return (torch.arange(4 * 3 * 4 * 5) % 7 - 3.0).reshape(4, 3, 4, 5)
+
+
+def train_step(rank, folder):
+    """One of two processes, with half of the batch."""
+    import torch
+    import torch.distributed as distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    parallel = torch.nn.parallel.DistributedDataParallel(network(torch))
+    parallel(images(torch)[2 * rank : 2 * rank + 2]).square().sum().backward()
+    np.save(f"{folder}/{rank}.npy", parallel.module.encoder.weight.grad.numpy())
+    distributed.destroy_process_group()
+
+
+def test_data_parallel_training(torch, tmp_path):
+    """The mean of two processes' gradients is half of one with the whole batch."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch was built without torch.distributed")
+    alone = network(torch)
+    alone(images(torch)).square().sum().backward()
+    expected = alone.encoder.weight.grad.numpy() / 2
+    assert expected.any()
+    torch.multiprocessing.spawn(train_step, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
+
+
+# On a GPU: the same code
+
+
+@each_forward
+def test_on_a_gpu(function, torch, compiled, require):
+    """Integers: the results and gradients of the CPU, eager and compiled."""
+    connected("torch", require)
+    tensors, params = integer_problem(torch, function)
+    tensors = in_memory("nhwc")(torch, tensors)
+    on_device = [tensor.cuda() for tensor in tensors]
+
+    def run(*inputs):
+        return call(function, inputs, params)
+
+    expected = with_gradients(run, tensors)
+    for compute in (run, compiled(run, backend="aot_eager")):
+        results = with_gradients(compute, on_device)
+        assert_all_same([result.cpu() for result in results], expected)
+    torch.library.opcheck(operator(function), tuple(that_require_grad(on_device)), params)
