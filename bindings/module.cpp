@@ -278,8 +278,8 @@ NB_MODULE(_core, m) {
     nb::class_<Params>(m, "Params", "carafepp_params, and the function that they are for.")
         .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, bool,
                       std::optional<std::string>>(),
-             "function"_a, "number"_a, "up"_a, "down"_a, "kernel_size"_a, "groups"_a, "normalizer"_a, "size"_a.none(),
-             "channels_last"_a, "implementation"_a.none());
+             "function"_a, "number"_a, "up"_a.none(), "down"_a.none(), "kernel_size"_a.none(), "groups"_a.none(),
+             "normalizer"_a, "size"_a.none(), "channels_last"_a, "implementation"_a.none());
 
     m.def("reassemble", reassemble, "params"_a, "features"_a, "masks"_a, "output"_a, "stream"_a);
     m.def("reassemble_backward", reassemble_backward, "params"_a, "grad_output"_a, "features"_a, "masks"_a,

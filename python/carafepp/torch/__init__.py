@@ -2,7 +2,8 @@
 
 `carafepp.reassemble` and the other functions are differentiable on tensors as they are. Here are
 the module, `CARAFE`; `replace_resampling`, which puts it into a network; and, in
-`carafepp.torch.mmcv`, what mmcv has of CARAFE.
+`carafepp.torch.mmcv`, what mmcv has of CARAFE. An exported program that is loaded needs this
+import for its operators, ``torch.ops.carafepp.*``.
 """
 
 from .modules import CARAFE

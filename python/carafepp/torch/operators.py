@@ -52,24 +52,24 @@ def _define(
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
     names = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, params: dict[str, Any], *tensors: Tensor) -> Tensor:
-            ctx.params = params
-            ctx.save_for_backward(*tensors)
-            if not torch._C._are_functorch_transforms_active():
-                return below(*tensors, **params)
-            with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
-                return below(*tensors, **params)
+    def forward(ctx: Any, params: dict[str, Any], *tensors: Tensor) -> Any:
+        ctx.params = params
+        ctx.save_for_backward(*tensors)
+        if not torch._C._are_functorch_transforms_active():
+            return below(*tensors, **params)
+        with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
+            return below(*tensors, **params)
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Gradients:
-            needs = ctx.needs_input_grad[1:]
-            return None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad[1:]
+        return None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
 
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    grad_fn = name.title().replace("_", "")  # is what autograd names it by
+    function = type(grad_fn, (torch.autograd.Function,), methods)
     # Function.apply would hand torch.func's tensors over to machinery of its own. Here the
     # dispatcher has already come down to one level, for which autograd's part of apply is enough.
-    apply = super(torch.autograd.Function, Differentiable).apply
+    apply = super(torch.autograd.Function, function).apply
 
     def below(*tensors: Tensor, **params: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
