@@ -3,7 +3,8 @@
     python -m benchmarks.gpu [build] [tests] [sanitize] [time] [--out FOLDER] [--mmcv TREE]
 
 build      compiles carafepp for this machine's GPU and installs it into FOLDER/site
-tests      all tests of CUDA arrays, on CuPy and PyTorch; what cannot run is a failure
+tests      all tests of CUDA arrays, on CuPy and PyTorch, and of the operators on CUDA tensors;
+           what cannot run is a failure
 sanitize   compute-sanitizer's memcheck and racecheck on a short list of them
 time       benchmarks.gpu_timing: FOLDER/times.json and FOLDER/times.md
 
@@ -38,7 +39,9 @@ def commands(step: str, out: Path, timing: list[str]) -> list[list[str]]:
         ]
         return [[*install, "--upgrade", "--target", str(out / "site"), *settings, str(ROOT)]]
     if step == "tests":
-        return [[*pytest, "tests/test_cuda.py", "tests/test_streams.py", "-m", "slow or not slow"]]
+        arrays = ["tests/test_cuda.py", "tests/test_streams.py", "-m", "slow or not slow"]
+        operators = ["tests/test_torch_operators.py", "-k", "on_a_gpu"]
+        return [[*pytest, *arrays], [*pytest, *operators]]
     if step == "sanitize":
         cases = " or ".join(f"-{case}-" for case in SANITIZED_CASES)
         tests = [*pytest, "tests/test_cuda.py", "-k", f"{SANITIZED} and ({cases})"]
