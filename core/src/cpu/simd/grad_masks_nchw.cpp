@@ -7,10 +7,10 @@
 // back to those of logits, and write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -105,6 +105,7 @@ struct GradMasksNchw {
     int64_t pitch;                     // of a part of a row of features
     int64_t output_size, source_size;  // of a row of one phase of outputs, of a row of features
     int64_t scratch_size, sums_size, grads_size, features_size;
+    int64_t items, panels, blocks;
 
     const Phases phases{p.factor, up};
     int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
@@ -115,6 +116,9 @@ struct GradMasksNchw {
             if (most <= 1) break;
             most = ceil_div(most, 2);
         }
+        panels = ceil_div(tiles, panel);
+        blocks = ceil_div(cell_rows, block);
+        items = p.result.n * p.groups * blocks * panels;
         for (int g = 0; g < phases.count; g++) {
             for (int b = 0; b < taps.kernel_size; b++) {
                 const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);
@@ -145,31 +149,25 @@ struct GradMasksNchw {
         A* logits;
     };
 
-    void run() const {
-        const int64_t panels = ceil_div(tiles, panel), blocks = ceil_div(cell_rows, block);
-        const int64_t items = p.result.n * p.groups * blocks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / L);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Block b;
-            b.sums = scratch + worker * scratch_size;
-            b.grads = b.sums + sums_size;
-            b.features = b.grads + grads_size;
-            b.logits = b.features + features_size;
-            b.first_tile = item % panels * panel;
-            b.tiles = std::min(panel, tiles - b.first_tile);
-            b.begin = item / panels % blocks * block * up;
-            b.end = std::min(b.begin + block * up, rows);
-            b.computed_end = std::min(b.end, p.out_h);
-            b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
-            b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
-            b.group = item / panels / blocks % p.groups;
-            b.n = item / panels / blocks / p.groups;
-            std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
-            for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
-                contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
-            for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
-        });
+    void run_item(int64_t item, A* scratch) const {
+        Block b;
+        b.sums = scratch;
+        b.grads = b.sums + sums_size;
+        b.features = b.grads + grads_size;
+        b.logits = b.features + features_size;
+        b.first_tile = item % panels * panel;
+        b.tiles = std::min(panel, tiles - b.first_tile);
+        b.begin = item / panels % blocks * block * up;
+        b.end = std::min(b.begin + block * up, rows);
+        b.computed_end = std::min(b.end, p.out_h);
+        b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
+        b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
+        b.group = item / panels / blocks % p.groups;
+        b.n = item / panels / blocks / p.groups;
+        std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
+        for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
+            contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
+        for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
     }
 
     A* sums(const Block& b, int64_t tile, int64_t row) const {
@@ -292,7 +290,7 @@ namespace CARAFEPP_ISA {
 
 void grad_masks_nchw(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

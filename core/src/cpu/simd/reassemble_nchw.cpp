@@ -7,9 +7,9 @@
 #include <algorithm>
 
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -258,35 +258,32 @@ struct ReassembleNchw {
         A *masks, *features, *outputs;
     };
 
-    void run() const {
-        const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
-        const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
-        const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
-        const int64_t scratch_size = masks_size + features_size + outputs_size;
-        const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
-        const int64_t items = p.result.n * p.groups * row_blocks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Block b;
-            b.masks = scratch + worker * scratch_size;
-            b.features = b.masks + masks_size;
-            b.outputs = b.features + features_size;
-            b.first_tile = item % panels * cut.tiles;
-            b.tiles = std::min(cut.tiles, tiles - b.first_tile);
-            b.first_cell = b.first_tile * L;
-            b.cells = std::min(b.tiles * L, cells - b.first_cell);
-            b.first_column = b.first_cell * p.factor.up;
-            b.columns = std::min(b.cells * p.factor.up, p.out_w - b.first_column);
-            b.first_row = item / panels % row_blocks * cut.rows;
-            b.rows = std::min(cut.rows, p.out_h - b.first_row);
-            b.group = item / panels / row_blocks % p.groups;
-            b.n = item / panels / row_blocks / p.groups;
-            std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
-            stage_masks(b);
-            contract_block(b);
-            if (past_caches) finish_streams();
-        });
+    const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
+    const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
+    const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
+    const int64_t scratch_size = masks_size + features_size + outputs_size;
+    const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
+    const int64_t items = p.result.n * p.groups * row_blocks * panels;
+
+    void run_item(int64_t item, A* scratch) const {
+        Block b;
+        b.masks = scratch;
+        b.features = b.masks + masks_size;
+        b.outputs = b.features + features_size;
+        b.first_tile = item % panels * cut.tiles;
+        b.tiles = std::min(cut.tiles, tiles - b.first_tile);
+        b.first_cell = b.first_tile * L;
+        b.cells = std::min(b.tiles * L, cells - b.first_cell);
+        b.first_column = b.first_cell * p.factor.up;
+        b.columns = std::min(b.cells * p.factor.up, p.out_w - b.first_column);
+        b.first_row = item / panels % row_blocks * cut.rows;
+        b.rows = std::min(cut.rows, p.out_h - b.first_row);
+        b.group = item / panels / row_blocks % p.groups;
+        b.n = item / panels / row_blocks / p.groups;
+        std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
+        stage_masks(b);
+        contract_block(b);
+        if (past_caches) finish_streams();
     }
 
     // ---- masks ----
@@ -460,7 +457,7 @@ namespace CARAFEPP_ISA {
 
 void reassemble_nchw(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        ReassembleNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(ReassembleNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 
