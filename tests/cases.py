@@ -152,6 +152,7 @@ _TABLE = [
     Case("ratio_2_3_wide", "a fraction below 1", 1, 9, 7, 62, up=2, down=3, kernel_size=5),
     Case("ratio_7_5_wide", "seven phases of five source columns", 1, 4, 6, 52, up=7, down=5),
     Case("past_caches", "a result that is written past the caches", 1, 17, 101, 173, up=2),
+    Case("images_past_caches", "the same, image by image in two parts", 8, 130, 30, 37),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

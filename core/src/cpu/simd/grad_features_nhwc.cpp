@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/simd/bands.h"
+#include "cpu/simd/images.h"
 #include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -151,6 +152,8 @@ struct GradFeaturesNhwc {
     static constexpr int L = kLanes<A>;
     static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // in a row, that touch a block
 
+    static constexpr Result kResult = Result::kGradFeatures;
+
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
     const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
@@ -293,6 +296,12 @@ namespace CARAFEPP_ISA {
 void grad_features_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
         run_items(GradFeaturesNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void grad_features_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<GradFeaturesNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

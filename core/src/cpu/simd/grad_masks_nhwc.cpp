@@ -8,6 +8,7 @@
 
 #include "cpu/simd/bands.h"
 #include "cpu/simd/cell_masks.h"
+#include "cpu/simd/images.h"
 #include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -83,6 +84,8 @@ template <class T, class M>
 struct GradMasksNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
+
+    static constexpr Result kResult = Result::kGradMasks;
 
     const Problem& p;
     const int64_t up = p.factor.up, taps = p.taps();
@@ -251,6 +254,12 @@ namespace CARAFEPP_ISA {
 void grad_masks_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
         run_items(GradMasksNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void grad_masks_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<GradMasksNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

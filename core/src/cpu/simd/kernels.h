@@ -14,6 +14,9 @@
     void grad_masks_nhwc(const Problem& problem);                                        \
     void grad_features_nchw(const Problem& problem);                                     \
     void grad_masks_nchw(const Problem& problem);                                        \
+    void reassemble_any(const Problem& problem);                                         \
+    void grad_features_any(const Problem& problem);                                      \
+    void grad_masks_any(const Problem& problem);                                         \
     void normalize_masks(const Problem& problem);                                        \
     void normalize_masks_backward(const Problem& problem);                               \
     }
@@ -32,6 +35,9 @@ CARAFEPP_KERNELS_OF(generic)
 
 constexpr int kMaxFactor = 8;  // up and down that the kernels with tables of phases accept
 
+// Of how many channels of a group the kernels for any strides stage an image at once: whole vectors.
+int64_t channels_of_image(const Problem& problem);
+
 // Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
 // or NULL. Read once.
 const char* wrong_isa_limit();
@@ -43,6 +49,9 @@ const char* not_for_grad_features_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nhwc(const Problem& problem);
 const char* not_for_grad_features_nchw(const Problem& problem);
 const char* not_for_grad_masks_nchw(const Problem& problem);
+const char* not_for_reassemble_any(const Problem& problem);
+const char* not_for_grad_features_any(const Problem& problem);
+const char* not_for_grad_masks_any(const Problem& problem);
 const char* not_for_normalize_masks(const Problem& problem);
 const char* not_for_normalize_masks_backward(const Problem& problem);
 

@@ -8,6 +8,7 @@
 
 #include "cpu/simd/bands.h"
 #include "cpu/simd/cell_masks.h"
+#include "cpu/simd/images.h"
 #include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -95,6 +96,8 @@ struct ReassembleNhwc {
     using A = Accumulator<T>;
     static constexpr int64_t L = kLanes<A>;  // as many cells are a tile
 
+    static constexpr Result kResult = Result::kOutput;
+
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
     const MaskTiles<M> masks{p, std::min(up, p.out_w)};
@@ -140,6 +143,11 @@ struct ReassembleNhwc {
                                  p.logits.stride_w, static_cast<int>(count), pixels);
             return {pixels, up, cell_masks.size, 1, up * up};
         }
+        if ((p.from_logits ? p.logits : p.masks).stride_c !=
+            1) {  // then transposing takes longer than reading them apart
+            masks.stage(n, group, {rows.begin, rows.end}, cell, static_cast<int>(count), L, tile);
+            return {tile, masks.row_size(L), 1, L, masks.phases * L};
+        }
         const int64_t row_stride = L * up * taps;
         masks.stage_pixels(n, group, {rows.begin, rows.end}, cell, count, tile, row_stride, pixels);
         return {pixels, row_stride, up * taps, taps, 1};
@@ -179,6 +187,12 @@ namespace CARAFEPP_ISA {
 void reassemble_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
         run_items(ReassembleNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void reassemble_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<ReassembleNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 
