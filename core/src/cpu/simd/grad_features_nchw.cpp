@@ -126,8 +126,12 @@ struct GradFeaturesNchw {
             most = ceil_div(most, 2);
         }
         panels = ceil_div(tiles, panel);
-        chunks = ceil_div(p.features.h, chunk);
-        items = p.result.n * p.groups * chunks * panels;
+        for (chunks = ceil_div(p.features.h, chunk);; chunks = ceil_div(p.features.h, chunk)) {
+            items = p.result.n * p.groups * chunks * panels;
+            if (items >= threads_worth<A>(p) || chunk < 2 * k) break;
+            chunk = ceil_div(chunk, 2);
+        }
+        find_sizes();
     }
 
     void find_sizes() {

@@ -117,8 +117,12 @@ struct GradMasksNchw {
             most = ceil_div(most, 2);
         }
         panels = ceil_div(tiles, panel);
-        blocks = ceil_div(cell_rows, block);
-        items = p.result.n * p.groups * blocks * panels;
+        for (blocks = ceil_div(cell_rows, block);; blocks = ceil_div(cell_rows, block)) {
+            items = p.result.n * p.groups * blocks * panels;
+            if (items >= threads_worth<A>(p) || block * down < 2 * p.kernel_size) break;
+            block = ceil_div(block, 2);
+        }
+        find_sizes();
         for (int g = 0; g < phases.count; g++) {
             for (int b = 0; b < taps.kernel_size; b++) {
                 const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);

@@ -6,7 +6,6 @@
 // come into their windows, contract the taps tile by tile, and write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/columns.h"
 #include "cpu/simd/items.h"
@@ -183,14 +182,13 @@ struct Cut {
     Part parts[kMaxFactor];
     int parts_count = 0;
 
-    Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes) {
+    Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes, int64_t threads) {
         const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, r = p.radius();
         const int64_t cells = ceil_div(p.out_w, up), all_tiles = ceil_div(cells, lanes);
         const int64_t unit = up == 1 ? 2 : up, units = ceil_div(p.out_h, unit);  // of rows
         const int64_t tile_size = unit * mask_row_size;
         tiles = split(all_tiles, kMasksInBlock * lanes / tile_size);
         const int64_t blocks_beside = p.result.n * p.groups * ceil_div(all_tiles, tiles);
-        const int64_t threads = threads_for(INT32_MAX, p.multiply_adds() / static_cast<double>(lanes));
         const int64_t blocks = threads > 1 ? ceil_div(4 * threads, blocks_beside) : 1;  // so that no thread waits long
         const int64_t fewest = std::min<int64_t>(4, units);
         rows = split(units, std::min(kMasksInBlock * lanes / (tile_size * tiles), std::max(units / blocks, fewest))) *
@@ -234,7 +232,7 @@ struct ReassembleNchw {
     const Problem& p;
     const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
-    const Cut cut{p, phases, masks.row_size(L), L};
+    const Cut cut{p, phases, masks.row_size(L), L, threads_worth<A>(p)};
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
     // Else sums go by way of a buffer, of a tile of two rows.
