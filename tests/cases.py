@@ -142,6 +142,7 @@ _TABLE = [
         "skips_features_k1", "only every fourth feature is read", 2, 3, 9, 10, down=4, kernel_size=1
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
+    Case("ratio_7_2", "phases of a row are 3 or 4", 1, 3, 40, 40, up=7, down=2, kernel_size=7),
     # Several vectors of columns, where a row of one is another path
     Case("up3_wide", "three phases of several vectors", 1, 9, 5, 37, up=3),
     Case("up4_wide", "four phases of several vectors", 1, 5, 3, 21, up=4),

@@ -200,7 +200,7 @@ struct GradFeaturesNchw {
         b.group = item / panels / chunks % p.groups;
         b.n = item / panels / chunks / p.groups;
         if (keeps_masks) {
-            for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row);
+            for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row, b.outputs_begin);
         }
         for (int64_t c = 0; c < channels; c += at_once) {
             const int64_t count = std::min(at_once, channels - c);
@@ -215,8 +215,9 @@ struct GradFeaturesNchw {
         return {static_cast<int>(std::max<int64_t>(b.begin - top, 0)), static_cast<int>(std::min(b.end - top, k))};
     }
 
-    A* weights(const Block& b, int64_t tile, int64_t row) const {
-        return b.weights + tile * weights_tile + row % staged_rows * weights_output;
+    // Of a row of outputs, `staged` is the first that is staged with it.
+    A* weights(const Block& b, int64_t tile, int64_t row, int64_t staged) const {
+        return b.weights + tile * weights_tile + (row - staged) * weights_output;
     }
 
     // Of a source row of a tile: [part][channel][lane].
@@ -226,7 +227,7 @@ struct GradFeaturesNchw {
 
     // The masks of one row of outputs, each tap moved on to the cells of the sources that it reads; 0 where there is no
     // output.
-    void stage(const Block& b, int64_t row) const {
+    void stage(const Block& b, int64_t row, int64_t staged) const {
         const Slice inside = tap_rows(b, row);
         MaskTiles<M> masks{p, up};
         if (!p.from_logits) {  // a normaliser takes all taps together
@@ -252,7 +253,7 @@ struct GradFeaturesNchw {
             }
         }
         for (int64_t tile = 0; tile < b.tiles; tile++) {
-            A* to = weights(b, tile, row);
+            A* to = weights(b, tile, row, staged);
             for (int64_t t = inside.begin * k; t < inside.end * k; t++) {
                 for (int phase = 0; phase < up; phase++, to += L) {
                     const int64_t shift = taps.most_shift - taps.at(phase, static_cast<int>(t % k)).shift;
@@ -270,7 +271,7 @@ struct GradFeaturesNchw {
             next = row + 1;
             while (next < b.outputs_end && p.factor.source(next) == p.factor.source(row)) next++;
             if (!keeps_masks) {
-                for (int64_t staged = row; staged < next; staged++) stage(b, staged);
+                for (int64_t of_source = row; of_source < next; of_source++) stage(b, of_source, row);
             }
             split_outputs(b, channel, count, row, next);
             contract_outputs(b, channel, count, row, next);
@@ -305,7 +306,8 @@ struct GradFeaturesNchw {
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             for (int s = 0; s < slices; s++) {
                 const Slice some = slice(0, rows, s, slices);
-                visit.weights = weights(b, tile, begin) + some.begin * weights_row;
+                visit.weights = weights(b, tile, begin, keeps_masks ? b.outputs_begin : begin) +
+                                some.begin * weights_row;
                 for (int part = 0; part < down; part++) {
                     visit.terms = terms + terms_of[part];
                     visit.terms_end = terms + terms_of[part + 1];
