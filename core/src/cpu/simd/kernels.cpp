@@ -82,7 +82,7 @@ const char* generic::unavailable() { return nullptr; }
 
 // Small tables of phases, and the masks of a tile in 512 KiB.
 static const char* too_large_for_tiles(const Problem& p) {
-    if (p.factor.up > kMaxFactor) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
     const int64_t lanes = 16, band_rows = ceil_div(p.factor.up, p.factor.down);
     if (p.taps() * p.factor.up * band_rows * lanes > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
@@ -116,7 +116,7 @@ const char* not_for_grad_masks_nhwc(const Problem& p) {
 static const char* not_for_grad_features_in_pixels(const Problem& p) {
     if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
-    if (p.factor.up > kMaxFactor) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
     // The window of a block of 3x4 pixels, and what of a cell it may cut; beside it a vector of cells being staged.
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
@@ -188,13 +188,14 @@ static bool better_in_pixels(const Problem& p) {
 constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
 
 const char* not_for_reassemble_nchw(const Problem& p) {
-    if (p.factor.down > kMaxFactor) return "down is more than 8";
+    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
     if (better_in_pixels(p) && !not_for_reassemble_any(p)) return kNarrow;
-    return too_large_for_tiles(p);
+    if (p.taps() * p.factor.up * 16 > 128 * 1024) return "the masks of a row of a tile take more than 512 KiB";
+    return nullptr;
 }
 
 static const char* unfit_for_columns(const Problem& p) {
-    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 8";
+    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
     if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
     if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
     return nullptr;
@@ -211,7 +212,8 @@ const char* not_for_grad_features_nchw(const Problem& p) {
 
 const char* not_for_grad_masks_nchw(const Problem& p) {
     if (better_in_pixels(p) && !not_for_grad_masks_any(p)) return kNarrow;
-    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
+    const int64_t rows = takes_whole_cells(p) ? p.factor.up : 1;
+    if (p.taps() * p.factor.up * rows * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
 }
 

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
+constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;   // vectors, where rows are wide
 
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
 
@@ -185,23 +186,26 @@ struct Cut {
     Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes, int64_t threads) {
         const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, r = p.radius();
         const int64_t cells = ceil_div(p.out_w, up), all_tiles = ceil_div(cells, lanes);
-        const int64_t unit = up == 1 ? 2 : up, units = ceil_div(p.out_h, unit);  // of rows
+        const bool whole_cells = up > 1 && up * mask_row_size <= kMasksInBlock * lanes;
+        const int64_t unit = whole_cells ? up : 2, units = ceil_div(p.out_h, unit);  // of rows
         const int64_t tile_size = unit * mask_row_size;
-        tiles = split(all_tiles, kMasksInBlock * lanes / tile_size);
+        const int64_t at_once = up == 1 ? kFor1 : kFor2;
+        reach_before = -floor_div(-r, down);
+        reach_behind = floor_div(phases.groups[phases.count - 1].offset + r, down);
+        ring = k + ceil_div(down, up);
+        const int64_t most_cells = kMostFeatures * lanes / (at_once * ring * down) - reach_before - reach_behind;
+        tiles = split(all_tiles, std::min(kMasksInBlock * lanes / tile_size, most_cells / lanes));
         const int64_t blocks_beside = p.result.n * p.groups * ceil_div(all_tiles, tiles);
         const int64_t blocks = threads > 1 ? ceil_div(4 * threads, blocks_beside) : 1;  // so that no thread waits long
         const int64_t fewest = std::min<int64_t>(4, units);
         rows = split(units, std::min(kMasksInBlock * lanes / (tile_size * tiles), std::max(units / blocks, fewest))) *
                unit;
 
-        reach_before = -floor_div(-r, down);
-        reach_behind = floor_div(phases.groups[phases.count - 1].offset + r, down);
         const int64_t block_cells = std::min(tiles * lanes, cells);
-        ring = k + ceil_div(down, up);
         residue_stride = ceil_div(block_cells + reach_before + reach_behind, lanes) * lanes;
         row_size = down * residue_stride;
         channel_size = ring * row_size;
-        const int64_t all_channels = p.features.c / p.groups, at_once = up == 1 ? kFor1 : kFor2;
+        const int64_t all_channels = p.features.c / p.groups;
         channels = kFeaturesInBlock * lanes / channel_size;
         channels = split(all_channels, std::max<int64_t>(channels / at_once * at_once, at_once));
 

@@ -25,8 +25,9 @@ struct Site {
     PixelWindow<const T> window;
     int kernel_size;
     int64_t tap_stride;
-    const A* weights[64];  // of each output, those of its taps `tap_stride` apart
-    T* outputs[64];
+    static constexpr int kMost = kMaxFactor * kMaxFactor;
+    const A* weights[kMost];  // of each output, those of its taps `tap_stride` apart
+    T* outputs[kMost];
     int count;
 };
 
