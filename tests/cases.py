@@ -80,6 +80,7 @@ _TABLE = [
     Case("k31", "the largest kernel; its window leaves the map", 1, 9, 9, 10, kernel_size=31),
     Case("k31_inside", "the largest kernel, some windows inside", 1, 1, 33, 34, kernel_size=31),
     Case("k31_up2", "the largest kernel, upsampling", 1, 9, 5, 21, up=2, kernel_size=31),
+    Case("k31_up3", "a cell's masks take more than a cache", 1, 5, 4, 19, up=3, kernel_size=31),
     Case("k31_down2", "the largest kernel, downsampling", 1, 9, 7, 33, down=2, kernel_size=31),
     Case("border_only", "the kernel is larger than the map", 2, 9, 2, 3, up=2, kernel_size=7),
     Case("border_only_rows", "K larger than H, smaller than W", 1, 9, 2, 19, up=2, kernel_size=5),
@@ -142,6 +143,7 @@ _TABLE = [
         "skips_features_k1", "only every fourth feature is read", 2, 3, 9, 10, down=4, kernel_size=1
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
+    Case("ratio_7_2", "phases of a row are 3 or 4", 1, 3, 40, 40, up=7, down=2, kernel_size=7),
     # Several vectors of columns, where a row of one is another path
     Case("up3_wide", "three phases of several vectors", 1, 9, 5, 37, up=3),
     Case("up4_wide", "four phases of several vectors", 1, 5, 3, 21, up=4),
@@ -151,7 +153,10 @@ _TABLE = [
     Case("ratio_3_2_wide", "phases of two source columns", 1, 9, 5, 42, up=3, down=2),
     Case("ratio_2_3_wide", "a fraction below 1", 1, 9, 7, 62, up=2, down=3, kernel_size=5),
     Case("ratio_7_5_wide", "seven phases of five source columns", 1, 4, 6, 52, up=7, down=5),
+    Case("up13_wide", "thirteen phases of several vectors", 1, 4, 3, 19, up=13),
+    Case("down13_wide", "every thirteenth of several vectors", 1, 9, 14, 235, down=13),
     Case("past_caches", "a result that is written past the caches", 1, 17, 101, 173, up=2),
+    Case("images_past_caches", "the same, image by image in two parts", 8, 130, 30, 37),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

@@ -334,3 +334,14 @@ def test_every_element_of_a_result_is_written(case, dtypes):
     carafepp.reassemble_backward(arrays.grad_output, *inputs, **case.factors, out=gradients)
     for result in (out, *gradients):
         assert not np.isnan(double(result)).any()
+
+
+# The state of the processor
+
+
+@pytest.mark.parametrize("implementation", names("reassemble"))
+def test_long_doubles_are_what_they_were(implementation):
+    """They share registers with MMX instructions, which must not be left in them; so does fmod."""
+    case = CASES["crop_up"]
+    run(implementation, "reassemble", case, integer_arrays(case, DTYPES[1]))
+    assert np.longdouble(1) + np.longdouble(2) == 3

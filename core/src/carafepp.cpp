@@ -46,23 +46,28 @@ const char* takes(const Problem& problem) {
 // Best first, the reference last. Each list ends with an entry without a name.
 constexpr Implementation kReassemble[] = {CARAFEPP_ENTRIES("reassemble_nhwc", reassemble_nhwc),
                                           CARAFEPP_ENTRIES("reassemble_nchw", reassemble_nchw),
+                                          CARAFEPP_ENTRIES("reassemble_any", reassemble_any),
                                           {"reassemble_any_ref", takes_all, reference::reassemble},
                                           {}};
 constexpr Implementation kReassembleWithLogits[] = {
     CARAFEPP_ENTRIES("reassemble_with_logits_nhwc", reassemble_nhwc),
     CARAFEPP_ENTRIES("reassemble_with_logits_nchw", reassemble_nchw),
+    CARAFEPP_ENTRIES("reassemble_with_logits_any", reassemble_any),
     {"reassemble_with_logits_any_ref", takes_all, reference::reassemble},
     {}};
 constexpr Implementation kGradFeatures[] = {CARAFEPP_ENTRIES("grad_features_nhwc", grad_features_nhwc),
                                             CARAFEPP_ENTRIES("grad_features_nchw", grad_features_nchw),
+                                            CARAFEPP_ENTRIES("grad_features_any", grad_features_any),
                                             {"grad_features_any_ref", takes_all, reference::grad_features},
                                             {}};
 constexpr Implementation kGradMasks[] = {CARAFEPP_ENTRIES("grad_masks_nhwc", grad_masks_nhwc),
                                          CARAFEPP_ENTRIES("grad_masks_nchw", grad_masks_nchw),
+                                         CARAFEPP_ENTRIES("grad_masks_any", grad_masks_any),
                                          {"grad_masks_any_ref", takes_all, reference::grad_masks},
                                          {}};
 constexpr Implementation kGradLogits[] = {CARAFEPP_ENTRIES("grad_logits_nhwc", grad_masks_nhwc),
                                           CARAFEPP_ENTRIES("grad_logits_nchw", grad_masks_nchw),
+                                          CARAFEPP_ENTRIES("grad_logits_any", grad_masks_any),
                                           {"grad_logits_any_ref", takes_all, reference::grad_masks},
                                           {}};
 constexpr Implementation kNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),

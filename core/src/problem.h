@@ -71,10 +71,13 @@ struct Problem {
     CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
     CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }
 
-    // Of the contraction, taps beyond the border included: what a call costs, about.
-    double multiply_adds() const {
-        return static_cast<double>(taps()) * static_cast<double>(features.n) * static_cast<double>(features.c) *
-               static_cast<double>(out_h) * static_cast<double>(out_w);
+    // What a call costs, about, in multiply-adds: those of the contraction, taps beyond the border included, and what
+    // it takes to stage the masks.
+    double cost() const {
+        constexpr int64_t kCostOfMask = 8;
+        return static_cast<double>(taps()) * static_cast<double>(features.n) *
+               static_cast<double>(features.c + kCostOfMask * groups) * static_cast<double>(out_h) *
+               static_cast<double>(out_w);
     }
 };
 

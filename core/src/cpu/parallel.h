@@ -19,7 +19,8 @@ struct Task {
 
 void run_on_pool(int64_t items, int threads, Task task);
 
-// How many threads items of a given cost (in multiply-adds, about) are worth: a tiny call wakes nobody.
+// How many threads items of a given cost (in multiply-adds or, where they are vectors, in those of vectors; about) are
+// worth: a tiny call wakes nobody.
 int threads_for(int64_t items, double cost_of_all);
 
 // Calls f(item, worker) once for each item in [0, items), on up to `threads` threads, the caller's among them. f must

@@ -144,7 +144,7 @@ public:
         const int64_t cells = tile_of_masks(taps_);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
-        const double cost = p_.multiply_adds() + cost_of_normalizing();
+        const double cost = p_.cost() + cost_of_normalizing();
         for_each_tile(p_.out_h, columns_.cells, cells, cost, masks_size + 3 * row_size + sources_size,
                       [&](const Tile& tile, A* scratch) {
             A* const sources_memory = scratch + masks_size;
@@ -179,7 +179,7 @@ public:
         const int64_t blocks = ceil_div(channels_, block);
         const int64_t row_size = columns_.phases * std::min(cells + columns_.shifts.size(), columns_.cells);
         const int64_t masks_size = staged_taps * row_size;
-        const double cost = p_.multiply_adds() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
+        const double cost = p_.cost() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
         for_each_tile(p_.features.h, source_cells, cells, cost, masks_size + 3 * row_size + block * sums_size,
                       [&](const Tile& tile, A* scratch) {
             A* const grads_memory = scratch + masks_size;
@@ -225,7 +225,7 @@ public:
         const int64_t cells = std::min(tile_of_masks(taps_), row_cells);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
-        const double cost = p_.multiply_adds() + 2 * cost_of_normalizing();
+        const double cost = p_.cost() + 2 * cost_of_normalizing();
         for_each_tile(rows, row_cells, cells, cost, 3 * masks_size + sources_size + 3 * row_size,
                       [&](const Tile& tile, A* scratch) {
             const Staged<A> grad{scratch, tile.cells};

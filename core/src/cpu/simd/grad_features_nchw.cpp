@@ -9,9 +9,9 @@
 // channels at a time as there is room for.
 #include <algorithm>
 
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -100,6 +100,7 @@ struct GradFeaturesNchw {
     int64_t staged_rows;  // of outputs
     int64_t span, pitch, all_masks_pitch;  // of cells whose outputs a panel is read by
     int64_t scratch_size, weights_size, sums_size, grads_size, rows_size;
+    int64_t items, panels, chunks;
     bool streams;  // whole rows
     Term terms[kMaxFactor * kMaxKernelSize];
     int terms_of[kMaxFactor + 1];  // a part's terms are [terms_of[part], terms_of[part + 1])
@@ -124,6 +125,13 @@ struct GradFeaturesNchw {
             if (most <= 1) break;
             most = ceil_div(most, 2);
         }
+        panels = ceil_div(tiles, panel);
+        for (chunks = ceil_div(p.features.h, chunk);; chunks = ceil_div(p.features.h, chunk)) {
+            items = p.result.n * p.groups * chunks * panels;
+            if (items >= threads_worth<A>(p) || chunk < 2 * k) break;
+            chunk = ceil_div(chunk, 2);
+        }
+        find_sizes();
     }
 
     void find_sizes() {
@@ -176,35 +184,29 @@ struct GradFeaturesNchw {
         A* all_masks;                        // of one row of outputs: [tap][phase][cell]
     };
 
-    void run() const {
-        const int64_t panels = ceil_div(tiles, panel), chunks = ceil_div(p.features.h, chunk);
-        const int64_t items = p.result.n * p.groups * chunks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / L);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Block b;
-            b.weights = scratch + worker * scratch_size;
-            b.sums = b.weights + weights_size;
-            b.rows = reinterpret_cast<T*>(b.sums + sums_size);
-            b.grads = b.all_masks = b.sums + sums_size + rows_size;
-            b.first_tile = item % panels * panel;
-            b.tiles = std::min(panel, tiles - b.first_tile);
-            b.first_cell = b.first_tile * L - taps.most_shift;
-            b.begin = item / panels % chunks * chunk;
-            b.end = std::min(b.begin + chunk, p.features.h);
-            b.outputs_begin = std::max<int64_t>(p.factor.first_output(b.begin - p.radius()), 0);
-            b.outputs_end = std::min(p.factor.first_output(b.end + p.radius()), p.out_h);
-            b.group = item / panels / chunks % p.groups;
-            b.n = item / panels / chunks / p.groups;
-            if (keeps_masks) {
-                for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row);
-            }
-            for (int64_t c = 0; c < channels; c += at_once) {
-                const int64_t count = std::min(at_once, channels - c);
-                contract_channels(b, b.group * channels + c, count);
-                write(b, b.group * channels + c, count);
-            }
-        });
+    void run_item(int64_t item, A* scratch) const {
+        Block b;
+        b.weights = scratch;
+        b.sums = b.weights + weights_size;
+        b.rows = reinterpret_cast<T*>(b.sums + sums_size);
+        b.grads = b.all_masks = b.sums + sums_size + rows_size;
+        b.first_tile = item % panels * panel;
+        b.tiles = std::min(panel, tiles - b.first_tile);
+        b.first_cell = b.first_tile * L - taps.most_shift;
+        b.begin = item / panels % chunks * chunk;
+        b.end = std::min(b.begin + chunk, p.features.h);
+        b.outputs_begin = std::max<int64_t>(p.factor.first_output(b.begin - p.radius()), 0);
+        b.outputs_end = std::min(p.factor.first_output(b.end + p.radius()), p.out_h);
+        b.group = item / panels / chunks % p.groups;
+        b.n = item / panels / chunks / p.groups;
+        if (keeps_masks) {
+            for (int64_t row = b.outputs_begin; row < b.outputs_end; row++) stage(b, row, b.outputs_begin);
+        }
+        for (int64_t c = 0; c < channels; c += at_once) {
+            const int64_t count = std::min(at_once, channels - c);
+            contract_channels(b, b.group * channels + c, count);
+            write(b, b.group * channels + c, count);
+        }
     }
 
     // The tap rows [begin, end) of a row of outputs that are inside the chunk.
@@ -213,8 +215,9 @@ struct GradFeaturesNchw {
         return {static_cast<int>(std::max<int64_t>(b.begin - top, 0)), static_cast<int>(std::min(b.end - top, k))};
     }
 
-    A* weights(const Block& b, int64_t tile, int64_t row) const {
-        return b.weights + tile * weights_tile + row % staged_rows * weights_output;
+    // Of a row of outputs, `staged` is the first that is staged with it.
+    A* weights(const Block& b, int64_t tile, int64_t row, int64_t staged) const {
+        return b.weights + tile * weights_tile + (row - staged) * weights_output;
     }
 
     // Of a source row of a tile: [part][channel][lane].
@@ -224,7 +227,7 @@ struct GradFeaturesNchw {
 
     // The masks of one row of outputs, each tap moved on to the cells of the sources that it reads; 0 where there is no
     // output.
-    void stage(const Block& b, int64_t row) const {
+    void stage(const Block& b, int64_t row, int64_t staged) const {
         const Slice inside = tap_rows(b, row);
         MaskTiles<M> masks{p, up};
         if (!p.from_logits) {  // a normaliser takes all taps together
@@ -250,7 +253,7 @@ struct GradFeaturesNchw {
             }
         }
         for (int64_t tile = 0; tile < b.tiles; tile++) {
-            A* to = weights(b, tile, row);
+            A* to = weights(b, tile, row, staged);
             for (int64_t t = inside.begin * k; t < inside.end * k; t++) {
                 for (int phase = 0; phase < up; phase++, to += L) {
                     const int64_t shift = taps.most_shift - taps.at(phase, static_cast<int>(t % k)).shift;
@@ -268,7 +271,7 @@ struct GradFeaturesNchw {
             next = row + 1;
             while (next < b.outputs_end && p.factor.source(next) == p.factor.source(row)) next++;
             if (!keeps_masks) {
-                for (int64_t staged = row; staged < next; staged++) stage(b, staged);
+                for (int64_t of_source = row; of_source < next; of_source++) stage(b, of_source, row);
             }
             split_outputs(b, channel, count, row, next);
             contract_outputs(b, channel, count, row, next);
@@ -303,7 +306,8 @@ struct GradFeaturesNchw {
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             for (int s = 0; s < slices; s++) {
                 const Slice some = slice(0, rows, s, slices);
-                visit.weights = weights(b, tile, begin) + some.begin * weights_row;
+                visit.weights = weights(b, tile, begin, keeps_masks ? b.outputs_begin : begin) +
+                                some.begin * weights_row;
                 for (int part = 0; part < down; part++) {
                     visit.terms = terms + terms_of[part];
                     visit.terms_end = terms + terms_of[part + 1];
@@ -378,7 +382,7 @@ namespace CARAFEPP_ISA {
 
 void grad_features_nchw(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        GradFeaturesNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(GradFeaturesNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

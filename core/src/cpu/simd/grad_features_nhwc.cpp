@@ -6,9 +6,9 @@
 // outputs, pack the weights of a block in the order of their use, contract, write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
+#include "cpu/simd/images.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
@@ -152,6 +152,8 @@ struct GradFeaturesNhwc {
     static constexpr int L = kLanes<A>;
     static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // in a row, that touch a block
 
+    static constexpr Result kResult = Result::kGradFeatures;
+
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
     const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
@@ -171,6 +173,10 @@ struct GradFeaturesNhwc {
     const int64_t tile_size = up * masks.row_size(L);
     const int64_t packed_size = block_rows * block_outputs * kBlock;
     const int64_t scratch_size = ceil_div(ring_size + 2 * margin, L) * L + tile_size + packed_size;
+    const int64_t items = p.result.n * p.groups * chunks * panels;
+
+    // A line that is written in two parts, far apart in time, leaves the processor twice.
+    const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(p.result, channels);
 
     // At most as many outputs are centred on as many neighbouring sources.
     int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
@@ -183,41 +189,32 @@ struct GradFeaturesNhwc {
         return ceil_div(ceil_div(width, ceil_div(width, most)), kColumns) * kColumns;
     }
 
-    void run() const {
-        const int64_t items = p.result.n * p.groups * chunks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / L);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        // A line that is written in two parts, far apart in time, leaves the processor twice.
-        const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(p.result, channels);
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Item at;
-            at.left = item % panels * panel;
-            at.right = std::min(at.left + panel, width);
-            at.n = item / panels / chunks / p.groups;
-            at.group = item / panels / chunks % p.groups;
-            at.first_cell = first_output_inside(at.left - radius, p.out_w) / up;
-            at.end_cell = ceil_div(first_output_inside(at.left + panel + radius, p.out_w), up);
-            at.ring = scratch + worker * scratch_size + margin;
-            at.tile = at.ring + ceil_div(ring_size + 2 * margin, L) * L - margin;
-            at.packed = at.tile + tile_size;
-            at.streams = streaming;
-            const int64_t top = item / panels % chunks * chunk, bottom = std::min(top + chunk, height);
-            int64_t staged = 0;  // rows of cells before it are
-            for (int64_t i = top; i < bottom; i += kRows) {
-                const int64_t end = ceil_div(first_output_inside(i + kRows + radius, p.out_h), up);
-                staged = std::max(staged, first_output_inside(i - radius, p.out_h) / up);
-                for (; staged < end; staged++) stage(at, staged);
-                for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
-            }
-            if (streaming) finish_streams();
-        });
-    }
-
     struct Item {
         int64_t n, group, left, right, first_cell, end_cell;
         A *ring, *tile, *packed;
-        bool streams;
     };
+
+    void run_item(int64_t item, A* scratch) const {
+        Item at;
+        at.left = item % panels * panel;
+        at.right = std::min(at.left + panel, width);
+        at.n = item / panels / chunks / p.groups;
+        at.group = item / panels / chunks % p.groups;
+        at.first_cell = first_output_inside(at.left - radius, p.out_w) / up;
+        at.end_cell = ceil_div(first_output_inside(at.left + panel + radius, p.out_w), up);
+        at.ring = scratch + margin;
+        at.tile = at.ring + ceil_div(ring_size + 2 * margin, L) * L - margin;
+        at.packed = at.tile + tile_size;
+        const int64_t top = item / panels % chunks * chunk, bottom = std::min(top + chunk, height);
+        int64_t staged = 0;  // rows of cells before it are
+        for (int64_t i = top; i < bottom; i += kRows) {
+            const int64_t end = ceil_div(first_output_inside(i + kRows + radius, p.out_h), up);
+            staged = std::max(staged, first_output_inside(i - radius, p.out_h) / up);
+            for (; staged < end; staged++) stage(at, staged);
+            for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
+        }
+        if (streaming) finish_streams();
+    }
 
     int64_t first_output_inside(int64_t source, int64_t outputs) const {
         return source <= 0 ? 0 : std::min(p.factor.first_output(source), outputs);
@@ -278,7 +275,7 @@ struct GradFeaturesNhwc {
         const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j), p.result.stride_h,
                                p.result.stride_w, static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
                                static_cast<int>(std::min<int64_t>(kColumns, width - j))};
-        if (at.streams) {
+        if (streaming) {
             contract_channels<kStreamed<T>>(outputs, pixels, channels);
         } else {
             contract_channels<Store::kPlain>(outputs, pixels, channels);
@@ -298,7 +295,13 @@ namespace CARAFEPP_ISA {
 
 void grad_features_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        GradFeaturesNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(GradFeaturesNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void grad_features_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<GradFeaturesNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

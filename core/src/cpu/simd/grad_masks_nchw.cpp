@@ -2,15 +2,15 @@
 //
 // The gradient of masks or logits, with columns in lanes, compiled once for each instruction set. Made for adjacent
 // columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells, so that a sum
-// over channels never crosses lanes. For a block of rows of cells: for some channels at a time split the rows of
-// grad_output and of features into lanes and add their products to the sums of every tap; then take the sums of masks
-// back to those of logits, and write out.
+// over channels never crosses lanes. For a block of rows of cells, or of outputs if windows are large: for some
+// channels at a time split the rows of grad_output and of features into lanes and add their products to the sums of
+// every tap; then take the sums of masks back to those of logits, and write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -18,6 +18,7 @@ namespace carafepp {
 namespace {
 
 constexpr int64_t kSumElements = 32 * 1024;  // of a block: in float 128 KiB, read and written once in `kChannels`
+constexpr int64_t kMostSums = 128 * 1024;    // of a row of cells of a tile
 constexpr int64_t kChannels = 32;            // at a time
 constexpr int kMostOutputs = 4;              // that one loaded vector of features serves
 
@@ -96,15 +97,18 @@ struct GradMasksNchw {
     // With logits, all their sub-pixels, also where a crop leaves no output.
     const int64_t rows = p.from_logits ? p.logits.h * up : p.out_h;
     const int64_t cells = p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
-    const int64_t tiles = ceil_div(cells, L), cell_rows = ceil_div(rows, up);
+    // Rows of outputs that are written together: those of a cell, or of a large window each.
+    const int64_t unit = takes_whole_cells(p) || up * row_size <= kMostSums ? up : 1;
+    const int64_t tiles = ceil_div(cells, L), units = ceil_div(rows, unit);
 
-    // Items are `panel` tiles of `block` rows of cells, computed `at_once` channels at a time; sizes follow from that.
-    int64_t panel = std::clamp<int64_t>(kSumElements / (up * row_size), 1, tiles);
-    int64_t block = std::clamp<int64_t>(kSumElements / (up * row_size * panel), 1, cell_rows);
+    // Items are `panel` tiles of `block` units, computed `at_once` channels at a time; sizes follow from that.
+    int64_t panel = std::clamp<int64_t>(kSumElements / (unit * row_size), 1, tiles);
+    int64_t block = std::clamp<int64_t>(kSumElements / (unit * row_size * panel), 1, units);
     int64_t at_once = std::min(channels, kChannels);
     int64_t pitch;                     // of a part of a row of features
     int64_t output_size, source_size;  // of a row of one phase of outputs, of a row of features
     int64_t scratch_size, sums_size, grads_size, features_size;
+    int64_t items, panels, blocks;
 
     const Phases phases{p.factor, up};
     int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
@@ -115,6 +119,13 @@ struct GradMasksNchw {
             if (most <= 1) break;
             most = ceil_div(most, 2);
         }
+        panels = ceil_div(tiles, panel);
+        for (blocks = ceil_div(units, block);; blocks = ceil_div(units, block)) {
+            items = p.result.n * p.groups * blocks * panels;
+            if (items >= threads_worth<A>(p) || block * down < 2 * p.kernel_size) break;
+            block = ceil_div(block, 2);
+        }
+        find_sizes();
         for (int g = 0; g < phases.count; g++) {
             for (int b = 0; b < taps.kernel_size; b++) {
                 const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);
@@ -128,10 +139,10 @@ struct GradMasksNchw {
         // A vector more than needed, so that rows of all channels do not compete for a few sets of the cache.
         output_size = (at_once + 1) * L;
         source_size = at_once * down * pitch + L;
-        sums_size = panel * block * up * row_size;
+        sums_size = panel * block * unit * row_size;
         grads_size = strip * up * output_size;
         features_size = (block * down + p.kernel_size) * source_size;
-        scratch_size = sums_size + grads_size + features_size + (p.from_logits ? (up + 1) * row_size : 0);
+        scratch_size = sums_size + grads_size + features_size + (p.from_logits ? (unit + 1) * row_size : 0);
     }
 
     // What one item is: some rows of cells of some tiles, all channels of a group.
@@ -145,31 +156,25 @@ struct GradMasksNchw {
         A* logits;
     };
 
-    void run() const {
-        const int64_t panels = ceil_div(tiles, panel), blocks = ceil_div(cell_rows, block);
-        const int64_t items = p.result.n * p.groups * blocks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / L);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Block b;
-            b.sums = scratch + worker * scratch_size;
-            b.grads = b.sums + sums_size;
-            b.features = b.grads + grads_size;
-            b.logits = b.features + features_size;
-            b.first_tile = item % panels * panel;
-            b.tiles = std::min(panel, tiles - b.first_tile);
-            b.begin = item / panels % blocks * block * up;
-            b.end = std::min(b.begin + block * up, rows);
-            b.computed_end = std::min(b.end, p.out_h);
-            b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
-            b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
-            b.group = item / panels / blocks % p.groups;
-            b.n = item / panels / blocks / p.groups;
-            std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
-            for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
-                contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
-            for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
-        });
+    void run_item(int64_t item, A* scratch) const {
+        Block b;
+        b.sums = scratch;
+        b.grads = b.sums + sums_size;
+        b.features = b.grads + grads_size;
+        b.logits = b.features + features_size;
+        b.first_tile = item % panels * panel;
+        b.tiles = std::min(panel, tiles - b.first_tile);
+        b.begin = item / panels % blocks * block * unit;
+        b.end = std::min(b.begin + block * unit, rows);
+        b.computed_end = std::min(b.end, p.out_h);
+        b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
+        b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
+        b.group = item / panels / blocks % p.groups;
+        b.n = item / panels / blocks / p.groups;
+        std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
+        for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
+            contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
+        for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
     }
 
     A* sums(const Block& b, int64_t tile, int64_t row) const {
@@ -250,10 +255,10 @@ struct GradMasksNchw {
         const int64_t cell = (b.first_tile + tile) * L;
         const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
         for (int64_t row = b.begin; row < b.computed_end; row++) clear_outside(cell, sums(b, tile, row));
-        for (int64_t row = b.begin; row < b.end; row += up) {
-            const Rows of_cells{row, std::min(row + up, b.end)};
-            if (p.from_logits) to_logits(b, of_cells, cell, count, sums(b, tile, row));
-            masks.store_rows(b.n, b.group, of_cells, cell, count, L, sums(b, tile, row));
+        for (int64_t row = b.begin; row < b.end; row += unit) {
+            const Rows together{row, std::min(row + unit, b.end)};
+            if (p.from_logits) to_logits(b, together, cell, count, sums(b, tile, row));
+            masks.store_rows(b.n, b.group, together, cell, count, L, sums(b, tile, row));
         }
     }
 
@@ -277,12 +282,12 @@ struct GradMasksNchw {
     }
 
     // The gradient of the masks of a tile to that of its logits, in place.
-    void to_logits(const Block& b, Rows of_cells, int64_t cell, int count, A* grad) const {
-        A* const staged_masks = b.logits + up * row_size;
-        masks.load_rows(b.n, b.group, of_cells, cell, count, L, b.logits);
-        for (int64_t at = 0; at < up * row_size; at += row_size)
+    void to_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
+        A* const staged_masks = b.logits + unit * row_size;
+        masks.load_rows(b.n, b.group, together, cell, count, L, b.logits);
+        for (int64_t at = 0; at < unit * row_size; at += row_size)
             masks.normalize_row_backward(grad + at, b.logits + at, staged_masks, L);
-        masks.clear_cropped(of_cells, cell, L, masks.order(L), grad);
+        masks.clear_cropped(together, cell, L, masks.order(L), grad);
     }
 };
 
@@ -292,7 +297,7 @@ namespace CARAFEPP_ISA {
 
 void grad_masks_nchw(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

@@ -6,10 +6,10 @@
 // write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/cell_masks.h"
+#include "cpu/simd/images.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
@@ -85,6 +85,8 @@ struct GradMasksNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
 
+    static constexpr Result kResult = Result::kGradMasks;
+
     const Problem& p;
     const int64_t up = p.factor.up, taps = p.taps();
     // Logits that a crop leaves no output for have a gradient too, 0.
@@ -106,40 +108,37 @@ struct GradMasksNhwc {
     const int64_t sums_of_cell = up * masks.phases * taps;
     const int64_t line_size = ceil_div(sums_of_cell, L) * L;
 
-    void run() const {
-        const int64_t sums_size = line_size * L, tile_size = line_size * L;
-        const int64_t scratch_size = sums_size + 4 * tile_size;
-        const int64_t items = p.result.n * p.groups * cell_rows;
-        const int threads = threads_for(items, p.multiply_adds() / L);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Item at;
-            at.cell_row = item % cell_rows;
-            at.group = item / cell_rows % p.groups;
-            at.n = item / cell_rows / p.groups;
-            at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
-            if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
-            at.sums = scratch + worker * scratch_size;
-            A* const lines = at.sums + sums_size;
-            std::fill(at.sums + sums_of_cell * L, at.sums + sums_size, A{0});
-            for (int64_t cell = 0; cell < cells; cell += L) {
-                const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
-                for (int q = 0; q < count; q++) {
-                    A* const line = lines + q * line_size;
-                    contract_cell(at, cell + q, line);
-                    if (as_logits) write_logits(at, cell + q, line, lines + tile_size);
-                    if (as_masks) write_masks(at, cell + q, line);
-                }
-                if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
-            }
-        });
-    }
+    const int64_t sums_size = line_size * L, tile_size = line_size * L;
+    const int64_t scratch_size = sums_size + 4 * tile_size;
+    const int64_t items = p.result.n * p.groups * cell_rows;
 
     struct Item {
         int64_t n, group, cell_row;
         Rows rows;
         A* sums;
     };
+
+    void run_item(int64_t item, A* scratch) const {
+        Item at;
+        at.cell_row = item % cell_rows;
+        at.group = item / cell_rows % p.groups;
+        at.n = item / cell_rows / p.groups;
+        at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
+        if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
+        at.sums = scratch;
+        A* const lines = at.sums + sums_size;
+        std::fill(at.sums + sums_of_cell * L, at.sums + sums_size, A{0});
+        for (int64_t cell = 0; cell < cells; cell += L) {
+            const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
+            for (int q = 0; q < count; q++) {
+                A* const line = lines + q * line_size;
+                contract_cell(at, cell + q, line);
+                if (as_logits) write_logits(at, cell + q, line, lines + tile_size);
+                if (as_masks) write_masks(at, cell + q, line);
+            }
+            if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
+        }
+    }
 
     // line = the gradient of the masks of one cell.
     void contract_cell(const Item& at, int64_t cell, A* line) const {
@@ -254,7 +253,13 @@ namespace CARAFEPP_ISA {
 
 void grad_masks_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        GradMasksNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(GradMasksNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void grad_masks_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<GradMasksNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

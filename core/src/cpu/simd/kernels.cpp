@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -81,46 +82,41 @@ const char* generic::unavailable() { return nullptr; }
 
 // Small tables of phases, and the masks of a tile in 512 KiB.
 static const char* too_large_for_tiles(const Problem& p) {
-    if (p.factor.up > kMaxFactor) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
     const int64_t lanes = 16, band_rows = ceil_div(p.factor.up, p.factor.down);
     if (p.taps() * p.factor.up * band_rows * lanes > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
 }
 
-const char* not_for_reassemble_nhwc(const Problem& p) {
-    if (p.features.stride_c != 1) return "channels of features are not adjacent";
-    if (!p.result.empty() && p.result.stride_c != 1) return "channels of the output are not adjacent";
+// ---- channels in lanes ----
+
+static const char* not_for_reassemble_in_pixels(const Problem& p) {
     if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
     return too_large_for_tiles(p);
 }
 
-const char* not_for_reassemble_nchw(const Problem& p) {
-    if (p.factor.down > kMaxFactor) return "down is more than 8";
-    return too_large_for_tiles(p);
-}
-
-const char* not_for_normalize_masks(const Problem& p) {
-    if (p.logits.w < 4) return "fewer than 4 columns";
-    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
-    return nullptr;
-}
-
-const char* not_for_normalize_masks_backward(const Problem& p) { return not_for_normalize_masks(p); }
-
-const char* not_for_grad_masks_nhwc(const Problem& p) {
+const char* not_for_reassemble_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
-    if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    if (!p.result.empty() && p.result.stride_c != 1) return "channels of the output are not adjacent";
+    return not_for_reassemble_in_pixels(p);
+}
+
+static const char* not_for_grad_masks_in_pixels(const Problem& p) {
     if (p.taps() * p.factor.up * p.factor.up * 16 > 96 * 1024) return "the sums of a tile take more than 384 KiB";
     if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
     return too_large_for_tiles(p);
 }
 
-const char* not_for_grad_features_nhwc(const Problem& p) {
-    if (!p.result.empty() && p.result.stride_c != 1) return "channels of grad_features are not adjacent";
+const char* not_for_grad_masks_nhwc(const Problem& p) {
+    if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    return not_for_grad_masks_in_pixels(p);
+}
+
+static const char* not_for_grad_features_in_pixels(const Problem& p) {
     if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
-    if (p.factor.up > kMaxFactor) return "up is more than 8";
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
     // The window of a block of 3x4 pixels, and what of a cell it may cut; beside it a vector of cells being staged.
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
@@ -130,14 +126,83 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
     return nullptr;
 }
 
+const char* not_for_grad_features_nhwc(const Problem& p) {
+    if (!p.result.empty() && p.result.stride_c != 1) return "channels of grad_features are not adjacent";
+    if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
+    return not_for_grad_features_in_pixels(p);
+}
+
+// ---- an image at a time ----
+
+// Of scratch memory for its features and output, in pixels.
+constexpr int64_t kImageBytes = 1024 * 1024;
+
+static int64_t bytes_of_channel(const Problem& p) {
+    return (p.features.h * p.features.w + p.out_h * p.out_w) * (p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4);
+}
+
+int64_t channels_of_image(const Problem& p) {
+    constexpr int64_t kLanes = 16;
+    const int64_t channels = p.features.c / p.groups, bytes = std::max<int64_t>(bytes_of_channel(p), 1);
+    const int64_t most = std::max<int64_t>(kImageBytes / bytes / kLanes - 1, 1) * kLanes;
+    const int64_t parts = std::max<int64_t>(ceil_div(channels, most), 1);
+    return ceil_div(ceil_div(channels, parts), kLanes) * kLanes;
+}
+
+static const char* unfit_for_images(const Problem& p) {
+    constexpr int64_t kFewest = 32;  // the padding among them
+    if (kFewest * bytes_of_channel(p) > kImageBytes) return "some channels of an image take more than 1 MiB";
+    if (p.taps() * p.factor.up * p.factor.up > 1600) return "the masks of a cell are more than 1600";
+    return nullptr;
+}
+
+const char* not_for_reassemble_any(const Problem& p) {
+    const char* reason = not_for_reassemble_in_pixels(p);
+    return reason ? reason : unfit_for_images(p);
+}
+
+const char* not_for_grad_masks_any(const Problem& p) {
+    if (const char* reason = not_for_grad_masks_in_pixels(p)) return reason;
+    if (channels_of_image(p) < p.features.c / p.groups) return "all channels of an image take more than 1 MiB";
+    return unfit_for_images(p);
+}
+
+const char* not_for_grad_features_any(const Problem& p) {
+    if (const char* reason = not_for_grad_features_in_pixels(p)) return reason;
+    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4,
+                  rows = ceil_div(p.kernel_size + 2, p.factor.down);
+    const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down);
+    if ((rows + 1) * (cells + 1) * p.factor.up * p.factor.up * p.taps() * size > 768 * 1024)
+        return "the masks of the outputs that touch a few rows take more than 768 KiB";
+    return unfit_for_images(p);
+}
+
+// ---- columns in lanes ----
+
+// What rows leave of a vector unused, and what it costs to split them, is more than transposing takes.
+static bool better_in_pixels(const Problem& p) {
+    const int64_t cells = ceil_div(p.features.w, p.factor.down), channels = p.features.c / p.groups;
+    const int64_t fewest = (cells % 16 == 0 ? 8 : 4) * cells;  // full vectors
+    return channels >= fewest && channels_of_image(p) >= std::min<int64_t>(channels, 128);
+}
+constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
+
+const char* not_for_reassemble_nchw(const Problem& p) {
+    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
+    if (better_in_pixels(p) && !not_for_reassemble_any(p)) return kNarrow;
+    if (p.taps() * p.factor.up * 16 > 128 * 1024) return "the masks of a row of a tile take more than 512 KiB";
+    return nullptr;
+}
+
 static const char* unfit_for_columns(const Problem& p) {
-    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 8";
+    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
     if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
     if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
     return nullptr;
 }
 
 const char* not_for_grad_features_nchw(const Problem& p) {
+    if (better_in_pixels(p) && !not_for_grad_features_any(p)) return kNarrow;
     // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4, cells_bytes = 3 * 64 + p.kernel_size * size;
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
@@ -146,8 +211,20 @@ const char* not_for_grad_features_nchw(const Problem& p) {
 }
 
 const char* not_for_grad_masks_nchw(const Problem& p) {
-    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
+    if (better_in_pixels(p) && !not_for_grad_masks_any(p)) return kNarrow;
+    const int64_t rows = takes_whole_cells(p) ? p.factor.up : 1;
+    if (p.taps() * p.factor.up * rows * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
 }
+
+// ---- normalisers ----
+
+const char* not_for_normalize_masks(const Problem& p) {
+    if (p.logits.w < 4) return "fewer than 4 columns";
+    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
+    return nullptr;
+}
+
+const char* not_for_normalize_masks_backward(const Problem& p) { return not_for_normalize_masks(p); }
 
 }  // namespace carafepp

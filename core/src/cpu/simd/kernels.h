@@ -14,6 +14,9 @@
     void grad_masks_nhwc(const Problem& problem);                                        \
     void grad_features_nchw(const Problem& problem);                                     \
     void grad_masks_nchw(const Problem& problem);                                        \
+    void reassemble_any(const Problem& problem);                                         \
+    void grad_features_any(const Problem& problem);                                      \
+    void grad_masks_any(const Problem& problem);                                         \
     void normalize_masks(const Problem& problem);                                        \
     void normalize_masks_backward(const Problem& problem);                               \
     }
@@ -30,7 +33,13 @@ CARAFEPP_KERNELS_OF(neon)
 CARAFEPP_KERNELS_OF(generic)
 #endif
 
-constexpr int kMaxFactor = 8;  // up and down that the kernels with tables of phases accept
+constexpr int kMaxFactor = 16;  // up and down that the kernels with tables of phases accept
+
+// Of how many channels of a group the kernels for any strides stage an image at once: whole vectors.
+int64_t channels_of_image(const Problem& problem);
+
+// Whether a kernel writes all rows of a cell together: the gradients of its logits, where they are adjacent.
+inline bool takes_whole_cells(const Problem& problem) { return problem.from_logits && problem.result.stride_c == 1; }
 
 // Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
 // or NULL. Read once.
@@ -43,6 +52,9 @@ const char* not_for_grad_features_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nhwc(const Problem& problem);
 const char* not_for_grad_features_nchw(const Problem& problem);
 const char* not_for_grad_masks_nchw(const Problem& problem);
+const char* not_for_reassemble_any(const Problem& problem);
+const char* not_for_grad_features_any(const Problem& problem);
+const char* not_for_grad_masks_any(const Problem& problem);
 const char* not_for_normalize_masks(const Problem& problem);
 const char* not_for_normalize_masks_backward(const Problem& problem);
 

@@ -12,7 +12,7 @@
 namespace carafepp {
 namespace {
 
-constexpr double kCostOfElement = 4;  // in multiply-adds
+constexpr double kCostOfElement = 1;  // in multiply-adds
 
 // The problem seen as one of masks that are given: those whose gradient is known.
 static inline Problem with_given_masks(const Problem& problem) {

@@ -6,10 +6,9 @@
 // come into their windows, contract the taps tile by tile, and write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
@@ -18,6 +17,7 @@ namespace {
 
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
+constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;   // vectors, where rows are wide
 
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
 
@@ -183,27 +183,29 @@ struct Cut {
     Part parts[kMaxFactor];
     int parts_count = 0;
 
-    Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes) {
+    Cut(const Problem& p, const Phases& phases, int64_t mask_row_size, int64_t lanes, int64_t threads) {
         const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, r = p.radius();
         const int64_t cells = ceil_div(p.out_w, up), all_tiles = ceil_div(cells, lanes);
-        const int64_t unit = up == 1 ? 2 : up, units = ceil_div(p.out_h, unit);  // of rows
+        const bool whole_cells = up > 1 && up * mask_row_size <= kMasksInBlock * lanes;
+        const int64_t unit = whole_cells ? up : 2, units = ceil_div(p.out_h, unit);  // of rows
         const int64_t tile_size = unit * mask_row_size;
-        tiles = split(all_tiles, kMasksInBlock * lanes / tile_size);
+        const int64_t at_once = up == 1 ? kFor1 : kFor2;
+        reach_before = -floor_div(-r, down);
+        reach_behind = floor_div(phases.groups[phases.count - 1].offset + r, down);
+        ring = k + ceil_div(down, up);
+        const int64_t most_cells = kMostFeatures * lanes / (at_once * ring * down) - reach_before - reach_behind;
+        tiles = split(all_tiles, std::min(kMasksInBlock * lanes / tile_size, most_cells / lanes));
         const int64_t blocks_beside = p.result.n * p.groups * ceil_div(all_tiles, tiles);
-        const int64_t threads = threads_for(INT32_MAX, p.multiply_adds() / static_cast<double>(lanes));
         const int64_t blocks = threads > 1 ? ceil_div(4 * threads, blocks_beside) : 1;  // so that no thread waits long
         const int64_t fewest = std::min<int64_t>(4, units);
         rows = split(units, std::min(kMasksInBlock * lanes / (tile_size * tiles), std::max(units / blocks, fewest))) *
                unit;
 
-        reach_before = -floor_div(-r, down);
-        reach_behind = floor_div(phases.groups[phases.count - 1].offset + r, down);
         const int64_t block_cells = std::min(tiles * lanes, cells);
-        ring = k + ceil_div(down, up);
         residue_stride = ceil_div(block_cells + reach_before + reach_behind, lanes) * lanes;
         row_size = down * residue_stride;
         channel_size = ring * row_size;
-        const int64_t all_channels = p.features.c / p.groups, at_once = up == 1 ? kFor1 : kFor2;
+        const int64_t all_channels = p.features.c / p.groups;
         channels = kFeaturesInBlock * lanes / channel_size;
         channels = split(all_channels, std::max<int64_t>(channels / at_once * at_once, at_once));
 
@@ -234,7 +236,7 @@ struct ReassembleNchw {
     const Problem& p;
     const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
-    const Cut cut{p, phases, masks.row_size(L), L};
+    const Cut cut{p, phases, masks.row_size(L), L, threads_worth<A>(p)};
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
     // Else sums go by way of a buffer, of a tile of two rows.
@@ -258,35 +260,32 @@ struct ReassembleNchw {
         A *masks, *features, *outputs;
     };
 
-    void run() const {
-        const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
-        const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
-        const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
-        const int64_t scratch_size = masks_size + features_size + outputs_size;
-        const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
-        const int64_t items = p.result.n * p.groups * row_blocks * panels;
-        const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            Block b;
-            b.masks = scratch + worker * scratch_size;
-            b.features = b.masks + masks_size;
-            b.outputs = b.features + features_size;
-            b.first_tile = item % panels * cut.tiles;
-            b.tiles = std::min(cut.tiles, tiles - b.first_tile);
-            b.first_cell = b.first_tile * L;
-            b.cells = std::min(b.tiles * L, cells - b.first_cell);
-            b.first_column = b.first_cell * p.factor.up;
-            b.columns = std::min(b.cells * p.factor.up, p.out_w - b.first_column);
-            b.first_row = item / panels % row_blocks * cut.rows;
-            b.rows = std::min(cut.rows, p.out_h - b.first_row);
-            b.group = item / panels / row_blocks % p.groups;
-            b.n = item / panels / row_blocks / p.groups;
-            std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
-            stage_masks(b);
-            contract_block(b);
-            if (past_caches) finish_streams();
-        });
+    const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
+    const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
+    const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
+    const int64_t scratch_size = masks_size + features_size + outputs_size;
+    const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
+    const int64_t items = p.result.n * p.groups * row_blocks * panels;
+
+    void run_item(int64_t item, A* scratch) const {
+        Block b;
+        b.masks = scratch;
+        b.features = b.masks + masks_size;
+        b.outputs = b.features + features_size;
+        b.first_tile = item % panels * cut.tiles;
+        b.tiles = std::min(cut.tiles, tiles - b.first_tile);
+        b.first_cell = b.first_tile * L;
+        b.cells = std::min(b.tiles * L, cells - b.first_cell);
+        b.first_column = b.first_cell * p.factor.up;
+        b.columns = std::min(b.cells * p.factor.up, p.out_w - b.first_column);
+        b.first_row = item / panels % row_blocks * cut.rows;
+        b.rows = std::min(cut.rows, p.out_h - b.first_row);
+        b.group = item / panels / row_blocks % p.groups;
+        b.n = item / panels / row_blocks / p.groups;
+        std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
+        stage_masks(b);
+        contract_block(b);
+        if (past_caches) finish_streams();
     }
 
     // ---- masks ----
@@ -460,7 +459,7 @@ namespace CARAFEPP_ISA {
 
 void reassemble_nchw(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        ReassembleNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(ReassembleNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

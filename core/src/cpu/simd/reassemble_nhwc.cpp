@@ -6,10 +6,10 @@
 // block of channels, write out.
 #include <algorithm>
 
-#include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/bands.h"
 #include "cpu/simd/cell_masks.h"
+#include "cpu/simd/images.h"
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
@@ -25,8 +25,9 @@ struct Site {
     PixelWindow<const T> window;
     int kernel_size;
     int64_t tap_stride;
-    const A* weights[64];  // of each output, those of its taps `tap_stride` apart
-    T* outputs[64];
+    static constexpr int kMost = kMaxFactor * kMaxFactor;
+    const A* weights[kMost];  // of each output, those of its taps `tap_stride` apart
+    T* outputs[kMost];
     int count;
 };
 
@@ -94,7 +95,9 @@ void contract_site(const Site<T>& site, int64_t channels) {
 template <class T, class M>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
-    static constexpr int64_t kCells = kLanes<A>;  // of a tile
+    static constexpr int64_t L = kLanes<A>;  // as many cells are a tile
+
+    static constexpr Result kResult = Result::kOutput;
 
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
@@ -104,31 +107,27 @@ struct ReassembleNhwc {
     const int64_t channels = p.features.c / p.groups;
     const bool streaming = streams<T>(p.result, channels);
 
+    const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
+    const int64_t items = p.result.n * p.groups * bands;
+    const int64_t pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
+    const int64_t tile_size = band_rows * masks.row_size(L);
+    const int64_t scratch_size = pixels_size + tile_size;
+
     // Where the weight of a tap of output (row, phase) of the q-th cell of a tile is.
     struct Weights {
         const A* first;
         int64_t row_stride, cell_stride, phase_stride, tap_stride;
     };
 
-    void run() const {
-        const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
-        const int64_t pixels_size = kCells * ceil_div(band_rows * up * taps, kCells) * kCells,
-                      tile_size = band_rows * masks.row_size(kCells);
-        const int64_t items = p.result.n * p.groups * bands;
-        const int threads = threads_for(items, p.multiply_adds() / kLanes<A>);
-        const int64_t scratch_size = pixels_size + tile_size;
-        A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
-        parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
-            const int64_t n = item / bands / p.groups, group = item / bands % p.groups;
-            const Band rows = band_of(p.factor, item % bands, p.out_h);
-            A* const tile = scratch + worker * scratch_size;
-            for (int64_t cell = 0; cell < cells; cell += kCells) {
-                const int64_t count = std::min(kCells, cells - cell);
-                const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
-                for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
-            }
-            if (streaming) finish_streams();
-        });
+    void run_item(int64_t item, A* tile) const {
+        const int64_t n = item / bands / p.groups, group = item / bands % p.groups;
+        const Band rows = band_of(p.factor, item % bands, p.out_h);
+        for (int64_t cell = 0; cell < cells; cell += L) {
+            const int64_t count = std::min(L, cells - cell);
+            const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
+            for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
+        }
+        if (streaming) finish_streams();
     }
 
     // Masks with adjacent channels are read where they are.
@@ -145,7 +144,12 @@ struct ReassembleNhwc {
                                  p.logits.stride_w, static_cast<int>(count), pixels);
             return {pixels, up, cell_masks.size, 1, up * up};
         }
-        const int64_t row_stride = kCells * up * taps;
+        if ((p.from_logits ? p.logits : p.masks).stride_c !=
+            1) {  // then transposing takes longer than reading them apart
+            masks.stage(n, group, {rows.begin, rows.end}, cell, static_cast<int>(count), L, tile);
+            return {tile, masks.row_size(L), 1, L, masks.phases * L};
+        }
+        const int64_t row_stride = L * up * taps;
         masks.stage_pixels(n, group, {rows.begin, rows.end}, cell, count, tile, row_stride, pixels);
         return {pixels, row_stride, up * taps, taps, 1};
     }
@@ -183,7 +187,13 @@ namespace CARAFEPP_ISA {
 
 void reassemble_nhwc(const Problem& problem) {
     with_types(problem, [&](auto features, auto masks) {
-        ReassembleNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem}.run();
+        run_items(ReassembleNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
+    });
+}
+
+void reassemble_any(const Problem& problem) {
+    with_types(problem, [&](auto features, auto masks) {
+        run_items(Images<ReassembleNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
     });
 }
 

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel runs: its items one after the other, on as many threads as they are worth, each with a part of the
+// caller's scratch memory. A kernel has `items`, `scratch_size` and run_item(item, scratch). Items may depend on the
+// threads, never what is computed.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/vector.h"
+#include "problem.h"
+
+namespace carafepp {
+namespace {
+
+template <class A>
+int threads_worth(const Problem& p, int64_t items = INT32_MAX) {
+    return threads_for(items, p.cost() / kLanes<A>);
+}
+
+template <class Kernel>
+void run_items(const Kernel& kernel) {
+    using A = typename Kernel::A;
+    const int threads = threads_worth<A>(kernel.p, kernel.items);
+    A* const scratch = static_cast<A*>(scratch_bytes(threads * kernel.scratch_size * int64_t{sizeof(A)}));
+    parallel_for(kernel.items, threads, [&](int64_t item, int worker) noexcept {
+        kernel.run_item(item, scratch + worker * kernel.scratch_size);
+    });
+}
+
+}  // namespace
+}  // namespace carafepp
