@@ -104,13 +104,9 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, kPanel);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(grad_features_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
-                   kThreads, Staged<K>::kBytes, p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(grad_features_nchw_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p, cut);
     });
 }
 

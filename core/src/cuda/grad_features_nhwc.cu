@@ -70,13 +70,10 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, cut.columns);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(grad_features_nhwc_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
-                   kThreads, block.shared_bytes(K, K - 1), p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(grad_features_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes(K, K - 1), p,
+               cut);
     });
 }
 

@@ -77,14 +77,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
 
 template <int K>
 void run(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
-            launch(grad_masks_nchw_kernel<K, T, M>, p.result.n * p.groups * tiles, kBlock,
-                   kBlock * K * K * int64_t{sizeof(float)}, p.stream, p, tiles);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
+        launch(grad_masks_nchw_kernel<K, decltype(feature), decltype(mask)>, p.result.n * p.groups * tiles, kBlock,
+               kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
     });
 }
 

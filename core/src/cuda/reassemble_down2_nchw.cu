@@ -107,16 +107,12 @@ __global__ void __launch_bounds__(kBlock) reassemble_down2_nchw_kernel(Problem p
 
 template <int K>
 void run(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            Cut cut;
-            cut.tiles = ceil_div(ceil_div(p.out_h, kOutputs) * p.out_w, kBlock);
-            cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-            launch(reassemble_down2_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.tiles * cut.chunks, kBlock, 0,
-                   p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        Cut cut;
+        cut.tiles = ceil_div(ceil_div(p.out_h, kOutputs) * p.out_w, kBlock);
+        cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+        launch(reassemble_down2_nchw_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.tiles * cut.chunks, kBlock, 0, p, cut);
     });
 }
 

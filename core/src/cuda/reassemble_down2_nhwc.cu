@@ -90,13 +90,10 @@ void run(const Problem& p) {
     cut.outputs = kThreads / cut.lanes * kOwn;
     cut.tiles = ceil_div(p.out_w, cut.outputs);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(reassemble_down2_nhwc_kernel<K, T, M>, p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks,
-                   kThreads, K * K * cut.outputs * int64_t{sizeof(float)}, p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(reassemble_down2_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads,
+               K * K * cut.outputs * int64_t{sizeof(float)}, p, cut);
     });
 }
 

@@ -81,13 +81,10 @@ void run(const Problem& p) {
     cut.sources = block.sources;
     cut.tiles = ceil_div(p.features.w, cut.sources);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(reassemble_nhwc_kernel<K, T, M>, p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks,
-                   kThreads, block.shared_bytes(K, 0), p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(reassemble_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks, kThreads, block.shared_bytes(K, 0), p,
+               cut);
     });
 }
 

@@ -109,13 +109,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 template <int K>
 void run(const Problem& p) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (sizeof(T) == 2) {
-            launch(reassemble_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * p.features.h * cut.tiles, kThreads,
-                   kSourcesOfBlock * K * K * kOutputs * int64_t{sizeof(float)}, p.stream, p, cut);
-        }
+    with_halves(p, [&](auto feature, auto mask) {
+        launch(reassemble_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.features.h * cut.tiles, kThreads,
+               kSourcesOfBlock * K * K * kOutputs * int64_t{sizeof(float)}, p, cut);
     });
 }
 
