@@ -45,8 +45,8 @@ MUTANTS = [
     Mutant(
         "masks are read before all are staged",
         "masks.h",
-        "width, to, pitch);\n    __syncthreads();\n    if (!p.from_logits) return;",
-        "width, to, pitch);\n    if (!p.from_logits) return;",
+        "pitch) {\n    __syncthreads();\n    if (!p.from_logits) return;",
+        "pitch) {\n    if (!p.from_logits) return;",
     ),
     Mutant(
         "the last row of taps is left out",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "the halo is short of a column",
-        "up2.h",
+        "window.h",
         "j + K / 2 < p.features.w",
         "j + K / 2 <= p.features.w",
         sanitizer="address",
@@ -130,13 +130,13 @@ MUTANTS = [
     ),
     Mutant(
         "an infinite mask meets a tap beyond a border",
-        "channels.h",
+        "sources.h",
         "if (j >= 0 && j < p.features.w) continue;",
         "if (j >= -1 && j < p.features.w) continue;",
     ),
     Mutant(
         "logits are normalised before all are staged",
-        "channels.h",
+        "sources.h",
         "= weight;\n    });\n    __syncthreads();",
         "= weight;\n    });",
     ),

@@ -63,17 +63,16 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
 template <int K>
 void run(const Problem& p) {
     const int64_t channels_in_group = p.features.c / p.groups;
-    const Lanes block(channels_in_group, K, kColumns, K - 1);
+    const Lanes block(channels_in_group, kColumns, K * K * kBytesOfTap, K - 1);
     Cut cut;
     cut.lanes = block.lanes;
-    cut.columns = block.sources;
+    cut.columns = block.columns;
     cut.panels = ceil_div(p.features.w, cut.columns);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
     with_floats(p, [&](auto feature, auto mask) {
         launch(grad_features_nhwc_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes(K, K - 1), p,
-               cut);
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }
 

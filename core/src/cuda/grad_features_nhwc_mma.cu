@@ -131,7 +131,7 @@ void run(const Problem& p) {
     with_halves(p, [&](auto feature, auto mask) {
         launch(grad_features_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
                p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads,
-               (cut.strips * kTile + K - 1) * K * K * kOutputs * int64_t{sizeof(float)}, p, cut);
+               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
     });
 }
 

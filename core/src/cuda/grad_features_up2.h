@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/channels.h"
+#include "cuda/sources.h"
 
 namespace carafepp::cuda {
 

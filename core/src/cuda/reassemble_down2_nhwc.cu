@@ -84,16 +84,15 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Prob
 template <int K>
 void run(const Problem& p) {
     const int64_t channels_in_group = p.features.c / p.groups;
+    const Lanes block(channels_in_group, kOwn, K * K * int64_t{sizeof(float)});
     Cut cut;
-    cut.lanes = 8;
-    while (cut.lanes < 64 && cut.lanes < channels_in_group / kVector) cut.lanes *= 2;
-    cut.outputs = kThreads / cut.lanes * kOwn;
+    cut.lanes = block.lanes;
+    cut.outputs = block.columns;
     cut.tiles = ceil_div(p.out_w, cut.outputs);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
     with_floats(p, [&](auto feature, auto mask) {
         launch(reassemble_down2_nhwc_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads,
-               K * K * cut.outputs * int64_t{sizeof(float)}, p, cut);
+               p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }
 

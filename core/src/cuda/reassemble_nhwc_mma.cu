@@ -6,6 +6,7 @@
 // a time. What of the band is 0 would make NaN of an infinite feature: where a sum is not finite it is computed anew,
 // tap by tap.
 #include "cuda/mma.h"
+#include "cuda/sources.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -111,8 +112,8 @@ void run(const Problem& p) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
     with_halves(p, [&](auto feature, auto mask) {
         launch(reassemble_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.features.h * cut.tiles, kThreads,
-               kSourcesOfBlock * K * K * kOutputs * int64_t{sizeof(float)}, p, cut);
+               p.result.n * p.groups * p.features.h * cut.tiles, kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p,
+               cut);
     });
 }
 
