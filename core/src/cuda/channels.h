@@ -8,12 +8,6 @@ namespace carafepp::cuda {
 
 constexpr int kVector = 4;  // channels of a thread
 
-// Two elements of 16 bits in a word, as tensor cores take them, too.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
-}
-
 __device__ __forceinline__ float4 load_channels(const float* from) {
     return __ldg(reinterpret_cast<const float4*>(from));
 }

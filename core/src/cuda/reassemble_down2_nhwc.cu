@@ -4,11 +4,11 @@
 // thread four channels of four outputs: stage the masks of the outputs as [tap][output], contract the taps (each
 // feature that is loaded serves all windows that hold it, each vector of weights four outputs), write out.
 #include "cuda/channels.h"
+#include "cuda/down2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kDown = 2;
 constexpr int kOwn = 4;  // outputs of a thread
 
 struct Cut {
@@ -99,9 +99,7 @@ void run(const Problem& p) {
 }  // namespace
 
 const char* not_for_reassemble_down2_nhwc(const Problem& p) {
-    if (p.factor.up != 1 || p.factor.down != kDown) return "the factor is not 1/2";
-    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
-    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (const char* reason = not_for_down2(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.result);
 }
