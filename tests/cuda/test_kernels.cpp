@@ -21,6 +21,7 @@
 
 #include "../harness.h"
 #include "carafepp/carafepp.h"
+#include "cuda/platform.h"
 #include "dtypes.h"
 #include "emulation.h"
 
@@ -933,6 +934,18 @@ TEST(sizes_beyond_65535) {
     for (const Case& p : {Case{"images", many, 1, 1, 1, 1, 1, 1, 1}, Case{"channels", 1, many, 1, 1, 1, 1, 1, 1},
                           Case{"rows", 1, 1, many, 1, 1, 1, 1, 1}, Case{"columns", 1, 1, 1, many, 1, 1, 1, 1}}) {
         check_functions(p, kDtypes[0], Values::kIntegers, CARAFEPP_NONE, "nchw", in_layout(kNchw), options);
+    }
+}
+
+TEST(quotients_of_32_and_64_bits) {
+    const int64_t two_to_32 = int64_t{1} << 32;
+    const int64_t numbers[] = {0, 1, 3, 65537, two_to_32 - 1, two_to_32, two_to_32 + 1, 3 * two_to_32 + 5, INT64_MAX};
+    for (const int64_t a : numbers) {
+        for (const int64_t b : numbers) {
+            if (b == 0) continue;
+            const carafepp::cuda::Quotient q = carafepp::cuda::divide(a, b);
+            CHECK(q.quotient * b + q.remainder == a && q.remainder >= 0 && q.remainder < b);
+        }
     }
 }
 
