@@ -155,8 +155,8 @@ MUTANTS = [
     Mutant(
         "gradients of the next row are staged over others that are still read",
         "grad_features_nchw.cu",
-        "                    }\n                    __syncthreads();\n                }",
-        "                    }\n                }",
+        "                }\n                __syncthreads();\n            }",
+        "                }\n            }",
     ),
     Mutant(
         "gradients of channels of another group are staged",
@@ -168,8 +168,8 @@ MUTANTS = [
     Mutant(
         "masks of the next row are staged over others that are still read",
         "grad_features_nhwc.cu",
-        "                }\n                __syncthreads();\n            }",
-        "                }\n            }",
+        "            }\n            __syncthreads();\n        };",
+        "            }\n        };",
     ),
     Mutant(
         "the mask of an output that a crop leaves out is not a number",
@@ -179,9 +179,9 @@ MUTANTS = [
     ),
     Mutant(
         "a block ends a row too early",
-        "grad_features_nhwc.cu",
-        "i < bottom + kRadius; i++",
-        "i < min(bottom + kRadius, height); i++",
+        "grad_features_up2.h",
+        "i < bottom + K / 2; i++",
+        "i < min(bottom + K / 2, height); i++",
     ),
     Mutant(
         "a tap reaches the wrong column",
