@@ -6,6 +6,10 @@ a kernel was designed around are there: vectors in one access, not in four. Need
 instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
+
+With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
+nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have neither
+nvcc nor a front end: NVCC's own reads the sources.
 """
 
 import argparse
@@ -101,14 +105,22 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return done
 
 
-def compile_one(nvcc: str, cuobjdump: str | None, source: Path, architecture: str) -> list[Kernel]:
+def compile_one(
+    nvcc: str, cuobjdump: str | None, cuda12: Path | None, source: Path, architecture: str
+) -> list[Kernel]:
     """Return the kernels of a source."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/kernels.cubin"
-        options = ["-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v"]
-        options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""']
-        options += ["-Werror=all-warnings", "-o", cubin]
-        said = run(nvcc, *options, str(source)).stderr
+        cubin, ptx = f"{folder}/kernels.cubin", Path(folder, "kernels.ptx")
+        options = ["-std=c++17", f"-arch=sm_{architecture}", "-Werror=all-warnings"]
+        options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""', str(source)]
+        if cuda12 is None:
+            said = run(nvcc, *options, "-cubin", "-Xptxas=-v", "-o", cubin).stderr
+        else:
+            options += [f"-I{cuda12}/{of}/include" for of in ("cuda_nvcc", "cuda_runtime")]
+            run(nvcc, *options, "-ptx", "-o", str(ptx))
+            ptx.write_text(re.sub(r"(?m)^\.version .*", ".version 8.8", ptx.read_text()))
+            ptxas = [f"{cuda12}/cuda_nvcc/bin/ptxas", "-v", f"-arch=sm_{architecture}"]
+            said = run(*ptxas, "-o", cubin, str(ptx)).stderr
         sass = run(cuobjdump, "-sass", cubin).stdout if cuobjdump else ""
     parts = re.split(r"Function : (\w+)", sass)
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -139,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nvcc", default=shutil.which("nvcc"))
     parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"))
+    parser.add_argument("--cuda12", type=Path)
     parser.add_argument("--architectures", default="75,80,90,100,120")
     asked = parser.parse_args()
     if asked.nvcc is None:
@@ -146,7 +159,8 @@ def main() -> None:
     sources = sorted((ROOT / "core/src/cuda").glob("*.cu"))
     jobs = list(product(sources, asked.architectures.split(",")))
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda job: compile_one(asked.nvcc, asked.cuobjdump, *job), jobs)
+        tools = asked.nvcc, asked.cuobjdump, asked.cuda12
+        results = pool.map(lambda job: compile_one(*tools, *job), jobs)
         kernels = [kernel for result in results for kernel in result]
     wrong = 0
     for kernel in kernels:
