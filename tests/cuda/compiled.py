@@ -29,6 +29,7 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_nchw_kernel": 168,
     "grad_masks_nhwc_kernel": 168,
     "grad_masks_nhwc_mma_kernel": 168,
+    "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
     "grad_masks_nchw_kernelILi5Ef": 168,
     "grad_masks_nchw_kernel": 254,  # of halves
