@@ -98,18 +98,24 @@ constexpr Implementation kCudaGradFeatures[] = {
     {"grad_features_nhwc_mma_cuda", cuda::not_for_grad_features_nhwc_mma, cuda::grad_features_nhwc_mma},
     {"grad_features_nhwc_cuda", cuda::not_for_grad_features_nhwc, cuda::grad_features_nhwc},
     {"grad_features_nchw_cuda", cuda::not_for_grad_features_nchw, cuda::grad_features_nchw},
+    {"grad_features_down2_nhwc_cuda", cuda::not_for_grad_features_down2_nhwc, cuda::grad_features_down2_nhwc},
+    {"grad_features_down2_nchw_cuda", cuda::not_for_grad_features_down2_nchw, cuda::grad_features_down2_nchw},
     {"grad_features_any_cuda", takes_all, cuda::grad_features},
     {}};
 constexpr Implementation kCudaGradMasks[] = {
     {"grad_masks_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_masks_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
+    {"grad_masks_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
+    {"grad_masks_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},
     {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
     {}};
 constexpr Implementation kCudaGradLogits[] = {
     {"grad_logits_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_logits_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
     {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
+    {"grad_logits_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
+    {"grad_logits_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},
     {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
     {}};
 constexpr Implementation kCudaNormalizeMasks[] = {{"normalize_masks_any_cuda", takes_all, cuda::normalize_masks}, {}};

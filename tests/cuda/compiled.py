@@ -6,6 +6,10 @@ a kernel was designed around are there: vectors in one access, not in four. Need
 instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
+
+With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
+nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have neither
+nvcc nor a front end: NVCC's own reads the sources.
 """
 
 import argparse
@@ -25,8 +29,10 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_nchw_kernel": 168,
     "grad_masks_nhwc_kernel": 168,
     "grad_masks_nhwc_mma_kernel": 168,
+    "grad_masks_down2_nchw_kernel": 168,
+    "grad_masks_down2_nhwc_kernel": 168,
     "grad_masks_nchw_kernelILi5Ef": 168,
-    "grad_masks_nchw_kernel": 254,  # of halves
+    "grad_masks_nchw_kernel": 255,  # of halves
 }
 # What there must be, by a part of the mangled name. LDG and STG: global memory, LDS, STS: shared.
 INSTRUCTIONS = {
@@ -40,8 +46,8 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
-    r"grad_masks_nhwc_kernelILi.Eff": (r"LDG\S*\.128",),
-    r"grad_masks_nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
+    r"grad_masks_(down2_)?nhwc_kernelILi.Eff": (r"LDG\S*\.128",),
+    r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
     r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*7Float16": (
         r"HMMA",
         r"LDG\S*\.128",
@@ -49,7 +55,10 @@ INSTRUCTIONS = {
     ),
     r"grad_masks_nhwc_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.Eff": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
-    r"reassemble_down2_nchw_kernelILi.Eff": (r"LDG\S*\.64",),
+    r"(reassemble|grad_masks)_down2_nchw_kernelILi.Eff": (r"LDG\S*\.64",),
+    r"grad_features_down2_kernelI\w*OfChannelsELi.Eff": (r"LDG\S*\.128", r"STG\S*\.128"),
+    r"grad_features_down2_kernelI\w*OfChannelsELi.E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
+    r"grad_features_down2_kernelI\w*OfColumnsELi.Eff": (r"STG\S*\.64",),
     r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
 LOCAL_MEMORY = r"(LDL|STL)\b"
@@ -97,14 +106,22 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return done
 
 
-def compile_one(nvcc: str, cuobjdump: str | None, source: Path, architecture: str) -> list[Kernel]:
+def compile_one(
+    nvcc: str, cuobjdump: str | None, cuda12: Path | None, source: Path, architecture: str
+) -> list[Kernel]:
     """Return the kernels of a source."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/kernels.cubin"
-        options = ["-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v"]
-        options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""']
-        options += ["-Werror=all-warnings", "-o", cubin]
-        said = run(nvcc, *options, str(source)).stderr
+        cubin, ptx = f"{folder}/kernels.cubin", Path(folder, "kernels.ptx")
+        options = ["-std=c++17", f"-arch=sm_{architecture}", "-Werror=all-warnings"]
+        options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""', str(source)]
+        if cuda12 is None:
+            said = run(nvcc, *options, "-cubin", "-Xptxas=-v", "-o", cubin).stderr
+        else:
+            options += [f"-I{cuda12}/{of}/include" for of in ("cuda_nvcc", "cuda_runtime")]
+            run(nvcc, *options, "-ptx", "-o", str(ptx))
+            ptx.write_text(re.sub(r"(?m)^\.version .*", ".version 8.8", ptx.read_text()))
+            ptxas = [f"{cuda12}/cuda_nvcc/bin/ptxas", "-v", f"-arch=sm_{architecture}"]
+            said = run(*ptxas, "-o", cubin, str(ptx)).stderr
         sass = run(cuobjdump, "-sass", cubin).stdout if cuobjdump else ""
     parts = re.split(r"Function : (\w+)", sass)
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -135,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nvcc", default=shutil.which("nvcc"))
     parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"))
+    parser.add_argument("--cuda12", type=Path)
     parser.add_argument("--architectures", default="75,80,90,100,120")
     asked = parser.parse_args()
     if asked.nvcc is None:
@@ -142,7 +160,8 @@ def main() -> None:
     sources = sorted((ROOT / "core/src/cuda").glob("*.cu"))
     jobs = list(product(sources, asked.architectures.split(",")))
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda job: compile_one(asked.nvcc, asked.cuobjdump, *job), jobs)
+        tools = asked.nvcc, asked.cuobjdump, asked.cuda12
+        results = pool.map(lambda job: compile_one(*tools, *job), jobs)
         kernels = [kernel for result in results for kernel in result]
     wrong = 0
     for kernel in kernels:

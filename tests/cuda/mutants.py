@@ -45,8 +45,8 @@ MUTANTS = [
     Mutant(
         "masks are read before all are staged",
         "masks.h",
-        "width, to, pitch);\n    __syncthreads();\n    if (!p.from_logits) return;",
-        "width, to, pitch);\n    if (!p.from_logits) return;",
+        "pitch) {\n    __syncthreads();\n    if (!p.from_logits) return;",
+        "pitch) {\n    if (!p.from_logits) return;",
     ),
     Mutant(
         "the last row of taps is left out",
@@ -93,21 +93,21 @@ MUTANTS = [
     ),
     Mutant(
         "sums of a warp are read before they are written",
-        "grad_masks_up2.h",
+        "grad_masks.h",
         "= sums[o][t];\n        __syncthreads();",
         "= sums[o][t];",
     ),
     Mutant(
         "sums of the next output are written too early",
-        "grad_masks_up2.h",
-        "o < kOutputs; o++) {\n        __syncthreads();",
-        "o < kOutputs; o++) {",
+        "grad_masks.h",
+        "o < Outputs; o++) {\n        __syncthreads();",
+        "o < Outputs; o++) {",
     ),
     Mutant(
         "an infinite gradient meets a tap beyond a border",
-        "grad_masks_nchw.cu",
+        "grad_masks.h",
         "clear_outside<K>(p, i, j, grad);",
-        "",
+        "clear_outside<K>(p, i < K ? K : i, j, grad);",
     ),
     Mutant(
         "a warp has a channel of another's",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "the halo is short of a column",
-        "up2.h",
+        "window.h",
         "j + K / 2 < p.features.w",
         "j + K / 2 <= p.features.w",
         sanitizer="address",
@@ -130,13 +130,13 @@ MUTANTS = [
     ),
     Mutant(
         "an infinite mask meets a tap beyond a border",
-        "channels.h",
+        "sources.h",
         "if (j >= 0 && j < p.features.w) continue;",
         "if (j >= -1 && j < p.features.w) continue;",
     ),
     Mutant(
         "logits are normalised before all are staged",
-        "channels.h",
+        "sources.h",
         "= weight;\n    });\n    __syncthreads();",
         "= weight;\n    });",
     ),
@@ -155,8 +155,8 @@ MUTANTS = [
     Mutant(
         "gradients of the next row are staged over others that are still read",
         "grad_features_nchw.cu",
-        "                    }\n                    __syncthreads();\n                }",
-        "                    }\n                }",
+        "                }\n                __syncthreads();\n            }",
+        "                }\n            }",
     ),
     Mutant(
         "gradients of channels of another group are staged",
@@ -168,8 +168,8 @@ MUTANTS = [
     Mutant(
         "masks of the next row are staged over others that are still read",
         "grad_features_nhwc.cu",
-        "                }\n                __syncthreads();\n            }",
-        "                }\n            }",
+        "            }\n            __syncthreads();\n        };",
+        "            }\n        };",
     ),
     Mutant(
         "the mask of an output that a crop leaves out is not a number",
@@ -179,9 +179,9 @@ MUTANTS = [
     ),
     Mutant(
         "a block ends a row too early",
-        "grad_features_nhwc.cu",
-        "i < bottom + kRadius; i++",
-        "i < min(bottom + kRadius, height); i++",
+        "grad_features_up2.h",
+        "i < bottom + K / 2; i++",
+        "i < min(bottom + K / 2, height); i++",
     ),
     Mutant(
         "a tap reaches the wrong column",
@@ -253,14 +253,14 @@ MUTANTS = [
     ),
     Mutant(
         "a pair of columns reaches beyond the row",
-        "reassemble_down2_nchw.cu",
-        "left + 2 * x < p.features.w);",
-        "left + 2 * x <= p.features.w);",
+        "down2.h",
+        "left + x < p.features.w);",
+        "left + x <= p.features.w);",
         sanitizer="address",
     ),
     Mutant(
         "the lower output has the window of the upper one",
-        "reassemble_down2_nchw.cu",
+        "down2.h",
         "const int a = y - kDown * o, b",
         "const int a = y - o, b",
     ),
@@ -275,6 +275,54 @@ MUTANTS = [
         "reassemble_down2_nhwc.cu",
         "            }\n        }\n        __syncthreads();",
         "            }\n        }",
+    ),
+    Mutant(
+        "features of a cell change places",
+        "grad_features_down2.cu",
+        "K / 2 + feature / kDown",
+        "K / 2 + feature % kDown",
+    ),
+    Mutant(
+        "an output that a crop leaves out has a gradient",
+        "grad_features_down2.cu",
+        "out_j + k < p.out_w;",
+        "out_j + k <= p.out_w;",
+    ),
+    Mutant(
+        "masks of the next tile are staged over others that are still read",
+        "grad_features_down2.cu",
+        "            }\n        }\n        __syncthreads();",
+        "            }\n        }",
+    ),
+    Mutant(
+        "a warp has some of the next one's channels",
+        "grad_masks_down2_nchw.cu",
+        "min(share, channels_in_group - first)",
+        "min(share + 1, channels_in_group - first)",
+    ),
+    Mutant(
+        "an output below the last row is written",
+        "grad_masks_down2_nchw.cu",
+        "output.i < p.result.h",
+        "output.i <= p.result.h",
+    ),
+    Mutant(
+        "sums of another tap are added up",
+        "grad_masks_down2_nhwc.cu",
+        "others = odd ? sums[2 * k] : sums[2 * k + 1];",
+        "others = odd ? sums[2 * k + 1] : sums[2 * k];",
+    ),
+    Mutant(
+        "a thread has channels beyond the last",
+        "grad_masks_down2_nhwc.cu",
+        "for (; channels > 0;",
+        "for (; channels >= 0;",
+    ),
+    Mutant(
+        "the lower output, which a crop leaves out, meets an infinite feature",
+        "grad_masks_down2_nhwc.cu",
+        "computed ? sums[o][k] : 0;",
+        "taps > 0 ? sums[o][k] : 0;",
     ),
 ]
 

@@ -21,6 +21,7 @@
 
 #include "../harness.h"
 #include "carafepp/carafepp.h"
+#include "cuda/platform.h"
 #include "dtypes.h"
 #include "emulation.h"
 
@@ -68,6 +69,8 @@ const Case kCases[] = {
     {"down2_of_17", 2, 17, 6, 5, 1, 2, 5, 1},
     {"down2_even", 2, 12, 9, 70, 1, 2, 5, 1},
     {"down2_even_k3", 1, 20, 7, 12, 1, 2, 3, 2},
+    {"down2_of_136", 1, 136, 3, 4, 1, 2, 3, 1},
+    {"down2_tall", 1, 4, 35, 18, 1, 2, 5, 1},
     {"same_size", 1, 32, 6, 7, 1, 1, 3, 1},
     {"up3", 1, 3, 4, 5, 3, 1, 5, 1},
     {"down3", 1, 17, 10, 11, 1, 3, 5, 1},
@@ -112,6 +115,8 @@ const Case kCases[] = {
     {"many_images", 5, 4, 2, 3, 2, 1, 3, 1},
     {"crop_up2", 2, 16, 4, 5, 2, 1, 5, 1, 7, 9},
     {"crop_down2", 1, 3, 9, 11, 1, 2, 5, 1, 4, 5},
+    {"crop_down2_rows", 1, 4, 3, 4, 1, 2, 3, 1, 1, 2},
+    {"crop_down2_even", 1, 8, 9, 12, 1, 2, 5, 1, 4, 5},
     {"crop_ratio", 1, 6, 5, 6, 3, 2, 3, 2, 7, 8},
     {"crop_rows", 1, 17, 9, 4, 2, 1, 3, 1, 2, 8},
     {"crop_to_one", 2, 4, 4, 5, 2, 1, 3, 1, 1, 1},
@@ -929,6 +934,18 @@ TEST(sizes_beyond_65535) {
     for (const Case& p : {Case{"images", many, 1, 1, 1, 1, 1, 1, 1}, Case{"channels", 1, many, 1, 1, 1, 1, 1, 1},
                           Case{"rows", 1, 1, many, 1, 1, 1, 1, 1}, Case{"columns", 1, 1, 1, many, 1, 1, 1, 1}}) {
         check_functions(p, kDtypes[0], Values::kIntegers, CARAFEPP_NONE, "nchw", in_layout(kNchw), options);
+    }
+}
+
+TEST(quotients_of_32_and_64_bits) {
+    const int64_t two_to_32 = int64_t{1} << 32;
+    const int64_t numbers[] = {0, 1, 3, 65537, two_to_32 - 1, two_to_32, two_to_32 + 1, 3 * two_to_32 + 5, INT64_MAX};
+    for (const int64_t a : numbers) {
+        for (const int64_t b : numbers) {
+            if (b == 0) continue;
+            const carafepp::cuda::Quotient q = carafepp::cuda::divide(a, b);
+            CHECK(q.quotient * b + q.remainder == a && q.remainder >= 0 && q.remainder < b);
+        }
     }
 }
 

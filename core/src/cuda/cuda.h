@@ -42,9 +42,13 @@ void grad_masks(const Problem& problem);     // contracted, or given; then to gr
 void normalize_masks(const Problem& problem);
 
 // The same, of the problems that not_for_... gives no reason against.
+const char* not_for_grad_features_down2_nchw(const Problem& problem);
+const char* not_for_grad_features_down2_nhwc(const Problem& problem);
 const char* not_for_grad_features_nchw(const Problem& problem);
 const char* not_for_grad_features_nhwc(const Problem& problem);
 const char* not_for_grad_features_nhwc_mma(const Problem& problem);
+const char* not_for_grad_masks_down2_nchw(const Problem& problem);
+const char* not_for_grad_masks_down2_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nchw(const Problem& problem);
 const char* not_for_grad_masks_nhwc(const Problem& problem);
 const char* not_for_grad_masks_nhwc_mma(const Problem& problem);
@@ -53,9 +57,13 @@ const char* not_for_reassemble_down2_nhwc(const Problem& problem);
 const char* not_for_reassemble_nchw(const Problem& problem);
 const char* not_for_reassemble_nhwc(const Problem& problem);
 const char* not_for_reassemble_nhwc_mma(const Problem& problem);
+void grad_features_down2_nchw(const Problem& problem);
+void grad_features_down2_nhwc(const Problem& problem);
 void grad_features_nchw(const Problem& problem);
 void grad_features_nhwc(const Problem& problem);
 void grad_features_nhwc_mma(const Problem& problem);
+void grad_masks_down2_nchw(const Problem& problem);
+void grad_masks_down2_nhwc(const Problem& problem);
 void grad_masks_nchw(const Problem& problem);
 void grad_masks_nhwc(const Problem& problem);
 void grad_masks_nhwc_mma(const Problem& problem);

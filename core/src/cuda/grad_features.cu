@@ -93,7 +93,7 @@ void grad_features(const Problem& p) {
         cut.tiles = ceil_div(p.result.w, cut.sources);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
         launch(grad_features_kernel<T, M>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles, kThreads,
-               (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
+               (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }
 

@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem
     const int channel = static_cast<int>(threadIdx.x) % kLanes * kVector,
               own = static_cast<int>(threadIdx.x) / kLanes * kColumns;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int height = static_cast<int>(p.features.h);
     const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
@@ -62,39 +61,31 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem
         const int64_t in_group = chunk.remainder * kChannels, c = group * channels_in_group + in_group;
         const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
         const bool exists = channel < channels && j < p.features.w;
-        const int top = static_cast<int>(run.remainder) * kRows, bottom = min(top + kRows, height);
-        float4 sums[K][kColumns] = {};  // of rows i - kRadius and on
-        for (int i = top - kRadius; i < bottom + kRadius; i++) {
-            if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) {
-                stage_sources<K, M>(p, n, group, i, first - kRadius, S::kSources, masks);
-                clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
-                for (int row = 0; row < kUp; row++) {
-                    stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
-                    if (exists) {
-                        const float2* const weights = reinterpret_cast<const float2*>(masks) + own * K * K * kUp + row;
-                        const float* const pixels = grads + own * kUp * S::kPixel + channel;
-                        const auto load = [&](int x, int q) {
-                            return *reinterpret_cast<const float4*>(pixels + (x * kUp + q) * S::kPixel);
-                        };
-                        contract<K>(weights, kUp, load, sums);
-                    }
-                    __syncthreads();
+        const auto add = [&](int i, float4(&sums)[K][kColumns]) {
+            stage_sources<K, M>(p, n, group, i, first - kRadius, S::kSources, masks);
+            clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
+            for (int row = 0; row < kUp; row++) {
+                stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
+                if (exists) {
+                    const float2* const weights = reinterpret_cast<const float2*>(masks) + own * K * K * kUp + row;
+                    const float* const pixels = grads + own * kUp * S::kPixel + channel;
+                    const auto load = [&](int x, int q) {
+                        return *reinterpret_cast<const float4*>(pixels + (x * kUp + q) * S::kPixel);
+                    };
+                    contract<K>(weights, kUp, load, sums);
                 }
+                __syncthreads();
             }
-            if (exists && i - kRadius >= top) {
+        };
+        go_down<K>(p, static_cast<int>(run.remainder) * kRows, add, [&](int i, int s, float4 sum) {
+            if (!exists || j + s >= p.features.w) return;
+            T* const to = element<T>(p.result, n, c + channel, i, j + s);
+            const float own_sums[kVector] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-                for (int s = 0; s < kColumns; s++) {
-                    if (j + s >= p.features.w) continue;
-                    T* const to = element<T>(p.result, n, c + channel, i - kRadius, j + s);
-                    const float own_sums[kVector] = {sums[0][s].x, sums[0][s].y, sums[0][s].z, sums[0][s].w};
-#pragma unroll
-                    for (int q = 0; q < kVector; q++) {
-                        if (channel + q < channels) to[q * p.result.stride_c] = narrow<T>(own_sums[q]);
-                    }
-                }
+            for (int q = 0; q < kVector; q++) {
+                if (channel + q < channels) to[q * p.result.stride_c] = narrow<T>(own_sums[q]);
             }
-            next_row<K>(sums);
-        }
+        });
     }
 }
 
@@ -104,13 +95,9 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, kPanel);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(grad_features_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
-                   kThreads, Staged<K>::kBytes, p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(grad_features_nchw_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p, cut);
     });
 }
 

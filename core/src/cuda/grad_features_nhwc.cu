@@ -20,7 +20,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes,
               own = static_cast<int>(threadIdx.x) / cut.lanes * kColumns;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int height = static_cast<int>(p.features.h);
     const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
@@ -30,53 +29,40 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
         const int64_t in_group = (chunk.remainder * cut.lanes + lane) * kVector;
         const int64_t c = group * channels_in_group + in_group;
         const bool exists = in_group < channels_in_group && j < p.features.w;
-        const int top = static_cast<int>(run.remainder) * kRows, bottom = min(top + kRows, height);
-        float4 sums[K][kColumns] = {};  // of rows i - kRadius and on
-        for (int i = top - kRadius; i < bottom + kRadius; i++) {
-            if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) {
-                stage_sources<K, M>(p, n, group, i, first - kRadius, cut.columns + K - 1, staged);
-                clear_cropped<K>(p, i, first - kRadius, cut.columns + K - 1, staged);
-                if (exists) {
-                    const bool two_rows = i * kUp + 1 < p.out_h;
-                    const T* const grads = element<const T>(p.grad_output, n, c, i * kUp, left * kUp);
-                    const auto load = [&](int x, int output) {
-                        const int row = output / kUp, column = x * kUp + output % kUp, out_j = left * kUp + column;
-                        if ((row > 0 && !two_rows) || out_j < 0 || out_j >= p.out_w) return make_float4(0, 0, 0, 0);
-                        return load_channels(grads + row * p.grad_output.stride_h + column * p.grad_output.stride_w);
-                    };
-                    contract<K>(reinterpret_cast<const float4*>(staged) + own * kTaps, 1, load, sums);
-                }
-                __syncthreads();
+        const auto add = [&](int i, float4(&sums)[K][kColumns]) {
+            stage_sources<K, M>(p, n, group, i, first - kRadius, cut.columns + K - 1, staged);
+            clear_cropped<K>(p, i, first - kRadius, cut.columns + K - 1, staged);
+            if (exists) {
+                const bool two_rows = i * kUp + 1 < p.out_h;
+                const T* const grads = element<const T>(p.grad_output, n, c, i * kUp, left * kUp);
+                const auto load = [&](int x, int output) {
+                    const int row = output / kUp, column = x * kUp + output % kUp, out_j = left * kUp + column;
+                    if ((row > 0 && !two_rows) || out_j < 0 || out_j >= p.out_w) return make_float4(0, 0, 0, 0);
+                    return load_channels(grads + row * p.grad_output.stride_h + column * p.grad_output.stride_w);
+                };
+                contract<K>(reinterpret_cast<const float4*>(staged) + own * kTaps, 1, load, sums);
             }
-            if (exists && i - kRadius >= top) {
-#pragma unroll
-                for (int s = 0; s < kColumns; s++) {
-                    if (j + s < p.features.w)
-                        store_channels(sums[0][s], element<T>(p.result, n, c, i - kRadius, j + s));
-                }
-            }
-            next_row<K>(sums);
-        }
+            __syncthreads();
+        };
+        go_down<K>(p, static_cast<int>(run.remainder) * kRows, add, [&](int i, int s, float4 sum) {
+            if (exists && j + s < p.features.w) store_channels(sum, element<T>(p.result, n, c, i, j + s));
+        });
     }
 }
 
 template <int K>
 void run(const Problem& p) {
     const int64_t channels_in_group = p.features.c / p.groups;
-    const Lanes block(channels_in_group, K, kColumns, K - 1);
+    const Lanes block(channels_in_group, kColumns, K * K * kBytesOfTap, K - 1);
     Cut cut;
     cut.lanes = block.lanes;
-    cut.columns = block.sources;
+    cut.columns = block.columns;
     cut.panels = ceil_div(p.features.w, cut.columns);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(grad_features_nhwc_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
-                   kThreads, block.shared_bytes(K, K - 1), p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(grad_features_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }
 

@@ -128,14 +128,10 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, cut.strips * kTile);
     cut.runs = ceil_div(p.features.h, kTile);
     cut.chunks = ceil_div(channels_in_group, kWarps / cut.strips * kChannels);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (sizeof(T) == 2) {
-            launch(grad_features_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * cut.runs * cut.panels * cut.chunks,
-                   kThreads, (cut.strips * kTile + K - 1) * K * K * kOutputs * int64_t{sizeof(float)}, p.stream, p,
-                   cut);
-        }
+    with_halves(p, [&](auto feature, auto mask) {
+        launch(grad_features_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads,
+               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
     });
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/channels.h"
+#include "cuda/sources.h"
 
 namespace carafepp::cuda {
 
@@ -54,13 +55,20 @@ __device__ __forceinline__ void contract(const Weights* weights, int apart, Load
     }
 }
 
-// The sums of the next row's windows.
-template <int K>
-__device__ __forceinline__ void next_row(float4 (&sums)[K][kColumns]) {
+// Goes down the rows of sources from `top` on: add(i, sums) adds what the outputs of row i give to the rows that their
+// windows reach, the first of which is then complete: store(row, s, sum) for each column.
+template <int K, class Add, class Store>
+__device__ __forceinline__ void go_down(const Problem& p, int top, Add add, Store store) {
+    const int height = static_cast<int>(p.features.h), bottom = min(top + kRows, height);
+    float4 sums[K][kColumns] = {};  // of rows i - K / 2 and on
+    for (int i = top - K / 2; i < bottom + K / 2; i++) {
+        if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) add(i, sums);
 #pragma unroll
-    for (int a = 0; a < K; a++) {
+        for (int s = 0; s < kColumns; s++) {
+            if (i - K / 2 >= top) store(i - K / 2, s, sums[0][s]);
 #pragma unroll
-        for (int s = 0; s < kColumns; s++) sums[a][s] = a + 1 < K ? sums[a + 1][s] : make_float4(0, 0, 0, 0);
+            for (int a = 0; a < K; a++) sums[a][s] = a + 1 < K ? sums[a + 1][s] : make_float4(0, 0, 0, 0);
+        }
     }
 }
 

@@ -87,7 +87,7 @@ void grad_masks(const Problem& p) {
         cut.outputs = outputs_in_shared<A>(p.taps(), staged, 64);
         cut.tiles = ceil_div(cut.height * cut.width, cut.outputs);
         launch(grad_masks_kernel<T, M>, p.result.n * p.groups * cut.tiles, kThreads,
-               staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
+               staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }
 

@@ -4,7 +4,8 @@
 // one, and a part of the channels each: contract the window of a source with the gradients of its four outputs, all
 // sums in registers; add the warps' sums, always in the same order, so that each warp holds one of the four outputs;
 // carry that through the normaliser, whose masks are computed anew, and write it.
-#include "cuda/grad_masks_up2.h"
+#include "cuda/grad_masks.h"
+#include "cuda/up2.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
-    const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kOutputs - 1) / kOutputs;
+    const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
+    static_assert(kWarps == kOutputs, "each warp has an output in the end");
     const int64_t items = p.result.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
@@ -59,32 +61,16 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         sum_of_warps<K>(sums, shared, grad);
 
         const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
-        const bool computed = output.i < p.out_h && output.j < p.out_w;  // else a crop leaves it out
-        if (i >= p.features.h || (!computed && !p.from_logits)) continue;
-        const int64_t taps_apart = p.from_logits ? kOutputs : 1;
-        if (computed) {
-            clear_outside<K>(p, i, j, grad);  // whatever the gradient there
-            if (p.from_logits) {
-                through_normalizer<K>(mask_at<const M>(p, p.logits, n, group, 0, output),
-                                      taps_apart * p.logits.stride_c, p.normalizer, grad);
-            }
-        }
-        M* const to = mask_at<M>(p, p.result, n, group, 0, output);
-#pragma unroll
-        for (int t = 0; t < kTaps; t++) to[t * taps_apart * p.result.stride_c] = narrow<M>(computed ? grad[t] : 0.0f);
+        if (i < p.features.h) write_output<K, M>(p, n, group, output, i, j, kOutputs, grad);
     }
 }
 
 template <int K>
 void run(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
-            launch(grad_masks_nchw_kernel<K, T, M>, p.result.n * p.groups * tiles, kBlock,
-                   kBlock * K * K * int64_t{sizeof(float)}, p.stream, p, tiles);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
+        launch(grad_masks_nchw_kernel<K, decltype(feature), decltype(mask)>, p.result.n * p.groups * tiles, kBlock,
+               kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
     });
 }
 

@@ -137,14 +137,10 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
 
 template <int K>
 void run(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
-            launch(grad_masks_nhwc_kernel<K, T, M>, p.result.n * p.groups * cut.rows * cut.columns, kBlock,
-                   Staged<K>::bytes(), p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
+        launch(grad_masks_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.rows * cut.columns, kBlock, Staged<K>::bytes(), p, cut);
     });
 }
 

@@ -107,13 +107,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
 template <int K>
 void run(const Problem& p) {
     const int64_t tiles = ceil_div(p.features.w, kSources);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (sizeof(T) == 2) {
-            launch(grad_masks_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * p.features.h * tiles, kThreads,
-                   2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p.stream, p, tiles);
-        }
+    with_halves(p, [&](auto feature, auto mask) {
+        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.features.h * tiles, kThreads,
+               2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, tiles);
     });
 }
 

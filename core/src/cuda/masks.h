@@ -53,17 +53,24 @@ __device__ void load_masks(const Problem& p, const Array& array, int64_t n, int6
     });
 }
 
+// What is staged so, all taps of `outputs` outputs, becomes masks if it is logits. All threads of a block call it;
+// begins and ends with a barrier.
+template <class A>
+__device__ void finish_staging(const Problem& p, int64_t outputs, A* staged, int64_t pitch) {
+    __syncthreads();
+    if (!p.from_logits) return;
+    A scratch[2];
+    for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
+        normalize(p.normalizer, staged + q, p.taps(), pitch, 1, scratch);
+    __syncthreads();
+}
+
 // All taps, normalised if they come from logits. Ends with a barrier.
 template <class M, class A>
 __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t first, int64_t outputs, int64_t width,
                             A* to, int64_t pitch) {
     load_masks<M>(p, p.from_logits ? p.logits : p.masks, n, group, 0, p.taps(), first, outputs, width, to, pitch);
-    __syncthreads();
-    if (!p.from_logits) return;
-    A scratch[2];
-    for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
-        normalize(p.normalizer, to + q, p.taps(), pitch, 1, scratch);
-    __syncthreads();
+    finish_staging(p, outputs, to, pitch);
 }
 
 // One mask, normalised if it is from logits.
@@ -109,6 +116,56 @@ __device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from
     const float scale = 1 / sum;
 #pragma unroll
     for (int t = 0; t < K * K; t++) taps[t] *= scale;
+}
+
+// ---- the taps of an output in eight threads, each of which has every eighth ----
+
+constexpr int kNormalizers = 8;
+template <int K>
+constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
+
+// Calls f(k, tap) for the taps of thread `lane` of the eight, of `taps`.
+template <int K, class F>
+__device__ __forceinline__ void for_each_own_tap(int lane, int taps, F f) {
+#pragma unroll
+    for (int k = 0; k < kOwnTaps<K>; k++) {
+        const int tap = k * kNormalizers + lane;
+        if (tap < taps) f(k, tap);
+    }
+}
+
+// All lanes of a warp call it.
+template <class F>
+__device__ __forceinline__ float over_taps(float value, F f) {
+#pragma unroll
+    for (int distance = 1; distance < kNormalizers; distance *= 2)
+        value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    return value;
+}
+__device__ __forceinline__ float sum_over_taps(float value) {
+    return over_taps(value, [](float a, float b) { return a + b; });
+}
+
+// Logits to masks. All lanes of a warp call it.
+template <int K>
+__device__ __forceinline__ void normalize_together(carafepp_normalizer normalizer, int lane, int taps,
+                                                   float (&own)[kOwnTaps<K>]) {
+    if (normalizer == CARAFEPP_NONE) return;
+    float largest = -INFINITY, sum = 0;
+    for_each_own_tap<K>(lane, taps, [&](int k, int) {
+        own[k] = normalizer == CARAFEPP_SIGMOID              ? sigmoid(own[k])
+                 : normalizer == CARAFEPP_SIGMOID_NORMALIZED ? log_sigmoid(own[k])
+                                                             : own[k];
+        largest = own[k] > largest ? own[k] : largest;
+    });
+    if (normalizer == CARAFEPP_SIGMOID) return;
+    largest = over_taps(largest, [](float a, float b) { return a > b ? a : b; });
+    for_each_own_tap<K>(lane, taps, [&](int k, int) {
+        own[k] = expf(own[k] - largest);
+        sum += own[k];
+    });
+    const float scale = 1 / sum_over_taps(sum);
+    for_each_own_tap<K>(lane, taps, [&](int k, int) { own[k] *= scale; });
 }
 
 // How many outputs' masks fit into shared memory, `tiles` times.

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "cuda/channels.h"
+#include "cuda/up2.h"
 
 namespace carafepp::cuda {
 

@@ -35,7 +35,7 @@ void normalize_masks(const Problem& p) {
         const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
         const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
         launch(normalize_masks_kernel<M>, p.result.n * p.groups * tiles, kThreads,
-               p.taps() * outputs * int64_t{sizeof(A)}, p.stream, p, outputs, tiles);
+               p.taps() * outputs * int64_t{sizeof(A)}, p, outputs, tiles);
     });
 }
 

@@ -38,10 +38,12 @@ using std::max, std::min;
 std::string text_of(cudaError_t error);  // its name and what it means
 #endif
 
-// Queues blocks of `threads`, which go on to the next item when there are more items than a grid can have blocks.
+// Queues blocks of `threads` on the stream of a problem; they go on to the next item when there are more items than a
+// grid can have blocks.
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t items, int threads, int64_t shared_bytes, void* stream,
+void launch(void (*kernel)(Problem, Parameters...), int64_t items, int threads, int64_t shared_bytes, Problem p,
             std::common_type_t<Parameters>... arguments) {
+    const auto stream = static_cast<cudaStream_t>(p.stream);
 #if defined(CARAFEPP_EMULATION)
     const int64_t most_blocks = emulation::settings().most_blocks;
 #else
@@ -49,14 +51,29 @@ void launch(void (*kernel)(Parameters...), int64_t items, int threads, int64_t s
 #endif
     const dim3 grid(static_cast<unsigned>(std::min(items, most_blocks))), block(static_cast<unsigned>(threads));
 #if defined(CARAFEPP_EMULATION)
-    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
-                      arguments...);
+    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, p, arguments...);
 #else
-    void* pointers[] = {&arguments...};
+    void* pointers[] = {&p, &arguments...};
     const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
-                                               static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+                                               static_cast<size_t>(shared_bytes), stream);
     if (error != cudaSuccess) throw Failure{text_of(error)};
 #endif
+}
+
+// Call f(T(), M()) with the storage types of features and of masks or logits, for kernels of 32 bits at most, and of 16
+// bits.
+template <class F>
+void with_floats(const Problem& p, F f) {
+    with_types(p, [&](auto features, auto masks) {
+        using T = typename decltype(features)::type;
+        if constexpr (sizeof(T) <= sizeof(float)) f(T(), typename decltype(masks)::type());
+    });
+}
+template <class F>
+void with_halves(const Problem& p, F f) {
+    with_floats(p, [&](auto feature, auto mask) {
+        if constexpr (sizeof feature == 2) f(feature, mask);
+    });
 }
 
 // Quotients of numbers that are not negative: in 32 bits where those do, as 64 take ten times as long.
@@ -69,6 +86,12 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
         return {x / y, x % y};
     }
     return {a / b, a % b};
+}
+
+// Two elements of 16 bits in a word.
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+    return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
 }
 
 // sums += a * b on tensor cores, in the fragments of PTX's mma.m16n8k8. All lanes of a warp take part.

@@ -65,7 +65,7 @@ void reassemble(const Problem& p) {
         cut.tiles = ceil_div(p.out_h * p.out_w, cut.outputs);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
         launch(reassemble_kernel<T, M>, p.result.n * p.groups * cut.items(), kThreads,
-               p.taps() * cut.outputs * int64_t{sizeof(A)}, p.stream, p, cut);
+               p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }
 

@@ -4,11 +4,11 @@
 // thread four channels of four outputs: stage the masks of the outputs as [tap][output], contract the taps (each
 // feature that is loaded serves all windows that hold it, each vector of weights four outputs), write out.
 #include "cuda/channels.h"
+#include "cuda/down2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kDown = 2;
 constexpr int kOwn = 4;  // outputs of a thread
 
 struct Cut {
@@ -84,28 +84,22 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Prob
 template <int K>
 void run(const Problem& p) {
     const int64_t channels_in_group = p.features.c / p.groups;
+    const Lanes block(channels_in_group, kOwn, K * K * int64_t{sizeof(float)});
     Cut cut;
-    cut.lanes = 8;
-    while (cut.lanes < 64 && cut.lanes < channels_in_group / kVector) cut.lanes *= 2;
-    cut.outputs = kThreads / cut.lanes * kOwn;
+    cut.lanes = block.lanes;
+    cut.outputs = block.columns;
     cut.tiles = ceil_div(p.out_w, cut.outputs);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(reassemble_down2_nhwc_kernel<K, T, M>, p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks,
-                   kThreads, K * K * cut.outputs * int64_t{sizeof(float)}, p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(reassemble_down2_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }
 
 }  // namespace
 
 const char* not_for_reassemble_down2_nhwc(const Problem& p) {
-    if (p.factor.up != 1 || p.factor.down != kDown) return "the factor is not 1/2";
-    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
-    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (const char* reason = not_for_down2(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.result);
 }

@@ -76,16 +76,12 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
 
 template <int K>
 void run(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            Cut cut;
-            cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
-            cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-            launch(reassemble_nchw_kernel<K, T, M>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources, 0,
-                   p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        Cut cut;
+        cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
+        cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+        launch(reassemble_nchw_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * cut.tiles * cut.chunks, kSources, 0, p, cut);
     });
 }
 

@@ -5,6 +5,7 @@
 // outputs as [source][tap][output], contract the taps (each feature that is loaded serves both sources, each vector of
 // weights that is read from shared memory four outputs), write out.
 #include "cuda/channels.h"
+#include "cuda/sources.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -75,19 +76,15 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p,
 template <int K>
 void run(const Problem& p) {
     const int64_t channels_in_group = p.features.c / p.groups;
-    const Lanes block(channels_in_group, K, kSources, 0);
+    const Lanes block(channels_in_group, kSources, K * K * kBytesOfTap);
     Cut cut;
     cut.lanes = block.lanes;
-    cut.sources = block.sources;
+    cut.sources = block.columns;
     cut.tiles = ceil_div(p.features.w, cut.sources);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (!std::is_same_v<T, double>) {
-            launch(reassemble_nhwc_kernel<K, T, M>, p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks,
-                   kThreads, block.shared_bytes(K, 0), p.stream, p, cut);
-        }
+    with_floats(p, [&](auto feature, auto mask) {
+        launch(reassemble_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }
 

@@ -6,6 +6,7 @@
 // a time. What of the band is 0 would make NaN of an infinite feature: where a sum is not finite it is computed anew,
 // tap by tap.
 #include "cuda/mma.h"
+#include "cuda/sources.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -109,13 +110,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 template <int K>
 void run(const Problem& p) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
-    with_types(p, [&](auto features, auto masks) {
-        using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
-        if constexpr (sizeof(T) == 2) {
-            launch(reassemble_nhwc_mma_kernel<K, T, M>, p.result.n * p.groups * p.features.h * cut.tiles, kThreads,
-                   kSourcesOfBlock * K * K * kOutputs * int64_t{sizeof(float)}, p.stream, p, cut);
-        }
+    with_halves(p, [&](auto feature, auto mask) {
+        launch(reassemble_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
+               p.result.n * p.groups * p.features.h * cut.tiles, kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p,
+               cut);
     });
 }
 

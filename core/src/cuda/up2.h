@@ -3,30 +3,11 @@
 #pragma once
 
 #include "cuda/masks.h"
+#include "cuda/window.h"
 
 namespace carafepp::cuda {
 
 constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
-
-// Whether tap t of the window around source (i, j) is inside the borders, and whether all are.
-template <int K>
-__device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {
-    const int y = i + t / K, x = j + t % K;
-    return y >= K / 2 && y < p.features.h + K / 2 && x >= K / 2 && x < p.features.w + K / 2;
-}
-template <int K>
-__device__ __forceinline__ bool window_inside(const Problem& p, int i, int j) {
-    return i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
-}
-
-// Of one output's taps those beyond the borders become 0.
-template <int K>
-__device__ __forceinline__ void clear_outside(const Problem& p, int i, int j, float (&taps)[K * K]) {
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        if (!tap_inside<K>(p, i, j, t)) taps[t] = 0;
-    }
-}
 
 // Calls f(t, feature) for each tap of a window in one channel, 0 beyond the borders. `Inside`: all taps are.
 template <int K, bool Inside, class T, class F>

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels for down x2 share: output (i, j) is centred on source (2i, 2j).
+#pragma once
+
+#include "cuda/masks.h"
+#include "cuda/window.h"
+
+namespace carafepp::cuda {
+
+constexpr int kDown = 2;
+
+// Why these kernels do not take a problem.
+inline const char* not_for_down2(const Problem& p) {
+    if (p.factor.up != 1 || p.factor.down != kDown) return "the factor is not 1/2";
+    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    if (p.features.h > INT32_MAX - 8 || p.features.w > INT32_MAX - 8) return "rows or columns are too many";
+    return nullptr;
+}
+
+// ---- two neighbouring columns, the first an even one, loaded and stored as one ----
+
+__device__ __forceinline__ float2 load_columns(const float* from) {
+    return __ldg(reinterpret_cast<const float2*>(from));
+}
+__device__ __forceinline__ void store_columns(float2 value, float* to) { __stcs(reinterpret_cast<float2*>(to), value); }
+
+template <class T>
+__device__ __forceinline__ float2 load_columns(const T* from) {
+    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(from));
+    return make_float2(widen(T{static_cast<uint16_t>(bits)}), widen(T{static_cast<uint16_t>(bits >> 16)}));
+}
+template <class T>
+__device__ __forceinline__ void store_columns(float2 value, T* to) {
+    __stcs(reinterpret_cast<uint32_t*>(to), pair_of<T>(value.x, value.y));
+}
+
+// Why columns of an array cannot be.
+inline const char* not_for_columns(const Array& array) {
+    if (array.empty()) return nullptr;
+    if (array.stride_w != 1) return "columns are not adjacent";
+    if (array.w % 2 != 0) return "columns are odd in number";
+    for (int64_t stride : {array.stride_n, array.stride_c, array.stride_h}) {
+        if (stride % 2 != 0) return "rows are not pairs of columns apart";
+    }
+    if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(2 * itemsize(array.dtype)) != 0)
+        return "an array is not aligned to pairs of columns";
+    return nullptr;
+}
+
+// ---- an output and the one below it, in one thread: rows of features that both windows reach are loaded once ----
+
+constexpr int kPair = 2;  // outputs
+
+template <int K>
+struct Windows {
+    static constexpr int kRadius = K / 2, kRows = K + kDown * (kPair - 1);
+    static constexpr int kBefore = (kRadius + 1) / 2 * 2, kColumns = (kBefore + kRadius + 2) / 2 * 2;  // whole pairs
+};
+
+// What is loaded of the windows of a pair in one channel: from where on, and whether all of it is inside the borders.
+template <int K, class T>
+__device__ __forceinline__ const T* windows_at(const Problem& p, int64_t n, int64_t c, int out_i, int out_j) {
+    return element<const T>(p.features, n, c, out_i * kDown - Windows<K>::kRadius, out_j * kDown - Windows<K>::kBefore);
+}
+template <int K>
+__device__ __forceinline__ bool windows_inside(const Problem& p, int out_i, int out_j) {
+    using W = Windows<K>;
+    const int top = out_i * kDown - W::kRadius, left = out_j * kDown - W::kBefore;
+    return top >= 0 && left >= 0 && top + W::kRows <= p.features.h && left + W::kColumns <= p.features.w;
+}
+
+// Calls f(output, t, feature) for each tap of both windows, 0 beyond the borders. `Inside`: all taps are.
+template <int K, bool Inside, class T, class F>
+__device__ __forceinline__ void for_each_tap_of_pair(const Problem& p, const T* row, int out_i, int out_j, F f) {
+    using W = Windows<K>;
+    const int top = out_i * kDown - W::kRadius, left = out_j * kDown - W::kBefore;
+#pragma unroll
+    for (int y = 0; y < W::kRows; y++, row += p.features.stride_h) {
+#pragma unroll
+        for (int x = 0; x < W::kColumns; x += 2) {
+            const bool inside = Inside ||
+                                (top + y >= 0 && top + y < p.features.h && left + x >= 0 && left + x < p.features.w);
+            const float2 features = inside ? load_columns(row + x) : make_float2(0, 0);
+#pragma unroll
+            for (int o = 0; o < kPair; o++) {
+                const int a = y - kDown * o, b = x - (W::kBefore - W::kRadius);
+                if (a < 0 || a >= K) continue;
+                if (b >= 0) f(o, a * K + b, features.x);
+                if (b + 1 < K) f(o, a * K + b + 1, features.y);
+            }
+        }
+    }
+}
+
+}  // namespace carafepp::cuda

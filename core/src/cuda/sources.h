@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// For up x2, the masks of the outputs of sources (i, first .. first + sources) in shared memory, as
+// [source][tap][output].
+#pragma once
+
+#include "cuda/up2.h"
+
+namespace carafepp::cuda {
+
+constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
+
+// Logits that are staged, `outputs` of them, to masks. All threads of a block call it.
+template <int K>
+__device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs) {
+    constexpr int kTaps = K * K;
+    const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
+    for (int first = 0; first < outputs; first += kThreads / kNormalizers) {
+        const int output = first + static_cast<int>(threadIdx.x) / kNormalizers;
+        const int taps_here = output < outputs ? kTaps : 0;
+        float* const taps = staged + output / kOutputs * kTaps * kOutputs + output % kOutputs;
+        float own[kOwnTaps<K>] = {};
+        for_each_own_tap<K>(lane, taps_here, [&](int k, int tap) { own[k] = taps[tap * kOutputs]; });
+        normalize_together<K>(normalizer, lane, taps_here, own);
+        for_each_own_tap<K>(lane, taps_here, [&](int k, int tap) { taps[tap * kOutputs] = own[k]; });
+    }
+}
+
+// Where there is no source the masks, or the logits that become masks, are 0. Ends with a barrier.
+template <int K, class M>
+__device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
+                              float* staged) {
+    constexpr int kTaps = K * K;
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    for_each_mask(array, kTaps, sources * kOutputs, [&](int64_t tap, int64_t k) {
+        const int64_t j = first + k / kOutputs, output = k % kOutputs;
+        const Output at{i * kUp + output / kUp, j * kUp + output % kUp};
+        float weight = 0;
+        if (j >= 0 && j < p.features.w && (p.from_logits || (at.i < p.out_h && at.j < p.out_w)))
+            weight = widen(*mask_at<const M>(p, array, n, group, tap, at));
+        staged[(k / kOutputs * kTaps + tap) * kOutputs + output] = weight;
+    });
+    __syncthreads();
+    if (!p.from_logits) return;
+    normalize_staged<K>(p.normalizer, staged, sources * kOutputs);
+    __syncthreads();
+}
+
+// For the forward: masks of taps beyond a border become 0, as features are read as 0 there, and 0 * 0 is 0 even where a
+// mask is Inf. Ends with a barrier.
+template <int K>
+__device__ void clear_outside(const Problem& p, int64_t first, int sources, float* staged) {
+    if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;
+    for (int k = static_cast<int>(threadIdx.x); k < sources * K * K; k += kThreads) {
+        const int64_t j = first + k / (K * K) + k % K - K / 2;
+        if (j >= 0 && j < p.features.w) continue;
+        reinterpret_cast<float4*>(staged)[k] = make_float4(0, 0, 0, 0);
+    }
+    __syncthreads();
+}
+
+}  // namespace carafepp::cuda
