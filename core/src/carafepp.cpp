@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points. Each call is checked once, then goes to the first implementation in a list that accepts the
 // problem.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,9 +25,13 @@ struct Implementation {
 
 const char* takes_all(const Problem&) { return nullptr; }
 
-// Accepts what a kernel accepts, where the processor has its instruction set.
+// Accepts what a kernel accepts, where the processor has its instruction set. Numbers beyond these, which arrays
+// without elements may have, would overflow in the kernels' arithmetic.
 template <const char* (*unavailable)(), const char* (*not_for)(const Problem&)>
 const char* takes(const Problem& problem) {
+    constexpr int64_t most = int64_t{1} << 36;
+    if (std::max(problem.factor.up, problem.factor.down) > 1024) return "up or down is more than 1024";
+    if (std::max(problem.features.h, problem.features.w) > most) return "a map is higher or wider than 2^36";
     const char* reason = unavailable();
     return reason ? reason : not_for(problem);
 }
@@ -231,7 +236,8 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
         const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
-            if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
+            if (call.wanted[k] && !call.results[k].empty())
+                chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
         }
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];

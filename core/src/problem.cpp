@@ -146,7 +146,10 @@ public:
         array.data = tensor->data;
         array.dtype = tensor->dtype;
         check_extent(name, *tensor);
-        if (array.empty()) return array;
+        if (array.empty()) {  // its pointer and its strides may be anything, also where kernels step over it
+            array.stride_n = array.stride_c = array.stride_h = array.stride_w = 0;
+            return array;
+        }
         if (array.data == nullptr) fail_value(name, ".data must not be NULL where there are elements.");
         if (reinterpret_cast<uintptr_t>(array.data) % itemsize(array.dtype) != 0) {
             fail_value(name, " must be aligned to its ", itemsize(array.dtype), " byte elements; got the address ",

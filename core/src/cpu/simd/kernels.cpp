@@ -138,7 +138,10 @@ const char* not_for_grad_features_nhwc(const Problem& p) {
 constexpr int64_t kImageBytes = 1024 * 1024;
 
 static int64_t bytes_of_channel(const Problem& p) {
-    return (p.features.h * p.features.w + p.out_h * p.out_w) * (p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4);
+    // An array without elements may have any shape: in numbers that do not overflow.
+    const double pixels = static_cast<double>(p.features.h) * static_cast<double>(p.features.w) +
+                          static_cast<double>(p.out_h) * static_cast<double>(p.out_w);
+    return static_cast<int64_t>(std::min(pixels * (p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4), 1e15));
 }
 
 int64_t channels_of_image(const Problem& p) {
