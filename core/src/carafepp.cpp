@@ -236,8 +236,7 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
         const Implementation* chosen[2] = {};  // before any runs, since a choice may fail
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
-            if (call.wanted[k] && !call.results[k].empty())
-                chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
+            if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
         }
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import ops
+from .modules import reset_as_authors
 
 
 def carafe(
@@ -120,10 +121,7 @@ class CARAFEPack(nn.Module):
 
     def init_weights(self) -> None:
         """Set weights as mmcv does: Xavier's uniform ones, and normal ones in the encoder."""
-        for convolution in (self.channel_compressor, self.content_encoder):
-            nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        reset_as_authors(self, self.content_encoder)
 
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
         """Return masks, (N, up_group*up_kernel**2, H', W'), of the encoder's logits."""

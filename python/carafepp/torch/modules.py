@@ -12,6 +12,18 @@ from .. import ops
 from .operators import natural_size
 
 
+def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
+    """Set all parameters of a module to what they begin with in the authors' code."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+    nn.init.normal_(content_encoder.weight, std=0.001)
+
+
 class CARAFE(nn.Module):
     """Rescale features by up/down with kernels predicted from their own content.
 
@@ -152,14 +164,7 @@ class CARAFE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set all parameters to what they begin with."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        reset_as_authors(self, self.content_encoder)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Rescale x.

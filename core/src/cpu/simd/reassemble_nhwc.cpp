@@ -144,8 +144,8 @@ struct ReassembleNhwc {
                                  p.logits.stride_w, static_cast<int>(count), pixels);
             return {pixels, up, cell_masks.size, 1, up * up};
         }
-        if ((p.from_logits ? p.logits : p.masks).stride_c !=
-            1) {  // then transposing takes longer than reading them apart
+        // Of other strides, transposing takes longer than reading them apart.
+        if ((p.from_logits ? p.logits : p.masks).stride_c != 1) {
             masks.stage(n, group, {rows.begin, rows.end}, cell, static_cast<int>(count), L, tile);
             return {tile, masks.row_size(L), 1, L, masks.phases * L};
         }
