@@ -265,6 +265,8 @@ struct Ahead {
         }
     }
 
+    int64_t lines() const { return int64_t{channels} * rows * ((row_bytes + 63) / 64); }
+
     __attribute__((always_inline)) void fetch_line() {
         if (channels <= 0) return;
         __builtin_prefetch(row + at, 0, 2);

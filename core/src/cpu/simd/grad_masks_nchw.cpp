@@ -33,10 +33,15 @@ struct Outputs {
     int64_t tap_stride;            // of the sums
 };
 
+// What is read next, fetched meanwhile.
+struct NextRows {
+    Ahead outputs, sources;
+};
+
 // NB tap columns from `b` on, P outputs: sums += grad_output * features, over `channels`.
 template <int P, int NB, class A>
 __attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* features, int64_t channel_stride,
-                                        const int64_t* columns, int b, int64_t channels, Ahead& ahead) {
+                                        const int64_t* columns, int b, int64_t channels, NextRows& next) {
     constexpr int L = kLanes<A>;
     Vector<A> sums[P][NB];
 #pragma GCC unroll 4
@@ -51,7 +56,8 @@ __attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* feat
 #pragma GCC unroll 5
     for (int k = 0; k < NB; k++) column[k] = columns[b + k];
     for (int64_t at = 0; at < channels * L; at += L, features += channel_stride) {
-        ahead.fetch_line();
+        next.outputs.fetch_line();
+        next.sources.fetch_line();
         Vector<A> read[NB];
 #pragma GCC unroll 5
         for (int k = 0; k < NB; k++) read[k] = load(features + column[k]);
@@ -71,13 +77,13 @@ __attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* feat
 
 template <int P, class A>
 void contract_columns(const Outputs<A>& outputs, const A* features, int64_t channel_stride, const int64_t* columns,
-                      int kernel_size, int64_t channels, Ahead& ahead) {
+                      int kernel_size, int64_t channels, NextRows& next) {
     constexpr int kMost = most_columns(P);
     const int slices = (kernel_size + kMost - 1) / kMost;
     for (int k = 0; k < slices; k++) {
         const Slice part = slice(0, kernel_size, k, slices);
         with_count<kMost>(part.end - part.begin, [&](auto columns_here) {
-            contract<P, columns_here()>(outputs, features, channel_stride, columns, part.begin, channels, ahead);
+            contract<P, columns_here()>(outputs, features, channel_stride, columns, part.begin, channels, next);
         });
     }
 }
@@ -183,12 +189,14 @@ struct GradMasksNchw {
 
     void contract_channels(const Block& b, int64_t channel, int64_t count) const {
         split_sources(b, channel, count);
+        NextRows next;
+        next.sources = next_sources(b, channel);
         for (int64_t begin = b.begin; begin < b.computed_end; begin += strip) {
             const int64_t end = std::min(begin + strip, b.computed_end);
-            Ahead ahead = next_outputs(b, channel, end);
+            next.outputs = next_outputs(b, channel, end);
             for (int64_t tile = 0; tile < b.tiles; tile++) {
                 split_outputs(b, channel, count, tile, begin, end);
-                contract_strip(b, count, tile, begin, end, ahead);
+                contract_strip(b, count, tile, begin, end, next);
             }
         }
     }
@@ -201,6 +209,15 @@ struct GradMasksNchw {
         return {p.grad_output, element<const T>(p.grad_output, b.n, next_channel, next, column),
                 std::min(b.tiles * L * up, p.out_w - column), std::min(strip, b.computed_end - next),
                 std::min(at_once, (b.group + 1) * channels - next_channel)};
+    }
+
+    // The rows of features of the next channels.
+    Ahead next_sources(const Block& b, int64_t channel) const {
+        const int64_t next = channel + at_once,
+                      column = std::max<int64_t>(b.first_tile * L + taps.least_shift, 0) * down;
+        return {p.features, element<const T>(p.features, b.n, next, b.source_begin, column),
+                std::min((b.tiles * L + taps.shifts()) * down, p.features.w - column), b.source_end - b.source_begin,
+                std::min(at_once, (b.group + 1) * channels - next)};
     }
 
     void split_sources(const Block& b, int64_t channel, int64_t count) const {
@@ -220,7 +237,7 @@ struct GradMasksNchw {
 
     // Each row of features, with the outputs of a strip [strip_begin, strip_end) that read it.
     void contract_strip(const Block& b, int64_t count, int64_t tile, int64_t strip_begin, int64_t strip_end,
-                        Ahead& ahead) const {
+                        NextRows& next) const {
         const int64_t source_begin = std::max(p.factor.source(strip_begin) - p.radius(), b.source_begin);
         const int64_t source_end = std::min(p.factor.source(strip_end - 1) + p.radius() + 1, b.source_end);
         for (int64_t i = source_begin; i < source_end; i++) {
@@ -244,7 +261,7 @@ struct GradMasksNchw {
                     }
                     with_count<kMostOutputs>(part.end - part.begin, [&](auto outputs_here) {
                         contract_columns<outputs_here()>(some, features, down * pitch, columns[g], taps.kernel_size,
-                                                         count, ahead);
+                                                         count, next);
                     });
                 }
             }

@@ -30,11 +30,35 @@ struct Outputs {
     int count = 0;
 };
 
+// Where a cell has several pixels of features of its own, those that the cell below is the first to read.
+template <class T>
+struct PixelsBelow {
+    const T* pixels[kMaxFactor * kMaxFactor];
+    int count = 0;
+
+    // One that has not been taken yet, if there is any left.
+    const T* take(const T* otherwise) { return count > 0 ? pixels[--count] : otherwise; }
+};
+
+// What is fetched between arithmetic, channel by channel: pixels of the next cell, for the level 1 cache, or two of the
+// cell below, which are longer on their way.
+template <class T>
+struct Next {
+    const T *grad, *pixel, *pixel_below;
+
+    template <bool below>
+    __attribute__((always_inline)) void fetch(int64_t c) const {
+        __builtin_prefetch(grad + c);
+        __builtin_prefetch(pixel + c, 0, below ? 2 : 3);
+        if (below) __builtin_prefetch(pixel_below + c, 0, 2);
+    }
+};
+
 // `P` outputs times NA x NB pixels from `pixels` on.
 template <int P, int NA, int NB, class T>
 __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, int64_t row_stride,
                                         int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
-                                        int64_t row_step, int64_t tap_step, const T* next_grads, const T* next_pixels) {
+                                        int64_t row_step, int64_t tap_step, const Next<T>& next) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sum[P][NA][NB] = {};
@@ -55,15 +79,13 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
     int64_t c = 0;
     if constexpr (std::is_same_v<T, BFloat16>) {
         for (; c + 2 * L <= channels; c += 2 * L) {
-            __builtin_prefetch(next_grads + c);
-            __builtin_prefetch(next_pixels + c);
+            next.template fetch<P == 1>(c);
             add([c](const T* from) __attribute__((always_inline)) { return load_even(from + c); });
             add([c](const T* from) __attribute__((always_inline)) { return load_odd(from + c); });
         }
     }
     for (; c + L <= channels; c += L) {
-        __builtin_prefetch(next_grads + c);
-        __builtin_prefetch(next_pixels + c);
+        next.template fetch<P == 1>(c);
         add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
     }
     if (c < channels) {
@@ -142,9 +164,10 @@ struct GradMasksNhwc {
 
     // line = the gradient of the masks of one cell.
     void contract_cell(const Item& at, int64_t cell, A* line) const {
+        PixelsBelow<T> below = pixels_below(at, cell);
         if (!is_inner(at.cell_row, cell)) std::fill(at.sums, at.sums + sums_of_cell * L, A{0});
         for (int r = 0; r < rows.count; r++) {
-            for (int q = 0; q < columns.count; q++) contract_window(at, cell, rows.groups[r], columns.groups[q]);
+            for (int q = 0; q < columns.count; q++) contract_window(at, cell, rows.groups[r], columns.groups[q], below);
         }
         for (int64_t k = 0; k < line_size; k += L) {
             Vector<A> partial[L];
@@ -152,6 +175,18 @@ struct GradMasksNhwc {
             for (int i = 0; i < L; i++) partial[i] = load(at.sums + (k + i) * L);
             store(sums_of_lanes<A>(partial), line + k);
         }
+    }
+
+    PixelsBelow<T> pixels_below(const Item& at, int64_t cell) const {
+        PixelsBelow<T> below;
+        if (up >= p.factor.down) return below;
+        const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
+        const int64_t last = (at.cell_row + 1) * down + rows.groups[rows.count - 1].offset + p.radius();
+        for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
+            for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
+                below.pixels[below.count++] = element<const T>(p.features, at.n, at.group * channels, row, column);
+        }
+        return below;
     }
 
     // Whether all outputs of a cell are there, and all their windows inside the borders, so that every sum is written.
@@ -198,7 +233,7 @@ struct GradMasksNhwc {
     }
 
     // The outputs of one cell that read the same window.
-    void contract_window(const Item& at, int64_t cell, Phases::Group r, Phases::Group q) const {
+    void contract_window(const Item& at, int64_t cell, Phases::Group r, Phases::Group q, PixelsBelow<T>& below) const {
         const PixelWindow<const T> window = window_of<const T>(p, p.features, at.n, at.group * channels,
                                                                at.cell_row * p.factor.down + r.offset,
                                                                cell * p.factor.down + q.offset);
@@ -211,14 +246,15 @@ struct GradMasksNhwc {
             }
         }
         int first = 0;
-        for (; first + 4 <= outputs.count; first += 4) contract_rows<4>(window, outputs, first);
-        for (; first + 2 <= outputs.count; first += 2) contract_rows<2>(window, outputs, first);
-        if (first < outputs.count) contract_rows<1>(window, outputs, first);
+        for (; first + 4 <= outputs.count; first += 4) contract_rows<4>(window, outputs, first, below);
+        for (; first + 2 <= outputs.count; first += 2) contract_rows<2>(window, outputs, first, below);
+        if (first < outputs.count) contract_rows<1>(window, outputs, first, below);
     }
 
     // All taps of a window, as many rows and columns at a time as there are registers for.
     template <int P>
-    void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first) const {
+    void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first,
+                       PixelsBelow<T>& below) const {
         constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(4, kMostSums / P / kColumns);
         for (int a = window.a_begin; a < window.a_end;) {
             const int na = std::min(kRows, window.a_end - a);
@@ -227,7 +263,7 @@ struct GradMasksNhwc {
                           nb = left > kColumns && left < 2 * kColumns ? (left + 1) / 2 : std::min(kColumns, left);
                 with_count<kRows>(na, [&](auto rows_here) {
                     with_count<kColumns>(nb, [&](auto columns_here) {
-                        contract_taps<P, rows_here(), columns_here()>(window, outputs, first, a, b);
+                        contract_taps<P, rows_here(), columns_here()>(window, outputs, first, a, b, below);
                     });
                 });
                 b += nb;
@@ -237,13 +273,16 @@ struct GradMasksNhwc {
     }
 
     template <int P, int NA, int NB>
-    void contract_taps(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first, int a, int b) const {
+    void contract_taps(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first, int a, int b,
+                       PixelsBelow<T>& below) const {
         const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
         A* sums[P];
         for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
+        const T* const right = window.pixel(a, b + NB);
+        const Next<T> next{outputs.grads[first + a % P] + up * p.grad_output.stride_w, below.take(right),
+                           below.take(right)};
         contract<P, NA, NB>(outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride, channels,
-                            sums, k * tap_step, tap_step, outputs.grads[first + a % P] + up * p.grad_output.stride_w,
-                            window.pixel(a, b + NB));
+                            sums, k * tap_step, tap_step, next);
     }
 };
 

@@ -19,6 +19,8 @@ constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
 constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;   // vectors, where rows are wide
 
+constexpr int64_t kOutputsInBuffer = 32 * 1024 / kVectorBytes;  // vectors, that leave a level 1 cache soon
+
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
 
 // Channels contracted at once, with one phase and with more: as many as there are registers for their sums.
@@ -41,6 +43,8 @@ struct Windows {
     int64_t count;     // columns of outputs
     int64_t phases;    // in a cell of them
     bool past_caches;  // are whole vectors of outputs written
+    Ahead* ahead;
+    int lines_ahead;  // fetched with each row of taps
 };
 
 // Adds the taps of rows [begin, end) of features, from one channel on, to the rows [First, Last) of outputs. `K` is the
@@ -60,6 +64,7 @@ CARAFEPP_INLINE void accumulate(const Windows<A>& windows, const A* channel, int
         for (int r = First; r < Last; r++) {
             weights[r] = windows.weights[r] + (y - r * windows.step) * kernel_size * tap_stride;
         }
+        for (int k = 0; k < windows.lines_ahead; k++) windows.ahead->fetch_line();
         const auto add_tap = [&](int b) __attribute__((always_inline)) {
             Vector<A> features[NC];
 #pragma GCC unroll 8
@@ -239,10 +244,14 @@ struct ReassembleNchw {
     const Cut cut{p, phases, masks.row_size(L), L, threads_worth<A>(p)};
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
-    // Else sums go by way of a buffer, of a tile of two rows.
-    const bool in_place = std::is_same_v<T, A> && p.result.stride_w == 1;
     const int64_t tile_columns = L * masks.phases;
-    const bool past_caches = in_place && leaves_caches<T>(p.result) && writes_lines();
+    // Sums are written where they belong, or by way of a buffer: of a tile of two rows, or of the whole rows, which are
+    // then written past the caches although their vectors are not whole lines.
+    const bool adjacent = std::is_same_v<T, A> && p.result.stride_w == 1;
+    const bool past_caches = adjacent && leaves_caches<T>(p.result) && writes_lines();
+    const bool by_rows = adjacent && leaves_caches<T>(p.result) && !past_caches && cut.tiles == tiles &&
+                         2 * cut.channels * p.out_w <= kOutputsInBuffer * L;
+    const bool in_place = adjacent && !by_rows;
 
     // Whether each vector of a tile, with the other phases', is a whole line or more.
     bool writes_lines() const {
@@ -262,7 +271,8 @@ struct ReassembleNchw {
 
     const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
     const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
-    const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * tile_columns;
+    const int64_t buffer_columns = by_rows ? p.out_w : tile_columns;
+    const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * buffer_columns;
     const int64_t scratch_size = masks_size + features_size + outputs_size;
     const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
     const int64_t items = p.result.n * p.groups * row_blocks * panels;
@@ -285,7 +295,7 @@ struct ReassembleNchw {
         std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
         stage_masks(b);
         contract_block(b);
-        if (past_caches) finish_streams();
+        if (past_caches || by_rows) finish_streams();
     }
 
     // ---- masks ----
@@ -353,13 +363,29 @@ struct ReassembleNchw {
                 const int64_t top = p.factor.source(i) - p.radius(), end = p.factor.source(last) + p.radius() + 1;
                 for (staged = std::max(staged, top); staged < std::min(end, p.features.h); staged++)
                     stage_features(b, channel, count, staged);
-                contract_rows(b, channel, count, {i, last + 1}, {top, end});
+                Ahead ahead = next_features(b, channel, count, last, end);
+                contract_rows(b, channel, count, {i, last + 1}, {top, end}, ahead);
             }
         }
     }
 
+    // Those that are staged next.
+    Ahead next_features(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
+        const bool below = last + 1 < b.first_row + b.rows;
+        const int64_t first = below ? end : std::max<int64_t>(p.factor.source(b.first_row) - p.radius(), 0);
+        const int64_t next_last = std::min(below ? last + 2 : b.first_row + 1, b.first_row + b.rows - 1);
+        const int64_t next_end = std::min(p.factor.source(next_last) + p.radius() + 1, p.features.h);
+        const int64_t next = below ? channel : channel + count;
+        const int64_t left = (b.group + 1) * channels - next;
+        const int64_t column = std::max<int64_t>((b.first_cell - cut.reach_before) * p.factor.down, 0);
+        const int64_t columns = std::min((b.cells + cut.reach_before + cut.reach_behind) * p.factor.down,
+                                         p.features.w - column);
+        return Ahead(p.features, element<const T>(p.features, b.n, next, first, column), columns, next_end - first,
+                     std::min(below ? count : cut.channels, left));
+    }
+
     // One or two rows of outputs, whose windows are rows `sources` of features.
-    void contract_rows(const Block& b, int64_t channel, int64_t count, Rows rows, Rows sources) const {
+    void contract_rows(const Block& b, int64_t channel, int64_t count, Rows rows, Rows sources, Ahead& ahead) const {
         int staged_rows[kMaxKernelSize + kMaxFactor];
         for (int64_t y = sources.begin; y < sources.end; y++) staged_rows[y - sources.begin] = staged_row(y);
         Windows<A> w;
@@ -370,15 +396,19 @@ struct ReassembleNchw {
         w.end = static_cast<int>(std::min(sources.end, p.features.h) - sources.begin);
         w.step = static_cast<int>(sources.end - sources.begin - p.kernel_size);
         w.tap_stride = masks.phases * L;
-        w.output_channel_stride = in_place ? p.result.stride_c : 2 * tile_columns;
-        w.output_row_stride = in_place ? p.result.stride_h : tile_columns;
+        w.output_channel_stride = in_place ? p.result.stride_c : 2 * buffer_columns;
+        w.output_row_stride = in_place ? p.result.stride_h : buffer_columns;
         w.phases = masks.phases;
         w.past_caches = past_caches;
+        w.ahead = &ahead;
+        const int64_t at_once = cut.parts[0].count == 1 ? kFor1 : kFor2;
+        w.lines_ahead = static_cast<int>(
+            ceil_div(ahead.lines(), b.tiles * cut.parts_count * ceil_div(count, at_once) * p.kernel_size));
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             const int64_t column = b.first_column + tile * L * p.factor.up;
             const int64_t columns = std::min(tile_columns, p.out_w - column);
             T* const result = element<T>(p.result, b.n, channel, rows.begin, column);
-            A* outputs = b.outputs;
+            A* outputs = b.outputs + (by_rows ? column : 0);
             if constexpr (std::is_same_v<T, A>) {
                 if (in_place) outputs = result;
             }
@@ -389,10 +419,24 @@ struct ReassembleNchw {
                 for (int64_t r = 0; r < rows.end - rows.begin; r++)
                     w.weights[r] = staged_masks(b, rows.begin + r, tile) + part.first * L;
                 w.outputs = outputs + part.first;
-                w.count = (in_place ? columns : tile_columns) - part.first;
+                w.count = (adjacent ? columns : tile_columns) - part.first;
                 contract_part(w, part.count, count, rows.end - rows.begin);
             }
-            if (!in_place) write(b.outputs, count, rows.end - rows.begin, columns, result);
+            if (!adjacent) write(b.outputs, count, rows.end - rows.begin, columns, result);
+        }
+        if constexpr (std::is_same_v<T, A>) {
+            if (by_rows) stream_rows(b, channel, count, rows);
+        }
+    }
+
+    // Whole rows out of the buffer, the lines that only they have past the caches.
+    void stream_rows(const Block& b, int64_t channel, int64_t count, Rows rows) const {
+        const bool as_one = p.result.stride_h == p.out_w;
+        const int64_t runs = as_one ? 1 : rows.end - rows.begin, size = p.out_w * (rows.end - rows.begin) / runs;
+        for (int64_t c = 0; c < count; c++) {
+            for (int64_t r = 0; r < runs; r++)
+                stream_lines(b.outputs + (2 * c + r) * p.out_w, size,
+                             element<A>(p.result, b.n, channel + c, rows.begin + r, 0));
         }
     }
 

@@ -29,6 +29,7 @@ struct Site {
     const A* weights[kMost];  // of each output, those of its taps `tap_stride` apart
     T* outputs[kMost];
     int count;
+    PixelsAhead<T> ahead;
 };
 
 // `P` outputs from `first` on, `NV` vectors of channels from `c` on.
@@ -40,6 +41,7 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
     for (int a = window.a_begin; a < window.a_end; a++) {
         const T* x = window.pixel(a, window.b_begin) + c;
         int64_t tap = (a * site.kernel_size + window.b_begin) * site.tap_stride;
+        if (a - window.a_begin < site.ahead.rows) fetch_row<NV>(site.ahead, a - window.a_begin, c);
         for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride, tap += site.tap_stride) {
             Vector<A> features[NV];
             read_channels<NV, store_as>(x, tail, features);
@@ -50,9 +52,6 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
                 for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
             }
         }
-        // The column that the next cell's windows have and these have not.
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) __builtin_prefetch(x + v * kLanes<A>);
     }
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) write_channels<NV, store_as>(sums[o], site.outputs[first + o] + c, tail);
@@ -154,6 +153,13 @@ struct ReassembleNhwc {
         return {pixels, row_stride, up * taps, taps, 1};
     }
 
+    // Of the rows that the windows of the next band are the first to read: as many pixels as a cell has of its own.
+    PixelsAhead<T> ahead(int64_t n, int64_t group, int64_t source, int64_t cell) const {
+        const int64_t row = source + p.radius() + 1, rows = std::min(ceil_div(down, up), p.features.h - row);
+        return {element<const T>(p.features, n, group * channels, row, cell * down), p.features.stride_h,
+                p.features.stride_w, static_cast<int>(rows), static_cast<int>(down)};
+    }
+
     // All outputs of one cell, the q-th of its tile, window by window.
     void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, const Weights& weights, int64_t q) const {
         Site<T> site;
@@ -163,6 +169,7 @@ struct ReassembleNhwc {
             const Phases::Group& columns = phases.groups[g];
             site.window = window_of<const T>(p, p.features, n, group * channels, rows.source,
                                              cell * down + columns.offset);
+            site.ahead = g > 0 ? PixelsAhead<T>{} : ahead(n, group, rows.source, cell);
             site.count = 0;
             for (int64_t row = rows.begin; row < rows.end; row++) {
                 for (int64_t phase = columns.begin; phase < std::min<int64_t>(columns.end, p.out_w - cell * up);

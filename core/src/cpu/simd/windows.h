@@ -82,6 +82,27 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
     }
 }
 
+// Pixels that are read some time later. Fetched into the level 2 cache between arithmetic, a few at a time: a burst of
+// fetches would wait for its turn, and some processors drop it.
+template <class T>
+struct PixelsAhead {
+    const T* first = nullptr;
+    int64_t row_stride = 0, pixel_stride = 0;
+    int rows = 0, columns = 0;
+};
+
+// `NV` vectors of channels from `c` on, of all columns of a row.
+template <int NV, class T>
+CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) {
+    constexpr int kBytes = NV * kLanes<Accumulator<T>> * static_cast<int>(sizeof(T));
+    const T* pixel = ahead.first + row * ahead.row_stride + c;
+    for (int q = 0; q < ahead.columns; q++, pixel += ahead.pixel_stride) {
+#pragma GCC unroll 8
+        for (int line = 0; line < kBytes; line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(pixel) + line, 0, 2);
+    }
+}
+
 // Half a vector cannot be written past the caches, and no pair of vectors of float16 makes a whole one.
 template <class T>
 constexpr Store kStreamed = std::is_same_v<T, Float16> ? Store::kPlain : Store::kStream;
