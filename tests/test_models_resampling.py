@@ -1,5 +1,6 @@
 """The operators that CARAFE++ is compared with: sizes, formulas, parameters, gradients, errors."""
 
+import doctest
 import math
 
 import pytest
@@ -8,7 +9,13 @@ torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
 
 from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import DOWNSAMPLERS, UPSAMPLERS, downsampler, upsampler  # noqa: E402
+from carafepp.torch.models import (  # noqa: E402
+    DOWNSAMPLERS,
+    UPSAMPLERS,
+    downsampler,
+    resampling,
+    upsampler,
+)
 
 upsamplers = pytest.mark.parametrize("name", UPSAMPLERS)
 downsamplers = pytest.mark.parametrize("name", DOWNSAMPLERS)
@@ -307,3 +314,7 @@ def test_kernel_sizes():
     ]:
         with pytest.raises(ValueError, match=rf"\[{module}\] kernel_size must be odd.*; got 2"):
             downsampler(name, 4, kernel_size=2)
+
+
+def test_the_examples():
+    assert doctest.testmod(resampling).failed == 0

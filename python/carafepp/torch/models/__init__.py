@@ -4,10 +4,14 @@ Reference modules of plain `torch.nn`, to be read beside the paper and lifted in
 """
 
 from .resampling import DOWNSAMPLERS, UPSAMPLERS, downsampler, upsampler
+from .resnet import ResNet, resnet50, resnet101
 
 __all__ = [
     "DOWNSAMPLERS",
     "UPSAMPLERS",
+    "ResNet",
     "downsampler",
+    "resnet50",
+    "resnet101",
     "upsampler",
 ]

@@ -71,6 +71,7 @@ def upsampler(name: str, channels: int, *, factor: int = 2, **options: Any) -> n
 
     Examples
     --------
+    >>> import torch
     >>> x = torch.randn(1, 16, 5, 7)
     >>> upsampler("deconv", 16)(x, size=(9, 14)).shape
     torch.Size([1, 16, 9, 14])
@@ -106,6 +107,7 @@ def downsampler(name: str, channels: int, *, factor: int = 2, **options: Any) ->
 
     Examples
     --------
+    >>> import torch
     >>> downsampler("lip", 16)(torch.randn(1, 16, 5, 7)).shape
     torch.Size([1, 16, 3, 4])
     """
