@@ -3,13 +3,17 @@
 Reference modules of plain `torch.nn`, to be read beside the paper and lifted into a model.
 """
 
+from .fpn import FPN, MaskHead, ResNetFPN
 from .resampling import DOWNSAMPLERS, UPSAMPLERS, downsampler, upsampler
 from .resnet import ResNet, resnet50, resnet101
 
 __all__ = [
     "DOWNSAMPLERS",
+    "FPN",
     "UPSAMPLERS",
+    "MaskHead",
     "ResNet",
+    "ResNetFPN",
     "downsampler",
     "resnet50",
     "resnet101",
