@@ -6,6 +6,7 @@ Reference modules of plain `torch.nn`, to be read beside the paper and lifted in
 from .fpn import FPN, MaskHead, ResNetFPN
 from .resampling import DOWNSAMPLERS, UPSAMPLERS, downsampler, upsampler
 from .resnet import ResNet, resnet50, resnet101
+from .upernet import UperNet
 
 __all__ = [
     "DOWNSAMPLERS",
@@ -14,6 +15,7 @@ __all__ = [
     "MaskHead",
     "ResNet",
     "ResNetFPN",
+    "UperNet",
     "downsampler",
     "resnet50",
     "resnet101",
