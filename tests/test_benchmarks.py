@@ -160,6 +160,58 @@ def test_a_module_takes_half_the_memory_of_a_composed_one(torch):
     assert peaks["carafepp"] <= 0.5 * min(peaks["taps per phase"], peaks["bmm"])
 
 
+# Networks
+
+
+def test_networks_are_compared(torch, tmp_path):
+    files = {"--json": tmp_path / "networks.json", "--markdown": tmp_path / "networks.md"}
+    options = [word for option, path in files.items() for word in (option, str(path))]
+    options += ["--networks", "resnet50,mask_rcnn,upernet", "--scale", "0.1", "--width", "2"]
+    done = run("-m", "benchmarks.networks", *options, "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert "### upernet: (1, 3, 45, 60), forward, float32, 1 thread" in done.stdout
+    assert files["--markdown"].read_text().strip() == done.stdout.strip()
+    rows = json.loads(files["--json"].read_text())["rows"]
+    assert [row["variant"] for row in rows] == [
+        "nothing",
+        "down",
+        *["nothing", "up", "down", "both"] * 2,
+    ]
+    assert all(row["samples"] > 0 and row["seconds"][1] > 0 for row in rows)
+    for name in ("mask_rcnn", "upernet"):
+        of = {row["variant"]: row for row in rows if row["network"] == name}
+        for quantity in ("parameters", "FLOPs"):
+            nothing, up, down, both = (of[variant][quantity] for variant in of)
+            assert min(up, down) > nothing
+            assert both - nothing == (up - nothing) + (down - nothing)
+
+
+def test_operations_of_networks_are_those_of_their_convolutions(torch):
+    """4.09 G multiplications are what is known of ResNet-50; CARAFE++ adds its own in 7 places."""
+    from benchmarks import modules, networks
+
+    with torch.device("meta"):
+        x = torch.empty(1, 3, 224, 224)
+        plain, down = (
+            modules.flops(networks.resnet50(None, name, 64).eval(), x) for name in (None, "carafe")
+        )
+    assert plain == 2 * 4_089_184_256
+    added = 0
+    channels = [64, 128, 256, 256, 512, 512, 1024]
+    for c, size in zip(channels, [112, 56, 56, 28, 28, 14, 14], strict=True):
+        positions = (size // 2) ** 2
+        added += size**2 * c * 16 + positions * (9 * 16 * 25 + 25 * c)
+    # The 1x1 convolution before the stride of a block works at the same size as before.
+    assert down - plain == 2 * added
+
+
+def test_unknown_networks_and_passes_are_refused():
+    for option, known in [("--networks", "resnet50, faster_rcnn"), ("--pass", "forward")]:
+        done = run("-m", "benchmarks.networks", option, "none")
+        assert done.returncode == 2
+        assert f"'none' is none of {known}" in done.stderr
+
+
 # On a GPU
 
 
