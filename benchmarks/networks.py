@@ -64,24 +64,28 @@ class Detector(nn.Module):
         return F.adaptive_avg_pool2d(level, size).expand(regions, -1, -1, -1)
 
 
-def resnet50(up: str | None, down: str | None, width: int) -> nn.Module:  # noqa: D103
+def resnet50(up: str | None, down: str | None, width: int) -> nn.Module:
+    """Return ResNet-50, which classifies."""
     return ResNet(width=width, downsampler=down)
 
 
-def faster_rcnn(up: str | None, down: str | None, width: int) -> nn.Module:  # noqa: D103
+def faster_rcnn(up: str | None, down: str | None, width: int) -> nn.Module:
+    """Return Faster R-CNN with ResNet-50."""
     return Detector(up, down, width)
 
 
-def mask_rcnn(up: str | None, down: str | None, width: int) -> nn.Module:  # noqa: D103
+def mask_rcnn(up: str | None, down: str | None, width: int) -> nn.Module:
+    """Return Mask R-CNN with ResNet-50."""
     return Detector(up, down, width, masks=True)
 
 
-def upernet(up: str | None, down: str | None, width: int) -> nn.Module:  # noqa: D103
+def upernet(up: str | None, down: str | None, width: int) -> nn.Module:
+    """Return UperNet with ResNet-50."""
     backbone = ResNet(width=width, num_classes=None, downsampler=down)
     return UperNet(backbone, channels=8 * width, upsampler=up or "bilinear")
 
 
-# All with ResNet-50, and the size of a picture in the paper.
+# And the size of a picture in the paper.
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int]]] = {
     "resnet50": (resnet50, (224, 224)),
     "faster_rcnn": (faster_rcnn, (800, 1333)),
