@@ -162,7 +162,7 @@ def markdown(rows: list[dict]) -> str:
                 else f"x{peak:.3f}",
             ]
         )
-    head = ["CARAFE++ in", "parameters", "FLOPs", "time", "p10-p90", "n", "frames a second"]
+    head = ["CARAFE++ in", "parameters", "FLOPs forward", "time", "p10-p90", "n", "frames a second"]
     title = f"### {base['network']}: {base['shape']}, {base['pass']}, float32, "
     title += f"{base['threads']} thread" + "s" * (base["threads"] > 1)
     return f"{title}\n\n{report.table([*head, 'in the paper', 'peak memory'], cells)}"
