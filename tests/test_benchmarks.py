@@ -160,6 +160,57 @@ def test_a_module_takes_half_the_memory_of_a_composed_one(torch):
     assert peaks["carafepp"] <= 0.5 * min(peaks["taps per phase"], peaks["bmm"])
 
 
+# Networks
+
+
+def test_networks_are_compared(torch, tmp_path):
+    files = {"--json": tmp_path / "networks.json", "--markdown": tmp_path / "networks.md"}
+    options = [word for option, path in files.items() for word in (option, str(path))]
+    options += ["--networks", "resnet50,mask_rcnn", "--scale", "0.1", "--width", "2"]
+    done = run("-m", "benchmarks.networks", *options, "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert "### mask_rcnn: (1, 3, 80, 133), forward, float32, 1 thread" in done.stdout
+    assert files["--markdown"].read_text().strip() == done.stdout.strip()
+    rows = json.loads(files["--json"].read_text())["rows"]
+    variants = ["nothing", "down", "nothing", "up", "down", "both"]
+    assert [row["variant"] for row in rows] == variants
+    assert all(row["samples"] > 0 and row["seconds"][1] > 0 for row in rows)
+    for quantity in ("parameters", "FLOPs"):
+        nothing, up, down, both = (row[quantity] for row in rows[2:])
+        assert min(up, down) > nothing
+        assert both - nothing == (up - nothing) + (down - nothing)
+
+
+def test_operations_of_networks_are_those_of_their_convolutions(torch):
+    """4.09 G multiplications are what is known of ResNet-50; CARAFE++ adds its own in 7 places."""
+    from benchmarks import modules, networks
+
+    with torch.device("meta"):
+        x = torch.empty(1, 3, 224, 224)
+        plain, down = (
+            modules.flops(networks.resnet50(None, name, 64).eval(), x) for name in (None, "carafe")
+        )
+    assert plain == 2 * 4_089_184_256
+    added = 0
+    channels = [64, 128, 256, 256, 512, 512, 1024]
+    for c, size in zip(channels, [112, 56, 56, 28, 28, 14, 14], strict=True):
+        positions = (size // 2) ** 2
+        added += size**2 * c * 16 + positions * (9 * 16 * 25 + 25 * c)
+    # The 1x1 convolution before the stride of a block works at the same size as before.
+    assert down - plain == 2 * added
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("--networks", "resnet50, faster_rcnn"), ("--pass", "forward, ")]
+)
+def test_unknown_networks_and_passes_are_refused(torch, capsys, option, known):
+    from benchmarks import networks
+
+    with pytest.raises(SystemExit, match="2"):
+        networks.main([option, "none"])
+    assert f"{option}: 'none' is none of {known}" in capsys.readouterr().err
+
+
 # On a GPU
 
 

@@ -1,9 +1,9 @@
 """CARAFE++ in PyTorch.
 
 `carafepp.reassemble` and the other functions are differentiable on tensors as they are. Here are
-the module, `CARAFE`; `replace_resampling`, which puts it into a network; and, in
-`carafepp.torch.mmcv`, what mmcv has of CARAFE. An exported program that is loaded needs this
-import for its operators, ``torch.ops.carafepp.*``.
+the module, `CARAFE`; `replace_resampling`, which puts it into a network; in `carafepp.torch.mmcv`
+what mmcv has of CARAFE; and in `carafepp.torch.models` the paper's networks. An exported program
+that is loaded needs this import for its operators, ``torch.ops.carafepp.*``.
 """
 
 from .modules import CARAFE
