@@ -287,6 +287,22 @@ def test_gradients_reach_every_parameter(network, options, resamplers):
     assert not unreached
 
 
+@resamplers
+@generators
+def test_a_step_lowers_the_loss(network, options, resamplers):
+    generator = network(width=4, **options, **resamplers)
+    image, hole = pictures()
+    optimizer = torch.optim.SGD(generator.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        loss = reconstruction_loss(generator(image, hole), image, hole)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @generators
 def test_carafe_sits_where_it_replaces(network, options, depth):
