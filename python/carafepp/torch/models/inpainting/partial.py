@@ -118,7 +118,8 @@ class PartialCARAFE(nn.Module):
     is `PartialConv2d`'s size/valid. So the outside of the picture is a hole here too, unlike in
     `CARAFE`: with a map that is valid everywhere, borders differ from its, and nothing else does.
 
-    Weights below the rounding error of the kernel's sum count as none.
+    Weights below the rounding error of the kernel's sum count as none. The kernels serve twice, so
+    unlike in `CARAFE` they are stored.
 
     Examples
     --------
