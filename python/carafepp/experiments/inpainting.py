@@ -104,7 +104,7 @@ def train_inpainting(
         generator = make_generator(network, width=width, **names).to(device)
         discriminator = PatchDiscriminator(width=width, depth=2).to(device)
     fill, tell = _Descent(generator, steps), _Descent(discriminator, steps)
-    pictures, rng = load_pictures().train, np.random.default_rng(seed)
+    pictures, rng = load_pictures(size).train, np.random.default_rng(seed)
     start = time.perf_counter()
     for step in range(steps):
         image = torch.from_numpy(random_crops(pictures, batch, size, rng)).to(device)
@@ -133,7 +133,7 @@ def train_inpainting(
 def evaluate(generator: nn.Module, size: int, device: str = "cpu") -> dict[str, float]:
     """Return a generator's psnr and l1 on the test set, and the psnr of filling by the mean."""
     rng = np.random.default_rng(2021)
-    crops = random_crops(load_pictures().test, TEST_CROPS, size, rng)
+    crops = random_crops(load_pictures(size).test, TEST_CROPS, size, rng)
     image, hole = torch.from_numpy(crops), torch.from_numpy(free_form_holes(TEST_CROPS, size, rng))
     generator.eval()
     with torch.no_grad():
