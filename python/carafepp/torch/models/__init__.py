@@ -1,9 +1,11 @@
 """The paper's networks (section 4), with CARAFE++ or any operator that it is compared with.
 
 Reference modules of plain `torch.nn`, to be read beside the paper and lifted into a model.
+`inpainting` has the losses and layers of its systems too.
 """
 
 from .fpn import FPN, MaskHead, ResNetFPN
+from .inpainting import GlobalLocalGenerator, PartialConvUNet, PatchDiscriminator
 from .resampling import DOWNSAMPLERS, UPSAMPLERS, downsampler, upsampler
 from .resnet import ResNet, resnet50, resnet101
 from .upernet import UperNet
@@ -12,7 +14,10 @@ __all__ = [
     "DOWNSAMPLERS",
     "FPN",
     "UPSAMPLERS",
+    "GlobalLocalGenerator",
     "MaskHead",
+    "PartialConvUNet",
+    "PatchDiscriminator",
     "ResNet",
     "ResNetFPN",
     "UperNet",
