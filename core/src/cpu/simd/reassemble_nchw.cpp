@@ -455,12 +455,14 @@ struct ReassembleNchw {
     }
 
     static void contract_part(const Windows<A>& w, int phases, int64_t channels, int64_t rows) {
-        switch (phases == w.phases ? w.kernel_size : 0) {
-            case 3: contract_phases<3>(w, phases, channels, rows); break;
-            case 5: contract_phases<5>(w, phases, channels, rows); break;
-            case 7: contract_phases<7>(w, phases, channels, rows); break;
-            default: contract_phases<0>(w, phases, channels, rows);
+        if constexpr (std::is_same_v<A, float>) {  // of doubles, one form serves all: they are to keep small
+            switch (phases == w.phases ? w.kernel_size : 0) {
+                case 3: return contract_phases<3>(w, phases, channels, rows);
+                case 5: return contract_phases<5>(w, phases, channels, rows);
+                case 7: return contract_phases<7>(w, phases, channels, rows);
+            }
         }
+        contract_phases<0>(w, phases, channels, rows);
     }
 
     template <int K>
