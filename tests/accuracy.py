@@ -1,4 +1,4 @@
-"""How near results come to the definition, and what extreme logits give: the tables of docs/numbers.md.
+"""How near results come to the definition, and extreme logits: the tables of docs/numbers.md.
 
     python tests/accuracy.py [CASE ...]
 
