@@ -1,10 +1,14 @@
 """NaN, Inf, overflow and denormals: what they touch, and what they must not touch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import accuracy
 import carafepp
 import reference as ref
+from accuracy import EXTREME_LOGITS
 from cases import CASES, DTYPES, double, integer_arrays, integers, numpy_dtype
 from functions import names, run
 from tolerances import EPS, SMALLEST
@@ -234,20 +238,6 @@ def test_results_below_the_normal_range_are_denormal(dtypes):
 # Extreme logits
 
 
-EXTREME_LOGITS = {
-    "all_minus_inf": [-np.inf] * 9,
-    "one_minus_inf": [-np.inf] + [0.5] * 8,
-    "one_finite": [-np.inf] * 4 + [0.5] + [-np.inf] * 4,
-    "one_plus_inf": [np.inf] + [0.5] * 8,
-    "all_plus_inf": [np.inf] * 9,
-    "plus_and_minus_inf": [np.inf, -np.inf] + [0.5] * 7,
-    "nan": [np.nan] + [0.5] * 8,
-    "huge": [1e30, -1e30] + [0.0] * 7,
-    "all_huge": [1e30] * 9,
-    "all_hugely_negative": [-1e30] * 9,
-    "one_large": [200.0] + [0.0] * 8,
-    "all_large_and_negative": [-200.0] * 9,
-}
 extreme_logits = pytest.mark.parametrize(
     "logits", [np.array(v).reshape(1, 9, 1, 1) for v in EXTREME_LOGITS.values()], ids=EXTREME_LOGITS
 )
@@ -345,3 +335,29 @@ def test_long_doubles_are_what_they_were(implementation):
     case = CASES["crop_up"]
     run(implementation, "reassemble", case, integer_arrays(case, DTYPES[1]))
     assert np.longdouble(1) + np.longdouble(2) == 3
+
+
+# docs/numbers.md
+
+PAGE = Path(__file__).parent.parent / "docs" / "numbers.md"
+page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a source distribution")
+
+
+@page
+def test_the_page_tells_what_extreme_logits_give():
+    assert accuracy.extreme_table() in PAGE.read_text()
+
+
+@page
+def test_the_page_tells_the_bounds_and_no_less_than_the_errors():
+    written = {
+        (cells[1].strip(), dtype): cell.strip()
+        for cells in (line.split("|") for line in PAGE.read_text().splitlines())
+        for dtype, cell in zip(accuracy.STORED, cells[2:-1], strict=False)
+    }
+    errors = accuracy.worst_errors([CASES["up2"], CASES["ratio_3_2"]])
+    assert {quantity for quantity, _ in errors} == set(accuracy.C)
+    for (quantity, dtype), error in errors.items():
+        worst, bound = written[quantity, dtype].split(" of ")
+        assert bound == accuracy.bound(quantity, dtype)
+        assert error <= float(worst) + 0.01

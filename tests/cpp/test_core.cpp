@@ -503,6 +503,36 @@ TEST(struct_size_rules) {
     w.refused(CARAFEPP_VALUE_ERROR, "normalizer must be a number from 0 to 3; got 4.");
 }
 
+// carafepp_params as version 1 of the ABI has it: this copy does not grow with the header's.
+struct ParamsOfVersion1 {
+    size_t struct_size;
+    int32_t up, down, kernel_size, groups, normalizer;
+    uint32_t flags;
+    const char* implementation;
+    int64_t size[2];
+    int64_t reserved[4];
+};
+
+TEST(a_caller_built_for_version_1_goes_on_working) {
+    const ParamsOfVersion1 old{sizeof(ParamsOfVersion1), 2, 1, 3, 1, CARAFEPP_SOFTMAX, 0, nullptr, {0, 0}, {}};
+    static_assert(sizeof old <= sizeof(carafepp_params), "structs only grow");
+    GuardedBytes memory(&old, sizeof old, true);  // a read beyond them faults
+    const auto* const params = reinterpret_cast<const carafepp_params*>(memory.data);
+    Small s, t;
+    CHECK(s.run() == CARAFEPP_OK);
+    CHECK(carafepp_reassemble(params, &t.x, &t.m, &t.y, nullptr) == CARAFEPP_OK);
+    CHECK(t.output == s.output);
+    int64_t shape[4];
+    CHECK(carafepp_output_shape(params, CARAFEPP_REASSEMBLE, &t.x, shape) == CARAFEPP_OK);
+    CHECK(shape[2] == 8 && shape[3] == 8);
+
+    ParamsOfVersion1 cut = old;
+    cut.struct_size--;
+    const auto* const smaller = reinterpret_cast<const carafepp_params*>(&cut);
+    CHECK(carafepp_reassemble(smaller, &t.x, &t.m, &t.y, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK_TEXT(carafepp_last_error(), "params.struct_size must be from 88 to 4096; got 87.");
+}
+
 TEST(tensors_that_no_array_library_would_make) {
     Small s;
     s.x.ndim = 7;

@@ -2,8 +2,9 @@
 // Random calls of the C ABI: whatever comes in, a call returns a status, reads and writes nothing but what it was
 // given, writes nothing when it fails, changes no input and computes the same bits on any number of threads.
 //
-// For libFuzzer, `LLVMFuzzerTestOneInput`, with AddressSanitizer and UndefinedBehaviorSanitizer. Built without
-// libFuzzer there is a driver that draws bytes itself: fuzz_abi SECONDS [SEED].
+// For libFuzzer, `LLVMFuzzerTestOneInput`, with AddressSanitizer and UndefinedBehaviorSanitizer; -len_control=0, as
+// calls of short inputs are much the same. Built without libFuzzer there is a driver that draws bytes itself: fuzz_abi
+// SECONDS [SEED].
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

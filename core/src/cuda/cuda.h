@@ -31,7 +31,7 @@ public:
     CurrentDevice(const CurrentDevice&) = delete;
 
 private:
-    int callers_ = 0, device_ = 0;
+    [[maybe_unused]] int callers_ = 0, device_ = 0;  // not in no_cuda.cpp
 };
 
 // Each queues one kernel on problem.stream, which computes problem.result, whatever the strides; on the current device.

@@ -122,8 +122,8 @@ struct Images {
 
     int64_t scratch_of_kernel(int64_t count) const {
         const Problem one = image(0, 0, count, static_cast<A*>(p.result.data));
-        const Kernel<A, M> kernel{one};
-        return kernel.scratch_size;
+        const int64_t size = Kernel<A, M>{one}.scratch_size;  // in a name: clang 14 takes it for the address of `one`
+        return size;
     }
 
     void run_item(int64_t item, A* scratch) const {
