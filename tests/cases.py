@@ -155,7 +155,7 @@ _TABLE = [
     Case("ratio_7_5_wide", "seven phases of five source columns", 1, 4, 6, 52, up=7, down=5),
     Case("up13_wide", "thirteen phases of several vectors", 1, 4, 3, 19, up=13),
     Case("down13_wide", "every thirteenth of several vectors", 1, 9, 14, 235, down=13),
-    Case("past_caches", "a result that is written past the caches", 1, 17, 101, 173, up=2),
+    Case("past_caches", "a result that is written past the caches", 1, 33, 101, 173, up=2),
     Case("images_past_caches", "the same, image by image in two parts", 8, 130, 30, 37),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),

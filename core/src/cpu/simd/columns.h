@@ -224,15 +224,17 @@ CARAFEPP_INLINE void store_columns(const Accumulator<T>* from, int64_t pitch, in
 }
 
 // Past the caches, but for the ends that do not fill a line.
-template <class A>
-CARAFEPP_INLINE void stream_lines(const A* from, int64_t count, A* to) {
-    constexpr int L = kLanes<A>;
-    const int64_t line = 64 / int64_t{sizeof(A)};
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(A)) % line;
+template <class T>
+CARAFEPP_INLINE void stream_lines(const T* from, int64_t count, T* to) {
+    const int64_t line = 64 / int64_t{sizeof(T)};
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line;
     int64_t k = std::min(count, (line - misaligned) % line);
     std::copy_n(from, k, to);
     for (; k + line <= count; k += line) {
-        for (int64_t part = k; part < k + line; part += L) stream(load(from + part), to + part);
+        for (int64_t part = 0; part < 64; part += kVectorBytes) {
+            stream(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + part)),
+                   reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + part));
+        }
     }
     std::copy_n(from + k, count - k, to + k);
 }

@@ -84,7 +84,6 @@ template <class T, class M>
 struct GradFeaturesNchw {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
-    static constexpr bool kStreams = sizeof(T) == sizeof(A);
 
     const Problem& p;
     const ColumnTaps taps{p};
@@ -145,7 +144,7 @@ struct GradFeaturesNchw {
         sums_size = panel * chunk * down * at_once * L;
         const int64_t all_masks_size = (p.from_logits ? k : std::min(chunk, k)) * k * up * all_masks_pitch;
         grads_size = at_once * ceil_div(up, down) * up * pitch;
-        streams = kStreams && panel == tiles && p.result.stride_w == 1 && p.result.stride_h == p.features.w &&
+        streams = panel == tiles && p.result.stride_w == 1 && p.result.stride_h == p.features.w &&
                   leaves_caches<T>(p.result);
         rows_size = streams ? ceil_div(chunk * p.features.w, L) * L : 0;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
@@ -333,12 +332,10 @@ struct GradFeaturesNchw {
         }
         for (int64_t c = 0; c < count; c++) {
             T* const to = element<T>(p.result, b.n, channel + c, b.begin, b.first_tile * L * down);
-            if constexpr (kStreams) {
-                if (streams) {
-                    write_rows(b, c, b.rows, p.features.w, 1);
-                    stream_lines(b.rows, (b.end - b.begin) * p.features.w, to);
-                    continue;
-                }
+            if (streams) {
+                write_rows(b, c, b.rows, p.features.w, 1);
+                stream_lines(b.rows, (b.end - b.begin) * p.features.w, to);
+                continue;
             }
             write_rows(b, c, to, p.result.stride_h, p.result.stride_w);
         }

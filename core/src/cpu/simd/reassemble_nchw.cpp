@@ -18,8 +18,7 @@ namespace {
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
 constexpr int64_t kFeaturesInBlock = 24 * 1024 / kVectorBytes;  // vectors, of a level 1 cache
 constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;   // vectors, where rows are wide
-
-constexpr int64_t kOutputsInBuffer = 32 * 1024 / kVectorBytes;  // vectors, that leave a level 1 cache soon
+constexpr int64_t kRowsBytes = 64 * 1024;                       // of outputs, that are written out soon
 
 constexpr int kMostPhases = 4;  // contracted at once, of one row or, up to two, of both
 
@@ -245,13 +244,12 @@ struct ReassembleNchw {
     const int64_t channels = p.features.c / p.groups;
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
     const int64_t tile_columns = L * masks.phases;
-    // Sums are written where they belong, or by way of a buffer: of a tile of two rows, or of the whole rows, which are
-    // then written past the caches although their vectors are not whole lines.
+    // Sums are written where they belong or, in other types and strides, by way of a buffer of a tile of two rows.
     const bool adjacent = std::is_same_v<T, A> && p.result.stride_w == 1;
     const bool past_caches = adjacent && leaves_caches<T>(p.result) && writes_lines();
-    const bool by_rows = adjacent && leaves_caches<T>(p.result) && !past_caches && cut.tiles == tiles &&
-                         2 * cut.channels * p.out_w <= kOutputsInBuffer * L;
-    const bool in_place = adjacent && !by_rows;
+    // Where their vectors are not whole lines, whole rows are collected before they leave past the caches.
+    const bool by_rows = p.result.stride_w == 1 && leaves_caches<T>(p.result) && !past_caches && cut.tiles == tiles &&
+                         2 * cut.channels * p.out_w * int64_t{sizeof(T)} <= kRowsBytes;
 
     // Whether each vector of a tile, with the other phases', is a whole line or more.
     bool writes_lines() const {
@@ -267,13 +265,14 @@ struct ReassembleNchw {
         int64_t n, group, first_row, rows, first_tile, tiles;
         int64_t first_cell, cells, first_column, columns;  // of outputs
         A *masks, *features, *outputs;
+        T* rows_out;  // of some channels, two each
     };
 
     const int64_t masks_size = cut.rows * cut.tiles * masks.row_size(L);
     const int64_t features_size = cut.channels * cut.channel_size + L;  // the last load may reach beyond
-    const int64_t buffer_columns = by_rows ? p.out_w : tile_columns;
-    const int64_t outputs_size = in_place ? 0 : 2 * cut.channels * buffer_columns;
-    const int64_t scratch_size = masks_size + features_size + outputs_size;
+    const int64_t outputs_size = adjacent ? 0 : 2 * cut.channels * tile_columns;
+    const int64_t rows_size = by_rows ? 2 * cut.channels * p.out_w : 0;
+    const int64_t scratch_size = masks_size + features_size + outputs_size + rows_size;
     const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
     const int64_t items = p.result.n * p.groups * row_blocks * panels;
 
@@ -282,6 +281,7 @@ struct ReassembleNchw {
         b.masks = scratch;
         b.features = b.masks + masks_size;
         b.outputs = b.features + features_size;
+        b.rows_out = reinterpret_cast<T*>(b.outputs + outputs_size);
         b.first_tile = item % panels * cut.tiles;
         b.tiles = std::min(cut.tiles, tiles - b.first_tile);
         b.first_cell = b.first_tile * L;
@@ -396,8 +396,10 @@ struct ReassembleNchw {
         w.end = static_cast<int>(std::min(sources.end, p.features.h) - sources.begin);
         w.step = static_cast<int>(sources.end - sources.begin - p.kernel_size);
         w.tap_stride = masks.phases * L;
-        w.output_channel_stride = in_place ? p.result.stride_c : 2 * buffer_columns;
-        w.output_row_stride = in_place ? p.result.stride_h : buffer_columns;
+        const int64_t channel_stride = by_rows ? 2 * p.out_w : p.result.stride_c;
+        const int64_t row_stride = by_rows ? p.out_w : p.result.stride_h;
+        w.output_channel_stride = adjacent ? channel_stride : 2 * tile_columns;
+        w.output_row_stride = adjacent ? row_stride : tile_columns;
         w.phases = masks.phases;
         w.past_caches = past_caches;
         w.ahead = &ahead;
@@ -407,10 +409,10 @@ struct ReassembleNchw {
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             const int64_t column = b.first_column + tile * L * p.factor.up;
             const int64_t columns = std::min(tile_columns, p.out_w - column);
-            T* const result = element<T>(p.result, b.n, channel, rows.begin, column);
-            A* outputs = b.outputs + (by_rows ? column : 0);
+            T* const result = by_rows ? b.rows_out + column : element<T>(p.result, b.n, channel, rows.begin, column);
+            A* outputs = b.outputs;
             if constexpr (std::is_same_v<T, A>) {
-                if (in_place) outputs = result;
+                if (adjacent) outputs = result;
             }
             w.features = b.features + tile * L;
             for (int k = 0; k < cut.parts_count; k++) {
@@ -422,35 +424,33 @@ struct ReassembleNchw {
                 w.count = (adjacent ? columns : tile_columns) - part.first;
                 contract_part(w, part.count, count, rows.end - rows.begin);
             }
-            if (!adjacent) write(b.outputs, count, rows.end - rows.begin, columns, result);
+            if (!adjacent) write(b.outputs, count, rows.end - rows.begin, columns, result, channel_stride, row_stride);
         }
-        if constexpr (std::is_same_v<T, A>) {
-            if (by_rows) stream_rows(b, channel, count, rows);
-        }
-    }
-
-    // Whole rows out of the buffer, the lines that only they have past the caches.
-    void stream_rows(const Block& b, int64_t channel, int64_t count, Rows rows) const {
-        const bool as_one = p.result.stride_h == p.out_w;
-        const int64_t runs = as_one ? 1 : rows.end - rows.begin, size = p.out_w * (rows.end - rows.begin) / runs;
-        for (int64_t c = 0; c < count; c++) {
-            for (int64_t r = 0; r < runs; r++)
-                stream_lines(b.outputs + (2 * c + r) * p.out_w, size,
-                             element<A>(p.result, b.n, channel + c, rows.begin + r, 0));
-        }
+        if (by_rows) stream_rows(b, channel, count, rows);
     }
 
     // A tile out of the buffer.
-    void write(const A* outputs, int64_t count, int64_t rows, int64_t columns, T* result) const {
-        for (int64_t c = 0; c < count; c++, outputs += 2 * tile_columns, result += p.result.stride_c) {
+    void write(const A* outputs, int64_t count, int64_t rows, int64_t columns, T* result, int64_t channel_stride,
+               int64_t row_stride) const {
+        for (int64_t c = 0; c < count; c++, outputs += 2 * tile_columns, result += channel_stride) {
             for (int64_t r = 0; r < rows; r++) {
                 const A* const from = outputs + r * tile_columns;
-                T* const to = result + r * p.result.stride_h;
+                T* const to = result + r * row_stride;
                 for (int64_t k = 0; k < columns; k += L) {
                     store_lanes(from + k, static_cast<int>(std::min(columns - k, L)), to + k * p.result.stride_w,
                                 p.result.stride_w);
                 }
             }
+        }
+    }
+
+    // Whole rows, past the caches but for the ends of what is adjacent.
+    void stream_rows(const Block& b, int64_t channel, int64_t count, Rows rows) const {
+        const int64_t all = rows.end - rows.begin, runs = p.result.stride_h == p.out_w ? 1 : all;
+        for (int64_t c = 0; c < count; c++) {
+            for (int64_t r = 0; r < runs; r++)
+                stream_lines(b.rows_out + (2 * c + r) * p.out_w, p.out_w * all / runs,
+                             element<T>(p.result, b.n, channel + c, rows.begin + r, 0));
         }
     }
 
