@@ -36,7 +36,7 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
 }
 # What there must be, by a part of the mangled name. LDG and STG: global memory, LDS, STS: shared.
 INSTRUCTIONS = {
-    r"(reassemble|grad_features)_nhwc_kernelILi.Eff": (
+    r"(reassemble|grad_features)_nhwc_kernelILi.EfE": (
         r"LDG\S*\.128",
         r"STG\S*\.128",
         r"LDS\S*\.128",
@@ -46,7 +46,7 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
-    r"grad_masks_(down2_)?nhwc_kernelILi.Eff": (r"LDG\S*\.128",),
+    r"grad_masks_(down2_)?nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
     r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
     r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*7Float16": (
         r"HMMA",
@@ -54,11 +54,11 @@ INSTRUCTIONS = {
         r"STG\S*\.128",
     ),
     r"grad_masks_nhwc_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\S*\.128"),
-    r"reassemble_down2_nhwc_kernelILi.Eff": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
-    r"(reassemble|grad_masks)_down2_nchw_kernelILi.Eff": (r"LDG\S*\.64",),
-    r"grad_features_down2_kernelI\w*OfChannelsELi.Eff": (r"LDG\S*\.128", r"STG\S*\.128"),
+    r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
+    r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
+    r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
     r"grad_features_down2_kernelI\w*OfChannelsELi.E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
-    r"grad_features_down2_kernelI\w*OfColumnsELi.Eff": (r"STG\S*\.64",),
+    r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
     r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
 LOCAL_MEMORY = r"(LDL|STL)\b"

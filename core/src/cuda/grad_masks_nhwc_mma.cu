@@ -24,7 +24,7 @@ constexpr int kBlocks = 2;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns pixels;
 // lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
 // eight adjacent ones, for four products.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
             }
         }
         if (p.from_logits) {
-            for_each_of_lines<K, kSources, kThreads, const M>(
-                p, p.logits, n, group, i, first, [&](const M* from, int place) { logits[place] = widen(*from); });
+            for_each_of_lines<K, kSources, kThreads, T>(
+                p, p.logits, n, group, i, first, [&](MaskPointer<T> from, int place) { logits[place] = from[0]; });
         }
         __syncthreads();
         const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
             for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
         }
         __syncthreads();
-        for_each_of_lines<K, kSources, kThreads, M>(p, p.result, n, group, i, first,
-                                                    [&](M* to, int place) { *to = narrow<M>(lines[place]); });
+        for_each_of_lines<K, kSources, kThreads, T>(p, p.result, n, group, i, first,
+                                                    [&](MaskPointer<T> to, int place) { to.store(0, lines[place]); });
         __syncthreads();
     }
 }
@@ -107,9 +107,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
 template <int K>
 void run(const Problem& p) {
     const int64_t tiles = ceil_div(p.features.w, kSources);
-    with_halves(p, [&](auto feature, auto mask) {
-        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.features.h * tiles, kThreads,
+    with_halves(p, [&](auto feature) {
+        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * tiles, kThreads,
                2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, tiles);
     });
 }
@@ -118,9 +117,8 @@ void run(const Problem& p) {
 
 const char* not_for_grad_masks_nhwc_mma(const Problem& p) {
     if (const char* reason = not_for_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16, BFloat16>)
-               : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
+                                                 : nullptr;
 }
 
 void grad_masks_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }

@@ -18,9 +18,9 @@ struct Lines {
     }
 };
 
-// Calls f(element, place) for each mask of 32 sources, `Columns` in a row, from (i, j) on: where it is in `array`, of
+// Calls f(pointer, place) for each mask of 32 sources, `Columns` in a row, from (i, j) on: where it is in `array`, of
 // the shape of masks or logits, and where in the lines. Of outputs that a crop leaves out only logits exist.
-template <int K, int Columns, int Threads, class M, class F>
+template <int K, int Columns, int Threads, class T, class F>
 __device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array& array, int64_t n, int64_t group, int i,
                                                   int j, F f) {
     constexpr int kOfSource = K * K * kOutputs;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array&
         const Output output{row * kUp + o / kUp, column * kUp + o % kUp};
         if (row >= p.features.h || column >= p.features.w) continue;
         if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) continue;
-        f(mask_at<M>(p, array, n, group, tap, output), source * Lines<K>::kSize + place);
+        f(mask_at<T>(p, array, n, group, tap, output), source * Lines<K>::kSize + place);
     }
 }
 

@@ -34,7 +34,7 @@ __device__ float tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, i
 
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
 // channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
                        image = divide(source_row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, i = source_row.remainder;
         const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSources;
-        stage_sources<K, M>(p, n, group, i, first, kSourcesOfBlock, staged);
+        stage_sources<K, T>(p, n, group, i, first, kSourcesOfBlock, staged);
         clear_outside<K>(p, first, kSourcesOfBlock, staged);
         if (j < p.features.w) {
             const int source = row / kUp;  // of this lane's outputs
@@ -110,10 +110,9 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 template <int K>
 void run(const Problem& p) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
-    with_halves(p, [&](auto feature, auto mask) {
-        launch(reassemble_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.features.h * cut.tiles, kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p,
-               cut);
+    with_halves(p, [&](auto feature) {
+        launch(reassemble_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * cut.tiles,
+               kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p, cut);
     });
 }
 
@@ -122,9 +121,8 @@ void run(const Problem& p) {
 const char* not_for_reassemble_nhwc_mma(const Problem& p) {
     if (const char* reason = not_for_mma(p, {&p.features, &p.result})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16, BFloat16>)
-               : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16>)
+                                                 : nullptr;
 }
 
 void reassemble_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
