@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                     const bool lower = upper && i * kUp + 1 < p.out_h;
                     const Words of_rows[] = {load_words(grads, upper),
                                              load_words(grads + p.grad_output.stride_h, lower)};
+                    const T* pixel = features;
 #pragma unroll
-                    for (int a = 0; a < K; a++) {
+                    for (int a = 0; a < K; a++, pixel += p.features.stride_h) {
                         const int y = i + a - K / 2;
                         if (y < 0 || y >= p.features.h) continue;
-                        const Words of_pixel = load_words(features + a * p.features.stride_h, exist && pixel_exists);
+                        const Words of_pixel = load_words(pixel, exist && pixel_exists);
 #pragma unroll
                         for (int word = 0; word < 4; word++) {
                             const uint32_t of_outputs[] = {of_rows[0].of[word], of_rows[1].of[word]};
@@ -67,14 +68,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                     grads += kChannels;
                 }
             }
-            const int source = row / kUp;
-            float* const line = lines + (warp * kOwn + source) * Lines<K>::kSize;
+            const int source = row / kUp, first_b = 2 * pair - source, step = Lines<K>::place(p, 1, 0);
 #pragma unroll
-            for (int a = 0; a < K; a++) {
+            for (int half = 0; half < kUp; half++) {  // rows of outputs
+                float* const line = lines + (warp * kOwn + source) * Lines<K>::kSize +
+                                    Lines<K>::place(p, first_b, half * kUp + row % kUp);
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const int b = 2 * pair + k % 2 - source, output = k / 2 * kUp + row % kUp;
-                    if (b >= 0 && b < K) line[Lines<K>::place(p, a * K + b, output)] = sums[a][k];
+                for (int a = 0; a < K; a++) {
+#pragma unroll
+                    for (int q = 0; q < 2; q++) {
+                        const int b = first_b + q;
+                        if (b >= 0 && b < K) line[(a * K + q) * step] = sums[a][2 * half + q];
+                    }
                 }
             }
         }
