@@ -26,8 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
-    "reassemble_nchw_kernel": 168,
+    "reassemble_nchw_kernel": 200,
     "grad_masks_nhwc_kernel": 168,
+    "grad_masks_nchw_mma_kernel": 168,
     "grad_masks_nhwc_mma_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
@@ -53,6 +54,8 @@ INSTRUCTIONS = {
         r"LDG\S*\.128",
         r"STG\S*\.128",
     ),
+    r"(reassemble|grad_features)_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
     r"grad_masks_nhwc_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),

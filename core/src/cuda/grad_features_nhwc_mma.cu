@@ -20,27 +20,6 @@ struct Cut {
     int64_t panels, runs, chunks;  // of strips in a row, of rows in an image, of channels in a group
 };
 
-// One element of the result.
-template <class T>
-__device__ float tap_by_tap(const Problem& p, int64_t n, int64_t group, int64_t c, int64_t y, int64_t x) {
-    const int64_t k = p.kernel_size, radius = p.radius();
-    float sum = 0;
-#pragma unroll 1
-    for (int64_t t = 0; t < k * k; t++) {
-        const int64_t i = y + radius - t / k, j = x + radius - t % k;  // the source whose tap t is this pixel
-        if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
-#pragma unroll 1
-        for (int o = 0; o < kOutputs; o++) {
-            const Output output{i * kUp + o / kUp, j * kUp + o % kUp};
-            if (output.i < p.out_h && output.j < p.out_w) {
-                sum += mask_of<T>(p, n, group, t, output) *
-                       widen(*element<const T>(p.grad_output, n, c, output.i, output.j));
-            }
-        }
-    }
-    return sum;
-}
-
 // The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
 // over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
@@ -114,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
             const Place at = place(number);
             for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
                 *element<T>(p.result, n, c + at.channel + q, at.y,
-                            at.x) = narrow<T>(tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
+                            at.x) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
             }
         }
     }
@@ -138,7 +117,7 @@ void run(const Problem& p) {
 }  // namespace
 
 const char* not_for_grad_features_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_mma(p, {&p.grad_output, &p.result})) return reason;
+    if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &p.result})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;

@@ -83,29 +83,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                 }
             }
         }
-        if (p.from_logits) {
-            for_each_of_lines<K, kSources, kThreads, T>(
-                p, p.logits, n, group, i, first, [&](MaskPointer<T> from, int place) { logits[place] = from[0]; });
-        }
-        __syncthreads();
-        const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
-        if (source < kSources && first + source < p.features.w) {
-            const int own_j = first + source;
-            const int begin = source * Lines<K>::kSize + Lines<K>::place(p, 0, output), step = Lines<K>::place(p, 1, 0);
-            const bool computed = i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
-            float grad[K * K];
-#pragma unroll
-            for (int t = 0; t < K * K; t++)
-                grad[t] = computed ? lines[begin + t * step] : 0;  // where a crop leaves it out
-            if (computed) clear_outside<K>(p, i, own_j, grad);     // whatever the gradient there
-            if (computed && p.from_logits) through_normalizer<K>(logits + begin, kOutputs, p.normalizer, grad);
-#pragma unroll
-            for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
-        }
-        __syncthreads();
-        for_each_of_lines<K, kSources, kThreads, T>(p, p.result, n, group, i, first,
-                                                    [&](MaskPointer<T> to, int place) { to.store(0, lines[place]); });
-        __syncthreads();
+        finish_lines<K, kSources, kThreads, T>(p, n, group, i, first, lines, logits);
     }
 }
 
@@ -121,7 +99,7 @@ void run(const Problem& p) {
 }  // namespace
 
 const char* not_for_grad_masks_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_mma(p, {&p.features, &p.grad_output})) return reason;
+    if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
