@@ -123,14 +123,14 @@ __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, 
 template <int Count>
 __device__ __forceinline__ void load_each(const float* from, int64_t step, float (&taps)[Count]) {
 #pragma unroll
-    for (int t = 0; t < Count; t++) taps[t] = from[t * step];
+    for (int t = 0; t < Count; t++, from += step) taps[t] = *from;
 }
 template <class T, int Count>
 __device__ __forceinline__ void load_each(MaskPointer<T> from, int64_t step, float (&taps)[Count]) {
     if (sizeof(T) == 2 && from.of_float) return load_each(static_cast<const float*>(from.address), step, taps);
-    const T* const of_features_type = static_cast<const T*>(from.address);
+    const T* tap = static_cast<const T*>(from.address);
 #pragma unroll
-    for (int t = 0; t < Count; t++) taps[t] = widen(of_features_type[t * step]);
+    for (int t = 0; t < Count; t++, tap += step) taps[t] = widen(*tap);
 }
 
 // The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers. From a MaskPointer,

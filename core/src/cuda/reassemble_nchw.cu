@@ -37,8 +37,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     }
 }
 
+// Two blocks, though three mostly fit: sm_120's assembler would spill to make room for the third.
 template <int K, class T>
-__global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p, Cut cut) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
         const bool inside = window_inside<K>(p, i, j);
 #pragma unroll 1
         for (int o = 0; o < kOutputs; o++) {  // those there are move up: the normaliser's code stands once
-            const Output output{source.i * kUp + o / kUp, source.j * kUp + o % kUp};
+            const Output output{int64_t{i} * kUp + o / kUp, int64_t{j} * kUp + o % kUp};
             float own[K * K] = {};  // 0 where a crop leaves the output out
             if (p.from_logits || (output.i < p.out_h && output.j < p.out_w)) {
                 load_taps<K>(mask_at<T>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, own);
