@@ -86,6 +86,7 @@ constexpr Implementation kNormalizeMasksBackward[] = {
 constexpr Implementation kCudaReassemble[] = {
     {"reassemble_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
     {"reassemble_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
+    {"reassemble_nchw_mma_cuda", cuda::not_for_reassemble_nchw_mma, cuda::reassemble_nchw_mma},
     {"reassemble_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
     {"reassemble_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
     {"reassemble_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
@@ -94,6 +95,7 @@ constexpr Implementation kCudaReassemble[] = {
 constexpr Implementation kCudaReassembleWithLogits[] = {
     {"reassemble_with_logits_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
     {"reassemble_with_logits_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
+    {"reassemble_with_logits_nchw_mma_cuda", cuda::not_for_reassemble_nchw_mma, cuda::reassemble_nchw_mma},
     {"reassemble_with_logits_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
     {"reassemble_with_logits_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
     {"reassemble_with_logits_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
@@ -102,6 +104,7 @@ constexpr Implementation kCudaReassembleWithLogits[] = {
 constexpr Implementation kCudaGradFeatures[] = {
     {"grad_features_nhwc_mma_cuda", cuda::not_for_grad_features_nhwc_mma, cuda::grad_features_nhwc_mma},
     {"grad_features_nhwc_cuda", cuda::not_for_grad_features_nhwc, cuda::grad_features_nhwc},
+    {"grad_features_nchw_mma_cuda", cuda::not_for_grad_features_nchw_mma, cuda::grad_features_nchw_mma},
     {"grad_features_nchw_cuda", cuda::not_for_grad_features_nchw, cuda::grad_features_nchw},
     {"grad_features_down2_nhwc_cuda", cuda::not_for_grad_features_down2_nhwc, cuda::grad_features_down2_nhwc},
     {"grad_features_down2_nchw_cuda", cuda::not_for_grad_features_down2_nchw, cuda::grad_features_down2_nchw},
@@ -110,6 +113,7 @@ constexpr Implementation kCudaGradFeatures[] = {
 constexpr Implementation kCudaGradMasks[] = {
     {"grad_masks_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_masks_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
+    {"grad_masks_nchw_mma_cuda", cuda::not_for_grad_masks_nchw_mma, cuda::grad_masks_nchw_mma},
     {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_masks_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
     {"grad_masks_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},
@@ -118,6 +122,7 @@ constexpr Implementation kCudaGradMasks[] = {
 constexpr Implementation kCudaGradLogits[] = {
     {"grad_logits_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
     {"grad_logits_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
+    {"grad_logits_nchw_mma_cuda", cuda::not_for_grad_masks_nchw_mma, cuda::grad_masks_nchw_mma},
     {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
     {"grad_logits_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
     {"grad_logits_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},

@@ -26,8 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
-    "reassemble_nchw_kernel": 168,
+    "reassemble_nchw_kernel": 200,
     "grad_masks_nhwc_kernel": 168,
+    "grad_masks_nchw_mma_kernel": 168,
     "grad_masks_nhwc_mma_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
@@ -36,7 +37,7 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
 }
 # What there must be, by a part of the mangled name. LDG and STG: global memory, LDS, STS: shared.
 INSTRUCTIONS = {
-    r"(reassemble|grad_features)_nhwc_kernelILi.Eff": (
+    r"(reassemble|grad_features)_nhwc_kernelILi.EfE": (
         r"LDG\S*\.128",
         r"STG\S*\.128",
         r"LDS\S*\.128",
@@ -46,19 +47,21 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
-    r"grad_masks_(down2_)?nhwc_kernelILi.Eff": (r"LDG\S*\.128",),
+    r"grad_masks_(down2_)?nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
     r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
     r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*7Float16": (
         r"HMMA",
         r"LDG\S*\.128",
         r"STG\S*\.128",
     ),
+    r"(reassemble|grad_features)_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
     r"grad_masks_nhwc_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\S*\.128"),
-    r"reassemble_down2_nhwc_kernelILi.Eff": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
-    r"(reassemble|grad_masks)_down2_nchw_kernelILi.Eff": (r"LDG\S*\.64",),
-    r"grad_features_down2_kernelI\w*OfChannelsELi.Eff": (r"LDG\S*\.128", r"STG\S*\.128"),
+    r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
+    r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
+    r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
     r"grad_features_down2_kernelI\w*OfChannelsELi.E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
-    r"grad_features_down2_kernelI\w*OfColumnsELi.Eff": (r"STG\S*\.64",),
+    r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
     r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
 LOCAL_MEMORY = r"(LDL|STL)\b"

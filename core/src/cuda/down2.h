@@ -2,6 +2,7 @@
 // What the kernels for down x2 share: output (i, j) is centred on source (2i, 2j).
 #pragma once
 
+#include "cuda/columns.h"
 #include "cuda/masks.h"
 #include "cuda/window.h"
 
@@ -15,36 +16,6 @@ inline const char* not_for_down2(const Problem& p) {
     if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
     if (p.features.h > INT32_MAX - 8 || p.features.w > INT32_MAX - 8) return "rows or columns are too many";
-    return nullptr;
-}
-
-// ---- two neighbouring columns, the first an even one, loaded and stored as one ----
-
-__device__ __forceinline__ float2 load_columns(const float* from) {
-    return __ldg(reinterpret_cast<const float2*>(from));
-}
-__device__ __forceinline__ void store_columns(float2 value, float* to) { __stcs(reinterpret_cast<float2*>(to), value); }
-
-template <class T>
-__device__ __forceinline__ float2 load_columns(const T* from) {
-    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(from));
-    return make_float2(widen(T{static_cast<uint16_t>(bits)}), widen(T{static_cast<uint16_t>(bits >> 16)}));
-}
-template <class T>
-__device__ __forceinline__ void store_columns(float2 value, T* to) {
-    __stcs(reinterpret_cast<uint32_t*>(to), pair_of<T>(value.x, value.y));
-}
-
-// Why columns of an array cannot be.
-inline const char* not_for_columns(const Array& array) {
-    if (array.empty()) return nullptr;
-    if (array.stride_w != 1) return "columns are not adjacent";
-    if (array.w % 2 != 0) return "columns are odd in number";
-    for (int64_t stride : {array.stride_n, array.stride_c, array.stride_h}) {
-        if (stride % 2 != 0) return "rows are not pairs of columns apart";
-    }
-    if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(2 * itemsize(array.dtype)) != 0)
-        return "an array is not aligned to pairs of columns";
     return nullptr;
 }
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ Range outputs_of(const Problem& p, int64_t first_sour
     return {max(begin, int64_t{0}), min(end, outputs)};
 }
 
-template <class T, class M>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, Cut cut) {
     using A = Accumulator<T>;
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, C
                 for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
                     sources[q] = static_cast<int>(p.factor.source(begin + q) - first);
                 if (p.from_logits) {
-                    stage_masks<M>(p, n, group, number, outputs, p.out_w, masks, cut.outputs);
+                    stage_masks<T>(p, n, group, number, outputs, p.out_w, masks, cut.outputs);
                 } else {
-                    load_masks<M>(p, p.masks, n, group, a * k, k, number, outputs, p.out_w, masks, cut.outputs);
+                    load_masks<T>(p, p.masks, n, group, a * k, k, number, outputs, p.out_w, masks, cut.outputs);
                     __syncthreads();
                 }
                 if (exists) {
@@ -80,9 +80,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, C
 }  // namespace
 
 void grad_features(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
+    with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
         using A = Accumulator<T>;
         const int64_t staged_taps = p.from_logits ? p.taps() : p.kernel_size;
         Cut cut;
@@ -92,7 +91,7 @@ void grad_features(const Problem& p) {
         cut.outputs = outputs_in_shared<A>(staged_taps + 1, 1, 128);
         cut.tiles = ceil_div(p.result.w, cut.sources);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(grad_features_kernel<T, M>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles, kThreads,
+        launch(grad_features_kernel<T>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles, kThreads,
                (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }

@@ -88,19 +88,19 @@ struct Cut {
 };
 
 // The masks of the outputs from (top, left) on, as [tap][output]; 0 where there is none. Ends with a barrier.
-template <class Layout, int K, class M>
+template <class Layout, int K, class T>
 __device__ void stage(const Problem& p, int64_t n, int64_t group, int64_t top, int64_t left, float* staged) {
     using S = Staged<Layout, K>;
     const Array& array = p.from_logits ? p.logits : p.masks;
     for_each_mask(array, K * K, S::kOutputs, [&](int64_t t, int64_t q) {
         const int64_t out_i = top + q / S::kColumns, out_j = left + q % S::kColumns;
         const bool exists = out_i >= 0 && out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
-        staged[t * S::kOutputs + q] = exists ? widen(*element<const M>(array, n, group * K * K + t, out_i, out_j)) : 0;
+        staged[t * S::kOutputs + q] = exists ? mask_element<T>(array, n, group * K * K + t, out_i, out_j)[0] : 0;
     });
     finish_staging(p, S::kOutputs, staged, S::kOutputs);
 }
 
-template <class Layout, int K, class T, class M>
+template <class Layout, int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Problem p, Cut cut) {
     using R = Reach<K>;
     using S = Staged<Layout, K>;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
         const int64_t n = image.quotient, group = image.remainder;
         const int top = static_cast<int>(tile_row.remainder) * Layout::kRows - R::kBefore,
                   left = static_cast<int>(tile_column.remainder) * Layout::kColumns - R::kBefore;
-        stage<Layout, K, M>(p, n, group, top, left, staged);
+        stage<Layout, K, T>(p, n, group, top, left, staged);
 
         const int out_i = top + row, out_j = left + column;  // the first output that reaches the cell
         const int i = (out_i + R::kBefore) * kDown, j = (out_j + R::kBefore) * kDown;
@@ -171,8 +171,8 @@ void run(const Problem& p) {
     cut.rows = ceil_div(p.result.h, kDown * Layout::kRows);
     cut.columns = ceil_div(p.result.w, kDown * Layout::kColumns);
     cut.chunks = ceil_div(p.features.c / p.groups, Layout::kChannels);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(grad_features_down2_kernel<Layout, K, decltype(feature), decltype(mask)>,
+    with_floats(p, [&](auto feature) {
+        launch(grad_features_down2_kernel<Layout, K, decltype(feature)>,
                p.result.n * p.groups * cut.rows * cut.columns * cut.chunks, kThreads, Staged<Layout, K>::kBytes, p,
                cut);
     });

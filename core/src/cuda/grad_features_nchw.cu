@@ -43,7 +43,7 @@ __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t 
     __syncthreads();
 }
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem p, Cut cut) {
     constexpr int kRadius = K / 2;
     using S = Staged<K>;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem
         const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
         const bool exists = channel < channels && j < p.features.w;
         const auto add = [&](int i, float4(&sums)[K][kColumns]) {
-            stage_sources<K, M>(p, n, group, i, first - kRadius, S::kSources, masks);
+            stage_sources<K, T>(p, n, group, i, first - kRadius, S::kSources, masks);
             clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
             for (int row = 0; row < kUp; row++) {
                 stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
@@ -95,8 +95,8 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, kPanel);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(grad_features_nchw_kernel<K, decltype(feature), decltype(mask)>,
+    with_floats(p, [&](auto feature) {
+        launch(grad_features_nchw_kernel<K, decltype(feature)>,
                p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p, cut);
     });
 }

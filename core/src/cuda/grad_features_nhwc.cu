@@ -13,7 +13,7 @@ struct Cut {
     int64_t panels, runs, chunks;  // of columns in a row, of rows in an image, of channels in a group
 };
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2;
     float* const staged = shared_memory<float>();
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
         const int64_t c = group * channels_in_group + in_group;
         const bool exists = in_group < channels_in_group && j < p.features.w;
         const auto add = [&](int i, float4(&sums)[K][kColumns]) {
-            stage_sources<K, M>(p, n, group, i, first - kRadius, cut.columns + K - 1, staged);
+            stage_sources<K, T>(p, n, group, i, first - kRadius, cut.columns + K - 1, staged);
             clear_cropped<K>(p, i, first - kRadius, cut.columns + K - 1, staged);
             if (exists) {
                 const bool two_rows = i * kUp + 1 < p.out_h;
@@ -60,8 +60,8 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, cut.columns);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(grad_features_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+    with_floats(p, [&](auto feature) {
+        launch(grad_features_nhwc_kernel<K, decltype(feature)>,
                p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }

@@ -20,30 +20,9 @@ struct Cut {
     int64_t panels, runs, chunks;  // of strips in a row, of rows in an image, of channels in a group
 };
 
-// One element of the result.
-template <class T, class M>
-__device__ float tap_by_tap(const Problem& p, int64_t n, int64_t group, int64_t c, int64_t y, int64_t x) {
-    const int64_t k = p.kernel_size, radius = p.radius();
-    float sum = 0;
-#pragma unroll 1
-    for (int64_t t = 0; t < k * k; t++) {
-        const int64_t i = y + radius - t / k, j = x + radius - t % k;  // the source whose tap t is this pixel
-        if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
-#pragma unroll 1
-        for (int o = 0; o < kOutputs; o++) {
-            const Output output{i * kUp + o / kUp, j * kUp + o % kUp};
-            if (output.i < p.out_h && output.j < p.out_w) {
-                sum += mask_of<M>(p, n, group, t, output) *
-                       widen(*element<const T>(p.grad_output, n, c, output.i, output.j));
-            }
-        }
-    }
-    return sum;
-}
-
 // The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
 // over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     float* const staged = shared_memory<float>();
@@ -66,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
         float sums[kWide][4] = {};
         for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
             if (i * kUp >= p.out_h || p.out_w == 0) break;
-            stage_sources<K, M>(p, n, group, i, first - kRadius, sources, staged);
+            stage_sources<K, T>(p, n, group, i, first - kRadius, sources, staged);
             clear_cropped<K>(p, i, first - kRadius, sources, staged);
 #pragma unroll 1
             for (int step = 0; step < kUp * 2 && exists; step++) {
@@ -114,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
             const Place at = place(number);
             for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
                 *element<T>(p.result, n, c + at.channel + q, at.y,
-                            at.x) = narrow<T>(tap_by_tap<T, M>(p, n, group, c + at.channel + q, at.y, at.x));
+                            at.x) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
             }
         }
     }
@@ -128,8 +107,8 @@ void run(const Problem& p) {
     cut.panels = ceil_div(p.features.w, cut.strips * kTile);
     cut.runs = ceil_div(p.features.h, kTile);
     cut.chunks = ceil_div(channels_in_group, kWarps / cut.strips * kChannels);
-    with_halves(p, [&](auto feature, auto mask) {
-        launch(grad_features_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
+    with_halves(p, [&](auto feature) {
+        launch(grad_features_nhwc_mma_kernel<K, decltype(feature)>,
                p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads,
                (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
     });
@@ -138,11 +117,10 @@ void run(const Problem& p) {
 }  // namespace
 
 const char* not_for_grad_features_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_mma(p, {&p.grad_output, &p.result})) return reason;
+    if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &p.result})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16, BFloat16>)
-               : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16>)
+                                                 : nullptr;
 }
 
 void grad_features_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }

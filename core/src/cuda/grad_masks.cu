@@ -28,7 +28,7 @@ __device__ Accumulator<T> contract(const Problem& p, int64_t n, int64_t group, O
     return sum;
 }
 
-template <class T, class M>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut cut) {
     using A = Accumulator<T>;
     const int64_t tile_size = p.taps() * cut.outputs;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
             A grad = 0;  // of a sub-pixel that a crop leaves out
             if (output.i < p.out_h && output.j < p.out_w) {
                 const Quotient tap = divide(t, p.kernel_size);
-                grad = given ? A(widen(*element<const M>(p.grad_masks, n, group * p.taps() + t, output.i, output.j)))
+                grad = given ? A(mask_element<T>(p.grad_masks, n, group * p.taps() + t, output.i, output.j)[0])
                              : A(contract<T>(p, n, group, output, tap.quotient, tap.remainder));
             }
             grads[t * cut.outputs + q] = grad;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
         if (p.from_logits) {
             A* const masks = grads + tile_size;
             A* const logits = masks + tile_size;
-            load_masks<M>(p, p.logits, n, group, 0, p.taps(), first, outputs, cut.width, logits, cut.outputs);
+            load_masks<T>(p, p.logits, n, group, 0, p.taps(), first, outputs, cut.width, logits, cut.outputs);
             __syncthreads();
             for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
                 const Output output = output_at(first + q, cut.width);
@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
         }
         __syncthreads();
         for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            *mask_at<M>(p, p.result, n, group, t,
-                        output_at(first + q, cut.width)) = narrow<M>(grads[t * cut.outputs + q]);
+            mask_at<T>(p, p.result, n, group, t, output_at(first + q, cut.width)).store(0, grads[t * cut.outputs + q]);
         });
         __syncthreads();
     }
@@ -76,9 +75,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
 }  // namespace
 
 void grad_masks(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
+    with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
         using A = Accumulator<T>;
         const int64_t staged = p.from_logits ? 3 : 1;  // grads; masks and logits
         Cut cut;
@@ -86,7 +84,7 @@ void grad_masks(const Problem& p) {
         cut.width = p.from_logits ? p.logits.w * p.factor.up : p.out_w;
         cut.outputs = outputs_in_shared<A>(p.taps(), staged, 64);
         cut.tiles = ceil_div(cut.height * cut.width, cut.outputs);
-        launch(grad_masks_kernel<T, M>, p.result.n * p.groups * cut.tiles, kThreads,
+        launch(grad_masks_kernel<T>, p.result.n * p.groups * cut.tiles, kThreads,
                staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }

@@ -44,8 +44,8 @@ __device__ __forceinline__ float through_normalizer(carafepp_normalizer normaliz
 }
 
 // The same of all taps of an output.
-template <int K, class M>
-__device__ __forceinline__ void through_normalizer(const M* logits, int64_t step, carafepp_normalizer normalizer,
+template <int K, class Pointer>
+__device__ __forceinline__ void through_normalizer(Pointer logits, int64_t step, carafepp_normalizer normalizer,
                                                    float (&grad)[K * K]) {
     if (normalizer == CARAFEPP_NONE) return;
     float masks[K * K], mean = 0;
@@ -53,19 +53,17 @@ __device__ __forceinline__ void through_normalizer(const M* logits, int64_t step
 #pragma unroll
     for (int t = 0; t < K * K; t++) mean += masks[t] * grad[t];
 #pragma unroll
-    for (int t = 0; t < K * K; t++)
-        grad[t] = through_normalizer(normalizer, grad[t], masks[t], mean, widen(logits[t * step]));
+    for (int t = 0; t < K * K; t++) grad[t] = through_normalizer(normalizer, grad[t], masks[t], mean, logits[t * step]);
 }
 
 // The same with the taps of an output in eight threads. All lanes of a warp call it.
-template <int K, class M, int Count>
+template <int K, class T, int Count>
 __device__ __forceinline__ void through_normalizer_together(const Problem& p, int64_t n, int64_t group, Output output,
                                                             int lane, int taps, float (&grad)[Count]) {
     if (p.normalizer == CARAFEPP_NONE) return;
     float logits[kOwnTaps<K>] = {}, masks[kOwnTaps<K>] = {}, mean = 0;
-    for_each_own_tap<K>(lane, taps, [&](int k, int tap) {
-        logits[k] = masks[k] = widen(*mask_at<const M>(p, p.logits, n, group, tap, output));
-    });
+    for_each_own_tap<K>(
+        lane, taps, [&](int k, int tap) { logits[k] = masks[k] = mask_at<T>(p, p.logits, n, group, tap, output)[0]; });
     normalize_together<K>(p.normalizer, lane, taps, masks);
     for_each_own_tap<K>(lane, taps, [&](int k, int) { mean += masks[k] * grad[k]; });
     mean = sum_over_taps(mean);
@@ -76,7 +74,7 @@ __device__ __forceinline__ void through_normalizer_together(const Problem& p, in
 
 // Writes the gradient of masks or logits of an output, whose window is around source (i, j), with adjacent columns; 0
 // where a crop leaves it out and there is only a logit.
-template <int K, class M>
+template <int K, class T>
 __device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_t group, Output output, int i, int j,
                                              int logits_apart, float (&grad)[K * K]) {
     const bool computed = output.i < p.out_h && output.j < p.out_w;
@@ -85,13 +83,13 @@ __device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_
     if (computed) {
         clear_outside<K>(p, i, j, grad);  // whatever the gradient there
         if (p.from_logits) {
-            through_normalizer<K>(mask_at<const M>(p, p.logits, n, group, 0, output), step * p.logits.stride_c,
-                                  p.normalizer, grad);
+            through_normalizer<K>(mask_at<T>(p, p.logits, n, group, 0, output), step * p.logits.stride_c, p.normalizer,
+                                  grad);
         }
     }
-    M* const to = mask_at<M>(p, p.result, n, group, 0, output);
+    const MaskPointer<T> to = mask_at<T>(p, p.result, n, group, 0, output);
 #pragma unroll
-    for (int t = 0; t < K * K; t++) to[t * step * p.result.stride_c] = narrow<M>(computed ? grad[t] : 0.0f);
+    for (int t = 0; t < K * K; t++) to.store(t * step * p.result.stride_c, computed ? grad[t] : 0.0f);
 }
 
 }  // namespace carafepp::cuda

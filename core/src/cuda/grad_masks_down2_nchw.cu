@@ -26,7 +26,7 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     }
 }
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Problem p, int64_t tiles) {
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
@@ -52,16 +52,16 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Proble
         sum_of_warps<K>(sums, shared, grad);
         const Output output{out_i + warp, out_j};
         if (warp < kPair && output.i < p.result.h)
-            write_output<K, M>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad);
+            write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad);
     }
 }
 
 template <int K>
 void run(const Problem& p) {
     const int64_t tiles = ceil_div(ceil_div(p.result.h, kPair) * p.result.w, kSources);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(grad_masks_down2_nchw_kernel<K, decltype(feature), decltype(mask)>, p.result.n * p.groups * tiles,
-               kBlock, kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
+    with_floats(p, [&](auto feature) {
+        launch(grad_masks_down2_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock,
+               kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
     });
 }
 

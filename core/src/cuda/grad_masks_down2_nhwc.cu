@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_up(int lane, float (&sums)[Count]) {
     if constexpr (2 * Distance < kThreadsOfPair) add_up<2 * Distance>(lane, sums);
 }
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Problem p, int64_t tiles) {
     const int lane = static_cast<int>(threadIdx.x) % kThreadsOfPair;
     const int64_t channels_in_group = p.features.c / p.groups;
@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Proble
             add_up(lane, sums[o]);
             for_each_own_tap<K>(lane, taps, [&](int k, int) { sums[o][k] = computed ? sums[o][k] : 0; });
             if (p.from_logits)
-                through_normalizer_together<K, M>(p, n, group, output, lane, computed ? taps : 0, sums[o]);
+                through_normalizer_together<K, T>(p, n, group, output, lane, computed ? taps : 0, sums[o]);
             for_each_own_tap<K>(lane, taps, [&](int k, int tap) {
-                *element<M>(p.result, n, group * K * K + tap, output.i, output.j) = narrow<M>(sums[o][k]);
+                mask_element<T>(p.result, n, group * K * K + tap, output.i, output.j).store(0, sums[o][k]);
             });
         }
     }
@@ -104,9 +104,8 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Proble
 template <int K>
 void run(const Problem& p) {
     const int64_t tiles = ceil_div(ceil_div(p.result.h, kPair) * p.result.w, kPairs);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(grad_masks_down2_nhwc_kernel<K, decltype(feature), decltype(mask)>, p.result.n * p.groups * tiles,
-               kBlock, 0, p, tiles);
+    with_floats(p, [&](auto feature) {
+        launch(grad_masks_down2_nhwc_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock, 0, p, tiles);
     });
 }
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 // Conversions of halves take registers that a third block would miss.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
     grad_masks_nchw_kernel(Problem p, int64_t tiles) {
     constexpr int kTaps = K * K;
@@ -61,15 +61,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         sum_of_warps<K>(sums, shared, grad);
 
         const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
-        if (i < p.features.h) write_output<K, M>(p, n, group, output, i, j, kOutputs, grad);
+        if (i < p.features.h) write_output<K, T>(p, n, group, output, i, j, kOutputs, grad);
     }
 }
 
 template <int K>
 void run(const Problem& p) {
-    with_floats(p, [&](auto feature, auto mask) {
+    with_floats(p, [&](auto feature) {
         const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
-        launch(grad_masks_nchw_kernel<K, decltype(feature), decltype(mask)>, p.result.n * p.groups * tiles, kBlock,
+        launch(grad_masks_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock,
                kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
     });
 }

@@ -93,7 +93,7 @@ __device__ __forceinline__ void contract(const float* staged, int lane, int warp
     }
 }
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
         const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
         if (computed) clear_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
         if (p.from_logits) {
-            for_each_of_lines<K, kColumns, kBlock, const M>(
-                p, p.logits, n, group, i, j, [&](const M* from, int place) { shared[place] = widen(*from); });
+            for_each_of_lines<K, kColumns, kBlock, T>(p, p.logits, n, group, i, j,
+                                                      [&](MaskPointer<T> from, int place) { shared[place] = from[0]; });
             __syncthreads();
         }
         float* const line = shared + lane * Lines<K>::kSize + Lines<K>::place(p, 0, warp);
@@ -129,18 +129,18 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
 #pragma unroll
         for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
         __syncthreads();
-        for_each_of_lines<K, kColumns, kBlock, M>(p, p.result, n, group, i, j,
-                                                  [&](M* to, int place) { *to = narrow<M>(shared[place]); });
+        for_each_of_lines<K, kColumns, kBlock, T>(p, p.result, n, group, i, j,
+                                                  [&](MaskPointer<T> to, int place) { to.store(0, shared[place]); });
         __syncthreads();
     }
 }
 
 template <int K>
 void run(const Problem& p) {
-    with_floats(p, [&](auto feature, auto mask) {
+    with_floats(p, [&](auto feature) {
         const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
-        launch(grad_masks_nhwc_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * cut.rows * cut.columns, kBlock, Staged<K>::bytes(), p, cut);
+        launch(grad_masks_nhwc_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.rows * cut.columns, kBlock,
+               Staged<K>::bytes(), p, cut);
     });
 }
 

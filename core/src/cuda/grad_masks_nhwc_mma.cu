@@ -24,7 +24,7 @@ constexpr int kBlocks = 2;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns pixels;
 // lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
 // eight adjacent ones, for four products.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                     const bool lower = upper && i * kUp + 1 < p.out_h;
                     const Words of_rows[] = {load_words(grads, upper),
                                              load_words(grads + p.grad_output.stride_h, lower)};
+                    const T* pixel = features;
 #pragma unroll
-                    for (int a = 0; a < K; a++) {
+                    for (int a = 0; a < K; a++, pixel += p.features.stride_h) {
                         const int y = i + a - K / 2;
                         if (y < 0 || y >= p.features.h) continue;
-                        const Words of_pixel = load_words(features + a * p.features.stride_h, exist && pixel_exists);
+                        const Words of_pixel = load_words(pixel, exist && pixel_exists);
 #pragma unroll
                         for (int word = 0; word < 4; word++) {
                             const uint32_t of_outputs[] = {of_rows[0].of[word], of_rows[1].of[word]};
@@ -67,49 +68,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                     grads += kChannels;
                 }
             }
-            const int source = row / kUp;
-            float* const line = lines + (warp * kOwn + source) * Lines<K>::kSize;
+            const int source = row / kUp, first_b = 2 * pair - source, step = Lines<K>::place(p, 1, 0);
 #pragma unroll
-            for (int a = 0; a < K; a++) {
+            for (int half = 0; half < kUp; half++) {  // rows of outputs
+                float* const line = lines + (warp * kOwn + source) * Lines<K>::kSize +
+                                    Lines<K>::place(p, first_b, half * kUp + row % kUp);
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const int b = 2 * pair + k % 2 - source, output = k / 2 * kUp + row % kUp;
-                    if (b >= 0 && b < K) line[Lines<K>::place(p, a * K + b, output)] = sums[a][k];
+                for (int a = 0; a < K; a++) {
+#pragma unroll
+                    for (int q = 0; q < 2; q++) {
+                        const int b = first_b + q;
+                        if (b >= 0 && b < K) line[(a * K + q) * step] = sums[a][2 * half + q];
+                    }
                 }
             }
         }
-        if (p.from_logits) {
-            for_each_of_lines<K, kSources, kThreads, const M>(
-                p, p.logits, n, group, i, first, [&](const M* from, int place) { logits[place] = widen(*from); });
-        }
-        __syncthreads();
-        const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
-        if (source < kSources && first + source < p.features.w) {
-            const int own_j = first + source;
-            const int begin = source * Lines<K>::kSize + Lines<K>::place(p, 0, output), step = Lines<K>::place(p, 1, 0);
-            const bool computed = i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
-            float grad[K * K];
-#pragma unroll
-            for (int t = 0; t < K * K; t++)
-                grad[t] = computed ? lines[begin + t * step] : 0;  // where a crop leaves it out
-            if (computed) clear_outside<K>(p, i, own_j, grad);     // whatever the gradient there
-            if (computed && p.from_logits) through_normalizer<K>(logits + begin, kOutputs, p.normalizer, grad);
-#pragma unroll
-            for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
-        }
-        __syncthreads();
-        for_each_of_lines<K, kSources, kThreads, M>(p, p.result, n, group, i, first,
-                                                    [&](M* to, int place) { *to = narrow<M>(lines[place]); });
-        __syncthreads();
+        finish_lines<K, kSources, kThreads, T>(p, n, group, i, first, lines, logits);
     }
 }
 
 template <int K>
 void run(const Problem& p) {
     const int64_t tiles = ceil_div(p.features.w, kSources);
-    with_halves(p, [&](auto feature, auto mask) {
-        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.features.h * tiles, kThreads,
+    with_halves(p, [&](auto feature) {
+        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * tiles, kThreads,
                2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, tiles);
     });
 }
@@ -117,10 +99,9 @@ void run(const Problem& p) {
 }  // namespace
 
 const char* not_for_grad_masks_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16, BFloat16>)
-               : nullptr;
+    if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
+    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
+                                                 : nullptr;
 }
 
 void grad_masks_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }

@@ -18,15 +18,42 @@ __device__ __forceinline__ Output output_at(int64_t number, int64_t width) {
     return {rows.quotient, rows.remainder};
 }
 
+// Where a mask or a logit is. With features of T it is of T or, where that has 16 bits, of float: no inner loop reads
+// or writes masks, so this is asked when one is, and not compiled for each.
+template <class T>
+struct MaskPointer {
+    void* address;
+    bool of_float;
+
+    __device__ __forceinline__ Accumulator<T> operator[](int64_t k) const {
+        if (sizeof(T) == 2 && of_float) return static_cast<const float*>(address)[k];
+        return widen(static_cast<const T*>(address)[k]);
+    }
+    __device__ __forceinline__ void store(int64_t k, Accumulator<T> value) const {
+        if (sizeof(T) == 2 && of_float) {
+            static_cast<float*>(address)[k] = static_cast<float>(value);
+        } else {
+            static_cast<T*>(address)[k] = narrow<T>(value);
+        }
+    }
+};
+
+template <class T>
+__device__ __forceinline__ MaskPointer<T> mask_element(const Array& array, int64_t n, int64_t c, int64_t h, int64_t w) {
+    const bool of_float = array.dtype == CARAFEPP_FLOAT32;
+    if (sizeof(T) == 2 && of_float) return {element<float>(array, n, c, h, w), true};
+    return {element<T>(array, n, c, h, w), of_float};
+}
+
 // Where tap t of an output is in an array of the shape of masks or, `from_logits`, of logits.
-template <class M>
-__device__ __forceinline__ M* mask_at(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t t,
-                                      Output output) {
+template <class T>
+__device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array& array, int64_t n, int64_t group,
+                                                  int64_t t, Output output) {
     const int64_t tap = group * p.taps() + t;
-    if (!p.from_logits) return element<M>(array, n, tap, output.i, output.j);
+    if (!p.from_logits) return mask_element<T>(array, n, tap, output.i, output.j);
     const int64_t up = p.factor.up;
     const Quotient row = divide(output.i, up), column = divide(output.j, up);
-    return element<M>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
+    return mask_element<T>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
 }
 
 // Calls f(t, q) for `taps` taps of `outputs` outputs, spread over the threads of a block so that what is adjacent in
@@ -45,11 +72,11 @@ __device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, 
 }
 
 // Taps [first_tap, first_tap + taps) of `outputs` outputs from `first` on, to to[tap*pitch + output].
-template <class M, class A>
+template <class T, class A>
 __device__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t first_tap,
                            int64_t taps, int64_t first, int64_t outputs, int64_t width, A* to, int64_t pitch) {
     for_each_mask(array, taps, outputs, [&](int64_t t, int64_t q) {
-        to[t * pitch + q] = widen(*mask_at<const M>(p, array, n, group, first_tap + t, output_at(first + q, width)));
+        to[t * pitch + q] = mask_at<T>(p, array, n, group, first_tap + t, output_at(first + q, width))[0];
     });
 }
 
@@ -66,22 +93,22 @@ __device__ void finish_staging(const Problem& p, int64_t outputs, A* staged, int
 }
 
 // All taps, normalised if they come from logits. Ends with a barrier.
-template <class M, class A>
+template <class T, class A>
 __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t first, int64_t outputs, int64_t width,
                             A* to, int64_t pitch) {
-    load_masks<M>(p, p.from_logits ? p.logits : p.masks, n, group, 0, p.taps(), first, outputs, width, to, pitch);
+    load_masks<T>(p, p.from_logits ? p.logits : p.masks, n, group, 0, p.taps(), first, outputs, width, to, pitch);
     finish_staging(p, outputs, to, pitch);
 }
 
 // One mask, normalised if it is from logits.
-template <class M>
+template <class T>
 __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Output output) {
     const Array& array = p.from_logits ? p.logits : p.masks;
-    const M* const taps = mask_at<const M>(p, array, n, group, 0, output);
+    const MaskPointer<T> taps = mask_at<T>(p, array, n, group, 0, output);
     const int64_t step = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
     const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
     const auto tap = [&](int64_t k) {
-        const float logit = widen(taps[k * step]);
+        const float logit = taps[k * step];
         return normalizer == CARAFEPP_SIGMOID_NORMALIZED ? log_sigmoid(logit) : logit;
     };
     if (normalizer == CARAFEPP_NONE) return tap(t);
@@ -92,12 +119,26 @@ __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, 
     return expf(tap(t) - largest) / sum;
 }
 
-// The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers.
-template <int K, class M>
-__device__ __forceinline__ void load_taps(const M* from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
-                                          float (&taps)[K * K]) {
+// taps[t] = from[t * step].
+template <int Count>
+__device__ __forceinline__ void load_each(const float* from, int64_t step, float (&taps)[Count]) {
 #pragma unroll
-    for (int t = 0; t < K * K; t++) taps[t] = widen(from[t * step]);
+    for (int t = 0; t < Count; t++, from += step) taps[t] = *from;
+}
+template <class T, int Count>
+__device__ __forceinline__ void load_each(MaskPointer<T> from, int64_t step, float (&taps)[Count]) {
+    if (sizeof(T) == 2 && from.of_float) return load_each(static_cast<const float*>(from.address), step, taps);
+    const T* tap = static_cast<const T*>(from.address);
+#pragma unroll
+    for (int t = 0; t < Count; t++, tap += step) taps[t] = widen(*tap);
+}
+
+// The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers. From a MaskPointer,
+// or from floats that are staged.
+template <int K, class Pointer>
+__device__ __forceinline__ void load_taps(Pointer from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
+                                          float (&taps)[K * K]) {
+    load_each(from, step, taps);
     if (!from_logits || normalizer == CARAFEPP_NONE) return;
     if (normalizer != CARAFEPP_SOFTMAX) {
 #pragma unroll

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for up x2 with adjacent channels of 16 bits share, on tensor cores (PTX's mma.m16n8k8, whose
-// fragments give each lane pairs of elements): eight channels loaded and stored at once.
+// What the kernels for up x2 with arrays of 16 bits share, on tensor cores: PTX's mma.m16n8k8, whose fragments give
+// each lane pairs of elements.
 #pragma once
 
 #include <initializer_list>
 
 #include "cuda/channels.h"
+#include "cuda/columns.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
+
+// ---- adjacent channels: eight loaded and stored at once ----
 
 constexpr int kWide = 8;  // channels in 16 bytes
 
@@ -51,18 +54,92 @@ __device__ __forceinline__ bool store_sums(const float (&sums)[kWide][4], int k,
     return finite;
 }
 
+// ---- adjacent columns: two loaded and stored at once ----
+
+// Two columns of a channel as a word, 0 where there are none.
+template <class T>
+__device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
+    return exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
+}
+
+// Writes two columns' sums; whether both are finite.
+template <class T>
+__device__ __forceinline__ bool store_sums(const float* sums, float scale, T* to) {
+    const float2 values = make_float2(sums[0] * scale, sums[1] * scale);
+    store_columns(values, to);
+    return fabsf(values.x) < INFINITY && fabsf(values.y) < INFINITY;
+}
+
+// ---- masks ----
+
 // What masks are multiplied by: of float16, those that are normalised, at most 1 and perhaps small, would lose bits.
 template <class T>
 __device__ __forceinline__ float scale_of_masks(const Problem& p) {
     return std::is_same_v<T, Float16> && p.from_logits && p.normalizer != CARAFEPP_NONE ? 0x1p15f : 1.0f;
 }
 
-// Why these kernels do not take a problem, with channels in some arrays.
-inline const char* not_for_mma(const Problem& p, std::initializer_list<const Array*> arrays) {
+// For the forward, a lane's pair of a row of the band matrix that leads from pixels to an output: taps b and b + 1 of
+// row a, 0 where there are none. `weights` are the output's masks as sources.h stages them.
+template <int K, class T>
+__device__ __forceinline__ uint32_t pair_of_band(const float* weights, int a, int b, float scale) {
+    const auto weight = [&](int tap) { return tap >= 0 && tap < K ? scale * weights[(a * K + tap) * kOutputs] : 0.0f; };
+    return pair_of<T>(weight(b), weight(b + 1));
+}
+
+// The same output, of the window around (i, j), in one channel without tensor cores: what of the band is 0 makes NaN of
+// an infinite feature.
+template <int K, class T>
+__device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights) {
+    float sum = 0;
+#pragma unroll 1
+    for (int t = 0; t < K * K; t++) {
+        const int64_t y = i + t / K - K / 2, x = j + t % K - K / 2;
+        if (y >= 0 && y < p.features.h && x >= 0 && x < p.features.w)
+            sum += weights[t * kOutputs] * widen(*element<const T>(p.features, n, c, y, x));
+    }
+    return sum;
+}
+
+// Likewise one element of the gradient of features.
+template <class T>
+__device__ float feature_tap_by_tap(const Problem& p, int64_t n, int64_t group, int64_t c, int64_t y, int64_t x) {
+    const int64_t k = p.kernel_size, radius = p.radius();
+    float sum = 0;
+#pragma unroll 1
+    for (int64_t t = 0; t < k * k; t++) {
+        const int64_t i = y + radius - t / k, j = x + radius - t % k;  // the source whose tap t is this pixel
+        if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
+#pragma unroll 1
+        for (int o = 0; o < kOutputs; o++) {
+            const Output output{i * kUp + o / kUp, j * kUp + o % kUp};
+            if (output.i < p.out_h && output.j < p.out_w) {
+                sum += mask_of<T>(p, n, group, t, output) *
+                       widen(*element<const T>(p.grad_output, n, c, output.i, output.j));
+            }
+        }
+    }
+    return sum;
+}
+
+// ---- why these kernels do not take a problem ----
+
+inline const char* not_for_mma(const Problem& p) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
-    if (itemsize(p.features.dtype) != 2) return "features are not of 16 bits";
+    return itemsize(p.features.dtype) != 2 ? "features are not of 16 bits" : nullptr;
+}
+
+// With channels, or columns, of some arrays in fragments.
+inline const char* not_for_channels_of_mma(const Problem& p, std::initializer_list<const Array*> arrays) {
+    if (const char* reason = not_for_mma(p)) return reason;
     for (const Array* array : arrays) {
         if (const char* reason = not_for_vectors(p, *array, kWide)) return reason;
+    }
+    return nullptr;
+}
+inline const char* not_for_columns_of_mma(const Problem& p, std::initializer_list<const Array*> arrays) {
+    if (const char* reason = not_for_mma(p)) return reason;
+    for (const Array* array : arrays) {
+        if (const char* reason = not_for_columns(*array)) return reason;
     }
     return nullptr;
 }

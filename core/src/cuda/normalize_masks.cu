@@ -6,21 +6,21 @@
 namespace carafepp::cuda {
 namespace {
 
-template <class M>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     normalize_masks_kernel(Problem p, int64_t outputs_of_block, int64_t tiles) {
-    using A = Accumulator<M>;
+    using A = Accumulator<T>;
     A* const masks = shared_memory<A>();
     const int64_t items = p.result.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * outputs_of_block;
         const int64_t outputs = min(outputs_of_block, p.out_h * p.out_w - first);
-        stage_masks<M>(p, n, group, first, outputs, p.out_w, masks, outputs_of_block);
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, masks, outputs_of_block);
         for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
             const Output output = output_at(first + q, p.out_w);
-            *element<M>(p.result, n, group * p.taps() + t, output.i,
-                        output.j) = narrow<M>(masks[t * outputs_of_block + q]);
+            mask_element<T>(p.result, n, group * p.taps() + t, output.i, output.j)
+                .store(0, masks[t * outputs_of_block + q]);
         });
         __syncthreads();
     }
@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void normalize_masks(const Problem& p) {
-    with_types(p, [&](auto, auto masks) {
-        using M = typename decltype(masks)::type;
-        using A = Accumulator<M>;
+    with_types(p, [&](auto masks, auto) {
+        using T = typename decltype(masks)::type;
+        using A = Accumulator<T>;
         const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
         const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
-        launch(normalize_masks_kernel<M>, p.result.n * p.groups * tiles, kThreads,
+        launch(normalize_masks_kernel<T>, p.result.n * p.groups * tiles, kThreads,
                p.taps() * outputs * int64_t{sizeof(A)}, p, outputs, tiles);
     });
 }

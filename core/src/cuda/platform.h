@@ -60,19 +60,18 @@ void launch(void (*kernel)(Problem, Parameters...), int64_t items, int threads, 
 #endif
 }
 
-// Call f(T(), M()) with the storage types of features and of masks or logits, for kernels of 32 bits at most, and of 16
-// bits.
+// Call f(T()) with the storage type of features, for kernels of 32 bits at most, and of 16 bits.
 template <class F>
 void with_floats(const Problem& p, F f) {
-    with_types(p, [&](auto features, auto masks) {
+    with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        if constexpr (sizeof(T) <= sizeof(float)) f(T(), typename decltype(masks)::type());
+        if constexpr (sizeof(T) <= sizeof(float)) f(T());
     });
 }
 template <class F>
 void with_halves(const Problem& p, F f) {
-    with_floats(p, [&](auto feature, auto mask) {
-        if constexpr (sizeof feature == 2) f(feature, mask);
+    with_floats(p, [&](auto feature) {
+        if constexpr (sizeof feature == 2) f(feature);
     });
 }
 

@@ -16,7 +16,7 @@ struct Cut {
     CARAFEPP_HOST_DEVICE int64_t items() const { return tiles * chunks; }  // of a group of an image
 };
 
-template <class T, class M>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut cut) {
     using A = Accumulator<T>;
     A* const masks = shared_memory<A>();
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut 
         const int64_t first = tile.remainder * cut.outputs, first_channel = chunk.remainder * cut.channels;
         const int64_t outputs = min(cut.outputs, p.out_h * p.out_w - first);
         const int64_t channels = min(cut.channels, channels_in_group - first_channel);
-        stage_masks<M>(p, n, group, first, outputs, p.out_w, masks, cut.outputs);
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, masks, cut.outputs);
         for (int64_t place = threadIdx.x; place < outputs * channels; place += kThreads) {
             const Quotient at = divide(place, channels_adjacent ? channels : outputs);
             const int64_t q = channels_adjacent ? at.quotient : at.remainder;
@@ -55,16 +55,15 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut 
 }  // namespace
 
 void reassemble(const Problem& p) {
-    with_types(p, [&](auto features, auto masks) {
+    with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        using M = typename decltype(masks)::type;
         using A = Accumulator<T>;
         Cut cut;
         cut.outputs = outputs_in_shared<A>(p.taps(), 1, kOutputs);
         cut.channels = kChannels;
         cut.tiles = ceil_div(p.out_h * p.out_w, cut.outputs);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(reassemble_kernel<T, M>, p.result.n * p.groups * cut.items(), kThreads,
+        launch(reassemble_kernel<T>, p.result.n * p.groups * cut.items(), kThreads,
                p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
     });
 }

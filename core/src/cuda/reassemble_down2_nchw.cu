@@ -33,8 +33,8 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     }
 }
 
-template <int K, class T, class M>
-__global__ void __launch_bounds__(kBlock) reassemble_down2_nchw_kernel(Problem p, Cut cut) {
+template <int K, class T>
+__global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Problem p, Cut cut) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
@@ -48,13 +48,20 @@ __global__ void __launch_bounds__(kBlock) reassemble_down2_nchw_kernel(Problem p
 
         const bool inside = windows_inside<K>(p, out_i, out_j);
         float masks[kPair][K * K] = {};
+#pragma unroll 1
+        for (int o = 0; o < kPair; o++) {  // the first moves up: the normaliser's code stands once
+            float own[K * K] = {};
+            if (out_i + o < p.out_h) {
+                load_taps<K>(mask_element<T>(array, n, group * p.taps(), out_i + o, out_j), array.stride_c,
+                             p.from_logits, p.normalizer, own);
+                // 0 * 0 is 0 even where a mask is Inf
+                if (!inside) clear_outside<K>(p, (out_i + o) * kDown, out_j * kDown, own);
+            }
 #pragma unroll
-        for (int o = 0; o < kPair; o++) {
-            if (out_i + o >= p.out_h) continue;
-            load_taps<K>(element<const M>(array, n, group * p.taps(), out_i + o, out_j), array.stride_c, p.from_logits,
-                         p.normalizer, masks[o]);
-            // 0 * 0 is 0 even where a mask is Inf
-            if (!inside) clear_outside<K>(p, (out_i + o) * kDown, out_j * kDown, masks[o]);
+            for (int t = 0; t < K * K; t++) {
+                masks[0][t] = masks[1][t];
+                masks[1][t] = own[t];
+            }
         }
         const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
         const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
@@ -68,12 +75,12 @@ __global__ void __launch_bounds__(kBlock) reassemble_down2_nchw_kernel(Problem p
 
 template <int K>
 void run(const Problem& p) {
-    with_floats(p, [&](auto feature, auto mask) {
+    with_floats(p, [&](auto feature) {
         Cut cut;
         cut.tiles = ceil_div(ceil_div(p.out_h, kPair) * p.out_w, kBlock);
         cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-        launch(reassemble_down2_nchw_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * cut.tiles * cut.chunks, kBlock, 0, p, cut);
+        launch(reassemble_down2_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks,
+               kBlock, 0, p, cut);
     });
 }
 

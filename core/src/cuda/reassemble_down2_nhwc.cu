@@ -18,11 +18,11 @@ struct Cut {
 
 // The masks of outputs (out_i, first ..), 0 beyond the row and, as its features are, those of taps beyond its ends: 0 *
 // 0 is 0 even where a mask is Inf. Ends with a barrier.
-template <int K, class M>
+template <int K, class T>
 __device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_t out_i, int64_t first, int outputs,
                               float* staged) {
     const int64_t there = min(int64_t{outputs}, p.out_w - first);
-    stage_masks<M>(p, n, group, out_i * p.out_w + first, there, p.out_w, staged, outputs);
+    stage_masks<T>(p, n, group, out_i * p.out_w + first, there, p.out_w, staged, outputs);
     const int64_t left = first * kDown - K / 2;
     if (there == outputs && left >= 0 && left + kDown * (outputs - 1) + K <= p.features.w) return;
     for (int k = static_cast<int>(threadIdx.x); k < K * K * outputs; k += kThreads) {
@@ -32,7 +32,7 @@ __device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_
     __syncthreads();
 }
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Problem p, Cut cut) {
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes, own = static_cast<int>(threadIdx.x) / cut.lanes * kOwn;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Prob
         const int64_t first = tile.remainder * cut.outputs, out_j = first + own;
         const int64_t in_group = (chunk.remainder * cut.lanes + lane) * kVector;
         const int64_t c = group * channels_in_group + in_group;
-        stage_outputs<K, M>(p, n, group, out_i, first, cut.outputs, staged);
+        stage_outputs<K, T>(p, n, group, out_i, first, cut.outputs, staged);
         if (in_group < channels_in_group && out_j < p.out_w) {
             float4 sums[kOwn] = {};
             const int64_t top = out_i * kDown - K / 2, left = out_j * kDown - K / 2;
@@ -90,8 +90,8 @@ void run(const Problem& p) {
     cut.outputs = block.columns;
     cut.tiles = ceil_div(p.out_w, cut.outputs);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(reassemble_down2_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+    with_floats(p, [&](auto feature) {
+        launch(reassemble_down2_nhwc_kernel<K, decltype(feature)>,
                p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }

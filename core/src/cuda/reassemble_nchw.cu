@@ -37,8 +37,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     }
 }
 
-template <int K, class T, class M>
-__global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cut cut) {
+// Two blocks, though three mostly fit: sm_120's assembler would spill to make room for the third.
+template <int K, class T>
+__global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p, Cut cut) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -49,20 +50,24 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         if (source.i * kUp >= p.out_h || source.j * kUp >= p.out_w) continue;
 
-        float masks[kOutputs][K * K];
+        float masks[kOutputs][K * K] = {};
         const Array& array = p.from_logits ? p.logits : p.masks;
         const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
         const bool inside = window_inside<K>(p, i, j);
-#pragma unroll
-        for (int o = 0; o < kOutputs; o++) {
-            const Output output{source.i * kUp + o / kUp, source.j * kUp + o % kUp};
-            if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) {  // cropped: there is none
-#pragma unroll
-                for (int t = 0; t < K * K; t++) masks[o][t] = 0;
-                continue;
+#pragma unroll 1
+        for (int o = 0; o < kOutputs; o++) {  // those there are move up: the normaliser's code stands once
+            const Output output{int64_t{i} * kUp + o / kUp, int64_t{j} * kUp + o % kUp};
+            float own[K * K] = {};  // 0 where a crop leaves the output out
+            if (p.from_logits || (output.i < p.out_h && output.j < p.out_w)) {
+                load_taps<K>(mask_at<T>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, own);
+                if (!inside) clear_outside<K>(p, i, j, own);  // 0 * 0 is 0 even where a mask is Inf
             }
-            load_taps<K>(mask_at<const M>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, masks[o]);
-            if (!inside) clear_outside<K>(p, i, j, masks[o]);  // 0 * 0 is 0 even where a mask is Inf
+#pragma unroll
+            for (int t = 0; t < K * K; t++) {
+#pragma unroll
+                for (int q = 0; q + 1 < kOutputs; q++) masks[q][t] = masks[q + 1][t];
+                masks[kOutputs - 1][t] = own[t];
+            }
         }
         const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
         const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
@@ -76,12 +81,12 @@ __global__ void __launch_bounds__(kSources) reassemble_nchw_kernel(Problem p, Cu
 
 template <int K>
 void run(const Problem& p) {
-    with_floats(p, [&](auto feature, auto mask) {
+    with_floats(p, [&](auto feature) {
         Cut cut;
         cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
         cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-        launch(reassemble_nchw_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * cut.tiles * cut.chunks, kSources, 0, p, cut);
+        launch(reassemble_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources,
+               0, p, cut);
     });
 }
 

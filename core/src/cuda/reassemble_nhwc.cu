@@ -17,7 +17,7 @@ struct Cut {
     int64_t tiles, chunks;  // of sources in a row, of channels in a group
 };
 
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p,
         const int64_t first = tile.remainder * cut.sources, j = first + own;
         const int64_t in_group = (chunk.remainder * cut.lanes + lane) * kVector;
         const int64_t c = group * channels_in_group + in_group;
-        stage_sources<K, M>(p, n, group, i, first, cut.sources, staged);
+        stage_sources<K, T>(p, n, group, i, first, cut.sources, staged);
         clear_outside<K>(p, first, cut.sources, staged);
         if (in_group < channels_in_group && j < p.features.w) {
             float4 sums[kSources][kOutputs] = {};
@@ -82,8 +82,8 @@ void run(const Problem& p) {
     cut.sources = block.columns;
     cut.tiles = ceil_div(p.features.w, cut.sources);
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
-    with_floats(p, [&](auto feature, auto mask) {
-        launch(reassemble_nhwc_kernel<K, decltype(feature), decltype(mask)>,
+    with_floats(p, [&](auto feature) {
+        launch(reassemble_nhwc_kernel<K, decltype(feature)>,
                p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
     });
 }

@@ -19,22 +19,9 @@ struct Cut {
     int64_t tiles;  // of sources in a row
 };
 
-// One output in one channel: `weights` are its staged masks.
-template <int K, class T>
-__device__ float tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights) {
-    float sum = 0;
-#pragma unroll 1
-    for (int t = 0; t < K * K; t++) {
-        const int64_t y = i + t / K - K / 2, x = j + t % K - K / 2;
-        if (y >= 0 && y < p.features.h && x >= 0 && x < p.features.w)
-            sum += weights[t * kOutputs] * widen(*element<const T>(p.features, n, c, y, x));
-    }
-    return sum;
-}
-
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
 // channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
-template <int K, class T, class M>
+template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Cut cut) {
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
@@ -48,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
                        image = divide(source_row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, i = source_row.remainder;
         const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSources;
-        stage_sources<K, M>(p, n, group, i, first, kSourcesOfBlock, staged);
+        stage_sources<K, T>(p, n, group, i, first, kSourcesOfBlock, staged);
         clear_outside<K>(p, first, kSourcesOfBlock, staged);
         if (j < p.features.w) {
             const int source = row / kUp;  // of this lane's outputs
@@ -57,13 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 #pragma unroll
             for (int a = 0; a < K; a++) {
 #pragma unroll
-                for (int r = 0; r < kUp; r++) {
-                    const auto weight = [&](int pixel) {
-                        const int b = pixel - source;
-                        return b >= 0 && b < K ? scale * weights[(a * K + b) * kOutputs + r * kUp] : 0.0f;
-                    };
-                    band[a][r] = pair_of<T>(weight(2 * pair), weight(2 * pair + 1));
-                }
+                for (int r = 0; r < kUp; r++)
+                    band[a][r] = pair_of_band<K, T>(weights + r * kUp, a, 2 * pair - source, scale);
             }
 #pragma unroll 1
             for (int64_t first_channel = 0; first_channel < channels_in_group; first_channel += kChannels) {
@@ -98,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
                     for (int q = 0; q < kWide && (not_finite >> k & 1) != 0; q++) {
                         const int64_t channel = c + channel_of(k) + q;
                         *element<T>(p.result, n, channel, i * kUp + k / 2, out_j) = narrow<T>(
-                            tap_by_tap<K, T>(p, n, channel, i, j + source, weights + k / 2 * kUp));
+                            output_tap_by_tap<K, T>(p, n, channel, i, j + source, weights + k / 2 * kUp));
                     }
                 }
             }
@@ -110,21 +92,19 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 template <int K>
 void run(const Problem& p) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
-    with_halves(p, [&](auto feature, auto mask) {
-        launch(reassemble_nhwc_mma_kernel<K, decltype(feature), decltype(mask)>,
-               p.result.n * p.groups * p.features.h * cut.tiles, kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p,
-               cut);
+    with_halves(p, [&](auto feature) {
+        launch(reassemble_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * cut.tiles,
+               kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p, cut);
     });
 }
 
 }  // namespace
 
 const char* not_for_reassemble_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_mma(p, {&p.features, &p.result})) return reason;
+    if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.result})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16, BFloat16>)
-               : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16>)
+                                                 : nullptr;
 }
 
 void reassemble_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }

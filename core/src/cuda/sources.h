@@ -26,7 +26,7 @@ __device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, 
 }
 
 // Where there is no source the masks, or the logits that become masks, are 0. Ends with a barrier.
-template <int K, class M>
+template <int K, class T>
 __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
                               float* staged) {
     constexpr int kTaps = K * K;
@@ -36,7 +36,7 @@ __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_
         const Output at{i * kUp + output / kUp, j * kUp + output % kUp};
         float weight = 0;
         if (j >= 0 && j < p.features.w && (p.from_logits || (at.i < p.out_h && at.j < p.out_w)))
-            weight = widen(*mask_at<const M>(p, array, n, group, tap, at));
+            weight = mask_at<T>(p, array, n, group, tap, at)[0];
         staged[(k / kOutputs * kTaps + tap) * kOutputs + output] = weight;
     });
     __syncthreads();
