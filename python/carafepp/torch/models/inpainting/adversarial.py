@@ -1,0 +1,92 @@
+"""What the generators are trained by: one discriminator of the hole's patches, and the losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from .partial import check_positive
+
+
+class PatchDiscriminator(nn.Module):
+    """A PatchGAN that tells for each patch whether it is of a picture or inpainted.
+
+    `depth` convolutions 4x4 of stride 2, the first to `width` channels, each to twice as many up
+    to 8*width, then two 3x3, the last to one score; leaky ReLU between them, spectral
+    normalisation in all. It sees the picture and its hole.
+
+    Parameters
+    ----------
+    width : int, default 64
+    depth : int, default 3
+
+    Raises
+    ------
+    ValueError
+        width or depth below 1.
+
+    Notes
+    -----
+    The paper replaces Global&Local's two discriminators by "only one PatchGAN-style discriminator
+    on the inpainted region" (section 5.1): here the losses count the patches that `patches` finds.
+    Normalisation and hinge loss, of which it says nothing, are those of the work whose free-form
+    masks it takes. The last two layers are 3x3 where PatchGAN's are 4x4, so that score and patch
+    lie one over the other.
+
+    References
+    ----------
+    P. Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017.
+    J. Yu et al., "Free-Form Image Inpainting with Gated Convolution", 2019.
+    """
+
+    def __init__(self, *, width: int = 64, depth: int = 3) -> None:
+        super().__init__()
+        check_positive("PatchDiscriminator", width=width, depth=depth)
+        self.depth = depth
+        widths = [4, *(width * min(2**level, 8) for level in range(depth + 1))]
+        layers: list[nn.Module] = []
+        for level in range(depth):
+            layers += [
+                spectral_norm(nn.Conv2d(*widths[level : level + 2], 4, stride=2, padding=1)),
+                nn.LeakyReLU(0.2),
+            ]
+        layers += [
+            spectral_norm(nn.Conv2d(*widths[depth:], 3, padding=1)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, image: Tensor, hole: Tensor) -> Tensor:
+        """Return scores, (N, 1, H // 2**depth, W // 2**depth), high for pictures."""
+        scores: Tensor = self.layers(torch.cat([image, hole.to(image.dtype)], 1))
+        return scores
+
+    def patches(self, hole: Tensor) -> Tensor:
+        """Return which scores are of patches with a missing pixel: their blocks of 2**depth."""
+        return F.max_pool2d(hole.float(), 2**self.depth) > 0
+
+
+def discriminator_loss(real: Tensor, inpainted: Tensor, patches: Tensor) -> Tensor:
+    """Return the hinge loss, ``max(0, 1-real) + max(0, 1+inpainted)``, meant over `patches`."""
+    return _mean(F.relu(1 - real) + F.relu(1 + inpainted), patches)
+
+
+def generator_loss(inpainted: Tensor, patches: Tensor) -> Tensor:
+    """Return ``-inpainted``, meant over `patches`."""
+    return _mean(-inpainted, patches)
+
+
+def reconstruction_loss(
+    prediction: Tensor, image: Tensor, hole: Tensor, *, hole_weight: float = 6
+) -> Tensor:
+    """Return the mean of ``|prediction - image|``, in the hole weighted by Liu et al.'s 6."""
+    weight = 1 + (hole_weight - 1) * hole.to(image.dtype)
+    return (weight * (prediction - image).abs()).mean()
+
+
+def _mean(values: Tensor, patches: Tensor) -> Tensor:
+    """Return the mean over some patches; 0 if there are none."""
+    return (values * patches).sum() / patches.sum().clamp(min=1)
