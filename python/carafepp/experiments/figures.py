@@ -1,0 +1,178 @@
+"""The paper's Figures 1 and 9, masks and feature maps, from networks trained on made scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.progress import Progress
+from torch import nn
+
+from .. import viz
+from ..viz import Reassembly
+from .scenes import Scenes, make_scenes
+from .segmentation import SegmentationNet, predict, train_segmentation
+from .tables import PRESETS
+
+Array = NDArray[Any]
+
+# Modules of `SegmentationNet`, from its output back to the coarsest level, and from that level back
+# to the stem; strides of what they reassemble.
+UP_CHAIN = ("head.7", "head.3", "fpn.upsamplers.0", "fpn.upsamplers.1", "fpn.upsamplers.2")
+UP_STRIDES = (2, 4, 8, 16, 32)
+DOWN_CHAIN = (
+    *(f"backbone.layer{stage}.0.shortcut_down" for stage in (4, 3, 2)),
+    "backbone.maxpool",
+)
+DOWN_STRIDES = (16, 8, 4, 2)
+
+
+class Drawn:
+    """A scene, and what the network with CARAFE++ did in it."""
+
+    def __init__(self, network: nn.Module, scenes: Scenes, number: int) -> None:
+        self.image, self.classes = scenes.images[number], scenes.classes[number]
+        with viz.record_reassemblies(network) as self.reassemblies:
+            self.predicted = predict(network, self.image[None])[0]
+
+    def chain(self, names: tuple[str, ...]) -> list[Reassembly]:
+        """Return the reassemblies of some modules."""
+        return [self.reassemblies[name] for name in names]
+
+
+def draw_figures(
+    out: Path, *, preset: str = "small", device: str = "cpu", progress: Progress | None = None
+) -> list[Path]:
+    """Write PNGs into a folder, and return their paths.
+
+    The networks, with CARAFE++ and without, are trained unless OUT/figures.pt has them.
+    """
+    networks = load_networks(out / "figures.pt", preset, device, progress or Progress(disable=True))
+    scenes = make_scenes(SCENES, PRESETS[preset]["figures"]["size"], seed=3)
+    figures = {
+        "figure1": draw_figure_1(networks["carafe"], scenes),
+        "figure9": draw_figure_9(networks["carafe"], scenes),
+        "masks": draw_masks(networks["carafe"], scenes),
+        "features": draw_features(networks, scenes),
+    }
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=80)
+    return paths
+
+
+def load_networks(
+    path: Path, preset: str, device: str, progress: Progress
+) -> dict[str, SegmentationNet]:
+    """Return networks with CARAFE++ in all places, "carafe", and in none, "nearest"."""
+    given = {**PRESETS[preset]["figures"], "seed": 0}
+    operators = {"carafe": ("carafe", "carafe"), "nearest": ("nearest", "strided_conv")}
+    saved = torch.load(path, map_location="cpu") if path.exists() else {}
+    if saved.get("arguments") != given:
+        states = {}
+        for name, (up, down) in operators.items():
+            bar = progress.add_task(f"figures: {name}", total=given["steps"])
+            trained = train_segmentation(
+                up, down, **given, device=device, progress=lambda *_, bar=bar: progress.advance(bar)
+            )
+            states[name] = trained["network"].cpu().state_dict()
+        saved = {"arguments": given, "states": states}
+        torch.save(saved, path)
+    widths = {name: given[name] for name in ("width", "channels")}
+    networks = {name: SegmentationNet(*names, **widths) for name, names in operators.items()}
+    for name, network in networks.items():
+        network.load_state_dict(saved["states"][name])
+        network.eval()
+    return networks
+
+
+SCENES = 12
+LOCATIONS = ((0, (60, 60)), (1, (60, 60)), (2, (60, 60)), (3, (60, 60)))  # scene; row, column
+
+
+def draw_figure_1(network: nn.Module, scenes: Scenes) -> Figure:
+    """Regions accumulated through the top-down path: of the picture's pixels, in all levels."""
+    figure = Figure(figsize=(13, 2.25 * len(LOCATIONS)), layout="constrained")
+    grid = figure.subplots(len(LOCATIONS), 2 + len(UP_CHAIN))
+    for axes, (number, location) in zip(grid, LOCATIONS, strict=True):
+        drawn = Drawn(network, scenes, number)
+        viz.draw_picture(axes[0], drawn.image, "location")
+        viz.draw_picture(axes[1], drawn.predicted, "prediction")
+        regions = viz.trace(drawn.chain(UP_CHAIN), location)
+        for panel, region, stride in zip(axes[2:], regions, UP_STRIDES, strict=True):
+            viz.draw_picture(panel, drawn.image, f"stride {stride}")
+            viz.draw_region(panel, region, stride)
+        for panel in axes:
+            viz.draw_location(panel, location)
+    return figure
+
+
+def draw_figure_9(network: nn.Module, scenes: Scenes) -> Figure:
+    """Units that are reassembled into a location, all the way up and all the way down."""
+    figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.2), layout="constrained")
+    grid = figure.subplots(2, len(LOCATIONS))
+    for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
+        drawn = Drawn(network, scenes, number)
+        fine = viz.trace(drawn.chain(UP_CHAIN[:2]), location)[-1]
+        viz.draw_picture(axes[0], drawn.image, "up: stride 4 to 1")
+        viz.draw_units(axes[0], fine, UP_STRIDES[1])
+        viz.draw_location(axes[0], location)
+        coarse = (location[0] // 32, location[1] // 32)
+        fine = viz.trace(drawn.chain(DOWN_CHAIN), coarse)[-1]
+        viz.draw_picture(axes[1], drawn.image, "down: stride 2 to 32")
+        viz.draw_units(axes[1], fine, DOWN_STRIDES[-1])
+        viz.draw_location(axes[1], coarse, 32)
+    return figure
+
+
+def draw_masks(network: nn.Module, scenes: Scenes) -> Figure:
+    """Reassembly kernels of single modules."""
+    figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.2), layout="constrained")
+    grid = figure.subplots(2, len(LOCATIONS))
+    for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
+        drawn = Drawn(network, scenes, number)
+        for panel, name, stride in ((axes[0], "head.7", 2), (axes[1], "fpn.upsamplers.0", 8)):
+            reassembly = drawn.reassemblies[name]
+            out = stride // 2
+            viz.draw_picture(panel, drawn.image, f"from stride {stride} to {out}")
+            viz.draw_mask(panel, reassembly, (location[0] // out, location[1] // out), stride)
+    return figure
+
+
+def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figure:
+    """Upsampled feature maps, without CARAFE++ and with it."""
+    names = ("fpn.upsamplers.0", "head.3", "head.7")
+    figure = Figure(
+        figsize=(2.2 * (1 + 2 * len(names)), 2.3 * len(LOCATIONS)), layout="constrained"
+    )
+    grid = figure.subplots(len(LOCATIONS), 1 + 2 * len(names))
+    for axes, (number, _) in zip(grid, LOCATIONS, strict=True):
+        viz.draw_picture(axes[0], scenes.images[number], "picture")
+        for i, (operator, network) in enumerate(networks.items()):
+            outputs = record_outputs(network, names, scenes.images[number])
+            for j, output in enumerate(outputs.values()):
+                stride = (4, 2, 1)[j]
+                panel = axes[1 + 2 * j + (1 - i)]
+                panel.imshow(viz.principal_colours(output), interpolation="nearest")
+                panel.set_title(f"{operator}, to stride {stride}", fontsize=9)
+                panel.set_axis_off()
+    return figure
+
+
+def record_outputs(network: nn.Module, names: tuple[str, ...], image: Array) -> dict[str, Array]:
+    """Return what some modules of a network return for a picture: [C, H, W] each."""
+    outputs: dict[str, Array] = {}
+    handles = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: outputs.update({name: output[0].numpy()})
+        )
+        for name in names
+    ]
+    predict(network, image[None])
+    for handle in handles:
+        handle.remove()
+    return outputs
