@@ -91,7 +91,7 @@ def load_networks(
 
 
 SCENES = 12
-LOCATIONS = ((0, (60, 60)), (1, (60, 60)), (2, (60, 60)), (3, (60, 60)))  # scene; row, column
+LOCATIONS = ((3, (45, 88)), (3, (45, 97)), (10, (66, 50)), (6, (95, 60)))  # scene; row, column
 
 
 def draw_figure_1(network: nn.Module, scenes: Scenes) -> Figure:

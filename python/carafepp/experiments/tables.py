@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {  # about 12 s of one core for a training
         "segmentation": {"steps": 200, "size": 64, "width": 16, "channels": 32, "batch": 8},
         "inpainting": {"steps": 300, "size": 32, "width": 16, "batch": 16},
-        "figures": {"steps": 600, "size": 128, "width": 16, "channels": 32, "batch": 4},
+        "figures": {"steps": 1000, "size": 128, "width": 16, "channels": 32, "batch": 4},
     },
     "large": {  # for a GPU
         "segmentation": {"steps": 5000, "size": 128, "width": 64, "channels": 256, "batch": 16},
