@@ -422,7 +422,7 @@ def test_threads(tmp_path):
 def line(label, paper, *psnrs):
     entries = [
         {
-            "results": {"psnr": psnr, "l1": 30 - psnr, "parameters": 1234},
+            "results": {"psnr": psnr, "l1": 30 - psnr, "parameters": 1234, "seconds": i},
             "machine": "M",
             "date": "2021-12-07",
             "commit": f"c{i}",
@@ -439,17 +439,17 @@ def test_markdown():
     words = report.markdown(TABLE, [line("a", 1.5, 20, 22), line("b", 2, 23, 24)], "small")
     assert words == (
         "## name\n\nWhy?\n\n"
-        "|  | PSNR (dB) | L1 (%) | parameters | the paper's: Table 0, something |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| a | 21.00 ± 1.41 | 9.00 ± 1.41 | 1,234 | 1.5 |\n"
-        "| b | **23.50** ± 0.71 | **6.50** ± 0.71 | 1,234 | 2 |\n\n"
+        "|  | PSNR (dB) | L1 (%) | parameters | training (s) | the paper's: Table 0, something |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| a | 21.00 ± 1.41 | 9.00 ± 1.41 | 1,234 | 0.5 | 1.5 |\n"
+        "| b | **23.50** ± 0.71 | **6.50** ± 0.71 | 1,234 | 0.5 | 2 |\n\n"
         "Mean ± standard deviation of 2 seeds; preset small; M; 2021-12-07; commit c0, c1.\n"
     )
 
 
 def test_markdown_of_one_seed_has_no_deviation():
     words = report.markdown(TABLE, [line("a", 1.5, 20)], "large")
-    assert "| a | **20.00** | **10.00** | 1,234 | 1.5 |" in words
+    assert "| a | **20.00** | **10.00** | 1,234 | 0.0 | 1.5 |" in words
     assert "One seed; preset large;" in words
 
 

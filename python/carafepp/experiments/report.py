@@ -20,10 +20,17 @@ def markdown(table: Table, lines: Sequence[Line], preset: str) -> str:
         "",
         *(measure.heading for measure in measures),
         "parameters",
+        "training (s)",
         f"the paper's: {table.paper}",
     ]
     rows = [
-        [line.row.label, *cells, f"{line.values('parameters')[0]:,}", f"{line.row.paper:g}"]
+        [
+            line.row.label,
+            *cells,
+            f"{line.values('parameters')[0]:,}",
+            f"{statistics.fmean(line.values('seconds')):.1f}",
+            f"{line.row.paper:g}",
+        ]
         for line, *cells in zip(lines, *columns, strict=True)
     ]
     ruler = ["---", *["---:"] * (len(headings) - 1)]
