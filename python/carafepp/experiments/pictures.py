@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from skimage import data
 from skimage.transform import downscale_local_mean
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_sample_images  # type: ignore[import-untyped,unused-ignore]
 
 Array = NDArray[Any]
 
@@ -27,10 +27,11 @@ class Pictures(NamedTuple):
 
 
 @cache
-def load_pictures(shrink: int = 3) -> Pictures:
+def load_pictures(size: int) -> Pictures:
     """Seven photographs of scikit-image and scikit-learn; the right third of each is for tests.
 
-    They are shrunk, that small crops may show more than smooth patches: by 3, to 100 to 170 rows.
+    They are shrunk by 3, or less where crops of `size` do not fit then: a small crop is to show
+    more than a smooth patch.
     """
     photographs = [
         data.astronaut(),
@@ -40,22 +41,23 @@ def load_pictures(shrink: int = 3) -> Pictures:
         data.stereo_motorcycle()[0],
         *load_sample_images().images,  # china.jpg, flower.jpg
     ]
-    train, test = [], []
-    for photograph in photographs:
-        height, width = (length // shrink * shrink for length in photograph.shape[:2])
-        small = downscale_local_mean(photograph[:height, :width], (shrink, shrink, 1))
-        picture = (small / 127.5 - 1).astype(np.float32)
-        border = 2 * picture.shape[1] // 3
-        train.append(picture[:, :border])
-        test.append(picture[:, border:])
-    return Pictures(train, test)
+    for shrink in (3, 2, 1):
+        pictures = Pictures([], [])
+        for photograph in photographs:
+            height, width = (length // shrink * shrink for length in photograph.shape[:2])
+            small = downscale_local_mean(photograph[:height, :width], (shrink, shrink, 1))
+            picture = (small / 127.5 - 1).astype(np.float32)
+            border = 2 * picture.shape[1] // 3
+            pictures.train.append(picture[:, :border])
+            pictures.test.append(picture[:, border:])
+        largest = min(min(picture.shape[:2]) for picture in pictures.test)
+        if size <= largest:
+            return pictures
+    raise ValueError(f"[load_pictures] size must be at most {largest}; got {size}.")
 
 
 def random_crops(pictures: list[Array], count: int, size: int, rng: np.random.Generator) -> Array:
     """Return squares out of random pictures, half of them mirrored: [count, 3, size, size]."""
-    smallest = min(min(picture.shape[:2]) for picture in pictures)
-    if size > smallest:
-        raise ValueError(f"[random_crops] size must be at most {smallest}; got {size}.")
     crops = np.empty((count, 3, size, size), np.float32)
     for crop in crops:
         picture = pictures[rng.integers(len(pictures))]

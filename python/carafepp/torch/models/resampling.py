@@ -372,7 +372,8 @@ class LIP(nn.Module):
 
     ``weight = exp(12 * sigmoid(logits))``, predicted for every value by a bottleneck of
     convolutions, 1x1, 3x3 and 1x1, with instance normalisation; `bottleneck` channels wide, 128 in
-    the LIP-ResNets, or by one 3x3 convolution where that is None. It begins as an average.
+    the LIP-ResNets, or by one 3x3 convolution where that is None. It begins as an average. (There,
+    the main path and the shortcut of a block share all but the last of these convolutions.)
 
     Z. Gao et al., "LIP: Local Importance-based Pooling", ICCV 2019.
     """

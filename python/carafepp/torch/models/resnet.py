@@ -59,12 +59,12 @@ class ResNet(nn.Module):
     Notes
     -----
     Parameters have the names of torchvision's, and load from there, by
-    ``load_state_dict(weights, strict=False)`` also beside downsamplers.
+    ``load_state_dict(weights, strict=False)`` also beside downsamplers. As there, the stride of a
+    bottleneck is in its 3x3 convolution, and the stem's convolution is 7x7 (section 4.1 says 3x3).
 
     References
     ----------
-    K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; as torchvision, with
-    the stride in the 3x3 convolution.
+    K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 
     Examples
     --------

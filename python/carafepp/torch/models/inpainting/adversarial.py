@@ -80,9 +80,12 @@ def generator_loss(inpainted: Tensor, patches: Tensor) -> Tensor:
 
 
 def reconstruction_loss(
-    prediction: Tensor, image: Tensor, hole: Tensor, *, hole_weight: float = 6
+    prediction: Tensor, image: Tensor, hole: Tensor, *, hole_weight: float = 1
 ) -> Tensor:
-    """Return the mean of ``|prediction - image|``, in the hole weighted by Liu et al.'s 6."""
+    """Return the mean of ``|prediction - image|``.
+
+    Yu et al. weight holes as the rest, Liu et al. by 6.
+    """
     weight = 1 + (hole_weight - 1) * hole.to(image.dtype)
     return (weight * (prediction - image).abs()).mean()
 

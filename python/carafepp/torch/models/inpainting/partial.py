@@ -79,11 +79,11 @@ class PartialConv2d(nn.Conv2d):
         """
         _check_valid("PartialConv2d", valid, x, (1, self.in_channels))
         how: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        # In float32, which counts up to 2**24 exactly, whatever x is.
-        per_pixel = valid.expand_as(x).sum(1, keepdim=True, dtype=torch.float32)
+        exact = torch.promote_types(x.dtype, torch.float32)  # for counts, which halves do not hold
+        per_pixel = valid.expand_as(x).sum(1, keepdim=True, dtype=exact)
         count = F.conv2d(per_pixel, per_pixel.new_ones(1, 1, *self.kernel_size), **how)
         output = F.conv2d(x.where(valid, 0), self.weight, **how)
-        output = output * self.weight[0].numel() / count.clamp(min=1)
+        output = output.to(exact) * self.weight[0].numel() / count.clamp(min=1)
         if self.bias is not None:
             output = output + self.bias[:, None, None]
         valid = count > 0
@@ -118,7 +118,8 @@ class PartialCARAFE(nn.Module):
     is `PartialConv2d`'s size/valid. So the outside of the picture is a hole here too, unlike in
     `CARAFE`: with a map that is valid everywhere, borders differ from its, and nothing else does.
 
-    Weights below the rounding error of the kernel's sum count as none.
+    Weights below the rounding error of the kernel's sum count as none. The kernels serve twice, so
+    unlike in `CARAFE` they are stored.
 
     Examples
     --------
