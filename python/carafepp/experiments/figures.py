@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 # Modules of `SegmentationNet`, from its output back to the coarsest level, and from that level back
 # to the stem; strides of what they reassemble.
-UP_CHAIN = ("head.7", "head.3", "fpn.upsamplers.0", "fpn.upsamplers.1", "fpn.upsamplers.2")
+UP_CHAIN = ("head.3", "head.2", "fpn.upsamplers.0", "fpn.upsamplers.1", "fpn.upsamplers.2")
 UP_STRIDES = (2, 4, 8, 16, 32)
 DOWN_CHAIN = (
     *(f"backbone.layer{stage}.0.shortcut_down" for stage in (4, 3, 2)),
@@ -135,7 +135,7 @@ def draw_masks(network: nn.Module, scenes: Scenes) -> Figure:
     grid = figure.subplots(2, len(LOCATIONS))
     for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
         drawn = Drawn(network, scenes, number)
-        for panel, name, stride in ((axes[0], "head.7", 2), (axes[1], "fpn.upsamplers.0", 8)):
+        for panel, name, stride in ((axes[0], "head.3", 2), (axes[1], "fpn.upsamplers.0", 8)):
             reassembly = drawn.reassemblies[name]
             out = stride // 2
             viz.draw_picture(panel, drawn.image, f"from stride {stride} to {out}")
@@ -145,7 +145,7 @@ def draw_masks(network: nn.Module, scenes: Scenes) -> Figure:
 
 def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figure:
     """Upsampled feature maps, without CARAFE++ and with it."""
-    names = ("fpn.upsamplers.0", "head.3", "head.7")
+    names = ("fpn.upsamplers.0", "head.2", "head.3")
     figure = Figure(
         figsize=(2.2 * (1 + 2 * len(names)), 2.3 * len(LOCATIONS)), layout="constrained"
     )

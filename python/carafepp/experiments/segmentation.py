@@ -1,8 +1,8 @@
 """Semantic segmentation of made scenes, with any resampling operator in the backbone and the FPN.
 
-The network is the paper's ResNet and FPN with few layers, all widths scaled down alike, and a
-head that upsamples the finest level of the pyramid twice, to the size of the picture, with the same
-operator as the FPN.
+The network is the paper's ResNet and FPN with few layers, all widths scaled down alike, and a head
+that upsamples the finest level of the pyramid twice, to the size of the picture, with the same
+operator as the FPN, and classifies every pixel. Nothing but the operator sharpens contours.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INNER_DOWN: dict[str, dict[str, Any]] = {
 
 
 class SegmentationNet(nn.Module):
-    """ResNet, FPN, and a head of two upsamplers.
+    """ResNet, FPN, and a head of two upsamplers and a 1x1 convolution.
 
     Parameters
     ----------
@@ -69,13 +69,13 @@ class SegmentationNet(nn.Module):
             (1, 1, 1, 1), width=width, num_classes=None, downsampler=downsampler, **down
         )
         self.fpn = FPN(self.backbone.channels, channels, upsampler=upsampler, **up)
-        self.head = nn.Sequential()
-        for _ in range(2):
-            self.head.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-            self.head.append(nn.BatchNorm2d(channels))
-            self.head.append(nn.ReLU())
-            self.head.append(make_upsampler(upsampler, channels, **up))
-        self.head.append(nn.Conv2d(channels, len(CLASSES), 1))
+        self.head = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            make_upsampler(upsampler, channels, **up),
+            make_upsampler(upsampler, channels, **up),
+            nn.Conv2d(channels, len(CLASSES), 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits: (N, 3, H, W) -> (N, 6, H, W), H and W divisible by 4."""
@@ -98,12 +98,13 @@ def train_segmentation(
     *,
     up_options: Mapping[str, Any] | None = None,
     down_options: Mapping[str, Any] | None = None,
-    steps: int = 200,
+    steps: int = 150,
     seed: int = 0,
     size: int = 64,
     width: int = 16,
     channels: int = 32,
     batch: int = 8,
+    learning_rate: float = 0.004,
     device: str = "cpu",
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
@@ -116,6 +117,8 @@ def train_segmentation(
     steps, seed, size, batch : int
         The number of steps; what the weights and the order of the scenes are drawn from; the side
         of the scenes, divisible by 4; how many are in a step.
+    learning_rate : float, default 0.004
+        The highest one, of AdamW.
     device : str, default "cpu"
         Where, for `torch.device`. On the CPU the results are a seed's alone, given the number of
         threads.
@@ -151,8 +154,8 @@ def train_segmentation(
             channels=channels,
         ).to(device)
     scenes = load_scenes(TRAINING_SCENES, size, seed=1)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.004, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.004, total_steps=steps + 1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     rng = np.random.default_rng(seed)
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
