@@ -15,7 +15,7 @@ from scipy import ndimage  # noqa: E402
 
 import carafepp  # noqa: E402
 from carafepp.experiments import __main__ as command_line  # noqa: E402
-from carafepp.experiments import inpainting, report, segmentation, tables, trainings  # noqa: E402
+from carafepp.experiments import figures, inpainting, report, segmentation, tables, trainings  # noqa: E402
 from carafepp.experiments.scenes import CLASSES, SHAPES, make_scenes  # noqa: E402
 from carafepp.experiments.segmentation import SegmentationNet, contour, measure  # noqa: E402
 from carafepp.experiments.tables import TABLES, Row, Table  # noqa: E402
@@ -26,7 +26,7 @@ from carafepp.torch.models import DOWNSAMPLERS, UPSAMPLERS  # noqa: E402
 TINY = {
     "segmentation": {"steps": 2, "size": 32, "width": 8, "channels": 8, "batch": 2},
     "inpainting": {"steps": 2, "size": 32, "width": 8, "batch": 2},
-    "figures": {"steps": 2, "size": 64, "width": 8, "channels": 8, "batch": 2},
+    "figures": {"steps": 1, "width": 8, "channels": 8, "batch": 2},
 }
 
 
@@ -491,3 +491,18 @@ def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeyp
     for name in names:
         with Image.open(tmp_path / name) as picture:
             np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), first[name])
+
+
+def test_share_of_own_class():
+    """Masks that copy the nearest unit have its share, which is more than that of an average."""
+    torch.manual_seed(0)
+    network = SegmentationNet("carafe", "strided_conv", width=8, channels=8).eval()
+    for module in network.modules():
+        if isinstance(module, CARAFE):
+            torch.nn.init.zeros_(module.content_encoder.weight)
+            bias = module.content_encoder.bias.data.zero_().reshape(25, 4)
+            bias[12] = 100  # the middle of the window
+    scenes = make_scenes(2, 64, seed=0)
+    share = figures.share_of_own_class(network, scenes)
+    assert share["carafe"] == pytest.approx(share["nearest"], abs=1e-6)
+    assert 0 < share["average"] < share["nearest"] < 1

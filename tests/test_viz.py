@@ -213,6 +213,13 @@ def test_units_are_drawn_in_the_middles_of_their_cells(tmp_path):
     assert (rows.mean(), columns.mean()) == pytest.approx((40, 120), abs=1.5)
 
 
+def test_a_unit_is_framed(tmp_path):
+    picture = pixels(lambda axes: viz.draw_unit(axes, (1, 0), 8), tmp_path)
+    rows, columns = np.nonzero(picture[..., 0] > 100)
+    assert (rows.min(), columns.max()) == pytest.approx((80, 80), abs=2)
+    assert picture[120, 40].sum() == 0
+
+
 def test_a_location_is_drawn_around_the_middle_of_its_unit(tmp_path):
     picture = pixels(lambda axes: viz.draw_location(axes, (1, 0), 8), tmp_path)
     rows, columns = np.nonzero(picture[..., 1] > 200)

@@ -228,6 +228,13 @@ def draw_units(axes: Any, weights: Array, stride: float, share: float = 0.8) -> 
     axes.scatter(x, y, s=4 + 26 * area, c=SOURCE, edgecolors="white", linewidths=0.3)
 
 
+def draw_unit(axes: Any, unit: Location, stride: float) -> None:
+    """Draw a white frame around the cell of a unit."""
+    row, column = unit
+    corner = (column * stride - 0.5, row * stride - 0.5)
+    axes.add_patch(Rectangle(corner, stride, stride, fc="none", ec="white", lw=1))
+
+
 def draw_region(axes: Any, weights: Array, stride: int) -> None:
     """Tint the picture red where the weight is, the largest in full (Figure 1)."""
     opacity = np.kron(np.sqrt(weights / weights.max()), np.ones((stride, stride)))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import Progress
-from torch import nn
 
 from .. import viz
 from ..viz import Reassembly
 from .scenes import Scenes, make_scenes
-from .segmentation import SegmentationNet, predict, train_segmentation
+from .segmentation import SegmentationNet, contour, predict, train_segmentation
 from .tables import PRESETS
 
 Array = NDArray[Any]
@@ -30,10 +30,15 @@ DOWN_CHAIN = (
 DOWN_STRIDES = (16, 8, 4, 2)
 
 
+# What is drawn: locations in scenes, by number; rows and columns.
+SIZE, SCENES = 128, 12
+LOCATIONS = ((3, (45, 88)), (3, (45, 97)), (10, (66, 50)), (6, (95, 60)))
+
+
 class Drawn:
     """A scene, and what the network with CARAFE++ did in it."""
 
-    def __init__(self, network: nn.Module, scenes: Scenes, number: int) -> None:
+    def __init__(self, network: SegmentationNet, scenes: Scenes, number: int) -> None:
         self.image, self.classes = scenes.images[number], scenes.classes[number]
         with viz.record_reassemblies(network) as self.reassemblies:
             self.predicted = predict(network, self.image[None])[0]
@@ -51,7 +56,7 @@ def draw_figures(
     The networks, with CARAFE++ and without, are trained unless OUT/figures.pt has them.
     """
     networks = load_networks(out / "figures.pt", preset, device, progress or Progress(disable=True))
-    scenes = make_scenes(SCENES, PRESETS[preset]["figures"]["size"], seed=3)
+    scenes = make_scenes(SCENES, SIZE, seed=3)
     figures = {
         "figure1": draw_figure_1(networks["carafe"], scenes),
         "figure9": draw_figure_9(networks["carafe"], scenes),
@@ -69,7 +74,7 @@ def load_networks(
     path: Path, preset: str, device: str, progress: Progress
 ) -> dict[str, SegmentationNet]:
     """Return networks with CARAFE++ in all places, "carafe", and in none, "nearest"."""
-    given = {**PRESETS[preset]["figures"], "seed": 0}
+    given = {**PRESETS[preset]["figures"], "size": SIZE, "seed": 0}
     operators = {"carafe": ("carafe", "carafe"), "nearest": ("nearest", "strided_conv")}
     saved = torch.load(path, map_location="cpu") if path.exists() else {}
     if saved.get("arguments") != given:
@@ -90,12 +95,11 @@ def load_networks(
     return networks
 
 
-SCENES = 12
-LOCATIONS = ((3, (45, 88)), (3, (45, 97)), (10, (66, 50)), (6, (95, 60)))  # scene; row, column
+def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
+    """Regions accumulated through the top-down path, from a pixel back to the coarsest level.
 
-
-def draw_figure_1(network: nn.Module, scenes: Scenes) -> Figure:
-    """Regions accumulated through the top-down path: of the picture's pixels, in all levels."""
+    White is the unit that would be all of it with interpolation by the nearest unit.
+    """
     figure = Figure(figsize=(13, 2.25 * len(LOCATIONS)), layout="constrained")
     grid = figure.subplots(len(LOCATIONS), 2 + len(UP_CHAIN))
     for axes, (number, location) in zip(grid, LOCATIONS, strict=True):
@@ -106,30 +110,78 @@ def draw_figure_1(network: nn.Module, scenes: Scenes) -> Figure:
         for panel, region, stride in zip(axes[2:], regions, UP_STRIDES, strict=True):
             viz.draw_picture(panel, drawn.image, f"stride {stride}")
             viz.draw_region(panel, region, stride)
+            viz.draw_unit(panel, (location[0] // stride, location[1] // stride), stride)
+            if stride < 8:
+                zoom(panel, location, 8 * stride)
         for panel in axes:
             viz.draw_location(panel, location)
     return figure
 
 
-def draw_figure_9(network: nn.Module, scenes: Scenes) -> Figure:
+def draw_figure_9(network: SegmentationNet, scenes: Scenes) -> Figure:
     """Units that are reassembled into a location, all the way up and all the way down."""
-    figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.2), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.6), layout="constrained")
     grid = figure.subplots(2, len(LOCATIONS))
     for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
         drawn = Drawn(network, scenes, number)
-        fine = viz.trace(drawn.chain(UP_CHAIN[:2]), location)[-1]
-        viz.draw_picture(axes[0], drawn.image, "up: stride 4 to 1")
-        viz.draw_units(axes[0], fine, UP_STRIDES[1])
+        units = viz.trace(drawn.chain(UP_CHAIN[:2]), location)[-1]
+        viz.draw_picture(axes[0], drawn.image, "up, stride 4 to 1")
+        viz.draw_units(axes[0], units, UP_STRIDES[1])
         viz.draw_location(axes[0], location)
+        zoom(axes[0], location, 20)
         coarse = (location[0] // 32, location[1] // 32)
-        fine = viz.trace(drawn.chain(DOWN_CHAIN), coarse)[-1]
-        viz.draw_picture(axes[1], drawn.image, "down: stride 2 to 32")
-        viz.draw_units(axes[1], fine, DOWN_STRIDES[-1])
+        units = viz.trace(drawn.chain(DOWN_CHAIN), coarse)[-1]
+        viz.draw_picture(axes[1], drawn.image, "down, stride 2 to 32")
+        viz.draw_units(axes[1], units, DOWN_STRIDES[-1], share=0.5)
         viz.draw_location(axes[1], coarse, 32)
+    share = share_of_own_class(network, scenes)
+    figure.suptitle(
+        "Weight on units of a location's own class, beside contours, stride 4 to 1: "
+        f"CARAFE++ {share['carafe']:.0%}, nearest {share['nearest']:.0%}, "
+        f"5x5 average {share['average']:.0%}",
+        fontsize=9,
+    )
     return figure
 
 
-def draw_masks(network: nn.Module, scenes: Scenes) -> Figure:
+def zoom(axes: Any, location: viz.Location, reach: int) -> None:
+    """Show only what is at most some pixels away from a location."""
+    axes.set_xlim(location[1] - reach - 0.5, location[1] + reach + 0.5)
+    axes.set_ylim(location[0] + reach + 0.5, location[0] - reach - 0.5)
+
+
+def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, float]:
+    """Return how much of the weight lies on units that the network takes for the location's class.
+
+    Locations are the pixels on the predicted contours, units those of stride 4 that the head
+    upsamples; beside CARAFE++, for interpolation by the nearest unit and for the average of the 5x5
+    units around it.
+    """
+    device = next(network.parameters()).device
+    shares: dict[str, list[float]] = {"carafe": [], "nearest": [], "average": []}
+    for number, image in enumerate(scenes.images):
+        drawn = Drawn(network, scenes, number)
+        with torch.no_grad():
+            levels = network.fpn(
+                network.backbone.features(torch.from_numpy(image[None]).to(device))
+            )
+            units = network.head[-1](network.head[:2](levels[0])).argmax(1)[0].cpu().numpy()
+        around = np.lib.stride_tricks.sliding_window_view(
+            np.pad(units, 2, constant_values=255), (5, 5)
+        )
+        contours = [contour((drawn.predicted == label)[None])[0] for label in np.unique(units)]
+        locations = np.argwhere(np.logical_or.reduce(contours))[::8]
+        for row, column in locations:
+            label = drawn.predicted[row, column]
+            weights = viz.trace(drawn.chain(UP_CHAIN[:2]), (row, column))[-1]
+            own, window = units == label, around[row // 4, column // 4]
+            shares["carafe"].append(float(weights[own].sum() / weights.sum()))
+            shares["nearest"].append(float(own[row // 4, column // 4]))
+            shares["average"].append(float((window == label).sum() / (window != 255).sum()))
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in shares.items()}
+
+
+def draw_masks(network: SegmentationNet, scenes: Scenes) -> Figure:
     """Reassembly kernels of single modules."""
     figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.2), layout="constrained")
     grid = figure.subplots(2, len(LOCATIONS))
@@ -140,6 +192,7 @@ def draw_masks(network: nn.Module, scenes: Scenes) -> Figure:
             out = stride // 2
             viz.draw_picture(panel, drawn.image, f"from stride {stride} to {out}")
             viz.draw_mask(panel, reassembly, (location[0] // out, location[1] // out), stride)
+            zoom(panel, location, 5 * stride)
     return figure
 
 
@@ -163,7 +216,9 @@ def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figur
     return figure
 
 
-def record_outputs(network: nn.Module, names: tuple[str, ...], image: Array) -> dict[str, Array]:
+def record_outputs(
+    network: SegmentationNet, names: tuple[str, ...], image: Array
+) -> dict[str, Array]:
     """Return what some modules of a network return for a picture: [C, H, W] each."""
     outputs: dict[str, Array] = {}
     handles = [
