@@ -26,7 +26,7 @@ from carafepp.torch.models import DOWNSAMPLERS, UPSAMPLERS  # noqa: E402
 TINY = {
     "segmentation": {"steps": 2, "size": 32, "width": 8, "channels": 8, "batch": 2},
     "inpainting": {"steps": 2, "size": 32, "width": 8, "batch": 2},
-    "figures": {"steps": 1, "width": 8, "channels": 8, "batch": 2},
+    "figures": {"steps": 1, "size": 32, "width": 8, "channels": 8, "batch": 2},
 }
 
 
@@ -494,7 +494,10 @@ def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeyp
 
 
 def test_share_of_own_class():
-    """Masks that copy the nearest unit have its share, which is more than that of an average."""
+    """Masks that copy the nearest unit have its share; all units being of one class, all have one.
+
+    Here that class is the background, whose share is that of the locations which are background.
+    """
     torch.manual_seed(0)
     network = SegmentationNet("carafe", "strided_conv", width=8, channels=8).eval()
     for module in network.modules():
@@ -505,4 +508,8 @@ def test_share_of_own_class():
     scenes = make_scenes(2, 64, seed=0)
     share = figures.share_of_own_class(network, scenes)
     assert share["carafe"] == pytest.approx(share["nearest"], abs=1e-6)
-    assert 0 < share["average"] < share["nearest"] < 1
+    assert 0 < share["average"] < 1
+    network.head[-1].bias.data[0] = 1e6
+    share = figures.share_of_own_class(network, scenes)
+    assert share["carafe"] == share["nearest"] == share["average"]
+    assert 0 < share["nearest"] < 0.6

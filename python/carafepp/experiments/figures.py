@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from .. import viz
 from ..viz import Reassembly
-from .scenes import Scenes, make_scenes
+from .scenes import CLASSES, Scenes, make_scenes
 from .segmentation import SegmentationNet, contour, predict, train_segmentation
 from .tables import PRESETS
 
@@ -74,7 +74,7 @@ def load_networks(
     path: Path, preset: str, device: str, progress: Progress
 ) -> dict[str, SegmentationNet]:
     """Return networks with CARAFE++ in all places, "carafe", and in none, "nearest"."""
-    given = {**PRESETS[preset]["figures"], "size": SIZE, "seed": 0}
+    given = {**PRESETS[preset]["figures"], "learning_rate": 0.002, "seed": 0}
     operators = {"carafe": ("carafe", "carafe"), "nearest": ("nearest", "strided_conv")}
     saved = torch.load(path, map_location="cpu") if path.exists() else {}
     if saved.get("arguments") != given:
@@ -136,7 +136,7 @@ def draw_figure_9(network: SegmentationNet, scenes: Scenes) -> Figure:
         viz.draw_location(axes[1], coarse, 32)
     share = share_of_own_class(network, scenes)
     figure.suptitle(
-        "Weight on units of a location's own class, beside contours, stride 4 to 1: "
+        "Weight on units of a location's class, on contours, stride 4 to 1: "
         f"CARAFE++ {share['carafe']:.0%}, nearest {share['nearest']:.0%}, "
         f"5x5 average {share['average']:.0%}",
         fontsize=9,
@@ -151,11 +151,11 @@ def zoom(axes: Any, location: viz.Location, reach: int) -> None:
 
 
 def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, float]:
-    """Return how much of the weight lies on units that the network takes for the location's class.
+    """Return how much of the weight lies on units that the network takes for what a location is.
 
-    Locations are the pixels on the predicted contours, units those of stride 4 that the head
-    upsamples; beside CARAFE++, for interpolation by the nearest unit and for the average of the 5x5
-    units around it.
+    Locations are pixels on the true contours, and are their true class; units are those of stride 4
+    that the head upsamples; beside CARAFE++, for interpolation by the nearest unit and for the average of the
+    5x5 units around it.
     """
     device = next(network.parameters()).device
     shares: dict[str, list[float]] = {"carafe": [], "nearest": [], "average": []}
@@ -169,16 +169,16 @@ def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, fl
         around = np.lib.stride_tricks.sliding_window_view(
             np.pad(units, 2, constant_values=255), (5, 5)
         )
-        contours = [contour((drawn.predicted == label)[None])[0] for label in np.unique(units)]
+        contours = [contour((drawn.classes == label)[None])[0] for label in range(len(CLASSES))]
         locations = np.argwhere(np.logical_or.reduce(contours))[::8]
         for row, column in locations:
-            label = drawn.predicted[row, column]
+            label = drawn.classes[row, column]
             weights = viz.trace(drawn.chain(UP_CHAIN[:2]), (row, column))[-1]
             own, window = units == label, around[row // 4, column // 4]
             shares["carafe"].append(float(weights[own].sum() / weights.sum()))
             shares["nearest"].append(float(own[row // 4, column // 4]))
             shares["average"].append(float((window == label).sum() / (window != 255).sum()))
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in shares.items()}
+    return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
 def draw_masks(network: SegmentationNet, scenes: Scenes) -> Figure:

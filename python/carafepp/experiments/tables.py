@@ -80,12 +80,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {  # about 12 s of one core for a training of segmentation
         "segmentation": {"steps": 150, "size": 64, "width": 16, "channels": 32, "batch": 8},
         "inpainting": {"steps": 200, "size": 32, "width": 16, "batch": 16},
-        "figures": {"steps": 1000, "width": 16, "channels": 32, "batch": 4},
+        "figures": {"steps": 1200, "size": 64, "width": 16, "channels": 32, "batch": 8},
     },
     "large": {  # for a GPU
         "segmentation": {"steps": 5000, "size": 128, "width": 64, "channels": 256, "batch": 16},
         "inpainting": {"steps": 10000, "size": 96, "width": 32, "batch": 32, "adversarial": True},
-        "figures": {"steps": 5000, "width": 64, "channels": 256, "batch": 16},
+        "figures": {"steps": 5000, "size": 128, "width": 64, "channels": 256, "batch": 16},
     },
 }
 
