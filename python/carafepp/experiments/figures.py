@@ -154,8 +154,8 @@ def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, fl
     """Return how much of the weight lies on units that the network takes for what a location is.
 
     Locations are pixels on the true contours, and are their true class; units are those of stride 4
-    that the head upsamples; beside CARAFE++, for interpolation by the nearest unit and for the average of the
-    5x5 units around it.
+    that the head upsamples; beside CARAFE++, for interpolation by the nearest unit and for the
+    average of the 5x5 units around it.
     """
     device = next(network.parameters()).device
     shares: dict[str, list[float]] = {"carafe": [], "nearest": [], "average": []}
