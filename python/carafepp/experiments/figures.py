@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from .. import viz
 from ..viz import Reassembly
-from .scenes import CLASSES, Scenes, make_scenes
+from .scenes import CLASSES, COLOURS, Scenes, make_scenes
 from .segmentation import SegmentationNet, contour, predict, train_segmentation
 from .tables import PRESETS
 
@@ -28,7 +28,6 @@ DOWN_CHAIN = (
     "backbone.maxpool",
 )
 DOWN_STRIDES = (16, 8, 4, 2)
-
 
 # What is drawn: locations in scenes, by number; rows and columns.
 SIZE, SCENES = 128, 12
@@ -105,7 +104,7 @@ def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
     for axes, (number, location) in zip(grid, LOCATIONS, strict=True):
         drawn = Drawn(network, scenes, number)
         viz.draw_picture(axes[0], drawn.image, "location")
-        viz.draw_picture(axes[1], drawn.predicted, "prediction")
+        viz.draw_picture(axes[1], COLOURS[drawn.predicted].transpose(2, 0, 1), "prediction")
         regions = viz.trace(drawn.chain(UP_CHAIN), location)
         for panel, region, stride in zip(axes[2:], regions, UP_STRIDES, strict=True):
             viz.draw_picture(panel, drawn.image, f"stride {stride}")
@@ -157,20 +156,17 @@ def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, fl
     that the head upsamples; beside CARAFE++, for interpolation by the nearest unit and for the
     average of the 5x5 units around it.
     """
-    device = next(network.parameters()).device
     shares: dict[str, list[float]] = {"carafe": [], "nearest": [], "average": []}
     for number, image in enumerate(scenes.images):
         drawn = Drawn(network, scenes, number)
         with torch.no_grad():
-            levels = network.fpn(
-                network.backbone.features(torch.from_numpy(image[None]).to(device))
-            )
-            units = network.head[-1](network.head[:2](levels[0])).argmax(1)[0].cpu().numpy()
+            levels = network.fpn(network.backbone.features(torch.from_numpy(image[None])))
+            units = network.head[-1](network.head[:2](levels[0])).argmax(1)[0].numpy()
         around = np.lib.stride_tricks.sliding_window_view(
             np.pad(units, 2, constant_values=255), (5, 5)
         )
         contours = [contour((drawn.classes == label)[None])[0] for label in range(len(CLASSES))]
-        locations = np.argwhere(np.logical_or.reduce(contours))[::8]
+        locations = np.argwhere(np.logical_or.reduce(contours))[::40]
         for row, column in locations:
             label = drawn.classes[row, column]
             weights = viz.trace(drawn.chain(UP_CHAIN[:2]), (row, column))[-1]
