@@ -473,6 +473,8 @@ def test_rows_come_seed_by_seed(tmp_path, monkeypatch):
 
 
 def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "LOCATIONS", figures.LOCATIONS[:2])
+    monkeypatch.setattr(figures, "SCENES", 4)
     assert run("figures", "--out", tmp_path) == 0
     names = ("figure1.png", "figure9.png", "masks.png", "features.png")
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
@@ -486,7 +488,7 @@ def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeyp
     def train(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("carafepp.experiments.figures.train_segmentation", train)
+    monkeypatch.setattr(figures, "train_segmentation", train)
     assert run("figures", "--out", tmp_path) == 0
     for name in names:
         with Image.open(tmp_path / name) as picture:
