@@ -474,6 +474,7 @@ def test_rows_come_seed_by_seed(tmp_path, monkeypatch):
 
 def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "LOCATIONS", figures.LOCATIONS[:2])
+    monkeypatch.setattr(figures, "COARSE_LOCATIONS", figures.COARSE_LOCATIONS[2:3] * 2)
     monkeypatch.setattr(figures, "SCENES", 4)
     assert run("figures", "--out", tmp_path) == 0
     names = ("figure1.png", "figure9.png", "masks.png", "features.png")

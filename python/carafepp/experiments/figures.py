@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from rich.progress import Progress
 
 from .. import viz
@@ -29,9 +31,12 @@ DOWN_CHAIN = (
 )
 DOWN_STRIDES = (16, 8, 4, 2)
 
-# What is drawn: locations in scenes, by number; rows and columns.
+COLOURS_OF_A_FILE = 128  # noise makes files large
+
+# Locations in scenes, by number: rows and columns, of pixels or, COARSE, of units of stride 32.
 SIZE, SCENES = 128, 12
 LOCATIONS = ((3, (45, 88)), (3, (45, 97)), (10, (66, 50)), (6, (95, 60)))
+COARSE_LOCATIONS = ((5, (1, 2)), (6, (3, 3)), (3, (1, 3)), (10, (2, 2)))
 
 
 class Drawn:
@@ -56,16 +61,21 @@ def draw_figures(
     """
     networks = load_networks(out / "figures.pt", preset, device, progress or Progress(disable=True))
     scenes = make_scenes(SCENES, SIZE, seed=3)
+    of_trained_size = make_scenes(2 * SCENES, PRESETS[preset]["figures"]["size"], seed=3)
+    share = share_of_own_class(networks["carafe"], of_trained_size)
     figures = {
         "figure1": draw_figure_1(networks["carafe"], scenes),
-        "figure9": draw_figure_9(networks["carafe"], scenes),
+        "figure9": draw_figure_9(networks["carafe"], scenes, share),
         "masks": draw_masks(networks["carafe"], scenes),
         "features": draw_features(networks, scenes),
     }
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=80)
+        with io.BytesIO() as file:
+            figure.savefig(file, dpi=72)
+            with Image.open(file) as picture:
+                picture.convert("RGB").quantize(COLOURS_OF_A_FILE).save(paths[-1], optimize=True)
     return paths
 
 
@@ -99,14 +109,13 @@ def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
 
     White is the unit that would be all of it with interpolation by the nearest unit.
     """
-    figure = Figure(figsize=(13, 2.25 * len(LOCATIONS)), layout="constrained")
-    grid = figure.subplots(len(LOCATIONS), 2 + len(UP_CHAIN))
+    figure = Figure(figsize=(11.5, 2.25 * len(LOCATIONS)), layout="constrained")
+    grid = figure.subplots(len(LOCATIONS), 1 + len(UP_CHAIN))
     for axes, (number, location) in zip(grid, LOCATIONS, strict=True):
         drawn = Drawn(network, scenes, number)
-        viz.draw_picture(axes[0], drawn.image, "location")
-        viz.draw_picture(axes[1], COLOURS[drawn.predicted].transpose(2, 0, 1), "prediction")
+        viz.draw_picture(axes[0], COLOURS[drawn.predicted].transpose(2, 0, 1), "prediction")
         regions = viz.trace(drawn.chain(UP_CHAIN), location)
-        for panel, region, stride in zip(axes[2:], regions, UP_STRIDES, strict=True):
+        for panel, region, stride in zip(axes[1:], regions, UP_STRIDES, strict=True):
             viz.draw_picture(panel, drawn.image, f"stride {stride}")
             viz.draw_region(panel, region, stride)
             viz.draw_unit(panel, (location[0] // stride, location[1] // stride), stride)
@@ -117,23 +126,23 @@ def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
     return figure
 
 
-def draw_figure_9(network: SegmentationNet, scenes: Scenes) -> Figure:
+def draw_figure_9(network: SegmentationNet, scenes: Scenes, share: dict[str, float]) -> Figure:
     """Units that are reassembled into a location, all the way up and all the way down."""
     figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.6), layout="constrained")
     grid = figure.subplots(2, len(LOCATIONS))
-    for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
+    for axes, (number, location) in zip(grid[0], LOCATIONS, strict=True):
         drawn = Drawn(network, scenes, number)
         units = viz.trace(drawn.chain(UP_CHAIN[:2]), location)[-1]
-        viz.draw_picture(axes[0], drawn.image, "up, stride 4 to 1")
-        viz.draw_units(axes[0], units, UP_STRIDES[1])
-        viz.draw_location(axes[0], location)
-        zoom(axes[0], location, 20)
-        coarse = (location[0] // 32, location[1] // 32)
-        units = viz.trace(drawn.chain(DOWN_CHAIN), coarse)[-1]
-        viz.draw_picture(axes[1], drawn.image, "down, stride 2 to 32")
-        viz.draw_units(axes[1], units, DOWN_STRIDES[-1], share=0.5)
-        viz.draw_location(axes[1], coarse, 32)
-    share = share_of_own_class(network, scenes)
+        viz.draw_picture(axes, drawn.image, "up, stride 4 to 1")
+        viz.draw_units(axes, units, UP_STRIDES[1])
+        viz.draw_location(axes, location)
+        zoom(axes, location, 20)
+    for axes, (number, location) in zip(grid[1], COARSE_LOCATIONS, strict=True):
+        drawn = Drawn(network, scenes, number)
+        units = viz.trace(drawn.chain(DOWN_CHAIN), location)[-1]
+        viz.draw_picture(axes, drawn.image, "down, stride 2 to 32")
+        viz.draw_units(axes, units, DOWN_STRIDES[-1], share=0.5)
+        viz.draw_location(axes, location, 32)
     figure.suptitle(
         "Weight on units of a location's class, on contours, stride 4 to 1: "
         f"CARAFE++ {share['carafe']:.0%}, nearest {share['nearest']:.0%}, "
@@ -195,11 +204,11 @@ def draw_masks(network: SegmentationNet, scenes: Scenes) -> Figure:
 def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figure:
     """Upsampled feature maps, without CARAFE++ and with it."""
     names = ("fpn.upsamplers.0", "head.2", "head.3")
-    figure = Figure(
-        figsize=(2.2 * (1 + 2 * len(names)), 2.3 * len(LOCATIONS)), layout="constrained"
-    )
-    grid = figure.subplots(len(LOCATIONS), 1 + 2 * len(names))
-    for axes, (number, _) in zip(grid, LOCATIONS, strict=True):
+    numbers = sorted({number for number, _ in LOCATIONS})
+    size = (1.9 * (1 + 2 * len(names)), 2.1 * len(numbers))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(numbers), 1 + 2 * len(names), squeeze=False)
+    for axes, number in zip(grid, numbers, strict=True):
         viz.draw_picture(axes[0], scenes.images[number], "picture")
         for i, (operator, network) in enumerate(networks.items()):
             outputs = record_outputs(network, names, scenes.images[number])
