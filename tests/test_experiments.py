@@ -423,6 +423,7 @@ def line(label, paper, *psnrs):
     entries = [
         {
             "results": {"psnr": psnr, "l1": 30 - psnr, "parameters": 1234, "seconds": i},
+            "arguments": {"steps": 7},
             "machine": "M",
             "date": "2021-12-07",
             "commit": f"c{i}",
@@ -443,14 +444,23 @@ def test_markdown():
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| a | 21.00 ± 1.41 | 9.00 ± 1.41 | 1,234 | 0.5 | 1.5 |\n"
         "| b | **23.50** ± 0.71 | **6.50** ± 0.71 | 1,234 | 0.5 | 2 |\n\n"
-        "Mean ± standard deviation of 2 seeds; preset small; M; 2021-12-07; commit c0, c1.\n"
+        "Mean ± standard deviation of 2 seeds; preset small, 7 steps; M; 2021-12-07; commit c0, c1.\n"
     )
 
 
 def test_markdown_of_one_seed_has_no_deviation():
     words = report.markdown(TABLE, [line("a", 1.5, 20)], "large")
     assert "| a | **20.00** | **10.00** | 1,234 | 0.0 | 1.5 |" in words
-    assert "One seed; preset large;" in words
+    assert "One seed; preset large, 7 steps;" in words
+
+
+def test_steps(tmp_path):
+    out = ("--seeds", 1, "--out", tmp_path)
+    assert run("places", *out) == 0
+    assert run("places", "--steps", 1, *out) == 0
+    assert "preset small, 1 steps;" in (tmp_path / "places.md").read_text()
+    lines = (tmp_path / "trainings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arguments"]["steps"] for line in lines] == [2] * 4 + [1] * 4
 
 
 def test_rows_come_seed_by_seed(tmp_path, monkeypatch):

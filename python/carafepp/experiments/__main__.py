@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("name", choices=names, metavar="NAME", help="a table, all, or figures")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="large: for a GPU")
     parser.add_argument("--seeds", type=_positive, default=3, help="how many; default: 3")
+    parser.add_argument("--steps", type=_positive, help="of a training; default: the preset's")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="a folder")
     parser.add_argument("--device", default="cpu", help="PyTorch's name for it; default: cpu")
     parser.add_argument(
@@ -120,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
                 trainings,
                 preset=options.preset,
                 seeds=options.seeds,
+                steps=options.steps,
                 device=options.device,
                 progress=progress,
             )

@@ -59,7 +59,8 @@ def footnote(lines: Sequence[Line], preset: str) -> str:
     where, when, commit = (
         ", ".join(sorted({entry[key] for entry in of_all})) for key in ("machine", "date", "commit")
     )
-    return f"{what}; preset {preset}; {where}; {when}; commit {commit}."
+    steps = of_all[0]["arguments"]["steps"]
+    return f"{what}; preset {preset}, {steps} steps; {where}; {when}; commit {commit}."
 
 
 def plot(table: Table, lines: Sequence[Line], path: Path) -> None:

@@ -164,17 +164,21 @@ def train_table(
     *,
     preset: str = "small",
     seeds: int = 3,
+    steps: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Line]:
     """Train what is not done yet of a table, and return its lines.
 
-    All rows with one seed come before any with the next.
+    All rows with one seed come before any with the next. `steps` is for other than the preset's.
     """
+    preset_arguments = PRESETS[preset][table.task]
+    if steps is not None:
+        preset_arguments = {**preset_arguments, "steps": steps}
     given = {
         (i, seed): {
             **BASELINES[table.task],
-            **PRESETS[preset][table.task],
+            **preset_arguments,
             **row.arguments,
             "seed": seed,
             "device": device,
