@@ -444,7 +444,8 @@ def test_markdown():
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| a | 21.00 ± 1.41 | 9.00 ± 1.41 | 1,234 | 0.5 | 1.5 |\n"
         "| b | **23.50** ± 0.71 | **6.50** ± 0.71 | 1,234 | 0.5 | 2 |\n\n"
-        "Mean ± standard deviation of 2 seeds; preset small, 7 steps; M; 2021-12-07; commit c0, c1.\n"
+        "Mean ± standard deviation of 2 seeds; preset small, 7 steps; "
+        "M; 2021-12-07; commit c0, c1.\n"
     )
 
 
