@@ -1,0 +1,205 @@
+"""What has been trained, kept in a file, and the training of what a table lacks."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+import carafepp
+
+from .inpainting import train_inpainting
+from .segmentation import train_segmentation
+from .tables import BASELINES, PRESETS, Row, Table
+
+Arguments = dict[str, Any]
+Entry = dict[str, Any]
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "segmentation": train_segmentation,
+    "inpainting": train_inpainting,
+}
+
+
+class Trainings:
+    """The trainings that are done: a file of one JSON object a line, each known by its arguments.
+
+    Parameters
+    ----------
+    path : Path
+        Need not exist. A last line cut short, as by a full disk, is removed.
+
+    Raises
+    ------
+    ValueError
+        Another line is no training.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Entry] = {}
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]))
+            del lines[-1]
+        try:
+            for line in lines:
+                entry = json.loads(line)
+                self._entries[_key(entry["arguments"])] = entry
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"[experiments] {path} must be one training a line; line "
+                f"{lines.index(line) + 1} is {line[:40]!r}."
+            ) from None
+
+    def __getitem__(self, arguments: Arguments) -> Entry:
+        """Return the line of the training with exactly these arguments."""
+        return self._entries[_key(arguments)]
+
+    def __contains__(self, arguments: Arguments) -> bool:
+        """Whether there is such a line."""
+        return _key(arguments) in self._entries
+
+    def add(self, arguments: Arguments, results: dict[str, Any]) -> None:
+        """Write the numbers among the results down, with where, when and from what they come."""
+        numbers = {name: x for name, x in results.items() if isinstance(x, int | float)}
+        entry = {
+            "arguments": arguments,
+            "results": numbers,
+            "machine": machine(),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._entries[_key(arguments)] = entry
+
+
+def _key(arguments: Arguments) -> str:
+    return json.dumps(arguments, sort_keys=True)
+
+
+def machine() -> str:
+    """Return the kind of processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def commit() -> str:
+    """Return the commit of the repository that this lies in, or else carafepp's version."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"of version {carafepp.__version__}"
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table, and the trainings that it stands for, one for each seed."""
+
+    row: Row
+    entries: list[Entry]
+
+    def values(self, key: str) -> list[float]:
+        """Return one number of all trainings."""
+        return [entry["results"][key] for entry in self.entries]
+
+
+def choose_rows(
+    table: Table, *, upsampler: Sequence[str] = (), downsampler: Sequence[str] = ()
+) -> Table:
+    """Return a table of other rows.
+
+    If the rows of the table name an operator of that direction, those with one of the given names
+    are chosen; if they do not, every row is repeated with each of the given names.
+
+    Raises
+    ------
+    ValueError
+        Only some rows name one, or no row is left.
+    """
+    for direction, names in (("upsampler", upsampler), ("downsampler", downsampler)):
+        if not names:
+            continue
+        naming = [direction in row.arguments for row in table.rows]
+        if all(naming):
+            rows = [row for row in table.rows if row.arguments[direction] in names]
+        elif any(naming):
+            raise ValueError(
+                f"[experiments] --{direction} must be left out for {table.name}, which compares "
+                f"CARAFE++ with a baseline; got {','.join(names)}."
+            )
+        else:
+            rows = [
+                Row(f"{row.label}, {name}", row.paper, {**row.arguments, direction: name})
+                for row in table.rows
+                for name in names
+            ]
+        if not rows:
+            raise ValueError(
+                f"[experiments] --{direction} must be that of some row of {table.name}; "
+                f"got {','.join(names)}."
+            )
+        table = replace(table, rows=rows)
+    return table
+
+
+def train_table(
+    table: Table,
+    trainings: Trainings,
+    *,
+    preset: str = "small",
+    seeds: int = 3,
+    steps: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Line]:
+    """Train what is not done yet of a table, and return its lines.
+
+    All rows with one seed come before any with the next. `steps` is for other than the preset's.
+    """
+    preset_arguments = PRESETS[preset][table.task]
+    if steps is not None:
+        preset_arguments = {**preset_arguments, "steps": steps}
+    given = {
+        (i, seed): {
+            **BASELINES[table.task],
+            **preset_arguments,
+            **row.arguments,
+            "seed": seed,
+            "device": device,
+        }
+        for seed in range(seeds)
+        for i, row in enumerate(table.rows)
+    }
+    keys = {place: {"task": table.task, **arguments} for place, arguments in given.items()}
+    progress = progress or Progress(disable=True)
+    bar = progress.add_task(table.name, total=len(given))
+    for place, arguments in given.items():
+        label = f"{table.name}: {table.rows[place[0]].label}, seed {place[1]}"
+
+        def tell(step: int, loss: float, label: str = label) -> None:
+            progress.update(bar, description=f"{label}, step {step + 1}, loss {loss:.3f}")
+
+        if keys[place] not in trainings:
+            trainings.add(keys[place], TASKS[table.task](**arguments, progress=tell))
+        progress.advance(bar)
+    progress.update(bar, description=table.name)
+    return [
+        Line(row, [trainings[keys[i, seed]] for seed in range(seeds)])
+        for i, row in enumerate(table.rows)
+    ]
