@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from .. import ops
 from .._arrays import PyTorch
@@ -66,10 +67,10 @@ def _define(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     grad_fn = name.title().replace("_", "")  # is what autograd names it by
-    function = type(grad_fn, (torch.autograd.Function,), methods)
-    # Function.apply would hand torch.func's tensors over to machinery of its own. Here the
-    # dispatcher has already come down to one level, for which autograd's part of apply is enough.
-    apply = super(torch.autograd.Function, function).apply
+    # Function's apply would hand torch.func's tensors over to machinery of its own. Here the
+    # dispatcher has already come down to one level, for which its base class is enough.
+    function: Any = type(grad_fn, (_SingleLevelFunction,), methods)
+    apply = function.apply
 
     def below(*tensors: Tensor, **params: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
