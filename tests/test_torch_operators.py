@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -1010,7 +1011,7 @@ def train_step(rank, folder):
     parallel = torch.nn.parallel.DistributedDataParallel(network(torch))
     parallel(images(torch)[2 * rank : 2 * rank + 2]).square().sum().backward()
     np.save(f"{folder}/{rank}.npy", parallel.module.encoder.weight.grad.numpy())
-    distributed.destroy_process_group()
+    os._exit(0)  # PyTorch's own teardown of gloo sometimes aborts, with plain layers too
 
 
 def test_data_parallel_training(torch, tmp_path):
