@@ -156,6 +156,7 @@ _TABLE = [
     Case("up13_wide", "thirteen phases of several vectors", 1, 4, 3, 19, up=13),
     Case("down13_wide", "every thirteenth of several vectors", 1, 9, 14, 235, down=13),
     Case("past_caches", "a result that is written past the caches", 1, 33, 101, 173, up=2),
+    Case("features_past_caches", "so is a gradient of 16 bits", 1, 33, 260, 270, down=2),
     Case("images_past_caches", "the same, image by image in two parts", 8, 130, 30, 37),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
