@@ -2,8 +2,9 @@
 //
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel; the
 // outputs that are centred on one source pixel (up*up of them for up >= down) read the same window, so that each vector
-// of features that is loaded serves all of them: stage the masks of a tile, contract the taps of one source pixel for a
-// block of channels, write out.
+// of features that is loaded serves all of them; where one output is centred on a pixel, two neighbours share what
+// their windows have in common. Stage the masks of a tile, contract the taps of one source pixel for a block of
+// channels, write out.
 #include <algorithm>
 
 #include "cpu/simd/bands.h"
@@ -17,41 +18,61 @@
 namespace carafepp {
 namespace {
 
-// One source pixel, its window and the outputs centred on it.
+// One source pixel, its window and the outputs centred on it. Or a pair of outputs, each centred on a pixel of its own:
+// `window` is then the union of their windows, of which the second begins `shift` columns behind the first.
 template <class T>
 struct Site {
     using A = Accumulator<T>;
 
     PixelWindow<const T> window;
-    int kernel_size;
+    int kernel_size, shift;
     int64_t tap_stride;
     static constexpr int kMost = kMaxFactor * kMaxFactor;
-    const A* weights[kMost];  // of each output, those of its taps `tap_stride` apart
+    const A* weights[kMost];  // of each output, of the taps in `window`, row by row, `tap_stride` apart
     T* outputs[kMost];
-    int count;
+    int count = 0;
     PixelsAhead<T> ahead;
 };
 
-// `P` outputs from `first` on, `NV` vectors of channels from `c` on.
-template <int P, int NV, Store store_as, class T>
+// The columns of a row of a window up to `end`, which are taps of the outputs [kFirst, kLast): from column `b` on,
+// where `x` is.
+template <int kFirst, int kLast, Store store_as, int P, int NV, class T>
+CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end, int tail,
+                              const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
+                              Vector<Accumulator<T>> (&sums)[P][NV]) {
+    for (; b < end; b++, x += pixel_stride) {
+        Vector<Accumulator<T>> features[NV];
+        read_channels<NV, store_as>(x, tail, features);
+#pragma GCC unroll 4
+        for (int o = kFirst; o < kLast; o++) {
+            const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
+        }
+    }
+}
+
+// `P` outputs from `first` on, or a pair with a window each; `NV` vectors of channels from `c` on.
+template <int P, bool kPair, int NV, Store store_as, class T>
 CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
     const PixelWindow<const T>& window = site.window;
     for (int a = window.a_begin; a < window.a_end; a++) {
-        const T* x = window.pixel(a, window.b_begin) + c;
-        int64_t tap = (a * site.kernel_size + window.b_begin) * site.tap_stride;
         if (a - window.a_begin < site.ahead.rows) fetch_row<NV>(site.ahead, a - window.a_begin, c);
-        for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride, tap += site.tap_stride) {
-            Vector<A> features[NV];
-            read_channels<NV, store_as>(x, tail, features);
+        const A* weights[P];
 #pragma GCC unroll 4
-            for (int o = 0; o < P; o++) {
-                const Vector<A> weight = splat(site.weights[first + o][tap]);
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
-            }
+        for (int o = 0; o < P; o++) weights[o] = site.weights[first + o] + a * site.kernel_size * site.tap_stride;
+        int b = window.b_begin;
+        const T* x = window.pixel(a, b) + c;
+        if constexpr (kPair) {
+            add_taps<0, 1, store_as>(x, window.pixel_stride, b, std::min(site.shift, window.b_end), tail, weights,
+                                     site.tap_stride, sums);
+            add_taps<0, 2, store_as>(x, window.pixel_stride, b, std::min(site.kernel_size, window.b_end), tail, weights,
+                                     site.tap_stride, sums);
         }
+        add_taps<kPair ? 1 : 0, P, store_as>(x, window.pixel_stride, b, window.b_end, tail, weights, site.tap_stride,
+                                             sums);
     }
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) write_channels<NV, store_as>(sums[o], site.outputs[first + o] + c, tail);
@@ -59,35 +80,36 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
 
 // All channels of a group, for `P` outputs: blocks of as many vectors as the registers hold sums for, then fewer, then
 // a tail.
-template <int P, Store store_as, class T>
+template <int P, bool kPair, Store store_as, class T>
 __attribute__((noinline)) void contract_channels(const Site<T>& site, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = P == 1 ? 8 : kVectorRegisters == 32 ? 4 : 2;
+    constexpr int kMost = P == 1 || (kPair && kVectorRegisters == 32) ? 8 : kPair || kVectorRegisters == 32 ? 4 : 2;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) contract<P, kMost, store_as>(site, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) contract<P, kPair, kMost, store_as>(site, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        contract<P, 4, store_as>(site, first, c, 0);
+        contract<P, kPair, 4, store_as>(site, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        contract<P, 2, store_as>(site, first, c, 0);
+        contract<P, kPair, 2, store_as>(site, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        contract<P, 1, store_as>(site, first, c, 0);
+        contract<P, kPair, 1, store_as>(site, first, c, 0);
         c += L;
     }
-    if (c < channels) contract<P, 1, Store::kTail>(site, first, c, static_cast<int>(channels - c));
+    if (c < channels) contract<P, kPair, 1, Store::kTail>(site, first, c, static_cast<int>(channels - c));
 }
 
 template <Store store_as, class T>
 void contract_site(const Site<T>& site, int64_t channels) {
+    if (site.shift > 0) return contract_channels<2, true, store_as>(site, 0, channels);
     int first = 0;
-    for (; first + 4 <= site.count; first += 4) contract_channels<4, store_as>(site, first, channels);
+    for (; first + 4 <= site.count; first += 4) contract_channels<4, false, store_as>(site, first, channels);
     switch (site.count - first) {
-        case 3: contract_channels<3, store_as>(site, first, channels); break;
-        case 2: contract_channels<2, store_as>(site, first, channels); break;
-        case 1: contract_channels<1, store_as>(site, first, channels); break;
+        case 3: contract_channels<3, false, store_as>(site, first, channels); break;
+        case 2: contract_channels<2, false, store_as>(site, first, channels); break;
+        case 1: contract_channels<1, false, store_as>(site, first, channels); break;
     }
 }
 
@@ -106,6 +128,7 @@ struct ReassembleNhwc {
     const int64_t channels = p.features.c / p.groups;
     const bool streaming = streams<T>(p.result, channels);
 
+    const bool in_pairs = up == 1 && down < p.kernel_size;  // one output a cell, whose windows overlap
     const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
     const int64_t items = p.result.n * p.groups * bands;
     const int64_t pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
@@ -124,7 +147,11 @@ struct ReassembleNhwc {
         for (int64_t cell = 0; cell < cells; cell += L) {
             const int64_t count = std::min(L, cells - cell);
             const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
-            for (int64_t q = 0; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
+            int64_t q = 0;
+            if (in_pairs) {
+                for (; q + 2 <= count; q += 2) contract_pair(n, group, rows, cell + q, weights, q);
+            }
+            for (; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
         }
         if (streaming) finish_streams();
     }
@@ -153,24 +180,35 @@ struct ReassembleNhwc {
         return {pixels, row_stride, up * taps, taps, 1};
     }
 
-    // Of the rows that the windows of the next band are the first to read: as many pixels as a cell has of its own.
-    PixelsAhead<T> ahead(int64_t n, int64_t group, int64_t source, int64_t cell) const {
+    // Of the rows that the windows of the next band are the first to read: as many pixels as cells have of their own.
+    PixelsAhead<T> ahead(int64_t n, int64_t group, int64_t source, int64_t cell, int cell_count) const {
         const int64_t row = source + p.radius() + 1, rows = std::min(ceil_div(down, up), p.features.h - row);
         return {element<const T>(p.features, n, group * channels, row, cell * down), p.features.stride_h,
-                p.features.stride_w, static_cast<int>(rows), static_cast<int>(down)};
+                p.features.stride_w, static_cast<int>(rows), static_cast<int>(cell_count * down)};
+    }
+
+    void place(Site<T>& site, int64_t n, int64_t group, int64_t i, int64_t j, const Weights& weights, int shift) const {
+        site.window = window_of<const T>(p, p.features, n, group * channels, i, j, shift);
+        site.kernel_size = static_cast<int>(p.kernel_size);
+        site.shift = shift;
+        site.tap_stride = weights.tap_stride;
+    }
+
+    void contract_streaming(const Site<T>& site) const {
+        if (streaming) {
+            contract_site<kStreamed<T>>(site, channels);
+        } else {
+            contract_site<Store::kPlain>(site, channels);
+        }
     }
 
     // All outputs of one cell, the q-th of its tile, window by window.
     void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, const Weights& weights, int64_t q) const {
-        Site<T> site;
-        site.kernel_size = static_cast<int>(p.kernel_size);
-        site.tap_stride = weights.tap_stride;
         for (int g = 0; g < phases.count; g++) {
             const Phases::Group& columns = phases.groups[g];
-            site.window = window_of<const T>(p, p.features, n, group * channels, rows.source,
-                                             cell * down + columns.offset);
-            site.ahead = g > 0 ? PixelsAhead<T>{} : ahead(n, group, rows.source, cell);
-            site.count = 0;
+            Site<T> site;
+            place(site, n, group, rows.source, cell * down + columns.offset, weights, 0);
+            if (g == 0) site.ahead = ahead(n, group, rows.source, cell, 1);
             for (int64_t row = rows.begin; row < rows.end; row++) {
                 for (int64_t phase = columns.begin; phase < std::min<int64_t>(columns.end, p.out_w - cell * up);
                      phase++) {
@@ -179,12 +217,20 @@ struct ReassembleNhwc {
                     site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, cell * up + phase);
                 }
             }
-            if (streaming) {
-                contract_site<kStreamed<T>>(site, channels);
-            } else {
-                contract_site<Store::kPlain>(site, channels);
-            }
+            contract_streaming(site);
         }
+    }
+
+    // The outputs of two neighbouring cells, which have one each.
+    void contract_pair(int64_t n, int64_t group, Band row, int64_t cell, const Weights& weights, int64_t q) const {
+        Site<T> site;
+        place(site, n, group, row.source, cell * down, weights, static_cast<int>(down));
+        site.ahead = ahead(n, group, row.source, cell, 2);
+        for (int o = 0; o < 2; o++) {
+            site.weights[o] = weights.first + (q + o) * weights.cell_stride - o * down * weights.tap_stride;
+            site.outputs[o] = element<T>(p.result, n, group * channels, row.begin, cell + o);
+        }
+        contract_streaming(site);
     }
 };
 

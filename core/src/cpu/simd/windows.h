@@ -22,9 +22,10 @@ struct PixelWindow {
     T* pixel(int64_t a, int64_t b) const { return corner + a * row_stride + b * pixel_stride; }
 };
 
+// The window around (i, j), or its union with that `shift` columns behind it.
 template <class T>
 static inline PixelWindow<T> window_of(const Problem& p, const Array& features, int64_t n, int64_t c, int64_t i,
-                                       int64_t j) {
+                                       int64_t j, int64_t shift = 0) {
     const int64_t top = i - p.radius(), left = j - p.radius();
     return {element<T>(features, n, c, top, left),
             features.stride_h,
@@ -32,7 +33,7 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::max<int64_t>(-top, 0)),
             static_cast<int>(std::min(p.kernel_size, features.h - top)),
             static_cast<int>(std::max<int64_t>(-left, 0)),
-            static_cast<int>(std::min(p.kernel_size, features.w - left))};
+            static_cast<int>(std::min(p.kernel_size + shift, features.w - left))};
 }
 
 // How a block of channels is read and written: whole vectors, stored plainly or past the caches, or the first lanes of
