@@ -7,7 +7,6 @@ and of all parameters in "forward+backward".
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -257,27 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     asked = parser.parse_args(arguments)
     todo = [(case, layout) for case in asked.cases.split(",") for layout in asked.layout.split(",")]
-    about = ("CPU", "commit of this repository", "torch", "date")
-    where = {key: report.environment()[key] for key in about}
-    printed: list[str] = []
-
-    def show(text: str) -> None:
-        printed.append(text)
-        print(text + "\n", flush=True)
-
-    show(", ".join(f"{key} {value}" for key, value in where.items()))
+    pages = report.Pages()
     rows = []
     for number, (case, layout) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {case} {layout}", file=sys.stderr, flush=True)
         peers.forget_compiled()
         found = compare(PROBLEMS[case], layout, asked.threads, asked.seconds, not asked.eager)
-        show(markdown(found))
+        pages.show(markdown(found))
         rows += found
-    show(bars(rows))
-    if asked.json:
-        asked.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1))
-    if asked.markdown:
-        asked.markdown.write_text("\n\n".join(printed) + "\n")
+    pages.show(bars(rows))
+    pages.write(rows, asked.json, asked.markdown)
     return 0
 
 

@@ -7,7 +7,6 @@ are left out. BatchNorm is as in inference, also with gradients.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -193,26 +192,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--networks: {name!r} is none of {names}")
         if pass_ not in modules.PASSES:
             parser.error(f"--pass: {pass_!r} is none of {', '.join(modules.PASSES)}")
-    about = ("CPU", "commit of this repository", "torch", "date")
-    where = {key: report.environment()[key] for key in about}
-    printed: list[str] = []
-
-    def show(text: str) -> None:
-        printed.append(text)
-        print(text + "\n", flush=True)
-
-    show(", ".join(f"{key} {value}" for key, value in where.items()))
+    pages = report.Pages()
     rows = []
     for number, (name, pass_) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name} {pass_}", file=sys.stderr, flush=True)
         options = asked.scale, asked.width, asked.threads, asked.seconds
         found = compare(name, pass_, *options)
-        show(markdown(found))
+        pages.show(markdown(found))
         rows += found
-    if asked.json:
-        asked.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1))
-    if asked.markdown:
-        asked.markdown.write_text("\n\n".join(printed) + "\n")
+    pages.write(rows, asked.json, asked.markdown)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Rows with what follows from their times, and how they are shown: Markdown and JSON."""
 
+import json
 import os
 import platform
 import subprocess
@@ -271,6 +272,29 @@ def bars_markdown(bars: list) -> str:
         for bar in bars
     ]
     return "### The bars\n\n" + table(head, cells)
+
+
+class Pages:
+    """What a comparison of modules or networks prints as it goes, and writes at the end."""
+
+    def __init__(self):
+        about = ("CPU", "commit of this repository", "torch", "date")
+        where = environment()
+        self.where = {key: where[key] for key in about}
+        self.texts: list[str] = []
+        self.show(", ".join(f"{key} {value}" for key, value in self.where.items()))
+
+    def show(self, text: str) -> None:
+        """Print a paragraph or a table."""
+        self.texts.append(text)
+        print(text + "\n", flush=True)
+
+    def write(self, rows: list[dict], json_to: Path | None, markdown_to: Path | None) -> None:
+        """Write the rows as JSON, what was printed as Markdown."""
+        if json_to:
+            json_to.write_text(json.dumps({"environment": self.where, "rows": rows}, indent=1))
+        if markdown_to:
+            markdown_to.write_text("\n\n".join(self.texts) + "\n")
 
 
 def table(head: list[str], cells: Iterable[list[str]]) -> str:
