@@ -275,7 +275,7 @@ uint64_t next_random() {  // xorshift64*
 
 // ---- reports ----
 
-__attribute__((format(printf, 1, 2))) [[noreturn]] void fail(const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
     std::fflush(stdout);
     std::fputs("carafepp emulation: ", stderr);
     std::va_list arguments;

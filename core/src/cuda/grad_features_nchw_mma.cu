@@ -5,43 +5,33 @@
 // of its outputs; multiply grad_output, 16 channels and four sources of one row of outputs at a time, with those masks
 // that lead from an output to a pixel, a band matrix. What of the band is 0 would make NaN of an infinite gradient:
 // where a sum is not finite it is computed anew, tap by tap.
-#include "cuda/grad_features_up2.h"
-#include "cuda/mma.h"
+#include "cuda/grad_features_mma.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kTile = 8, kTileRows = 2;               // columns and rows of a tile
-constexpr int kAtOnce = 16, kChannels = 4 * kAtOnce;  // of a warp
-constexpr int kWarps = kThreads / 32;                 // of a block, beside each other or in other channels
-
-struct Cut {
-    int strips;                    // of a block, each a tile wide
-    int64_t panels, runs, chunks;  // of strips in a row, of rows in an image, of channels in a group
-};
+constexpr int kTile = 8, kTileRows = 2;  // columns and rows of a tile
+constexpr int kAtOnce = 16;              // channels
+using TileCut = Cut<kTile, kTileRows>;
 
 // The fragments of PTX's mma.m16n8k8: of the products, rows are channels, columns pixels of a row of a tile, and what
 // is summed over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Problem p, TileCut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     constexpr int kSteps = (kReach + 3) / 4;                               // of four of them
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4, strip = warp % cut.strips;
+    const int row = lane / 4, pair = lane % 4;
     const int64_t channels_in_group = p.features.c / p.groups;
     const int height = static_cast<int>(p.features.h), sources = cut.strips * kTile + K - 1;
     const float scale = scale_of_masks<T>(p);
-    const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
-                       run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const int first = static_cast<int>(panel.remainder) * cut.strips * kTile, left = first + strip * kTile;
-        const int top = static_cast<int>(run.remainder) * kTileRows, bottom = min(top + kTileRows, height);
-        const int64_t in_group = (chunk.remainder * (kWarps / cut.strips) + warp / cut.strips) * kChannels;
-        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
-        const int64_t c = group * channels_in_group + in_group + row;  // and, with the next eight, c + 8
+    for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
+        const TileOfWarp tile = cut.tile(p, item, warp);
+        const int64_t n = tile.n, group = tile.group;
+        const int first = tile.first, left = tile.left, strip = tile.strip, channels = tile.channels;
+        const int top = tile.top, bottom = min(top + kTileRows, height);
+        const int64_t c = group * channels_in_group + tile.in_group + row;  // and, with the next eight, c + 8
         const bool exists = channels > 0 && left < p.features.w;
         float sums[kChannels / kAtOnce][kTileRows][4] = {};
         for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
@@ -109,15 +99,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Pro
 
 template <int K>
 void run(const Problem& p) {
-    const int64_t channels_in_group = p.features.c / p.groups;
-    Cut cut;
-    cut.strips = channels_in_group > 2 * kChannels ? 2 : channels_in_group > kChannels ? 4 : 8;
-    cut.panels = ceil_div(p.features.w, cut.strips * kTile);
-    cut.runs = ceil_div(p.features.h, kTileRows);
-    cut.chunks = ceil_div(channels_in_group, kWarps / cut.strips * kChannels);
+    const TileCut cut(p);
     with_halves(p, [&](auto feature) {
-        launch(grad_features_nchw_mma_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads,
+        launch(grad_features_nchw_mma_kernel<K, decltype(feature)>, cut.items, kThreads,
                (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
     });
 }
