@@ -58,10 +58,15 @@ def _panel(panel, rows: list[Row], colors: dict[str, str]) -> None:
         if row.rival.chosen and row.x_composition:
             best = row.flops / row.x_composition / 1e9
             panel.plot(x, best, "x", color="gray", label="best PyTorch composition")
+    labels: dict[float, str] = {}  # by peak; one for those that would stand on each other
     for width, peak in rows[0].limits.peak.items() if rows else []:
         panel.axhline(peak / 1e9, color="gray", lw=0.8, ls=":")
-        where = f" {8 * width}-bit FMA" if width else " matmul peak"
-        panel.annotate(where, (1, peak / 1e9), xycoords=("axes fraction", "data"), fontsize=7)
+        near = next((other for other in labels if abs(peak / other - 1) < 0.1), peak)
+        where = f"{8 * width}-bit FMA" if width else "matmul peak"
+        labels[near] = f"{labels[near]},\n {where}" if near in labels else f" {where}"
+    for peak, label in labels.items():
+        at = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        panel.annotate(label, (1, peak / 1e9), fontsize=7, **at)
     names = [f"{case}\n{s} {layout}\n{ratio:.1f} FLOP/B" for ratio, case, s, layout in columns]
     panel.set_xticks(range(len(columns)), names, fontsize=6)
     panel.set_yscale("log")
