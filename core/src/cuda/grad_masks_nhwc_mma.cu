@@ -15,18 +15,18 @@ constexpr int kOwn = 4;        // sources of a warp
 constexpr int kChannels = 32;  // of a warp at a time
 static_assert(kThreads / 32 * kOwn == kSources, "a block has as many sources as there are lines");
 
-// Blocks on a multiprocessor. Before sm_80 a second one would cost registers that are needed.
+// Blocks on a multiprocessor: before sm_80 a second one would cost registers that are needed. The emulation has none.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define CARAFEPP_BLOCKS 1
+[[maybe_unused]] constexpr int kBlocks = 1;
 #else
-#define CARAFEPP_BLOCKS 2
+[[maybe_unused]] constexpr int kBlocks = 2;
 #endif
 
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns pixels;
 // lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
 // eight adjacent ones, for four products.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, CARAFEPP_BLOCKS) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
