@@ -62,12 +62,13 @@ __device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
     return exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
 }
 
-// Writes two columns' sums; whether both are finite.
+// Writes two columns' sums; whether they are finite as far as the band's zeros go: an infinite factor meets the band of
+// both columns, so that the first tells of both.
 template <class T>
 __device__ __forceinline__ bool store_sums(const float* sums, float scale, T* to) {
     const float2 values = make_float2(sums[0] * scale, sums[1] * scale);
     store_columns(values, to);
-    return fabsf(values.x) < INFINITY && fabsf(values.y) < INFINITY;
+    return fabsf(values.x) < INFINITY;
 }
 
 // ---- masks ----
