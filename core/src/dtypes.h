@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "problem.h"
 
@@ -111,6 +112,9 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
+template <class A>
+constexpr carafepp_dtype kDtypeOf = std::is_same_v<A, double> ? CARAFEPP_FLOAT64 : CARAFEPP_FLOAT32;
+
 template <class T>
 struct Type {
     using type = T;
@@ -125,6 +129,20 @@ void with_type(carafepp_dtype dtype, F f) {
         case CARAFEPP_FLOAT16: return f(Type<Float16>());
         case CARAFEPP_BFLOAT16: return f(Type<BFloat16>());
     }
+}
+
+// The same of a dtype whose sums are kept in A.
+template <class A, class F>
+void with_type_of(carafepp_dtype dtype, F f) {
+    with_type(dtype, [&](auto type) {
+        if constexpr (std::is_same_v<Accumulator<typename decltype(type)::type>, A>) f(type);
+    });
+}
+
+// Calls f(Type<A>()) with the type that sums of a dtype are kept in.
+template <class F>
+void with_accumulator(carafepp_dtype dtype, F f) {
+    dtype == CARAFEPP_FLOAT64 ? f(Type<double>()) : f(Type<float>());
 }
 
 // Calls f(Type<T>(), Type<M>()) with the storage types of features and of masks or logits, unless the result has no

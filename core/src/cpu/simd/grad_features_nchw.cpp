@@ -10,12 +10,13 @@
 #include <algorithm>
 
 #include "cpu/scratch.h"
+#include "cpu/simd/channels.h"
 #include "cpu/simd/columns.h"
 #include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int64_t kStagedElements = 160 * 1024;  // of masks of a chunk: in float 640 KiB
@@ -80,7 +81,7 @@ __attribute__((noinline)) void contract(const Visit<A>& visit, Ahead& ahead) {
     }
 }
 
-template <class T, class M>
+template <class T>
 struct GradFeaturesNchw {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
@@ -145,7 +146,7 @@ struct GradFeaturesNchw {
         const int64_t all_masks_size = (p.from_logits ? k : std::min(chunk, k)) * k * up * all_masks_pitch;
         grads_size = at_once * ceil_div(up, down) * up * pitch;
         streams = panel == tiles && p.result.stride_w == 1 && p.result.stride_h == p.features.w &&
-                  leaves_caches<T>(p.result);
+                  leaves_caches(p.result);
         rows_size = streams ? ceil_div(chunk * p.features.w, L) * L : 0;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
     }
@@ -228,7 +229,7 @@ struct GradFeaturesNchw {
     // output.
     void stage(const Block& b, int64_t row, int64_t staged) const {
         const Slice inside = tap_rows(b, row);
-        MaskTiles<M> masks{p, up};
+        MaskTiles<A> masks{p, up};
         if (!p.from_logits) {  // a normaliser takes all taps together
             masks.first_tap = inside.begin * k;
             masks.taps = (inside.end - inside.begin) * k;
@@ -281,7 +282,7 @@ struct GradFeaturesNchw {
     void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t begin, int64_t end) const {
         const Split split{static_cast<int>(up),       b.first_cell, b.tiles * L + taps.shifts(),
                           (end - begin) * up * pitch, up * pitch,   pitch};
-        split_rows<T>(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
+        split_rows(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
     }
 
     // Rows [begin, end) of outputs, which are centred on one source row.
@@ -375,13 +376,6 @@ struct GradFeaturesNchw {
 
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void grad_features_nchw(const Problem& problem) { run<GradFeaturesNchw>(problem); }
 
-void grad_features_nchw(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(GradFeaturesNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

@@ -13,7 +13,7 @@
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int64_t kPanelBytes = 768 *
@@ -74,10 +74,11 @@ struct Pixels {
     T* first;
     int64_t row_stride, pixel_stride;
     int rows, columns;
+    bool streaming;  // past the caches
 };
 
 // `NV` vectors of channels from `c` on, or the first `tail` lanes of one.
-template <int NV, Store store_as, class T>
+template <int NV, bool kTail, class T>
 __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t c, int tail) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
@@ -98,7 +99,7 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
                     int left = run->count;
                     do {
                         Vector<A> grad[NV];
-                        read_channels<NV, store_as>(grads, tail, grad);
+                        read_channels<NV, kTail>(grads, tail, grad);
                         // The next channels of this pixel are the next ones wanted.
                         if constexpr (NV == kVectors) {
 #pragma GCC unroll 4
@@ -126,27 +127,27 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
 #pragma GCC unroll 4
         for (int q = 0; q < kColumns; q++) {
             if (r >= pixels.rows || q >= pixels.columns) continue;
-            write_channels<NV, store_as>(sums[r][q], pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c,
-                                         tail);
+            write_channels<NV, kTail>(sums[r][q], pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c,
+                                      tail, pixels.streaming);
         }
     }
 }
 
-template <Store store_as, class T>
+template <class T>
 void contract_channels(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t channels) {
-    constexpr int L = kLanes<Accumulator<T>>;
-    int64_t c = 0;
-    for (; c + kVectors * L <= channels; c += kVectors * L) contract<kVectors, store_as>(outputs, pixels, c, 0);
-    if (c + L <= channels) {
-        contract<1, store_as>(outputs, pixels, c, 0);
-        c += L;
+    constexpr int64_t L = kLanes<Accumulator<T>>, kAtOnce = kVectors * L;
+    if (channels < kAtOnce) {
+        for (int64_t c = 0; c < channels; c += L)
+            contract<1, true>(outputs, pixels, c, static_cast<int>(std::min(channels - c, L)));
+        return;
     }
-    if (c < channels) contract<1, Store::kTail>(outputs, pixels, c, static_cast<int>(channels - c));
+    for (int64_t c = 0; c < channels; c += kAtOnce)  // some once more, rather than few at a time
+        contract<kVectors, false>(outputs, pixels, std::min(c, channels - kAtOnce), 0);
 }
 
 // A call cut into items: a chunk of source rows of a panel of source columns, for one image and group. The masks of the
 // outputs of some rows of cells are staged in a ring, pixel by pixel: [row of cells][row][pixel][tap].
-template <class T, class M>
+template <class T>
 struct GradFeaturesNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
@@ -157,7 +158,7 @@ struct GradFeaturesNhwc {
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
     const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
-    const MaskTiles<M> masks{p, std::min(up, p.out_w)};
+    const MaskTiles<A> masks{p, std::min(up, p.out_w)};
 
     const int64_t ring_rows = ceil_div(2 * radius + kRows, down) + 1;  // of cells
     const int64_t block_outputs = outputs_of(2 * radius + kColumns), block_rows = outputs_of(2 * radius + kRows);
@@ -272,14 +273,13 @@ struct GradFeaturesNhwc {
         outputs.ahead_stride = p.grad_output.stride_h;
         outputs.ahead_rows = static_cast<int>(next_rows - last_row);
         outputs.ahead_pixels = static_cast<int>(first_output_inside(j + radius + kColumns, p.out_w) - own);
-        const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j), p.result.stride_h,
-                               p.result.stride_w, static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
-                               static_cast<int>(std::min<int64_t>(kColumns, width - j))};
-        if (streaming) {
-            contract_channels<kStreamed<T>>(outputs, pixels, channels);
-        } else {
-            contract_channels<Store::kPlain>(outputs, pixels, channels);
-        }
+        const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j),
+                               p.result.stride_h,
+                               p.result.stride_w,
+                               static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
+                               static_cast<int>(std::min<int64_t>(kColumns, width - j)),
+                               streaming};
+        contract_channels(outputs, pixels, channels);
     }
 
     // Of a block that begins at 0, what the window of an output centred on `source` holds.
@@ -289,21 +289,13 @@ struct GradFeaturesNhwc {
     }
 };
 
+template <class A>
+using GradFeaturesOfImages = Images<GradFeaturesNhwc, A>;
+
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void grad_features_nhwc(const Problem& problem) { run<GradFeaturesNhwc>(problem); }
 
-void grad_features_nhwc(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(GradFeaturesNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
+void grad_features_any(const Problem& problem) { run_in_accumulator<GradFeaturesOfImages>(problem); }
 
-void grad_features_any(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(Images<GradFeaturesNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

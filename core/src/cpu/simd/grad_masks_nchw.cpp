@@ -14,7 +14,7 @@
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int64_t kSumElements = 32 * 1024;  // of a block: in float 128 KiB, read and written once in `kChannels`
@@ -88,13 +88,13 @@ void contract_columns(const Outputs<A>& outputs, const A* features, int64_t chan
     }
 }
 
-template <class T, class M>
+template <class T>
 struct GradMasksNchw {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
-    const MaskTiles<M> masks{p, p.factor.up};
+    const MaskTiles<A> masks{p, p.factor.up};
     const ColumnTaps taps{p};
     const int64_t up = p.factor.up, down = p.factor.down;
     const int64_t channels = p.features.c / p.groups;
@@ -227,12 +227,12 @@ struct GradMasksNchw {
                           down * pitch,
                           source_size,
                           pitch};
-        split_rows<T>(p.features, b.n, channel, count, {b.source_begin, b.source_end}, split, b.features);
+        split_rows(p.features, b.n, channel, count, {b.source_begin, b.source_end}, split, b.features);
     }
 
     void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t tile, int64_t begin, int64_t end) const {
         const Split split{static_cast<int>(up), (b.first_tile + tile) * L, L, L, up * output_size, output_size};
-        split_rows<T>(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
+        split_rows(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
     }
 
     // Each row of features, with the outputs of a strip [strip_begin, strip_end) that read it.
@@ -310,13 +310,6 @@ struct GradMasksNchw {
 
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void grad_masks_nchw(const Problem& problem) { run<GradMasksNchw>(problem); }
 
-void grad_masks_nchw(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(GradMasksNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

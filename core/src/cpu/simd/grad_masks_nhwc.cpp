@@ -8,13 +8,14 @@
 
 #include "cpu/simd/bands.h"
 #include "cpu/simd/cell_masks.h"
+#include "cpu/simd/channels.h"
 #include "cpu/simd/images.h"
 #include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int kMostSums = kVectorRegisters == 32 ? 20 : 12;  // in registers at once, beside what they are summed from
@@ -76,20 +77,21 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
             }
         }
     };
+    constexpr bool kPairs = std::is_same_v<T, BFloat16>;  // of vectors
     int64_t c = 0;
-    if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (kPairs) {
         for (; c + 2 * L <= channels; c += 2 * L) {
             next.template fetch<P == 1>(c);
             add([c](const T* from) __attribute__((always_inline)) { return load_even(from + c); });
             add([c](const T* from) __attribute__((always_inline)) { return load_odd(from + c); });
         }
     }
-    for (; c + L <= channels; c += L) {
+    for (; !kPairs && c + L <= channels; c += L) {
         next.template fetch<P == 1>(c);
         add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
     }
-    if (c < channels) {
-        const int rest = static_cast<int>(channels - c);
+    for (; c < channels; c += L) {
+        const int rest = static_cast<int>(std::min<int64_t>(channels - c, L));
         add([c, rest](const T* from) __attribute__((always_inline)) { return load_between(from + c, 0, rest); });
     }
 #pragma GCC unroll 4
@@ -102,7 +104,7 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
     }
 }
 
-template <class T, class M>
+template <class T>
 struct GradMasksNhwc {
     using A = Accumulator<T>;
     static constexpr int L = kLanes<A>;
@@ -112,7 +114,7 @@ struct GradMasksNhwc {
     const Problem& p;
     const int64_t up = p.factor.up, taps = p.taps();
     // Logits that a crop leaves no output for have a gradient too, 0.
-    const MaskTiles<M> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
+    const MaskTiles<A> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
     const Phases rows{p.factor, up};
     const Phases columns{p.factor, masks.phases};
     const int64_t cell_rows = p.from_logits ? p.result.h : ceil_div(p.out_h, up);
@@ -155,9 +157,9 @@ struct GradMasksNhwc {
             for (int q = 0; q < count; q++) {
                 A* const line = lines + q * line_size;
                 contract_cell(at, cell + q, line);
-                if (as_logits) write_logits(at, cell + q, line, lines + tile_size);
-                if (as_masks) write_masks(at, cell + q, line);
+                if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line);
             }
+            if (as_logits) write_logits(at, cell, count, lines, lines + tile_size);
             if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
         }
     }
@@ -197,24 +199,13 @@ struct GradMasksNhwc {
                j + columns.groups[columns.count - 1].offset + r < p.features.w;
     }
 
-    // A line in the order of the result. `staged` is room for another.
-    void write_logits(const Item& at, int64_t cell, A* line, A* staged) const {
-        const int64_t channel = at.group * taps * up * up;
-        const M* const logits = element<const M>(p.logits, at.n, channel, at.cell_row, cell);
-        cell_masks.normalize(logits, 0, 1, staged);
-        cell_masks.normalize_backward(logits, staged, line);
-        masks.clear_cropped(at.rows, cell, 1, order, line);
-        cell_masks.write(line, element<M>(p.result, at.n, channel, at.cell_row, cell));
-    }
-
-    void write_masks(const Item& at, int64_t cell, const A* line) const {
-        for (int64_t row = at.rows.begin; row < at.rows.end; row++) {
-            for (int64_t phase = 0; phase < std::min(masks.phases, p.out_w - cell * up); phase++) {
-                const A* const from = line + ((row - at.rows.begin) * masks.phases + phase) * taps;
-                M* const to = element<M>(p.result, at.n, at.group * taps, row, cell * up + phase);
-                for (int64_t t = 0; t < taps; t += L) store_part(load(from + t), to + t, taps - t);
-            }
-        }
+    // Lines in the order of the result. `staged` is room for as many.
+    void write_logits(const Item& at, int64_t cell, int count, A* lines, A* staged) const {
+        const CellAt first{at.n, at.group * taps * up * up, at.cell_row, cell};
+        cell_masks.normalize(p.logits, first, count, staged);
+        cell_masks.normalize_backward(p.logits, first, count, staged, lines);
+        for (int q = 0; q < count; q++) masks.clear_cropped(at.rows, cell + q, 1, order, lines + q * line_size);
+        cell_masks.write(lines, p.result, first, count);
     }
 
     // Lines in the order of a tile, through one.
@@ -255,15 +246,25 @@ struct GradMasksNhwc {
     template <int P>
     void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first,
                        PixelsBelow<T>& below) const {
-        constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(4, kMostSums / P / kColumns);
+        constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
+        const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
         for (int a = window.a_begin; a < window.a_end;) {
-            const int na = std::min(kRows, window.a_end - a);
+            const int rows_left = window.a_end - a;
+            const int na = rows_left > kRows && rows_left < 2 * kRows ? (rows_left + 1) / 2
+                                                                      : std::min(kRows, rows_left);
             for (int b = window.b_begin; b < window.b_end;) {
                 const int left = window.b_end - b,
                           nb = left > kColumns && left < 2 * kColumns ? (left + 1) / 2 : std::min(kColumns, left);
+                A* sums[P];
+                for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
+                const T* const right = window.pixel(a, b + nb);
+                const Next<T> next{outputs.grads[first + a % P] + up * p.grad_output.stride_w, below.take(right),
+                                   below.take(right)};
                 with_count<kRows>(na, [&](auto rows_here) {
                     with_count<kColumns>(nb, [&](auto columns_here) {
-                        contract_taps<P, rows_here(), columns_here()>(window, outputs, first, a, b, below);
+                        contract<P, rows_here(), columns_here()>(outputs.grads + first, window.pixel(a, b),
+                                                                 window.row_stride, window.pixel_stride, channels, sums,
+                                                                 k * tap_step, tap_step, next);
                     });
                 });
                 b += nb;
@@ -271,36 +272,15 @@ struct GradMasksNhwc {
             a += na;
         }
     }
-
-    template <int P, int NA, int NB>
-    void contract_taps(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first, int a, int b,
-                       PixelsBelow<T>& below) const {
-        const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
-        A* sums[P];
-        for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
-        const T* const right = window.pixel(a, b + NB);
-        const Next<T> next{outputs.grads[first + a % P] + up * p.grad_output.stride_w, below.take(right),
-                           below.take(right)};
-        contract<P, NA, NB>(outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride, channels,
-                            sums, k * tap_step, tap_step, next);
-    }
 };
+
+template <class A>
+using GradMasksOfImages = Images<GradMasksNhwc, A>;
 
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void grad_masks_nhwc(const Problem& problem) { run<GradMasksNhwc>(problem); }
 
-void grad_masks_nhwc(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(GradMasksNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
+void grad_masks_any(const Problem& problem) { run_in_accumulator<GradMasksOfImages>(problem); }
 
-void grad_masks_any(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(Images<GradMasksNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

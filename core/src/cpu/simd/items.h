@@ -27,5 +27,21 @@ void run_items(const Kernel& kernel) {
     });
 }
 
+// A kernel for the storage type of features; nothing where the result has no elements.
+template <template <class> class Kernel>
+void run(const Problem& problem) {
+    if (problem.result.empty()) return;
+    with_type(problem.features.dtype,
+              [&](auto features) { run_items(Kernel<typename decltype(features)::type>{problem}); });
+}
+
+// Likewise for the type that their sums are kept in.
+template <template <class> class Kernel>
+void run_in_accumulator(const Problem& problem) {
+    if (problem.result.empty()) return;
+    with_accumulator(problem.features.dtype,
+                     [&](auto sums) { run_items(Kernel<typename decltype(sums)::type>{problem}); });
+}
+
 }  // namespace
 }  // namespace carafepp

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The normalisers of normalizer.h and their gradients, by vectors, on a staged tile: tap t of phase p of lane q at
-// [(t*phases + p)*pitch + q], `lanes` of them, a multiple of those of a vector.
+// The normalisers of normalizer.h and their gradients, by vectors, on a staged tile: the lanes of tap t of
+// phase p, as many as a vector has, from (t*phases + p)*pitch on.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -60,49 +60,39 @@ CARAFEPP_INLINE void softmax_backward_of(A* grad, const A* masks, int64_t taps, 
     for (int64_t t = 0; t < taps; t++) store(load(masks + t * step) * (load(grad + t * step) - mean), grad + t * step);
 }
 
-// Calls f(offset) for each vector of `rows` rows.
-template <class A, class F>
-CARAFEPP_INLINE void for_each_vector(int64_t rows, int64_t pitch, int64_t lanes, F f) {
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t q = 0; q < lanes; q += kLanes<A>) f(row * pitch + q);
-    }
-}
-
 // Logits to masks, in place.
 template <class A>
-void normalize_tile(carafepp_normalizer normalizer, A* tile, int64_t taps, int64_t phases, int64_t pitch,
-                    int64_t lanes) {
+void normalize_tile(carafepp_normalizer normalizer, A* tile, int64_t taps, int64_t phases, int64_t pitch) {
+    const int64_t end = taps * phases * pitch;
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer == CARAFEPP_SIGMOID) {
-        for_each_vector<A>(taps * phases, pitch, lanes,
-                           [=](int64_t k) { store(sigmoid_of<A>(load(tile + k)), tile + k); });
+        for (int64_t k = 0; k < end; k += pitch) store(sigmoid_of<A>(load(tile + k)), tile + k);
         return;
     }
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-        for_each_vector<A>(taps * phases, pitch, lanes,
-                           [=](int64_t k) { store(log_sigmoid_of<A>(load(tile + k)), tile + k); });
+        for (int64_t k = 0; k < end; k += pitch) store(log_sigmoid_of<A>(load(tile + k)), tile + k);
     }
-    for_each_vector<A>(phases, pitch, lanes, [=](int64_t k) { softmax_of(tile + k, taps, phases * pitch); });
+    for (int64_t phase = 0; phase < phases; phase++) softmax_of(tile + phase * pitch, taps, phases * pitch);
 }
 
 // The gradient of masks to that of logits, in place.
 template <class A>
 void normalize_tile_backward(carafepp_normalizer normalizer, A* grad, const A* masks, const A* logits, int64_t taps,
-                             int64_t phases, int64_t pitch, int64_t lanes) {
+                             int64_t phases, int64_t pitch) {
+    const int64_t end = taps * phases * pitch;
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer == CARAFEPP_SIGMOID) {
-        for_each_vector<A>(taps * phases, pitch, lanes, [=](int64_t k) {
+        for (int64_t k = 0; k < end; k += pitch) {
             const Vector<A> mask = load(masks + k);
             store(load(grad + k) * (mask * (A{1} - mask)), grad + k);
-        });
+        }
         return;
     }
-    for_each_vector<A>(phases, pitch, lanes,
-                       [=](int64_t k) { softmax_backward_of(grad + k, masks + k, taps, phases * pitch); });
+    for (int64_t phase = 0; phase < phases; phase++)
+        softmax_backward_of(grad + phase * pitch, masks + phase * pitch, taps, phases * pitch);
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
         // The derivative of log(sigmoid(l)) is sigmoid(-l).
-        for_each_vector<A>(taps * phases, pitch, lanes,
-                           [=](int64_t k) { store(load(grad + k) * sigmoid_of<A>(-load(logits + k)), grad + k); });
+        for (int64_t k = 0; k < end; k += pitch) store(load(grad + k) * sigmoid_of<A>(-load(logits + k)), grad + k);
     }
 }
 

@@ -9,7 +9,7 @@
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr double kCostOfElement = 1;  // in multiply-adds
@@ -22,15 +22,14 @@ static inline Problem with_given_masks(const Problem& problem) {
     return given;
 }
 
-template <class M>
+template <class A>
 struct NormalizeMasks {
-    using A = Accumulator<M>;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
     const int64_t phases;
     const Problem given = with_given_masks(p);
-    const MaskTiles<M> logits{p, phases}, masks{given, phases};
+    const MaskTiles<A> logits{p, phases}, masks{given, phases};
     const int64_t up = p.factor.up;
     const int64_t row_size = logits.row_size(L), tile_size = up * row_size;
 
@@ -86,19 +85,18 @@ struct NormalizeMasks {
 
 }  // namespace
 
-namespace CARAFEPP_ISA {
-
 void normalize_masks(const Problem& problem) {
-    with_types(problem, [&](auto, auto masks) {
-        NormalizeMasks<typename decltype(masks)::type>{problem, std::min(problem.factor.up, problem.out_w)}.forward();
+    if (problem.result.empty()) return;
+    with_accumulator(problem.logits.dtype, [&](auto sums) {
+        NormalizeMasks<typename decltype(sums)::type>{problem, std::min(problem.factor.up, problem.out_w)}.forward();
     });
 }
 
 void normalize_masks_backward(const Problem& problem) {
-    with_types(problem, [&](auto, auto masks) {
-        NormalizeMasks<typename decltype(masks)::type>{problem, problem.factor.up}.backward();
+    if (problem.result.empty()) return;
+    with_accumulator(problem.logits.dtype, [&](auto sums) {
+        NormalizeMasks<typename decltype(sums)::type>{problem, problem.factor.up}.backward();
     });
 }
 
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

@@ -12,7 +12,7 @@
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int64_t kMasksInBlock = 384 * 1024 / kVectorBytes;    // vectors, of a level 2 cache
@@ -86,7 +86,7 @@ CARAFEPP_INLINE void accumulate(const Windows<A>& windows, const A* channel, int
             }
         };
         if constexpr (K > 0) {
-#pragma GCC unroll 7
+#pragma GCC unroll 5
             for (int b = 0; b < K; b++) add_tap(b);
         } else {
             for (int b = 0; b < kernel_size; b++) add_tap(b);
@@ -232,13 +232,13 @@ struct Cut {
     }
 };
 
-template <class T, class M>
+template <class T>
 struct ReassembleNchw {
     using A = Accumulator<T>;
     static constexpr int64_t L = kLanes<A>;
 
     const Problem& p;
-    const MaskTiles<M> masks{p, std::min(p.factor.up, p.out_w)};
+    const MaskTiles<A> masks{p, std::min(p.factor.up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
     const Cut cut{p, phases, masks.row_size(L), L, threads_worth<A>(p)};
     const int64_t channels = p.features.c / p.groups;
@@ -246,9 +246,9 @@ struct ReassembleNchw {
     const int64_t tile_columns = L * masks.phases;
     // Sums are written where they belong or, in other types and strides, by way of a buffer of a tile of two rows.
     const bool adjacent = std::is_same_v<T, A> && p.result.stride_w == 1;
-    const bool past_caches = adjacent && leaves_caches<T>(p.result) && writes_lines();
+    const bool past_caches = adjacent && leaves_caches(p.result) && writes_lines();
     // Where their vectors are not whole lines, whole rows are collected before they leave past the caches.
-    const bool by_rows = p.result.stride_w == 1 && leaves_caches<T>(p.result) && !past_caches && cut.tiles == tiles &&
+    const bool by_rows = p.result.stride_w == 1 && leaves_caches(p.result) && !past_caches && cut.tiles == tiles &&
                          2 * cut.channels * p.out_w * int64_t{sizeof(T)} <= kRowsBytes;
 
     // Whether each vector of a tile, with the other phases', is a whole line or more.
@@ -348,7 +348,7 @@ struct ReassembleNchw {
                           cut.channel_size,
                           0,
                           cut.residue_stride};
-        split_rows<T>(p.features, b.n, channel, count, {i, i + 1}, split, b.features + staged_row(i));
+        split_rows(p.features, b.n, channel, count, {i, i + 1}, split, b.features + staged_row(i));
     }
 
     // ---- taps ----
@@ -459,7 +459,6 @@ struct ReassembleNchw {
             switch (phases == w.phases ? w.kernel_size : 0) {
                 case 3: return contract_phases<3>(w, phases, channels, rows);
                 case 5: return contract_phases<5>(w, phases, channels, rows);
-                case 7: return contract_phases<7>(w, phases, channels, rows);
             }
         }
         contract_phases<0>(w, phases, channels, rows);
@@ -501,13 +500,6 @@ struct ReassembleNchw {
 
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void reassemble_nchw(const Problem& problem) { run<ReassembleNchw>(problem); }
 
-void reassemble_nchw(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(ReassembleNchw<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

@@ -15,7 +15,7 @@
 #include "cpu/simd/masks.h"
 #include "cpu/simd/windows.h"
 
-namespace carafepp {
+namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 // One source pixel, its window and the outputs centred on it. Or a pair of outputs, each centred on a pixel of its own:
@@ -31,18 +31,19 @@ struct Site {
     const A* weights[kMost];  // of each output, of the taps in `window`, row by row, `tap_stride` apart
     T* outputs[kMost];
     int count = 0;
+    bool streaming;  // past the caches
     PixelsAhead<T> ahead;
 };
 
 // The columns of a row of a window up to `end`, which are taps of the outputs [kFirst, kLast): from column `b` on,
 // where `x` is.
-template <int kFirst, int kLast, Store store_as, int P, int NV, class T>
+template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
 CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end, int tail,
                               const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
                               Vector<Accumulator<T>> (&sums)[P][NV]) {
     for (; b < end; b++, x += pixel_stride) {
         Vector<Accumulator<T>> features[NV];
-        read_channels<NV, store_as>(x, tail, features);
+        read_channels<NV, kTail>(x, tail, features);
 #pragma GCC unroll 4
         for (int o = kFirst; o < kLast; o++) {
             const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
@@ -53,7 +54,7 @@ CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end
 }
 
 // `P` outputs from `first` on, or a pair with a window each; `NV` vectors of channels from `c` on.
-template <int P, bool kPair, int NV, Store store_as, class T>
+template <int P, bool kPair, int NV, bool kTail, class T>
 CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
@@ -66,54 +67,51 @@ CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tai
         int b = window.b_begin;
         const T* x = window.pixel(a, b) + c;
         if constexpr (kPair) {
-            add_taps<0, 1, store_as>(x, window.pixel_stride, b, std::min(site.shift, window.b_end), tail, weights,
-                                     site.tap_stride, sums);
-            add_taps<0, 2, store_as>(x, window.pixel_stride, b, std::min(site.kernel_size, window.b_end), tail, weights,
-                                     site.tap_stride, sums);
+            add_taps<0, 1, kTail>(x, window.pixel_stride, b, std::min(site.shift, window.b_end), tail, weights,
+                                  site.tap_stride, sums);
+            add_taps<0, 2, kTail>(x, window.pixel_stride, b, std::min(site.kernel_size, window.b_end), tail, weights,
+                                  site.tap_stride, sums);
         }
-        add_taps<kPair ? 1 : 0, P, store_as>(x, window.pixel_stride, b, window.b_end, tail, weights, site.tap_stride,
-                                             sums);
+        add_taps<kPair ? 1 : 0, P, kTail>(x, window.pixel_stride, b, window.b_end, tail, weights, site.tap_stride,
+                                          sums);
     }
 #pragma GCC unroll 4
-    for (int o = 0; o < P; o++) write_channels<NV, store_as>(sums[o], site.outputs[first + o] + c, tail);
+    for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], site.outputs[first + o] + c, tail, site.streaming);
 }
 
 // All channels of a group, for `P` outputs: blocks of as many vectors as the registers hold sums for, then fewer, then
 // a tail.
-template <int P, bool kPair, Store store_as, class T>
+template <int P, bool kPair, class T>
 __attribute__((noinline)) void contract_channels(const Site<T>& site, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
     constexpr int kMost = P == 1 || (kPair && kVectorRegisters == 32) ? 8 : kPair || kVectorRegisters == 32 ? 4 : 2;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) contract<P, kPair, kMost, store_as>(site, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) contract<P, kPair, kMost, false>(site, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        contract<P, kPair, 4, store_as>(site, first, c, 0);
+        contract<P, kPair, 4, false>(site, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        contract<P, kPair, 2, store_as>(site, first, c, 0);
+        contract<P, kPair, 2, false>(site, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        contract<P, kPair, 1, store_as>(site, first, c, 0);
+        contract<P, kPair, 1, false>(site, first, c, 0);
         c += L;
     }
-    if (c < channels) contract<P, kPair, 1, Store::kTail>(site, first, c, static_cast<int>(channels - c));
+    if (c < channels) contract<P, kPair, 1, true>(site, first, c, static_cast<int>(channels - c));
 }
 
-template <Store store_as, class T>
+template <class T>
 void contract_site(const Site<T>& site, int64_t channels) {
-    if (site.shift > 0) return contract_channels<2, true, store_as>(site, 0, channels);
+    if (site.shift > 0) return contract_channels<2, true>(site, 0, channels);
     int first = 0;
-    for (; first + 4 <= site.count; first += 4) contract_channels<4, false, store_as>(site, first, channels);
-    switch (site.count - first) {
-        case 3: contract_channels<3, false, store_as>(site, first, channels); break;
-        case 2: contract_channels<2, false, store_as>(site, first, channels); break;
-        case 1: contract_channels<1, false, store_as>(site, first, channels); break;
-    }
+    for (; first + 4 <= site.count; first += 4) contract_channels<4, false>(site, first, channels);
+    for (; first + 2 <= site.count; first += 2) contract_channels<2, false>(site, first, channels);
+    if (first < site.count) contract_channels<1, false>(site, first, channels);
 }
 
-template <class T, class M>
+template <class T>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
     static constexpr int64_t L = kLanes<A>;  // as many cells are a tile
@@ -122,7 +120,7 @@ struct ReassembleNhwc {
 
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
-    const MaskTiles<M> masks{p, std::min(up, p.out_w)};
+    const MaskTiles<A> masks{p, std::min(up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
     const int64_t cells = ceil_div(p.out_w, up);
     const int64_t channels = p.features.c / p.groups;
@@ -158,16 +156,14 @@ struct ReassembleNhwc {
 
     // Masks with adjacent channels are read where they are.
     Weights stage(int64_t n, int64_t group, Band rows, int64_t cell, int64_t count, A* tile, A* pixels) const {
-        if constexpr (std::is_same_v<M, A>) {
-            if (!p.from_logits && p.masks.stride_c == 1) {
-                return {element<const M>(p.masks, n, group * taps, rows.begin, cell * up), p.masks.stride_h,
-                        up * p.masks.stride_w, p.masks.stride_w, 1};
-            }
+        if (!p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>) {
+            return {element<const A>(p.masks, n, group * taps, rows.begin, cell * up), p.masks.stride_h,
+                    up * p.masks.stride_w, p.masks.stride_w, 1};
         }
         if (p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) && CellMasks<A>::fits(up * up)) {
             const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
-            cell_masks.normalize(element<const M>(p.logits, n, group * taps * up * up, rows.begin / up, cell),
-                                 p.logits.stride_w, static_cast<int>(count), pixels);
+            cell_masks.normalize(p.logits, {n, group * taps * up * up, rows.begin / up, cell}, static_cast<int>(count),
+                                 pixels);
             return {pixels, up, cell_masks.size, 1, up * up};
         }
         // Of other strides, transposing takes longer than reading them apart.
@@ -192,14 +188,7 @@ struct ReassembleNhwc {
         site.kernel_size = static_cast<int>(p.kernel_size);
         site.shift = shift;
         site.tap_stride = weights.tap_stride;
-    }
-
-    void contract_streaming(const Site<T>& site) const {
-        if (streaming) {
-            contract_site<kStreamed<T>>(site, channels);
-        } else {
-            contract_site<Store::kPlain>(site, channels);
-        }
+        site.streaming = streaming;
     }
 
     // All outputs of one cell, the q-th of its tile, window by window.
@@ -217,7 +206,7 @@ struct ReassembleNhwc {
                     site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, cell * up + phase);
                 }
             }
-            contract_streaming(site);
+            contract_site(site, channels);
         }
     }
 
@@ -230,25 +219,17 @@ struct ReassembleNhwc {
             site.weights[o] = weights.first + (q + o) * weights.cell_stride - o * down * weights.tap_stride;
             site.outputs[o] = element<T>(p.result, n, group * channels, row.begin, cell + o);
         }
-        contract_streaming(site);
+        contract_site(site, channels);
     }
 };
 
+template <class A>
+using ReassembleOfImages = Images<ReassembleNhwc, A>;
+
 }  // namespace
 
-namespace CARAFEPP_ISA {
+void reassemble_nhwc(const Problem& problem) { run<ReassembleNhwc>(problem); }
 
-void reassemble_nhwc(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(ReassembleNhwc<typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
+void reassemble_any(const Problem& problem) { run_in_accumulator<ReassembleOfImages>(problem); }
 
-void reassemble_any(const Problem& problem) {
-    with_types(problem, [&](auto features, auto masks) {
-        run_items(Images<ReassembleNhwc, typename decltype(features)::type, typename decltype(masks)::type>{problem});
-    });
-}
-
-}  // namespace CARAFEPP_ISA
-}  // namespace carafepp
+}  // namespace carafepp::CARAFEPP_ISA

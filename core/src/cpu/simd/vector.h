@@ -3,8 +3,9 @@
 // intrinsics stand only where those have no word: conversions of halves, masked tails, non-temporal stores. Vectors of
 // 16 bytes are there on every processor.
 //
-// Everything has internal linkage: an inline function that two translation units of different instruction sets shared
-// would be linked once, from either, and might then run where it must not.
+// Everything has internal linkage, and what translation units share is in the namespace of their instruction set: an
+// inline function that two of different instruction sets shared would be linked once, from either, and might then run
+// where it must not.
 #pragma once
 
 #if defined(__SSE2__)
@@ -224,10 +225,9 @@ CARAFEPP_INLINE void stream(Vector<A> value, A* to) {
 #endif
 
 // Whether a result is so large that it leaves the caches before anybody reads it: then it is written past them.
-template <class T>
 CARAFEPP_INLINE bool leaves_caches(const Array& result) {
     constexpr int64_t kBytes = int64_t{4} << 20;
-    return result.n * result.c * result.h * result.w * int64_t{sizeof(T)} >= kBytes;
+    return result.n * result.c * result.h * result.w * itemsize(result.dtype) >= kBytes;
 }
 
 // Other threads may read what was streamed once this is done, as they may what was stored.

@@ -36,17 +36,13 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::min(p.kernel_size + shift, features.w - left))};
 }
 
-// How a block of channels is read and written: whole vectors, stored plainly or past the caches, or the first lanes of
-// one vector only.
-enum class Store { kPlain, kStream, kTail };
-
-// `NV` vectors of channels, in any order of lanes that write_channels has too.
-template <int NV, Store store_as, class T>
+// `NV` vectors of channels, in any order of lanes that write_channels has too; or of one, the first `tail` lanes.
+template <int NV, bool kTail, class T>
 CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T>> (&to)[NV]) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) {
         const T* const vector = from + v * kLanes<Accumulator<T>>;
-        if constexpr (store_as == Store::kTail) {
+        if constexpr (kTail) {
             to[v] = load_between(from, 0, tail);
         } else if constexpr (std::is_same_v<T, BFloat16> && NV % 2 == 0) {
             to[v] = v % 2 == 0 ? load_even(vector) : load_odd(vector - kLanes<float>);
@@ -56,29 +52,33 @@ CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T
     }
 }
 
-template <int NV, Store store_as, class T>
-CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T* to, int tail) {
-    if constexpr (store_as == Store::kTail) {
+// The inverse. Past the caches if `streaming`, which is for whole vectors of what streams() says.
+template <int NV, bool kTail, class T>
+CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T* to, int tail, bool streaming) {
+    constexpr bool kPairs = std::is_same_v<T, BFloat16> && NV % 2 == 0;
+    if constexpr (kTail) {
         store_first(from[0], to, tail);
-    } else if constexpr (std::is_same_v<T, BFloat16> && NV % 2 == 0) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v += 2) {
-            if constexpr (store_as == Store::kStream) {
-                stream((Vector<float>)alternating(from[v], from[v + 1]),
-                       reinterpret_cast<float*>(to + v * kLanes<float>));
-            } else {
-                store_alternating(from[v], from[v + 1], to + v * kLanes<float>);
-            }
-        }
-    } else {
+        return;
+    } else if constexpr (kPairs || sizeof(T) == sizeof(Accumulator<T>)) {
+        if (streaming) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) {
-            T* const vector = to + v * kLanes<Accumulator<T>>;
-            if constexpr (store_as == Store::kStream && sizeof(T) == sizeof(Accumulator<T>)) {
-                stream(from[v], vector);
-            } else {
-                store(from[v], vector);
+            for (int v = 0; v < NV; v += kPairs ? 2 : 1) {
+                if constexpr (kPairs) {
+                    stream((Vector<float>)alternating(from[v], from[v + 1]),
+                           reinterpret_cast<float*>(to + v * kLanes<float>));
+                } else {
+                    stream(from[v], to + v * kLanes<Accumulator<T>>);
+                }
             }
+            return;
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v += kPairs ? 2 : 1) {
+        if constexpr (kPairs) {
+            store_alternating(from[v], from[v + 1], to + v * kLanes<float>);
+        } else {
+            store(from[v], to + v * kLanes<Accumulator<T>>);
         }
     }
 }
@@ -104,14 +104,11 @@ CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) 
     }
 }
 
+// Whether pixels of a result, with so many channels in a group, are whole aligned vectors, and the result is large.
 // Half a vector cannot be written past the caches, and no pair of vectors of float16 makes a whole one.
 template <class T>
-constexpr Store kStreamed = std::is_same_v<T, Float16> ? Store::kPlain : Store::kStream;
-
-// Whether pixels of a result, with so many channels in a group, are whole aligned vectors, and the result is large.
-template <class T>
 bool streams(const Array& result, int64_t channels) {
-    if (kStreamed<T> != Store::kStream || !leaves_caches<T>(result)) return false;
+    if (std::is_same_v<T, Float16> || !leaves_caches(result)) return false;
     uint64_t offsets = reinterpret_cast<uintptr_t>(result.data);
     for (int64_t stride : {result.stride_n, result.stride_h, result.stride_w, channels})
         offsets |= static_cast<uint64_t>(stride) * sizeof(T);

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/simd/images.h"
+
+#include "cpu/simd/channels.h"
+#include "cpu/simd/columns.h"
+
+namespace carafepp::CARAFEPP_ISA {
+namespace {
+
+// Calls f(row, columns) for each row of an array, or once for all where they are adjacent.
+template <class F>
+CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
+    if (array.stride_h == array.w * array.stride_w) {
+        f(0, array.h * array.w);
+    } else {
+        for (int64_t row = 0; row < array.h; row++) f(row, array.w);
+    }
+}
+
+// As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. The same columns of
+// the channels behind them, which are read next, are fetched meanwhile: each is a page further, beyond the processor's
+// own prefetching.
+template <class T>
+CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t columns, Accumulator<T>* to, int64_t pitch) {
+    constexpr int L = kLanes<Accumulator<T>>;
+    for_each_block<L>(static_cast<int>(columns), [&](int begin, int) __attribute__((always_inline)) {
+        for (int64_t c = L; c < 2 * L; c++) __builtin_prefetch(from + c * stride_c + begin, 0, 2);
+        transpose_block(from + begin, stride_c, to + begin * pitch, pitch);
+    });
+}
+
+template <class T>
+void load_elements(const Array& array, int64_t n, int64_t channel, const Array& image) {
+    using A = Accumulator<T>;
+    constexpr int64_t L = kLanes<A>;
+    for_each_row(array, [&](int64_t row, int64_t columns) {
+        const T* from = element<const T>(array, n, channel, row, 0);
+        A* const to = element<A>(image, 0, 0, row, 0);
+        if (array.stride_w == 1) {
+            for (int64_t c = 0; c < image.c; c += L, from += L * array.stride_c) {
+                if (image.c - c >= L && columns >= L) {
+                    load_planes(from, array.stride_c, columns, to + c, image.stride_w);
+                } else {
+                    load_channels<T>(from, array.stride_c, static_cast<int>(std::min(L, image.c - c)),
+                                     static_cast<int>(columns), adjacent_places(to + c, image.stride_w));
+                }
+            }
+            return;
+        }
+        for (int64_t j = 0; j < columns; j++, from += array.stride_w) {
+            for (int64_t c = 0; c < image.c; c++) to[j * image.stride_w + c] = widen(from[c * array.stride_c]);
+        }
+    });
+}
+
+template <class T>
+void store_elements(const Array& image, const Array& array, int64_t n, int64_t channel, bool streams,
+                    Accumulator<T>* planes) {
+    using A = Accumulator<T>;
+    constexpr int64_t L = kLanes<A>;
+    for_each_row(array, [&](int64_t row, int64_t columns) {
+        const A* const from = element<const A>(image, 0, 0, row, 0);
+        T* to = element<T>(array, n, channel, row, 0);
+        if constexpr (std::is_same_v<T, A>) {
+            if (streams) {
+                for (int64_t c = 0; c < image.c; c += L, to += L * columns) {
+                    const int64_t count = std::min(L, image.c - c);
+                    store_channels<T>(adjacent_places(from + c, image.stride_w), static_cast<int>(count),
+                                      static_cast<int>(columns), planes, columns);
+                    stream_lines(planes, count * columns, to);
+                }
+                finish_streams();
+                return;
+            }
+        }
+        if (array.stride_w == 1) {
+            for (int64_t c = 0; c < image.c; c += L, to += L * array.stride_c) {
+                store_channels<T>(adjacent_places(from + c, image.stride_w), static_cast<int>(std::min(L, image.c - c)),
+                                  static_cast<int>(columns), to, array.stride_c);
+            }
+            return;
+        }
+        for (int64_t j = 0; j < columns; j++, to += array.stride_w) {
+            for (int64_t c = 0; c < image.c; c++) to[c * array.stride_c] = narrow<T>(from[j * image.stride_w + c]);
+        }
+    });
+}
+
+}  // namespace
+
+void load_image(const Array& array, int64_t n, int64_t channel, const Array& image) {
+    with_type(array.dtype, [&](auto type) { load_elements<typename decltype(type)::type>(array, n, channel, image); });
+}
+
+void store_image(const Array& image, const Array& array, int64_t n, int64_t channel, bool streams, void* planes) {
+    with_type(array.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        store_elements<T>(image, array, n, channel, streams, static_cast<Accumulator<T>*>(planes));
+    });
+}
+
+}  // namespace carafepp::CARAFEPP_ISA
