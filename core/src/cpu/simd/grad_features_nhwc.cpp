@@ -289,13 +289,10 @@ struct GradFeaturesNhwc {
     }
 };
 
-template <class A>
-using GradFeaturesOfImages = Images<GradFeaturesNhwc, A>;
-
 }  // namespace
 
 void grad_features_nhwc(const Problem& problem) { run<GradFeaturesNhwc>(problem); }
 
-void grad_features_any(const Problem& problem) { run_in_accumulator<GradFeaturesOfImages>(problem); }
+void grad_features_any(const Problem& problem) { run_on_images<GradFeaturesNhwc>(problem); }
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -242,6 +242,11 @@ struct GradMasksNhwc {
         if (first < outputs.count) contract_rows<1>(window, outputs, first, below);
     }
 
+    // At most `most` of what is left, which two parts share evenly.
+    static int part_of(int left, int most) {
+        return left > most && left < 2 * most ? (left + 1) / 2 : std::min(most, left);
+    }
+
     // All taps of a window, as many rows and columns at a time as there are registers for.
     template <int P>
     void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first,
@@ -249,12 +254,9 @@ struct GradMasksNhwc {
         constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
         const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
         for (int a = window.a_begin; a < window.a_end;) {
-            const int rows_left = window.a_end - a;
-            const int na = rows_left > kRows && rows_left < 2 * kRows ? (rows_left + 1) / 2
-                                                                      : std::min(kRows, rows_left);
+            const int na = part_of(window.a_end - a, kRows);
             for (int b = window.b_begin; b < window.b_end;) {
-                const int left = window.b_end - b,
-                          nb = left > kColumns && left < 2 * kColumns ? (left + 1) / 2 : std::min(kColumns, left);
+                const int nb = part_of(window.b_end - b, kColumns);
                 A* sums[P];
                 for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
                 const T* const right = window.pixel(a, b + nb);
@@ -274,13 +276,10 @@ struct GradMasksNhwc {
     }
 };
 
-template <class A>
-using GradMasksOfImages = Images<GradMasksNhwc, A>;
-
 }  // namespace
 
 void grad_masks_nhwc(const Problem& problem) { run<GradMasksNhwc>(problem); }
 
-void grad_masks_any(const Problem& problem) { run_in_accumulator<GradMasksOfImages>(problem); }
+void grad_masks_any(const Problem& problem) { run_on_images<GradMasksNhwc>(problem); }
 
 }  // namespace carafepp::CARAFEPP_ISA

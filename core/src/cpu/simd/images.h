@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
@@ -86,5 +87,14 @@ struct Images {
         return {data, kDtypeOf<A>, 1, count, height, width, height * width * pitch, 1, width * pitch, pitch};
     }
 };
+
+// A kernel for adjacent channels on images, whose features have the type that sums are kept in; nothing where the
+// result has no elements.
+template <template <class> class Kernel>
+void run_on_images(const Problem& problem) {
+    if (problem.result.empty()) return;
+    with_accumulator(problem.features.dtype,
+                     [&](auto sums) { run_items(Images<Kernel, typename decltype(sums)::type>{problem}); });
+}
 
 }  // namespace carafepp::CARAFEPP_ISA

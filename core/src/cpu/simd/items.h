@@ -35,13 +35,5 @@ void run(const Problem& problem) {
               [&](auto features) { run_items(Kernel<typename decltype(features)::type>{problem}); });
 }
 
-// Likewise for the type that their sums are kept in.
-template <template <class> class Kernel>
-void run_in_accumulator(const Problem& problem) {
-    if (problem.result.empty()) return;
-    with_accumulator(problem.features.dtype,
-                     [&](auto sums) { run_items(Kernel<typename decltype(sums)::type>{problem}); });
-}
-
 }  // namespace
 }  // namespace carafepp

@@ -223,13 +223,10 @@ struct ReassembleNhwc {
     }
 };
 
-template <class A>
-using ReassembleOfImages = Images<ReassembleNhwc, A>;
-
 }  // namespace
 
 void reassemble_nhwc(const Problem& problem) { run<ReassembleNhwc>(problem); }
 
-void reassemble_any(const Problem& problem) { run_in_accumulator<ReassembleOfImages>(problem); }
+void reassemble_any(const Problem& problem) { run_on_images<ReassembleNhwc>(problem); }
 
 }  // namespace carafepp::CARAFEPP_ISA

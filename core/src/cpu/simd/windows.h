@@ -59,26 +59,20 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
     if constexpr (kTail) {
         store_first(from[0], to, tail);
         return;
-    } else if constexpr (kPairs || sizeof(T) == sizeof(Accumulator<T>)) {
-        if (streaming) {
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v += kPairs ? 2 : 1) {
-                if constexpr (kPairs) {
-                    stream((Vector<float>)alternating(from[v], from[v + 1]),
-                           reinterpret_cast<float*>(to + v * kLanes<float>));
-                } else {
-                    stream(from[v], to + v * kLanes<Accumulator<T>>);
-                }
-            }
-            return;
-        }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v += kPairs ? 2 : 1) {
+        T* const vector = to + v * kLanes<Accumulator<T>>;
         if constexpr (kPairs) {
-            store_alternating(from[v], from[v + 1], to + v * kLanes<float>);
+            if (streaming) {
+                stream((Vector<float>)alternating(from[v], from[v + 1]), reinterpret_cast<float*>(vector));
+            } else {
+                store_alternating(from[v], from[v + 1], vector);
+            }
+        } else if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+            streaming ? stream(from[v], vector) : store(from[v], vector);
         } else {
-            store(from[v], to + v * kLanes<Accumulator<T>>);
+            store(from[v], vector);
         }
     }
 }
