@@ -1,8 +1,8 @@
 """Benchmarks of carafepp: `python -m benchmarks --help`, from the root of the repository.
 
 problems -> implementations, peers (the rivals) -> compare (check, then time) -> bars, report, plot.
-Shapes (`cases.py`), the definition (`reference.py`) and the rounding bounds (`tolerances.py`) are
-those of the tests.
+Shapes come from `cases/`. The definition (`reference.py`) and the rounding bounds
+(`tolerances.py`) are those of the tests.
 """
 
 import os

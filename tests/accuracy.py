@@ -1,9 +1,9 @@
 """How near results come to the definition, and extreme logits: the tables of docs/numbers.md.
 
-    python tests/accuracy.py [CASE ...]
+    PYTHONPATH=. python tests/accuracy.py [CASE ...]
 
 Every implementation of this build for this processor computes every case (or those named) of
-cases.py; minutes for all. tests/test_numbers.py compares the page with what this computes.
+cases/; minutes for all. tests/test_numbers.py compares the page with what this computes.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, Case, Dtypes, double, numpy_dtype, random_arrays
+from cases.calls import FUNCTIONS
 from expected import dtypes_of_results, random_results
-from functions import FUNCTIONS, names, run
+from functions import names, run
 from tolerances import EPS, SMALLEST, C
 
 STORED = ("float32", "float64", "float16", "bfloat16")

@@ -6,7 +6,7 @@ import numpy as np
 
 import reference as ref
 from cases import DTYPES, Case, Dtypes, integer_arrays, random_arrays
-from functions import RESULTS
+from cases.calls import RESULTS
 from tolerances import assert_exact, assert_within_bound
 
 

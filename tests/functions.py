@@ -1,32 +1,13 @@
-"""The six functions: their arguments, results and implementations, to parametrize tests with."""
+"""The functions and their implementations, to parametrize and force them in tests."""
 
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 import carafepp
 from cases import CASES, DTYPES, Case, integer_arrays
-
-# The inputs of each function, in the order of its signature, and what its results are shaped like.
-INPUTS = {
-    "reassemble": ("features", "masks"),
-    "reassemble_backward": ("grad_output", "features", "masks"),
-    "reassemble_with_logits": ("features", "logits"),
-    "reassemble_with_logits_backward": ("grad_output", "features", "logits"),
-    "normalize_masks": ("logits",),
-    "normalize_masks_backward": ("grad_masks", "logits"),
-}
-RESULTS = {
-    "reassemble": ("output",),
-    "reassemble_backward": ("features", "masks"),
-    "reassemble_with_logits": ("output",),
-    "reassemble_with_logits_backward": ("features", "logits"),
-    "normalize_masks": ("masks",),
-    "normalize_masks_backward": ("logits",),
-}
-FUNCTIONS = tuple(INPUTS)
+from cases.calls import FUNCTIONS, INPUTS, RESULTS, arguments, call, from_layout, in_layout
 
 
 def _each(table):
@@ -43,27 +24,6 @@ def _each(table):
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
 each_input = _each(INPUTS)
 each_result = _each(RESULTS)
-
-
-def arguments(function: str, case: Case, arrays, normalizer: str = "softmax"):
-    """Return the inputs and the parameters of a call of this function for this problem."""
-    logits_params = {**case.factors, "kernel_size": case.kernel_size, "normalizer": normalizer}
-    without_down = {key: value for key, value in logits_params.items() if key != "down"}
-    params = {
-        "reassemble": {**case.factors, **case.crop},
-        "reassemble_backward": case.factors,
-        "reassemble_with_logits": {**logits_params, **case.crop},
-        "reassemble_with_logits_backward": logits_params,
-        "normalize_masks": {**without_down, "size": case.output_size},
-        "normalize_masks_backward": without_down,
-    }[function]
-    return tuple(getattr(arrays, name) for name in INPUTS[function]), dict(params)
-
-
-def call(function: str, inputs, params) -> tuple:
-    """Return the result or results, always as a tuple."""
-    results = getattr(carafepp, function)(*inputs, **params)
-    return results if isinstance(results, tuple) else (results,)
 
 
 def call_into(function: str, inputs, params, outs) -> None:
@@ -83,18 +43,6 @@ def names(function: str) -> list[str]:
 def layout_of(implementation: str) -> str:
     """Return the layout that an implementation is for: NCHW for one that takes any."""
     return "NHWC" if "_nhwc_" in implementation else "NCHW"
-
-
-def in_layout(arrays, layout: str) -> tuple:
-    """Return C-ordered copies of NCHW arrays in the axes of this layout."""
-    return tuple(
-        np.ascontiguousarray(np.moveaxis(a, 1, -1)) if layout == "NHWC" else a for a in arrays
-    )
-
-
-def from_layout(results: tuple, layout: str) -> tuple:
-    """Return views of results with the axes N, C, H, W."""
-    return tuple(np.moveaxis(a, -1, 1) if layout == "NHWC" else a for a in results)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import pytest
 import carafepp
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import SANITIZED_CASES, commands  # noqa: E402
 

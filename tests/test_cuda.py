@@ -16,19 +16,11 @@ import pytest
 
 import carafepp
 from cases import BROADCAST_AXES, CASES, DTYPES, LAYOUTS, double, integer_arrays, random_arrays
+from cases.calls import RESULTS, arguments, call, from_layout, in_layout
 from cuda_libraries import BUILT_WITHOUT, EMULATED, LIBRARIES, connected
 from expected import assert_exact_results, assert_random_results
 from foreign import PretendedCUDA
-from functions import (
-    RESULTS,
-    arguments,
-    call,
-    call_into,
-    each_function,
-    each_input,
-    from_layout,
-    in_layout,
-)
+from functions import call_into, each_function, each_input
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

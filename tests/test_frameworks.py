@@ -6,8 +6,9 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, LAYOUTS, double, integer_arrays, numpy_dtype
+from cases.calls import RESULTS, arguments, call
 from foreign import BFLOAT, CPU, CUDA, CUDA_HOST, ROCM, Foreign
-from functions import RESULTS, arguments, call, each_function, each_input
+from functions import each_function, each_input
 from tolerances import assert_exact
 
 F32 = DTYPES[0]

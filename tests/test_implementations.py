@@ -9,7 +9,8 @@ import pytest
 
 import carafepp
 from cases import CASES, DTYPES, FEW, integer_arrays
-from functions import FUNCTIONS, arguments, each_function, in_layout, layout_of, names
+from cases.calls import FUNCTIONS, arguments, in_layout
+from functions import each_function, layout_of, names
 
 
 def listed(function, case, dtypes, layout="NCHW"):

@@ -14,7 +14,8 @@ from cases import (
     integer_arrays,
     place,
 )
-from functions import RESULTS, arguments, call, call_into, each_function, each_input, each_result
+from cases.calls import RESULTS, arguments, call
+from functions import call_into, each_function, each_input, each_result
 
 layouts = pytest.mark.parametrize("memory", LAYOUTS)
 cases = pytest.mark.parametrize(

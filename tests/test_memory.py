@@ -13,7 +13,8 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, double, integer_arrays, integers
-from functions import arguments, call, call_into, each_function, each_input, each_result
+from cases.calls import arguments, call
+from functions import call_into, each_function, each_input, each_result
 
 
 def problem(function, name="up2"):

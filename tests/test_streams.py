@@ -8,8 +8,9 @@ import pytest
 
 import carafepp
 from cases import CASES, DTYPES, integer_arrays
+from cases.calls import FUNCTIONS, RESULTS, arguments, call
 from foreign import CPU, CUDA, CUDA_HOST, CUDA_MANAGED, Foreign, PretendedCUDA
-from functions import FUNCTIONS, RESULTS, arguments, call, each_function
+from functions import each_function
 
 HANDLE = 0x7F00_1234_5678
 

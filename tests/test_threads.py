@@ -12,7 +12,8 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, Case, random_arrays
-from functions import FUNCTIONS, arguments, call, each_function, forced, names
+from cases.calls import FUNCTIONS, arguments, call
+from functions import each_function, forced, names
 
 LARGE = Case("large", "several tiles for each of 7 threads", 2, 24, 31, 29, up=2, kernel_size=5)
 LARGE_DOWN = Case("large_down", "the same, downsampling", 3, 16, 61, 57, down=2, groups=2)

@@ -15,8 +15,9 @@ import pytest
 import carafepp
 import cases
 from cases import CASES, DTYPES, Case, random_arrays
+from cases.calls import FUNCTIONS, INPUTS, RESULTS, arguments, call
 from cuda_libraries import connected
-from functions import FUNCTIONS, INPUTS, RESULTS, arguments, call, each_function, each_result
+from functions import each_function, each_result
 from reference import NORMALIZERS
 from test_frameworks import from_torch, problem, to_torch
 

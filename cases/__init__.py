@@ -1,4 +1,7 @@
-"""The table of awkward problems and arrays to run them on, for all tests and for the benchmarks."""
+"""Problems, arrays to run them on and the calls that take them, for tests and benchmarks alike.
+
+Tests and benchmarks read this folder; it imports neither.
+"""
 
 import functools
 import math
@@ -28,26 +31,32 @@ class Case:
 
     @property
     def natural_size(self) -> tuple[int, int]:
+        """Return (H', W') without a crop."""
         return -(-self.h * self.up // self.down), -(-self.w * self.up // self.down)
 
     @property
     def output_size(self) -> tuple[int, int]:
+        """Return (H', W')."""
         return self.natural_size if self.size is None else self.size
 
     @property
     def features_shape(self) -> tuple[int, int, int, int]:
+        """Return (N, C, H, W)."""
         return self.n, self.c, self.h, self.w
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
+        """Return (N, C, H', W')."""
         return self.n, self.c, *self.output_size
 
     @property
     def masks_shape(self) -> tuple[int, int, int, int]:
+        """Return (N, groups*K*K, H', W')."""
         return self.n, self.groups * self.kernel_size**2, *self.output_size
 
     @property
     def logits_shape(self) -> tuple[int, int, int, int]:
+        """Return (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))."""
         channels = self.groups * self.kernel_size**2 * self.up**2
         return self.n, channels, -(-self.h // self.down), -(-self.w // self.down)
 
@@ -196,7 +205,7 @@ class Dtypes:
     features: str
     masks: str
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # noqa: D105
         short = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
         names = [short[self.features], short[self.masks]]
         return names[0] if names[0] == names[1] else "_".join(names)
@@ -213,6 +222,7 @@ DTYPES = [
 
 
 def numpy_dtype(name: str) -> np.dtype:
+    """Return the dtype of this name; ml_dtypes has bfloat16."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -221,6 +231,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def double(array) -> np.ndarray:
+    """Return the array in float64."""
     return np.asarray(array).astype(np.float64)
 
 
@@ -270,7 +281,7 @@ def integer_arrays(case: Case, dtypes: Dtypes) -> SimpleNamespace:
 
 @functools.lru_cache(maxsize=64)
 def random_arrays(case: Case, dtypes: Dtypes) -> SimpleNamespace:
-    """Normally distributed, rounded to their dtypes."""
+    """Return normally distributed arrays, rounded to their dtypes."""
     draw = functools.partial(normal, _seeded(case))
     return _arrays(case, dtypes, small=draw, large=draw)
 
@@ -320,7 +331,7 @@ def _nhwc_channel_slice(shape, dtype):
 
 
 def _window(shape, dtype):
-    """A crop of a larger picture."""
+    """Return a crop of a larger picture."""
     n, c, h, w = shape
     buffer = np.empty((n, c, h + 2, w + 3), dtype)
     return buffer, buffer[:, :, 1 : h + 1, 2 : w + 2]
@@ -399,7 +410,7 @@ BROADCAST_AXES = {
 
 
 def place(array: np.ndarray, layout: str) -> np.ndarray:
-    """A copy of the array in this layout."""
+    """Return a copy of the array in this layout."""
     buffer, view = LAYOUTS[layout](array.shape, array.dtype)
     buffer[...] = 0
     view[...] = array
@@ -407,6 +418,6 @@ def place(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def broadcast(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The array's first slice along each of the axes, repeated with stride 0."""
+    """Return the array's first slice along each of the axes, repeated with stride 0."""
     first = array[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(4))]
     return np.broadcast_to(first, array.shape)
