@@ -177,6 +177,19 @@ class PyTorch:
         if not torch.cuda.is_available():
             raise Missing("cuda", "PyTorch finds no device, or was built without CUDA")
         self.torch, self.Array = torch, torch.Tensor
+        if not PyTorch._is_warm:
+            self._warm_up()
+
+    _is_warm = False
+
+    def _warm_up(self):
+        """Load what keeps a stream busy, copies and fills: loading waits for busy streams."""
+        a, b = self.torch.ones(1, device="cuda"), self.torch.ones(1, device="cuda")
+        a.copy_(b)
+        a.fill_(float("nan"))
+        self.torch.cuda._sleep(1)
+        self.torch.cuda.synchronize()
+        PyTorch._is_warm = True
 
     def place(self, array, memory="contiguous"):
         """A copy on the current device, in this memory layout."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,8 +13,6 @@ import pytest
 import carafepp
 
 ROOT = Path(__file__).parent.parent
-
-from benchmarks.gpu import SANITIZED_CASES, commands  # noqa: E402
 
 TINY = ["--cases", "tiny", "--threads", "1", "--dtype", "float32"]
 
@@ -208,50 +205,3 @@ def test_unknown_networks_and_passes_are_refused(torch, capsys, option, known):
     with pytest.raises(SystemExit, match="2"):
         networks.main([option, "none"])
     assert f"{option}: 'none' is none of {known}" in capsys.readouterr().err
-
-
-# On a GPU
-
-
-def test_the_gpu_timing_runs_without_a_gpu_too(torch, tmp_path):
-    files = {"--json": tmp_path / "times.json", "--markdown": tmp_path / "times.md"}
-    options = [word for option, path in files.items() for word in (option, str(path))]
-    options += ["--cases", "tiny", "--dtypes", "float32", "--rivals", "carafepp,any_ref,bmm"]
-    done = run("-m", "benchmarks.gpu_timing", "--device", "cpu", *options)
-    assert done.returncode == 0, done.stderr
-    assert files["--markdown"].read_text() in done.stdout
-    rows = json.loads(files["--json"].read_text())["rows"]
-    assert all(len(row["samples"]) >= 5 and not row["error"] for row in rows)
-    passes = {"forward", "grad_features", "grad_masks", "grad_logits", "forward+backward"}
-    assert {row["pass_"] for row in rows} == passes
-    assert {row["layout"] for row in rows} == {"NCHW", "NHWC"}
-    names = {"carafepp", "bmm", "reassemble_any_ref", "grad_logits_any_ref"}
-    assert names <= {row["name"] for row in rows}
-
-
-def test_without_a_gpu_the_gpu_timing_says_so(torch):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = run("-m", "benchmarks.gpu_timing")
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith("PyTorch finds no GPU")
-
-
-def test_the_gpu_steps_stand_for_commands_that_find_what_they_name(tmp_path):
-    arguments = commands("sanitize", tmp_path, [])[0]
-    tests = arguments[arguments.index("-q") :]
-    done = run("-m", "pytest", *tests, "--collect-only", "-p", "no:randomly")
-    assert done.returncode == 0, done.stdout
-    for case in SANITIZED_CASES:
-        assert f"[torch-{case}-" in done.stdout
-    step = [sys.executable, "-m", "benchmarks.gpu", "sanitize", "--out", str(tmp_path)]
-    if shutil.which("compute-sanitizer") is None:
-        done = run(*step[1:])
-        assert done.returncode == 1
-        assert "compute-sanitizer was not found" in done.stdout
-
-
-def test_unknown_gpu_steps_are_refused():
-    done = run("-m", "benchmarks.gpu", "nothing")
-    assert done.returncode == 2
-    assert "steps must be of build, tests, sanitize, time; got nothing" in done.stderr

@@ -24,6 +24,7 @@ from functions import call_into, each_function, each_input
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+alone = pytest.mark.alone  # other processes' work and memory would disturb it
 SOME_CASES = ("up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up", "picture")
 
 
@@ -243,6 +244,7 @@ def test_a_missing_driver_is_reported():
 # Streams
 
 
+@alone
 @each_function
 def test_a_call_returns_while_its_own_stream_is_busy_and_sees_what_was_queued(function, gpu):
     """Nothing is synchronised: neither when called nor between the work queued before and after."""
@@ -264,6 +266,7 @@ def test_a_call_returns_while_its_own_stream_is_busy_and_sees_what_was_queued(fu
     assert_equal(read(gpu, outs), expected)
 
 
+@alone
 @each_function
 def test_a_call_waits_for_no_other_stream(function, gpu):
     inputs, params = problem(function)
@@ -283,6 +286,7 @@ def test_a_call_waits_for_no_other_stream(function, gpu):
     assert_equal(read(gpu, outs), expected)
 
 
+@alone
 @each_function
 def test_arrays_may_be_freed_while_their_work_is_queued(function, gpu):
     inputs, params = problem(function)
@@ -304,6 +308,7 @@ def test_arrays_may_be_freed_while_their_work_is_queued(function, gpu):
         assert_equal(read(gpu, outs), expected)
 
 
+@alone
 def test_the_current_stream_may_be_the_default_one(gpu):
     for function in RESULTS:
         inputs, params = problem(function)
@@ -311,6 +316,7 @@ def test_the_current_stream_may_be_the_default_one(gpu):
         assert_equal(read(gpu, results), call(function, inputs, params))
 
 
+@alone
 def test_cupy_per_thread_default_stream(require):
     library = connected("cupy", require)
     inputs, params = problem("reassemble")
@@ -319,6 +325,7 @@ def test_cupy_per_thread_default_stream(require):
         assert_equal(read(library, results), call("reassemble", inputs, params))
 
 
+@alone
 def test_two_threads_have_a_stream_each(gpu):
     problems = [problem("reassemble", CASES[name]) for name in ("up2", "down2")]
     wrong = []
@@ -355,6 +362,7 @@ class Bare:
         return self.array.__dlpack_device__()
 
 
+@alone
 @each_function
 def test_bare_dlpack_arrays_are_ordered_before_the_legacy_default_stream(function, gpu):
     inputs, params = problem(function)
@@ -375,6 +383,7 @@ def test_bare_dlpack_arrays_are_ordered_before_the_legacy_default_stream(functio
     assert_equal(read(gpu, outs), expected)
 
 
+@alone
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_torch_finds_no_synchronisation(require):
     library = connected("torch", require)
@@ -393,6 +402,7 @@ def test_torch_finds_no_synchronisation(require):
 # Graphs
 
 
+@alone
 @pytest.mark.parametrize("given", [False, True], ids=["new results", "out"])
 @each_function
 def test_a_captured_graph_is_replayed_on_new_values(function, given, gpu):
@@ -417,6 +427,7 @@ def test_a_captured_graph_is_replayed_on_new_values(function, given, gpu):
 # Memory
 
 
+@alone
 @each_function
 def test_nothing_is_allocated_but_the_results(function, gpu):
     inputs, params = problem(function, CASES["many_pixels"])

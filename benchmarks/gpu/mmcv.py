@@ -1,5 +1,11 @@
-"""mmcv's CARAFE, built from a source tree of mmcv: four of its files, not half an hour."""
+"""mmcv's CARAFE, built from a few files of mmcv's source tree.
 
+    CARAFEPP_GPU_MMCV=TREE python -m benchmarks.gpu.mmcv
+
+The build takes a minute or two; another process that asks for it meanwhile waits for its end.
+"""
+
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +97,7 @@ def load_mmcv(tree: Path) -> Callable:
             return grad_features, grad_masks, None, None, None
 
     return Carafe.apply
+
+
+if __name__ == "__main__":
+    load_mmcv(Path(os.environ["CARAFEPP_GPU_MMCV"]))

@@ -1,0 +1,156 @@
+"""The bundle: what a machine without a network needs, in one folder.
+
+    python -m benchmarks.gpu bundle [--out FOLDER] [--wheel FILE] [--mmcv TREE] [--python 3.12]
+
+It holds a wheel of carafepp for sm_90 and, as PTX, for newer GPUs; the wheels that a build on the
+spot needs; at wish the files of mmcv's CARAFE. FOLDER/bundle.json says what they were made from.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import ROOT
+
+DEFAULT = ROOT / "build/bundle"
+ARCHITECTURES = "90-real;90-virtual"
+# The run time of the module, then what a build needs beside CMake and ninja.
+RUN_TIME = ["nanobind-backend>=1.0"]
+BUILD = [
+    "nanobind>=3.1,<4",
+    "scikit-build-core>=1.1,<2",
+    "pathspec",
+    "packaging",
+]  # and what these two need
+MMCV_FILES = [
+    "pytorch/carafe.cpp",
+    "pytorch/cuda/carafe_cuda.cu",
+    "common/cuda/carafe_cuda_kernel.cuh",
+    "common/cuda/common_cuda_helper.hpp",
+    "common/pytorch_cpp_helper.hpp",
+    "common/pytorch_cuda_helper.hpp",
+    "common/pytorch_device_registry.hpp",
+]
+MMCV_SOURCES = Path("mmcv/ops/csrc")
+_MOST_BYTES = 60 << 20  # a bundle that travels with a working tree must stay small
+_SOURCES = ("CMakeLists.txt", "pyproject.toml", "bindings", "cmake", "core", "python")
+
+
+def fingerprint() -> str:
+    """Return a hash of all that the wheel is made from."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = ROOT / name
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str:
+    """Return the commit of the tree, with + where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return what bundle.json says; nothing where there is no bundle."""
+    path = folder / "bundle.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(arguments: list[str]) -> int:
+    """Make a bundle; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu bundle",
+        description="Collect what a machine with a GPU and no network needs.",
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="default build/bundle")
+    parser.add_argument("--wheel", type=Path, help="of carafepp, instead of building one")
+    parser.add_argument("--mmcv", type=Path, metavar="TREE", help="mmcv's tree, for its CARAFE")
+    parser.add_argument("--python", default="3.12", help="of the other machine; default 3.12")
+    asked = parser.parse_args(arguments)
+    folder = asked.out.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "run").mkdir(parents=True)
+    (folder / "build").mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if asked.wheel:
+        shutil.copy(asked.wheel, folder / "run")
+    else:
+        settings = [
+            "-Ccmake.define.CARAFEPP_CUDA=ON",
+            f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={ARCHITECTURES}",
+        ]
+        wheel = [*pip, "wheel", "--no-deps", "-w", str(folder / "run"), *settings, str(ROOT)]
+        subprocess.run(wheel, check=True)
+    target = ["--python-version", asked.python, "--implementation", "cp"]
+    target += ["--only-binary=:all:", "--no-deps"]
+    for minor in (28, 27, 17):
+        target += ["--platform", f"manylinux_2_{minor}_x86_64"]
+    target += ["--platform", "manylinux2014_x86_64"]
+    for name, packages in (("run", RUN_TIME), ("build", BUILD)):
+        subprocess.run(
+            [*pip, "download", "-q", "-d", str(folder / name), *target, *packages], check=True
+        )
+    if asked.mmcv:
+        for name in MMCV_FILES:
+            to = folder / "mmcv" / MMCV_SOURCES / name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(asked.mmcv / MMCV_SOURCES / name, to)
+    facts = {
+        "commit": commit(),
+        "sources": fingerprint(),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": asked.python,
+        "files": sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()),
+    }
+    (folder / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB, commit {facts['commit']}", flush=True)
+    if size > _MOST_BYTES:
+        print(f"the bundle must have at most {_MOST_BYTES >> 20} MiB", file=sys.stderr)
+        return 1
+    return 0
+
+
+_INSTALL = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile"]
+_INSTALL += ["--upgrade", "--disable-pip-version-check"]
+
+
+def installation(wheels: Path, site: Path) -> list[str]:
+    """Return the command that installs a folder of wheels, without network or compiler."""
+    return installation_of(sorted(wheels.glob("*.whl")), site)
+
+
+def installation_of(wheels: list[Path], site: Path) -> list[str]:
+    """Return the command that installs some wheels."""
+    return [*_INSTALL, "--target", str(site), *map(str, wheels)]
+
+
+def build(site: Path, cuda: str) -> list[str]:
+    """Return the command that builds carafepp on the spot: `cuda` is ON or EMULATED."""
+    settings = [f"-Ccmake.define.CARAFEPP_CUDA={cuda}"]
+    if cuda == "ON":
+        settings.append("-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native")
+    return [*_INSTALL, "--no-build-isolation", "--target", str(site), *settings, str(ROOT)]
+
+
+def why_not(facts: dict[str, Any]) -> str:
+    """Return why the bundle's wheel does not serve here; nothing where it does."""
+    if not facts:
+        return "there is no bundle"
+    if facts["sources"] != fingerprint():
+        return f"the bundle was made from other sources, at commit {facts['commit']}"
+    if platform.machine() != "x86_64":
+        return f"the bundle's wheel is for x86_64; this is {platform.machine()}"
+    return ""

@@ -1,0 +1,90 @@
+"""A pytest plugin: a line of results for each test, and an end to processes that lost the device.
+
+    python -m pytest -p benchmarks.gpu.pytest_results ...
+
+Tests that have a line from an earlier run are left out. After an illegal access every later test of
+a process would fail too; so the process ends, and pytest-xdist or the parent starts a new one.
+"""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from .worker import LOST, Worker
+
+_KEY = "carafepp_gpu_finished"
+
+
+class Lines:
+    """Writes lines where the reports arrive: in the controller, or in the only process."""
+
+    def __init__(self, worker: Worker, finished: set[str], writes: bool):
+        self.worker, self.finished, self.writes = worker, finished, writes
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a process of pytest-xdist what is finished: all must collect the same tests."""
+        node.workerinput[_KEY] = sorted(self.finished)
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        """Leave out what is finished."""
+        left = [item for item in items if item.nodeid not in self.finished]
+        config.hook.pytest_deselected(items=[i for i in items if i.nodeid in self.finished])
+        items[:] = left
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Write that a test begins."""
+        if self.writes:
+            self.worker.begin(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Write how a test ended: with its call, or before."""
+        if not self.writes or (report.when == "teardown" and report.passed):
+            return
+        if report.failed:
+            self.worker.end(report.nodeid, "fail", error=_last_lines(report.longreprtext))
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            self.worker.end(report.nodeid, "skip", reason=reason)
+        elif report.when == "call":
+            seconds = round(report.duration, 3)
+            self.worker.end(report.nodeid, "pass", seconds=seconds)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: Any) -> Any:
+        """End the process after a test that lost the device."""
+        report = yield
+        if report.failed and _is_lost():
+            print(report.longreprtext, file=sys.stderr, flush=True)
+            if self.writes:
+                self.worker.end(item.nodeid, "fail", error=_last_lines(report.longreprtext))
+            os._exit(LOST)
+        return report
+
+
+def _last_lines(text: str) -> str:
+    """Return the lines of the error itself."""
+    marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+    return " ".join(marked or text.split())[:400]
+
+
+def _is_lost() -> bool:
+    """Tell whether a library that is loaded finds the device unusable."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if cupy is not None and cupy.cuda.is_available():
+            cupy.cuda.runtime.deviceSynchronize()
+    except Exception:
+        return True
+    return False
+
+
+def pytest_configure(config: Any) -> None:
+    """Register the plugin, unless the parent's variables are missing."""
+    worker = Worker()
+    given = getattr(config, "workerinput", {}).get(_KEY)
+    finished = set(given) if given is not None else worker.results.finished(worker.task.step)
+    config.pluginmanager.register(Lines(worker, finished, writes=given is None), "gpu_lines")

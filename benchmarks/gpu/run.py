@@ -1,0 +1,354 @@
+"""The run: its steps in order, each with a share of the time that is left."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from .. import ROOT
+from . import bundle, report, sanitize
+from .processes import Group, Processes
+from .results import Results
+from .worker import Task
+
+# Seconds of each step where all of them have nine minutes: on a GPU, in a rehearsal on two cores.
+STEPS = {
+    "install": (30, 170),
+    "smoke": (70, 110),
+    "results": (100, 130),
+    "alone": (50, 25),
+    "sanitize": (60, 20),
+    "time": (140, 45),
+    "counters": (70, 35),
+    "large": (20, 5),
+}
+ENDLESS = ("time", "counters", "large")  # they use what time there is
+STAND_INS = Path(__file__).parent / "stand_ins"
+PACKAGES = ["torch", "cupy-cuda13x", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "nanobind"]
+PACKAGES += ["nanobind-backend", "scikit-build-core", "jax", "triton"]
+TOOLS = {
+    "GPU": ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+    "clocks": ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem", "--format=csv"],
+    "nvcc": ["nvcc", "--version"],
+    "ncu": ["ncu", "--version"],
+    "compute-sanitizer": ["compute-sanitizer", "--version"],
+}
+PYTEST = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "filterwarnings=default"]
+PYTEST += ["-p", "benchmarks.gpu.pytest_results"]
+PYTEST_FINE = (0, 1, 5)  # all passed, some failed, none was left to run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    out: Path
+    bundle: Path
+    site: Path
+    deadline: float  # seconds
+    rehearse: bool
+    quick: bool
+    steps: tuple[str, ...]
+
+
+class Run:
+    """One run, or its continuation."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.until = time.time() + options.deadline
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.results = Results(options.out / "results.jsonl")
+        self.processes = Processes(ROOT, options.out / "run.log")
+        self.cores = len(os.sched_getaffinity(0))
+        # Where carafepp is installed; None if the Python that runs this has the emulated one.
+        self.site: Path | None = options.site / ("emulated" if options.rehearse else "gpu")
+        self.functions: dict[str, Callable[[float], bool]] = {
+            "install": self.install,
+            "smoke": self.smoke,
+            "results": self.result_tests,
+            "alone": self.tests_alone,
+            "sanitize": self.sanitize,
+            "time": self.time,
+            "counters": self.counters,
+            "large": self.large_tests,
+        }
+
+    # The order of a run
+
+    def go(self) -> int:
+        """Run what no earlier run finished; return the exit status."""
+        self._check_is_the_same_run()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._interrupted)
+        try:
+            self.facts()
+            shares = {name: STEPS[name][self.options.rehearse] for name in self.options.steps}
+            while shares:
+                name = next(iter(shares))
+                begin = time.time()
+                left = self.until - begin
+                limit = begin + left * shares[name] / sum(shares.values())
+                del shares[name]
+                self._step(name, limit)
+        finally:
+            self.processes.end_all()
+            self._write_table()
+        print((self.options.out / "table.txt").read_text())
+        must_end = [
+            name for name in self.options.steps if self.options.rehearse or name not in ENDLESS
+        ]
+        return int(report.has_failed(self.results, must_end))
+
+    def _step(self, name: str, until: float) -> None:
+        """Run one step; write how it ended, and the table so far."""
+        if name != "install" and self.results.is_done(name):
+            print(f"{name:9} done before", flush=True)
+            return
+        begin = time.time()
+        try:
+            done = self.functions[name](until)
+        except Exception as error:  # the run goes on with the next step
+            self.results.write(
+                name, "the step itself", "fail", error=f"{type(error).__name__}: {error}"
+            )
+            done = True
+        seconds = round(time.time() - begin, 1)
+        self.results.write(name, "", "done" if done else "stopped", seconds=seconds)
+        counts = report.counts(self.results, name)
+        print(
+            f"{name:9} {seconds:5.0f} s  {counts}{'' if done else ', its time was up'}", flush=True
+        )
+        self._write_table()
+
+    def _interrupted(self, number: int, _frame: object) -> None:
+        self.processes.end_all()
+        self._write_table()
+        os._exit(128 + number)
+
+    def _write_table(self) -> None:
+        (self.options.out / "table.txt").write_text(report.table(self.results))
+
+    def _check_is_the_same_run(self) -> None:
+        """Refuse to add lines to those of other sources."""
+        mine = {"sources": bundle.fingerprint(), "rehearse": self.options.rehearse}
+        for record in self.results.records("run"):
+            theirs = {key: record.get(key) for key in mine}
+            if theirs != mine:
+                sys.exit(
+                    f"{self.results.path} has lines of another run ({theirs}; this one is {mine}). "
+                    "Name another folder with --out, or delete it."
+                )
+        self.results.write("run", "begin", "fact", **mine, deadline=self.options.deadline)
+
+    # What processes are told
+
+    def environment(self, step: str, until: float) -> dict[str, str]:
+        """Return the variables of a process of a step."""
+        task = Task(self.results.path, step, "", until, self.options.rehearse, self.options.quick)
+        return {**self._plain_environment(), **task.environment()}
+
+    def _plain_environment(self) -> dict[str, str]:
+        found = {key: text for key, text in os.environ.items() if not key.startswith("PYTEST_")}
+        found.pop("CARAFEPP_TESTS", None)
+        found |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        _put_first(found, self.site)
+        if self.options.rehearse:
+            found["PATH"] = os.pathsep.join([str(STAND_INS), found["PATH"]])
+        found["CARAFEPP_REQUIRE"] = "cuda_emulated" if self.options.rehearse else "cuda"
+        return found
+
+    def _groups(self, step: str, until: float, groups: list[Group], jobs: int) -> bool:
+        environment = self.environment(step, until)
+        return self.processes.run_groups(self.results, step, groups, environment, until, jobs)
+
+    # The steps: each returns whether all its items have a result
+
+    def facts(self) -> None:
+        """Write what the machine and its software are."""
+        found = {"commit": bundle.read(self.options.bundle).get("commit") or bundle.commit()}
+        found |= {"date": time.strftime("%Y-%m-%d %H:%M"), "cores": self.cores}
+        found["python"] = sys.version.split()[0]
+        for name in PACKAGES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
+        for name, command in TOOLS.items():
+            found[name] = self._output(command)
+        self.results.write("facts", "machine", "fact", **found)
+
+    def _output(self, command: list[str]) -> str:
+        """Return the last line that a tool prints, or why there is none."""
+        environment = self._plain_environment()
+        if shutil.which(command[0], path=environment["PATH"]) is None:
+            return "not found"
+        status, text = self.processes.run(command, environment, time.time() + 10)
+        lines = text.strip().splitlines()
+        return lines[-1] if status == 0 and lines else f"{status}: {text[-200:]}"
+
+    def install(self, until: float) -> bool:
+        """Install the bundle's wheel and import it; build on the spot where that fails.
+
+        A rehearsal then builds the emulated kernels on the spot, unless they are installed.
+        """
+        folder, site = self.options.bundle, self.options.site / "gpu"
+        wheel = bundle.installation(folder / "run", site)
+        reason = bundle.why_not(bundle.read(folder))
+        reason = reason or self._fails(wheel, until) or self._not_imported("wheel", site, "nvcc")
+        if self.options.rehearse:
+            if reason:
+                self.results.write("install", "wheel", "fail", error=reason)
+            if not self._not_imported("emulated", None, "cuda (emulated)"):
+                self.site = None
+                return True
+            reason = self._built("EMULATED", until)
+            if reason:
+                self.results.write("install", "build", "fail", error=reason)
+        elif reason:
+            self.results.write("install", "wheel", "skip", reason=reason)
+            reason = self._built("ON", until)
+            if reason:
+                self.results.write("install", "build", "fail", error=reason)
+        self._start_mmcv()
+        return True
+
+    def _built(self, cuda: str, until: float) -> str:
+        """Build on the spot, with the bundle's build requirements; return why that failed."""
+        assert self.site is not None
+        folder, marker = self.options.bundle, self.site / "sources"
+        environment = self._plain_environment()
+        if (folder / "build").exists():
+            tools = self.options.site / "build"
+            if reason := self._fails(bundle.installation(folder / "build", tools), until):
+                return reason
+            _put_first(environment, tools)
+        if not (marker.exists() and marker.read_text() == bundle.fingerprint()):
+            if reason := self._fails(bundle.build(self.site, cuda), until, environment):
+                return reason
+            marker.write_text(bundle.fingerprint())
+        for backend in (folder / "run").glob("nanobind_backend*.whl"):
+            if reason := self._fails(bundle.installation_of([backend], self.site), until):
+                return reason
+        wanted = "cuda (emulated)" if cuda == "EMULATED" else "nvcc"
+        return self._not_imported("build", self.site, wanted)
+
+    def _fails(
+        self, command: list[str], until: float, environment: dict[str, str] | None = None
+    ) -> str:
+        """Run a command; return how it failed, or nothing."""
+        status, said = self.processes.run(command, environment or self._plain_environment(), until)
+        return "" if status == 0 else f"{' '.join(command[1:4])}: {status}. {said[-600:]}"
+
+    def _not_imported(self, item: str, site: Path | None, wanted: str) -> str:
+        """Import carafepp in a new process; return what it is if it is not what is wanted."""
+        environment = self._plain_environment()
+        environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+        _put_first(environment, site)
+        command = [sys.executable, "-c", "import carafepp; print(carafepp._core.config())"]
+        status, said = self.processes.run(command, environment, time.time() + 60)
+        if status != 0 or wanted not in said:
+            return f"carafepp was imported as: {said[-600:]}"
+        self.results.write("install", item, "pass", config=said.strip())
+        return ""
+
+    def smoke(self, until: float) -> bool:
+        """Run a process for each implementation."""
+        environment = self.environment("smoke", until)
+        environment["CARAFEPP_GPU_GROUP"] = "list"
+        command = [sys.executable, "-m", "benchmarks.gpu.smoke"]
+        status, text = self.processes.run([*command, "--list"], environment, until)
+        if status != 0:
+            self.results.write("smoke", "list", "fail", error=f"{status}: {text[-400:]}")
+            return True
+        names = json.loads(text.strip().splitlines()[-1])
+        groups = [Group(name, [*command, name], patience=60) for name in names]
+        if self.options.quick:
+            groups = groups[:: len(groups) // 3]
+        return self._groups("smoke", until, groups, max(1, self.cores // 2))
+
+    def result_tests(self, until: float) -> bool:
+        """Run the tests of results on several processes, the stand-ins of streams in another."""
+        pytest = [sys.executable, "-m", "pytest", *PYTEST]
+        workers = ["-n", str(max(2, self.cores - 4)), "--max-worker-restart", "100"]
+        tests = ["tests/test_cuda.py", "-m", "not alone and not slow"]
+        if self.options.quick:
+            tests += ["-k", "other_normalizers"]
+        groups = [
+            Group("results", [*pytest, *workers, *tests], fine=PYTEST_FINE),
+            Group("stand-ins", [*pytest, "tests/test_streams.py"], fine=PYTEST_FINE),
+        ]
+        return self._groups("results", until, groups, 2)
+
+    def tests_alone(self, until: float) -> bool:
+        """Run what needs the GPU to itself, one process after the other."""
+        pytest = [sys.executable, "-m", "pytest", *PYTEST]
+        alone = ["tests/test_cuda.py", "-m", "alone and not slow", "-k"]
+        groups = [
+            Group("cupy", [*pytest, *alone, "cupy"], fine=PYTEST_FINE),
+            Group("torch", [*pytest, *alone, "torch"], fine=PYTEST_FINE),
+            Group(
+                "operators",
+                [*pytest, "tests/test_torch_operators.py", "-k", "on_a_gpu"],
+                fine=PYTEST_FINE,
+            ),
+        ]
+        return self._groups("alone", until, groups, 1)
+
+    def large_tests(self, until: float) -> bool:
+        """Run the tests on arrays of more than 2^31 elements."""
+        pytest = [sys.executable, "-m", "pytest", *PYTEST]
+        command = [*pytest, "tests/test_cuda.py", "-m", "slow"]
+        groups = [Group("large", command, fine=PYTEST_FINE)]
+        return self._groups("large", until, groups, 1)
+
+    def sanitize(self, until: float) -> bool:
+        """Run every kernel under memcheck and racecheck at once."""
+        command = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
+        groups = [Group(tool, [*command, tool]) for tool in sanitize.TOOLS]
+        return self._groups("sanitize", until, groups, len(groups))
+
+    def time(self, until: float) -> bool:
+        """Time by priority until the time is up."""
+        command = [sys.executable, "-m", "benchmarks.gpu.timing"]
+        return self._groups("time", until, [Group("timing", command, self._mmcv())], 1)
+
+    def counters(self, until: float) -> bool:
+        """Count by priority until the time is up."""
+        command = [sys.executable, "-m", "benchmarks.gpu.counters"]
+        return self._groups("counters", until, [Group("counters", command)], 1)
+
+    # mmcv
+
+    def _mmcv(self) -> dict[str, str]:
+        """Return the variables that name mmcv's files, where the bundle has them."""
+        tree = self.options.bundle / "mmcv"
+        if not tree.exists():
+            return {}
+        extensions = self.options.site / "extensions"
+        return {"CARAFEPP_GPU_MMCV": str(tree), "TORCH_EXTENSIONS_DIR": str(extensions)}
+
+    def _start_mmcv(self) -> None:
+        """Begin to build mmcv's CARAFE beside the next steps; the timing waits for it."""
+        if self._mmcv() and not self.options.rehearse:
+            command = [sys.executable, "-m", "benchmarks.gpu.mmcv"]
+            environment = {**self._plain_environment(), **self._mmcv()}
+            self.processes.start(command, environment, subprocess.DEVNULL)
+
+
+def _put_first(environment: dict[str, str], site: Path | None) -> None:
+    """Let Python look into a folder before any other."""
+    paths = [str(site or ""), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+def default_site() -> Path:
+    """Return where a run installs: outside the tree and the results."""
+    return Path(tempfile.gettempdir()) / "carafepp-gpu"

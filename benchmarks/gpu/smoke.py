@@ -1,0 +1,207 @@
+"""The smoke test: one implementation by name, every dtype that it takes, against the CPU.
+
+    python -m benchmarks.gpu.smoke --list
+    python -m benchmarks.gpu.smoke NAME
+
+Small integers and the normaliser none make every sum exact, so that results must be the bits of the
+CPU's; with random numbers and softmax they must be near the CPU's results in float64. Results are
+NaN before a call. The first call of a kernel in its process is captured in a CUDA graph.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import carafepp
+from cases import DTYPES, Case, Dtypes, double, integer_arrays, random_arrays
+from cases.calls import FUNCTIONS, arguments, call, from_layout, in_layout
+
+from .check import assert_near
+from .devices import TorchGpu, TorchHost
+from .worker import Task, Worker
+
+# Each implementation runs the first four that it takes.
+CASES = [
+    Case("up2_even", "whole vectors", 2, 64, 6, 10, up=2, kernel_size=5),
+    Case("up2_k3_groups", "K=3, groups", 1, 48, 5, 18, up=2, kernel_size=3, groups=2),
+    Case("up2_wide", "several tiles of columns", 1, 8, 3, 70, up=2, kernel_size=5),
+    Case("up2_crop", "rows are cropped", 1, 24, 7, 6, up=2, kernel_size=5, size=(13, 12)),
+    Case("up2_small", "a window that is larger than the map", 2, 16, 2, 4, up=2, kernel_size=5),
+    Case("down2_even", "whole vectors", 2, 64, 8, 12, down=2, kernel_size=5),
+    Case("down2_k3_groups", "K=3, groups", 1, 48, 6, 36, down=2, kernel_size=3, groups=2),
+    Case("down2_wide", "several tiles of columns", 1, 8, 4, 140, down=2, kernel_size=5),
+    Case("down2_small", "a window that is larger than the map", 2, 16, 2, 4, down=2, kernel_size=5),
+    Case("ratio_3_2", "a fraction", 1, 9, 5, 6, up=3, down=2),
+]
+CHANNELS_OVER_A_CHUNK = Case("up2_deep", "several chunks", 1, 136, 3, 4, up=2, kernel_size=5)
+RUN = 4
+# The generic implementations take all; these four have every kind of factor.
+OF_GENERIC = ("up2_k3_groups", "up2_crop", "down2_even", "ratio_3_2")
+
+
+class Problem:
+    """One case of a function in one pair of dtypes, on the device."""
+
+    def __init__(
+        self, device: TorchGpu, function: str, case: Case, dtypes: Dtypes, layout: str, exact: bool
+    ):
+        arrays = integer_arrays(case, dtypes) if exact else random_arrays(case, dtypes)
+        inputs, params = arguments(function, case, arrays, "none" if exact else "softmax")
+        self.device, self.function, self.layout = device, function, layout
+        self.exact, self.inputs, self.params = exact, inputs, params
+        self.on_device = [device.put(array) for array in in_layout(inputs, layout)]
+
+    def implementations(self) -> list[tuple[str, str | None]]:
+        """Return the names, and why one declines."""
+        given = map(self.device.given, self.on_device)
+        outs = self._outs(self.expected(), needed=None)
+        params = {**self.params, "layout": self.layout, "out": _out_of(outs, self.device)}
+        return carafepp.list_implementations(self.function, *given, **params)
+
+    def expected(self) -> list[np.ndarray]:
+        """Return the CPU's results: in the same dtypes for integers, else in float64."""
+        if self.exact:
+            return list(call(self.function, self.inputs, self.params))
+        return list(call(self.function, [double(a) for a in self.inputs], self.params))
+
+    def check(self, name: str, graph: bool = False) -> None:
+        """Compute by one implementation and compare.
+
+        With `graph` the call is captured first, and the graph's result is compared.
+        """
+        expected = self.expected()
+        needed = self._needed(name)
+        outs = self._outs(expected, needed)
+        given = [self.device.given(array) for array in self.on_device]
+        params = {**self.params, **_needs(self.function, needed), "layout": self.layout}
+        params["out"] = _out_of(outs, self.device)
+
+        def compute() -> None:
+            with carafepp.force_implementation(name):
+                getattr(carafepp, self.function)(*given, **params)
+
+        if graph:
+            self.device.captured(compute)()
+        else:
+            compute()
+        self.device.synchronize()
+        for out, exact in zip(outs, expected, strict=True):
+            if out is None:
+                continue
+            (result,) = from_layout((self.device.get(out),), self.layout)
+            if self.exact:
+                np.testing.assert_array_equal(double(result), double(exact))
+            else:
+                assert_near(result, exact, str(out.dtype).removeprefix("torch."))
+
+    def _needed(self, name: str) -> int | None:
+        """Return which of two gradients an implementation computes: None of a function of one."""
+        if not self.function.startswith("reassemble") or not self.function.endswith("backward"):
+            return None
+        return 0 if name.startswith("grad_features") else 1
+
+    def _outs(self, expected: list[np.ndarray], needed: int | None) -> list[Any]:
+        return [
+            None
+            if needed not in (None, k)
+            else self.device.poisoned(in_layout((exact,), self.layout)[0].shape, dtype)
+            for k, (exact, dtype) in enumerate(zip(expected, self._dtypes(), strict=True))
+        ]
+
+    def _dtypes(self) -> list[str]:
+        """Return the dtypes of the results: those of the first and the last input."""
+        first, last = self.inputs[0].dtype.name, self.inputs[-1].dtype.name
+        if self.function in ("reassemble_backward", "reassemble_with_logits_backward"):
+            return [first, last]
+        return [last] if self.function.startswith("normalize") else [first]
+
+
+def _out_of(outs: list[Any], device: TorchGpu) -> Any:
+    """Return `out=` for results on the device."""
+    given = [None if out is None else device.given(out) for out in outs]
+    return tuple(given) if len(given) == 2 else given[0]
+
+
+def _needs(function: str, needed: int | None) -> dict[str, bool]:
+    """Return the parameters that ask for one of two gradients."""
+    if needed is None:
+        return {}
+    weights = "need_logits" if "logits" in function else "need_masks"
+    return {"need_features": needed == 0, weights: needed == 1}
+
+
+def _layouts(name: str) -> tuple[str, ...]:
+    """Return the layouts that an implementation is for."""
+    if "_any_" in name:
+        return ("NCHW", "NHWC")
+    return ("NHWC",) if "_nhwc_" in name else ("NCHW",)
+
+
+def names(device: TorchGpu) -> list[str]:
+    """Return all implementations of all functions."""
+    found: dict[str, None] = {}
+    for function in FUNCTIONS:
+        problem = Problem(device, function, CASES[0], DTYPES[0], "NCHW", exact=True)
+        found |= dict.fromkeys(name for name, _ in problem.implementations())
+    return list(found)
+
+
+def problems(device: TorchGpu, name: str, dtypes: Dtypes, exact: bool) -> Iterator[Problem]:
+    """Yield the problems of these dtypes that an implementation takes, four of each function."""
+    cases = [*CASES[:5], CHANNELS_OVER_A_CHUNK, *CASES[5:]]
+    if "_any_" in name:
+        cases = [case for case in CASES if case.name in OF_GENERIC]
+    for function in FUNCTIONS:
+        taken = 0
+        for k, case in enumerate(cases):
+            layouts = _layouts(name)
+            problem = Problem(device, function, case, dtypes, layouts[k % len(layouts)], exact)
+            listed = dict(problem.implementations())
+            if name not in listed:
+                break
+            if listed[name] is None and taken < RUN:
+                taken += 1
+                yield problem
+
+
+def compute(device: TorchGpu, name: str, item: str) -> dict[str, Any]:
+    """Run an item: an implementation in one pair of dtypes, captured or called."""
+    _, text, how = item.split()
+    dtypes = next(d for d in DTYPES if str(d) == text)
+    if how == "graph":
+        first = next(problems(device, name, dtypes, exact=True))
+        first.check(name, graph=True)
+        return {"cases": 1}
+    count = 0
+    for exact in (True, False):
+        for problem in problems(device, name, dtypes, exact):
+            try:
+                problem.check(name)
+            except AssertionError as error:
+                what = f"{problem.function} {problem.params} {problem.layout}"
+                raise AssertionError(f"{what}: {error}") from error
+            count += 1
+    assert count >= 2 * RUN, f"only {count} cases are taken"
+    return {"cases": count}
+
+
+def main() -> None:
+    """List the implementations, or compute the items of one."""
+    task = Task.of_environment()
+    device = TorchHost() if task.rehearse else TorchGpu()
+    if sys.argv[1] == "--list":
+        print(json.dumps(names(device)))
+        return
+    name = sys.argv[1]
+    items = []
+    for dtypes in DTYPES:
+        if next(problems(device, name, dtypes, exact=True), None) is not None:
+            items += [f"{name} {dtypes} graph", f"{name} {dtypes} calls"]
+    Worker(device.is_lost).run(items, lambda item: compute(device, name, item))
+
+
+if __name__ == "__main__":
+    main()
