@@ -30,6 +30,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 """
 
 
+def _headers_of_libraries() -> list[str]:
+    """Return nvcc's options for headers that PyTorch's own include: cusparse.h and its kin.
+
+    A toolkit may lack them; then those of the packages that PyTorch runs with serve, after all
+    others.
+    """
+    folders = Path(torch.__file__).parents[1].glob("nvidia/*/include")
+    return [f"-Xcompiler=-idirafter,{folder}" for folder in folders]
+
+
 def load_mmcv(tree: Path) -> Callable:
     """Build it; return its function of features, masks, kernel size, groups and factor."""
     from torch.utils.cpp_extension import _get_build_directory, load
@@ -49,7 +59,7 @@ def load_mmcv(tree: Path) -> Callable:
             str(csrc / "pytorch" / "cuda" / "carafe_cuda.cu"),
         ],
         extra_cflags=["-DMMCV_WITH_CUDA"],
-        extra_cuda_cflags=["-DMMCV_WITH_CUDA"],
+        extra_cuda_cflags=["-DMMCV_WITH_CUDA", *_headers_of_libraries()],
         extra_include_paths=[
             str(csrc / "common"),
             str(csrc / "common" / "cuda"),

@@ -44,7 +44,7 @@ class Processes:
     def __init__(self, root: Path, log: Path):
         self.root, self.log = root, log
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while it is held
 
     def start(
         self, command: list[str], environment: dict[str, str], output: IO[bytes] | int

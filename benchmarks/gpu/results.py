@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while it is held
         self._offset = 0
         self._records: list[dict[str, Any]] = []
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):

@@ -80,19 +80,26 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
         for case, dtype, layout, pass_ in product(cases, DTYPES, LAYOUTS, passes):
             yield Item(case, dtype, layout, source, pass_, OURS)
 
-    yield from chosen(FIRST)
-    for case, dtype in product(FIRST, DTYPES):
-        for layout, pass_ in product(LAYOUTS, ("forward", "forward+backward")):
-            rivals = [name for name in peers.compositions(CASES[case]) if name != "unfold"]
-            mmcv = [MMCV] * (has_mmcv and CASES[case].up > 1 and dtype != "bfloat16")
-            for name in [*rivals, *(mmcv if layout == "NCHW" else [])]:
+    def rivals(cases, dtypes):
+        for case, dtype, layout in product(cases, dtypes, LAYOUTS):
+            names = list(peers.compositions(CASES[case]))
+            if has_mmcv and layout == "NCHW" and CASES[case].up > 1 and dtype != "bfloat16":
+                names.append(MMCV)
+            for pass_, name in product(("forward", "forward+backward"), names):
                 yield Item(case, dtype, layout, "logits", pass_, name)
-    for case, dtype in product(("fpn2", "s2"), DTYPES):
-        for layout, pass_ in product(LAYOUTS, PASSES[:3]):
+
+    def named(cases):
+        for case, dtype, layout, pass_ in product(cases, DTYPES, LAYOUTS, PASSES[:3]):
             item = Item(case, dtype, layout, "logits", pass_, OURS)
             for name in listed(item)[1:]:
                 yield replace(item, name=name)
+
+    yield from chosen(FIRST)
+    yield from rivals(("fpn2", "s2"), DTYPES[:2])
+    yield from named(("fpn2", "s2"))
+    yield from rivals(("fpn1", "rois"), DTYPES[:2])
     yield from chosen([name for name in CASES if name not in FIRST])
+    yield from rivals(FIRST, DTYPES[2:])
     yield from chosen(FIRST, "masks", ("forward", "grad_features", "grad_masks"))
 
 
@@ -339,8 +346,10 @@ def main() -> None:
     worker = Worker(device.is_lost)
     timing = Timing(device, worker, Path(tree) if tree else None)
     worker.run(FLOORS, lambda item: {"GB_per_s": copy_bandwidth(device, int(item[-1])) / 1e9})
-    some = itertools.islice if worker.task.quick else lambda all_items, _: all_items
-    for item in some(items(timing.listed, bool(tree)), 9):
+    due = items(timing.listed, bool(tree))
+    for item in itertools.islice(due, 9) if worker.task.quick else due:
+        if not worker.has_time():
+            break
         worker.run([str(item)], lambda _, item=item: timing.compute(item))
 
 

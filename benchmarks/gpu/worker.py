@@ -76,7 +76,11 @@ class Worker:
 
     def is_due(self, item: str) -> bool:
         """Tell whether an item has no result yet and there is time for one."""
-        return item not in self._finished and time.time() < self.task.until
+        return item not in self._finished and self.has_time()
+
+    def has_time(self) -> bool:
+        """Tell whether the step's time is not up."""
+        return time.time() < self.task.until
 
     def run(self, items: Iterable[str], compute: Callable[[str], dict[str, Any] | None]) -> None:
         """Compute each item that is due; end the process where the device is lost."""
