@@ -547,6 +547,44 @@ def test_nothing_is_allocated_but_the_results(function, gpu):
     assert gpu.allocated_bytes() == allocated
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["c32", "c16_down"])  # up x2, down x2
+@pytest.mark.parametrize("function", [function for function in RESULTS if "reassemble" in function])
+def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library, require):
+    """Images, channels or rows of one array lie far apart, with nothing in between."""
+    inputs, params = problem(function, CASES[name], DTYPES[2])
+    inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
+    expected = call(function, inputs, params)
+    on_device = placed(library, inputs)
+    accepted = accepting(function, on_device, params)
+    kernels = fast(accepted)
+    operations = [generic.removesuffix("any_cuda") for generic in accepted if "_any_" in generic]
+    assert len(operations) == len(expected)
+    for operation in operations:
+        assert any(kernel.startswith(operation) for kernel in kernels), operation
+    assert "down" in name or any("_mma_" in kernel for kernel in kernels)
+
+    def far_apart(array, axis):
+        try:
+            return library.far_apart(array, axis)
+        except MemoryError as error:
+            return require("memory", str(error))
+
+    for axis, kernel in itertools.product(range(3), sorted(kernels)):
+        for index in range(len(inputs)):
+            arrays, outs = list(on_device), nans_like(library, expected)
+            arrays[index] = far_apart(inputs[index], axis)
+            with by(kernel, "input", index, "axis", axis):
+                call_into(function, arrays, params, outs)
+                assert_equal(read(library, outs), expected)
+        for index in range(len(expected)):
+            outs = list(nans_like(library, expected))
+            outs[index] = far_apart(np.full_like(expected[index], np.nan), axis)
+            with by(kernel, "result", index, "axis", axis):
+                call_into(function, on_device, params, outs)
+                assert_equal(read(library, outs), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
 def test_arrays_of_more_than_2_31_elements(memory, gpu):
