@@ -1,6 +1,7 @@
 """How the tests for CUDA use CuPy and PyTorch, and what they use where CUDA is emulated."""
 
 import contextlib
+import math
 import threading
 import warnings
 
@@ -41,6 +42,18 @@ def _laid_out(array: np.ndarray, memory: str):
     return buffer.reshape(-1).view(np.uint8), view, view.ctypes.data - buffer.ctypes.data
 
 
+def _far_apart(shape, axis):
+    """The size of a buffer, and strides in elements: along the axis the last is beyond 2^31.
+
+    The other axes are contiguous, and everything is aligned to vectors.
+    """
+    others = [extent for k, extent in enumerate(shape) if k != axis]
+    strides = [math.prod(others[k + 1 :]) for k in range(len(others))]
+    far = 64 * (2**31 // 64 // (shape[axis] - 1) + 1)
+    strides.insert(axis, far)
+    return far * (shape[axis] - 1) + math.prod(others), strides
+
+
 class Emulated:
     """Arrays that say they are on a GPU and lie in host memory, where emulated kernels run."""
 
@@ -53,6 +66,15 @@ class Emulated:
 
     def place(self, array, memory="contiguous"):
         return PretendedCUDA(_laid_out(array, memory)[1])
+
+    def far_apart(self, array, axis):
+        """A copy whose elements along the axis are so far apart that the last is beyond 2^31."""
+        size, strides = _far_apart(array.shape, axis)
+        buffer = np.zeros(size, array.dtype)  # mapped; what lies between is never touched
+        strides = [stride * array.itemsize for stride in strides]
+        view = np.lib.stride_tricks.as_strided(buffer, array.shape, strides)
+        view[...] = array
+        return PretendedCUDA(view)
 
     def broadcast(self, array, shape):
         return PretendedCUDA(np.broadcast_to(array.array, shape))
@@ -86,6 +108,17 @@ class CuPy:
             buffer.set(data)
         return self.cupy.ndarray(array.shape, array.dtype, buffer.data + offset, view.strides)
 
+    def far_apart(self, array, axis):
+        """A copy whose elements along the axis are so far apart that the last is beyond 2^31."""
+        size, strides = _far_apart(array.shape, axis)
+        buffer = self.cupy.empty(size, array.dtype)
+        strides = [stride * array.itemsize for stride in strides]
+        view = self.cupy.ndarray(array.shape, array.dtype, buffer.data, strides)
+        parts = zip(self.cupy.moveaxis(view, axis, 0), np.moveaxis(array, axis, 0), strict=True)
+        for part, values in parts:
+            part.set(np.ascontiguousarray(values))
+        return view
+
     def empty(self, shape):
         return self.cupy.empty(shape, np.float32)
 
@@ -99,6 +132,10 @@ class CuPy:
         ends = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
         low = sum(end for end in ends if end < 0)
         high = sum(end for end in ends if end > 0) + array.itemsize
+        if high - low > max(2**30, 4 * array.nbytes):  # far apart
+            axis = int(np.argmax(np.abs(ends)))
+            parts = self.cupy.moveaxis(array, axis, 0)
+            return np.stack([self.read(part) for part in parts], axis)
         with array.device:
             data = self.cupy.ndarray((high - low,), np.uint8, array.data + low).get()
         return np.ndarray(array.shape, array.dtype, data, -low, array.strides)
@@ -198,6 +235,14 @@ class PyTorch:
         strides = [stride // array.itemsize for stride in view.strides]
         buffer = self.torch.from_numpy(data).to("cuda").view(dtype)
         return buffer.as_strided(view.shape, strides, offset // array.itemsize)
+
+    def far_apart(self, array, axis):
+        """A copy whose elements along the axis are so far apart that the last is beyond 2^31."""
+        size, strides = _far_apart(array.shape, axis)
+        values = self.torch.from_numpy(array.copy())
+        buffer = self.torch.empty(size, dtype=values.dtype, device="cuda")
+        view = buffer.as_strided(array.shape, strides)
+        return view.copy_(values)
 
     def empty(self, shape):
         return self.torch.empty(shape, device="cuda")

@@ -8,8 +8,12 @@ import contextlib
 import ctypes
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +245,107 @@ def test_a_missing_driver_is_reported():
         carafepp.reassemble(PretendedCUDA(features), PretendedCUDA(masks), **params)
 
 
+# Fast kernels, and an environment without them
+
+
+def fast(names):
+    """Return the names of kernels that are not generic."""
+    return {name for name in names if "_any_" not in name}
+
+
+def problems_for_fast_kernels(library):
+    """Each fast kernel takes one or more: (function, NumPy arrays, CUDA arrays, parameters)."""
+    cases = [CASES[name] for name in ("c32", "c16_down")]  # of up x2 and of down x2
+    wanted = itertools.product(RESULTS, cases, (DTYPES[0], DTYPES[2]), ("NCHW", "NHWC"))
+    for function, case, dtypes, layout in wanted:
+        inputs, params = problem(function, case, dtypes)
+        inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
+        yield function, inputs, placed(library, inputs), params
+
+
+def use_every_fast_kernel(library):
+    listed, accepted = set(), set()
+    for function, _, on_device, params in problems_for_fast_kernels(library):
+        entries = carafepp.list_implementations(function, *on_device, **params)
+        listed |= fast(name for name, _ in entries)
+        accepted |= fast(accepting(function, on_device, params))
+    assert accepted == listed
+
+
+def use_generic_kernels(library):
+    """Run where CARAFEPP_CUDA_KERNELS is generic."""
+    reason = "CARAFEPP_CUDA_KERNELS allows generic kernels only"
+    for function, inputs, on_device, params in problems_for_fast_kernels(library):
+        results = call(function, on_device, params)
+        assert_equal(read(library, results), call(function, inputs, params))
+        entries = carafepp.list_implementations(function, *on_device, **params, out=out_of(results))
+        assert entries
+        for name, declines in entries:
+            assert declines == (reason if fast([name]) else None)
+            with carafepp.force_implementation(name):
+                if declines is None:
+                    call(function, on_device, params)
+                    continue
+                sentence = f"[{function}] implementation {name} declines: {reason}."
+                with pytest.raises(NotImplementedError, match=re.escape(sentence)):
+                    call(function, on_device, params)
+
+
+def call_in_vain(library):
+    """Run where CARAFEPP_CUDA_KERNELS is `some`: nothing is written."""
+    for function in RESULTS:
+        inputs, params = problem(function)
+        on_device = placed(library, inputs)
+        outs = nans_like(library, call(function, inputs, params))
+        end = "the environment variable CARAFEPP_CUDA_KERNELS must be all or generic; got some."
+        sentence = "^" + re.escape(f"[{function}] {end}") + "$"
+        with pytest.raises(ValueError, match=sentence):
+            call_into(function, on_device, params, outs)
+        with pytest.raises(ValueError, match=sentence):
+            carafepp.list_implementations(function, *on_device, **params)
+        assert all(np.isnan(double(out)).all() for out in read(library, outs))
+
+
+def with_kernels(value, test, library):
+    """Call a function of this module in a process that has this CARAFEPP_CUDA_KERNELS."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "CARAFEPP_CUDA_KERNELS": value,
+        "CARAFEPP_LOG": "debug",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    name = type(library).__name__
+    code = f"import cuda_libraries, test_cuda; test_cuda.{test.__name__}(cuda_libraries.{name}())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if re.search(r"^carafepp: .*_cuda", line)]
+
+
+def test_each_fast_kernel_takes_a_problem(library):
+    use_every_fast_kernel(library)
+
+
+def test_the_environment_leaves_only_generic_kernels(library):
+    """Each fast one declines, the results are right all the same, and the log tells why."""
+    log = with_kernels("generic", use_generic_kernels, library)
+    assert log
+    for line in log:
+        assert re.match(r"carafepp: \[\w+\] \w+_any_cuda\b", line), line
+    assert any("_mma_cuda declines: CARAFEPP_CUDA_KERNELS allows generic" in line for line in log)
+
+
+@pytest.mark.parametrize("value", ["all", ""])
+def test_the_environment_may_leave_all_kernels(value, library):
+    with_kernels(value, use_every_fast_kernel, library)
+
+
+def test_the_environment_may_not_leave_some_kernels(library):
+    assert not with_kernels("some", call_in_vain, library)
+
+
 # Streams
 
 
@@ -443,6 +548,44 @@ def test_nothing_is_allocated_but_the_results(function, gpu):
     assert gpu.allocated_bytes() == allocated + sum(sizes)
     del more
     assert gpu.allocated_bytes() == allocated
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["c32", "c16_down"])  # up x2, down x2
+@pytest.mark.parametrize("function", [function for function in RESULTS if "reassemble" in function])
+def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library, require):
+    """Images, channels or rows of one array lie far apart, with nothing in between."""
+    inputs, params = problem(function, CASES[name], DTYPES[2])
+    inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
+    expected = call(function, inputs, params)
+    on_device = placed(library, inputs)
+    accepted = accepting(function, on_device, params)
+    kernels = fast(accepted)
+    operations = [generic.removesuffix("any_cuda") for generic in accepted if "_any_" in generic]
+    assert len(operations) == len(expected)
+    for operation in operations:
+        assert any(kernel.startswith(operation) for kernel in kernels), operation
+    assert "down" in name or any("_mma_" in kernel for kernel in kernels)
+
+    def far_apart(array, axis):
+        try:
+            return library.far_apart(array, axis)
+        except MemoryError as error:
+            return require("memory", str(error))
+
+    for axis, kernel in itertools.product(range(3), sorted(kernels)):
+        for index in range(len(inputs)):
+            arrays, outs = list(on_device), nans_like(library, expected)
+            arrays[index] = far_apart(inputs[index], axis)
+            with by(kernel, "input", index, "axis", axis):
+                call_into(function, arrays, params, outs)
+                assert_equal(read(library, outs), expected)
+        for index in range(len(expected)):
+            outs = list(nans_like(library, expected))
+            outs[index] = far_apart(np.full_like(expected[index], np.nan), axis)
+            with by(kernel, "result", index, "axis", axis):
+                call_into(function, on_device, params, outs)
+                assert_equal(read(library, outs), expected)
 
 
 @pytest.mark.slow

@@ -83,51 +83,76 @@ constexpr Implementation kNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_ref", takes_all, reference::grad_masks},
     {}};
 
-constexpr Implementation kCudaReassemble[] = {
-    {"reassemble_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
-    {"reassemble_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
-    {"reassemble_nchw_mma_cuda", cuda::not_for_reassemble_nchw_mma, cuda::reassemble_nchw_mma},
-    {"reassemble_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
-    {"reassemble_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
-    {"reassemble_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
-    {"reassemble_any_cuda", takes_all, cuda::reassemble},
-    {}};
+// The environment variable CARAFEPP_CUDA_KERNELS says which CUDA kernels may run. It is read once.
+struct CudaKernels {
+    bool only_generic = false;
+    char wrong[160] = "";  // why it cannot be followed
+
+    CudaKernels() {
+        const char* text = std::getenv("CARAFEPP_CUDA_KERNELS");
+        if (text == nullptr || *text == '\0' || std::strcmp(text, "all") == 0) return;
+        only_generic = std::strcmp(text, "generic") == 0;
+        if (only_generic) return;
+        std::snprintf(wrong, sizeof wrong,
+                      "the environment variable CARAFEPP_CUDA_KERNELS must be all or generic; got %.64s.", text);
+    }
+};
+
+const CudaKernels& cuda_kernels() {
+    static const CudaKernels of_environment;
+    return of_environment;
+}
+
+// A fast kernel takes nothing where the environment leaves only the generic ones.
+template <const char* (*not_for)(const Problem&)>
+const char* takes_fast(const Problem& problem) {
+    return cuda_kernels().only_generic ? "CARAFEPP_CUDA_KERNELS allows generic kernels only" : not_for(problem);
+}
+
+#define CARAFEPP_CUDA_ENTRY(name, kernel) {name "_cuda", takes_fast<cuda::not_for_##kernel>, cuda::kernel}
+
+constexpr Implementation kCudaReassemble[] = {CARAFEPP_CUDA_ENTRY("reassemble_nhwc_mma", reassemble_nhwc_mma),
+                                              CARAFEPP_CUDA_ENTRY("reassemble_nhwc", reassemble_nhwc),
+                                              CARAFEPP_CUDA_ENTRY("reassemble_nchw_mma", reassemble_nchw_mma),
+                                              CARAFEPP_CUDA_ENTRY("reassemble_nchw", reassemble_nchw),
+                                              CARAFEPP_CUDA_ENTRY("reassemble_down2_nhwc", reassemble_down2_nhwc),
+                                              CARAFEPP_CUDA_ENTRY("reassemble_down2_nchw", reassemble_down2_nchw),
+                                              {"reassemble_any_cuda", takes_all, cuda::reassemble},
+                                              {}};
 constexpr Implementation kCudaReassembleWithLogits[] = {
-    {"reassemble_with_logits_nhwc_mma_cuda", cuda::not_for_reassemble_nhwc_mma, cuda::reassemble_nhwc_mma},
-    {"reassemble_with_logits_nhwc_cuda", cuda::not_for_reassemble_nhwc, cuda::reassemble_nhwc},
-    {"reassemble_with_logits_nchw_mma_cuda", cuda::not_for_reassemble_nchw_mma, cuda::reassemble_nchw_mma},
-    {"reassemble_with_logits_nchw_cuda", cuda::not_for_reassemble_nchw, cuda::reassemble_nchw},
-    {"reassemble_with_logits_down2_nhwc_cuda", cuda::not_for_reassemble_down2_nhwc, cuda::reassemble_down2_nhwc},
-    {"reassemble_with_logits_down2_nchw_cuda", cuda::not_for_reassemble_down2_nchw, cuda::reassemble_down2_nchw},
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_nhwc_mma", reassemble_nhwc_mma),
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_nhwc", reassemble_nhwc),
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_nchw_mma", reassemble_nchw_mma),
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_nchw", reassemble_nchw),
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_down2_nhwc", reassemble_down2_nhwc),
+    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_down2_nchw", reassemble_down2_nchw),
     {"reassemble_with_logits_any_cuda", takes_all, cuda::reassemble},
     {}};
 constexpr Implementation kCudaGradFeatures[] = {
-    {"grad_features_nhwc_mma_cuda", cuda::not_for_grad_features_nhwc_mma, cuda::grad_features_nhwc_mma},
-    {"grad_features_nhwc_cuda", cuda::not_for_grad_features_nhwc, cuda::grad_features_nhwc},
-    {"grad_features_nchw_mma_cuda", cuda::not_for_grad_features_nchw_mma, cuda::grad_features_nchw_mma},
-    {"grad_features_nchw_cuda", cuda::not_for_grad_features_nchw, cuda::grad_features_nchw},
-    {"grad_features_down2_nhwc_cuda", cuda::not_for_grad_features_down2_nhwc, cuda::grad_features_down2_nhwc},
-    {"grad_features_down2_nchw_cuda", cuda::not_for_grad_features_down2_nchw, cuda::grad_features_down2_nchw},
+    CARAFEPP_CUDA_ENTRY("grad_features_nhwc_mma", grad_features_nhwc_mma),
+    CARAFEPP_CUDA_ENTRY("grad_features_nhwc", grad_features_nhwc),
+    CARAFEPP_CUDA_ENTRY("grad_features_nchw_mma", grad_features_nchw_mma),
+    CARAFEPP_CUDA_ENTRY("grad_features_nchw", grad_features_nchw),
+    CARAFEPP_CUDA_ENTRY("grad_features_down2_nhwc", grad_features_down2_nhwc),
+    CARAFEPP_CUDA_ENTRY("grad_features_down2_nchw", grad_features_down2_nchw),
     {"grad_features_any_cuda", takes_all, cuda::grad_features},
     {}};
-constexpr Implementation kCudaGradMasks[] = {
-    {"grad_masks_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
-    {"grad_masks_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
-    {"grad_masks_nchw_mma_cuda", cuda::not_for_grad_masks_nchw_mma, cuda::grad_masks_nchw_mma},
-    {"grad_masks_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
-    {"grad_masks_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
-    {"grad_masks_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},
-    {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
-    {}};
-constexpr Implementation kCudaGradLogits[] = {
-    {"grad_logits_nhwc_mma_cuda", cuda::not_for_grad_masks_nhwc_mma, cuda::grad_masks_nhwc_mma},
-    {"grad_logits_nhwc_cuda", cuda::not_for_grad_masks_nhwc, cuda::grad_masks_nhwc},
-    {"grad_logits_nchw_mma_cuda", cuda::not_for_grad_masks_nchw_mma, cuda::grad_masks_nchw_mma},
-    {"grad_logits_nchw_cuda", cuda::not_for_grad_masks_nchw, cuda::grad_masks_nchw},
-    {"grad_logits_down2_nhwc_cuda", cuda::not_for_grad_masks_down2_nhwc, cuda::grad_masks_down2_nhwc},
-    {"grad_logits_down2_nchw_cuda", cuda::not_for_grad_masks_down2_nchw, cuda::grad_masks_down2_nchw},
-    {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
-    {}};
+constexpr Implementation kCudaGradMasks[] = {CARAFEPP_CUDA_ENTRY("grad_masks_nhwc_mma", grad_masks_nhwc_mma),
+                                             CARAFEPP_CUDA_ENTRY("grad_masks_nhwc", grad_masks_nhwc),
+                                             CARAFEPP_CUDA_ENTRY("grad_masks_nchw_mma", grad_masks_nchw_mma),
+                                             CARAFEPP_CUDA_ENTRY("grad_masks_nchw", grad_masks_nchw),
+                                             CARAFEPP_CUDA_ENTRY("grad_masks_down2_nhwc", grad_masks_down2_nhwc),
+                                             CARAFEPP_CUDA_ENTRY("grad_masks_down2_nchw", grad_masks_down2_nchw),
+                                             {"grad_masks_any_cuda", takes_all, cuda::grad_masks},
+                                             {}};
+constexpr Implementation kCudaGradLogits[] = {CARAFEPP_CUDA_ENTRY("grad_logits_nhwc_mma", grad_masks_nhwc_mma),
+                                              CARAFEPP_CUDA_ENTRY("grad_logits_nhwc", grad_masks_nhwc),
+                                              CARAFEPP_CUDA_ENTRY("grad_logits_nchw_mma", grad_masks_nchw_mma),
+                                              CARAFEPP_CUDA_ENTRY("grad_logits_nchw", grad_masks_nchw),
+                                              CARAFEPP_CUDA_ENTRY("grad_logits_down2_nhwc", grad_masks_down2_nhwc),
+                                              CARAFEPP_CUDA_ENTRY("grad_logits_down2_nchw", grad_masks_down2_nchw),
+                                              {"grad_logits_any_cuda", takes_all, cuda::grad_masks},
+                                              {}};
 constexpr Implementation kCudaNormalizeMasks[] = {{"normalize_masks_any_cuda", takes_all, cuda::normalize_masks}, {}};
 constexpr Implementation kCudaNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_cuda", takes_all, cuda::grad_masks}, {}};
@@ -213,6 +238,7 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
         const cuda::Availability cuda = cuda::availability();
         if (cuda.status != CARAFEPP_OK)
             fail(cuda.status, function, "CUDA arrays cannot be computed on: " + cuda.reason + ".");
+        if (*cuda_kernels().wrong) fail(CARAFEPP_VALUE_ERROR, function, cuda_kernels().wrong);
     }
     if (call.problem.device == CARAFEPP_CPU && wrong_isa_limit()) {
         fail(CARAFEPP_VALUE_ERROR, function, wrong_isa_limit());

@@ -41,6 +41,8 @@
  *
  *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an
  *          instruction set: sse2, avx2 or avx512 on x86-64, neon on aarch64. A call fails where it is anything else.
+ *          For CUDA arrays, CARAFEPP_CUDA_KERNELS=generic leaves only the generic kernels; all, the default, leaves
+ *          the fast ones too. A call on CUDA arrays fails where it is anything else.
  *
  * Errors:  no exception leaves the library; it never aborts and prints only when CARAFEPP_LOG=debug asks for it.
  *

@@ -14,12 +14,62 @@ CurrentDevice::~CurrentDevice() = default;
 
 #else
 
-std::string text_of(cudaError_t error) {
+static std::string text_of(cudaError_t error) {
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
-static void check(cudaError_t error) {
-    if (error != cudaSuccess) throw Failure{text_of(error)};
+// Says that the current device has no code of a kernel, and how to build it.
+static std::string text_without_code(cudaError_t error) {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        return text_of(error);
+    }
+    const std::string architecture = std::to_string(10 * major + minor);
+    return std::string(cudaGetErrorName(error)) + ": carafepp has no code for this device of architecture " +
+           architecture +
+           "; it was built by " CARAFEPP_CUDA_BUILD
+           ". Build it for the device: by pip with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=" +
+           architecture + ", by CMake with -DCMAKE_CUDA_ARCHITECTURES=" + architecture;
+}
+
+void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    const bool no_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    const Failure failure{no_code ? text_without_code(error) : text_of(error)};
+    cudaGetLastError();  // or a caller would find it and think it its own
+    throw failure;
+}
+
+// Keeps CUDA's answers for a kernel, by device; 0 is none yet.
+struct Architectures {
+    static constexpr int kDevices = 64;
+    std::atomic<const void*> kernel{nullptr};
+    std::atomic<int> of_device[kDevices] = {};
+};
+
+// Returns NULL beyond the first kernels and devices: nothing is kept for them.
+static std::atomic<int>* kept_architecture(const void* kernel, int device) {
+    static Architectures kept[64];
+    if (device >= Architectures::kDevices) return nullptr;
+    for (Architectures& architectures : kept) {
+        const void* owner = architectures.kernel;
+        if (owner == nullptr && architectures.kernel.compare_exchange_strong(owner, kernel)) owner = kernel;
+        if (owner == kernel) return &architectures.of_device[device];
+    }
+    return nullptr;
+}
+
+int architecture_of(const void* kernel) {
+    int device = 0;
+    check(cudaGetDevice(&device));
+    std::atomic<int>* const kept = kept_architecture(kernel, device);
+    if (kept != nullptr && *kept != 0) return *kept;
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    if (kept != nullptr) *kept = attributes.ptxVersion;
+    return attributes.ptxVersion;
 }
 
 // Asked until there is a device: then there always is.
