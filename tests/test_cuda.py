@@ -550,6 +550,7 @@ def test_nothing_is_allocated_but_the_results(function, gpu):
     assert gpu.allocated_bytes() == allocated
 
 
+@alone  # a buffer of gigabytes each
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", ["c32", "c16_down"])  # up x2, down x2
 @pytest.mark.parametrize("function", [function for function in RESULTS if "reassemble" in function])
