@@ -18,8 +18,8 @@ __device__ __forceinline__ void store_channels(float4 value, float* to) {
 template <class T>
 __device__ __forceinline__ float4 load_channels(const T* from) {
     const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
-    const auto half = [](uint32_t word) { return widen(T{static_cast<uint16_t>(word)}); };
-    return make_float4(half(bits.x), half(bits.x >> 16), half(bits.y), half(bits.y >> 16));
+    const float2 low = widen_pair<T>(bits.x), high = widen_pair<T>(bits.y);
+    return make_float4(low.x, low.y, high.x, high.y);
 }
 template <class T>
 __device__ __forceinline__ void store_channels(float4 value, T* to) {

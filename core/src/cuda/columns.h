@@ -13,8 +13,7 @@ __device__ __forceinline__ void store_columns(float2 value, float* to) { __stcs(
 
 template <class T>
 __device__ __forceinline__ float2 load_columns(const T* from) {
-    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(from));
-    return make_float2(widen(T{static_cast<uint16_t>(bits)}), widen(T{static_cast<uint16_t>(bits >> 16)}));
+    return widen_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(from)));
 }
 template <class T>
 __device__ __forceinline__ void store_columns(float2 value, T* to) {
