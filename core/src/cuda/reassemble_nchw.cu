@@ -4,6 +4,7 @@
 // four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
 // then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
 // through, so that small maps fill blocks.
+#include "cuda/columns.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
@@ -14,10 +15,12 @@ constexpr int kChannels = 64;  // of a thread
 
 struct Cut {
     int64_t tiles, chunks;  // of sources in an image, of channels in a group
+    bool pairs;             // whether the two outputs of a row are stored at once
 };
 
-// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
-template <int K, bool Inside, class T>
+// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `Pairs`
+// there are two columns of outputs, aligned: stored at once they fill sectors.
+template <int K, bool Inside, bool Pairs, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
                                          const float (&masks)[kOutputs][K * K]) {
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
@@ -30,10 +33,15 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 #pragma unroll
             for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][t] * feature;
         });
-        outputs[0] = narrow<T>(sums[0]);
-        if (two_columns) outputs[1] = narrow<T>(sums[1]);
-        if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
-        if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+        if constexpr (Pairs) {
+            store_columns(make_float2(sums[0], sums[1]), outputs);
+            if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + p.result.stride_h);
+        } else {
+            outputs[0] = narrow<T>(sums[0]);
+            if (two_columns) outputs[1] = narrow<T>(sums[1]);
+            if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
+            if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+        }
     }
 }
 
@@ -71,11 +79,13 @@ __global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p,
         }
         const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
         const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
-        if (inside) {
-            contract<K, true, T>(p, n, c, channels, i, j, masks);
-        } else {
-            contract<K, false, T>(p, n, c, channels, i, j, masks);
-        }
+        const auto contract_all = [&](auto all_inside, auto in_pairs) {
+            contract<K, all_inside, in_pairs, T>(p, n, c, channels, i, j, masks);
+        };
+        const auto store_as = [&](auto in_pairs) {
+            inside ? contract_all(std::true_type(), in_pairs) : contract_all(std::false_type(), in_pairs);
+        };
+        cut.pairs ? store_as(std::true_type()) : store_as(std::false_type());
     }
 }
 
@@ -85,6 +95,7 @@ void run(const Problem& p) {
         Cut cut;
         cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
         cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+        cut.pairs = not_for_columns(p.result) == nullptr;
         launch(reassemble_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources,
                0, p, cut);
     });
