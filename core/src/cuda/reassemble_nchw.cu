@@ -14,15 +14,17 @@ constexpr int kSources = 128;  // of a block, one of a thread
 constexpr int kChannels = 64;  // of a thread
 
 struct Cut {
+    int64_t channels;       // of a group
     int64_t tiles, chunks;  // of sources in an image, of channels in a group
-    bool pairs;             // whether the two outputs of a row are stored at once
+    int64_t items;
+    bool pairs;  // whether the two outputs of a row are stored at once
 };
 
-// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `Pairs`
-// there are two columns of outputs, aligned: stored at once they fill sectors.
-template <int K, bool Inside, bool Pairs, class T>
+// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `pairs`
+// the two outputs of a row are stored at once, as neighbouring lanes then fill whole sectors.
+template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
-                                         const float (&masks)[kOutputs][K * K]) {
+                                         const float (&masks)[kOutputs][K * K], bool pairs) {
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
     T* outputs = element<T>(p.result, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
@@ -33,7 +35,7 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 #pragma unroll
             for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][t] * feature;
         });
-        if constexpr (Pairs) {
+        if (pairs) {
             store_columns(make_float2(sums[0], sums[1]), outputs);
             if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + p.result.stride_h);
         } else {
@@ -45,12 +47,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     }
 }
 
-// Two blocks, though three mostly fit: sm_120's assembler would spill to make room for the third.
 template <int K, class T>
-__global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p, Cut cut) {
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p, Cut cut) {
+    for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
@@ -77,15 +76,15 @@ __global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p,
                 masks[kOutputs - 1][t] = own[t];
             }
         }
-        const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
-        const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
-        const auto contract_all = [&](auto all_inside, auto in_pairs) {
-            contract<K, all_inside, in_pairs, T>(p, n, c, channels, i, j, masks);
-        };
-        const auto store_as = [&](auto in_pairs) {
-            inside ? contract_all(std::true_type(), in_pairs) : contract_all(std::false_type(), in_pairs);
-        };
-        cut.pairs ? store_as(std::true_type()) : store_as(std::false_type());
+        const int64_t first = chunk.remainder * kChannels, c = group * cut.channels + first;
+        const int channels = static_cast<int>(min(int64_t{kChannels}, cut.channels - first));
+        if (!inside) {  // not twice: a fourth loop would take the registers of a third block
+            contract<K, false, T>(p, n, c, channels, i, j, masks, cut.pairs);
+        } else if (cut.pairs) {
+            contract<K, true, T>(p, n, c, channels, i, j, masks, true);
+        } else {
+            contract<K, true, T>(p, n, c, channels, i, j, masks, false);
+        }
     }
 }
 
@@ -93,11 +92,12 @@ template <int K>
 void run(const Problem& p) {
     with_floats(p, [&](auto feature) {
         Cut cut;
+        cut.channels = p.features.c / p.groups;
         cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
-        cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
+        cut.chunks = ceil_div(cut.channels, kChannels);
+        cut.items = p.result.n * p.groups * cut.tiles * cut.chunks;
         cut.pairs = not_for_columns(p.result) == nullptr;
-        launch(reassemble_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources,
-               0, p, cut);
+        launch(reassemble_nchw_kernel<K, decltype(feature)>, cut.items, kSources, 0, p, cut);
     });
 }
 
