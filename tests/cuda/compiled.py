@@ -9,8 +9,8 @@ nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cu
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
 With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
-nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have neither
-nvcc nor a front end: NVCC's own reads the sources.
+nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have no nvcc, no
+front end and no nv/target: those of NVCC read the sources.
 """
 
 import argparse
