@@ -43,7 +43,7 @@ CARAFEPP_HOST_DEVICE inline double widen(double value) { return value; }
 CARAFEPP_HOST_DEVICE inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 // Without branches, so that a loop of it vectorises, and without denormal floats, so that it holds where they are
-// flushed to 0. A device has an instruction for it, as exact: every float16 is a float.
+// flushed to 0. A device has an instruction for it, which agrees: every float16 is a float, so that nothing is rounded.
 CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 #if defined(__CUDA_ARCH__)
     return __half2float(__ushort_as_half(value.bits));
@@ -58,8 +58,8 @@ CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 #endif
 }
 
-// Rounds to nearest, ties to even, and so do the instructions of a device: beyond the largest number to Inf, with
-// denormals. NaN stays NaN, though its bits may differ.
+// Rounds to nearest, ties to even: to Inf beyond the largest number, and to denormals. A device's instructions (cvt.rn)
+// do the same, so that they agree in every bit, but for those of NaN, which stays NaN.
 template <class T>
 CARAFEPP_HOST_DEVICE T narrow(float value);
 

@@ -147,8 +147,8 @@ class Kernel:
     def inner_loop(self) -> int:
         """Return how many instructions the loop has that multiplies most, 0 if there is none.
 
-        It is the shortest of those with the most HMMA or, where there are none, FFMA. Calls and
-        MUFU, of divisions and normalisers, are outside: they tell of loops around it, that stage.
+        It is the shortest of the loops with the most HMMA or, if there are none, FFMA. A loop
+        with MUFU or a call stages masks, by divisions and normalisers, and does not count.
         """
         code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
         index = {at: k for k, (at, _) in enumerate(code)}

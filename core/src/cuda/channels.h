@@ -8,7 +8,7 @@ namespace carafepp::cuda {
 
 constexpr int kVector = 4;  // channels of a thread
 
-// Loads give 0 where there are no channels: of 16 bits before they are widened, or each of them would have a condition.
+// Loads give 0 where there are no channels: elements of 16 bits before they are widened, under one condition.
 __device__ __forceinline__ float4 load_channels(const float* from, bool exist = true) {
     return exist ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
 }

@@ -6,7 +6,7 @@
 
 namespace carafepp::cuda {
 
-// Loads give 0 where there are no columns: of 16 bits before they are widened, or each of them would have a condition.
+// Loads give 0 where there are no columns: elements of 16 bits before they are widened, under one condition.
 __device__ __forceinline__ float2 load_columns(const float* from, bool exist) {
     return exist ? __ldg(reinterpret_cast<const float2*>(from)) : make_float2(0, 0);
 }

@@ -88,8 +88,8 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
     return {a / b, a % b};
 }
 
-// Two elements of 16 bits in a word, from floats and to floats. A device narrows both in one instruction from sm_80 on,
-// and widens either half of a word as it is.
+// Two elements of 16 bits in a word, from floats and to floats. From sm_80 on one instruction narrows both; either half
+// of a word is widened as it stands.
 template <class T>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
