@@ -7,6 +7,11 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 #include "problem.h"
 
 namespace carafepp {
@@ -38,8 +43,11 @@ CARAFEPP_HOST_DEVICE inline double widen(double value) { return value; }
 CARAFEPP_HOST_DEVICE inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 // Without branches, so that a loop of it vectorises, and without denormal floats, so that it holds where they are
-// flushed to 0.
+// flushed to 0. A device has an instruction for it, which agrees: every float16 is a float, so that nothing is rounded.
 CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(value.bits));
+#else
     const uint32_t exponent_and_fraction = uint32_t{value.bits & 0x7fffu} << 13;
     const uint32_t exponent = exponent_and_fraction & 0x0f800000u;
     const uint32_t normal = exponent_and_fraction + ((127 - 15) << 23);
@@ -47,9 +55,11 @@ CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
     const uint32_t denormal = bits_of(float_of(normal + (1u << 23)) - float_of((127 - 14) << 23));
     const uint32_t magnitude = exponent == 0 ? denormal : exponent == 0x0f800000u ? infinite_or_nan : normal;
     return float_of(magnitude | uint32_t{value.bits & 0x8000u} << 16);
+#endif
 }
 
-// Rounds to nearest, ties to even.
+// Rounds to nearest, ties to even: to Inf beyond the largest number, and to denormals. A device's instructions (cvt.rn)
+// do the same, so that they agree in every bit, but for those of NaN, which stays NaN.
 template <class T>
 CARAFEPP_HOST_DEVICE T narrow(float value);
 
@@ -68,14 +78,21 @@ CARAFEPP_HOST_DEVICE inline double narrow<double>(double value) {
 
 template <>
 CARAFEPP_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const uint32_t quiet_nan = bits | 0x00400000u;
     return {static_cast<uint16_t>((value != value ? quiet_nan : rounded) >> 16)};
+#endif
 }
 
 template <>
 CARAFEPP_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+    return {__half_as_ushort(__float2half_rn(value))};
+#else
     const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
     const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
     const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -87,6 +104,7 @@ CARAFEPP_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
                           : magnitude < 0x38800000u  ? denormal
                                                      : normal;
     return {static_cast<uint16_t>(sign | bits)};
+#endif
 }
 
 // Where an element of an array lies. Inlined wherever it stands, as every instruction set compiles its own

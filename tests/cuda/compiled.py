@@ -2,14 +2,15 @@
 
 No spills, no local memory, and no more registers than let so many threads run at once that loads
 are hidden: two blocks of 256 on a multiprocessor, or two or three of 128. And the instructions that
-a kernel was designed around are there: vectors in one access, not in four. Needs nvcc, and for the
-instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
+a kernel was designed around are there: vectors in one access, not in four, and conversions of 16
+bits that are a device's own. On sm_90 an inner loop keeps within its budget of instructions. Needs
+nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
 With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
-nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have neither
-nvcc nor a front end: NVCC's own reads the sources.
+nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have no nvcc, no
+front end and no nv/target: those of NVCC read the sources.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
-    "reassemble_nchw_kernel": 200,
+    "reassemble_nchw_kernel": 168,
     "grad_masks_nhwc_kernel": 168,
     "grad_masks_nchw_mma_kernel": 168,
     "grad_masks_nhwc_mma_kernel": 168,
@@ -49,14 +50,16 @@ INSTRUCTIONS = {
     ),
     r"grad_masks_(down2_)?nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
     r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
-    r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*7Float16": (
+    r"reassemble_nchw_kernelILi.EfE": (r"STG\S*\.64",),
+    r"reassemble_nchw_kernelILi.E\w*Float16": (r"STG\.E\.EF(\.SYS)? ",),
+    r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*Float16": (
         r"HMMA",
         r"LDG\S*\.128",
         r"STG\S*\.128",
     ),
-    r"(reassemble|grad_features)_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
-    r"grad_masks_nchw_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
-    r"grad_masks_nhwc_mma_kernelILi.E\w*7Float16": (r"HMMA", r"LDG\S*\.128"),
+    r"(reassemble|grad_features)_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_nhwc_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
     r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
@@ -64,7 +67,40 @@ INSTRUCTIONS = {
     r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
     r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
+# The same by dtype: conversions to floats and from them. Then constants of core/src/dtypes.h, which
+# only conversions in software have. sm_75 has none of bfloat16, and converts that in software.
+CONVERSIONS = {
+    "float16": (r"HADD2\.F32", r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32"),
+    "bfloat16": (r"F2FP\.BF16\S*\.PACK_AB",),
+}
+CONVERSIONS_IN_SOFTWARE = {
+    "float16": r"\b(0xf800000|0x38800000|0x477fefff|0x477ff000)\b",
+    "bfloat16": r"\b0x7fff\b",
+}
+# By source, the most instructions of an inner loop on sm_90: in kernels of a dtype with 5 x 5 taps,
+# or in those of them that have a further word in their names. A change may lower them.
+BUDGETS = {
+    "reassemble_nchw.cu": {"float32": 152, "float16": 179, "bfloat16": 179},
+    "reassemble_nhwc.cu": {"float32": 241, "float16": 259, "bfloat16": 259},
+    "reassemble_nchw_mma.cu": {"float16": 551, "bfloat16": 536},
+    "reassemble_nhwc_mma.cu": {"float16": 651, "bfloat16": 666},
+    "reassemble_down2_nchw.cu": {"float32": 100, "float16": 139, "bfloat16": 140},
+    "reassemble_down2_nhwc.cu": {"float32": 225, "float16": 225, "bfloat16": 225},
+    "grad_features_nhwc.cu": {"float32": 242, "float16": 248, "bfloat16": 266},
+    "grad_features_nchw_mma.cu": {"float16": 128, "bfloat16": 118},
+    "grad_features_nhwc_mma.cu": {"float16": 131, "bfloat16": 123},
+    "grad_features_down2.cu": {
+        "float32 OfChannels": 188,
+        "float16 OfChannels": 226,
+        "bfloat16 OfChannels": 226,
+        "float32 OfColumns": 150,
+        "float16 OfColumns": 176,
+        "bfloat16 OfColumns": 176,
+    },
+}
 LOCAL_MEMORY = r"(LDL|STL)\b"
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;")
+BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -78,12 +114,57 @@ KERNEL = re.compile(
 class Kernel:
     """What the tools say of one kernel."""
 
+    source: str
     name: str
     architecture: str
     registers: int
     stack: int
     spilled: int
     code: str
+
+    @property
+    def dtype(self) -> str:
+        """The type of its features."""
+        if "8BFloat16" in self.name:
+            return "bfloat16"
+        return "float16" if "7Float16" in self.name else "float32"
+
+    def missing(self) -> list[str]:
+        """Return what its instructions lack, or should not have."""
+        in_software = self.dtype == "bfloat16" and self.architecture == "sm_75"
+        if not self.code or (in_software and "_mma_" in self.name):  # which only traps
+            return []
+        needed = [] if in_software else [*CONVERSIONS.get(self.dtype, ())]
+        for part, more in INSTRUCTIONS.items():
+            if re.search(part, self.name):
+                needed += more
+        found = [f"no {text}" for text in needed if not re.search(text, self.code)]
+        constants = CONVERSIONS_IN_SOFTWARE.get(self.dtype)
+        if constants and not in_software and re.search(constants, self.code):
+            found.append("a conversion in software")
+        return found
+
+    def inner_loop(self) -> int:
+        """Return how many instructions the loop has that multiplies most, 0 if there is none.
+
+        It is the shortest of the loops with the most HMMA or, if there are none, FFMA. A loop
+        with MUFU or a call stages masks, by divisions and normalisers, and does not count.
+        """
+        code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
+        index = {at: k for k, (at, _) in enumerate(code)}
+        loops = []
+        for k, (at, text) in enumerate(code):
+            branch = BRANCH.search(text)
+            if branch and int(branch[1], 16) < at:
+                loops.append([text for _, text in code[index[int(branch[1], 16)] : k + 1]])
+        product = "HMMA" if "HMMA" in self.code else "FFMA"
+        sizes = [
+            (-sum(product in text for text in loop), len(loop))
+            for loop in loops
+            if not any(re.search(r"\b(MUFU|CALL)\b", text) for text in loop)
+        ]
+        products, size = min(sizes, default=(0, 0))
+        return size if products else 0
 
     def faults(self) -> list[str]:
         """Return what is wrong with it."""
@@ -95,10 +176,33 @@ class Kernel:
             found.append(f"more than {most} registers")
         if self.stack or self.spilled or re.search(LOCAL_MEMORY, self.code):
             found.append("local memory")
-        for part, needed in INSTRUCTIONS.items():
-            if self.code and re.search(part, self.name):
-                found += [f"no {text}" for text in needed if not re.search(text, self.code)]
-        return found
+        return found + self.missing()
+
+
+def over_budget(sources: set[str], kernels: list[Kernel]) -> int:
+    """Print the table of inner loops; return how many are beyond their budgets, or not there."""
+    wrong = 0
+    for source, budgets in BUDGETS.items():
+        of_source = [k for k in kernels if k.source == source and "Li5E" in k.name]
+        for key, most in budgets.items():
+            dtype, *words = key.split()
+            sizes = [
+                kernel.inner_loop()
+                for kernel in of_source
+                if kernel.dtype == dtype and all(word in kernel.name for word in words)
+            ]
+            if source not in sources:
+                fault = "no such source"
+            elif not sizes:
+                fault = "no such kernel"
+            elif min(sizes) == 0:
+                fault = "no inner loop was found"
+            else:
+                fault = "over budget" if max(sizes) > most else ""
+            wrong += bool(fault)
+            found = f"{max(sizes, default=0):>4} instructions in the inner loop, {most:>4} allowed"
+            print(f"sm_90   {found}  {source} {key}{'  ' * bool(fault)}{fault.upper()}")
+    return wrong
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -130,6 +234,7 @@ def compile_one(
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
     return [
         Kernel(
+            source.name,
             kernel["name"],
             kernel["architecture"],
             int(kernel["registers"]),
@@ -173,6 +278,9 @@ def main() -> None:
         numbers = f"{kernel.registers:>3} registers, {kernel.stack} bytes of stack"
         line = f"{kernel.architecture:7} {numbers}, {kernel.spilled} spilled  "
         print(line + demangled(kernel.name) + "".join(f"  {fault.upper()}" for fault in faults))
+    if asked.cuobjdump and "90" in asked.architectures.split(","):
+        of_sm_90 = [kernel for kernel in kernels if kernel.architecture == "sm_90"]
+        wrong += over_budget({source.name for source in sources}, of_sm_90)
     looked = "" if asked.cuobjdump else "; cuobjdump was not found: instructions were not looked at"
     print(
         f"{len(kernels)} kernels of {len(sources)} sources, {wrong} not as they should be{looked}"

@@ -129,6 +129,18 @@ MUTANTS = [
         "two_columns = j * kUp < p.out_w",
     ),
     Mutant(
+        "two columns are stored at once where rows are not aligned",
+        "reassemble_nchw.cu",
+        "not_for_columns(p.result) == nullptr;",
+        "p.result.w % 2 == 0;",
+    ),
+    Mutant(
+        "two columns are stored at once where a row has one",
+        "reassemble_nchw.cu",
+        "not_for_columns(p.result) == nullptr;",
+        "true;",
+    ),
+    Mutant(
         "an infinite mask meets a tap beyond a border",
         "sources.h",
         "if (j >= 0 && j < p.features.w) continue;",
@@ -225,6 +237,24 @@ MUTANTS = [
         "mma.h",
         "(even.of[word] & 0xffff) | odd.of[word] << 16",
         "(odd.of[word] & 0xffff) | even.of[word] << 16",
+    ),
+    Mutant(
+        "both columns of a lane are of the same channels",
+        "mma.h",
+        "column / 2 + column % 2 * 4",
+        "column / 2 + column % 2 * 3",
+    ),
+    Mutant(
+        "channels are loaded in another order than they are stored in",
+        "reassemble_nhwc_mma.cu",
+        "loaded = channel_of_column(row);",
+        "loaded = row * kWide;",
+    ),
+    Mutant(
+        "channels are stored in another order than they are loaded in",
+        "grad_features_nhwc_mma.cu",
+        "channel_of_column(2 * pair + number % 2)",
+        "(2 * pair + number % 2) * kWide",
     ),
     Mutant(
         "rows of outputs change places",

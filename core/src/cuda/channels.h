@@ -8,18 +8,19 @@ namespace carafepp::cuda {
 
 constexpr int kVector = 4;  // channels of a thread
 
-__device__ __forceinline__ float4 load_channels(const float* from) {
-    return __ldg(reinterpret_cast<const float4*>(from));
+// Loads give 0 where there are no channels: elements of 16 bits before they are widened, under one condition.
+__device__ __forceinline__ float4 load_channels(const float* from, bool exist = true) {
+    return exist ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
 }
 __device__ __forceinline__ void store_channels(float4 value, float* to) {
     __stcs(reinterpret_cast<float4*>(to), value);
 }
 
 template <class T>
-__device__ __forceinline__ float4 load_channels(const T* from) {
-    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
-    const auto half = [](uint32_t word) { return widen(T{static_cast<uint16_t>(word)}); };
-    return make_float4(half(bits.x), half(bits.x >> 16), half(bits.y), half(bits.y >> 16));
+__device__ __forceinline__ float4 load_channels(const T* from, bool exist = true) {
+    const uint2 bits = exist ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    const float2 low = widen_pair<T>(bits.x), high = widen_pair<T>(bits.y);
+    return make_float4(low.x, low.y, high.x, high.y);
 }
 template <class T>
 __device__ __forceinline__ void store_channels(float4 value, T* to) {

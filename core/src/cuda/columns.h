@@ -6,15 +6,15 @@
 
 namespace carafepp::cuda {
 
-__device__ __forceinline__ float2 load_columns(const float* from) {
-    return __ldg(reinterpret_cast<const float2*>(from));
+// Loads give 0 where there are no columns: elements of 16 bits before they are widened, under one condition.
+__device__ __forceinline__ float2 load_columns(const float* from, bool exist) {
+    return exist ? __ldg(reinterpret_cast<const float2*>(from)) : make_float2(0, 0);
 }
 __device__ __forceinline__ void store_columns(float2 value, float* to) { __stcs(reinterpret_cast<float2*>(to), value); }
 
 template <class T>
-__device__ __forceinline__ float2 load_columns(const T* from) {
-    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(from));
-    return make_float2(widen(T{static_cast<uint16_t>(bits)}), widen(T{static_cast<uint16_t>(bits >> 16)}));
+__device__ __forceinline__ float2 load_columns(const T* from, bool exist) {
+    return widen_pair<T>(exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0);
 }
 template <class T>
 __device__ __forceinline__ void store_columns(float2 value, T* to) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ void for_each_tap_of_pair(const Problem& p, const T* 
         for (int x = 0; x < W::kColumns; x += 2) {
             const bool inside = Inside ||
                                 (top + y >= 0 && top + y < p.features.h && left + x >= 0 && left + x < p.features.w);
-            const float2 features = inside ? load_columns(row + x) : make_float2(0, 0);
+            const float2 features = load_columns(row + x, inside);
 #pragma unroll
             for (int o = 0; o < kPair; o++) {
                 const int a = y - kDown * o, b = x - (W::kBefore - W::kRadius);

@@ -39,8 +39,8 @@ struct OfChannels {
     static constexpr bool kLanesAreCells = false;             // or of one cell, in other channels
 
     template <class T>
-    static __device__ __forceinline__ float4 load(const T* from, const Array& array, int y, int x) {
-        return load_channels(from + y * array.stride_h + x * array.stride_w);
+    static __device__ __forceinline__ float4 load(const T* from, const Array& array, int y, int x, bool exist) {
+        return load_channels(from + y * array.stride_h + x * array.stride_w, exist);
     }
     template <class T>
     static __device__ __forceinline__ void store(const float4 (&sums)[kFeatures], const Array& result, bool right,
@@ -61,8 +61,8 @@ struct OfColumns {
     static constexpr bool kLanesAreCells = true;
 
     template <class T>
-    static __device__ __forceinline__ float load(const T* from, const Array& array, int y, int x) {
-        return widen(from[y * array.stride_h + x]);
+    static __device__ __forceinline__ float load(const T* from, const Array& array, int y, int x, bool exists) {
+        return exists ? widen(from[y * array.stride_h + x]) : 0;
     }
     template <class T>
     static __device__ __forceinline__ void store(const float (&sums)[kFeatures], const Array& result, bool, bool below,
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
                 for (int y = 0; y < R::kOutputs; y++) {
 #pragma unroll
                     for (int x = 0; x < R::kOutputs; x++) {
-                        typename Layout::Sum grad = {};
-                        if (row_exists[y] && column_exists[x]) grad = Layout::load(grads, p.grad_output, y, x);
+                        const bool exists = row_exists[y] && column_exists[x];
+                        const typename Layout::Sum grad = Layout::load(grads, p.grad_output, y, x, exists);
                         for_each_tap_of_cell<K>(
                             y, x, [&](int feature, int t) { add_products(weights[t], grad, sums[feature]); });
                     }

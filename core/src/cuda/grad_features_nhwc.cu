@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
                 const T* const grads = element<const T>(p.grad_output, n, c, i * kUp, left * kUp);
                 const auto load = [&](int x, int output) {
                     const int row = output / kUp, column = x * kUp + output % kUp, out_j = left * kUp + column;
-                    if ((row > 0 && !two_rows) || out_j < 0 || out_j >= p.out_w) return make_float4(0, 0, 0, 0);
-                    return load_channels(grads + row * p.grad_output.stride_h + column * p.grad_output.stride_w);
+                    const bool exist = (row == 0 || two_rows) && out_j >= 0 && out_j < p.out_w;
+                    return load_channels(grads + row * p.grad_output.stride_h + column * p.grad_output.stride_w, exist);
                 };
                 contract<K>(reinterpret_cast<const float4*>(staged) + own * kTaps, 1, load, sums);
             }

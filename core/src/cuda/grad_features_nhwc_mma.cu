@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4;
+    const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
     const int64_t channels_in_group = p.features.c / p.groups;
     const int height = static_cast<int>(p.features.h), sources = cut.strips * kTile + K - 1;
     const float scale = scale_of_masks<T>(p);
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
                 const int out_j = (left - kRadius + source) * kUp;
                 const auto grads = [&](int q) {
                     const bool there = source < kReach && out_i < p.out_h && out_j + q >= 0 && out_j + q < p.out_w &&
-                                       row * kWide < channels;
-                    return load_words(element<const T>(p.grad_output, n, c + row * kWide, out_i, out_j + q), there);
+                                       loaded < channels;
+                    return load_words(element<const T>(p.grad_output, n, c + loaded, out_i, out_j + q), there);
                 };
                 const Words even = grads(0), odd = grads(1);
                 const float* const masks = staged + (strip * kTile + source) * kTaps * kOutputs + r * kUp;
@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
             int y, x, channel;
         };
         const auto place = [&](int number) {
-            return Place{top + row / kTile + number / 2 * 2, left + row % kTile, (2 * pair + number % 2) * kWide};
+            return Place{top + row / kTile + number / 2 * 2, left + row % kTile,
+                         channel_of_column(2 * pair + number % 2)};
         };
         unsigned not_finite = 0;
 #pragma unroll

@@ -34,8 +34,7 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
     const bool two_rows = out_i + 1 < p.out_h;
 #pragma unroll 1
     for (; channels > 0; channels -= kThreadsOfPair * kVector) {
-        const float4 grad[kPair] = {load_channels(grads),
-                                    two_rows ? load_channels(grads + p.grad_output.stride_h) : make_float4(0, 0, 0, 0)};
+        const float4 grad[kPair] = {load_channels(grads), load_channels(grads + p.grad_output.stride_h, two_rows)};
         const T* row = windows;
 #pragma unroll
         for (int y = 0; y < K + kDown * (kPair - 1); y++, row += p.features.stride_h) {

@@ -58,16 +58,14 @@ __device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, 
     for_each_vector(S::kRows, S::kColumns, [&](int row, int column, int channel) {
         const int y = i + row - K / 2, x = j + column - K / 2;
         const bool exists = channel < channels && y >= 0 && y < p.features.h && x >= 0 && x < p.features.w;
-        store_apart(
-            exists ? load_channels(element<const T>(p.features, n, c + channel, y, x)) : make_float4(0, 0, 0, 0),
-            staged + channel * S::kChannel + row * S::kRow + column, S::kChannel);
+        store_apart(load_channels(element<const T>(p.features, n, c + channel, y, x), exists),
+                    staged + channel * S::kChannel + row * S::kRow + column, S::kChannel);
     });
     for_each_vector(kRows * kUp, kColumns * kUp, [&](int row, int column, int channel) {
         const int out_i = i * kUp + row, out_j = j * kUp + column;
         const bool exists = channel < channels && out_i < p.out_h && out_j < p.out_w;
         const int source = row / kUp * kColumns + column / kUp, output = row % kUp * kUp + column % kUp;
-        store_apart(exists ? load_channels(element<const T>(p.grad_output, n, c + channel, out_i, out_j))
-                           : make_float4(0, 0, 0, 0),
+        store_apart(load_channels(element<const T>(p.grad_output, n, c + channel, out_i, out_j), exists),
                     staged + S::kGrads + channel * S::kGradChannel + output * S::kOutput + source, S::kGradChannel);
     });
     __syncthreads();

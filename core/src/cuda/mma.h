@@ -26,6 +26,11 @@ __device__ __forceinline__ Words load_words(const T* from, bool exist) {
     return {{words.x, words.y, words.z, words.w}};
 }
 
+// The first of the eight channels that a column of the products has, one in each of eight products. A lane stores two
+// neighbouring columns. They are permuted so that the four lanes of a row store 64 adjacent bytes: whole sectors. Loads
+// and stores both ask here, or channels would change places.
+__device__ __forceinline__ int channel_of_column(int column) { return (column / 2 + column % 2 * 4) * kWide; }
+
 // sums[channel of eight] += a * b, where a lane's pair of rows of b are two pixels. A column of the products is every
 // eighth channel, so that a lane loads and stores eight adjacent ones.
 template <class T>

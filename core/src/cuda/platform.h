@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/cuda.h"
@@ -87,10 +88,27 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
     return {a / b, a % b};
 }
 
-// Two elements of 16 bits in a word.
+// Two elements of 16 bits in a word, from floats and to floats. From sm_80 on one instruction narrows both; either half
+// of a word is widened as it stands.
 template <class T>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t bits;
+    if constexpr (std::is_same_v<T, Float16>) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        std::memcpy(&bits, &pair, sizeof bits);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        std::memcpy(&bits, &pair, sizeof bits);
+    }
+    return bits;
+#else
     return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+#endif
+}
+template <class T>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
+    return make_float2(widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)}));
 }
 
 // sums += a * b on tensor cores, in the fragments of PTX's mma.m16n8k8. All lanes of a warp take part.
@@ -102,12 +120,14 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&
     emulation::mma_m16n8k8(kHalf ? emulation::MmaType::kFloat16 : emulation::MmaType::kBFloat16, sums, a, fragment);
 #elif defined(__CUDA_ARCH__)
     if constexpr (kHalf) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(b));
     } else {
 #if __CUDA_ARCH__ >= 800
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(b));
 #else

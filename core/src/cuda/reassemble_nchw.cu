@@ -4,6 +4,7 @@
 // four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
 // then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
 // through, so that small maps fill blocks.
+#include "cuda/columns.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
@@ -13,13 +14,17 @@ constexpr int kSources = 128;  // of a block, one of a thread
 constexpr int kChannels = 64;  // of a thread
 
 struct Cut {
+    int64_t channels;       // of a group
     int64_t tiles, chunks;  // of sources in an image, of channels in a group
+    int64_t items;
+    bool pairs;  // whether the two outputs of a row are stored at once
 };
 
-// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
+// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `pairs`
+// the two outputs of a row are stored at once, as neighbouring lanes then fill whole sectors.
 template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
-                                         const float (&masks)[kOutputs][K * K]) {
+                                         const float (&masks)[kOutputs][K * K], bool pairs) {
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
     T* outputs = element<T>(p.result, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
@@ -30,19 +35,21 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 #pragma unroll
             for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][t] * feature;
         });
-        outputs[0] = narrow<T>(sums[0]);
-        if (two_columns) outputs[1] = narrow<T>(sums[1]);
-        if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
-        if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+        if (pairs) {
+            store_columns(make_float2(sums[0], sums[1]), outputs);
+            if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + p.result.stride_h);
+        } else {
+            outputs[0] = narrow<T>(sums[0]);
+            if (two_columns) outputs[1] = narrow<T>(sums[1]);
+            if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
+            if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+        }
     }
 }
 
-// Two blocks, though three mostly fit: sm_120's assembler would spill to make room for the third.
 template <int K, class T>
-__global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p, Cut cut) {
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p, Cut cut) {
+    for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
@@ -69,12 +76,14 @@ __global__ void __launch_bounds__(kSources, 2) reassemble_nchw_kernel(Problem p,
                 masks[kOutputs - 1][t] = own[t];
             }
         }
-        const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
-        const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
-        if (inside) {
-            contract<K, true, T>(p, n, c, channels, i, j, masks);
+        const int64_t first = chunk.remainder * kChannels, c = group * cut.channels + first;
+        const int channels = static_cast<int>(min(int64_t{kChannels}, cut.channels - first));
+        if (!inside) {  // not twice: a fourth loop would take the registers of a third block
+            contract<K, false, T>(p, n, c, channels, i, j, masks, cut.pairs);
+        } else if (cut.pairs) {
+            contract<K, true, T>(p, n, c, channels, i, j, masks, true);
         } else {
-            contract<K, false, T>(p, n, c, channels, i, j, masks);
+            contract<K, true, T>(p, n, c, channels, i, j, masks, false);
         }
     }
 }
@@ -83,10 +92,12 @@ template <int K>
 void run(const Problem& p) {
     with_floats(p, [&](auto feature) {
         Cut cut;
+        cut.channels = p.features.c / p.groups;
         cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
-        cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-        launch(reassemble_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks, kSources,
-               0, p, cut);
+        cut.chunks = ceil_div(cut.channels, kChannels);
+        cut.items = p.result.n * p.groups * cut.tiles * cut.chunks;
+        cut.pairs = not_for_columns(p.result) == nullptr;
+        launch(reassemble_nchw_kernel<K, decltype(feature)>, cut.items, kSources, 0, p, cut);
     });
 }
 

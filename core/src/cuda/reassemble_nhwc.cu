@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p,
 #pragma unroll
                 for (int x = 0; x < K + kSources - 1; x++) {
                     const bool inside = left + x >= 0 && left + x < p.features.w;
-                    const float4 feature = inside ? load_channels(features + x * p.features.stride_w)
-                                                  : make_float4(0, 0, 0, 0);
+                    const float4 feature = load_channels(features + x * p.features.stride_w, inside);
 #pragma unroll
                     for (int s = 0; s < kSources; s++) {
                         if (x - s < 0 || x - s >= K) continue;

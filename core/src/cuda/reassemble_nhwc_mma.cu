@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4;
+    const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
     const int64_t channels_in_group = p.features.c / p.groups;
     const float scale = scale_of_masks<T>(p);
     const int64_t items = p.result.n * p.groups * p.features.h * cut.tiles;
@@ -47,26 +47,28 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
                 for (int r = 0; r < kUp; r++)
                     band[a][r] = pair_of_band<K, T>(weights + r * kUp, a, 2 * pair - source, scale);
             }
+            // Two pixels of the first row in this lane's first channels.
+            const int64_t x = j + 2 * pair - K / 2;
+            const bool in_windows = 2 * pair < kSources + K - 1;
+            const bool even_exists = in_windows && x >= 0 && x < p.features.w;
+            const bool odd_exists = in_windows && x + 1 >= 0 && x + 1 < p.features.w;
+            const T* features = element<const T>(p.features, n, group * channels_in_group + loaded, i - K / 2, x);
 #pragma unroll 1
-            for (int64_t first_channel = 0; first_channel < channels_in_group; first_channel += kChannels) {
+            for (int64_t first_channel = 0; first_channel < channels_in_group;
+                 first_channel += kChannels, features += kChannels) {
                 const int64_t c = group * channels_in_group + first_channel;
                 const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{kChannels}));
                 float sums[kWide][4] = {};
+                const T* pixels = features;
 #pragma unroll
-                for (int a = 0; a < K; a++) {
-                    const int64_t y = i + a - K / 2;
-                    if (y < 0 || y >= p.features.h) continue;
-                    const auto features = [&](int pixel) {
-                        const int64_t x = j + pixel - K / 2;
-                        const bool exists = pixel < kSources + K - 1 && x >= 0 && x < p.features.w &&
-                                            row * kWide < channels;
-                        return load_words(element<const T>(p.features, n, c + row * kWide, y, x), exists);
-                    };
-                    multiply_add<T>(sums, band[a], features(2 * pair), features(2 * pair + 1));
+                for (int a = 0; a < K; a++, pixels += p.features.stride_h) {
+                    if (i + a < K / 2 || i + a >= p.features.h + K / 2) continue;
+                    multiply_add<T>(sums, band[a], load_words(pixels, even_exists && loaded < channels),
+                                    load_words(pixels + p.features.stride_w, odd_exists && loaded < channels));
                 }
                 // The four pieces of a lane's sums: of two rows of outputs, each eight channels twice.
                 const int64_t out_j = j * kUp + row;
-                const auto channel_of = [&](int k) { return (2 * pair + k % 2) * kWide; };
+                const auto channel_of = [&](int k) { return channel_of_column(2 * pair + k % 2); };
                 unsigned not_finite = 0;
 #pragma unroll
                 for (int k = 0; k < 4; k++) {

@@ -6,11 +6,12 @@
 
 namespace carafepp::cuda {
 
-// Whether tap t is, and whether all are.
+// Whether tap t is, and whether all are. In 32 bits, which rows and columns fit: inner loops ask.
 template <int K>
 __device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {
+    const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w);
     const int y = i + t / K, x = j + t % K;
-    return y >= K / 2 && y < p.features.h + K / 2 && x >= K / 2 && x < p.features.w + K / 2;
+    return y >= K / 2 && y < height + K / 2 && x >= K / 2 && x < width + K / 2;
 }
 template <int K>
 __device__ __forceinline__ bool window_inside(const Problem& p, int i, int j) {
