@@ -1,9 +1,11 @@
 """The bundle: what a machine without a network needs, in one folder.
 
-    python -m benchmarks.gpu bundle [--out FOLDER] [--wheel FILE] [--mmcv TREE] [--python 3.12]
+    python -m benchmarks.gpu bundle [--out FOLDER] [--wheel FILE] [--emulated] [--mmcv TREE]
+                                    [--python 3.12]
 
 It holds a wheel of carafepp for sm_90 and, as PTX, for newer GPUs; the wheels that a build on the
-spot needs; at wish the files of mmcv's CARAFE. FOLDER/bundle.json says what they were made from.
+spot needs; at wish one with emulated kernels, for a rehearsal, and the files of mmcv's CARAFE.
+FOLDER/bundle.json says what they were made from.
 """
 
 import argparse
@@ -76,6 +78,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=DEFAULT, help="default build/bundle")
     parser.add_argument("--wheel", type=Path, help="of carafepp, instead of building one")
+    parser.add_argument(
+        "--emulated", action="store_true", help="add a wheel for rehearsals, which else build it"
+    )
     parser.add_argument("--mmcv", type=Path, metavar="TREE", help="mmcv's tree, for its CARAFE")
     parser.add_argument("--python", default="3.12", help="of the other machine; default 3.12")
     asked = parser.parse_args(arguments)
@@ -84,6 +89,7 @@ def main(arguments: list[str]) -> int:
     (folder / "run").mkdir(parents=True)
     (folder / "build").mkdir()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", str(ROOT), "-w"]
     if asked.wheel:
         shutil.copy(asked.wheel, folder / "run")
     else:
@@ -91,8 +97,10 @@ def main(arguments: list[str]) -> int:
             "-Ccmake.define.CARAFEPP_CUDA=ON",
             f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={ARCHITECTURES}",
         ]
-        wheel = [*pip, "wheel", "--no-deps", "-w", str(folder / "run"), *settings, str(ROOT)]
-        subprocess.run(wheel, check=True)
+        subprocess.run([*build, str(folder / "run"), *settings], check=True)
+    if asked.emulated:
+        settings = ["-Ccmake.define.CARAFEPP_CUDA=EMULATED"]
+        subprocess.run([*build, str(folder / "emulated"), *settings], check=True)
     target = ["--python-version", asked.python, "--implementation", "cp"]
     target += ["--only-binary=:all:", "--no-deps"]
     for minor in (28, 27, 17):

@@ -200,7 +200,7 @@ class Run:
     def install(self, until: float) -> bool:
         """Install the bundle's wheel and import it; build on the spot where that fails.
 
-        A rehearsal then builds the emulated kernels on the spot, unless they are installed.
+        A rehearsal then does so with emulated kernels, unless this Python has them.
         """
         folder, site = self.options.bundle, self.options.site / "gpu"
         wheel = bundle.installation(folder / "run", site)
@@ -224,7 +224,10 @@ class Run:
         return True
 
     def _built(self, cuda: str, until: float) -> str:
-        """Build on the spot, with the bundle's build requirements; return why that failed."""
+        """Build on the spot, with the bundle's build requirements; return why that failed.
+
+        Emulated kernels come from the bundle's wheel, where it has one.
+        """
         assert self.site is not None
         folder, marker = self.options.bundle, self.site / "sources"
         environment = self._plain_environment()
@@ -234,7 +237,10 @@ class Run:
                 return reason
             _put_first(environment, tools)
         if not (marker.exists() and marker.read_text() == bundle.fingerprint()):
-            if reason := self._fails(bundle.build(self.site, cuda), until, environment):
+            build = bundle.build(self.site, cuda)
+            if cuda == "EMULATED" and (folder / "emulated").exists():
+                build = bundle.installation(folder / "emulated", self.site)
+            if reason := self._fails(build, until, environment):
                 return reason
             marker.write_text(bundle.fingerprint())
         for backend in (folder / "run").glob("nanobind_backend*.whl"):
@@ -263,7 +269,7 @@ class Run:
         return ""
 
     def smoke(self, until: float) -> bool:
-        """Run a process for each implementation."""
+        """Run every implementation against the CPU."""
         environment = self.environment("smoke", until)
         environment["CARAFEPP_GPU_GROUP"] = "list"
         command = [sys.executable, "-m", "benchmarks.gpu.smoke"]
@@ -272,10 +278,16 @@ class Run:
             self.results.write("smoke", "list", "fail", error=f"{status}: {text[-400:]}")
             return True
         names = json.loads(text.strip().splitlines()[-1])
-        groups = [Group(name, [*command, name], patience=60) for name in names]
         if self.options.quick:
-            groups = groups[:: len(groups) // 3]
-        return self._groups("smoke", until, groups, max(1, self.cores // 2))
+            names = names[:: len(names) // 3]
+        # On a GPU a process each: the first call of a kernel's module is then a captured one.
+        count = 6 if self.options.rehearse else 1
+        groups = [
+            Group(names[k], [*command, *names[k : k + count]], patience=60)
+            for k in range(0, len(names), count)
+        ]
+        jobs = self.cores if self.options.rehearse else max(1, self.cores // 2)
+        return self._groups("smoke", until, groups, jobs)
 
     def result_tests(self, until: float) -> bool:
         """Run the tests of results on several processes, the stand-ins of streams in another."""

@@ -1,7 +1,7 @@
-"""The smoke test: one implementation by name, every dtype that it takes, against the CPU.
+"""The smoke test: implementations by name, in every dtype that they take, against the CPU.
 
     python -m benchmarks.gpu.smoke --list
-    python -m benchmarks.gpu.smoke NAME
+    python -m benchmarks.gpu.smoke NAME ...
 
 Small integers and the normaliser none make every sum exact, so that results must be the bits of the
 CPU's; with random numbers and softmax they must be near the CPU's results in float64. Results are
@@ -189,18 +189,19 @@ def compute(device: TorchGpu, name: str, item: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """List the implementations, or compute the items of one."""
+    """List the implementations, or compute the items of some."""
     task = Task.of_environment()
     device = TorchHost() if task.rehearse else TorchGpu()
     if sys.argv[1] == "--list":
         print(json.dumps(names(device)))
         return
-    name = sys.argv[1]
-    items = []
-    for dtypes in DTYPES:
-        if next(problems(device, name, dtypes, exact=True), None) is not None:
-            items += [f"{name} {dtypes} graph", f"{name} {dtypes} calls"]
-    Worker(device.is_lost).run(items, lambda item: compute(device, name, item))
+    worker = Worker(device.is_lost)
+    for name in sys.argv[1:]:
+        items = []
+        for dtypes in DTYPES:
+            if next(problems(device, name, dtypes, exact=True), None) is not None:
+                items += [f"{name} {dtypes} graph", f"{name} {dtypes} calls"]
+        worker.run(items, lambda item, name=name: compute(device, name, item))
 
 
 if __name__ == "__main__":
