@@ -1,11 +1,15 @@
 """CARAFE++ in the place of the resampling layers of networks."""
 
+import copy
 import itertools
 
 import pytest
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
+
+from torch.nn.utils import spectral_norm  # noqa: E402
+from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
 
 from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
 
@@ -21,6 +25,8 @@ LAYERS = [
     (nn.Upsample(scale_factor=1.5, mode="bilinear"), (3, 2)),
     (nn.Upsample(scale_factor=0.5), (1, 2)),
     (nn.UpsamplingNearest2d(scale_factor=3), (3, 1)),
+    (nn.Upsample(scale_factor=1 / 3), (1, 3)),
+    (nn.Upsample(scale_factor=1.25, recompute_scale_factor=True), (5, 4)),
     (nn.MaxPool2d(2), (1, 2)),
     (nn.MaxPool2d(3, 2, 1), (1, 2)),
     (nn.MaxPool2d(2, ceil_mode=True), (1, 2)),
@@ -62,6 +68,33 @@ STAY = [
     (nn.Conv2d(4, 4, 3, (2, 1), 1), "differ for rows and columns"),
     (nn.ConvTranspose2d(4, 4, 3, 2), "rounded up or down"),
     (type("Gated", (nn.Conv2d,), {})(4, 4, 3, 2, 1), "what Gated adds"),
+    (nn.Upsample(scale_factor=1.37), "rounded up or down"),
+    (nn.Upsample(scale_factor=(2.0, 1.37)), "rounded up or down"),
+    (spectral_norm(nn.Conv2d(4, 8, 4, 2, 1)), "weight is computed"),
+    (weight_norm(nn.ConvTranspose2d(4, 4, 2, 2)), "what ParametrizedConvTranspose2d adds"),
+    *[
+        (type("Mine", (cls,), {"forward": lambda self, x: x[..., ::2, ::2]})(2), "what Mine adds")
+        for cls in (nn.MaxPool2d, nn.AvgPool2d, nn.Upsample)
+    ],
+]
+
+
+def with_forward(layer):
+    """Return a layer whose forward a framework has put its own in the place of."""
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def with_child(layer):
+    layer.observer = nn.Identity()
+    return layer
+
+
+STAY += [
+    (with_forward(nn.MaxPool2d(2)), "a forward of its own"),
+    (with_forward(nn.Conv2d(4, 4, 3, 2, 1)), "a forward of its own"),
+    (with_child(nn.Conv2d(4, 4, 3, 2, 1)), "what it contains, observer (Identity), would be lost"),
 ]
 
 
@@ -152,11 +185,173 @@ def test_select():
     assert [entry.name for entry in by_type] == ["1", "2"]
     with pytest.raises(ValueError, match=r"^\[replace_resampling\] select must name .* got 'pool'"):
         replace_resampling(network(), example, select=["pool"])
+    by_names = replace_resampling(network(), example, select=(str(i) for i in (1, 2)))
+    assert [entry.name for entry in by_names] == ["1", "2"]
+    with pytest.raises(
+        TypeError, match=r"select must be a function, a name or names; got 1 \(int\)"
+    ):
+        replace_resampling(network(), example, select=1)
+
+
+def test_a_word_selects_the_layer_of_that_name():
+    network = nn.Sequential(*(nn.Conv2d(4, 4, 1, 2) for _ in range(11)))
+    (report,) = replace_resampling(network, select="10")
+    assert report.name == "10"
+    assert all(type(layer) is nn.Conv2d for layer in network[:10])
 
 
 def test_a_layer_itself_is_refused():
     with pytest.raises(ValueError, match=r"^\[replace_resampling\] model must be a network"):
         replace_resampling(nn.MaxPool2d(2))
+
+
+# All or nothing, and nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ([nn.Conv2d(3, 8, 3, 2, 1), nn.MaxPool2d(2)], dict(groups=3)),  # of 3 and of 8 channels
+        ([nn.MaxPool2d(2)], dict(kernel_size=4)),
+        ([nn.MaxPool2d(2)], dict(unknown=1)),
+        ([nn.MaxPool2d(2)], dict(down=3)),
+        ([nn.MaxPool2d(2), nn.Linear(1, 1)], {}),  # where the example fails
+    ],
+    ids=["groups", "kernel_size", "unknown", "down", "example"],
+)
+def test_an_error_leaves_the_network_as_it_was(layers, options):
+    network = nn.Sequential(*layers)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        replace_resampling(network, torch.zeros(1, 3, 32, 32), **options)
+    assert list(network) == layers
+    assert not any(layer._forward_pre_hooks for layer in layers)
+    assert network.training
+
+
+def test_a_normalised_convolution_is_no_error():
+    convolution = spectral_norm(nn.Conv2d(3, 8, 4, 2, 1))
+    network = nn.Sequential(nn.MaxPool2d(2), convolution)
+    first, second = replace_resampling(network, torch.zeros(1, 3, 16, 16))
+    assert isinstance(network[0], CARAFE)
+    assert network[1] is convolution
+    assert (first.reason, second.new) == ("", None)
+
+
+@pytest.mark.parametrize("channels", [4, 6])
+def test_a_transposed_convolution_keeps_its_output_size(channels):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, channels, 4, 2, 1)
+
+        def forward(self, x, size):
+            return self.up(self.up(x)[:, :4], output_size=size) if size else self.up(input=x)
+
+    network, x = Network(), torch.randn(1, 4, 5, 6)
+    sizes = (None, (20, 24), (21, 25), torch.Size((1, channels, 21, 24)))
+    before = [network(x, size).shape for size in sizes]
+    (report,) = replace_resampling(network)
+    assert report.new is network.up
+    assert [network(x, size).shape for size in sizes] == before
+
+
+class Caller(nn.Module):
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+CALLS = [
+    (lambda layer, x: layer(input=x), torch.float32, "it is called with input="),
+    (lambda layer, x: layer(x), torch.uint8, "its input is of torch.uint8"),
+    (lambda layer, x: layer(x[0]), torch.float32, "its input has 3 axes, not (N, C, H, W)"),
+]
+
+
+@pytest.mark.parametrize(("call", "dtype", "reason"), CALLS, ids=["named", "uint8", "axes"])
+def test_calls_that_carafe_does_not_take_stay(call, dtype, reason):
+    network = Caller(nn.Upsample(scale_factor=2), call)
+    (report,) = replace_resampling(network, torch.ones(1, 4, 8, 8).to(dtype))
+    assert report.reason == reason
+    assert type(network.layer) is nn.Upsample
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parameters_under_autocast_have_the_dtype_of_the_network(inside):
+    class Network(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return super().forward(x)
+
+    network = Network(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.ConvTranspose2d(4, 4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        replace_resampling(network, torch.zeros(1, 3, 8, 8))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("layer", [layer for layer, _ in LAYERS[::3]], ids=lambda layer: str(layer))
+def test_what_was_hung_on_a_layer_is_the_new_ones(layer):
+    """Attributes as ultralytics adds them, a hook with its handle, a buffer."""
+    network, seen = nn.Sequential(copy.deepcopy(layer)), []
+    old = network[0]
+    old.f, old.i, old.type, old.np = -1, 7, "torch.nn.Layer", 0
+    old.register_buffer("mark", torch.ones(2), persistent=False)
+    handle = old.register_forward_hook(lambda module, args, output: seen.append(module))
+    old.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32))
+    new = network[0]
+    seen.clear()
+    network(torch.zeros(1, 4, 32, 32))
+    assert seen == [new]
+    handle.remove()
+    network(torch.zeros(1, 4, 32, 32))
+    assert seen == [new]
+    assert (new.f, new.i, new.type, new.np) == (-1, 7, "torch.nn.Layer", 0)
+    assert new.mark is old.mark
+    assert "0.mark" not in network.state_dict()
+    assert report.new is new
+
+
+# Functions
+
+
+class Decoder(nn.Module):
+    """The blocks of segmentation_models_pytorch's Unet and the loop of torchvision's FPN."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        y = self.pool(x)
+        y = nn.functional.interpolate(y, size=x.shape[-2:], mode="nearest")
+        for _ in range(2):
+            x = nn.functional.interpolate(x, scale_factor=2.0)
+        x = nn.functional.avg_pool2d(nn.functional.max_pool2d(x, 2), 3, 1, 1)
+        return nn.functional.interpolate(x, x.shape[-2:]).mean() + y
+
+
+def test_calls_of_functions_are_told():
+    network = nn.Sequential(nn.Upsample(scale_factor=2), nn.Sequential(Decoder()))
+    upsample, pool, *calls = replace_resampling(network, torch.zeros(1, 4, 9, 8))
+    assert upsample.new is network[0]
+    assert pool.new is network[1][0].pool
+    assert {call.name for call in calls} == {"1.0"}
+    assert {call.old for call in calls} == {network[1][0]}
+    assert all(call.new is None for call in calls)
+    assert str(calls[0]).startswith("1.0: Decoder stays: it calls F.interpolate (test_torch_repl")
+    assert [call.reason[call.reason.index("here ") :] for call in calls] == [
+        "here from (9, 8) to (18, 16); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (18, 16) to (36, 32); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (36, 32) to (72, 64); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (72, 64) to (36, 32); write CARAFE(4, down=2)",
+    ]
+    named = replace_resampling(nn.Sequential(Decoder()), torch.zeros(1, 4, 8, 8), select="0.pool")
+    assert [entry.name for entry in named] == ["0.pool"]
 
 
 class Bottleneck(nn.Module):
