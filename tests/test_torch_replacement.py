@@ -1,7 +1,11 @@
 """CARAFE++ in the place of the resampling layers of networks."""
 
 import copy
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -410,12 +414,57 @@ def test_a_resnet_gets_the_seven_of_the_paper():
     check_resnet(ResNet())
 
 
-def test_torchvisions_resnet_too():
-    try:
-        from torchvision.models import resnet50
-    except (ImportError, RuntimeError) as error:  # it fails beside a PyTorch without CUDA
-        pytest.skip(f"torchvision: {error}")
-    check_resnet(resnet50())
+# The CPU build of PyTorch lacks two operators that torchvision needs for its import alone.
+TORCHVISION = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+from carafepp.torch import CARAFE, replace_resampling
+from torchvision.models import resnet50
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        """
+from test_torch_replacement import check_resnet
+check_resnet(resnet50())
+""",
+        """
+from torchvision.models.feature_extraction import create_feature_extractor
+network = resnet50().eval()
+replace_resampling(network, torch.zeros(1, 3, 64, 64))
+extract = create_feature_extractor(network, {"maxpool": "carafe", "layer4": "last"})
+for size in (64, 97):
+    x = torch.randn(1, 3, size, size)
+    features = extract(x)
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    torch.testing.assert_close(features["carafe"], stem)
+    assert torch.equal(network.fc(network.avgpool(features["last"]).flatten(1)), network(x))
+""",
+        """
+from torchvision.ops import FeaturePyramidNetwork
+pyramid = torch.nn.Sequential(FeaturePyramidNetwork([8, 16], 32))
+levels = {"a": torch.zeros(1, 8, 27, 27), "b": torch.zeros(1, 16, 13, 13)}
+(call,) = replace_resampling(pyramid, levels)
+assert (call.name, call.new) == ("0", None)
+assert "F.interpolate (feature_pyramid_network.py:" in call.reason
+assert "write CARAFE(32, up=2), and call it with size=(H', W')" in call.reason
+""",
+    ],
+    ids=["resnet50", "create_feature_extractor", "FPN"],
+)
+def test_torchvision(script, require):
+    if importlib.util.find_spec("torchvision") is None:
+        require("torchvision", "not installed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", TORCHVISION + script], env=environment, check=True)
 
 
 def test_torchvisions_mask_r_cnn_too():
