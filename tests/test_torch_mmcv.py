@@ -1,9 +1,13 @@
 """The drop-in for mmcv.ops: signatures, state_dict keys and outputs of what it replaces."""
 
 import importlib
+import importlib.util
 import inspect
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,3 +366,20 @@ def test_it_installs_beside_mmcv_lite_and_mmcv_1(packages, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmengine.registry", None)
     importlib.import_module("carafepp.torch.mmcv.install")
     assert dict(packages["mmcv.cnn"].UPSAMPLE_LAYERS) == {"carafe": mmcv.CARAFEPack}
+
+
+@pytest.mark.slow
+def test_mmdetections_own_config_gives_the_same_loss_both_ways(require):
+    for name in ("mmdet", "mmcv", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            require("mmdet", f"{name} is not installed")
+    script = Path(__file__).with_name("mmdet_loss.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    losses = set()
+    for way in ("install", "swap"):
+        command = [sys.executable, "-W", "ignore", script, way]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        losses.add(run.stdout.splitlines()[-1])
+    assert len(losses) == 1
+    assert losses.pop().startswith("loss ")
