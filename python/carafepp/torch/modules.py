@@ -13,9 +13,6 @@ from .operators import natural_size
 
 Size = tuple[int, int]
 
-# PyTorch before 2.7 does not tell an export from a compilation.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 
 def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
     """Set all parameters of a module to what they begin with in the authors' code."""
@@ -24,10 +21,8 @@ def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif layer is not module and hasattr(
-            layer, "reset_parameters"
-        ):  # normalisation of any kind
-            layer.reset_parameters()
+        elif layer is not module and hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()  # of normalisation, whatever its kind
     nn.init.normal_(content_encoder.weight, std=0.001)
 
 
@@ -105,6 +100,13 @@ def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool,
 def go_on(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
     """Return features with the zeros that windows beyond their natural size see."""
     return F.pad(x, (0, down * columns, 0, down * rows)) if rows or columns else x
+
+
+def _is_exporting() -> bool:
+    if hasattr(torch.compiler, "is_exporting"):
+        return bool(torch.compiler.is_exporting())
+    # Older versions tell an export in which Python itself runs.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _may_exceed(size: int, natural: int) -> bool:
