@@ -268,9 +268,11 @@ def test_copies_of_other_packages_are_swapped(package):
         with_attributes(foreign(package, "CARAFE"), mmcv.CARAFE(3, 1, 2)),
         with_attributes(foreign(package, "CARAFENaive"), mmcv.CARAFENaive(3, 1, 2)),
         with_attributes(foreign(package, "Renamed"), mmcv.CARAFEPack(4, 2)),
+        with_attributes(foreign(package, "CARAFE"), mmcv.CARAFEPack(4, 2)),
     )
-    assert mmcv.swap_mmcv(model) == ["0", "1", "2", "3"]
-    expected = [mmcv.CARAFEPack, mmcv.CARAFE, mmcv.CARAFENaive, mmcv.CARAFEPack]
+    assert mmcv.swap_mmcv(model) == ["0", "1", "2", "3", "4"]
+    pack = mmcv.CARAFEPack
+    expected = [pack, mmcv.CARAFE, mmcv.CARAFENaive, pack, pack]
     assert [type(module) for module in model] == expected
     assert model[0](torch.zeros(1, 4, 3, 3)).shape == (1, 4, 6, 6)
 
@@ -297,13 +299,16 @@ def test_what_is_named_like_it_and_differs_stays():
     patched = with_attributes(foreign("mine"), mmcv.CARAFEPack(4, 2))
     patched.forward = lambda x: x
     other = foreign("mine", "CARAFE")()
+    down = with_attributes(foreign("mine"), mmcv.CARAFEPack(4, 2))
+    down.content_encoder.stride = (2, 2)
     with pytest.warns(UserWarning, match="swap_mmcv") as caught:
-        assert mmcv.swap_mmcv(nn.Sequential(more, patched, other)) == []
+        assert mmcv.swap_mmcv(nn.Sequential(more, patched, other, down)) == []
     (warning,) = caught
     for sentence in (
         "0 (CARAFEPack) stays: its parameters are channel_compressor.bias, ",
         "1 (CARAFEPack) stays: it has a forward of its own.",
         "2 (CARAFE) stays: it has no kernel_size, group_size, scale_factor.",
+        "3 (CARAFEPack) stays: its content_encoder has not 100 channels and a stride of 1.",
     ):
         assert sentence in str(warning.message)
 

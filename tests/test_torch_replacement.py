@@ -467,6 +467,27 @@ def test_torchvision(script, require):
     subprocess.run([sys.executable, "-c", TORCHVISION + script], env=environment, check=True)
 
 
+ULTRALYTICS = """
+from ultralytics import YOLO
+network = YOLO("yolo11n.yaml").model
+x = torch.randn(1, 3, 96, 64)
+before = network.eval()(x)[0].shape
+report = replace_resampling(network, x)
+assert sum(entry.new is not None for entry in report) == 9
+assert network(x)[0].shape == before
+"""
+
+
+@pytest.mark.slow
+def test_ultralytics_goes_on_with_new_layers(require, tmp_path):
+    if importlib.util.find_spec("ultralytics") is None:
+        require("ultralytics", "not installed")
+    offline = {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0"}
+    environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    script = TORCHVISION + ULTRALYTICS
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
 def test_torchvisions_mask_r_cnn_too():
     try:
         from torchvision.models.detection import maskrcnn_resnet50_fpn

@@ -280,12 +280,11 @@ def swap_mmcv(model: nn.Module) -> list[str]:
             for cls, package in zip(mro, packages, strict=True)
             if cls.__name__ in _CLASSES and package != "carafepp"
         ]
-        if named:
-            ours, original = _CLASSES[named[-1].__name__], named[-1]
-        elif all(hasattr(module, attribute) for attribute in _PACK):
-            ours, original = CARAFEPack, mro[0]
-        else:
+        is_pack = all(hasattr(module, attribute) for attribute in _PACK)
+        if not named and not is_pack:
             continue
+        original = named[-1] if named else mro[0]
+        ours = CARAFEPack if is_pack else _CLASSES[original.__name__]
         reason = _why_not(module, ours, mro[: mro.index(original)])
         if reason:
             stay.append(f"{name or 'model'} ({mro[0].__qualname__}) stays: {reason}.")
@@ -308,6 +307,12 @@ def _why_not(
     found = set(module.state_dict())
     if found != parameters:
         return f"its parameters are {', '.join(sorted(found)) or 'none'}"
+    if ours is CARAFEPack:
+        channels = module.up_kernel**2 * module.up_group * module.scale_factor**2
+        encoder = module.content_encoder
+        shape = getattr(encoder, "out_channels", None), getattr(encoder, "stride", None)
+        if shape != (channels, (1, 1)):
+            return f"its content_encoder has not {channels} channels and a stride of 1"
     if "forward" in vars(module):
         return "it has a forward of its own"
     overridden = [
