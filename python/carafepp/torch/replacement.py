@@ -350,10 +350,10 @@ def _carry_over(old: nn.Module, new: nn.Module, base: type[nn.Module]) -> None:
     for name, parameter in old.named_parameters(recurse=False):
         if not hasattr(own, name) and not hasattr(new, name):
             new.register_parameter(name, parameter)
-    kept = old.state_dict()
     for name, buffer in old.named_buffers(recurse=False):
         if not hasattr(new, name):
-            new.register_buffer(name, buffer, persistent=name in kept)
+            persistent = name not in old._non_persistent_buffers_set
+            new.register_buffer(name, buffer, persistent=persistent)
 
 
 def _like(base: type[nn.Module]) -> nn.Module:
