@@ -50,6 +50,25 @@ def test_the_pyramid_has_the_sizes_of_the_levels(name, size):
     assert [p.shape for p in pyramid] == [(2, 12, *x.shape[2:]) for x in inputs]
 
 
+@upsamplers
+def test_levels_may_be_rounded_down(name):
+    sizes = [(27, 50), (13, 25), (6, 12), (3, 6)]
+    inputs = [torch.randn(2, c, *size) for c, size in zip(CHANNELS, sizes, strict=True)]
+    pyramid = FPN(CHANNELS, 12, upsampler=name)(inputs)
+    assert [p.shape for p in pyramid] == [(2, 12, *x.shape[2:]) for x in inputs]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Encountering a list at the output of the tracer")
+@pytest.mark.parametrize("name", [n for n in UPSAMPLERS if n != "gum"])  # whose grid is constant
+def test_a_traced_pyramid_goes_on_with_other_sizes(name):
+    pyramid = FPN(CHANNELS, 12, upsampler=name, extra_levels=1)
+    traced = torch.jit.trace(pyramid, [levels(128, 96)], strict=False)
+    for size in [(97, 131), (64, 64)]:
+        inputs = levels(*size)
+        torch.testing.assert_close(list(traced(inputs)), pyramid(inputs))
+
+
 def test_levels_add_up_from_the_top():
     """With nearest interpolation, against the formula of the FPN paper."""
     pyramid = vivid(FPN(CHANNELS, 12, upsampler="nearest"))
@@ -214,10 +233,20 @@ def test_detectors_of_torchvision_train_on_it(kind, require):
         (lambda: FPN([8, 8], upsampler="x"), ValueError, "name must be one of nearest, .*'x'"),
         (lambda: FPN([8, 8], upsampler="gum", up=3), TypeError, "must be of hidden; got up"),
         (lambda: MaskHead(convs=0), ValueError, r"\[MaskHead\] convs must be at least 1; got 0"),
+        (lambda: FPN([8, 8.0]), TypeError, r"\[FPN\] in_channels must be two .*8.0\] \(list\)"),
+        (lambda: FPN(8), TypeError, r"\[FPN\] in_channels must be two .*; got 8 \(int\)"),
+        (lambda: FPN([8, 8], 16.0), TypeError, r"\[FPN\] channels must be .*; got 16.0 \(float\)"),
+        (lambda: FPN([8, 8], extra_levels=1.0), TypeError, "must be an integer from 0; got 1.0"),
+        (
+            lambda: MaskHead(convs=True),
+            TypeError,
+            r"convs must be a .*; got True \(bool\)",
+        ),
+        (lambda: MaskHead(8, 8.0), TypeError, r"\[MaskHead\] channels must be a positive integer;"),
         (lambda: MaskHead(upsampler="x"), ValueError, "name must be one of nearest"),
         (lambda: FPN(CHANNELS)(levels(64, 64)[:3]), ValueError, r"levels must be 4; got 3"),
     ],
-    ids=range(8),
+    ids=range(14),
 )
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):

@@ -512,3 +512,41 @@ def test_wrong_arguments(call, sentence):
     with pytest.raises(ValueError, match=r"^\[") as caught:
         call()
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: PartialConv2d(4, 4, 3.0), "PartialConv2d] kernel_size must be a positive integer"),
+        (lambda: GlobalLocalGenerator(width=8.0), "GlobalLocalGenerator] width must be a positive"),
+        (lambda: PartialConvUNet(dilations=(1, 2.0)), "PartialConvUNet] dilations must be numbers"),
+        (lambda: PatchDiscriminator(depth="3"), "PatchDiscriminator] depth must be a positive int"),
+    ],
+    ids=range(4),
+)
+def test_numbers_that_are_no_integers(call, argument):
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value).startswith(f"[{argument}")
+
+
+def test_a_size_beyond_the_natural_one():
+    """What is valid alone counts: equal features stay equal beyond the border."""
+    x, valid = torch.ones(1, 4, 5, 6), torch.ones(1, 1, 5, 6, dtype=torch.bool)
+    output, valid = PartialCARAFE(4, up=2)(x, valid, size=(11, 13))
+    assert valid.shape == (1, 1, 11, 13)
+    assert valid.all()
+    torch.testing.assert_close(output, torch.ones(1, 4, 11, 13))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_traced_network_goes_on_with_other_sizes():
+    network = PartialConvUNet(width=4, downsampler="carafe", upsampler="carafe").eval()
+
+    def picture(h, w):
+        return torch.rand(1, 3, h, w), torch.rand(1, 1, h, w) < 0.3
+
+    traced = torch.jit.trace(network, picture(32, 32))
+    for size in [(29, 35), (32, 40)]:
+        image, hole = picture(*size)
+        torch.testing.assert_close(traced(image, hole), network(image, hole))

@@ -70,6 +70,21 @@ def test_upsamplers_take_the_size_of_an_odd_skip_connection(name):
     torch.testing.assert_close(output, expected)
 
 
+@upsamplers
+def test_upsamplers_take_a_size_less_than_the_factor_beyond_theirs(name):
+    """The skip connection of an encoder that rounded down."""
+    module, x = vivid(upsampler(name, 4, factor=3)), torch.randn(1, 4, 5, 6)
+    output = module(x, size=(17, 19))
+    assert output.shape == (1, 4, 17, 19)
+    if name in ("nearest", "bilinear"):
+        torch.testing.assert_close(output, F.interpolate(x, (17, 19), mode=name))
+    elif "conv" in name.partition("_")[2] or name in ("spatial_attention", "carafe"):
+        pass  # as their interpolation; the module's own test has it
+    else:
+        last = F.pad(module(x), (0, 1, 0, 2), mode="replicate")
+        torch.testing.assert_close(output, last)
+
+
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @downsamplers
 def test_downsamplers_divide_sizes_and_round_up(name, factor):
@@ -276,6 +291,10 @@ def test_unknown_names_and_numbers_out_of_range(make):
         make("carafe", 4, factor=1)
     with pytest.raises(ValueError, match="channels must be at least 1; got 0"):
         make("carafe", 0)
+    with pytest.raises(TypeError, match=r"channels must be a positive integer; got 4.0 \(float\)"):
+        make("carafe", 4.0)
+    with pytest.raises(TypeError, match=r"factor must be an integer from 2; got 2.0 \(float\)"):
+        make("carafe", 4, factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +314,28 @@ def test_options_that_an_operator_does_not_have(make, name, option, message):
 
 
 @upsamplers
-def test_sizes_beyond_the_natural_one(name):
+def test_sizes_out_of_range(name):
     module, x = upsampler(name, 4), torch.zeros(1, 4, 3, 3)
-    for size in [(7, 6), (6, 7)] + [(0, 6)] * (name != "carafe"):  # which takes it as empty
-        with pytest.raises(ValueError, match="size must be"):
+    for size in [(8, 6), (6, 8)] + [(0, 6)] * (name != "carafe"):  # which takes it as empty
+        with pytest.raises(ValueError, match="size must be from"):
             module(x, size=size)
+    with pytest.raises(TypeError, match=r"size must be a pair of integers .*; got \(6.0, 6\)"):
+        module(x, size=(6.0, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "option"),
+    [
+        *((upsampler, name, "kernel_size") for name in UPSAMPLERS if "conv" in name),
+        *((upsampler, name, "kernel_size") for name in ("pixel_shuffle", "spatial_attention")),
+        (upsampler, "gum", "hidden"),
+        *((downsampler, name, "kernel_size") for name in ("strided_conv", "max", "average")),
+        (downsampler, "lip", "bottleneck"),
+    ],
+)
+def test_options_that_are_no_integers(make, name, option):
+    with pytest.raises(TypeError, match=rf"^\[\w+\] {option} must be .*; got 3.0 \(float\)\.$"):
+        make(name, 4, **{option: 3.0})
 
 
 def test_kernel_sizes():

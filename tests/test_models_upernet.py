@@ -131,6 +131,16 @@ def test_logits_have_the_size_of_the_picture(name, size):
     assert small(upsampler=name)(torch.randn(2, 3, *size)).shape == (2, 3, *size)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("name", ["carafe", "bilinear"])
+def test_a_traced_network_goes_on_with_other_sizes(name):
+    network = small("carafe", upsampler=name).eval()
+    traced = torch.jit.trace(network, torch.randn(1, 3, 64, 64))
+    for size in [(64, 96), (67, 81)]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(traced(x), network(x))
+
+
 @pytest.mark.parametrize("downsampler", [None, "carafe"])
 @upsamplers
 def test_it_learns_and_gradients_reach_every_parameter(name, downsampler):
@@ -173,8 +183,19 @@ def test_channels_last_gives_the_same():
         (lambda: small(up=3), TypeError, "options of 'carafe' must be .*; got up"),
         (lambda: PPM(4, 4, scales=()), ValueError, r"\[PPM\] scales must be .* from 1; got \(\)"),
         (lambda: PPM(4, 4, scales=(0, 1)), ValueError, r"scales must .* from 1; got \(0, 1\)"),
+        (
+            lambda: PPM(4, 4, scales=(1.0,)),
+            TypeError,
+            r"scales must .*; got \(1.0,\) \(tuple",
+        ),
+        (
+            lambda: PPM(4.0, 4),
+            TypeError,
+            r"in_channels must be a positive integer; got 4.0",
+        ),
+        (lambda: FUSE(4, 2.0), TypeError, r"\[FUSE\] levels must be a positive integer; got 2.0"),
     ],
-    ids=range(5),
+    ids=range(8),
 )
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):

@@ -98,6 +98,61 @@ def test_a_size_is_a_crop(factor):
         module(x, size=(h + 20, w))
 
 
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("factor", [dict(up=2), dict(up=4), dict(up=3, down=2)], ids=str)
+def test_a_size_beyond_the_natural_one_repeats_the_last_logits(factor, batched):
+    """Decoders whose encoder rounded down: 27 to 13, and back to 27."""
+    module = vivid(CARAFE(4, **factor).double())
+    x = torch.randn(1, 4, 7, 6, dtype=torch.float64)
+    up, down = module.up, module.down
+    natural = ref.output_size(7, 6, up, down)
+    repeated = nn.functional.pad(module.logits(x), (0, 1, 0, 1), mode="replicate")
+    for more in [(up - 1, up - 1), (1, 0), (0, 1)]:
+        h, w = size = natural[0] + more[0], natural[1] + more[1]
+        masks = ref.normalize(repeated.detach().numpy(), up=up)[..., :h, :w]
+        zeros_behind = nn.functional.pad(x, (0, down, 0, down)).numpy()
+        expected = ref.reassemble(zeros_behind, masks, up=up, down=down)
+        x_ = x if batched else x[0]
+        output = module(x_, size=size).detach().reshape(expected.shape)
+        np.testing.assert_allclose(output.numpy(), expected, rtol=1e-9, atol=1e-11)
+        found = module.masks(x_, size=size).detach().reshape(masks.shape)
+        np.testing.assert_allclose(found.numpy(), masks, rtol=1e-9, atol=1e-12)
+        whole = module(x)
+        torch.testing.assert_close(output[..., : natural[0], : natural[1]], whole)
+
+
+def test_a_size_beyond_the_natural_one_has_gradients_and_keeps_the_memory_format():
+    module = vivid(CARAFE(2, up=2, kernel_size=3).double())
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: module(x, size=(7, 9)), (x,))
+    last = x.detach().to(memory_format=torch.channels_last)
+    assert module(last, size=(7, 9)).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (6, 8), (-1, 6)], ids=str)
+def test_sizes_out_of_range(size):
+    for call in (CARAFE(4, up=2), CARAFE(4, up=2).masks):
+        with pytest.raises(ValueError, match=r"^\[CARAFE\] size must be from \(0, 0\) to \(7, 7\)"):
+            call(torch.zeros(1, 4, 3, 3), size=size)
+
+
+def test_a_size_is_a_pair_of_integers_in_any_sequence():
+    module, x = CARAFE(4, up=2), torch.zeros(1, 4, 3, 3)
+    for size in (
+        *([5, 6], np.array([5, 6]), torch.tensor([5, 6]), x.new_zeros(5, 6).shape),
+        (np.int64(5), np.uint8(6)),
+    ):
+        assert module(x, size=size).shape == (1, 4, 5, 6)
+        assert module.masks(x, size=size).shape == (1, 25, 5, 6)
+    assert module(x, size=(0, 0)).shape == (1, 4, 0, 0)
+    wrong = [0, 5, (), (5,), (5, 6, 7), False, (True, 6), (5.0, 6), "56", {5, 6}, {5: 6, 6: 5}]
+    wrong += [np.array([5.0, 6.0]), np.zeros((2, 2), int), (torch.tensor(5), 6), iter((5, 6))]
+    for size in wrong:
+        for call in (module, module.masks):
+            with pytest.raises(TypeError, match=r"^\[CARAFE\] size must be a pair of integers"):
+                call(x, size=size)
+
+
 @factors
 def test_gradients(factor):
     module = vivid(CARAFE(2, kernel_size=3, compressed_channels=2, **factor).double())
@@ -225,6 +280,89 @@ def test_wrong_arguments(options, sentence):
     with pytest.raises(ValueError, match=r"^\[CARAFE\] ") as caught:
         CARAFE(**{"channels": 8, **options})
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2.0, 1.5, (2, 1), "2", True, None, torch.tensor(2)], ids=repr)
+def test_numbers_that_are_no_integers(value):
+    arguments = ["channels", "up", "down", "groups", "encoder_dilation"]
+    arguments += ["compressed_channels"] * (value is not None)
+    for name in arguments:
+        with pytest.raises(TypeError) as caught:
+            CARAFE(**{"channels": 8, name: value})
+        expected = f"[CARAFE] {name} must be a positive integer; got {value!r} "
+        assert str(caught.value) == f"{expected}({type(value).__name__})."
+    for name in ("kernel_size", "encoder_kernel_size"):
+        with pytest.raises(TypeError, match=rf"^\[CARAFE\] {name} must be an odd integer, from 1"):
+            CARAFE(8, **{name: value})
+
+
+def test_integers_of_other_libraries():
+    module = CARAFE(np.int64(8), up=np.uint8(2), kernel_size=np.array(3))
+    assert str(module) == str(CARAFE(8, up=2, kernel_size=3))
+    assert module(torch.zeros(1, 8, 3, 3)).shape == (1, 8, 6, 6)
+
+
+def test_parameters_of_a_synchronised_batch_norm_are_reset():
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(CARAFE(4, up=2, batch_norm=True))
+    norm = vivid(module).channel_compressor[1]
+    norm.running_mean += 1
+    module.reset_parameters()
+    assert isinstance(norm, nn.SyncBatchNorm)
+    assert (norm.weight == 1).all()
+    assert not norm.bias.any()
+    assert not norm.running_mean.any()
+
+
+# Graphs
+
+
+class Decoder(nn.Module):
+    """Goes down, and up to a size that is known from a shape alone."""
+
+    def __init__(self, up, method="__call__", **down):
+        super().__init__()
+        self.down, self.up, self.method = CARAFE(4, **down), up, method
+
+    def forward(self, x):
+        return getattr(self.up, self.method)(self.down(x), size=x.shape[-2:])
+
+
+DECODERS = [
+    pytest.param(lambda: Decoder(CARAFE(4, up=2), down=2), id="crop"),
+    pytest.param(lambda: Decoder(CARAFE(4, up=2), down=2, ceil_mode=False), id="beyond"),
+    pytest.param(lambda: Decoder(CARAFE(4, up=2), "masks", down=2, ceil_mode=False), id="masks"),
+    pytest.param(lambda: CARAFE(4, up=2, down=3, ceil_mode=False), id="floor"),
+]
+decoders = pytest.mark.parametrize("make", DECODERS)
+
+
+def check_other_sizes(graph, module):
+    for size in [(12, 12), (13, 15), (8, 9)]:
+        x = torch.randn(2, 4, *size)
+        torch.testing.assert_close(graph(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("size", [(12, 12), (11, 15)], ids=str)
+@decoders
+def test_a_traced_module_goes_on_with_other_sizes(make, size):
+    module = make()
+    check_other_sizes(torch.jit.trace(module, torch.randn(1, 4, *size)), module)
+
+
+@decoders
+def test_an_exported_module_goes_on_with_other_sizes(make):
+    module, dim = make(), torch.export.Dim
+    shapes = {2: dim("h", min=4, max=99), 3: dim("w", min=4, max=99)}
+    x = torch.randn(2, 4, 11, 15)
+    exported = torch.export.export(module, (x,), dynamic_shapes=(shapes,))
+    check_other_sizes(exported.module(), module)
+
+
+@decoders
+def test_fx_traces_through_the_module(make):
+    module = make()
+    check_other_sizes(torch.fx.symbolic_trace(module), module)
 
 
 # A network that learns

@@ -1,11 +1,19 @@
 """CARAFE++ in the place of the resampling layers of networks."""
 
+import copy
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
+
+from torch.nn.utils import spectral_norm  # noqa: E402
+from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
 
 from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
 
@@ -21,6 +29,8 @@ LAYERS = [
     (nn.Upsample(scale_factor=1.5, mode="bilinear"), (3, 2)),
     (nn.Upsample(scale_factor=0.5), (1, 2)),
     (nn.UpsamplingNearest2d(scale_factor=3), (3, 1)),
+    (nn.Upsample(scale_factor=1 / 3), (1, 3)),
+    (nn.Upsample(scale_factor=1.25, recompute_scale_factor=True), (5, 4)),
     (nn.MaxPool2d(2), (1, 2)),
     (nn.MaxPool2d(3, 2, 1), (1, 2)),
     (nn.MaxPool2d(2, ceil_mode=True), (1, 2)),
@@ -62,6 +72,33 @@ STAY = [
     (nn.Conv2d(4, 4, 3, (2, 1), 1), "differ for rows and columns"),
     (nn.ConvTranspose2d(4, 4, 3, 2), "rounded up or down"),
     (type("Gated", (nn.Conv2d,), {})(4, 4, 3, 2, 1), "what Gated adds"),
+    (nn.Upsample(scale_factor=1.37), "rounded up or down"),
+    (nn.Upsample(scale_factor=(2.0, 1.37)), "rounded up or down"),
+    (spectral_norm(nn.Conv2d(4, 8, 4, 2, 1)), "weight is computed"),
+    (weight_norm(nn.ConvTranspose2d(4, 4, 2, 2)), "what ParametrizedConvTranspose2d adds"),
+    *[
+        (type("Mine", (cls,), {"forward": lambda self, x: x[..., ::2, ::2]})(2), "what Mine adds")
+        for cls in (nn.MaxPool2d, nn.AvgPool2d, nn.Upsample)
+    ],
+]
+
+
+def with_forward(layer):
+    """Return a layer whose forward a framework has put its own in the place of."""
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def with_child(layer):
+    layer.observer = nn.Identity()
+    return layer
+
+
+STAY += [
+    (with_forward(nn.MaxPool2d(2)), "a forward of its own"),
+    (with_forward(nn.Conv2d(4, 4, 3, 2, 1)), "a forward of its own"),
+    (with_child(nn.Conv2d(4, 4, 3, 2, 1)), "what it contains, observer (Identity), would be lost"),
 ]
 
 
@@ -152,11 +189,173 @@ def test_select():
     assert [entry.name for entry in by_type] == ["1", "2"]
     with pytest.raises(ValueError, match=r"^\[replace_resampling\] select must name .* got 'pool'"):
         replace_resampling(network(), example, select=["pool"])
+    by_names = replace_resampling(network(), example, select=(str(i) for i in (1, 2)))
+    assert [entry.name for entry in by_names] == ["1", "2"]
+    with pytest.raises(
+        TypeError, match=r"select must be a function, a name or names; got 1 \(int\)"
+    ):
+        replace_resampling(network(), example, select=1)
+
+
+def test_a_word_selects_the_layer_of_that_name():
+    network = nn.Sequential(*(nn.Conv2d(4, 4, 1, 2) for _ in range(11)))
+    (report,) = replace_resampling(network, select="10")
+    assert report.name == "10"
+    assert all(type(layer) is nn.Conv2d for layer in network[:10])
 
 
 def test_a_layer_itself_is_refused():
     with pytest.raises(ValueError, match=r"^\[replace_resampling\] model must be a network"):
         replace_resampling(nn.MaxPool2d(2))
+
+
+# All or nothing, and nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ([nn.Conv2d(3, 8, 3, 2, 1), nn.MaxPool2d(2)], dict(groups=3)),  # of 3 and of 8 channels
+        ([nn.MaxPool2d(2)], dict(kernel_size=4)),
+        ([nn.MaxPool2d(2)], dict(unknown=1)),
+        ([nn.MaxPool2d(2)], dict(down=3)),
+        ([nn.MaxPool2d(2), nn.Linear(1, 1)], {}),  # where the example fails
+    ],
+    ids=["groups", "kernel_size", "unknown", "down", "example"],
+)
+def test_an_error_leaves_the_network_as_it_was(layers, options):
+    network = nn.Sequential(*layers)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        replace_resampling(network, torch.zeros(1, 3, 32, 32), **options)
+    assert list(network) == layers
+    assert not any(layer._forward_pre_hooks for layer in layers)
+    assert network.training
+
+
+def test_a_normalised_convolution_is_no_error():
+    convolution = spectral_norm(nn.Conv2d(3, 8, 4, 2, 1))
+    network = nn.Sequential(nn.MaxPool2d(2), convolution)
+    first, second = replace_resampling(network, torch.zeros(1, 3, 16, 16))
+    assert isinstance(network[0], CARAFE)
+    assert network[1] is convolution
+    assert (first.reason, second.new) == ("", None)
+
+
+@pytest.mark.parametrize("channels", [4, 6])
+def test_a_transposed_convolution_keeps_its_output_size(channels):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, channels, 4, 2, 1)
+
+        def forward(self, x, size):
+            return self.up(self.up(x)[:, :4], output_size=size) if size else self.up(input=x)
+
+    network, x = Network(), torch.randn(1, 4, 5, 6)
+    sizes = (None, (20, 24), (21, 25), torch.Size((1, channels, 21, 24)))
+    before = [network(x, size).shape for size in sizes]
+    (report,) = replace_resampling(network)
+    assert report.new is network.up
+    assert [network(x, size).shape for size in sizes] == before
+
+
+class Caller(nn.Module):
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+CALLS = [
+    (lambda layer, x: layer(input=x), torch.float32, "it is called with input="),
+    (lambda layer, x: layer(x), torch.uint8, "its input is of torch.uint8"),
+    (lambda layer, x: layer(x[0]), torch.float32, "its input has 3 axes, not (N, C, H, W)"),
+]
+
+
+@pytest.mark.parametrize(("call", "dtype", "reason"), CALLS, ids=["named", "uint8", "axes"])
+def test_calls_that_carafe_does_not_take_stay(call, dtype, reason):
+    network = Caller(nn.Upsample(scale_factor=2), call)
+    (report,) = replace_resampling(network, torch.ones(1, 4, 8, 8).to(dtype))
+    assert report.reason == reason
+    assert type(network.layer) is nn.Upsample
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parameters_under_autocast_have_the_dtype_of_the_network(inside):
+    class Network(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return super().forward(x)
+
+    network = Network(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.ConvTranspose2d(4, 4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        replace_resampling(network, torch.zeros(1, 3, 8, 8))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("layer", [layer for layer, _ in LAYERS[::3]], ids=lambda layer: str(layer))
+def test_what_was_hung_on_a_layer_is_the_new_ones(layer):
+    """Attributes as ultralytics adds them, a hook with its handle, a buffer."""
+    network, seen = nn.Sequential(copy.deepcopy(layer)), []
+    old = network[0]
+    old.f, old.i, old.type, old.np = -1, 7, "torch.nn.Layer", 0
+    old.register_buffer("mark", torch.ones(2), persistent=False)
+    handle = old.register_forward_hook(lambda module, args, output: seen.append(module))
+    old.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32))
+    new = network[0]
+    seen.clear()
+    network(torch.zeros(1, 4, 32, 32))
+    assert seen == [new]
+    handle.remove()
+    network(torch.zeros(1, 4, 32, 32))
+    assert seen == [new]
+    assert (new.f, new.i, new.type, new.np) == (-1, 7, "torch.nn.Layer", 0)
+    assert new.mark is old.mark
+    assert "0.mark" not in network.state_dict()
+    assert report.new is new
+
+
+# Functions
+
+
+class Decoder(nn.Module):
+    """The blocks of segmentation_models_pytorch's Unet and the loop of torchvision's FPN."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        y = self.pool(x)
+        y = nn.functional.interpolate(y, size=x.shape[-2:], mode="nearest")
+        for _ in range(2):
+            x = nn.functional.interpolate(x, scale_factor=2.0)
+        x = nn.functional.avg_pool2d(nn.functional.max_pool2d(x, 2), 3, 1, 1)
+        return nn.functional.interpolate(x, x.shape[-2:]).mean() + y
+
+
+def test_calls_of_functions_are_told():
+    network = nn.Sequential(nn.Upsample(scale_factor=2), nn.Sequential(Decoder()))
+    upsample, pool, *calls = replace_resampling(network, torch.zeros(1, 4, 9, 8))
+    assert upsample.new is network[0]
+    assert pool.new is network[1][0].pool
+    assert {call.name for call in calls} == {"1.0"}
+    assert {call.old for call in calls} == {network[1][0]}
+    assert all(call.new is None for call in calls)
+    assert str(calls[0]).startswith("1.0: Decoder stays: it calls F.interpolate (test_torch_repl")
+    assert [call.reason[call.reason.index("here ") :] for call in calls] == [
+        "here from (9, 8) to (18, 16); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (18, 16) to (36, 32); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (36, 32) to (72, 64); write CARAFE(4, up=2), and call it with size=(H', W')",
+        "here from (72, 64) to (36, 32); write CARAFE(4, down=2)",
+    ]
+    named = replace_resampling(nn.Sequential(Decoder()), torch.zeros(1, 4, 8, 8), select="0.pool")
+    assert [entry.name for entry in named] == ["0.pool"]
 
 
 class Bottleneck(nn.Module):
@@ -215,12 +414,78 @@ def test_a_resnet_gets_the_seven_of_the_paper():
     check_resnet(ResNet())
 
 
-def test_torchvisions_resnet_too():
-    try:
-        from torchvision.models import resnet50
-    except (ImportError, RuntimeError) as error:  # it fails beside a PyTorch without CUDA
-        pytest.skip(f"torchvision: {error}")
-    check_resnet(resnet50())
+# The CPU build of PyTorch lacks two operators that torchvision needs for its import alone.
+TORCHVISION = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+from carafepp.torch import CARAFE, replace_resampling
+from torchvision.models import resnet50
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        """
+from test_torch_replacement import check_resnet
+check_resnet(resnet50())
+""",
+        """
+from torchvision.models.feature_extraction import create_feature_extractor
+network = resnet50().eval()
+replace_resampling(network, torch.zeros(1, 3, 64, 64))
+extract = create_feature_extractor(network, {"maxpool": "carafe", "layer4": "last"})
+for size in (64, 97):
+    x = torch.randn(1, 3, size, size)
+    features = extract(x)
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    torch.testing.assert_close(features["carafe"], stem)
+    assert torch.equal(network.fc(network.avgpool(features["last"]).flatten(1)), network(x))
+""",
+        """
+from torchvision.ops import FeaturePyramidNetwork
+pyramid = torch.nn.Sequential(FeaturePyramidNetwork([8, 16], 32))
+levels = {"a": torch.zeros(1, 8, 27, 27), "b": torch.zeros(1, 16, 13, 13)}
+(call,) = replace_resampling(pyramid, levels)
+assert (call.name, call.new) == ("0", None)
+assert "F.interpolate (feature_pyramid_network.py:" in call.reason
+assert "write CARAFE(32, up=2), and call it with size=(H', W')" in call.reason
+""",
+    ],
+    ids=["resnet50", "create_feature_extractor", "FPN"],
+)
+def test_torchvision(script, require):
+    if importlib.util.find_spec("torchvision") is None:
+        require("torchvision", "not installed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", TORCHVISION + script], env=environment, check=True)
+
+
+ULTRALYTICS = """
+from ultralytics import YOLO
+network = YOLO("yolo11n.yaml").model
+x = torch.randn(1, 3, 96, 64)
+before = network.eval()(x)[0].shape
+report = replace_resampling(network, x)
+assert sum(entry.new is not None for entry in report) == 9
+assert network(x)[0].shape == before
+"""
+
+
+@pytest.mark.slow
+def test_ultralytics_goes_on_with_new_layers(require, tmp_path):
+    if importlib.util.find_spec("ultralytics") is None:
+        require("ultralytics", "not installed")
+    offline = {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0"}
+    environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    script = TORCHVISION + ULTRALYTICS
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 def test_torchvisions_mask_r_cnn_too():

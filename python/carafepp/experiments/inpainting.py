@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..torch import _arguments
 from ..torch.models.inpainting import (
     GlobalLocalGenerator,
     PartialConvUNet,
@@ -31,7 +32,6 @@ from ..torch.models.inpainting import (
     generator_loss,
     reconstruction_loss,
 )
-from ..torch.models.inpainting.partial import check_positive
 from .pictures import free_form_holes, load_pictures, psnr, random_crops
 
 TEST_CROPS = 128
@@ -94,10 +94,12 @@ def train_inpainting(
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         An unknown name, a number below 1, or a size that the pictures do not have.
     """
-    check_positive("train_inpainting", steps=steps, size=size, batch=batch)
+    _arguments.positive("train_inpainting", steps=steps, size=size, batch=batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         names = {"downsampler": downsampler, "upsampler": upsampler}

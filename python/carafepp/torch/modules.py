@@ -1,15 +1,17 @@
 """The CARAFE++ module: kernels predicted from features, and the features reassembled by them."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from . import _arguments
 from .operators import natural_size
+
+Size = tuple[int, int]
 
 
 def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
@@ -19,9 +21,103 @@ def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_parameters()
+        elif layer is not module and hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()  # of normalisation, whatever its kind
     nn.init.normal_(content_encoder.weight, std=0.001)
+
+
+# The next two functions are leaves of torch.fx: a symbolic trace has no numbers for their sizes.
+
+
+def reassemble_to(
+    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
+) -> Tensor:
+    """Return x rescaled to a size, as `CARAFE` describes it."""
+    x, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
+    output: Tensor = ops.reassemble_with_logits(x, logits, up=up, down=down, size=size, **how)
+    return output if crop is None else output[..., : crop[0], : crop[1]]
+
+
+def masks_of(
+    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
+) -> Tensor:
+    """Return the masks by which `reassemble_to` rescales."""
+    natural = natural_size(x.shape[-2:], up, down)
+    _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
+    if torch.jit.is_tracing():
+        crop = crop or natural
+    else:
+        size = size or natural
+    masks: Tensor = ops.normalize_masks(logits, up=up, size=size, **how)
+    return masks if crop is None else masks[..., : crop[0], : crop[1]]
+
+
+torch.fx.wrap("reassemble_to")
+torch.fx.wrap("masks_of")
+
+
+def _fit(
+    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
+) -> tuple[Tensor, Tensor, Size | None, Size | None]:
+    """Return x and logits, extended where size is beyond the natural one, a size and a crop.
+
+    The operator is called with the size, its result is cropped. While PyTorch traces, sizes are
+    tensors, which no operator takes, and the crop has to serve other sizes too.
+    """
+    if size is not None:
+        size = _arguments.pair("CARAFE", "size", size)
+        rows, columns = beyond("CARAFE", x, size, up, down)
+        x = go_on(x, rows, columns, down)
+        if rows:
+            logits = torch.cat((logits, logits[..., -1:, :]), -2)
+        if columns:
+            logits = torch.cat((logits, logits[..., -1:]), -1)
+        return (x, logits, None, size) if torch.jit.is_tracing() else (x, logits, size, None)
+    if ceil_mode:
+        return x, logits, None, None
+    height, width = x.shape[-2:]
+    size = height * up // down, width * up // down
+    return (x, logits, None, size) if torch.jit.is_tracing() else (x, logits, size, None)
+
+
+def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool, bool]:
+    """Tell for rows and columns whether a size is beyond the natural one of features.
+
+    Raise a ValueError if it is beyond by `up` or more.
+    """
+    natural = natural_size(x.shape[-2:], up, down)
+    if not torch.jit.is_tracing() and not _is_exporting():
+        most = natural[0] + up - 1, natural[1] + up - 1
+        if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
+            raise ValueError(
+                f"[{where}] size must be from (0, 0) to {most}, the natural size "
+                f"{tuple(natural)} and less than up={up} more; got {tuple(size)}."
+            )
+    rows, columns = (up > 1 and _may_exceed(s, n) for s, n in zip(size, natural, strict=True))
+    return rows, columns
+
+
+def go_on(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
+    """Return features with the zeros that windows beyond their natural size see."""
+    return F.pad(x, (0, down * columns, 0, down * rows)) if rows or columns else x
+
+
+def _is_exporting() -> bool:
+    if hasattr(torch.compiler, "is_exporting"):
+        return bool(torch.compiler.is_exporting())
+    # Older versions tell an export in which Python itself runs.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def _may_exceed(size: int, natural: int) -> bool:
+    """Tell whether a size is beyond the natural one, now or in a later run of what is recorded."""
+    if torch.jit.is_tracing():
+        return True
+    if not _is_exporting():
+        return size > natural
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(size <= natural)
 
 
 class CARAFE(nn.Module):
@@ -63,6 +159,8 @@ class CARAFE(nn.Module):
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         A number out of its range.
 
@@ -71,6 +169,15 @@ class CARAFE(nn.Module):
     Input: (N, C, H, W) or (C, H, W). Output: (N, C, H', W') or (C, H', W'), in the memory format
     of the input, of size (ceil(H*up/down), ceil(W*up/down)) or, with ceil_mode=False,
     (H*up//down, W*up//down).
+
+    A call may ask for another `size`: a smaller one is a crop at the bottom and right; a larger
+    one, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
+    and back to 27). There the formula goes on: features are 0 outside their borders, and the
+    missing rows and columns get their kernels from the last logits, repeated. What the natural
+    size covers stays the same.
+
+    ``torch.jit.trace`` records sizes: a traced module goes on with other ones. ``torch.fx`` traces
+    through the module, with the reassembly as one node.
 
     Weights begin as in the authors' code: Xavier's uniform ones in the compressor, normal ones of
     standard deviation 0.001 in the encoder, biases 0. With the softmax this is nearly an average.
@@ -86,6 +193,8 @@ class CARAFE(nn.Module):
     torch.Size([2, 32, 30, 40])
     >>> CARAFE(32, up=2)(x, size=(29, 40)).shape
     torch.Size([2, 32, 29, 40])
+    >>> CARAFE(32, up=2)(x, size=(31, 40)).shape
+    torch.Size([2, 32, 31, 40])
     >>> CARAFE(32, down=2)(x).shape
     torch.Size([2, 32, 8, 10])
     """
@@ -108,20 +217,34 @@ class CARAFE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if compressed_channels == "auto":
+
+        def positive(name: str, value: Any) -> int:
+            return _arguments.integer("CARAFE", name, value)
+
+        self.channels = channels = positive("channels", channels)
+        self.up = up = positive("up", up)
+        self.down = down = positive("down", down)
+        self.kernel_size = kernel_size = _arguments.odd("CARAFE", "kernel_size", kernel_size)
+        self.groups = groups = positive("groups", groups)
+        if isinstance(compressed_channels, str) and compressed_channels == "auto":
             compressed_channels = 16 if down > up else 64
-        self.channels = channels
-        self.up = up
-        self.down = down
-        self.kernel_size = kernel_size
-        self.groups = groups
+        elif compressed_channels is not None:
+            compressed_channels = positive("compressed_channels", compressed_channels)
         self.compressed_channels = compressed_channels
-        self.encoder_kernel_size = encoder_kernel_size
-        self.encoder_dilation = encoder_dilation
+        self.encoder_kernel_size = encoder_kernel_size = _arguments.odd(
+            "CARAFE", "encoder_kernel_size", encoder_kernel_size
+        )
+        self.encoder_dilation = encoder_dilation = positive("encoder_dilation", encoder_dilation)
         self.batch_norm = batch_norm
         self.normalizer = normalizer
         self.ceil_mode = ceil_mode
-        self._check()
+        if channels % groups:
+            raise ValueError(
+                f"[CARAFE] channels must be divisible by groups={groups}; got {channels}."
+            )
+        if batch_norm and compressed_channels is None:
+            raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
+        ops.check_normalizer("CARAFE", normalizer)
 
         place = {"device": device, "dtype": dtype}
         self.channel_compressor: nn.Module = nn.Identity()
@@ -144,66 +267,41 @@ class CARAFE(nn.Module):
         )
         self.reset_parameters()
 
-    def _check(self) -> None:
-        positive = ("channels", "up", "down", "groups", "compressed_channels", "encoder_dilation")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"[CARAFE] {name} must be at least 1; got {value}.")
-        for name in ("kernel_size", "encoder_kernel_size"):
-            value = getattr(self, name)
-            if not 1 <= value <= 31 or value % 2 == 0:
-                raise ValueError(f"[CARAFE] {name} must be odd, from 1 to 31; got {value}.")
-        if self.channels % self.groups:
-            raise ValueError(
-                f"[CARAFE] channels must be divisible by groups={self.groups}; got {self.channels}."
-            )
-        if self.batch_norm and self.compressed_channels is None:
-            raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
-        ops.check_normalizer("CARAFE", self.normalizer)
-
     def reset_parameters(self) -> None:
         """Set all parameters to what they begin with."""
         reset_as_authors(self, self.content_encoder)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Rescale x.
 
         Parameters
         ----------
         x : Tensor, (N, C, H, W) or (C, H, W)
         size : (int, int), optional
-            (H', W') where it is to be smaller than the natural size: that of a skip connection.
-        """
-        output: Tensor = ops.reassemble_with_logits(
-            x, self.logits(x), down=self.down, size=size or self._rounded(x), **self._how()
-        )
-        return output
+            (H', W') where it is to be another than the natural size: that of a skip connection. It
+            may be smaller, or larger by less than `up` rows or columns (see Notes of the class).
 
-    def masks(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        Raises
+        ------
+        TypeError
+            size is not a pair of integers.
+        ValueError
+            A size that is negative or too large.
+        """
+        return reassemble_to(x, self.logits(x), size, **self._how())
+
+    def masks(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Return the kernels that `forward` uses: (N, groups*kernel_size**2, H', W')."""
-        size = size or self._rounded(x) or natural_size(x.shape[-2:], self.up, self.down)
-        masks: Tensor = ops.normalize_masks(self.logits(x), size=size, **self._how())
-        return masks
+        return masks_of(x, self.logits(x), size, **self._how())
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the kernels before the normaliser and the pixel shuffle."""
         logits: Tensor = self.content_encoder(self.channel_compressor(x))
         return logits
 
-    def _rounded(self, x: Tensor) -> tuple[int, int] | None:
-        if self.ceil_mode:
-            return None
-        height, width = x.shape[-2:]
-        return height * self.up // self.down, width * self.up // self.down
-
     def _how(self) -> dict[str, Any]:
-        return {
-            "up": self.up,
-            "kernel_size": self.kernel_size,
-            "groups": self.groups,
-            "normalizer": self.normalizer,
-        }
+        names = ("up", "down", "ceil_mode", "kernel_size", "groups", "normalizer")
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """Return what differs from the default, for `print`."""

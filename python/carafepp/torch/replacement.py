@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .modules import CARAFE
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _LAYERS = (nn.Upsample, nn.MaxPool2d, nn.AvgPool2d, *_CONVOLUTIONS)
+_FUNCTIONS = {
+    F.interpolate: "F.interpolate",
+    F.max_pool2d: "F.max_pool2d",
+    F.avg_pool2d: "F.avg_pool2d",
+}
 
 
 class Replacement(NamedTuple):
-    """What became of one resampling layer.
+    """What became of one resampling layer, or of a module's call of a resampling function.
 
     Attributes
     ----------
@@ -36,16 +47,19 @@ class Replacement(NamedTuple):
 
     def __str__(self) -> str:
         """Tell it in a line or, with the new module, a few."""
+        old = self.old if isinstance(self.old, _LAYERS) else type(self.old).__name__
         became = f"stays: {self.reason}" if self.new is None else f"-> {self.new}"
-        return f"{self.name}: {self.old} {became}"
+        return f"{self.name}: {old} {became}"
 
 
-class _Input(NamedTuple):
-    """What a layer that does not know its channels is called with."""
+class _Call(NamedTuple):
+    """What a layer is called with."""
 
-    channels: int
+    shape: torch.Size
     device: torch.device
     dtype: torch.dtype
+    autocast: bool
+    others: tuple[str, ...]
 
 
 class _Declined(Exception):
@@ -55,7 +69,7 @@ class _Declined(Exception):
 def replace_resampling(
     model: nn.Module,
     *example: Any,
-    select: Callable[[str, nn.Module], bool] | Sequence[str] | None = None,
+    select: Callable[[str, nn.Module], bool] | str | Iterable[str] | None = None,
     **options: Any,
 ) -> list[Replacement]:
     """Replace resampling layers of a network by CARAFE++, in place, each by one of its own factor.
@@ -71,8 +85,9 @@ def replace_resampling(
                                            convolution if it changed the number of channels
     =====================================  ======================================================
 
-    Output sizes stay what they were, for every input. Layers for which that cannot be stay as they
-    are, and the report says why.
+    Output sizes stay what they were, for every input; a transposed convolution's place goes on
+    taking an `output_size`. Layers for which that cannot be stay as they are, and the report says
+    why. If something fails, the network is what it was.
 
     Parameters
     ----------
@@ -80,7 +95,7 @@ def replace_resampling(
     *example : optional
         Arguments of a call ``model(*example)``, made once in evaluation mode without gradients, to
         learn the channels of pooling and upsampling layers, which only their input tells.
-    select : function of (name, module), or sequence of str, optional
+    select : function of (name, module), str or iterable of str, optional
         Which resampling layers to replace, by a predicate or by their names; all, by default.
     **options
         Further arguments of every `CARAFE`: kernel_size, groups, batch_norm, ...
@@ -88,17 +103,23 @@ def replace_resampling(
     Returns
     -------
     list of Replacement
-        One for each layer that was selected, in the order of `model.named_modules()`.
+        One for each layer that was selected, in the order of `model.named_modules()`. Then, unless
+        `select` gives names, one for each place where the example meets ``F.interpolate``,
+        ``F.max_pool2d`` or ``F.avg_pool2d``: these calls stay, and the reason says what to write
+        in their place.
 
     Raises
     ------
+    TypeError
+        `select` is something else, or an option is one that the layers decide.
     ValueError
         model is itself a resampling layer, or a name in `select` is that of none.
 
     Notes
     -----
-    New layers are in the mode, on the device and of the dtype of the old ones. What a network does
-    by functions, as ``F.interpolate``, is not seen.
+    New layers are in the mode, on the device and of the dtype of the old ones. Attributes that
+    were added to an old one, and hooks, are the new one's. Layers with a forward of their own, and
+    convolutions whose weight is computed (as by ``spectral_norm``), stay.
 
     References
     ----------
@@ -111,6 +132,12 @@ def replace_resampling(
     >>> report.name, report.new.down
     ('1', 2)
     """
+    for option in ("up", "down", "ceil_mode"):
+        if option in options:
+            raise TypeError(
+                f"[replace_resampling] options must not have {option}, which a layer decides; "
+                f"got {option}={options[option]!r}."
+            )
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -122,102 +149,259 @@ def replace_resampling(
             f"{model}. Put it into an nn.Sequential."
         )
     chosen = _select(layers, select)
-    inputs = _record_inputs(model, set(chosen.values()), example) if example else None
+    calls, left = _watch(model, set(chosen.values()), example) if example else (None, [])
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     made: dict[nn.Module, Replacement] = {}  # a layer may stand in several places
-    report = []
     for name, old in chosen.items():
         if old not in made:
-            made[old] = _replace(name, old, inputs, options)
-        new = made[old].new
+            made[old] = _replace(name, old, calls, dtypes, options)
+    report = [made[old]._replace(name=name) for name, old in chosen.items()]
+    for name, _, new, _ in report:
         if new is not None:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
-        report.append(made[old]._replace(name=name))
-    return report
+    return report + (left if select is None or callable(select) else [])
 
 
-def _select(
-    layers: dict[str, nn.Module], select: Callable[[str, nn.Module], bool] | Sequence[str] | None
-) -> dict[str, nn.Module]:
+def _select(layers: dict[str, nn.Module], select: Any) -> dict[str, nn.Module]:
     if select is None:
         return layers
     if callable(select):
         return {name: layer for name, layer in layers.items() if select(name, layer)}
-    for name in select:
+    if not isinstance(select, Iterable):
+        raise TypeError(
+            "[replace_resampling] select must be a function, a name or names; "
+            f"got {select!r} ({type(select).__name__})."
+        )
+    names = [select] if isinstance(select, str) else list(select)
+    for name in names:
         if name not in layers:
             raise ValueError(
                 f"[replace_resampling] select must name resampling layers, {', '.join(layers)}; "
                 f"got {name!r}."
             )
-    return {name: layer for name, layer in layers.items() if name in select}
+    return {name: layer for name, layer in layers.items() if name in names}
 
 
-def _record_inputs(
+# What the example tells
+
+
+def _watch(
     model: nn.Module, layers: set[nn.Module], example: tuple[Any, ...]
-) -> dict[nn.Module, set[_Input]]:
-    """Return what each layer is called with in a call of the model."""
-    inputs: dict[nn.Module, set[_Input]] = {layer: set() for layer in layers}
+) -> tuple[dict[nn.Module, list[_Call]], list[Replacement]]:
+    """Return what each layer is called with in a call of the model, and calls of functions."""
+    calls: dict[nn.Module, list[_Call]] = {layer: [] for layer in layers}
 
-    def record(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        (x,) = arguments
-        inputs[layer].add(_Input(x.shape[-3], x.device, x.dtype))
+    def record(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        known = {"output_size"} if isinstance(layer, nn.ConvTranspose2d) else set()
+        others = ["more than its input"] * (len(arguments) > 1 + len(known))
+        others += [f"{name}=" for name in named if name not in known]
+        for x in (*arguments, *named.values()):
+            if isinstance(x, Tensor):
+                autocast = torch.is_autocast_enabled(x.device.type)
+                calls[layer].append(_Call(x.shape, x.device, x.dtype, autocast, tuple(others)))
+                break
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    functions = _Functions(model)
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), functions:
             model(*example)
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return inputs
+    return calls, list(functions.found.values())
+
+
+class _Functions(TorchFunctionMode):
+    """Finds the modules of a model that resample by functions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.found: dict[tuple[str, str], Replacement] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        x = args[0] if args else (kwargs or {}).get("input")
+        if function in _FUNCTIONS and isinstance(x, Tensor) and x.dim() == 4:
+            old, new = tuple(x.shape[-2:]), tuple(result.shape[-2:])
+            module, place = self._caller()
+            if old != new and not isinstance(module, _LAYERS):
+                reason = (
+                    f"it calls {_FUNCTIONS[function]} ({place}), here from {old} to {new}; "
+                    + _advice(x.shape[1], old, new)
+                )
+                name = self.names.get(module, "")
+                self.found.setdefault((name, reason), Replacement(name, module, None, reason))
+        return result
+
+    def _caller(self) -> tuple[Any, str]:
+        """Return the module that calls, and the file and line where it does."""
+        library = f"{Path(torch.__file__).parent}{os.sep}"
+        frame, place = sys._getframe(2), ""
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if not place and not file.startswith(library):
+                place = f"{Path(file).name}:{frame.f_lineno}"
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in self.names:
+                return module, place
+            frame = frame.f_back  # type: ignore[assignment]
+        return next(iter(self.names)), place
+
+
+def _advice(channels: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    """Return what does the same by CARAFE++."""
+    up = max(1, *(round(n / max(1, o)) for o, n in zip(old, new, strict=True)))
+    down = max(1, *(round(o / max(1, n)) for o, n in zip(old, new, strict=True)))
+    sizes = list(zip(old, new, strict=True))
+    if up > 1 and all(abs(n - o * up) < up for o, n in sizes):
+        return f"write CARAFE({channels}, up={up}), and call it with size=(H', W')"
+    if down > 1 and all(n == -(-o // down) for o, n in sizes):
+        return f"write CARAFE({channels}, down={down})"
+    if down > 1 and all(n == o // down for o, n in sizes):
+        return f"write CARAFE({channels}, down={down}, ceil_mode=False)"
+    return f"write CARAFE({channels}, up=..., down=...) if it has one factor"
+
+
+# What layers become
+
+
+class _Enlarged(CARAFE):
+    """In the place of a transposed convolution, which may be called with the size of its output."""
+
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        return super().forward(input, None if output_size is None else output_size[-2:])
+
+    def _get_name(self) -> str:
+        return "CARAFE"
+
+
+class _EnlargedConvolved(nn.Sequential):
+    """The same, and the convolution behind it."""
+
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        carafe, convolution = self
+        output: Tensor = convolution(carafe(input, output_size))
+        return output
+
+    def _get_name(self) -> str:
+        return "Sequential"
 
 
 def _replace(
     name: str,
     old: nn.Module,
-    inputs: dict[nn.Module, set[_Input]] | None,
+    calls: dict[nn.Module, list[_Call]] | None,
+    dtypes: list[torch.dtype],
     options: dict[str, Any],
 ) -> Replacement:
     try:
+        base = _plain(old)
         factor = _factor(old)
+        if calls is not None:
+            for call in calls[old]:
+                if call.others:
+                    raise _Declined(f"it is called with {', '.join(call.others)}")
         if isinstance(old, _CONVOLUTIONS):
             new = _convolution(old, {**factor, **options})
         else:
-            channels, device, dtype = _input(old, inputs)
-            new = CARAFE(channels, **{**factor, "device": device, "dtype": dtype, **options})
+            channels, place = _input(old, None if calls is None else calls[old], dtypes)
+            new = CARAFE(channels, **{**factor, **place, **options})
     except _Declined as reason:
         return Replacement(name, old, None, str(reason))
+    _carry_over(old, new, base)
     return Replacement(name, old, new.train(old.training))
 
 
-def _input(old: nn.Module, inputs: dict[nn.Module, set[_Input]] | None) -> _Input:
-    """Return the one kind of input that a layer is called with."""
+def _plain(old: nn.Module) -> type[nn.Module]:
+    """Return the class of PyTorch that a layer is of and does no more than."""
+    base: type[nn.Module] = next(cls for cls in _LAYERS if isinstance(old, cls))
+    added = type(old).forward is not base.forward or type(old).__call__ is not base.__call__
+    if added or (base in _CONVOLUTIONS and type(old) is not base):
+        kind = "a convolution" if base in _CONVOLUTIONS else base.__name__
+        raise _Declined(f"what {type(old).__name__} adds to {kind} would be lost")
+    if "forward" in vars(old):
+        raise _Declined("it has a forward of its own")
+    for name, child in old.named_children():
+        raise _Declined(f"what it contains, {name} ({type(child).__name__}), would be lost")
+    return base
+
+
+def _carry_over(old: nn.Module, new: nn.Module, base: type[nn.Module]) -> None:
+    """Give a new layer the hooks of the old one, and attributes that its class does not have."""
+    own = _like(base)
+
+    def added(name: str) -> bool:
+        free = not hasattr(new, name) or hasattr(nn.Module, name)  # which may be hidden, as before
+        return free and name not in vars(own)
+
+    for name, value in vars(old).items():
+        # Hooks stay in the same dictionary, so that a handle goes on removing its own.
+        if "hook" in name or added(name):
+            vars(new)[name] = value
+    for name, parameter in old.named_parameters(recurse=False):
+        if not hasattr(own, name) and not hasattr(new, name):
+            new.register_parameter(name, parameter)
+    for name, buffer in old.named_buffers(recurse=False):
+        if not hasattr(new, name):
+            persistent = name not in old._non_persistent_buffers_set
+            new.register_buffer(name, buffer, persistent=persistent)
+
+
+def _like(base: type[nn.Module]) -> nn.Module:
+    """Return a layer of a class as PyTorch makes it."""
+    if base is nn.Upsample:
+        return base(1)
+    return base(1, 1, 1, device="meta") if base in _CONVOLUTIONS else base(1)
+
+
+def _input(
+    old: nn.Module, calls: list[_Call] | None, dtypes: list[torch.dtype]
+) -> tuple[int, dict[str, Any]]:
+    """Return the channels of a layer that does not know them, and where its parameters belong."""
     if isinstance(old, nn.MaxPool2d) and old.return_indices:
         raise _Declined("it returns indices")
-    if inputs is None:
+    if calls is None:
         raise _Declined("its channels are unknown without an example")
-    channels = sorted({x.channels for x in inputs[old]})
-    if not channels:
+    if not calls:
         raise _Declined("the example does not reach it")
+    axes = (4,) if isinstance(old, nn.Upsample) else (3, 4)
+    for call in calls:
+        if len(call.shape) not in axes:
+            raise _Declined(f"its input has {len(call.shape)} axes, not (N, C, H, W)")
+        if not call.dtype.is_floating_point:
+            raise _Declined(f"its input is of {call.dtype}")
+    channels = sorted({call.shape[-3] for call in calls})
     if len(channels) > 1:
         raise _Declined(f"it serves several numbers of channels, {channels}")
-    return next(iter(inputs[old]))
+    _, device, dtype, autocast, _ = calls[0]
+    if autocast and dtype not in dtypes:  # which casts features, and parameters in every call
+        dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    return channels[0], {"device": device, "dtype": dtype}
 
 
 def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -> nn.Module:
     """Return CARAFE++ and the convolution that is left when it resamples no more."""
-    if type(old) not in _CONVOLUTIONS:
-        raise _Declined(f"what {type(old).__name__} adds to a convolution would be lost")
+    for name in ("weight", "bias"):
+        value = getattr(old, name)
+        if value is not None and not isinstance(value, nn.Parameter):
+            raise _Declined(f"its {name} is computed, as by spectral_norm")
     place = {"device": old.weight.device, "dtype": old.weight.dtype}
-    carafe = CARAFE(old.in_channels, **{**place, **options})
     if isinstance(old, nn.ConvTranspose2d):
+        enlarged = _Enlarged(old.in_channels, **{**place, **options})
         if old.in_channels == old.out_channels:
-            return carafe
-        return nn.Sequential(carafe, nn.Conv2d(old.in_channels, old.out_channels, 1, **place))
+            return enlarged
+        projection = nn.Conv2d(old.in_channels, old.out_channels, 1, **place)
+        return _EnlargedConvolved(enlarged, projection)
+    carafe = CARAFE(old.in_channels, **{**place, **options})
     spans = [d * (k - 1) for d, k in zip(old.dilation, old.kernel_size, strict=True)]
     odd = all(span % 2 == 0 for span in spans)
     convolution = nn.Conv2d(
@@ -254,9 +438,11 @@ def _factor(layer: nn.Module) -> dict[str, Any]:
     for axis in range(2):
         scale, size = _axis(layer, axis)
         up, down = scale.numerator, scale.denominator
+        # Sizes repeat with the stride, but for those by a float that is no fraction of small ones.
+        numbers = range(1, 2**14) if isinstance(layer, nn.Upsample) else range(32, 32 + down)
         for ceil_mode in (True, False):
             rounding = down - 1 if ceil_mode else 0
-            if all(size(n) == (n * up + rounding) // down for n in range(32, 32 + down)):
+            if all(size(n) == (n * up + rounding) // down for n in numbers):
                 factors.append({"up": up, "down": down, "ceil_mode": ceil_mode})
                 break
         else:
@@ -271,8 +457,8 @@ def _axis(layer: Any, axis: int) -> tuple[Fraction, Callable[[int], int]]:
     if isinstance(layer, nn.Upsample):
         if layer.scale_factor is None:
             raise _Declined("its output has one size for every input")
-        scale = Fraction(_pair(layer.scale_factor)[axis]).limit_denominator(16)
-        return scale, lambda n: n * scale.numerator // scale.denominator
+        factor = _pair(layer.scale_factor)[axis]
+        return Fraction(factor).limit_denominator(16), lambda n: math.floor(n * factor)
 
     names = ("stride", "padding", "kernel_size", "dilation")
     numbers: list[int] = [_pair(getattr(layer, name, 1))[axis] for name in names]

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _arguments
 from .resampling import upsampler as make_upsampler
 from .resnet import ResNet
 
@@ -19,7 +20,8 @@ class FPN(nn.Module):
     Parameters
     ----------
     in_channels : sequence of int
-        Of the levels, finest first; the size of each is half that of the one before, rounded up.
+        Of the levels, finest first; the size of each is half that of the one before, rounded up
+        or down.
     channels : int, default 256
         Of all levels of the result.
     upsampler : str, default "carafe"
@@ -36,9 +38,10 @@ class FPN(nn.Module):
     Raises
     ------
     ValueError
-        A number out of its range, an unknown upsampler; in `forward`, another number of levels.
+        A number out of its range, an unknown upsampler; in `forward`, another number of levels, or
+        levels that are not half of each other.
     TypeError
-        An option that the upsampler does not have.
+        A number that is not an integer, or an option that the upsampler does not have.
 
     References
     ----------
@@ -63,12 +66,10 @@ class FPN(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if len(in_channels) < 2 or min(in_channels) < 1:
-            raise ValueError(
-                f"[FPN] in_channels must be two numbers from 1, or more; got {tuple(in_channels)}."
-            )
-        if extra_levels < 0:
-            raise ValueError(f"[FPN] extra_levels must be at least 0; got {extra_levels}.")
+        rule = "two numbers from 1, or more"
+        in_channels = _arguments.integers("FPN", "in_channels", in_channels, rule, least=2)
+        channels = _arguments.integer("FPN", "channels", channels)
+        extra_levels = _arguments.integer("FPN", "extra_levels", extra_levels, least=0)
         self.channels = channels
         self.extra_levels = extra_levels
         self.laterals = nn.ModuleList(conv(c, channels, 1, batch_norm) for c in in_channels)
@@ -146,7 +147,7 @@ class MaskHead(nn.Module):
     ValueError
         A number out of its range, an unknown upsampler.
     TypeError
-        An option that the upsampler does not have.
+        A number that is not an integer, or an option that the upsampler does not have.
 
     References
     ----------
@@ -170,8 +171,13 @@ class MaskHead(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if convs < 1:
-            raise ValueError(f"[MaskHead] convs must be at least 1; got {convs}.")
+        in_channels, channels, num_classes, convs = _arguments.positive(
+            "MaskHead",
+            in_channels=in_channels,
+            channels=channels,
+            num_classes=num_classes,
+            convs=convs,
+        )
         if upsampler == "deconv":
             options = {"kernel_size": 2, **options}
         self.convs = nn.Sequential()

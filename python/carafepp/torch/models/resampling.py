@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _arguments
 from ..modules import CARAFE
 
 Size = tuple[int, int]
@@ -59,15 +60,16 @@ def upsampler(name: str, channels: int, *, factor: int = 2, **options: Any) -> n
     -------
     Module
         ``module(x, size=None)`` takes (N, C, H, W) and returns (N, C, H*factor, W*factor) or, given
-        a size of at most that, (N, C, *size): interpolations interpolate to that size, the others
-        are cropped.
+        a size, (N, C, *size): interpolations interpolate to that size, the others are cropped. It
+        may be larger by less than `factor`: "carafe" then goes on as `CARAFE` says, others but
+        interpolations repeat their last row or column.
 
     Raises
     ------
     ValueError
         An unknown name, or a number out of its range.
     TypeError
-        An option that the module does not have.
+        A number that is not an integer, or an option that the module does not have.
 
     Examples
     --------
@@ -103,7 +105,7 @@ def downsampler(name: str, channels: int, *, factor: int = 2, **options: Any) ->
     ValueError
         An unknown name, or a number out of its range.
     TypeError
-        An option that the module does not have.
+        A number that is not an integer, or an option that the module does not have.
 
     Examples
     --------
@@ -124,9 +126,8 @@ def _make(
 ) -> nn.Module:
     if name not in modules:
         raise ValueError(f"[{function}] name must be one of {', '.join(modules)}; got {name!r}.")
-    for argument, value, least in (("channels", channels, 1), ("factor", factor, 2)):
-        if value < least:
-            raise ValueError(f"[{function}] {argument} must be at least {least}; got {value}.")
+    channels = _arguments.integer(function, "channels", channels)
+    factor = _arguments.integer(function, "factor", factor, least=2)
     module, direction = modules[name], "factor"
     if module is CARAFE:
         direction = "up" if function == "upsampler" else "down"
@@ -151,12 +152,29 @@ def _size(x: Tensor, factor: int, size: Size | None) -> Size:
     height, width = x.shape[-2] * factor, x.shape[-1] * factor
     if size is None:
         return height, width
-    if not (1 <= size[0] <= height and 1 <= size[1] <= width):
+    size = _arguments.pair("upsampler", "size", size)
+    if torch.jit.is_tracing():  # where sizes are tensors, and others will come
+        return size
+    most = height + factor - 1, width + factor - 1
+    if not (1 <= size[0] <= most[0] and 1 <= size[1] <= most[1]):
         raise ValueError(
-            f"[upsampler] size must be from (1, 1) to {(height, width)}, {factor} times that of "
-            f"the input; got {tuple(size)}."
+            f"[upsampler] size must be from (1, 1) to {most}, {factor} times that of the input "
+            f"and less than {factor} more; got {tuple(size)}."
         )
     return size
+
+
+def _fit(y: Tensor, x: Tensor, factor: int, size: Size | None) -> Tensor:
+    """Crop an output y of x to a size or, where that is larger, repeat its last row or column."""
+    if size is None:
+        return y
+    height, width = _size(x, factor, size)
+    rows = columns = factor - 1
+    if not torch.jit.is_tracing():
+        rows, columns = max(0, height - y.shape[-2]), max(0, width - y.shape[-1])
+    if rows or columns:
+        y = F.pad(y, (0, columns, 0, rows), mode="replicate")
+    return _crop(y, (height, width))
 
 
 def _crop(x: Tensor, size: Size) -> Tensor:
@@ -192,6 +210,7 @@ class NearestConv(Nearest):
 
     def __init__(self, channels: int, *, factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__(channels, factor=factor)
+        kernel_size = _arguments.integer(type(self).__name__, "kernel_size", kernel_size)
         self.conv = nn.Conv2d(channels, channels, kernel_size, padding="same")
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
@@ -215,6 +234,7 @@ class Deconv(nn.Module):
         super().__init__()
         self.factor = factor
         kernel_size = 2 * factor - 1 if kernel_size is None else kernel_size
+        kernel_size = _arguments.integer("Deconv", "kernel_size", kernel_size, least=0)
         if kernel_size < factor:
             raise ValueError(
                 f"[Deconv] kernel_size must be at least factor={factor}; got {kernel_size}."
@@ -231,7 +251,7 @@ class Deconv(nn.Module):
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C, H*factor, W*factor) or `size`."""
-        return _crop(self.conv(x), _size(x, self.factor, size))
+        return _fit(self.conv(x), x, self.factor, size)
 
 
 class PixelShuffle(nn.Module):
@@ -244,11 +264,12 @@ class PixelShuffle(nn.Module):
     def __init__(self, channels: int, *, factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__()
         self.factor = factor
+        kernel_size = _arguments.integer("PixelShuffle", "kernel_size", kernel_size)
         self.conv = nn.Conv2d(channels, channels * factor**2, kernel_size, padding="same")
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C, H*factor, W*factor) or `size`."""
-        return _crop(F.pixel_shuffle(self.conv(x), self.factor), _size(x, self.factor, size))
+        return _fit(F.pixel_shuffle(self.conv(x), self.factor), x, self.factor, size)
 
 
 class GUM(nn.Module):
@@ -263,6 +284,7 @@ class GUM(nn.Module):
     def __init__(self, channels: int, *, factor: int = 2, hidden: int = 64) -> None:
         super().__init__()
         self.factor = factor
+        hidden = _arguments.integer("GUM", "hidden", hidden)
         self.guidance = nn.Sequential(
             nn.ConvTranspose2d(channels, hidden, factor, stride=factor),
             nn.ReLU(),
@@ -284,7 +306,7 @@ class GUM(nn.Module):
         moved = F.grid_sample(
             x, regular + pixel * offsets, padding_mode="border", align_corners=False
         )
-        return _crop(moved, _size(x, self.factor, size))
+        return _fit(moved, x, self.factor, size)
 
 
 class SpatialAttention(nn.Module):
@@ -297,6 +319,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, *, factor: int = 2, kernel_size: int = 3) -> None:
         super().__init__()
         self.upsample = Bilinear(channels, factor=factor)
+        kernel_size = _arguments.integer("SpatialAttention", "kernel_size", kernel_size)
         self.attention = nn.Conv2d(channels, 1, kernel_size, padding="same")
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
@@ -387,6 +410,7 @@ class LIP(nn.Module):
         if bottleneck is None:
             last = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         else:
+            bottleneck = _arguments.integer("LIP", "bottleneck", bottleneck)
             for inner in (
                 nn.Conv2d(channels, bottleneck, 1, bias=False),
                 nn.Conv2d(bottleneck, bottleneck, 3, padding=1, bias=False),
@@ -408,7 +432,7 @@ class LIP(nn.Module):
 
 def _check_odd(name: str, kernel_size: int) -> None:
     """Only windows with a middle give outputs of ceil(H/factor)."""
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if _arguments.integer(name, "kernel_size", kernel_size, least=0) % 2 == 0:
         raise ValueError(f"[{name}] kernel_size must be odd and at least 1; got {kernel_size}.")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _arguments
 from .resampling import downsampler as make_downsampler
 
 
@@ -52,7 +53,7 @@ class ResNet(nn.Module):
     ValueError
         A number out of its range, an unknown downsampler.
     TypeError
-        An option that the downsampler does not have.
+        A number that is not an integer, or an option that the downsampler does not have.
     ImportError
         `deformable` without torchvision.
 
@@ -85,10 +86,11 @@ class ResNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if len(layers) != 4 or min(layers) < 1:
-            raise ValueError(f"[ResNet] layers must be four numbers from 1; got {tuple(layers)}.")
-        if width < 1:
-            raise ValueError(f"[ResNet] width must be at least 1; got {width}.")
+        rule = "four numbers from 1"
+        layers = _arguments.integers("ResNet", "layers", layers, rule, least=4, most=4)
+        width = _arguments.integer("ResNet", "width", width)
+        if num_classes is not None:
+            num_classes = _arguments.integer("ResNet", "num_classes", num_classes)
         if not set(deformable) <= {2, 3, 4, 5}:
             raise ValueError(f"[ResNet] deformable must be of 2, 3, 4, 5; got {tuple(deformable)}.")
         down: Callable[[int], nn.Module] | None = None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _arguments
 from .fpn import FPN, conv
 from .resampling import upsampler as make_upsampler
 from .resnet import ResNet
@@ -37,7 +38,7 @@ class UperNet(nn.Module):
     ValueError
         A number out of its range, an unknown upsampler.
     TypeError
-        An option that the upsampler does not have.
+        A number that is not an integer, or an option that the upsampler does not have.
 
     References
     ----------
@@ -63,6 +64,10 @@ class UperNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+
+        num_classes, channels = _arguments.positive(
+            "UperNet", num_classes=num_classes, channels=channels
+        )
 
         def of(component: str | None) -> dict[str, Any]:
             if component is None or component == upsampler:
@@ -102,8 +107,10 @@ class PPM(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not scales or min(scales) < 1:
-            raise ValueError(f"[PPM] scales must be numbers from 1; got {tuple(scales)}.")
+        in_channels, channels = _arguments.positive(
+            "PPM", in_channels=in_channels, channels=channels
+        )
+        scales = _arguments.integers("PPM", "scales", scales, "numbers from 1", least=1)
         self.branches = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), conv(in_channels, channels, 1, True))
             for scale in scales
@@ -132,6 +139,7 @@ class FUSE(nn.Module):
         self, channels: int, levels: int = 4, *, upsampler: str = "carafe", **options: Any
     ) -> None:
         super().__init__()
+        channels, levels = _arguments.positive("FUSE", channels=channels, levels=levels)
         self.upsamplers = nn.ModuleList(  # from the coarsest: what they upsample grows
             make_upsampler(upsampler, channels * level, **options) for level in range(1, levels)
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .partial import check_positive
+from ... import _arguments
 
 
 class PatchDiscriminator(nn.Module):
@@ -24,6 +24,8 @@ class PatchDiscriminator(nn.Module):
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         width or depth below 1.
 
@@ -43,7 +45,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, *, width: int = 64, depth: int = 3) -> None:
         super().__init__()
-        check_positive("PatchDiscriminator", width=width, depth=depth)
+        width, depth = _arguments.positive("PatchDiscriminator", width=width, depth=depth)
         self.depth = depth
         widths = [4, *(width * min(2**level, 8) for level in range(depth + 1))]
         layers: list[nn.Module] = []

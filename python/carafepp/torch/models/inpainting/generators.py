@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import _arguments
 from ..resampling import downsampler as make_downsampler
 from ..resampling import upsampler as make_upsampler
-from .partial import PartialCARAFE, PartialConv2d, check_positive
+from .partial import PartialCARAFE, PartialConv2d
 
 
 def compose(image: Tensor, hole: Tensor, prediction: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ class GlobalLocalGenerator(nn.Module):
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         A number below 1, or an unknown name.
 
@@ -75,7 +78,10 @@ class GlobalLocalGenerator(nn.Module):
         upsampler: str = "deconv",
     ) -> None:
         super().__init__()
-        check_positive("GlobalLocalGenerator", width=width, depth=depth)
+        width, depth = _arguments.positive("GlobalLocalGenerator", width=width, depth=depth)
+        dilations = _arguments.integers(
+            "GlobalLocalGenerator", "dilations", dilations, "numbers from 1"
+        )
         widths = [width * 2**level for level in range(depth + 1)]
         deepest = widths[-1]
         self.first = _convolution(4, width, 5)
@@ -171,6 +177,8 @@ class PartialConvUNet(nn.Module):
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         A number below 1, or an unknown name.
 
@@ -191,7 +199,9 @@ class PartialConvUNet(nn.Module):
         upsampler: str = "nearest",
     ) -> None:
         super().__init__()
-        check_positive("PartialConvUNet", width=width, depth=depth)
+        width, depth = _arguments.positive("PartialConvUNet", width=width, depth=depth)
+        rule = "numbers from 1"
+        dilations = _arguments.integers("PartialConvUNet", "dilations", dilations, rule)
         _check_name("downsampler", downsampler, ("strided_conv", "carafe"))
         _check_name("upsampler", upsampler, ("nearest", "carafe"))
         self.skips = skips

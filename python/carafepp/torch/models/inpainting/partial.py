@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .... import ops
-from ...modules import CARAFE
+from ... import _arguments
+from ...modules import CARAFE, beyond, go_on
+from ...operators import natural_size
 
 
 class PartialConv2d(nn.Conv2d):
@@ -29,6 +31,8 @@ class PartialConv2d(nn.Conv2d):
 
     Raises
     ------
+    TypeError
+        A number that is not an integer.
     ValueError
         An even kernel_size; in a call, a valid map that is not one of x.
 
@@ -56,6 +60,14 @@ class PartialConv2d(nn.Conv2d):
         dilation: int = 1,
         bias: bool = True,
     ) -> None:
+        in_channels, out_channels, kernel_size, stride, dilation = _arguments.positive(
+            "PartialConv2d",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+        )
         if kernel_size % 2 == 0:
             raise ValueError(f"[PartialConv2d] kernel_size must be odd; got {kernel_size}.")
         super().__init__(
@@ -151,26 +163,31 @@ class PartialCARAFE(nn.Module):
         x : Tensor, (N, C, H, W)
         valid : Tensor of bool, (N, 1, H, W)
         size : (int, int), optional
-            Of the output where it is to be smaller than the natural one.
+            That of the output where it is another than the natural one, as for `CARAFE`.
         """
         _check_valid("PartialCARAFE", valid, x, (1,))
         x = x.where(valid, 0)
         masks = self.carafe.masks(x, size)
-        how: Any = {"up": self.carafe.up, "down": self.carafe.down, "size": tuple(masks.shape[-2:])}
-        weight = ops.reassemble(valid.to(masks.dtype), masks, **how)
+        weight = self._reassemble(valid.to(masks.dtype), masks)
         valid = weight > torch.finfo(weight.dtype).eps
-        output = ops.reassemble(x, masks, **how) / weight.where(valid, 1)
+        output = self._reassemble(x, masks) / weight.where(valid, 1)
         return output.where(valid, 0), valid
 
-
-def check_positive(name: str, **numbers: int) -> None:
-    """Raise a ValueError for the first number that is below 1."""
-    for argument, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"[{name}] {argument} must be at least 1; got {number}.")
+    def _reassemble(self, x: Tensor, masks: Tensor) -> Tensor:
+        """Return x reassembled to the size of masks, which may be another than its natural one."""
+        up, down = self.carafe.up, self.carafe.down
+        height, width = size = masks.shape[-2:]
+        x = go_on(x, *beyond("PartialCARAFE", x, size, up, down), down)
+        if not torch.jit.is_tracing():
+            return ops.reassemble(x, masks, up=up, down=down, size=(height, width))
+        rows, columns = natural_size(x.shape[-2:], up, down)  # which serves every size
+        masks = F.pad(masks, (0, columns - width, 0, rows - height))
+        return ops.reassemble(x, masks, up=up, down=down)[..., :height, :width]
 
 
 def _check_valid(name: str, valid: Tensor, x: Tensor, channels: tuple[int, ...]) -> None:
+    if torch.jit.is_tracing():  # where sizes are tensors
+        return
     shapes = {(x.shape[0], c, *x.shape[2:]) for c in channels}
     if valid.dtype != torch.bool or tuple(valid.shape) not in shapes:
         allowed = " or ".join(str(shape) for shape in sorted(shapes))
