@@ -1,6 +1,7 @@
 """The command line: `bundle` makes a bundle; without it the run begins, or goes on."""
 
 import argparse
+import fcntl
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from .run import STEPS, Options, Run, default_site
 
 
 def main() -> int:
-    """Make a bundle or run; return the exit status: 0 if every step ended and nothing failed."""
+    """Run; return the exit status: 0 if nothing failed, and every step ended that must."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=(sys.modules["benchmarks.gpu"].__doc__ or "").partition("\n")[0],
@@ -36,8 +37,17 @@ def main() -> int:
     asked = parser.parse_args()
     if wrong := set(asked.steps) - set(STEPS):
         parser.error(f"steps must be of {', '.join(STEPS)}; got {', '.join(sorted(wrong))}")
-    if asked.deadline <= 0:
+    if not asked.deadline > 0:
         parser.error(f"--deadline must be positive; got {asked.deadline:g}")
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        asked.site.mkdir(parents=True, exist_ok=True)
+        lock = (asked.site / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"--site: another run installs into {asked.site}")
+    except OSError as error:
+        parser.error(f"--out and --site must be folders to write to: {error}")
     steps = tuple(name for name in STEPS if name in asked.steps) or tuple(STEPS)
     options = Options(
         asked.out.resolve(),

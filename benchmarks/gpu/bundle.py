@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ MMCV_FILES = [
 ]
 MMCV_SOURCES = Path("mmcv/ops/csrc")
 _MOST_BYTES = 60 << 20  # a bundle that travels with a working tree must stay small
-_SOURCES = ("CMakeLists.txt", "pyproject.toml", "bindings", "cmake", "core", "python")
+_COMPILED = ("CMakeLists.txt", "bindings", "cmake", "core")
+_PYTHON = "python/carafepp"
 
 
-def fingerprint() -> str:
-    """Return a hash of all that the wheel is made from."""
+def fingerprint(*names: str) -> str:
+    """Return a hash of files and folders; by default of all that the wheel is compiled from."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in names or _COMPILED:
         path = ROOT / name
         files = [path] if path.is_file() else sorted(path.rglob("*"))
         for file in files:
@@ -60,14 +62,30 @@ def fingerprint() -> str:
 def commit() -> str:
     """Return the commit of the tree, with + where files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return what bundle.json says; nothing where there is no bundle."""
-    path = folder / "bundle.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Return what bundle.json says; nothing where there is no bundle, or a damaged one."""
+    try:
+        facts = json.loads((folder / "bundle.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(facts, dict) and {"commit", "sources"} <= facts.keys()
+    return facts if whole and any((folder / "run").glob("carafepp*.whl")) else {}
+
+
+def update_python(site: Path) -> None:
+    """Let an installed carafepp have this tree's Python files: they need no compiler."""
+    shutil.copytree(
+        ROOT / _PYTHON,
+        site / "carafepp",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("__pycache__", "*.so", "lib", "include"),
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -135,13 +153,8 @@ _INSTALL = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "
 _INSTALL += ["--upgrade", "--disable-pip-version-check"]
 
 
-def installation(wheels: Path, site: Path) -> list[str]:
-    """Return the command that installs a folder of wheels, without network or compiler."""
-    return installation_of(sorted(wheels.glob("*.whl")), site)
-
-
-def installation_of(wheels: list[Path], site: Path) -> list[str]:
-    """Return the command that installs some wheels."""
+def installation(wheels: Iterable[Path], site: Path) -> list[str]:
+    """Return the command that installs some wheels, without network or compiler."""
     return [*_INSTALL, "--target", str(site), *map(str, wheels)]
 
 
@@ -156,7 +169,7 @@ def build(site: Path, cuda: str) -> list[str]:
 def why_not(facts: dict[str, Any]) -> str:
     """Return why the bundle's wheel does not serve here; nothing where it does."""
     if not facts:
-        return "there is no bundle"
+        return "there is no whole bundle"
     if facts["sources"] != fingerprint():
         return f"the bundle was made from other sources, at commit {facts['commit']}"
     if platform.machine() != "x86_64":

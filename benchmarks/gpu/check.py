@@ -30,7 +30,7 @@ def assert_near(result: np.ndarray, exact: np.ndarray, dtype: str, slack: float 
 
 
 class Windows:
-    """What results of one problem must be, in three windows.
+    """The right results of one problem, in three windows.
 
     Parameters
     ----------

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .processes import end_with_parent
 from .worker import Worker
 
 GROUPS = [
@@ -29,6 +30,7 @@ METRICS = {
     "l2_read_sectors": "lts__t_sectors_op_read.sum",
     "l2_write_sectors": "lts__t_sectors_op_write.sum",
     "l1_wavefronts": "l1tex__data_pipe_lsu_wavefronts.sum",
+    "cycles_per_second": "smsp__cycles_elapsed.avg.per_second",  # tells the clock
     "instructions": "smsp__inst_executed.sum",  # of warps
     "issue_active": "smsp__issue_active.avg.pct_of_peak_sustained_active",  # %
     "warps_active": "sm__warps_active.avg.pct_of_peak_sustained_active",  # %
@@ -38,6 +40,9 @@ METRICS = {
         for name in (*_STALLS, "math_pipe_throttle")
     },
 }
+
+
+_UNKNOWN = re.compile(r"Failed to find metric \W*(?:regex:)?\W*([\w.]+)")
 
 
 def command(metrics: list[str], log: Path, group: str) -> list[str]:
@@ -79,11 +84,14 @@ def count(worker: Worker, group: str) -> dict[str, Any]:
     while True:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log.csv")
-            done = subprocess.run(command(metrics, log, group), capture_output=True, text=True)
+            done = subprocess.run(
+                command(metrics, log, group),
+                capture_output=True,
+                text=True,
+                preexec_fn=end_with_parent,
+            )
             text = log.read_text() if log.exists() else ""
-        unknown = set(
-            re.findall(r"Failed to find metric (?:regex:\^)?([\w.]+)", text + done.stdout)
-        )
+        unknown = set(_UNKNOWN.findall(text + done.stdout))
         left = [metric for metric in metrics if metric not in unknown]
         if len(left) == len(metrics) or not left:
             break

@@ -1,4 +1,4 @@
-"""Where arrays lie and how calls on them are timed: a GPU, or the host in a rehearsal.
+"""Places of arrays, and how calls on them are timed: a GPU, or the host in a rehearsal.
 
 A device puts NumPy arrays into its memory, and `given` returns what carafepp takes of that.
 bfloat16 arrays are those of ml_dtypes on the host.
@@ -74,6 +74,8 @@ class TorchGpu:
         """Tell whether an error made the device unusable for this process."""
         try:
             self.synchronize()
+            if self.name == "cuda":
+                self.torch.cuda.empty_cache()  # fails for good after a capture that broke off
         except RuntimeError:
             return True
         return False
@@ -234,8 +236,11 @@ class NumPyHost:
         call()
 
 
-def timed(device: TorchGpu, call: Callable[[], Any]) -> list[float]:
-    """Return samples of the seconds that one run of a call takes, after a time of spinning."""
+def timed(device: TorchGpu, call: Callable[[], Any]) -> tuple[list[float], list[int | None]]:
+    """Return samples of the seconds that a call takes, and the clocks before and after them.
+
+    The same work goes before the samples, for the clocks to settle.
+    """
     call()
     once = max(device.seconds(call), 1e-7)
     end = time.perf_counter() + device.spin
@@ -247,7 +252,9 @@ def timed(device: TorchGpu, call: Callable[[], Any]) -> list[float]:
         for _ in range(rounds):
             call()
 
-    return [device.seconds(sample) / rounds for _ in range(device.samples)]
+    clock = device.clock()
+    samples = [device.seconds(sample) / rounds for _ in range(device.samples)]
+    return samples, [clock, device.clock()]
 
 
 def copy_bandwidth(device: TorchGpu, writes: int) -> float:
@@ -256,5 +263,5 @@ def copy_bandwidth(device: TorchGpu, writes: int) -> float:
     rows = (1 << 30 if device.name == "cuda" else 1 << 16) // (1 + writes) // 4096
     source = torch.ones(rows, 1, 1024, device=device.name)
     target = torch.empty(rows, writes, 1024, device=device.name)
-    samples = timed(device, lambda: target.copy_(source.expand_as(target)))
+    samples, _ = timed(device, lambda: target.copy_(source.expand_as(target)))
     return (source.nbytes + target.nbytes) / statistics.median(samples)

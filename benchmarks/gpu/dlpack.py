@@ -1,7 +1,7 @@
 """Arrays that say by DLPack what their library cannot say.
 
-NumPy and CuPy export no bfloat16, so its bits travel as uint16. In a rehearsal host memory says
-that it is a CUDA array, for kernels that are emulated on the CPU.
+NumPy exports no bfloat16, and older CuPy none either: its bits travel as uint16. In a rehearsal
+host memory says that it is a CUDA array, for kernels that are emulated on the CPU.
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """mmcv's CARAFE, built from a few files of mmcv's source tree.
 
-    CARAFEPP_GPU_MMCV=TREE python -m benchmarks.gpu.mmcv
+    CARAFEPP_GPU_MMCV=TREE TORCH_EXTENSIONS_DIR=FOLDER python -m benchmarks.gpu.mmcv
 
-The build takes a minute or two; another process that asks for it meanwhile waits for its end.
+The build takes a minute or two, beside other steps. FOLDER/built then has nothing in it, or the
+error; only a build that went well is loaded, and nobody builds while times are taken.
 """
 
 import os
@@ -48,9 +49,9 @@ def load_mmcv(tree: Path) -> Callable:
     build = Path(_get_build_directory("mmcv_carafe", verbose=False))
     shim = build / "include" / "THC"  # a header that newer versions of PyTorch have elsewhere
     shim.mkdir(parents=True, exist_ok=True)
-    (shim / "THCAtomics.cuh").write_text("#include <ATen/cuda/Atomic.cuh>\n")
+    _write(shim / "THCAtomics.cuh", "#include <ATen/cuda/Atomic.cuh>\n")
     binding = build / "binding.cpp"
-    binding.write_text(_BINDING)
+    _write(binding, _BINDING)
     module = load(
         "mmcv_carafe",
         [
@@ -109,5 +110,32 @@ def load_mmcv(tree: Path) -> Callable:
     return Carafe.apply
 
 
+def _write(path: Path, text: str) -> None:
+    """Write a file that has another text: a new date alone would make ninja build again."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def built(extensions: Path) -> str:
+    """Return why mmcv's CARAFE cannot be loaded; nothing where it can."""
+    marker = extensions / "built"
+    return marker.read_text() if marker.exists() else "its build has not ended"
+
+
+def main() -> None:
+    """Build, and write how that went."""
+    marker = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "built"
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)
+    for lock in marker.parent.glob("*/lock"):  # a killed build leaves it, and all would wait for it
+        lock.unlink()
+    try:
+        load_mmcv(Path(os.environ["CARAFEPP_GPU_MMCV"]))
+    except Exception as error:
+        marker.write_text(f"its build failed: {error}"[-2000:])
+        raise
+    marker.write_text("")
+
+
 if __name__ == "__main__":
-    load_mmcv(Path(os.environ["CARAFEPP_GPU_MMCV"]))
+    main()

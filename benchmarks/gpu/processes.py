@@ -58,7 +58,7 @@ class Processes:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         with self._lock:
             self._running.add(process)
@@ -68,7 +68,8 @@ class Processes:
         """Kill a process and those that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in the driver
+            process.wait(5)
         with self._lock:
             self._running.discard(process)
 
@@ -156,10 +157,11 @@ class Processes:
                 how = "fail" if in_time else "stopped"
                 results.write(step, item, how, error=error, group=group.name)
             if status in group.fine:
-                return True
+                results.recover(step, group.name)
+                return time.time() < until  # else it stopped at its time
             if in_time and not begun and not (moved_on and status == LOST):
                 results.write(step, group.name, "fail", error=error, group=group.name)
-                return True
+                return False
         return False
 
 
@@ -170,7 +172,7 @@ def _told(status: int | str) -> str:
     return f"exit status {status}" if isinstance(status, int) else status
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the new process: be killed when the parent is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -43,6 +43,8 @@ class Lines:
         if not self.writes or (report.when == "teardown" and report.passed):
             return
         if report.failed:
+            if self._has_failed(report.nodeid):
+                return  # its process wrote the cause, and then ended
             self.worker.end(report.nodeid, "fail", error=_last_lines(report.longreprtext))
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
@@ -51,14 +53,17 @@ class Lines:
             seconds = round(report.duration, 3)
             self.worker.end(report.nodeid, "pass", seconds=seconds)
 
+    def _has_failed(self, nodeid: str) -> bool:
+        last = self.worker.results.last(self.worker.task.step).get(nodeid, {})
+        return last.get("status") == "fail"
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any) -> Any:
         """End the process after a test that lost the device."""
         report = yield
         if report.failed and _is_lost():
             print(report.longreprtext, file=sys.stderr, flush=True)
-            if self.writes:
-                self.worker.end(item.nodeid, "fail", error=_last_lines(report.longreprtext))
+            self.worker.end(item.nodeid, "fail", error=_last_lines(report.longreprtext))
             os._exit(LOST)
         return report
 
@@ -75,6 +80,7 @@ def _is_lost() -> bool:
     try:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # fails for good after a capture that broke off
         if cupy is not None and cupy.cuda.is_available():
             cupy.cuda.runtime.deviceSynchronize()
     except Exception:

@@ -60,6 +60,11 @@ class Results:
         """Return the items of a step that need not run again."""
         return {item for item, record in self.last(step).items() if record["status"] in FINISHED}
 
+    def recover(self, step: str, item: str) -> None:
+        """Write that what failed in an earlier run went well now."""
+        if self.last(step).get(item, {}).get("status") == "fail":
+            self.write(step, item, "pass")
+
     def is_done(self, step: str) -> bool:
         """Tell whether a step came to its end, with no item left."""
         ends = [record for record in self.records(step) if not record["item"]]
@@ -67,8 +72,10 @@ class Results:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return a line's record; None where a process was killed amid the line."""
+    """Return a line's record; None if it is none, as where a process was killed amid the line."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    whole = isinstance(record, dict) and {"step", "item", "status"} <= record.keys()
+    return record if whole else None

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from .. import ROOT
 from . import bundle, report, sanitize
-from .processes import Group, Processes
+from .processes import TIME_IS_UP, Group, Processes
 from .results import Results
-from .worker import Task
+from .worker import Task, sentence
 
 # Seconds of each step where all of them have nine minutes: on a GPU, in a rehearsal on two cores.
 STEPS = {
@@ -49,7 +49,7 @@ PYTEST_FINE = (0, 1, 5)  # all passed, some failed, none was left to run
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     out: Path
     bundle: Path
@@ -66,11 +66,10 @@ class Run:
     def __init__(self, options: Options):
         self.options = options
         self.until = time.time() + options.deadline
-        options.out.mkdir(parents=True, exist_ok=True)
         self.results = Results(options.out / "results.jsonl")
         self.processes = Processes(ROOT, options.out / "run.log")
         self.cores = len(os.sched_getaffinity(0))
-        # Where carafepp is installed; None if the Python that runs this has the emulated one.
+        # The folder that carafepp is installed in; None if this Python has the emulated one.
         self.site: Path | None = options.site / ("emulated" if options.rehearse else "gpu")
         self.functions: dict[str, Callable[[float], bool]] = {
             "install": self.install,
@@ -101,16 +100,16 @@ class Run:
                 # A build on the spot takes long, and without it there is nothing to run.
                 share = max(share, 0.5) if name == "install" else share
                 self._step(name, begin + (self.until - begin) * share)
-                if name == "install" and report.has_failed(self.results, ["install"]):
+                if name == "install" and not self.results.is_done(name):
                     break
         finally:
             self.processes.end_all()
             self._write_table()
         print((self.options.out / "table.txt").read_text())
-        must_end = [
-            name for name in self.options.steps if self.options.rehearse or name not in ENDLESS
-        ]
-        return int(report.has_failed(self.results, must_end))
+        endless = () if self.options.rehearse else ENDLESS
+        must_end = [name for name in self.options.steps if name not in endless]
+        failed = report.has_failures(self.results, self.options.steps)
+        return int(failed or not all(map(self.results.is_done, must_end)))
 
     def _step(self, name: str, until: float) -> None:
         """Run one step; write how it ended, and the table so far."""
@@ -121,16 +120,14 @@ class Run:
         try:
             done = self.functions[name](until)
         except Exception as error:  # the run goes on with the next step
-            self.results.write(
-                name, "the step itself", "fail", error=f"{type(error).__name__}: {error}"
-            )
-            done = True
+            self.results.write(name, "the step itself", "fail", error=sentence(error))
+            done = False
+        else:
+            self.results.recover(name, "the step itself")
         seconds = round(time.time() - begin, 1)
         self.results.write(name, "", "done" if done else "stopped", seconds=seconds)
         counts = report.counts(self.results, name)
-        print(
-            f"{name:9} {seconds:5.0f} s  {counts}{'' if done else ', its time was up'}", flush=True
-        )
+        print(f"{name:9} {seconds:5.0f} s  {counts}{'' if done else '; not all ran'}", flush=True)
         self._write_table()
 
     def _interrupted(self, number: int, _frame: object) -> None:
@@ -143,7 +140,8 @@ class Run:
 
     def _check_is_the_same_run(self) -> None:
         """Refuse to add lines to those of other sources."""
-        mine = {"sources": bundle.fingerprint(), "rehearse": self.options.rehearse}
+        sources = bundle.fingerprint("CMakeLists.txt", "bindings", "cmake", "core", "python")
+        mine = {"sources": sources, "rehearse": self.options.rehearse}
         for record in self.results.records("run"):
             theirs = {key: record.get(key) for key in mine}
             if theirs != mine:
@@ -153,7 +151,7 @@ class Run:
                 )
         self.results.write("run", "begin", "fact", **mine, deadline=self.options.deadline)
 
-    # What processes are told
+    # The environment of processes
 
     def environment(self, step: str, until: float) -> dict[str, str]:
         """Return the variables of a process of a step."""
@@ -163,7 +161,7 @@ class Run:
     def _plain_environment(self) -> dict[str, str]:
         found = {key: text for key, text in os.environ.items() if not key.startswith("PYTEST_")}
         found.pop("CARAFEPP_TESTS", None)
-        found |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        found["PYTHONUNBUFFERED"] = "1"
         _put_first(found, self.site)
         if self.options.rehearse:
             found["PATH"] = os.pathsep.join([str(STAND_INS), found["PATH"]])
@@ -177,8 +175,9 @@ class Run:
     # The steps: each returns whether all its items have a result
 
     def facts(self) -> None:
-        """Write what the machine and its software are."""
-        found = {"commit": bundle.read(self.options.bundle).get("commit") or bundle.commit()}
+        """Write facts about the machine and its software."""
+        bundled = bundle.read(self.options.bundle).get("commit", "none")
+        found = {"commit": bundle.commit(), "commit of the bundle": bundled}
         found |= {"date": time.strftime("%Y-%m-%d %H:%M"), "cores": self.cores}
         found["python"] = sys.version.split()[0]
         for name in PACKAGES:
@@ -203,23 +202,27 @@ class Run:
         A rehearsal then does so with emulated kernels, unless this Python has them.
         """
         folder, site = self.options.bundle, self.options.site / "gpu"
-        wheel = bundle.installation(folder / "run", site)
+        wheel = bundle.installation((folder / "run").glob("*.whl"), site)
         reason = bundle.why_not(bundle.read(folder))
         reason = reason or self._fails(wheel, until) or self._not_imported("wheel", site, "nvcc")
+        if reason:
+            print(f"the bundle does not serve: {reason}", flush=True)
+            how = "fail" if self.options.rehearse else "skip"
+            self.results.write("install", "wheel", how, error=reason)
         if self.options.rehearse:
-            if reason:
-                self.results.write("install", "wheel", "fail", error=reason)
-            if not self._not_imported("emulated", None, "cuda (emulated)"):
+            cuda, wanted = "EMULATED", "cuda (emulated)"
+            if not self._not_imported("installed before", None, wanted):
                 self.site = None
                 return True
-            reason = self._built("EMULATED", until)
-            if reason:
-                self.results.write("install", "build", "fail", error=reason)
         elif reason:
-            self.results.write("install", "wheel", "skip", reason=reason)
-            reason = self._built("ON", until)
-            if reason:
-                self.results.write("install", "build", "fail", error=reason)
+            cuda, wanted = "ON", "nvcc"
+        else:
+            self._start_mmcv()
+            return True
+        reason = self._built(cuda, until) or self._not_imported("build", self.site, wanted)
+        if reason:
+            self.results.write("install", "build", "fail", error=reason)
+            return False
         self._start_mmcv()
         return True
 
@@ -233,21 +236,21 @@ class Run:
         environment = self._plain_environment()
         if (folder / "build").exists():
             tools = self.options.site / "build"
-            if reason := self._fails(bundle.installation(folder / "build", tools), until):
+            wheels = (folder / "build").glob("*.whl")
+            if reason := self._fails(bundle.installation(wheels, tools), until):
                 return reason
             _put_first(environment, tools)
         if not (marker.exists() and marker.read_text() == bundle.fingerprint()):
             build = bundle.build(self.site, cuda)
             if cuda == "EMULATED" and (folder / "emulated").exists():
-                build = bundle.installation(folder / "emulated", self.site)
+                build = bundle.installation((folder / "emulated").glob("*.whl"), self.site)
             if reason := self._fails(build, until, environment):
                 return reason
             marker.write_text(bundle.fingerprint())
         for backend in (folder / "run").glob("nanobind_backend*.whl"):
-            if reason := self._fails(bundle.installation_of([backend], self.site), until):
+            if reason := self._fails(bundle.installation([backend], self.site), until):
                 return reason
-        wanted = "cuda (emulated)" if cuda == "EMULATED" else "nvcc"
-        return self._not_imported("build", self.site, wanted)
+        return ""
 
     def _fails(
         self, command: list[str], until: float, environment: dict[str, str] | None = None
@@ -260,6 +263,8 @@ class Run:
         """Import carafepp in a new process; return what it is if it is not what is wanted."""
         environment = self._plain_environment()
         environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+        if site is not None and (site / "carafepp").exists():
+            bundle.update_python(site)
         _put_first(environment, site)
         command = [sys.executable, "-c", "import carafepp; print(carafepp._core.config())"]
         status, said = self.processes.run(command, environment, time.time() + 60)
@@ -274,10 +279,13 @@ class Run:
         environment["CARAFEPP_GPU_GROUP"] = "list"
         command = [sys.executable, "-m", "benchmarks.gpu.smoke"]
         status, text = self.processes.run([*command, "--list"], environment, until)
-        if status != 0:
-            self.results.write("smoke", "list", "fail", error=f"{status}: {text[-400:]}")
-            return True
-        names = json.loads(text.strip().splitlines()[-1])
+        listed = re.search(r"(?m)^implementations: (.*)$", text)
+        if status != 0 or not listed:
+            how = "stopped" if status == TIME_IS_UP else "fail"
+            self.results.write("smoke", "list", how, error=f"{status}: {text[-400:]}")
+            return False
+        self.results.write("smoke", "list", "pass")
+        names = json.loads(listed[1])
         if self.options.quick:
             names = names[:: len(names) // 3]
         # On a GPU a process each: the first call of a kernel's module is then a captured one.
@@ -355,7 +363,8 @@ class Run:
         if self._mmcv() and not self.options.rehearse:
             command = [sys.executable, "-m", "benchmarks.gpu.mmcv"]
             environment = {**self._plain_environment(), **self._mmcv()}
-            self.processes.start(command, environment, subprocess.DEVNULL)
+            with (self.options.site / "mmcv.log").open("wb") as log:
+                self.processes.start(command, environment, log)
 
 
 def _put_first(environment: dict[str, str], site: Path | None) -> None:

@@ -2,14 +2,15 @@
 
     python -m benchmarks.gpu.sanitize memcheck|racecheck
 
-What the tool prints between two launches belongs to the item that was launched.
+An item owns what the tool prints between its launch and its end.
 """
 
 import re
 import subprocess
 import sys
 
-from .worker import Worker
+from .processes import end_with_parent
+from .worker import LOST, Worker
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 9  # the tool's exit status where it found an error
@@ -32,7 +33,11 @@ def main() -> None:
     last = worker.results.last(worker.task.step)
     done = [item.removeprefix(prefix) for item in last if not worker.is_due(item)]
     process = subprocess.Popen(
-        command(tool, done), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(tool, done),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=end_with_parent,
     )
     assert process.stdout is not None
     item, said, summary = "", [], ""
@@ -52,10 +57,11 @@ def main() -> None:
         elif text not in ("", "COMPUTE-SANITIZER"):
             said.append(text)
     status = process.wait()
+    if item:  # the parent starts a new process for the items behind it
+        worker.end(item, "fail", error=said[:12] or f"the process ended with {status}")
+        sys.exit(LOST)
     found_nothing = re.match(r"(ERROR|RACECHECK) SUMMARY: 0 ", summary)
     worker.end(f"{tool} summary", "pass" if found_nothing else "fail", error=summary or "none")
-    if item:
-        worker.end(item, "fail", error=said[:12] or f"the process ended with {status}")
     if status not in (0, FOUND):
         sys.exit(status)
 

@@ -1,10 +1,11 @@
 """Times on a GPU, the most important first: carafepp, PyTorch's compositions, mmcv's CARAFE.
 
-Arrays are drawn on the GPU and kept for all passes and layouts of a problem. A measurement goes
-through so many sets of arrays that what a pass reads exceeds twice the level 2 cache, in one CUDA
-graph of at least 16 calls; work of 60 ms goes before it. Each result is checked in three windows
-first. A floor is every input and result once, at the bandwidth of a copy that reads as much as it
-writes, and of one that writes three parts for each that it reads.
+The arrays of a problem are drawn on the GPU and kept for all passes and layouts. A measurement goes
+through several sets of them: what a pass reads exceeds twice the level 2 cache. It replays one CUDA
+graph of at least 16 calls, after 60 ms of the same work. PyTorch's and mmcv's calls are eager.
+Three windows of each result are checked first. The floor moves every input and result once. Its
+bandwidth is that of a copy: one that reads as much as it writes, and one that writes three times as
+much.
 """
 
 import itertools
@@ -24,9 +25,9 @@ from .. import peers
 from ..problems import PROBLEMS, touched_bytes
 from .check import Windows
 from .devices import TorchGpu, TorchHost, copy_bandwidth, timed
-from .mmcv import load_mmcv
+from .mmcv import built, load_mmcv
 from .timing_names import DTYPES, FIRST, FLOORS, LAYOUTS, MMCV, OURS, PASSES
-from .worker import Skip, Worker
+from .worker import Skip, Task, Worker
 
 CASES = {
     case.name: case
@@ -91,7 +92,7 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
     def named(cases):
         for case, dtype, layout, pass_ in product(cases, DTYPES, LAYOUTS, PASSES[:3]):
             item = Item(case, dtype, layout, "logits", pass_, OURS)
-            for name in listed(item)[1:]:
+            for name in listed(item)[1:]:  # the first is carafepp's own choice
                 yield replace(item, name=name)
 
     yield from chosen(FIRST)
@@ -220,20 +221,20 @@ class Timing:
         sets = arrays.sets(item.layout, item.pass_)
         call = self._call(item, arrays.case)
         self._check(item, arrays, call)
-        calls = -(-max(self.device.calls, len(sets)) // len(sets)) * len(sets)
-        rival = item.name in peers.COMPOSITIONS or item.name == MMCV
-        if rival:  # slow, and its memory would stay with the graph
-            calls = min(calls, len(sets))
+        calls = len(sets)
+        captured = item.name not in peers.COMPOSITIONS and item.name != MMCV
+        if captured:  # others are slow, and their memory would stay with the graph
+            calls *= -(-self.device.calls // len(sets))
 
-        def all_calls() -> None:
+        def run() -> None:
             for k in range(calls):
                 call(sets[k % len(sets)])
 
-        run, captured = all_calls, False
-        if not rival:
-            run, captured = self.device.captured(all_calls), True
-        before = self.device.clock()
-        samples = [seconds / calls for seconds in timed(self.device, run)]
+        if captured:
+            run = self.device.captured(run)
+            self._check(item, arrays, lambda _: run())
+        samples, clocks = timed(self.device, run)
+        samples = [seconds / calls for seconds in samples]
         traffic = touched_bytes(arrays.case, item.pass_, item.source, item.dtype)
         return {
             "us": round(statistics.median(samples) * 1e6, 3),
@@ -242,7 +243,7 @@ class Timing:
             "sets": len(sets),
             "graph": captured and not self.is_host,
             "megabytes": round(traffic / 1e6, 3),
-            "clock": [before, self.device.clock()],
+            "clocks": clocks,
         }
 
     def _check(self, item: Item, arrays: Arrays, call: Callable) -> None:
@@ -251,8 +252,9 @@ class Timing:
             "forward": ["output"],
             "forward+backward": ["output", "grad_features", f"grad_{item.source}"],
         }.get(item.pass_, [item.pass_])
-        slack = 1.0 if item.name not in peers.COMPOSITIONS and item.name != MMCV else 16.0
-        ours = slack == 1
+        ours = item.name not in peers.COMPOSITIONS and item.name != MMCV
+        # PyTorch's compositions and mmcv sum in 16 bits.
+        slack = 1 if ours else {"float32": 16, "float16": 4, "bfloat16": 2}[item.dtype]
         for name in names:
             first[name].fill_(float("nan"))
         results = call(first)
@@ -305,6 +307,8 @@ class Timing:
     def _mmcv(self, case: Case, source: str) -> Callable:
         if self._mmcv_tree is None or self.is_host:
             raise Skip("mmcv needs a GPU and the files of its tree")
+        if reason := built(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
+            raise Skip(reason)
         carafe = load_mmcv(self._mmcv_tree)
         functional = self.device.torch.nn.functional
 
@@ -341,12 +345,17 @@ def _differentiated(function: Callable, item: Item, arrays: dict[str, Any]) -> t
 def main() -> None:
     """Measure the floors, then time the items until the time is up."""
     tree = os.environ.get("CARAFEPP_GPU_MMCV")
-    rehearse = os.environ["CARAFEPP_GPU_REHEARSE"] == "1"
-    device = TorchHost() if rehearse else TorchGpu()
+    device = TorchHost() if Task.of_environment().rehearse else TorchGpu()
     worker = Worker(device.is_lost)
     timing = Timing(device, worker, Path(tree) if tree else None)
     worker.run(FLOORS, lambda item: {"GB_per_s": copy_bandwidth(device, int(item[-1])) / 1e9})
-    due = items(timing.listed, bool(tree))
+
+    def listed(item: Item) -> list[str]:
+        name = f"{item} listed"  # an item of its own: a failure here must not end the step
+        worker.run([name], lambda _: {"names": timing.listed(item)})
+        return worker.results.last(worker.task.step)[name].get("names", [])
+
+    due = items(listed, bool(tree))
     for item in itertools.islice(due, 9) if worker.task.quick else due:
         if not worker.has_time():
             break

@@ -16,7 +16,7 @@ LOST = 70  # exit status: the device answers nothing more, a new process has to 
 
 @dataclass(frozen=True)
 class Task:
-    """What the parent says by environment variables."""
+    """The parent's words to a process, in environment variables."""
 
     results: Path
     step: str
@@ -54,7 +54,7 @@ class Task:
 
 
 class Skip(Exception):
-    """An item that cannot run here, and why."""
+    """Raised for an item that cannot run here, with the reason."""
 
 
 class Worker:
