@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from operator import index
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -28,6 +28,9 @@ class Array(Protocol):
 
 
 ArrayT = TypeVar("ArrayT", bound=Array)
+
+Layout = Literal["NCHW", "NHWC"]
+Normalizer = Literal["softmax", "sigmoid", "sigmoid_normalized", "none"]
 
 _NORMALIZERS = {
     "softmax": _core.SOFTMAX,
@@ -122,7 +125,7 @@ def reassemble(
     down: int = 1,
     groups: int = 1,
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Rescale features by a weighted sum over a window for every output pixel.
@@ -210,6 +213,62 @@ def reassemble(
     return out
 
 
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_masks: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_masks: Literal[False],
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, None]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: Literal[False],
+    need_masks: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[None, ArrayT]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: bool = True,
+    need_masks: bool = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT | None, ArrayT | None]: ...
 @_public
 def reassemble_backward(
     grad_output: ArrayT,
@@ -219,7 +278,7 @@ def reassemble_backward(
     up: int = 1,
     down: int = 1,
     groups: int = 1,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     need_features: bool = True,
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -298,9 +357,9 @@ def reassemble_with_logits(
     down: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Normalise logits to masks and reassemble features with them, in one pass.
@@ -371,6 +430,70 @@ def reassemble_with_logits(
     return out
 
 
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_logits: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_logits: Literal[False],
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, None]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[False],
+    need_logits: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[None, ArrayT]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: bool = True,
+    need_logits: bool = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT | None, ArrayT | None]: ...
 @_public
 def reassemble_with_logits_backward(
     grad_output: ArrayT,
@@ -381,8 +504,8 @@ def reassemble_with_logits_backward(
     down: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
-    layout: str = "NCHW",
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
     need_features: bool = True,
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -460,9 +583,9 @@ def normalize_masks(
     up: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Return the masks that `reassemble_with_logits` uses.
@@ -527,8 +650,8 @@ def normalize_masks_backward(
     up: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
-    layout: str = "NCHW",
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Return the gradient of `normalize_masks` for logits.
@@ -662,9 +785,9 @@ def list_implementations(
     down: int = 1,
     kernel_size: int = 0,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: Any = None,
 ) -> list[tuple[str, str | None]]:
     """Return the implementations of a function for a problem, best first.
@@ -740,9 +863,9 @@ def _params(
     up: int,
     down: int,
     groups: int,
-    layout: str,
+    layout: Layout,
     kernel_size: int = 0,
-    normalizer: str = "none",
+    normalizer: Normalizer = "none",
     size: tuple[int, int] | None = None,
 ) -> _core.Params:
     """Return the core's parameters; words become numbers here."""
