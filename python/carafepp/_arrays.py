@@ -180,7 +180,12 @@ def is_tensor(array: Any) -> bool:
 
 def are_tensors(arrays: Iterable[Any]) -> bool:
     """Tell whether arrays are PyTorch's: tensors, or what stands for them, as in a trace of fx."""
-    return all([hasattr(array, "__torch_function__") for array in arrays])
+    return all([type(array) is not np.ndarray and _is_for_torch(array) for array in arrays])
+
+
+def _is_for_torch(array: Any) -> bool:
+    # PyTorch 2.5 compiles the first as False.
+    return hasattr(array, "__torch_function__") or type(array).__module__.split(".")[0] == "torch"
 
 
 def check_writable(function: str, names: Iterable[str], results: Iterable[Any]) -> None:

@@ -913,13 +913,17 @@ def pair(
     """Return a size as a tuple, whatever kind of sequence or array the two integers are in."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
-    if hasattr(type(size), "__getitem__") and not isinstance(size, _NO_PAIRS):
+    if isinstance(size, (tuple, list)) or _has_items(size):
         try:
             height, width = size
             return read(function, "size", height), read(function, "size", width)
         except (TypeError, ValueError):
             pass
     raise TypeError(f"[{function}] size must be a pair {names} of integers; got {_shown(size)}.")
+
+
+def _has_items(size: Any) -> bool:
+    return hasattr(type(size), "__getitem__") and not isinstance(size, _NO_PAIRS)
 
 
 def _shown(value: Any) -> str:
