@@ -862,6 +862,14 @@ def read(torch, monkeypatch):
     return given
 
 
+def without_headers():
+    """Inductor's option to compile no header beforehand, where it has one: that takes a minute."""
+    import torch._inductor.config as config
+
+    name = "cpp_cache_precompile_headers"
+    return {name: False} if hasattr(config, name) else {}
+
+
 @pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
 def test_inductor_keeps_strides(memory, torch, compiled, read):
     """It likes to choose those of what it computes, of a convolution above all."""
@@ -880,8 +888,7 @@ def test_inductor_keeps_strides(memory, torch, compiled, read):
         return [read["reassemble_with_logits", name][1] for name in ("features", "output")], results
 
     # Graphs that were compiled before must not count, nor what a C++ compiler has to do for loops.
-    quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
-    with config.patch(fx_graph_cache=False, **quick):
+    with config.patch({"fx_graph_cache": False, "cpp.simdlen": 1, **without_headers()}):
         strides, results = strides_and_results(compiled(function))
     expected_strides, expected = strides_and_results(function)
     assert strides == expected_strides
@@ -1061,17 +1068,24 @@ def every_operator(torch):
     return Module(), tuple(inputs), EveryOperator()(*inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch's own
-def test_ahead_of_time_inductor(torch, tmp_path):
-    import torch._inductor.config as config
+AHEAD_OF_TIME = """
+import sys, torch, torch._inductor
+from test_torch_operators import assert_all_same, every_operator, without_headers
+module, inputs, expected = every_operator(torch)
+exported = torch.export.export(module, inputs)
+with torch._inductor.config.patch(without_headers()):
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[1])
+assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
+"""
 
-    module, inputs, expected = every_operator(torch)
-    exported = torch.export.export(module, inputs)
-    with config.patch({"cpp_cache_precompile_headers": False}):
-        path = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(tmp_path / "module.pt2")
-        )
-    assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
+
+def test_ahead_of_time_inductor(torch, tmp_path):
+    """Alone, because the threads that it starts must not be forked by other tests."""
+    if not hasattr(torch._inductor, "aoti_load_package"):
+        pytest.skip(f"PyTorch {torch.__version__} has no packages of AOTInductor")
+    command = [sys.executable, "-c", AHEAD_OF_TIME, str(tmp_path / "module.pt2")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=300, env=environment)
 
 
 def test_a_program_exported_before_parameters_were_positional(torch):
