@@ -81,7 +81,7 @@ def unloaded(name):
     return Lazy(name)
 
 
-# What may stand in sys.modules under the name of a library whose arrays nobody has made.
+# Modules under the name of a library whose arrays nobody has made.
 NOT_THERE = {
     "half imported": types.ModuleType,
     "mocked": lambda name: mock.MagicMock(name=name),

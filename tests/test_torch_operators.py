@@ -308,7 +308,7 @@ def test_hooks_see_the_gradients(torch):
     assert_all_same([tensor.grad for tensor in tensors], [2 * gradient for gradient in expected])
 
 
-# What is written to `out` has no gradient, but autograd has to know of it
+# Results in `out` have no gradient, but autograd has to know of them
 
 
 def empty_results(torch, function, tensors, params):
@@ -497,7 +497,7 @@ def test_wrong_arguments_are_refused_as_those_of_numpy_arrays(function, name, to
         assert str(error.value) == str(expected.value)
 
 
-# What is an integer by itself, in every place that takes one. 2 and (8, 10) of a call like this.
+# Integers of every kind, each for an `up` of 2 and a `size` of (8, 10).
 RIGHT = {
     "integer of numpy": (np.int32(2), (np.int64(8), np.uint8(10))),
     "array without axes": (np.array(2), (np.array(8), 10)),
@@ -1042,7 +1042,7 @@ def test_export_of_any_batch_height_and_width(factors, strict, torch):
 
 
 class EveryOperator:
-    """What a module calls that has all of them in it."""
+    """A module calls this to have all operators in it."""
 
     def __call__(self, x, logits):
         how = {"up": 2, "kernel_size": 3, "groups": 2}

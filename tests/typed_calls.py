@@ -1,4 +1,4 @@
-"""What type checkers make of calls; mypy reads this file, nothing runs it.
+"""Calls for type checkers: mypy reads this file, nothing runs it.
 
 An error that is expected is ignored by its code, and mypy tells where there is none.
 """

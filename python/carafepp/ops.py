@@ -49,7 +49,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-# What the core calls a result that the caller knows as `out`.
+# The names that the core gives to results, and those that the caller gives.
 _RESULTS = {
     "reassemble": {"output": "out"},
     "reassemble_backward": {"grad_features": "out[0]", "grad_masks": "out[1]"},

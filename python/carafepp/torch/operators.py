@@ -212,7 +212,7 @@ def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **par
         torch.set_autocast_enabled(device, True)
 
 
-# What a caller gives
+# The arguments of a caller
 
 
 def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
