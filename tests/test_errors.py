@@ -119,9 +119,9 @@ WRONG = {
     "grad_masks": ("normalize_masks_backward", {"grad_masks": M.astype(np.float16)}, TypeError,
                    "grad_masks must have the dtype of logits, float32; got float16."),
     "out dtype": ("reassemble", {"out": zeros(2, 4, 6, 10, dtype=np.float64)}, TypeError,
-                  "output must have the dtype of features, float32; got float64."),
+                  "out must have the dtype of features, float32; got float64."),
     "out dtype of masks": ("normalize_masks", {"out": M.astype(np.float64)}, TypeError,
-                           "masks must have the dtype of logits, float32; got float64."),
+                           "out must have the dtype of logits, float32; got float64."),
     # ranks
     "two axes": ("reassemble", {"features": zeros(3, 5)}, ValueError,
                  "features must have 4 axes (N, C, H, W) or 3 (C, H, W); got 2."),
@@ -133,7 +133,7 @@ WRONG = {
     "batch of masks alone": ("reassemble", {"features": X[0]}, ValueError,
                              "masks must have as many axes as features, 3; got 4."),
     "out without batch": ("reassemble", {"out": zeros(4, 6, 10)}, ValueError,
-                          "output must have as many axes as features, 4; got 3."),
+                          "out must have as many axes as features, 4; got 3."),
     # shapes
     "masks channels": ("reassemble", {"masks": zeros(2, 75, 6, 10), "groups": 2}, ValueError,
                        "masks must have groups*kernel_size**2 channels with an odd kernel_size "
@@ -260,21 +260,21 @@ WRONG = {
                    "Pass a copy."),
     # out
     "out shape": ("reassemble", {"out": zeros(2, 4, 6, 9)}, ValueError,
-                  "output must have shape (N, C, H', W') = (2, 4, 6, 10); got (2, 4, 6, 9)."),
+                  "out must have shape (N, C, H', W') = (2, 4, 6, 10); got (2, 4, 6, 9)."),
     "out shape of masks": ("normalize_masks", {"out": zeros(2, 9, 6, 9)}, ValueError,
-                           "masks must have shape (N, groups*kernel_size**2, H', W') = "
+                           "out must have shape (N, groups*kernel_size**2, H', W') = "
                            "(2, 9, 6, 10); got (2, 9, 6, 9)."),
     "out shape of grad_features": ("reassemble_backward", {"out": (zeros(2, 4, 3, 4), None)},
                                    ValueError,
-                                   "grad_features must have shape (N, C, H, W) = (2, 4, 3, 5); "
+                                   "out[0] must have shape (N, C, H, W) = (2, 4, 3, 5); "
                                    "got (2, 4, 3, 4)."),
     "out shape of grad_masks": ("reassemble_backward", {"out": (None, zeros(2, 9, 6, 9))},
                                 ValueError,
-                                "grad_masks must have shape (N, groups*kernel_size**2, H', W') = "
+                                "out[1] must have shape (N, groups*kernel_size**2, H', W') = "
                                 "(2, 9, 6, 10); got (2, 9, 6, 9)."),
     "out shape of grad_logits": ("reassemble_with_logits_backward",
                                  {"out": (None, zeros(2, 36, 3, 4))}, ValueError,
-                                 "grad_logits must have shape (N, groups*kernel_size**2*up**2, "
+                                 "out[1] must have shape (N, groups*kernel_size**2*up**2, "
                                  "ceil(H/down), ceil(W/down)) = (2, 36, 3, 5); "
                                  "got (2, 36, 3, 4)."),
     "out not an array": ("reassemble", {"out": 5}, TypeError,
@@ -287,10 +287,10 @@ WRONG = {
                                   "out must be None for grad_features where need_features is "
                                   "False."),
     "out repeats itself": ("reassemble", {"out": np.broadcast_to(zeros(4, 6, 10), (2, 4, 6, 10))},
-                           ValueError, "output must be writable; got a read-only array."),
+                           ValueError, "out must be writable; got a read-only array."),
     "out overlaps itself": ("reassemble", {"out": strided(zeros(2, 4, 6, 10), (960, 240, 40, 0))},
                             ValueError,
-                            "output must have one place in memory for each element; its strides "
+                            "out must have one place in memory for each element; its strides "
                             "make some share one. Pass another array."),
 }  # fmt: skip
 
@@ -326,7 +326,7 @@ def test_nothing_is_written_when_a_check_fails(name):
 def test_out_must_be_writable():
     out = zeros(2, 4, 6, 10)
     out.flags.writeable = False
-    with refused(ValueError, "[reassemble] output must be writable; got"):
+    with refused(ValueError, "[reassemble] out must be writable; got"):
         Calls.reassemble(out=out)
 
 
@@ -349,7 +349,7 @@ def test_a_result_must_not_share_memory_with_an_input(name):
     buffer = zeros(like.size + size)
     given = buffer[: like.size].reshape(like.shape)
     out = buffer[like.size - 1 :][:size].reshape(shape)  # from the last element of the input on
-    sentence = f"[{function}] {result} must not share memory with {argument}; it does."
+    sentence = f"[{function}] out must not share memory with {argument}; it does."
     with refused(ValueError, sentence):
         getattr(Calls, function)(**{argument: given}, out=out)
     # One element further it is right.
@@ -361,7 +361,7 @@ def test_results_must_not_share_memory_with_each_other():
     buffer = zeros(X.size + M.size - 1)
     grad_features = buffer[: X.size].reshape(X.shape)
     grad_masks = buffer[X.size - 1 :].reshape(M.shape)
-    sentence = "[reassemble_backward] grad_masks must not share memory with grad_features"
+    sentence = "[reassemble_backward] out[1] must not share memory with out[0]; it does."
     with refused(ValueError, sentence):
         Calls.reassemble_backward(out=(grad_features, grad_masks))
 
@@ -399,9 +399,11 @@ def test_list_implementations_checks_like_the_function():
 def test_output_size():
     with refused(ValueError, "[output_size] up must be at least 1; got 0."):
         carafepp.output_size((3, 3), up=0)
-    with refused(ValueError, "[output_size] features.shape must not be neg"):
+    with refused(ValueError, "[output_size] size must not be negative; got (-3, 3)."):
         carafepp.output_size((-3, 3))
-    with refused(TypeError, "[output_size] shape must be an integer"):
+    with refused(
+        TypeError, "[output_size] size must be a pair (H, W) of integers; got (3.5, 3) (tuple)."
+    ):
         carafepp.output_size((3.5, 3))
     with refused(TypeError, "[output_size] size must be a pair (H, W)"):
         carafepp.output_size(3)
@@ -505,7 +507,7 @@ def test_two_devices():
     sentence = "[reassemble] masks must be on the device of features (cuda:1); got cuda:0."
     with refused(ValueError, sentence):
         Calls.reassemble(x, on_device(M, (CUDA, 0)), out=y)
-    sentence = "[reassemble] output must be on the device of features (cuda:1); got cpu."
+    sentence = "[reassemble] out must be on the device of features (cuda:1); got cpu."
     with refused(ValueError, sentence):
         Calls.reassemble(x, m, out=Foreign(zeros(2, 4, 6, 10)))
 

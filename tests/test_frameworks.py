@@ -1,5 +1,10 @@
 """Array in, same kind of array out: NumPy, PyTorch, the array API, bare DLPack."""
 
+import subprocess
+import sys
+import types
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -64,6 +69,62 @@ def test_numpy_arrays_of_foreign_byte_order_are_refused(function, index):
     inputs[index] = inputs[index].astype(inputs[index].dtype.newbyteorder())
     with pytest.raises(TypeError):
         call(function, inputs, params)
+
+
+def unloaded(name):
+    """A module that its first attribute imports, as a lazy loader makes it."""
+
+    class Lazy(types.ModuleType):
+        def __getattribute__(self, attribute):
+            raise AssertionError(f"{name} would be imported for its {attribute}")
+
+    return Lazy(name)
+
+
+# Modules under the name of a library whose arrays nobody has made.
+NOT_THERE = {
+    "half imported": types.ModuleType,
+    "mocked": lambda name: mock.MagicMock(name=name),
+    "a mock with classes": lambda name: mock.MagicMock(Tensor=mock.Mock(), ndarray=mock.Mock()),
+    "lazy": unloaded,
+    "forbidden": lambda name: None,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_THERE)
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@each_function
+def test_libraries_that_are_not_quite_there_do_not_matter(function, library, kind, monkeypatch):
+    inputs, params = problem(function)
+    expected = call(function, inputs, params)
+    monkeypatch.setitem(sys.modules, library, NOT_THERE[kind](library))
+    assert_equal(call(function, inputs, params), expected)
+    out = expected if len(expected) > 1 else expected[0]
+    call(function, inputs, {**params, "out": out})
+    foreign = tuple(map(Foreign, inputs))
+    call(
+        function,
+        foreign,
+        {**params, "out": tuple(map(Foreign, expected)) if len(expected) > 1 else Foreign(out)},
+    )
+    with pytest.raises(TypeError, match="must be an array"):
+        call(function, (object(), *inputs[1:]), params)
+
+
+IMPORT_BESIDE_CALLS = """
+import threading
+import numpy, carafepp
+x, logits = numpy.ones((1, 4, 4, 4), "f4"), numpy.ones((1, 100, 4, 4), "f4")
+thread = threading.Thread(target=lambda: __import__("torch"))
+thread.start()
+while thread.is_alive():
+    carafepp.reassemble_with_logits(x, logits, up=2)
+"""
+
+
+@pytest.mark.usefixtures("torch")
+def test_numpy_calls_beside_a_thread_that_imports_torch():
+    subprocess.run([sys.executable, "-c", IMPORT_BESIDE_CALLS], check=True, timeout=100)
 
 
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if "bfloat16" in d.features], ids=str)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from functions import each_function, each_result
 from reference import NORMALIZERS
 from test_frameworks import from_torch, problem, to_torch
 
-# Forward mode and inductor import what PyTorch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+# Forward mode and inductor use what PyTorch itself has deprecated; so do those who trace.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
+]
 
 F32, F64 = DTYPES[:2]
 CASE = CASES["groups_2"]
@@ -304,6 +308,56 @@ def test_hooks_see_the_gradients(torch):
     assert_all_same([tensor.grad for tensor in tensors], [2 * gradient for gradient in expected])
 
 
+# Results in `out` have no gradient, but autograd has to know of them
+
+
+def empty_results(torch, function, tensors, params):
+    return [torch.empty_like(result) for result in call(function, tensors, params)]
+
+
+def write(function, tensors, params, results):
+    out = tuple(results) if function.startswith("reassemble") and len(results) > 1 else results[0]
+    return call(function, tensors, {**params, "out": out})
+
+
+@pytest.mark.parametrize("view", [lambda out: out, lambda out: out.detach()], ids=["out", "view"])
+@each_result
+def test_a_result_that_was_written_to_since_has_no_gradients(function, index, view, torch):
+    """As with PyTorch's own in-place functions."""
+    tensors, params = integer_problem(torch, function)
+    results = empty_results(torch, function, tensors, params)
+    weight = torch.ones_like(results[index], requires_grad=True)
+    product = weight * results[index]
+    write(function, tensors, params, [view(result) for result in results])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@each_function
+def test_a_call_that_fails_has_changed_nothing(function, torch):
+    tensors, params = integer_problem(torch, function)
+    results = empty_results(torch, function, tensors, params)
+    with pytest.raises(ValueError, match="up must be at least 1"):
+        write(function, tensors, {**params, "up": 0}, results)
+    assert [result._version for result in results] == [0] * len(results)
+
+
+@each_result
+def test_inference_tensors_are_written_to_only_in_inference_mode(function, index, torch):
+    tensors, params = integer_problem(torch, function)
+    results = empty_results(torch, function, tensors, params)
+    with torch.inference_mode():
+        results[index] = torch.zeros_like(results[index])
+    name = f"out[{index}]" if len(results) > 1 else "out"
+    sentence = f"[{function}] {name} must not be an inference tensor outside of"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}"):
+        write(function, tensors, params, results)
+    assert not results[index].any()
+    with torch.inference_mode():
+        write(function, tensors, params, results)
+    assert_all_same(results, call(function, tensors, params))
+
+
 # Kinds of tensors
 
 
@@ -404,29 +458,83 @@ def test_tensors_of_two_devices_are_refused_where_one_holds_no_data(index, torch
 
 WRONG = {
     "float": {"up": 1.5},
+    "whole float": {"up": 2.0},
+    "float of numpy": {"up": np.float32(2.7)},
+    "bool": {"up": True},
+    "bool of numpy": {"groups": np.bool_(True)},
+    "array of one integer": {"up": np.array([2])},
     "text": {"groups": "2"},
+    "none": {"groups": None},
     "unknown": {"scale": 2},
     "number for a size": {"size": 3},
     "float in a size": {"size": (3, 4.5)},
+    "float of numpy in a size": {"size": (np.float32(7.9), 8)},
+    "bool in a size": {"size": (True, 4)},
+    "array of floats for a size": {"size": np.array([3.0, 4.0])},
+    "set for a size": {"size": {3, 4}},
+    "dict for a size": {"size": {0: 3, 1: 4}},
+    "text for a size": {"size": "34"},
+    "bytes for a size": {"size": b"\3\4"},
+    "generator for a size": {"size": (k for k in (3, 4))},
     "triple for a size": {"size": (3, 4, 5)},
     "number for a layout": {"layout": 0},
     "range": {"up": 0},
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-@each_forward
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(f, name) for f in FUNCTIONS for name in WRONG if f in FORWARD or "size" not in WRONG[name]],
+)
 def test_wrong_arguments_are_refused_as_those_of_numpy_arrays(function, name, torch):
     inputs, params = problem(function)
     params = {**params, **WRONG[name]}
     with pytest.raises((TypeError, ValueError)) as expected:
         call(function, inputs, params)
-    # The dispatcher makes a list of what it takes for a size.
-    sentence = str(expected.value).replace("(3, 4, 5) (tuple", "[3, 4, 5] (list")
     for tensors in (tensors_of(torch, inputs), that_require_grad(tensors_of(torch, inputs))):
         with pytest.raises(expected.type) as error:
             call(function, tensors, params)
-        assert str(error.value) == sentence
+        assert str(error.value) == str(expected.value)
+
+
+# Integers of every kind, each for an `up` of 2 and a `size` of (8, 10).
+RIGHT = {
+    "integer of numpy": (np.int32(2), (np.int64(8), np.uint8(10))),
+    "array without axes": (np.array(2), (np.array(8), 10)),
+    "array of two integers": (2, np.array([8, 10])),
+    "list": (2, [8, 10]),
+    "range": (2, range(8, 11, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_integers_of_every_kind_are_taken(name, torch):
+    up, size = RIGHT[name]
+    arrays = np.ones((1, 3, 4, 5), np.float32), np.ones((1, 9, 8, 10), np.float32)
+    expected = carafepp.reassemble(*arrays, up=2)
+    np.testing.assert_array_equal(carafepp.reassemble(*arrays, up=up, size=size), expected)
+    for tensors in (tensors_of(torch, arrays), that_require_grad(tensors_of(torch, arrays))):
+        result = carafepp.reassemble(*tensors, up=up, size=size)
+        np.testing.assert_array_equal(result.detach(), expected)
+
+
+def test_an_empty_size_is_a_size(torch):
+    x, m = torch.ones(1, 3, 4, 5), torch.ones(1, 9, 0, 0)
+    assert carafepp.reassemble(x, m, up=2, size=(0, 0)).shape == (1, 3, 0, 0)
+    logits = torch.ones(1, 36, 4, 5)
+    params = {"up": 2, "kernel_size": 3, "size": (0, 0)}
+    assert carafepp.reassemble_with_logits(x, logits, **params).shape == (1, 3, 0, 0)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_are_no_integers(requires_grad, torch):
+    """Nor in a size: but where PyTorch traces, see below."""
+    x, m = torch.ones(1, 3, 4, 5, requires_grad=requires_grad), torch.ones(1, 9, 8, 10)
+    with pytest.raises(TypeError, match=r"^\[reassemble\] up must be an integer; got tensor\(2\)"):
+        carafepp.reassemble(x, m, up=torch.tensor(2))
+    for size in (torch.tensor([8, 10]), (torch.tensor(8), 10)):
+        with pytest.raises(TypeError, match=r"^\[reassemble\] size must be a pair \(H', W'\)"):
+            carafepp.reassemble(x, m, up=2, size=size)
 
 
 def test_parameters_have_to_be_named(torch):
@@ -600,7 +708,6 @@ def test_func_respects_no_grad(torch):
     assert not twice(x).any()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_forward_mode_is_refused_under_no_grad_too(torch):
     (x, m), params = integer_problem(torch, "reassemble")
     with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
@@ -755,6 +862,14 @@ def read(torch, monkeypatch):
     return given
 
 
+def without_headers():
+    """Inductor's option to compile no header beforehand, where it has one: that takes a minute."""
+    import torch._inductor.config as config
+
+    name = "cpp_cache_precompile_headers"
+    return {name: False} if hasattr(config, name) else {}
+
+
 @pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
 def test_inductor_keeps_strides(memory, torch, compiled, read):
     """It likes to choose those of what it computes, of a convolution above all."""
@@ -773,8 +888,7 @@ def test_inductor_keeps_strides(memory, torch, compiled, read):
         return [read["reassemble_with_logits", name][1] for name in ("features", "output")], results
 
     # Graphs that were compiled before must not count, nor what a C++ compiler has to do for loops.
-    quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
-    with config.patch(fx_graph_cache=False, **quick):
+    with config.patch({"fx_graph_cache": False, "cpp.simdlen": 1, **without_headers()}):
         strides, results = strides_and_results(compiled(function))
     expected_strides, expected = strides_and_results(function)
     assert strides == expected_strides
@@ -927,7 +1041,255 @@ def test_export_of_any_batch_height_and_width(factors, strict, torch):
         assert_same(exported.module()(*tensors), reassembly(*tensors))
 
 
+class EveryOperator:
+    """A module calls this to have all operators in it."""
+
+    def __call__(self, x, logits):
+        how = {"up": 2, "kernel_size": 3, "groups": 2}
+        factors = {"up": 2, "groups": 2}
+        masks = carafepp.normalize_masks(logits, normalizer="sigmoid", size=(7, 9), **how)
+        y = carafepp.reassemble(x, masks, size=(7, 9), **factors)
+        z = carafepp.reassemble_with_logits(x, logits, **how)
+        gradients = carafepp.reassemble_backward(y, x, masks, **factors)
+        more = carafepp.reassemble_with_logits_backward(z, x, logits, **how)
+        last = carafepp.normalize_masks_backward(masks, logits, normalizer="none", **how)
+        return masks, y, z, *gradients, *more, last
+
+
+def every_operator(torch):
+    """A module, its inputs and its results."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x, logits):
+            return EveryOperator()(x, logits)
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((1, 4, 4, 5), (1, 72, 4, 5))]
+    return Module(), tuple(inputs), EveryOperator()(*inputs)
+
+
+AHEAD_OF_TIME = """
+import sys, torch, torch._inductor
+from test_torch_operators import assert_all_same, every_operator, without_headers
+module, inputs, expected = every_operator(torch)
+exported = torch.export.export(module, inputs)
+with torch._inductor.config.patch(without_headers()):
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[1])
+assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
+"""
+
+
+def test_ahead_of_time_inductor(torch, tmp_path):
+    """Alone, because the threads that it starts must not be forked by other tests."""
+    if not hasattr(torch._inductor, "aoti_load_package"):
+        pytest.skip(f"PyTorch {torch.__version__} has no packages of AOTInductor")
+    command = [sys.executable, "-c", AHEAD_OF_TIME, str(tmp_path / "module.pt2")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=300, env=environment)
+
+
+def test_a_program_exported_before_parameters_were_positional(torch):
+    """By version 0.1 and PyTorch 2.13. Of this format other versions may know nothing."""
+    path = Path(__file__).with_name("exported.pt2")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        if torch.__version__.startswith("2.13."):
+            raise
+        pytest.skip(f"PyTorch {torch.__version__} does not load what 2.13 has saved: {error}")
+    _, inputs, expected = every_operator(torch)
+    assert_all_same(program.module()(*inputs), expected)
+
+
+# Other traces
+
+
+def test_torch_jit_traces_go_on_with_other_sizes(torch):
+    """Though they record sizes."""
+
+    def crop(x, logits, skip):
+        size, how = skip.shape[-2:], {"up": 2, "kernel_size": 3}
+        masks = carafepp.normalize_masks(logits, size=size, **how)
+        direct = carafepp.reassemble_with_logits(x, logits, size=size, **how)
+        return masks, carafepp.reassemble(x, masks, up=2, size=size), direct
+
+    def inputs(n, h, w, height, width):
+        return torch.randn(n, 3, h, w), torch.randn(n, 36, h, w), torch.ones(n, 1, height, width)
+
+    traced = torch.jit.trace(crop, inputs(1, 4, 5, 7, 9))
+    for sizes in ((1, 4, 5, 7, 9), (2, 6, 3, 12, 5), (1, 3, 3, 6, 6)):
+        arguments = inputs(*sizes)
+        for result, expected in zip(traced(*arguments), crop(*arguments), strict=True):
+            torch.testing.assert_close(result, expected)
+
+
+@each_function
+def test_torch_fx_traces_the_functions(function, torch):
+    """Each to its operators."""
+    tensors, params = integer_problem(torch, function, CASES["crop_up"])
+    expected = call(function, tensors, params)
+    names = INPUTS[function]
+
+    class Module(torch.nn.Module):
+        def forward(self, tensors, like):
+            arguments = {name: tensors[k] for k, name in enumerate(names)}
+            more = {"size": like.shape[-2:]} if "size" in params else {}
+            return getattr(carafepp, function)(**arguments, **{**params, **more})
+
+    traced = torch.fx.symbolic_trace(Module())
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    for index in range(len(expected)):
+        assert operator(function, index) in targets
+    results = traced(tensors, expected[0])
+    assert_all_same(results if isinstance(results, tuple) else (results,), expected)
+
+
+def test_what_has_a_torch_function_is_asked(torch):
+    """Though it is no tensor."""
+
+    class Logged:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            tensors = [getattr(arg, "tensor", arg) for arg in args]
+            return function, function(*tensors, **kwargs)
+
+    (x, m), params = integer_problem(torch, "reassemble")
+    expected = carafepp.reassemble(x, m, **params)
+    for inputs in ((Logged(x), m), (x, Logged(m)), (Logged(x), Logged(m))):
+        function, result = carafepp.reassemble(*inputs, **params)
+        assert function is operator("reassemble")
+        assert_same(result, expected)
+    with pytest.raises(TypeError, match=r"\[reassemble\] features must be an array.*got Logged"):
+        carafepp.reassemble(Logged(x), m, out=expected, **params)
+
+
+# FLOPs: a multiply-add is two of them
+
+
+def test_flop_counters_know_the_operators(torch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = torch.ones(2, 4, 4, 5), torch.ones(2, 72, 4, 5)
+    names = [
+        "normalize_masks",
+        "reassemble",
+        "reassemble_with_logits",
+        *("reassemble_grad_features", "reassemble_grad_masks"),
+        *("reassemble_with_logits_grad_features", "reassemble_with_logits_grad_logits"),
+        "normalize_masks_backward",
+    ]
+    cropped, whole, weights = 2 * (2 * 4 * 7 * 9) * 9, 2 * (2 * 4 * 8 * 10) * 9, 4 * 2 * 18 * 7 * 9
+    counts = [weights, cropped, whole, cropped, cropped, whole, whole, 0]
+    with FlopCounterMode(display=False) as counter:
+        EveryOperator()(*inputs)
+    counted = counter.get_flop_counts()["Global"]
+    assert {str(key).removeprefix("carafepp."): n for key, n in counted.items()} == dict(
+        zip(names, counts, strict=True)
+    )
+
+
+def test_flop_counters_follow_gradients_and_axes(torch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, m = torch.ones(2, 4, 5, 4, requires_grad=True), torch.ones(2, 8, 10, 18, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        carafepp.reassemble(x, m, up=2, groups=2, layout="NHWC").sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 4 * 8 * 10) * 9
+
+
+def test_fvcore_counts_with_handles(torch):
+    """It calls them with values of a trace, and counts a multiply-add as one."""
+    from carafepp.torch.flops import fvcore_handles
+
+    module, inputs, _ = every_operator(torch)
+    graph = torch.jit.trace(module, inputs).inlined_graph
+    handles = fvcore_handles()
+    counts = {
+        node.kind(): handles[node.kind()](list(node.inputs()), list(node.outputs()))
+        for node in graph.nodes()
+        if node.kind() in handles
+    }
+    assert counts["carafepp::reassemble"] == (4 * 7 * 9) * 9
+    assert counts["carafepp::reassemble_with_logits_grad_logits"] == (4 * 8 * 10) * 9
+    assert set(counts) == set(handles)
+
+
 # Around the operators
+
+
+def test_modules_may_be_loaded_again(torch):
+    """As notebooks do, all of them or after they were forgotten; results stay as they are."""
+    subprocess.run([sys.executable, "-c", RELOAD], check=True, timeout=100)
+
+
+RELOAD = """
+import importlib, sys
+import torch, carafepp, carafepp.torch
+x, m = torch.ones(1, 2, 2, 2, requires_grad=True), torch.ones(1, 1, 4, 4)
+
+def check():
+    import carafepp
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        carafepp.reassemble(x, m, up=2).sum().backward()
+    assert (x.grad == 4).all() and counter.get_total_flops() == 128
+    x.grad = None
+
+check()
+names = [name for name in sys.modules if name.partition(".")[0] == "carafepp"]
+for name in [*names, *reversed(names)]:
+    importlib.reload(sys.modules[name])
+    check()
+for name in names:
+    del sys.modules[name]
+check()
+"""
+
+# Names of PyTorch that are not public, all that are used.
+PRIVATE = [
+    "torch._C._are_functorch_transforms_active",
+    "torch._C._AutoDispatchBelowAutograd",
+    "torch._functorch.autograd_function.enable_single_level_autograd_function",
+    "torch.autograd.function._SingleLevelFunction",
+    "torch.autograd.forward_ad._current_level",
+]
+
+WITHOUT_A_PRIVATE_NAME = """
+import operator, sys
+import torch, torch._functorch.autograd_function
+import carafepp, numpy
+module, _, name = sys.argv[1].rpartition(".")
+kept, kind = sys.modules[module], type(sys.modules[module])
+
+class Without(kind):
+    def __getattribute__(self, attribute):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if attribute == name and caller.startswith("carafepp"):
+            raise AttributeError(attribute)
+        return super().__getattribute__(attribute)
+
+kept.__class__ = Without
+x, m = torch.ones(1, 2, 2, 2, requires_grad=True), torch.ones(1, 1, 4, 4, requires_grad=True)
+y = carafepp.reassemble(x, m, up=2)
+(g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+g.sum().backward()
+assert (y == 1).all() and (g == 4).all() and (m.grad == 2).all()
+with torch.autocast("cpu"):
+    assert carafepp.reassemble(x, m, up=2).dtype == torch.bfloat16
+assert torch.vmap(lambda x, m: carafepp.reassemble(x, m, up=2))(x, m).shape == (1, 2, 4, 4)
+compiled = torch.compile(lambda x: (carafepp.reassemble(x, m, up=2),), backend="aot_eager")
+assert (compiled(x)[0] == 1).all()
+"""
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_nothing_but_torch_func_needs_private_names(name, torch):
+    """A later PyTorch may lack them."""
+    command = [sys.executable, "-c", WITHOUT_A_PRIVATE_NAME, name]
+    subprocess.run(command, check=True, timeout=100)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])

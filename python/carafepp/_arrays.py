@@ -59,7 +59,8 @@ class PyTorch:
                 "gradient. Call without out, or under torch.no_grad()."
             )
         forward_ad = torch.autograd.forward_ad
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
+        level = getattr(forward_ad, "_current_level", 0)  # below 0 where there are no tangents
+        if level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
             raise NotImplementedError(
                 f"[{function}] {name} must not have a tangent: the operators have no forward-mode "
                 "derivative."
@@ -72,7 +73,7 @@ class PyTorch:
         if array.is_neg():  # a sign that only PyTorch's own functions know of
             raise ValueError(f"[{function}] {name} must hold its values; call its resolve_neg().")
         try:
-            return torch._C._to_dlpack(array)
+            return torch.to_dlpack(array)
         except (RuntimeError, BufferError) as error:
             raise TypeError(
                 f"[{function}] {name} must be a dense tensor with data of its own; "
@@ -160,12 +161,50 @@ class DLPack:
 Library = type[NumPy] | type[PyTorch] | type[CuPy] | type[DLPack]
 
 
-def are_tensors(count: int, values: Iterable[Any]) -> bool:
-    """Tell whether so many of the values, and so all the arrays of a call, are PyTorch tensors."""
-    torch = sys.modules.get("torch")
-    if torch is None:
+def _class(package: str, name: str) -> type | None:
+    """Return a class of a package that somebody has imported: not half, lazily or as a mock."""
+    try:  # by object, so that no __getattr__ imports what nobody has asked for
+        cls = object.__getattribute__(sys.modules.get(package), name)
+    except AttributeError:
+        return None
+    return cls if isinstance(cls, type) else None
+
+
+def is_tensor(array: Any) -> bool:
+    """Tell whether something is a PyTorch tensor."""
+    if type(array) is np.ndarray:
         return False
-    return sum([isinstance(value, torch.Tensor) for value in values]) == count
+    tensor = _class("torch", "Tensor")
+    return tensor is not None and isinstance(array, tensor)
+
+
+def are_tensors(arrays: Iterable[Any]) -> bool:
+    """Tell whether arrays are PyTorch's: tensors, or what stands for them, as in a trace of fx."""
+    return all([type(array) is not np.ndarray and _is_for_torch(array) for array in arrays])
+
+
+def _is_for_torch(array: Any) -> bool:
+    # PyTorch 2.5 compiles the first as False.
+    return hasattr(array, "__torch_function__") or type(array).__module__.split(".")[0] == "torch"
+
+
+def check_writable(function: str, names: Iterable[str], results: Iterable[Any]) -> None:
+    """Refuse a tensor that PyTorch would not let its own functions change."""
+    if sys.modules["torch"].is_inference_mode_enabled():
+        return
+    for name, result in zip(names, results, strict=False):
+        if is_tensor(result) and result.is_inference():
+            raise RuntimeError(
+                f"[{function}] {name} must not be an inference tensor outside of "
+                "torch.inference_mode(); got one. Pass a clone of it."
+            )
+
+
+def note_changes(tensors: Iterable[Any]) -> None:
+    """Tell autograd that tensors were written, as PyTorch's own functions do."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(tensor)
 
 
 def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:
@@ -180,6 +219,8 @@ def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, A
     first = next(iter(inputs))
     library, package = _recognise(function, first, inputs[first])
     for name, array in arrays.items():
+        if type(array) is type(inputs[first]):
+            continue
         _, other_package = _recognise(function, name, array)
         if other_package != package:
             raise TypeError(
@@ -195,11 +236,10 @@ def _recognise(function: str, name: str, array: Any) -> tuple[Library, str]:
     """Return the library of one array, and the name of its package."""
     if isinstance(array, np.ndarray):
         return NumPy, "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if is_tensor(array):
         return PyTorch, "torch"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
+    cupy_array = _class("cupy", "ndarray")
+    if cupy_array is not None and isinstance(array, cupy_array):
         return CuPy, "cupy"
     cls = type(array)
     if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):

@@ -5,15 +5,18 @@ Each makes its result if none is given and hands all arrays to the core, where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from operator import index
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
+
+import numpy as np
 
 from . import _core
-from ._arrays import are_tensors, library_of
+from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
 
 
 class Array(Protocol):
@@ -26,12 +29,17 @@ class Array(Protocol):
 
 ArrayT = TypeVar("ArrayT", bound=Array)
 
+Layout = Literal["NCHW", "NHWC"]
+Normalizer = Literal["softmax", "sigmoid", "sigmoid_normalized", "none"]
+
 _NORMALIZERS = {
     "softmax": _core.SOFTMAX,
     "sigmoid": _core.SIGMOID,
     "sigmoid_normalized": _core.SIGMOID_NORMALIZED,
     "none": _core.NONE,
 }
+
+_NO_PAIRS = (Mapping, str, bytes, bytearray)  # though they have items
 
 _LAYOUTS = {"NCHW": False, "NHWC": True}
 
@@ -41,34 +49,74 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _differentiable(compute: Callable[P, R]) -> Callable[P, R]:
-    """Let PyTorch's operator of that name compute on tensors, unless `out` is given.
+# The names that the core gives to results, and those that the caller gives.
+_RESULTS = {
+    "reassemble": {"output": "out"},
+    "reassemble_backward": {"grad_features": "out[0]", "grad_masks": "out[1]"},
+    "reassemble_with_logits": {"output": "out"},
+    "reassemble_with_logits_backward": {"grad_features": "out[0]", "grad_logits": "out[1]"},
+    "normalize_masks": {"masks": "out"},
+    "normalize_masks_backward": {"grad_logits": "out"},
+}
+
+
+def _public(compute: Callable[P, R]) -> Callable[P, R]:
+    """Let PyTorch's operator of that name compute on its tensors, unless `out` is given.
 
     The operator comes back to `compute` where there is data to compute on.
     """
-    arrays = compute.__code__.co_argcount  # parameters have to be named
+    name = compute.__name__
+    arrays = compute.__code__.co_varnames[: compute.__code__.co_argcount]
 
     @wraps(compute)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("out") is None and are_tensors(arrays, (*args, *kwargs.values())):
-            from .torch import operators
+        if kwargs.get("out") is not None:
+            return _write(compute, *args, **kwargs)
+        named = arrays[len(args) :]  # those that are given by their names
+        given = (*args, *[kwargs.get(array) for array in named]) if named else args
+        if not are_tensors(given):
+            return compute(*args, **kwargs)
 
-            kwargs.pop("out", None)
-            operator: Callable[P, R] = getattr(operators, compute.__name__)
-            try:
-                return operator(*args, **kwargs)
-            except RuntimeError as error:
-                if "carafepp::" not in str(error):
-                    raise
-                # An argument that PyTorch's dispatcher refused: here is a better sentence.
-                compute(*args, **kwargs)
+        from .torch import operators
+
+        params = {**kwargs}
+        for key in (*named, "out"):
+            params.pop(key, None)
+        try:
+            result: R = operators.call(name, given, params)
+            return result
+        except RuntimeError as error:
+            if "carafepp::" not in str(error):
                 raise
-        return compute(*args, **kwargs)
+            # An argument that PyTorch's dispatcher refused: here is a better sentence.
+            compute(*args, **kwargs)
+            raise
 
     return function
 
 
-@_differentiable
+def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Compute into `out`, and speak of it by the name that the caller knows."""
+    function = compute.__name__
+    names = _RESULTS[function]
+    out: Any = kwargs["out"]
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    tensors = [result for result in results if is_tensor(result)]
+    if tensors:
+        check_writable(function, names.values(), results)
+    try:
+        computed = compute(*args, **kwargs)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        pattern = rf"(\[{function}\] |share memory with )({'|'.join(names)})\b"
+        sentence = re.sub(pattern, lambda match: match[1] + names[match[2]], str(error))
+        error.args = (sentence,)
+        raise
+    if tensors:
+        note_changes(tensors)
+    return computed
+
+
+@_public
 def reassemble(
     features: ArrayT,
     masks: ArrayT,
@@ -77,7 +125,7 @@ def reassemble(
     down: int = 1,
     groups: int = 1,
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Rescale features by a weighted sum over a window for every output pixel.
@@ -165,7 +213,7 @@ def reassemble(
     return out
 
 
-@_differentiable
+@overload
 def reassemble_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -174,7 +222,63 @@ def reassemble_backward(
     up: int = 1,
     down: int = 1,
     groups: int = 1,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_masks: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_masks: Literal[False],
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, None]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: Literal[False],
+    need_masks: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[None, ArrayT]: ...
+@overload
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
+    need_features: bool = True,
+    need_masks: bool = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT | None, ArrayT | None]: ...
+@_public
+def reassemble_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    masks: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    layout: Layout = "NCHW",
     need_features: bool = True,
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -244,7 +348,7 @@ def reassemble_backward(
     )
 
 
-@_differentiable
+@_public
 def reassemble_with_logits(
     features: ArrayT,
     logits: ArrayT,
@@ -253,9 +357,9 @@ def reassemble_with_logits(
     down: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Normalise logits to masks and reassemble features with them, in one pass.
@@ -326,7 +430,7 @@ def reassemble_with_logits(
     return out
 
 
-@_differentiable
+@overload
 def reassemble_with_logits_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -336,8 +440,72 @@ def reassemble_with_logits_backward(
     down: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
-    layout: str = "NCHW",
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_logits: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[True] = True,
+    need_logits: Literal[False],
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT, None]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: Literal[False],
+    need_logits: Literal[True] = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[None, ArrayT]: ...
+@overload
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
+    need_features: bool = True,
+    need_logits: bool = True,
+    out: tuple[ArrayT | None, ArrayT | None] | None = None,
+) -> tuple[ArrayT | None, ArrayT | None]: ...
+@_public
+def reassemble_with_logits_backward(
+    grad_output: ArrayT,
+    features: ArrayT,
+    logits: ArrayT,
+    *,
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    groups: int = 1,
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
     need_features: bool = True,
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -408,16 +576,16 @@ def reassemble_with_logits_backward(
     )
 
 
-@_differentiable
+@_public
 def normalize_masks(
     logits: ArrayT,
     *,
     up: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Return the masks that `reassemble_with_logits` uses.
@@ -474,7 +642,7 @@ def normalize_masks(
     return out
 
 
-@_differentiable
+@_public
 def normalize_masks_backward(
     grad_masks: ArrayT,
     logits: ArrayT,
@@ -482,8 +650,8 @@ def normalize_masks_backward(
     up: int = 1,
     kernel_size: int = 5,
     groups: int = 1,
-    normalizer: str = "softmax",
-    layout: str = "NCHW",
+    normalizer: Normalizer = "softmax",
+    layout: Layout = "NCHW",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Return the gradient of `normalize_masks` for logits.
@@ -568,8 +736,9 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     >>> output_size((7, 8), up=3, down=2)
     (11, 12)
     """
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise TypeError(f"[output_size] size must be a pair (H, W) of integers; got {size!r}.")
+    size = pair("output_size", size, "(H, W)")
+    if min(size) < 0:
+        raise ValueError(f"[output_size] size must not be negative; got {size}.")
     params = _params("output_size", _core.OUTPUT_SIZE, up, down, 1, "NCHW")
     _, height, width = _core.output_shape(params, (1, *size))
     return height, width
@@ -592,7 +761,7 @@ def set_num_threads(threads: int) -> None:
     ValueError
         Another number.
     """
-    count = index(threads)
+    count = integer("set_num_threads", "threads", threads)
     if not 0 <= count <= 1024:
         raise ValueError(f"[set_num_threads] threads must be from 0 to 1024; got {count}.")
     _core.set_num_threads(count)
@@ -616,9 +785,9 @@ def list_implementations(
     down: int = 1,
     kernel_size: int = 0,
     groups: int = 1,
-    normalizer: str = "softmax",
+    normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
-    layout: str = "NCHW",
+    layout: Layout = "NCHW",
     out: Any = None,
 ) -> list[tuple[str, str | None]]:
     """Return the implementations of a function for a problem, best first.
@@ -660,12 +829,13 @@ def list_implementations(
     inputs = {f"arrays[{k}]": array for k, array in enumerate(arrays)}
     backward = number in (_core.REASSEMBLE_BACKWARD, _core.REASSEMBLE_WITH_LOGITS_BACKWARD)
     given = (out or (None, None)) if backward else (out,)
-    results = {f"out[{k}]": array for k, array in enumerate(given) if array is not None}
-    library = library_of(function, {**inputs, **results}, {})
+    results = dict(zip(_RESULTS[function].values(), given, strict=True))
+    known = {name: result for name, result in results.items() if result is not None}
+    library = library_of(function, {**inputs, **known}, {})
     return _core.list_implementations(
         params,
         [library.view(function, name, array) for name, array in inputs.items()],
-        [a if a is None else library.view(function, f"out[{k}]", a) for k, a in enumerate(given)],
+        [a if a is None else library.view(function, name, a) for name, a in results.items()],
     )
 
 
@@ -693,12 +863,18 @@ def _params(
     up: int,
     down: int,
     groups: int,
-    layout: str,
+    layout: Layout,
     kernel_size: int = 0,
-    normalizer: str = "none",
+    normalizer: Normalizer = "none",
     size: tuple[int, int] | None = None,
 ) -> _core.Params:
     """Return the core's parameters; words become numbers here."""
+    if not (type(up) is type(down) is type(groups) is type(kernel_size) is int):
+        up, down = integer(function, "up", up), integer(function, "down", down)
+        groups = integer(function, "groups", groups)
+        kernel_size = integer(function, "kernel_size", kernel_size)
+    if size is not None:
+        size = pair(function, size)
     if layout not in _LAYOUTS:
         raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
     check_normalizer(function, normalizer)
@@ -714,6 +890,44 @@ def _params(
         _LAYOUTS[layout],
         _forced_implementation.get(),
     )
+
+
+def integer(function: str, name: str, value: Any) -> int:
+    """Return what is an integer by itself: not a bool, a float, a tensor or a text."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, (bool, np.bool_)) and not is_tensor(value):
+        try:
+            return index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"[{function}] {name} must be an integer; got {_shown(value)}.")
+
+
+def pair(
+    function: str,
+    size: Any,
+    names: str = "(H', W')",
+    read: Callable[[str, str, Any], int] = integer,
+) -> tuple[int, int]:
+    """Return a size as a tuple, whatever kind of sequence or array the two integers are in."""
+    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
+        return size
+    if isinstance(size, (tuple, list)) or _has_items(size):
+        try:
+            height, width = size
+            return read(function, "size", height), read(function, "size", width)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"[{function}] size must be a pair {names} of integers; got {_shown(size)}.")
+
+
+def _has_items(size: Any) -> bool:
+    return hasattr(type(size), "__getitem__") and not isinstance(size, _NO_PAIRS)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
 
 
 def check_normalizer(function: str, normalizer: str) -> None:

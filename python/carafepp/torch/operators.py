@@ -19,72 +19,75 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
 from .._arrays import PyTorch
+from .flops import (
+    count_normalize_masks,
+    count_normalize_masks_backward,
+    count_reassemble,
+    count_reassemble_backward,
+    count_reassemble_with_logits,
+    count_reassemble_with_logits_backward,
+)
+
+try:  # what public API cannot do: derivatives inside of torch.func
+    from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError:
+    _SingleLevelFunction = None
 
 Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, ...]
 
-_library = torch.library.Library("carafepp", "DEF")
+if "_library" not in globals():  # what it holds must outlive a reload
+    _library = torch.library.Library("carafepp", "FRAGMENT")
 _operators: dict[str, Any] = {}
+flop_formulas: dict[str, Callable[..., int]] = {}
 
 
 def _define(
-    schema: str,
+    name: str,
+    tensors: str,
+    params: str,
     kernel: Callable[..., Tensor],
     result: Callable[..., Tensor],
     derivative: Callable[..., Gradients],
     *,
+    flops: Callable[..., int],
     cast: bool = False,
 ) -> Any:
-    """Register an operator and return it.
+    """Register an operator and return it; when this module is reloaded, the one there is.
 
-    An operator takes tensors first and parameters by name; of these, only such as differ from
-    their default come through. ``derivative(needs, grad, *tensors, **params)`` returns a gradient
-    for each tensor that needs one. cast says that autocast has a dtype for the two tensors.
+    Parameters are positional, because AOTInductor miscounts others. PyTorch leaves out the last
+    ones that are at their default: a new one goes to the end, so that programs that were exported
+    before go on. ``derivative(needs, grad, *tensors, **params)`` returns a gradient for each
+    tensor that needs one. cast says that autocast has a dtype for the two tensors.
     """
-    name = schema.partition("(")[0]
+    names = tensors.split()
+    keys = [param.split()[1].partition("=")[0] for param in params.split(", ")]
+    count = len(names)
+
+    def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+        def named(*args: Any, **more: Any) -> Any:
+            if len(args) == count:
+                return function(*args, **more)
+            return function(*args[:count], **dict(zip(keys, args[count:], strict=False)), **more)
+
+        return named
+
+    flop_formulas[name] = by_name(flops)
+    if hasattr(torch.ops.carafepp, name):
+        operator = _operators[name] = getattr(torch.ops.carafepp, name).default
+        return operator
     # A compiler must not change strides: the result's memory format follows those of an argument.
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    _library.define(schema, tags=tags)
+    arguments = [*(f"Tensor {tensor}" for tensor in names), params]
+    _library.define(f"{name}({', '.join(arguments)}) -> Tensor", tags=tags)
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
-    names = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
-
-    def forward(ctx: Any, params: dict[str, Any], *tensors: Tensor) -> Any:
-        ctx.params = params
-        ctx.save_for_backward(*tensors)
-        if not torch._C._are_functorch_transforms_active():
-            return below(*tensors, **params)
-        with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
-            return below(*tensors, **params)
-
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        needs = ctx.needs_input_grad[1:]
-        return None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    grad_fn = name.title().replace("_", "")  # is what autograd names it by
-    # Function's apply would hand torch.func's tensors over to machinery of its own. Here the
-    # dispatcher has already come down to one level, for which its base class is enough.
-    function: Any = type(grad_fn, (_SingleLevelFunction,), methods)
-    apply = function.apply
-
-    def below(*tensors: Tensor, **params: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*tensors, **params)
-
-    def autograd(*tensors: Tensor, **params: Any) -> Any:
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-        # apply refuses forward mode, where a tangent would be lost.
-        if not differentiated and torch.autograd.forward_ad._current_level < 0:
-            return below(*tensors, **params)
-        if not torch._C._are_functorch_transforms_active():
-            return apply(params, *tensors)
-        with enable_single_level_autograd_function():
-            return apply(params, *tensors)
 
     def fake(*tensors: Tensor, **params: Any) -> Tensor:
         # The dispatcher comes here if one tensor holds no data, whatever the others do.
@@ -97,14 +100,84 @@ def _define(
                 )
         return result(*tensors, **params)
 
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    _library.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"carafepp::{name}", fake, lib=_library)
-    torch.library.register_vmap(f"carafepp::{name}", partial(_vmap, operator), lib=_library)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        result: tuple[Tensor, int] = by_name(partial(_vmap, operator, info, in_dims[:count]))(*args)
+        return result
+
+    _library.impl(name, by_name(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"carafepp::{name}", by_name(fake), lib=_library)
+    torch.library.register_vmap(f"carafepp::{name}", vmap, lib=_library)
+    if _SingleLevelFunction is None:
+        _register_autograd(name, count, keys, derivative)
+    else:
+        _library.impl(name, _autograd(operator, count, keys, derivative), "Autograd")
     if cast:
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, partial(_autocast, operator, device), f"Autocast{device}")
+        for device in ("cpu", "cuda"):
+            autocast = by_name(partial(_autocast, operator, device))
+            _library.impl(name, autocast, f"Autocast{device.upper()}")
+    register_flop_formula(getattr(torch.ops.carafepp, name))(flop_formulas[name])
     return operator
+
+
+def _autograd(
+    operator: Any, count: int, keys: list[str], derivative: Callable[..., Gradients]
+) -> Callable[..., Tensor]:
+    """Return what the dispatcher calls where a derivative may be asked for."""
+
+    def forward(ctx: Any, args: tuple[Any, ...], *tensors: Tensor) -> Any:
+        ctx.params = dict(zip(keys, args, strict=False))
+        ctx.save_for_backward(*tensors)
+        if not _are_functorch_transforms_active():
+            return below(*tensors, *args)
+        with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
+            return below(*tensors, *args)
+
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad[1:]
+        return None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    grad_fn = operator.name().rpartition(":")[2].title().replace("_", "")  # autograd's name for it
+    # Function's apply would hand torch.func's tensors over to machinery of its own. Here the
+    # dispatcher has already come down to one level, for which its base class is enough.
+    function: Any = type(grad_fn, (_SingleLevelFunction,), methods)
+    apply = function.apply
+
+    def below(*args: Any) -> Any:
+        with _AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    def autograd(*args: Any) -> Any:
+        tensors = args[:count]
+        differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+        # apply refuses forward mode, where a tangent would be lost.
+        if not differentiated and getattr(forward_ad, "_current_level", 0) < 0:
+            return below(*args)
+        if not _are_functorch_transforms_active():
+            return apply(args[count:], *tensors)
+        with enable_single_level_autograd_function():
+            return apply(args[count:], *tensors)
+
+    return autograd
+
+
+def _register_autograd(
+    name: str, count: int, keys: list[str], derivative: Callable[..., Gradients]
+) -> None:
+    """Register the derivative by public API alone, which torch.func's grad refuses."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.params = dict(zip(keys, inputs[count:], strict=True))
+
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad[:count]
+        gradients = derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
+        return *gradients, *[None for _ in keys]
+
+    torch.library.register_autograd(
+        f"carafepp::{name}", backward, setup_context=setup_context, lib=_library
+    )
 
 
 def _vmap(
@@ -128,13 +201,63 @@ def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **par
     float64 and what is no number of this kind are left alone, as by PyTorch's own operators.
     """
     if features.is_floating_point() and features.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.lower())
+        dtype = torch.get_autocast_dtype(device)
         features = features.to(dtype)
         if masks.is_floating_point() and masks.dtype != torch.float32:
             masks = masks.to(dtype)
-    key = getattr(torch._C.DispatchKey, f"Autocast{device}")
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+    torch.set_autocast_enabled(device, False)  # as torch.autocast does, but it looks for the device
+    try:
         return operator(features, masks, **params)
+    finally:
+        torch.set_autocast_enabled(device, True)
+
+
+# The arguments of a caller
+
+
+def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
+    """Call an operator, whose parameters PyTorch alone would truncate or not know of."""
+    for key, value in params.items():
+        if type(value) is not int and key in ("up", "down", "kernel_size", "groups"):
+            params[key] = _integer(name, key, value)
+    size = params.get("size")
+    if size is not None and not _stands_for_another(size):
+        size = params["size"] = ops.pair(name, size, read=_length)
+        if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
+            return _crop(name, tensors, **params)
+    return _functions[name](*tensors, **params)
+
+
+def _stands_for_another(value: Any) -> bool:
+    """Tell whether this is what a trace of torch.fx has in the place of a value."""
+    return hasattr(value, "__torch_function__") and not isinstance(value, Tensor)
+
+
+def _integer(function: str, name: str, value: Any) -> Any:
+    if type(value) is int or isinstance(value, torch.SymInt) or _stands_for_another(value):
+        return value
+    return ops.integer(function, name, value)
+
+
+def _length(function: str, name: str, value: Any) -> Any:
+    """Return an entry of a size: for torch.jit.trace the lengths of tensors are tensors."""
+    traced = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dim() == 0
+    if traced and value.dtype in (torch.int64, torch.int32):
+        return value
+    return _integer(function, name, value)
+
+
+def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -> Tensor:
+    """Crop by slicing, so that what torch.jit traces goes on with other sizes."""
+    height, width = size
+    nhwc = params.get("layout") == "NHWC"
+    if name == "reassemble":
+        features, masks = tensors
+        rows, columns = natural_size(_size(features, **params), **params)
+        missing = (0, columns - width, 0, rows - height)
+        tensors = features, F.pad(masks, (0, 0, *missing) if nhwc else missing)
+    output: Tensor = _functions[name](*tensors, **params)
+    return output[..., :height, :width, :] if nhwc else output[..., :height, :width]
 
 
 # What operators do with data.
@@ -295,62 +418,85 @@ def _normalize(
 # The operators
 
 
-_FACTORS = "*, int up=1, int down=1, int groups=1, "
-_NORMALIZER = 'int kernel_size=5, str normalizer="softmax", '
-_SIZE = "SymInt[2]? size=None, "
-_END = 'str layout="NCHW") -> Tensor'
-_BACKWARD = "(Tensor grad_output, Tensor features, Tensor "
+_UP = "int up=1"
+_FACTORS = f"{_UP}, int down=1, int groups=1"
+_NORMALIZER = 'int kernel_size=5, str normalizer="softmax"'
+_SIZE = "SymInt[2]? size=None"
+_LAYOUT = 'str layout="NCHW"'
 
 reassemble = _define(
-    f"reassemble(Tensor features, Tensor masks, {_FACTORS}{_SIZE}{_END}",
+    "reassemble",
+    "features masks",
+    f"{_FACTORS}, {_SIZE}, {_LAYOUT}",
     _forward(ops.reassemble),
     _reassembled,
     _derive_output("reassemble", "masks"),
+    flops=count_reassemble,
     cast=True,
 )
 reassemble_grad_features = _define(
-    f"reassemble_grad_features{_BACKWARD}masks, {_FACTORS}{_END}",
+    "reassemble_grad_features",
+    "grad_output features masks",
+    f"{_FACTORS}, {_LAYOUT}",
     _gradient(ops.reassemble_backward, 0, "masks"),
     _like(1),
     _derive_grad_features("reassemble", "masks"),
+    flops=count_reassemble_backward,
 )
 reassemble_grad_masks = _define(
-    f"reassemble_grad_masks{_BACKWARD}masks, {_FACTORS}{_END}",
+    "reassemble_grad_masks",
+    "grad_output features masks",
+    f"{_FACTORS}, {_LAYOUT}",
     _gradient(ops.reassemble_backward, 1, "features"),
     _like(2),
     _derive_grad_masks,
+    flops=count_reassemble_backward,
 )
 reassemble_with_logits = _define(
-    f"reassemble_with_logits(Tensor features, Tensor logits, {_FACTORS}{_NORMALIZER}{_SIZE}{_END}",
+    "reassemble_with_logits",
+    "features logits",
+    f"{_FACTORS}, {_NORMALIZER}, {_SIZE}, {_LAYOUT}",
     _forward(ops.reassemble_with_logits),
     _reassembled,
     _derive_output("reassemble_with_logits", "logits"),
+    flops=count_reassemble_with_logits,
     cast=True,
 )
 reassemble_with_logits_grad_features = _define(
-    f"reassemble_with_logits_grad_features{_BACKWARD}logits, {_FACTORS}{_NORMALIZER}{_END}",
+    "reassemble_with_logits_grad_features",
+    "grad_output features logits",
+    f"{_FACTORS}, {_NORMALIZER}, {_LAYOUT}",
     _gradient(ops.reassemble_with_logits_backward, 0, "logits"),
     _like(1),
     _derive_grad_features("reassemble_with_logits", "logits"),
+    flops=count_reassemble_with_logits_backward,
 )
 reassemble_with_logits_grad_logits = _define(
-    f"reassemble_with_logits_grad_logits{_BACKWARD}logits, {_FACTORS}{_NORMALIZER}{_END}",
+    "reassemble_with_logits_grad_logits",
+    "grad_output features logits",
+    f"{_FACTORS}, {_NORMALIZER}, {_LAYOUT}",
     _gradient(ops.reassemble_with_logits_backward, 1, "features"),
     _like(2),
     _derive_grad_logits,
+    flops=count_reassemble_with_logits_backward,
 )
 normalize_masks = _define(
-    f"normalize_masks(Tensor logits, *, int up=1, int groups=1, {_NORMALIZER}{_SIZE}{_END}",
+    "normalize_masks",
+    "logits",
+    f"{_UP}, int groups=1, {_NORMALIZER}, {_SIZE}, {_LAYOUT}",
     _forward(ops.normalize_masks),
     _normalized,
     _derive_normalize_masks,
+    flops=count_normalize_masks,
 )
 normalize_masks_backward = _define(
-    "normalize_masks_backward(Tensor grad_masks, Tensor logits, *, int up=1, int groups=1, "
-    f"{_NORMALIZER}{_END}",
+    "normalize_masks_backward",
+    "grad_masks logits",
+    f"{_UP}, int groups=1, {_NORMALIZER}, {_LAYOUT}",
     _forward(ops.normalize_masks_backward),
     _like(1),
     _derive_normalize_masks_backward,
+    flops=count_normalize_masks_backward,
 )
 
 
@@ -372,3 +518,10 @@ def reassemble_with_logits_backward(
         reassemble_with_logits_grad_features(*inputs, **params) if need_features else None,
         reassemble_with_logits_grad_logits(*inputs, **params) if need_logits else None,
     )
+
+
+_functions = {
+    **_operators,
+    "reassemble_backward": reassemble_backward,
+    "reassemble_with_logits_backward": reassemble_with_logits_backward,
+}
