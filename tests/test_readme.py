@@ -1,11 +1,16 @@
 """What the README shows runs as it stands."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import carafepp
 from cuda_libraries import connected
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -49,3 +54,19 @@ def test_cupy(require):
     assert type(names["output"]) is library.Array
     assert names["output"].shape == (2, 64, 100, 152)
     assert np.isfinite(library.read(names["output"])).all()
+
+
+def test_the_link_line_gives_a_program_that_starts(tmp_path):
+    if shutil.which("cc") is None or shutil.which("sh") is None:
+        pytest.skip("there is no C compiler, or no shell")
+    (lines,) = re.findall(r"(?:^    .*\n)*^    cc program\.c.*\n", README, re.MULTILINE)
+    (tmp_path / "program.c").write_text(
+        "#include <carafepp/carafepp.h>\n#include <stdio.h>\n"
+        "int main(void) { puts(carafepp_version()); return 0; }\n"
+    )
+    script = f'set -e\npython() {{ {sys.executable!r} "$@"; }}\n{lines}./program\n'
+    environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == carafepp.__version__, done.stderr
