@@ -15,6 +15,11 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct float2 {
+    float x, y;
+};
+constexpr float2 make_float2(float x, float y) { return {x, y}; }
+
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t {
