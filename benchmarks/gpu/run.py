@@ -23,12 +23,12 @@ from .worker import Task, sentence
 # Seconds of each step where all of them have nine minutes: on a GPU, in a rehearsal on two cores.
 STEPS = {
     "install": (30, 150),
-    "smoke": (70, 110),
-    "results": (100, 130),
-    "alone": (50, 25),
-    "sanitize": (60, 20),
-    "time": (140, 45),
-    "counters": (70, 35),
+    "smoke": (70, 60),
+    "results": (100, 220),
+    "alone": (50, 20),
+    "sanitize": (60, 15),
+    "time": (140, 30),
+    "counters": (70, 30),
     "large": (20, 5),
 }
 ENDLESS = ("time", "counters", "large")  # they use what time there is
