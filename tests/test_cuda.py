@@ -205,7 +205,7 @@ def test_torch_channels_last_in_channels_last_out(require):
 def test_out_may_not_overlap_an_input(library):
     (features, masks), params = problem("reassemble", CASES["same_size"])
     x, m = placed(library, (features, masks))
-    with pytest.raises(ValueError, match="output"):
+    with pytest.raises(ValueError, match="out must not share memory with features"):
         carafepp.reassemble(x, m, **params, out=x)
 
 
