@@ -21,7 +21,7 @@ class Part:
 
     @property
     def within(self) -> slice:
-        """Where the compared stretch lies in the seen one."""
+        """The compared stretch, counted from the begin of the seen one."""
         return slice(self.compared.start - self.seen.start, self.compared.stop - self.seen.start)
 
 

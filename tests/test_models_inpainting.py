@@ -531,7 +531,7 @@ def test_numbers_that_are_no_integers(call, argument):
 
 
 def test_a_size_beyond_the_natural_one():
-    """What is valid alone counts: equal features stay equal beyond the border."""
+    """Only valid pixels count: equal features stay equal beyond the border."""
     x, valid = torch.ones(1, 4, 5, 6), torch.ones(1, 1, 5, 6, dtype=torch.bool)
     output, valid = PartialCARAFE(4, up=2)(x, valid, size=(11, 13))
     assert valid.shape == (1, 1, 11, 13)

@@ -37,7 +37,7 @@ class Windows:
     case : Case
     source : "masks" or "logits"
     features, weights, grad_output : torch.Tensor
-        Of any device and dtype, axes N, C, H, W. Windows of them are copied to the host.
+        Axes N, C, H, W, any device and dtype. Only windows are copied to the host.
     """
 
     def __init__(self, case: Case, source: str, features: Any, weights: Any, grad_output: Any):

@@ -6,7 +6,7 @@
 
 namespace carafepp::cuda {
 
-// Whether tap t is, and whether all are. In 32 bits, which rows and columns fit: inner loops ask.
+// Tells of tap t, then of all taps, if they are inside. Inner loops ask, so it counts in 32 bits.
 template <int K>
 __device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {
     const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w);

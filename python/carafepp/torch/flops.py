@@ -1,4 +1,4 @@
-"""What FLOP counters count for the operators.
+"""The operators' FLOPs, for the counters of PyTorch and fvcore.
 
 ``torch.utils.flop_counter`` knows the formulas once the operators are there. A multiply-add counts
 as two. As in the paper, only the sums over windows count; the normaliser does only where it is an

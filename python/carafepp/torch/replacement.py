@@ -27,7 +27,7 @@ _FUNCTIONS = {
 
 
 class Replacement(NamedTuple):
-    """What became of one resampling layer, or of a module's call of a resampling function.
+    """The outcome for one resampling layer, or for a module's call of a resampling function.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Replacement(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a layer is called with."""
+    """The arguments of a layer's call."""
 
     shape: torch.Size
     device: torch.device
@@ -183,7 +183,7 @@ def _select(layers: dict[str, nn.Module], select: Any) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if name in names}
 
 
-# What the example tells
+# Facts from the example
 
 
 def _watch(
@@ -271,7 +271,7 @@ def _advice(channels: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
     return f"write CARAFE({channels}, up=..., down=...) if it has one factor"
 
 
-# What layers become
+# New layers
 
 
 class _Enlarged(CARAFE):

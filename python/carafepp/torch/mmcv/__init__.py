@@ -1,4 +1,4 @@
-"""What mmcv.ops has of CARAFE, with its names, signatures, parameters and state_dict keys.
+"""The CARAFE of mmcv.ops, with its names, signatures, parameters and state_dict keys.
 
 ``from carafepp.torch.mmcv import CARAFEPack`` in place of ``from mmcv.ops import CARAFEPack`` is
 all that a model needs: checkpoints load strictly, outputs are the same. Where a framework builds

@@ -20,8 +20,8 @@ class FPN(nn.Module):
     Parameters
     ----------
     in_channels : sequence of int
-        Of the levels, finest first; the size of each is half that of the one before, rounded up
-        or down.
+        Channels of the levels, finest first. Each level has half the size of the one before,
+        rounded up or down.
     channels : int, default 256
         Of all levels of the result.
     upsampler : str, default "carafe"
