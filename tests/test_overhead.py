@@ -77,7 +77,7 @@ def test_an_operator_costs_little_more_than_an_autograd_function(arrays, torch, 
         shown = (
             f"tiny tensors that require grad: {operator:.1f} us, in a Function {function:.1f} us"
         )
-        if operator < 2.5 * function:
+        if operator < 2 * function:
             break
         time.sleep(0.5)
     else:
