@@ -24,7 +24,7 @@ def seconds_per_call(function) -> float:
 
 
 def assert_below_limit(function):
-    """Up to twenty attempts: what counts is what a call can do, not what the machine is busy with."""
+    """Try up to twenty times: what a call can do counts, not what keeps the machine busy."""
     measured = []
     for _ in range(20):
         measured.append(seconds_per_call(function))
