@@ -17,9 +17,9 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, Case, Dtypes, double, numpy_dtype, random_arrays
-from cases.calls import FUNCTIONS
-from expected import dtypes_of_results, random_results
-from functions import names, run
+from cases.calls import FUNCTIONS, RESULTS
+from expected import dtype_of, random_result
+from functions import ISAS, LAYOUTS_OF_KERNELS, kernel_name, names, run
 from tolerances import EPS, SMALLEST, C
 
 STORED = ("float32", "float64", "float16", "bfloat16")
@@ -42,23 +42,21 @@ EXTREME_LOGITS = {
 
 
 def errors(function: str, case: Case, dtypes: Dtypes) -> Iterator[tuple[str, str, float]]:
-    """(quantity, dtype, worst error in units of eps * magnitude) of each result, of all names."""
-    expected = random_results(function, case, dtypes, "softmax")
-    stored = dtypes_of_results(function, dtypes)
-    for name in names(function):
+    """(quantity, dtype, worst error in units of eps * magnitude) of each result, of all kernels."""
+    for result, layout, isa in itertools.product(RESULTS[function], LAYOUTS_OF_KERNELS, ISAS):
+        if kernel_name(function, result, layout, isa) not in names(function):
+            continue
         try:
-            results = run(name, function, case, random_arrays(case, dtypes))
+            actual = run(function, result, layout, isa, case, random_arrays(case, dtypes))
         except pytest.skip.Exception:  # declined
             continue
-        results = results if isinstance(results, tuple) else (results,)
-        for result, (quantity, exact, magnitude), dtype in zip(
-            results, expected, stored, strict=True
-        ):
-            if quantity == "grad_logits":  # which sums products of features
-                dtype = dtypes.features
-            error = np.abs(double(result) - exact)
-            error = np.maximum(error - SMALLEST[dtype], 0)[magnitude > 0] / magnitude[magnitude > 0]
-            yield quantity, dtype, float(error.max(initial=0) / EPS[dtype])
+        quantity, exact, magnitude = random_result(function, result, case, dtypes, "softmax")
+        dtype = dtype_of(result, dtypes)
+        if quantity == "grad_logits":  # which sums products of features
+            dtype = dtypes.features
+        error = np.abs(double(actual) - exact)
+        error = np.maximum(error - SMALLEST[dtype], 0)[magnitude > 0] / magnitude[magnitude > 0]
+        yield quantity, dtype, float(error.max(initial=0) / EPS[dtype])
 
 
 def worst_errors(cases: Iterable[Case]) -> dict[tuple[str, str], float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import carafepp
-from functions import names
+import products
 
 # PyTorch's own threads wait for each other at length where several tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,31 +26,39 @@ hypothesis.settings.register_profile("long", max_examples=2_500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        default="0/1",
+        metavar="K/N",
+        help="of tests over a product (tests/products.py), run the K-th of N equal parts",
+    )
+
+
+def _part(config) -> tuple[int, int]:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    return part, parts
+
+
+def pytest_generate_tests(metafunc):
+    products.parametrize(metafunc, *_part(metafunc.config))
+
+
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("CARAFEPP_TESTS") == "eighth":
-        keep_an_eighth(config, items)
-    if config.getoption("-m"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-
-
-def keep_an_eighth(config, items):
-    """Of the tests for each implementation: all of the best instruction set, of others an eighth.
-
-    Which eighth is by name, so that it has all functions, cases and dtypes in it.
-    """
-    others = {"avx512", "avx2", "sse2"} - {names("reassemble")[0].rpartition("_")[2]}
+    """Leave what is slow or exhaustive to those who ask for it by -m."""
+    asked = config.getoption("-m")
+    part, parts = _part(config)
 
     def kept(item):
-        name = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        if name is None or name.rpartition("_")[2] not in others:
+        if item.get_closest_marker("product") or not item.get_closest_marker("exhaustive"):
             return True
-        return zlib.crc32(item.nodeid.encode()) % 8 == 0
+        return "exhaustive" in asked and zlib.crc32(item.nodeid.encode()) % parts == part
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = [item for item in items if kept(item)]
+    for item in items:
+        if item.get_closest_marker("slow") and not asked:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
 def pytest_collection_finish():

@@ -1,75 +1,88 @@
-"""What each of the six functions must return, by the definition, and how near to it."""
+"""The results of the six functions by the definition, and how near a kernel must come."""
 
 import functools
 
 import numpy as np
 
 import reference as ref
-from cases import DTYPES, Case, Dtypes, integer_arrays, random_arrays
+from cases import DTYPES, Case, Dtypes, integer_arrays, numpy_dtype, random_arrays
 from cases.calls import RESULTS
 from tolerances import assert_exact, assert_within_bound
 
 
-def _expected(function: str, case: Case, arrays, normalizer: str) -> list:
-    """(quantity, expected, magnitude of its terms) of every result."""
-    a, factors, size = arrays, case.factors, (case.h, case.w)
+def _expected(function: str, result: str, case: Case, arrays, normalizer: str) -> tuple:
+    """Return (quantity, expected, a function that gives the magnitude of its terms)."""
+    a, factors, size, k = arrays, case.factors, (case.h, case.w), case.kernel_size
     params = {"up": case.up, "groups": case.groups, "normalizer": normalizer}
+    if function == "normalize_masks_backward":
+        magnitude = functools.partial(ref.normalize_backward_magnitude, a.grad_masks, a.logits)
+        expected = ref.normalize_backward(a.grad_masks, a.logits, **params)
+        return "normalized_masks_backward", expected, functools.partial(magnitude, **params)
     masks, suffix = a.masks, ""
     if "logits" in function or function == "normalize_masks":
         masks = ref.normalize(a.logits, size=case.output_size, **params)
         suffix = "_from_logits"
     if function == "normalize_masks":
-        return [("normalized_masks", masks, np.abs(masks))]
-    if function == "normalize_masks_backward":
-        gl = ref.normalize_backward(a.grad_masks, a.logits, **params)
-        magnitude = ref.normalize_backward_magnitude(a.grad_masks, a.logits, **params)
-        return [("normalized_masks_backward", gl, magnitude)]
-    if not function.endswith("backward"):
-        y = ref.reassemble(a.features, masks, **factors)
-        return [("output" + suffix, y, ref.reassemble_magnitude(a.features, masks, **factors))]
-    gx = ref.grad_features(a.grad_output, masks, size, **factors)
-    gx_magnitude = ref.grad_features_magnitude(a.grad_output, masks, size, **factors)
-    gm = ref.grad_masks(a.grad_output, a.features, case.kernel_size, **factors)
-    gm_magnitude = ref.grad_masks_magnitude(a.grad_output, a.features, case.kernel_size, **factors)
-    for_features = ("grad_features" + suffix, gx, gx_magnitude)
-    if not suffix:
-        return [for_features, ("grad_masks", gm, gm_magnitude)]
-    gl = ref.normalize_backward(gm, a.logits, **params)
-    gl_magnitude = ref.normalize_backward_magnitude(gm_magnitude, a.logits, **params)
-    return [for_features, ("grad_logits", gl, gl_magnitude)]
+        return "normalized_masks", masks, lambda: np.abs(masks)
+    if result == "output":
+        name, inputs = "reassemble", (a.features, masks)
+    elif result == "features":
+        name, inputs = "grad_features", (a.grad_output, masks, size)
+    else:
+        name, inputs = "grad_masks", (a.grad_output, a.features, k)
+    expected = getattr(ref, name)(*inputs, **factors)
+    magnitude = functools.partial(getattr(ref, f"{name}_magnitude"), *inputs, **factors)
+    if result == "logits":
+        expected = ref.normalize_backward(expected, a.logits, **params)
+        terms = magnitude
+        return (
+            "grad_logits",
+            expected,
+            lambda: ref.normalize_backward_magnitude(terms(), a.logits, **params),
+        )
+    if result == "masks":
+        return "grad_masks", expected, magnitude
+    return {"output": "output", "features": "grad_features"}[result] + suffix, expected, magnitude
 
 
 @functools.lru_cache(maxsize=64)
-def exact_results(function: str, case: Case) -> tuple:
+def _exact(function: str, result: str, case: Case):
     """For integer_arrays of any dtypes and the normaliser none."""
-    arrays = integer_arrays(case, DTYPES[0])
-    return tuple(result for _, result, _ in _expected(function, case, arrays, "none"))
+    return _expected(function, result, case, integer_arrays(case, DTYPES[0]), "none")[1]
 
 
 @functools.lru_cache(maxsize=64)
-def random_results(function: str, case: Case, dtypes: Dtypes, normalizer: str) -> list:
-    return _expected(function, case, random_arrays(case, dtypes), normalizer)
+def random_result(
+    function: str, result: str, case: Case, dtypes: Dtypes, normalizer: str
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return (quantity, expected of random_arrays, magnitude of its terms)."""
+    arrays = random_arrays(case, dtypes)
+    quantity, expected, magnitude = _expected(function, result, case, arrays, normalizer)
+    return quantity, expected, magnitude()
 
 
-def dtypes_of_results(function: str, dtypes: Dtypes) -> list[str]:
-    of_features = ("output", "features")
-    return [dtypes.features if r in of_features else dtypes.masks for r in RESULTS[function]]
+def dtype_of(result: str, dtypes: Dtypes) -> str:
+    """Return the dtype of a result of this name."""
+    return dtypes.features if result in ("output", "features") else dtypes.masks
 
 
-def assert_exact_results(function: str, case: Case, dtypes: Dtypes, results) -> None:
-    """Check what integer_arrays and the normaliser none gave."""
-    names = dtypes_of_results(function, dtypes)
-    for result, exact, dtype in zip(results, exact_results(function, case), names, strict=True):
-        assert_exact(result, exact, dtype)
-
-
-def assert_random_results(
-    function: str, case: Case, dtypes: Dtypes, results, normalizer: str = "softmax"
+def assert_result(
+    function: str, result: str, case: Case, dtypes: Dtypes, actual, normalizer: str | None
 ) -> None:
-    """Check what random_arrays gave."""
-    expected = random_results(function, case, dtypes, normalizer)
-    names = dtypes_of_results(function, dtypes)
-    for result, (quantity, exact, magnitude), dtype in zip(results, expected, names, strict=True):
-        if quantity == "grad_logits":  # which sums products of features
-            dtype = dtypes.features
-        assert_within_bound(quantity, dtype, case.kernel_size, result, exact, magnitude)
+    """Check what integer_arrays gave, without a normaliser (None), or what random_arrays gave."""
+    dtype = dtype_of(result, dtypes)
+    assert actual.dtype == numpy_dtype(dtype)
+    if normalizer is None:
+        assert_exact(actual, _exact(function, result, case), dtype)
+        return
+    quantity, expected, magnitude = random_result(function, result, case, dtypes, normalizer)
+    assert actual.shape == expected.shape
+    if quantity == "grad_logits":  # which sums products of features
+        dtype = dtypes.features
+    assert_within_bound(quantity, dtype, case.kernel_size, actual, expected, magnitude)
+
+
+def assert_results(function: str, case: Case, dtypes: Dtypes, results, normalizer) -> None:
+    """Check all results of a function."""
+    for result, actual in zip(RESULTS[function], results, strict=True):
+        assert_result(function, result, case, dtypes, actual, normalizer)

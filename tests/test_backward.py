@@ -1,67 +1,25 @@
-"""reassemble_backward: every implementation against the definition, on every case and dtype."""
-
-import functools
+"""reassemble_backward: which gradients it returns, and how."""
 
 import numpy as np
 import pytest
 
 import carafepp
 import reference as ref
-from cases import CASES, DTYPES, FEW, integer_arrays, numpy_dtype, random_arrays
-from functions import names, run
-from tolerances import assert_exact, assert_within_bound
-
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
-all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-implementations = pytest.mark.parametrize("implementation", names("reassemble_backward"))
+from cases import CASES, DTYPES, FEW, integer_arrays, numpy_dtype
+from products import product
+from tolerances import assert_exact
 
 
-def expected_gradients(case, arrays, suffix=""):
-    """(grad_features, grad_masks) by the definition; with suffix "_magnitude" of the magnitudes."""
-    grad_features = getattr(ref, f"grad_features{suffix}")
-    grad_masks = getattr(ref, f"grad_masks{suffix}")
+def expected_gradients(case):
+    """(grad_features, grad_masks) of integer_arrays by the definition."""
+    arrays = integer_arrays(case, DTYPES[0])
     return (
-        grad_features(arrays.grad_output, arrays.masks, (case.h, case.w), **case.factors),
-        grad_masks(arrays.grad_output, arrays.features, case.kernel_size, **case.factors),
+        ref.grad_features(arrays.grad_output, arrays.masks, (case.h, case.w), **case.factors),
+        ref.grad_masks(arrays.grad_output, arrays.features, case.kernel_size, **case.factors),
     )
 
 
-@functools.cache
-def exact_gradients(case):
-    return expected_gradients(case, integer_arrays(case, DTYPES[0]))
-
-
-@implementations
-@all_dtypes
-@cases
-def test_small_integers_give_the_exact_gradients(case, dtypes, implementation):
-    gx, gm = run(implementation, "reassemble_backward", case, integer_arrays(case, dtypes))
-    expected_gx, expected_gm = exact_gradients(case)
-    assert_exact(gx, expected_gx, dtypes.features)
-    assert_exact(gm, expected_gm, dtypes.masks)
-
-
-@functools.lru_cache(maxsize=8)  # for all implementations, which are run one after the other
-def random_gradients(case, dtypes, suffix=""):
-    return expected_gradients(case, random_arrays(case, dtypes), suffix)
-
-
-@implementations
-@all_dtypes
-@cases
-def test_random_numbers_stay_within_the_rounding_bound(case, dtypes, implementation):
-    gx, gm = run(implementation, "reassemble_backward", case, random_arrays(case, dtypes))
-    expected_gx, expected_gm = random_gradients(case, dtypes)
-    magnitude_gx, magnitude_gm = random_gradients(case, dtypes, "_magnitude")
-    assert_within_bound(
-        "grad_features", dtypes.features, case.kernel_size, gx, expected_gx, magnitude_gx
-    )
-    assert_within_bound("grad_masks", dtypes.masks, case.kernel_size, gm, expected_gm, magnitude_gm)
-
-
-@all_dtypes
-@few_cases
+@product(case=FEW, turns={"dtypes": DTYPES})
 def test_gradients_are_new_c_ordered_arrays_like_their_arguments(case, dtypes):
     arrays = integer_arrays(case, dtypes)
     gx, gm = carafepp.reassemble_backward(
@@ -90,7 +48,7 @@ def test_only_the_gradients_asked_for_are_returned(need_features, need_masks):
     )
     assert isinstance(gradients, tuple)
     for gradient, needed, exact in zip(
-        gradients, (need_features, need_masks), exact_gradients(case), strict=True
+        gradients, (need_features, need_masks), expected_gradients(case), strict=True
     ):
         if needed:
             assert_exact(gradient, exact, "float32")

@@ -19,25 +19,34 @@ import numpy as np
 import pytest
 
 import carafepp
-from cases import BROADCAST_AXES, CASES, DTYPES, LAYOUTS, double, integer_arrays, random_arrays
-from cases.calls import RESULTS, arguments, call, from_layout, in_layout
-from cuda_libraries import BUILT_WITHOUT, EMULATED, LIBRARIES, connected
-from expected import assert_exact_results, assert_random_results
+from cases import (
+    BROADCAST_AXES,
+    CASES,
+    DTYPES,
+    FEW,
+    LAYOUTS,
+    double,
+    integer_arrays,
+    random_arrays,
+)
+from cases.calls import FUNCTIONS, RESULTS, arguments, call, from_layout, in_layout
+from cuda_libraries import BUILT_WITHOUT, EMULATED, connected
+from expected import assert_results
 from foreign import PretendedCUDA
-from functions import call_into, each_function, each_input
+from functions import EACH_INPUT, call_into, each_function
+from products import product
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 alone = pytest.mark.alone  # other processes' work and memory would disturb it
-SOME_CASES = ("up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up", "picture")
+SOME_CASES = ["up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up", "picture"]
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=["emulated"] if EMULATED else ["cupy", "torch"])
 def library(request, require):
     return connected(request.param, require)
 
 
-@pytest.fixture(params=["cupy", "torch"])
+@pytest.fixture(params=["cupy"] if EMULATED or BUILT_WITHOUT else ["cupy", "torch"])
 def gpu(request, require):
     """A library on a real device."""
     return connected(request.param, require)
@@ -93,30 +102,31 @@ def by(implementation, *what):
 # Results
 
 
-@each_function
-@cases
+@product(case=CASES, function=FUNCTIONS, by_default={"case": FEW} if EMULATED else {})
 def test_every_implementation_is_right_for_every_dtype(case, function, library):
     large_for_an_emulator = EMULATED and case.terms > 10**5
     all_dtypes = DTYPES[:1] if large_for_an_emulator else DTYPES
     for dtypes, layout in itertools.product(all_dtypes, ["NCHW", "NHWC"]):
-        for normalizer, arrays, check in (
-            ("none", integer_arrays(case, dtypes), assert_exact_results),
-            ("softmax", random_arrays(case, dtypes), assert_random_results),
+        for normalizer, arrays in (
+            (None, integer_arrays(case, dtypes)),
+            ("softmax", random_arrays(case, dtypes)),
         ):
-            inputs, params = arguments(function, case, arrays, normalizer)
+            inputs, params = arguments(function, case, arrays, normalizer or "none")
             on_device = placed(library, in_layout(inputs, layout))
             params["layout"] = layout
             for name in accepting(function, on_device, params):
                 with by(name, dtypes, layout, normalizer):
-                    results = read(library, call(function, on_device, params))
-                    check(function, case, dtypes, from_layout(results, layout))
+                    results = from_layout(read(library, call(function, on_device, params)), layout)
+                    assert_results(function, case, dtypes, results, normalizer)
 
 
-@pytest.mark.parametrize("normalizer", ["sigmoid", "sigmoid_normalized"])
-@pytest.mark.parametrize("function", [f for f in RESULTS if "logits" in f or "normalize" in f])
-@pytest.mark.parametrize("name", SOME_CASES)
+@product(
+    function=[f for f in FUNCTIONS if "logits" in f or "normalize" in f],
+    normalizer=["sigmoid", "sigmoid_normalized"],
+    name=SOME_CASES,
+)
 def test_every_implementation_is_right_for_the_other_normalizers(
-    name, function, normalizer, library
+    function, normalizer, name, library
 ):
     case = CASES[name]
     for dtypes in DTYPES:
@@ -125,29 +135,27 @@ def test_every_implementation_is_right_for_the_other_normalizers(
         for implementation in accepting(function, on_device, params):
             with by(implementation, dtypes):
                 results = read(library, call(function, on_device, params))
-                assert_random_results(function, case, dtypes, results, normalizer)
+                assert_results(function, case, dtypes, results, normalizer)
 
 
-@pytest.mark.parametrize("memory", LAYOUTS)
-@each_function
-def test_inputs_and_results_may_have_any_layout(function, memory, library):
+@product(function=FUNCTIONS, memory=list(LAYOUTS), turns={"name": SOME_CASES, "dtypes": DTYPES})
+def test_inputs_and_results_may_have_any_layout(function, memory, name, dtypes, library):
     if "flipped" in memory and not library.negative_strides:
         pytest.skip("PyTorch has no negative strides")
-    for name, dtypes in itertools.product(SOME_CASES, DTYPES):
-        inputs, params = problem(function, CASES[name], dtypes)
-        expected = call(function, inputs, params)
-        on_device = placed(library, inputs, memory)
+    inputs, params = problem(function, CASES[name], dtypes)
+    expected = call(function, inputs, params)
+    on_device = placed(library, inputs, memory)
+    outs = nans_like(library, expected, memory)
+    for implementation in accepting(function, on_device, {**params, "out": out_of(outs)}):
         outs = nans_like(library, expected, memory)
-        for implementation in accepting(function, on_device, {**params, "out": out_of(outs)}):
-            outs = nans_like(library, expected, memory)
-            with by(implementation, name, dtypes):
-                call_into(function, on_device, params, outs)
-                assert_equal(read(library, outs), expected)
+        with by(implementation):
+            call_into(function, on_device, params, outs)
+            assert_equal(read(library, outs), expected)
 
 
-@pytest.mark.parametrize("axes", BROADCAST_AXES.values(), ids=BROADCAST_AXES)
-@each_input
-def test_broadcast_inputs_are_read(function, index, axes, library):
+@product(which=EACH_INPUT, axes=BROADCAST_AXES)
+def test_broadcast_inputs_are_read(which, axes, library):
+    function, index = which
     inputs, params = problem(function)
     shape = inputs[index].shape
     first = inputs[index][tuple(slice(0, 1 if k in axes else None) for k in range(4))]
@@ -159,8 +167,7 @@ def test_broadcast_inputs_are_read(function, index, axes, library):
     assert_equal(results, call(function, inputs, params))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@each_function
+@product(function=FUNCTIONS, turns={"dtypes": DTYPES})
 def test_results_are_arrays_of_the_same_library_and_device(function, dtypes, library):
     inputs, params = problem(function, dtypes=dtypes)
     on_device = placed(library, inputs)

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 import carafepp
-from cases import CASES, DTYPES, FEW, integer_arrays
+from cases import CASES, DTYPES, integer_arrays
 from cases.calls import FUNCTIONS, arguments, in_layout
 from functions import each_function, layout_of, names
+from products import product
 
 
 def listed(function, case, dtypes, layout="NCHW"):
@@ -25,18 +26,9 @@ def legal(function):
     return [d for d in DTYPES if d.features == d.masks or not alone]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtypes"),
-    [
-        pytest.param(case, dtypes, id=f"{case.name}-{dtypes}")
-        for case in CASES.values()
-        for dtypes in DTYPES
-        if case in FEW or dtypes == DTYPES[0]
-    ],
-)
-@each_function
+@product(case=CASES, turns={"function": FUNCTIONS, "dtypes": DTYPES})
 def test_the_list_is_the_same_for_every_problem_and_some_reference_accepts_it(
-    function, case, dtypes
+    case, function, dtypes
 ):
     entries = listed(function, case, dtypes)
     assert [name for name, _ in entries] == names(function)

@@ -14,28 +14,16 @@ from cases import (
     integer_arrays,
     place,
 )
-from cases.calls import RESULTS, arguments, call
-from functions import call_into, each_function, each_input, each_result
+from cases.calls import FUNCTIONS, RESULTS, arguments, call
+from functions import EACH_INPUT, EACH_RESULT, call_into, each_function
+from products import product
 
-layouts = pytest.mark.parametrize("memory", LAYOUTS)
-cases = pytest.mark.parametrize(
-    "case",
-    [
-        CASES[name]
-        for name in (
-            "up2",
-            "down2",
-            "ratio_3_2",
-            "groups_2",
-            "one_pixel_up4",
-            "w17",
-            "crop_up",
-            "picture",
-        )
-    ],
-    ids=lambda case: case.name,
-)
-all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+SOME_CASES = [
+    CASES[name]
+    for name in (
+        *("up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "w17", "crop_up", "picture"),
+    )
+]
 F32 = DTYPES[0]
 
 
@@ -56,10 +44,9 @@ def nhwc(array):
 # Inputs
 
 
-@layouts
-@each_input
-@cases
-def test_any_layout_of_an_input_gives_the_same_result(case, function, index, memory):
+@product(which=EACH_INPUT, memory=list(LAYOUTS), turns={"case": SOME_CASES})
+def test_any_layout_of_an_input_gives_the_same_result(which, memory, case):
+    function, index = which
     inputs, params = problem(function, case)
     expected = call(function, inputs, params)
     inputs = list(inputs)
@@ -67,10 +54,9 @@ def test_any_layout_of_an_input_gives_the_same_result(case, function, index, mem
     assert_equal(call(function, inputs, params), expected)
 
 
-@pytest.mark.parametrize("axes", BROADCAST_AXES.values(), ids=BROADCAST_AXES)
-@each_input
-@cases
-def test_a_broadcast_input_gives_the_result_of_its_copy(case, function, index, axes):
+@product(which=EACH_INPUT, axes=BROADCAST_AXES, turns={"case": SOME_CASES})
+def test_a_broadcast_input_gives_the_result_of_its_copy(which, axes, case):
+    function, index = which
     inputs, params = problem(function, case)
     inputs = list(inputs)
     inputs[index] = broadcast(inputs[index], axes)
@@ -79,10 +65,11 @@ def test_a_broadcast_input_gives_the_result_of_its_copy(case, function, index, a
     assert_equal(result, call(function, inputs, params))
 
 
-@pytest.mark.parametrize("name", ["groups_down", "picture_down3", "k1_wide", "k31_up2"])
-@all_dtypes
-@layouts
-@each_function
+@product(
+    function=FUNCTIONS,
+    memory=list(LAYOUTS),
+    turns={"dtypes": DTYPES, "name": ["groups_down", "picture_down3", "k1_wide", "k31_up2"]},
+)
 def test_all_inputs_in_one_layout_give_the_same_result(function, memory, dtypes, name):
     case = CASES[name]
     inputs, params = problem(function, case, dtypes)
@@ -93,12 +80,9 @@ def test_all_inputs_in_one_layout_give_the_same_result(function, memory, dtypes,
 # Results
 
 
-@layouts
-@each_result
-@cases
-def test_out_of_any_layout_gets_the_result_and_nothing_else_is_touched(
-    case, function, index, memory
-):
+@product(which=EACH_RESULT, memory=list(LAYOUTS), turns={"case": SOME_CASES})
+def test_out_of_any_layout_gets_the_result_and_nothing_else_is_touched(which, memory, case):
+    function, index = which
     inputs, params = problem(function, case)
     expected = call(function, inputs, params)
     outs = [np.full_like(result, np.nan) for result in expected]
@@ -112,9 +96,7 @@ def test_out_of_any_layout_gets_the_result_and_nothing_else_is_touched(
     assert (buffer[~touched] == 12345).all()
 
 
-@all_dtypes
-@layouts
-@each_function
+@product(function=FUNCTIONS, memory=list(LAYOUTS), turns={"dtypes": DTYPES})
 def test_out_of_any_layout_and_dtype_gets_the_result(function, memory, dtypes):
     case = CASES["ratio_3_2"]
     inputs, params = problem(function, case, dtypes)
@@ -175,9 +157,8 @@ def test_inputs_may_be_the_same_array():
 # layout="NHWC" and unbatched arrays
 
 
-@each_function
-@cases
-def test_layout_nhwc_permutes_the_axes_of_every_argument_and_result(case, function):
+@product(function=FUNCTIONS, case=SOME_CASES)
+def test_layout_nhwc_permutes_the_axes_of_every_argument_and_result(function, case):
     inputs, params = problem(function, case)
     expected = call(function, inputs, params)
     results = call(function, [nhwc(a) for a in inputs], {**params, "layout": "NHWC"})
@@ -185,9 +166,8 @@ def test_layout_nhwc_permutes_the_axes_of_every_argument_and_result(case, functi
     assert all(result.flags.c_contiguous for result in results)
 
 
-@each_function
-@cases
-def test_layout_nhwc_takes_out(case, function):
+@product(function=FUNCTIONS, turns={"case": SOME_CASES})
+def test_layout_nhwc_takes_out(function, case):
     inputs, params = problem(function, case)
     expected = [nhwc(result) for result in call(function, inputs, params)]
     outs = tuple(np.full_like(result, np.nan) for result in expected)
@@ -195,10 +175,8 @@ def test_layout_nhwc_takes_out(case, function):
     assert_equal(outs, expected)
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@each_function
-@cases
-def test_unbatched_arrays_give_unbatched_results(case, function, layout):
+@product(function=FUNCTIONS, layout=["NCHW", "NHWC"], turns={"case": SOME_CASES})
+def test_unbatched_arrays_give_unbatched_results(function, layout, case):
     inputs, params = problem(function, case)
     expected = call(function, [a[:1] for a in inputs], params)
     unbatched = [a[0] for a in inputs]
@@ -228,10 +206,12 @@ def test_layout_nhwc_may_be_a_view_of_nchw_memory(function):
     assert_equal(results, [nhwc(result) for result in expected])
 
 
-@pytest.mark.parametrize("name", ["empty_batch", "zero_channels", "zero_height", "empty_crop"])
-@pytest.mark.parametrize("memory", ["contiguous", "nhwc", "fortran", "flipped", "channel_slice"])
-@each_function
-def test_empty_arrays_of_any_layout(function, memory, name):
+@product(
+    function=FUNCTIONS,
+    name=["empty_batch", "zero_channels", "zero_height", "empty_crop"],
+    turns={"memory": ["contiguous", "nhwc", "fortran", "flipped", "channel_slice"]},
+)
+def test_empty_arrays_of_any_layout(function, name, memory):
     inputs, params = problem(function, CASES[name])
     expected = call(function, inputs, params)
     outs = tuple(LAYOUTS[memory](result.shape, result.dtype)[1] for result in expected)

@@ -10,25 +10,30 @@ import carafepp
 import reference as ref
 from accuracy import EXTREME_LOGITS
 from cases import CASES, DTYPES, double, integer_arrays, integers, numpy_dtype
-from functions import names, run
+from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
+from products import product
 from tolerances import EPS, SMALLEST
 
 ALL_DTYPES = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-SOME_DTYPES = pytest.mark.parametrize(
-    "dtypes", [d for d in DTYPES if str(d) in ("f32", "f16", "bf16_f32")], ids=str
-)
-SOME_CASES = pytest.mark.parametrize(
-    "case",
-    [
-        CASES[name]
-        for name in (
-            *("up2", "down2", "same_size", "border_only", "groups_2", "ratio_3_2"),
-            *("skips_features", "w17", "c33"),
-        )
-    ],
-    ids=lambda case: case.name,
-)
-SPECIAL = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+SOME_DTYPES = [dtypes for dtypes in DTYPES if str(dtypes) in ("f32", "f16", "bf16_f32")]
+SOME_CASES = [
+    CASES[name]
+    for name in (
+        *("up2", "down2", "same_size", "border_only", "groups_2", "ratio_3_2"),
+        *("skips_features", "w17", "c33"),
+    )
+]
+SPECIAL = [np.nan, np.inf, -np.inf]
+
+
+def each_kernel(function, result, **turns):
+    return product(
+        case=SOME_CASES,
+        layout=LAYOUTS_OF_KERNELS,
+        isa=ISAS,
+        turns={"value": SPECIAL, "dtypes": SOME_DTYPES, **turns},
+        valid=takes(function, result),
+    )
 
 
 def with_special_values(array, value, rng, count=2):
@@ -50,43 +55,44 @@ def assert_same_values(actual, expected):
 # A special value reaches exactly the elements whose formula it enters
 
 
-@pytest.mark.parametrize("implementation", names("reassemble"))
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
-def test_a_special_feature_stays_inside_its_windows(case, dtypes, value, implementation, rng):
+@each_kernel("reassemble", "output")
+def test_a_special_feature_stays_inside_its_windows(case, layout, isa, value, dtypes, rng):
     arrays = integer_arrays(case, dtypes)
     arrays = changed(arrays, features=with_special_values(arrays.features, value, rng))
     expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
-    assert_same_values(run(implementation, "reassemble", case, arrays), expected)
+    assert_same_values(run("reassemble", "output", layout, isa, case, arrays), expected)
 
 
-@pytest.mark.parametrize("implementation", names("reassemble"))
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
-def test_a_special_mask_stays_at_its_output(case, dtypes, value, implementation, rng):
+@each_kernel("reassemble", "output")
+def test_a_special_mask_stays_at_its_output(case, layout, isa, value, dtypes, rng):
     arrays = integer_arrays(case, dtypes)
     arrays = changed(arrays, masks=with_special_values(arrays.masks, value, rng))
     expected = ref.reassemble(arrays.features, arrays.masks, **case.factors)
-    assert_same_values(run(implementation, "reassemble", case, arrays), expected)
+    assert_same_values(run("reassemble", "output", layout, isa, case, arrays), expected)
 
 
-@pytest.mark.parametrize("implementation", names("reassemble_backward"))
-@pytest.mark.parametrize("where", ["grad_output", "features", "masks"])
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
-def test_special_values_reach_the_gradients_by_the_formula(
-    case, dtypes, value, where, implementation, rng
+@each_kernel("reassemble_backward", "features", where=["grad_output", "masks"])
+def test_special_values_reach_grad_features_by_the_formula(
+    case, layout, isa, value, dtypes, where, rng
 ):
     arrays = integer_arrays(case, dtypes)
     arrays = changed(arrays, **{where: with_special_values(getattr(arrays, where), value, rng)})
-    gx = ref.grad_features(arrays.grad_output, arrays.masks, (case.h, case.w), **case.factors)
-    gm = ref.grad_masks(arrays.grad_output, arrays.features, case.kernel_size, **case.factors)
-    actual_gx, actual_gm = run(implementation, "reassemble_backward", case, arrays)
-    assert_same_values(actual_gx, gx)
-    assert_same_values(actual_gm, gm)
+    size = (case.h, case.w)
+    expected = ref.grad_features(arrays.grad_output, arrays.masks, size, **case.factors)
+    actual = run("reassemble_backward", "features", layout, isa, case, arrays)
+    assert_same_values(actual, expected)
+
+
+@each_kernel("reassemble_backward", "masks", where=["grad_output", "features"])
+def test_special_values_reach_grad_masks_by_the_formula(
+    case, layout, isa, value, dtypes, where, rng
+):
+    arrays = integer_arrays(case, dtypes)
+    arrays = changed(arrays, **{where: with_special_values(getattr(arrays, where), value, rng)})
+    k = case.kernel_size
+    expected = ref.grad_masks(arrays.grad_output, arrays.features, k, **case.factors)
+    actual = run("reassemble_backward", "masks", layout, isa, case, arrays)
+    assert_same_values(actual, expected)
 
 
 # Taps outside the border contribute exactly 0
@@ -98,46 +104,40 @@ def taps_outside(case):
     return ref.grad_masks(*ones, case.kernel_size, **case.factors) == 0
 
 
-@pytest.mark.parametrize("implementation", names("reassemble"))
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
-def test_special_masks_outside_the_border_do_nothing(case, dtypes, value, implementation):
-    arrays = integer_arrays(case, dtypes)
+def with_masks_outside(arrays, case, value):
     masks = arrays.masks.copy()
     masks[taps_outside(case)] = value
-    output = run(implementation, "reassemble", case, changed(arrays, masks=masks))
+    return changed(arrays, masks=masks)
+
+
+@each_kernel("reassemble", "output")
+def test_special_masks_outside_the_border_do_nothing(case, layout, isa, value, dtypes):
+    arrays = integer_arrays(case, dtypes)
+    special = with_masks_outside(arrays, case, value)
+    output = run("reassemble", "output", layout, isa, case, special)
     assert_same_values(output, ref.reassemble(arrays.features, arrays.masks, **case.factors))
 
 
-@pytest.mark.parametrize("implementation", names("reassemble_backward"))
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
+@each_kernel("reassemble_backward", "masks")
 def test_masks_outside_the_border_get_exactly_zero_even_of_special_gradients(
-    case, dtypes, value, implementation
+    case, layout, isa, value, dtypes
 ):
-    arrays, outside = integer_arrays(case, dtypes), taps_outside(case)
-    masks = arrays.masks.copy()
-    masks[outside] = value
+    outside = taps_outside(case)
     grad_output = np.full(case.output_shape, value, numpy_dtype(dtypes.features))
-    arrays = changed(arrays, masks=masks, grad_output=grad_output)
-    _, gm = run(implementation, "reassemble_backward", case, arrays)
+    arrays = with_masks_outside(integer_arrays(case, dtypes), case, value)
+    arrays = changed(arrays, grad_output=grad_output)
+    gm = run("reassemble_backward", "masks", layout, isa, case, arrays)
     assert outside.any()
     assert not gm[outside].any()
 
 
-@pytest.mark.parametrize("implementation", names("reassemble_backward"))
-@SPECIAL
-@SOME_DTYPES
-@SOME_CASES
+@each_kernel("reassemble_backward", "features")
 def test_features_get_nothing_from_special_masks_outside_the_border(
-    case, dtypes, value, implementation
+    case, layout, isa, value, dtypes
 ):
     arrays = integer_arrays(case, dtypes)
-    masks = arrays.masks.copy()
-    masks[taps_outside(case)] = value
-    gx, _ = run(implementation, "reassemble_backward", case, changed(arrays, masks=masks))
+    special = with_masks_outside(arrays, case, value)
+    gx = run("reassemble_backward", "features", layout, isa, case, special)
     size = (case.h, case.w)
     assert_same_values(
         gx, ref.grad_features(arrays.grad_output, arrays.masks, size, **case.factors)
@@ -238,11 +238,11 @@ def test_results_below_the_normal_range_are_denormal(dtypes):
 # Extreme logits
 
 
-extreme_logits = pytest.mark.parametrize(
-    "logits", [np.array(v).reshape(1, 9, 1, 1) for v in EXTREME_LOGITS.values()], ids=EXTREME_LOGITS
+extreme_logits = product(
+    logits={name: np.array(v).reshape(1, 9, 1, 1) for name, v in EXTREME_LOGITS.items()},
+    normalizer=ref.NORMALIZERS,
+    turns={"dtype": ["float32", "float64", "float16", "bfloat16"]},
 )
-normalizers = pytest.mark.parametrize("normalizer", ref.NORMALIZERS)
-mask_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 
 
 def rounded(values, dtype):
@@ -250,23 +250,17 @@ def rounded(values, dtype):
         return values.astype(numpy_dtype(dtype))
 
 
-@pytest.mark.parametrize("implementation", names("normalize_masks"))
 @extreme_logits
-@normalizers
-@mask_dtypes
-def test_extreme_logits_are_normalized_as_by_torch(dtype, normalizer, logits, implementation):
+def test_extreme_logits_are_normalized_as_by_torch(logits, normalizer, dtype):
     """All -inf: NaN; one +inf: NaN; +-1e30: 1 and 0. (The definition is tested against torch.)"""
     logits = rounded(logits, dtype)
-    del implementation
     masks = carafepp.normalize_masks(logits, kernel_size=3, normalizer=normalizer)
     expected = ref.normalize(logits, normalizer=normalizer)
     np.testing.assert_allclose(double(masks), expected, rtol=16 * EPS[dtype], atol=SMALLEST[dtype])
 
 
 @extreme_logits
-@normalizers
-@mask_dtypes
-def test_extreme_logits_in_the_backward_follow_the_formula(dtype, normalizer, logits, rng):
+def test_extreme_logits_in_the_backward_follow_the_formula(logits, normalizer, dtype, rng):
     logits = rounded(logits, dtype)
     gm = integers(rng, logits.shape, 4, dtype)
     gl = carafepp.normalize_masks_backward(gm, logits, kernel_size=3, normalizer=normalizer)
@@ -276,9 +270,7 @@ def test_extreme_logits_in_the_backward_follow_the_formula(dtype, normalizer, lo
 
 
 @extreme_logits
-@normalizers
-@mask_dtypes
-def test_extreme_logits_in_the_fused_forward_follow_the_formula(dtype, normalizer, logits):
+def test_extreme_logits_in_the_fused_forward_follow_the_formula(logits, normalizer, dtype):
     """A single pixel: of the nine taps only the centre is inside the map."""
     logits = rounded(logits, dtype)
     output = carafepp.reassemble_with_logits(
@@ -307,8 +299,7 @@ def test_pixels_with_nan_masks_do_not_touch_their_neighbours(normalizer, rng):
 # Garbage in the result's memory
 
 
-@SOME_DTYPES
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@product(case=CASES, turns={"dtypes": SOME_DTYPES})
 def test_every_element_of_a_result_is_written(case, dtypes):
     arrays = integer_arrays(case, dtypes)
     out = np.full(case.output_shape, np.nan, numpy_dtype(dtypes.features))
@@ -329,11 +320,15 @@ def test_every_element_of_a_result_is_written(case, dtypes):
 # The state of the processor
 
 
-@pytest.mark.parametrize("implementation", names("reassemble"))
-def test_long_doubles_are_what_they_were(implementation):
+@product(
+    layout=LAYOUTS_OF_KERNELS,
+    isa=ISAS,
+    valid=lambda *kernel: takes("reassemble", "output")(CASES["crop_up"], *kernel),
+)
+def test_long_doubles_are_what_they_were(layout, isa):
     """They share registers with MMX instructions, which must not be left in them; so does fmod."""
     case = CASES["crop_up"]
-    run(implementation, "reassemble", case, integer_arrays(case, DTYPES[1]))
+    run("reassemble", "output", layout, isa, case, integer_arrays(case, DTYPES[1]))
     assert np.longdouble(1) + np.longdouble(2) == 3
 
 

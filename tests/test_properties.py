@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import carafepp
-from cases import CASES, DTYPES, double, integer_arrays, integers, random_arrays
+from cases import CASES, DTYPES, FEW, double, integer_arrays, integers, random_arrays
+from products import product
 
 F32, F64 = DTYPES[:2]
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+cases = product(case=CASES, by_default={"case": FEW})
 
 
 def inner(a, b) -> float:
@@ -94,8 +95,7 @@ def test_second_derivatives_are_the_same_functions(case, rng):
     assert inner(u, gm) == inner(a.grad_output, forward(case, a.features, u))
 
 
-@pytest.mark.parametrize("dtypes", [F32, DTYPES[2]], ids=str)
-@cases
+@product(case=CASES, by_default={"case": FEW}, turns={"dtypes": [F32, DTYPES[2]]})
 def test_a_crop_is_the_corner_of_the_whole(case, dtypes, rng):
     a = integer_arrays(case, dtypes)
     shape = (*case.masks_shape[:2], *case.natural_size)

@@ -12,19 +12,13 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, Case, random_arrays
-from cases.calls import FUNCTIONS, arguments, call
-from functions import each_function, forced, names
+from cases.calls import FUNCTIONS, arguments, call, in_layout
+from functions import each_function, forced, layout_of, names
+from products import product
 
 LARGE = Case("large", "several tiles for each of 7 threads", 2, 24, 31, 29, up=2, kernel_size=5)
 LARGE_DOWN = Case("large_down", "the same, downsampling", 3, 16, 61, 57, down=2, groups=2)
 FEW_ROWS = Case("few_rows", "fewer rows than threads", 1, 64, 2, 200, up=2, kernel_size=5)
-
-functions_and_implementations = pytest.mark.parametrize(
-    ("function", "implementation"), [(f, name) for f in FUNCTIONS for name in names(f)]
-)
-large_cases = pytest.mark.parametrize(
-    "case", [LARGE, LARGE_DOWN, FEW_ROWS, CASES["ratio_3_2"]], ids=lambda case: case.name
-)
 
 
 @pytest.fixture
@@ -38,13 +32,18 @@ def bits(results):
     return [np.ascontiguousarray(result).tobytes() for result in results]
 
 
-@functions_and_implementations
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
-@large_cases
-def test_any_number_of_threads_gives_the_same_bits(
-    case, dtypes, function, implementation, num_threads
-):
+@product(
+    kernel={f"{f}-{name}": (f, name) for f in FUNCTIONS for name in names(f)},
+    turns={
+        "case": [LARGE, LARGE_DOWN, FEW_ROWS, CASES["ratio_3_2"]],
+        "dtypes": [DTYPES[0], DTYPES[2]],
+    },
+)
+def test_any_number_of_threads_gives_the_same_bits(kernel, case, dtypes, num_threads):
+    function, implementation = kernel
+    layout = layout_of(implementation)
     inputs, params = arguments(function, case, random_arrays(case, dtypes))
+    inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
     with forced(implementation, function, inputs, params):
         num_threads(1)
         expected = bits(call(function, inputs, params))

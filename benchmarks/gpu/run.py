@@ -160,7 +160,6 @@ class Run:
 
     def _plain_environment(self) -> dict[str, str]:
         found = {key: text for key, text in os.environ.items() if not key.startswith("PYTEST_")}
-        found.pop("CARAFEPP_TESTS", None)
         found["PYTHONUNBUFFERED"] = "1"
         _put_first(found, self.site)
         if self.options.rehearse:

@@ -8,6 +8,7 @@ nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cu
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
+With --built it reads the objects of a build instead, in which CMake has refused spills.
 With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
 nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have no nvcc, no
 front end and no nv/target: those of NVCC read the sources.
@@ -107,6 +108,11 @@ KERNEL = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
+)
+
+
+BUILT_KERNEL = re.compile(
+    r"Function (?P<name>\w+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<local>\d+)"
 )
 
 
@@ -213,6 +219,34 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return done
 
 
+def code_by_name(sass: str) -> dict[str, str]:
+    """Return the instructions of each kernel."""
+    parts = re.split(r"Function : (\w+)", sass)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> list[Kernel]:
+    """Return the kernels of a source from its object in a folder of CMake."""
+    objects = list(built.glob(f"CMakeFiles/carafepp.dir/**/{source.name}.o"))
+    if not objects:
+        sys.exit(f"{built} has no object of {source.name}")
+    command = [cuobjdump, "-arch", f"sm_{architecture}", "-res-usage", "-sass", str(objects[0])]
+    said = run(*command).stdout
+    code = code_by_name(said)
+    return [
+        Kernel(
+            source.name,
+            kernel["name"],
+            f"sm_{architecture}",
+            int(kernel["registers"]),
+            int(kernel["stack"]),
+            int(kernel["local"]),
+            code[kernel["name"]],
+        )
+        for kernel in BUILT_KERNEL.finditer(said)
+    ]
+
+
 def compile_one(
     nvcc: str, cuobjdump: str | None, cuda12: Path | None, source: Path, architecture: str
 ) -> list[Kernel]:
@@ -230,8 +264,7 @@ def compile_one(
             ptxas = [f"{cuda12}/cuda_nvcc/bin/ptxas", "-v", f"-arch=sm_{architecture}"]
             said = run(*ptxas, "-o", cubin, str(ptx)).stderr
         sass = run(cuobjdump, "-sass", cubin).stdout if cuobjdump else ""
-    parts = re.split(r"Function : (\w+)", sass)
-    code = dict(zip(parts[1::2], parts[2::2], strict=True))
+    code = code_by_name(sass)
     return [
         Kernel(
             source.name,
@@ -262,14 +295,20 @@ def main() -> None:
     parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"))
     parser.add_argument("--cuda12", type=Path)
     parser.add_argument("--architectures", default="75,80,90,100,120")
+    parser.add_argument("--built", type=Path)
     asked = parser.parse_args()
-    if asked.nvcc is None:
+    if asked.built is None and asked.nvcc is None:
         sys.exit("nvcc was not found")
+    if asked.built is not None and asked.cuobjdump is None:
+        sys.exit("cuobjdump was not found, which reads the objects of a build")
     sources = sorted((ROOT / "core/src/cuda").glob("*.cu"))
     jobs = list(product(sources, asked.architectures.split(",")))
     with ThreadPoolExecutor() as pool:
-        tools = asked.nvcc, asked.cuobjdump, asked.cuda12
-        results = pool.map(lambda job: compile_one(*tools, *job), jobs)
+        if asked.built is not None:
+            results = pool.map(lambda job: read_built(asked.cuobjdump, asked.built, *job), jobs)
+        else:
+            tools = asked.nvcc, asked.cuobjdump, asked.cuda12
+            results = pool.map(lambda job: compile_one(*tools, *job), jobs)
         kernels = [kernel for result in results for kernel in result]
     wrong = 0
     for kernel in kernels:

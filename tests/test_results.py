@@ -1,0 +1,76 @@
+"""Each result of each kernel of the CPU against the definition: cases, dtypes, normalizers.
+
+Integers give exact results, without a normalizer (None); random numbers stay within the bound of
+tolerances.py.
+"""
+
+import pytest
+
+from cases import CASES, DTYPES, Case, Dtypes, integer_arrays, random_arrays
+from expected import assert_result
+from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
+from products import product
+from reference import NORMALIZERS
+
+MASKS = {"masks-exact": ("", None), "masks-random": ("", "none")}
+LOGITS = {"logits-exact": ("_with_logits", None)} | {
+    f"logits-{normalizer}": ("_with_logits", normalizer) for normalizer in NORMALIZERS
+}
+
+
+def check(
+    function: str,
+    result: str,
+    layout: str,
+    isa: str,
+    case: Case,
+    dtypes: Dtypes,
+    normalizer: str | None,
+) -> None:
+    arrays = (integer_arrays if normalizer is None else random_arrays)(case, dtypes)
+    actual = run(function, result, layout, isa, case, arrays, normalizer or "none")
+    assert_result(function, result, case, dtypes, actual, normalizer)
+
+
+def each_kernel(function, result):
+    return product(
+        case=CASES,
+        layout=LAYOUTS_OF_KERNELS,
+        isa=ISAS,
+        turns={"dtypes": DTYPES, "given": MASKS | LOGITS},
+        valid=takes(function, result),
+    )
+
+
+@each_kernel("reassemble", "output")
+def test_output(case, layout, isa, dtypes, given):
+    source, normalizer = given
+    check(f"reassemble{source}", "output", layout, isa, case, dtypes, normalizer)
+
+
+@each_kernel("reassemble_backward", "features")
+def test_grad_features(case, layout, isa, dtypes, given):
+    source, normalizer = given
+    check(f"reassemble{source}_backward", "features", layout, isa, case, dtypes, normalizer)
+
+
+@each_kernel("reassemble_backward", "masks")
+def test_grad_masks_and_logits(case, layout, isa, dtypes, given):
+    source, normalizer = given
+    result = "logits" if source else "masks"
+    check(f"reassemble{source}_backward", result, layout, isa, case, dtypes, normalizer)
+
+
+@pytest.mark.parametrize(
+    ("function", "result"), [("normalize_masks", "masks"), ("normalize_masks_backward", "logits")]
+)
+@product(
+    case=CASES,
+    turns={
+        "isa": ISAS,
+        "dtypes": [dtypes for dtypes in DTYPES if dtypes.features == dtypes.masks],
+        "normalizer": {"exact": None} | {name: name for name in NORMALIZERS},
+    },
+)
+def test_normalized_masks_and_their_gradient(case, isa, dtypes, normalizer, function, result):
+    check(function, result, "any", isa, case, dtypes, normalizer)
