@@ -41,7 +41,7 @@ def files(torch, tmp_path_factory):
     paths = {key: folder / name for key, name in [("json", "a"), ("markdown", "b"), ("plot", "c")]}
     options = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
     peers = ["--peers", "bmm,nearest"]
-    done = run("-m", "benchmarks", "--quick", *TINY, *peers, "--seconds", "0.2", *options)
+    done = run("-m", "benchmarks", "--quick", *TINY, *peers, "--seconds", "0.05", *options)
     assert done.returncode == 0, done.stderr
     return {**paths, "printed": done.stdout}
 
@@ -101,6 +101,7 @@ def test_the_picture_is_a_png(files):
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_answer_is_shown_and_not_timed(torch, tmp_path):
     path = tmp_path / "rows.json"
     peers = ["--peers", "bmm,unfold", "--pass", "forward", "--from", "masks"]
@@ -122,10 +123,11 @@ def test_an_unknown_case_is_refused():
 # Modules
 
 
+@pytest.mark.exhaustive
 def test_modules_are_compared(torch, tmp_path):
     files = {"--json": tmp_path / "modules.json", "--markdown": tmp_path / "modules.md"}
     options = [word for option, path in files.items() for word in (option, str(path))]
-    options += ["--cases", "tiny", "--seconds", "0.2", "--eager", "--layout", "NHWC"]
+    options += ["--cases", "tiny", "--seconds", "0.05", "--eager", "--layout", "NHWC"]
     done = run("-m", "benchmarks.modules", *options)
     assert done.returncode == 0, done.stderr
     assert "### tiny: up x2, (1, 16, 8, 8), NHWC, float32, 1 thread" in done.stdout
@@ -159,6 +161,7 @@ def test_a_module_takes_half_the_memory_of_a_composed_one(torch):
 # Networks
 
 
+@pytest.mark.exhaustive
 def test_networks_are_compared(torch, tmp_path):
     files = {"--json": tmp_path / "networks.json", "--markdown": tmp_path / "networks.md"}
     options = [word for option, path in files.items() for word in (option, str(path))]

@@ -411,6 +411,7 @@ def test_what_is_missing_is_told(monkeypatch, capsys):
     assert 'pip install "carafepp[experiments]"' in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_threads(tmp_path):
     assert run("places", "--seeds", 1, "--threads", 2, "--out", tmp_path) == 0
     assert (torch.get_num_threads(), carafepp.get_num_threads()) == (2, 2)
@@ -483,6 +484,7 @@ def test_rows_come_seed_by_seed(tmp_path, monkeypatch):
 # Figures
 
 
+@pytest.mark.exhaustive
 def test_figures_are_drawn_from_networks_that_are_trained_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "LOCATIONS", figures.LOCATIONS[:2])
     monkeypatch.setattr(figures, "COARSE_LOCATIONS", figures.COARSE_LOCATIONS[2:3] * 2)

@@ -142,6 +142,7 @@ def test_the_discriminator_changes_what_is_learnt(network):
     assert not torch.equal(weights(with_), weights(without))
 
 
+@pytest.mark.exhaustive
 @networks
 @pytest.mark.parametrize("names", [{}, dict(downsampler="carafe", upsampler="carafe")], ids=str)
 def test_training_lowers_the_loss(network, names, monkeypatch):

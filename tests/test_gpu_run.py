@@ -144,6 +144,7 @@ def test_a_killed_run_keeps_every_line_and_goes_on(runner, tmp_path):
     assert len(ended) == len(items)
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_ends_its_process_costs_one_line(runner, tmp_path):
     (tmp_path / "test_crash.py").write_text(
         "import os\nimport pytest\n"
