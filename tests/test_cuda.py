@@ -138,8 +138,11 @@ def test_every_implementation_is_right_for_the_other_normalizers(
                 assert_results(function, case, dtypes, results, normalizer)
 
 
-@product(function=FUNCTIONS, memory=list(LAYOUTS), turns={"name": SOME_CASES, "dtypes": DTYPES})
-def test_inputs_and_results_may_have_any_layout(function, memory, name, dtypes, library):
+@product(
+    memory=list(LAYOUTS),
+    turns={"function": FUNCTIONS, "name": SOME_CASES, "dtypes": DTYPES},
+)
+def test_inputs_and_results_may_have_any_layout(memory, function, name, dtypes, library):
     if "flipped" in memory and not library.negative_strides:
         pytest.skip("PyTorch has no negative strides")
     inputs, params = problem(function, CASES[name], dtypes)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import carafepp
-from cases import CASES, DTYPES, integer_arrays
+from cases import CASES, DTYPES, FEW, integer_arrays
 from cases.calls import FUNCTIONS, arguments, in_layout
 from functions import each_function, layout_of, names
 from products import product
@@ -26,7 +26,7 @@ def legal(function):
     return [d for d in DTYPES if d.features == d.masks or not alone]
 
 
-@product(case=CASES, turns={"function": FUNCTIONS, "dtypes": DTYPES})
+@product(case=CASES, by_default={"case": FEW}, turns={"function": FUNCTIONS, "dtypes": DTYPES})
 def test_the_list_is_the_same_for_every_problem_and_some_reference_accepts_it(
     case, function, dtypes
 ):

@@ -9,7 +9,7 @@ import accuracy
 import carafepp
 import reference as ref
 from accuracy import EXTREME_LOGITS
-from cases import CASES, DTYPES, double, integer_arrays, integers, numpy_dtype
+from cases import CASES, DTYPES, FEW, double, integer_arrays, integers, numpy_dtype
 from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
 from products import product
 from tolerances import EPS, SMALLEST
@@ -240,8 +240,10 @@ def test_results_below_the_normal_range_are_denormal(dtypes):
 
 extreme_logits = product(
     logits={name: np.array(v).reshape(1, 9, 1, 1) for name, v in EXTREME_LOGITS.items()},
-    normalizer=ref.NORMALIZERS,
-    turns={"dtype": ["float32", "float64", "float16", "bfloat16"]},
+    turns={
+        "normalizer": ref.NORMALIZERS,
+        "dtype": ["float32", "float64", "float16", "bfloat16"],
+    },
 )
 
 
@@ -299,7 +301,7 @@ def test_pixels_with_nan_masks_do_not_touch_their_neighbours(normalizer, rng):
 # Garbage in the result's memory
 
 
-@product(case=CASES, turns={"dtypes": SOME_DTYPES})
+@product(case=CASES, by_default={"case": FEW}, turns={"dtypes": SOME_DTYPES})
 def test_every_element_of_a_result_is_written(case, dtypes):
     arrays = integer_arrays(case, dtypes)
     out = np.full(case.output_shape, np.nan, numpy_dtype(dtypes.features))

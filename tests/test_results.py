@@ -4,8 +4,6 @@ Integers give exact results, without a normalizer (None); random numbers stay wi
 tolerances.py.
 """
 
-import pytest
-
 from cases import CASES, DTYPES, Case, Dtypes, integer_arrays, random_arrays
 from expected import assert_result
 from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
@@ -61,16 +59,17 @@ def test_grad_masks_and_logits(case, layout, isa, dtypes, given):
     check(f"reassemble{source}_backward", result, layout, isa, case, dtypes, normalizer)
 
 
-@pytest.mark.parametrize(
-    ("function", "result"), [("normalize_masks", "masks"), ("normalize_masks_backward", "logits")]
-)
 @product(
     case=CASES,
     turns={
+        "which": {
+            "masks": ("normalize_masks", "masks"),
+            "logits": ("normalize_masks_backward", "logits"),
+        },
         "isa": ISAS,
         "dtypes": [dtypes for dtypes in DTYPES if dtypes.features == dtypes.masks],
         "normalizer": {"exact": None} | {name: name for name in NORMALIZERS},
     },
 )
-def test_normalized_masks_and_their_gradient(case, isa, dtypes, normalizer, function, result):
-    check(function, result, "any", isa, case, dtypes, normalizer)
+def test_normalized_masks_and_their_gradient(case, which, isa, dtypes, normalizer):
+    check(*which, "any", isa, case, dtypes, normalizer)
