@@ -286,7 +286,7 @@ def a_distributed_module_trains_on_shards_of_the_batch(mesh):
 
     from carafepp.torch import CARAFE
 
-    # PyTorch before 2.13 computes convolutions larger than 1x1 wrongly on a sharded batch.
+    # PyTorch 2.9 computes convolutions larger than 1x1 wrongly on a sharded batch.
     network = CARAFE(8, up=2, groups=2, encoder_kernel_size=1).double()
     distributed = distribute_module(copy.deepcopy(network), mesh)
     x = torch.randn(4, 8, 5, 6).double()
