@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
 from .._arrays import PyTorch
+from . import dtensor
 from .flops import (
     count_normalize_masks,
     count_normalize_masks_backward,
@@ -47,6 +48,7 @@ if "_library" not in globals():  # what it holds must outlive a reload
     _library = torch.library.Library("carafepp", "FRAGMENT")
 _operators: dict[str, Any] = {}
 flop_formulas: dict[str, Callable[..., int]] = {}
+_on_shards: dict[str, Callable[..., Tensor]] = {}
 
 
 def _define(
@@ -116,6 +118,7 @@ def _define(
             autocast = by_name(partial(_autocast, operator, device))
             _library.impl(name, autocast, f"Autocast{device.upper()}")
     register_flop_formula(getattr(torch.ops.carafepp, name))(flop_formulas[name])
+    _on_shards[name] = by_name(partial(dtensor.compute_on_shards, operator, result, name, names))
     return operator
 
 
@@ -498,6 +501,9 @@ normalize_masks_backward = _define(
     _derive_normalize_masks_backward,
     flops=count_normalize_masks_backward,
 )
+
+if _on_shards:
+    dtensor.register(_on_shards, _library)
 
 
 def reassemble_backward(
