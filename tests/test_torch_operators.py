@@ -528,13 +528,17 @@ def test_an_empty_size_is_a_size(torch):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_tensors_are_no_integers(requires_grad, torch):
-    """Nor in a size: but where PyTorch traces, see below."""
+    """Nor in a size, but where PyTorch traces; a tensor of two integers is a size."""
     x, m = torch.ones(1, 3, 4, 5, requires_grad=requires_grad), torch.ones(1, 9, 8, 10)
     with pytest.raises(TypeError, match=r"^\[reassemble\] up must be an integer; got tensor\(2\)"):
         carafepp.reassemble(x, m, up=torch.tensor(2))
-    for size in (torch.tensor([8, 10]), (torch.tensor(8), 10)):
+    wrong = [(torch.tensor(8), 10), torch.tensor([8.0, 10.0]), torch.tensor([[8, 10]])]
+    for size in wrong:
         with pytest.raises(TypeError, match=r"^\[reassemble\] size must be a pair \(H', W'\)"):
             carafepp.reassemble(x, m, up=2, size=size)
+    size = torch.tensor([8, 10])
+    assert carafepp.reassemble(x, m, up=2, size=size).shape == (1, 3, 8, 10)
+    assert carafepp.reassemble(x.detach().numpy(), m.numpy(), up=2, size=size).shape[2:] == (8, 10)
 
 
 def test_parameters_have_to_be_named(torch):

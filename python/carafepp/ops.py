@@ -6,16 +6,14 @@ Each makes its result if none is given and hands all arrays to the core, where t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from operator import index
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-import numpy as np
-
 from . import _core
+from ._arguments import integer, pair
 from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
 
 
@@ -38,8 +36,6 @@ _NORMALIZERS = {
     "sigmoid_normalized": _core.SIGMOID_NORMALIZED,
     "none": _core.NONE,
 }
-
-_NO_PAIRS = (Mapping, str, bytes, bytearray)  # though they have items
 
 _LAYOUTS = {"NCHW": False, "NHWC": True}
 
@@ -761,7 +757,7 @@ def set_num_threads(threads: int) -> None:
     ValueError
         Another number.
     """
-    count = integer("set_num_threads", "threads", threads)
+    count = integer("set_num_threads", "threads", threads, least=None)
     if not 0 <= count <= 1024:
         raise ValueError(f"[set_num_threads] threads must be from 0 to 1024; got {count}.")
     _core.set_num_threads(count)
@@ -870,9 +866,10 @@ def _params(
 ) -> _core.Params:
     """Return the core's parameters; words become numbers here."""
     if not (type(up) is type(down) is type(groups) is type(kernel_size) is int):
-        up, down = integer(function, "up", up), integer(function, "down", down)
-        groups = integer(function, "groups", groups)
-        kernel_size = integer(function, "kernel_size", kernel_size)
+        numbers = {"up": up, "down": down, "groups": groups, "kernel_size": kernel_size}
+        up, down, groups, kernel_size = [
+            integer(function, name, value, least=None) for name, value in numbers.items()
+        ]  # whose range the core checks
     if size is not None:
         size = pair(function, size)
     if layout not in _LAYOUTS:
@@ -890,44 +887,6 @@ def _params(
         _LAYOUTS[layout],
         _forced_implementation.get(),
     )
-
-
-def integer(function: str, name: str, value: Any) -> int:
-    """Return what is an integer by itself: not a bool, a float, a tensor or a text."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, (bool, np.bool_)) and not is_tensor(value):
-        try:
-            return index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"[{function}] {name} must be an integer; got {_shown(value)}.")
-
-
-def pair(
-    function: str,
-    size: Any,
-    names: str = "(H', W')",
-    read: Callable[[str, str, Any], int] = integer,
-) -> tuple[int, int]:
-    """Return a size as a tuple, whatever kind of sequence or array the two integers are in."""
-    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
-        return size
-    if isinstance(size, (tuple, list)) or _has_items(size):
-        try:
-            height, width = size
-            return read(function, "size", height), read(function, "size", width)
-        except (TypeError, ValueError):
-            pass
-    raise TypeError(f"[{function}] size must be a pair {names} of integers; got {_shown(size)}.")
-
-
-def _has_items(size: Any) -> bool:
-    return hasattr(type(size), "__getitem__") and not isinstance(size, _NO_PAIRS)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
 
 
 def check_normalizer(function: str, normalizer: str) -> None:

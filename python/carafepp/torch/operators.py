@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
+from .._arguments import index_of, integer, pair
 from .._arrays import PyTorch
 from .flops import (
     count_normalize_masks,
@@ -222,7 +223,7 @@ def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
             params[key] = _integer(name, key, value)
     size = params.get("size")
     if size is not None and not _stands_for_another(size):
-        size = params["size"] = ops.pair(name, size, read=_length)
+        size = params["size"] = pair(name, size, read=length)
         if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
             return _crop(name, tensors, **params)
     return _functions[name](*tensors, **params)
@@ -236,15 +237,21 @@ def _stands_for_another(value: Any) -> bool:
 def _integer(function: str, name: str, value: Any) -> Any:
     if type(value) is int or isinstance(value, torch.SymInt) or _stands_for_another(value):
         return value
-    return ops.integer(function, name, value)
+    return integer(function, name, value, least=None)
 
 
-def _length(function: str, name: str, value: Any) -> Any:
-    """Return an entry of a size: for torch.jit.trace the lengths of tensors are tensors."""
-    traced = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dim() == 0
-    if traced and value.dtype in (torch.int64, torch.int32):
+def length(value: Any) -> Any:
+    """Return an entry of a size, None if it is no integer.
+
+    It may be a symbol of a graph and, while PyTorch traces, a tensor that holds one integer.
+    """
+    if isinstance(value, torch.SymInt) or _stands_for_another(value):
         return value
-    return _integer(function, name, value)
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        kind = value.dtype
+        other = kind.is_floating_point or kind.is_complex or kind == torch.bool
+        return None if other or value.dim() else value
+    return index_of(value)
 
 
 def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -> Tensor:

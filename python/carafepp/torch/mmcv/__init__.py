@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ... import ops
-from .. import _arguments, modules
+from ... import _arguments, ops
+from .. import modules
 from ..modules import reset_as_authors
 
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .... import ops
-from ... import _arguments
+from .... import _arguments, ops
 from ...modules import CARAFE, beyond, go_on
 from ...operators import natural_size
 
