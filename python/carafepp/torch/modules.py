@@ -210,7 +210,7 @@ class CARAFE(nn.Module):
         encoder_kernel_size: int = 3,
         encoder_dilation: int = 1,
         batch_norm: bool = False,
-        normalizer: str = "softmax",
+        normalizer: ops.Normalizer = "softmax",
         ceil_mode: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
