@@ -54,6 +54,14 @@ def odd(where: str, name: str, value: Any) -> int:
     return number
 
 
+def divisible(where: str, name: str, number: int, groups_name: str, groups: int) -> None:
+    """Check that a number of channels can be divided into groups."""
+    if number % groups:
+        raise ValueError(
+            f"[{where}] {name} must be divisible by {groups_name}={groups}; got {number}."
+        )
+
+
 def integers(
     where: str, name: str, values: Any, rule: str, *, least: int = 0, most: int | None = None
 ) -> tuple[int, ...]:

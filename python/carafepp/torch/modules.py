@@ -237,10 +237,7 @@ class CARAFE(nn.Module):
         self.batch_norm = batch_norm
         self.normalizer = normalizer
         self.ceil_mode = ceil_mode
-        if channels % groups:
-            raise ValueError(
-                f"[CARAFE] channels must be divisible by groups={groups}; got {channels}."
-            )
+        _arguments.divisible("CARAFE", "channels", channels, "groups", groups)
         if batch_norm and compressed_channels is None:
             raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
         ops.check_normalizer("CARAFE", normalizer)
