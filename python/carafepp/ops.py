@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
+import numpy as np
+
 from . import _core
 from ._arguments import integer, pair
 from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
@@ -67,7 +69,7 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     @wraps(compute)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs.get("out") is not None:
-            return _write(compute, *args, **kwargs)
+            return _write(compute, args, kwargs)
         named = arrays[len(args) :]  # those that are given by their names
         given = (*args, *[kwargs.get(array) for array in named]) if named else args
         if not are_tensors(given):
@@ -91,15 +93,17 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _write(compute: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     """Compute into `out`, and speak of it by the name that the caller knows."""
-    function = compute.__name__
+    function, out = compute.__name__, kwargs["out"]
     names = _RESULTS[function]
-    out: Any = kwargs["out"]
-    results = out if isinstance(out, (tuple, list)) else (out,)
-    tensors = [result for result in results if is_tensor(result)]
+    tensors = {}
+    if type(out) is not np.ndarray:
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        named = zip(names.values(), results, strict=False)
+        tensors = {name: result for name, result in named if is_tensor(result)}
     if tensors:
-        check_writable(function, names.values(), results)
+        check_writable(function, tensors)
     try:
         computed = compute(*args, **kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -108,7 +112,7 @@ def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         error.args = (sentence,)
         raise
     if tensors:
-        note_changes(tensors)
+        note_changes(tensors.values())
     return computed
 
 
