@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import is_tensor
+from ._arrays import imported_class, is_tensor
 
 
 def index_of(value: Any) -> int | None:
@@ -75,13 +75,11 @@ def integers(
     return numbers
 
 
-def pair(
-    where: str, size: Any, names: str = "(H', W')", read: Callable[[Any], Any] = index_of
-) -> tuple[int, int]:
-    """Return a size as a tuple of two; `read` returns an entry, None if it is no integer."""
+def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
+    """Return a size as a tuple of two integers, or of what PyTorch has for them in a graph."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
-    numbers = _read(size, read)
+    numbers = _read(size, _length)
     if numbers is None or len(numbers) != 2:
         raise TypeError(f"[{where}] size must be a pair {names} of integers; {_got(size)}.")
     return numbers[0], numbers[1]
@@ -89,7 +87,8 @@ def pair(
 
 def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
     """Return what a sequence or an array of one axis holds, None if it is none of integers."""
-    if isinstance(values, (str, bytes, bytearray, Set, Mapping)) or not hasattr(values, "__len__"):
+    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
+    if not ordered or isinstance(values, (str, bytes, bytearray, Set, Mapping)):
         return None
     if getattr(values, "ndim", 1) != 1:
         return None
@@ -97,6 +96,19 @@ def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
         values = values.tolist()
     numbers = tuple([read(value) for value in values])
     return None if any([number is None for number in numbers]) else numbers
+
+
+def _length(value: Any) -> Any:
+    """Return an entry of a size: an integer, a symbol or, while PyTorch traces, a tensor of one."""
+    if type(value) is int:  # which is all that torch.compile can follow
+        return value
+    if is_tensor(value):
+        kind = value.dtype
+        numbers = str(kind) != "torch.bool" and not kind.is_floating_point and not kind.is_complex
+        return value if numbers and value.dim() == 0 and _is_traced(value) else None
+    if type(value) is imported_class("torch", "SymInt") or hasattr(value, "__torch_function__"):
+        return value
+    return index_of(value)
 
 
 def _is_traced(value: Any) -> bool:

@@ -161,7 +161,7 @@ class DLPack:
 Library = type[NumPy] | type[PyTorch] | type[CuPy] | type[DLPack]
 
 
-def _class(package: str, name: str) -> type | None:
+def imported_class(package: str, name: str) -> type | None:
     """Return a class of a package that somebody has imported: not half, lazily or as a mock."""
     try:  # by object, so that no __getattr__ imports what nobody has asked for
         cls = object.__getattribute__(sys.modules.get(package), name)
@@ -174,7 +174,7 @@ def is_tensor(array: Any) -> bool:
     """Tell whether something is a PyTorch tensor."""
     if type(array) is np.ndarray:
         return False
-    tensor = _class("torch", "Tensor")
+    tensor = imported_class("torch", "Tensor")
     return tensor is not None and isinstance(array, tensor)
 
 
@@ -234,7 +234,7 @@ def _recognise(function: str, name: str, array: Any) -> tuple[Library, str]:
         return NumPy, "numpy"
     if is_tensor(array):
         return PyTorch, "torch"
-    cupy_array = _class("cupy", "ndarray")
+    cupy_array = imported_class("cupy", "ndarray")
     if cupy_array is not None and isinstance(array, cupy_array):
         return CuPy, "cupy"
     cls = type(array)

@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 import numpy as np
 
 from . import _core
-from ._arguments import integer, pair
+from ._arguments import integer, pair, positive
 from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
 
 
@@ -716,7 +716,7 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     Parameters
     ----------
     size : (int, int)
-        (H, W) of the features.
+        (H, W) of the features. They may be symbols of PyTorch's graphs.
     up, down : int, default 1
 
     Returns
@@ -737,11 +737,16 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     (11, 12)
     """
     size = pair("output_size", size, "(H, W)")
-    if min(size) < 0:
+    up, down = positive("output_size", up=up, down=down)
+    if any([type(length) is int and length < 0 for length in size]):
         raise ValueError(f"[output_size] size must not be negative; got {size}.")
-    params = _params("output_size", _core.OUTPUT_SIZE, up, down, 1, "NCHW")
-    _, height, width = _core.output_shape(params, (1, *size))
-    return height, width
+    return natural_size(size, up, down)
+
+
+def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
+    """Return `output_size` without checks."""
+    height, width = size
+    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def set_num_threads(threads: int) -> None:
@@ -876,7 +881,7 @@ def _params(
         ]  # whose range the core checks
     if size is not None:
         size = pair(function, size)
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
     check_normalizer(function, normalizer)
     return _core.Params(
@@ -895,7 +900,7 @@ def _params(
 
 def check_normalizer(function: str, normalizer: str) -> None:
     """Raise a ValueError if there is no such normaliser."""
-    if normalizer not in _NORMALIZERS:
+    if not isinstance(normalizer, str) or normalizer not in _NORMALIZERS:
         raise ValueError(
             f"[{function}] normalizer must be one of {', '.join(map(repr, _NORMALIZERS))}; "
             f"got {normalizer!r}."

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _arguments, ops
-from .operators import length, natural_size
+from ..ops import natural_size
 
 Size = tuple[int, int]
 
@@ -64,7 +64,7 @@ def _fit(
     tensors, which no operator takes, and the crop has to serve other sizes too.
     """
     if size is not None:
-        size = _arguments.pair("CARAFE", size, read=length)
+        size = _arguments.pair("CARAFE", size)
         rows, columns = beyond("CARAFE", x, size, up, down)
         x = go_on(x, rows, columns, down)
         if rows:

@@ -23,8 +23,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
-from .._arguments import index_of, integer, pair
+from .._arguments import integer, pair
 from .._arrays import PyTorch
+from ..ops import natural_size
 from .flops import (
     count_normalize_masks,
     count_normalize_masks_backward,
@@ -223,7 +224,7 @@ def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
             params[key] = _integer(name, key, value)
     size = params.get("size")
     if size is not None and not _stands_for_another(size):
-        size = params["size"] = pair(name, size, read=length)
+        size = params["size"] = pair(name, size)
         if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
             return _crop(name, tensors, **params)
     return _functions[name](*tensors, **params)
@@ -238,20 +239,6 @@ def _integer(function: str, name: str, value: Any) -> Any:
     if type(value) is int or isinstance(value, torch.SymInt) or _stands_for_another(value):
         return value
     return integer(function, name, value, least=None)
-
-
-def length(value: Any) -> Any:
-    """Return an entry of a size, None if it is no integer.
-
-    It may be a symbol of a graph and, while PyTorch traces, a tensor that holds one integer.
-    """
-    if isinstance(value, torch.SymInt) or _stands_for_another(value):
-        return value
-    if isinstance(value, Tensor) and torch.jit.is_tracing():
-        kind = value.dtype
-        other = kind.is_floating_point or kind.is_complex or kind == torch.bool
-        return None if other or value.dim() else value
-    return index_of(value)
 
 
 def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -> Tensor:
@@ -286,12 +273,6 @@ def _gradient(function: Callable[..., Any], index: int, other: str) -> Callable[
 
 
 # What they do without: results of the right shape and strides.
-
-
-def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
-    """Return `carafepp.output_size` of numbers that may be symbols of a graph."""
-    height, width = size
-    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def _size(tensor: Tensor, *, layout: str = "NCHW", **_: Any) -> tuple[int, int]:
