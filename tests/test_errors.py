@@ -227,6 +227,9 @@ WRONG = {
     "normalizer": ("reassemble_with_logits", {"normalizer": "tanh"}, ValueError,
                    "normalizer must be one of 'softmax', 'sigmoid', 'sigmoid_normalized', 'none'; "
                    "got 'tanh'."),
+    "list of normalizers": ("normalize_masks", {"normalizer": ["none"]}, ValueError,
+                            "normalizer must be one of 'softmax', 'sigmoid', 'sigmoid_normalized', "
+                            "'none'; got ['none']."),
     "layout": ("reassemble", {"layout": "nhwc"}, ValueError,
                "layout must be 'NCHW' or 'NHWC'; got 'nhwc'."),
     "size too large": ("reassemble", {"size": (6, 11)}, ValueError,

@@ -319,7 +319,7 @@ def test_sizes_out_of_range(name):
     for size in [(8, 6), (6, 8)] + [(0, 6)] * (name != "carafe"):  # which takes it as empty
         with pytest.raises(ValueError, match="size must be from"):
             module(x, size=size)
-    with pytest.raises(TypeError, match=r"size must be a pair of integers .*; got \(6.0, 6\)"):
+    with pytest.raises(TypeError, match=r"size must be a pair .* of integers; got \(6.0, 6\)"):
         module(x, size=(6.0, 6))
 
 

@@ -149,7 +149,7 @@ def test_a_size_is_a_pair_of_integers_in_any_sequence():
     wrong += [np.array([5.0, 6.0]), np.zeros((2, 2), int), (torch.tensor(5), 6), iter((5, 6))]
     for size in wrong:
         for call in (module, module.masks):
-            with pytest.raises(TypeError, match=r"^\[CARAFE\] size must be a pair of integers"):
+            with pytest.raises(TypeError, match=r"^\[CARAFE\] size must be a pair \(H', W'\) of"):
                 call(x, size=size)
 
 

@@ -477,7 +477,10 @@ WRONG = {
     "bytes for a size": {"size": b"\3\4"},
     "generator for a size": {"size": (k for k in (3, 4))},
     "triple for a size": {"size": (3, 4, 5)},
+    "values of a dict for a size": {"size": {0: 3, 1: 4}.values()},
+    "type for a size": {"size": list},
     "number for a layout": {"layout": 0},
+    "list for a layout": {"layout": ["NCHW"]},
     "range": {"up": 0},
 }
 
@@ -528,13 +531,17 @@ def test_an_empty_size_is_a_size(torch):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_tensors_are_no_integers(requires_grad, torch):
-    """Nor in a size: but where PyTorch traces, see below."""
+    """Nor in a size, but where PyTorch traces; a tensor of two integers is a size."""
     x, m = torch.ones(1, 3, 4, 5, requires_grad=requires_grad), torch.ones(1, 9, 8, 10)
     with pytest.raises(TypeError, match=r"^\[reassemble\] up must be an integer; got tensor\(2\)"):
         carafepp.reassemble(x, m, up=torch.tensor(2))
-    for size in (torch.tensor([8, 10]), (torch.tensor(8), 10)):
+    wrong = [(torch.tensor(8), 10), torch.tensor([8.0, 10.0]), torch.tensor([[8, 10]])]
+    for size in wrong:
         with pytest.raises(TypeError, match=r"^\[reassemble\] size must be a pair \(H', W'\)"):
             carafepp.reassemble(x, m, up=2, size=size)
+    size = torch.tensor([8, 10])
+    assert carafepp.reassemble(x, m, up=2, size=size).shape == (1, 3, 8, 10)
+    assert carafepp.reassemble(x.detach().numpy(), m.numpy(), up=2, size=size).shape[2:] == (8, 10)
 
 
 def test_parameters_have_to_be_named(torch):
@@ -1121,6 +1128,25 @@ def test_torch_jit_traces_go_on_with_other_sizes(torch):
         arguments = inputs(*sizes)
         for result, expected in zip(traced(*arguments), crop(*arguments), strict=True):
             torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("record", ["trace", "export", "compile"])
+def test_graphs_have_output_sizes_of_symbols(record, torch):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return x.new_ones(carafepp.output_size(x.shape[-2:], up=2, down=3))
+
+    module, x = Module(), torch.randn(1, 3, 8, 9)
+    if record == "trace":
+        graph = torch.jit.trace(module, x)
+    elif record == "export":
+        h, w = torch.export.Dim("h", min=4, max=99), torch.export.Dim("w", min=4, max=99)
+        graph = torch.export.export(module, (x,), dynamic_shapes=({2: h, 3: w},)).module()
+    else:
+        graph = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
+    for size in [(8, 9), (5, 7), (12, 6)]:
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(graph(x), module(x))
 
 
 @each_function

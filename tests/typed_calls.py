@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from typing_extensions import assert_type
 
 import carafepp
+from carafepp.torch import CARAFE
+from carafepp.torch.mmcv import xavier_init
 
 Array = npt.NDArray[np.float32]
 
@@ -46,3 +49,12 @@ def mistyped(d: Array, x: Array, m: Array, params: dict[str, Any]) -> None:
     carafepp.list_implementations("reassemble", x, m, layout="NCWH")  # type: ignore[arg-type]
     carafepp.reassemble(x, m, up=1.5)  # type: ignore[arg-type]
     carafepp.reassemble(x, m, size=6)  # type: ignore[arg-type]
+
+
+def mistyped_for_modules(layer: torch.nn.Module, options: dict[str, Any]) -> None:
+    CARAFE(8, normalizer="sigmoid", compressed_channels="auto")
+    CARAFE(8, **options)
+    CARAFE(8, normalizer="sofmax")  # type: ignore[arg-type]
+    CARAFE(8, compressed_channels="none")  # type: ignore[arg-type]
+    CARAFE(8, up=1.5)  # type: ignore[arg-type]
+    xavier_init(layer, distribution="gaussian")  # type: ignore[arg-type]

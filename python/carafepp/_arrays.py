@@ -161,7 +161,7 @@ class DLPack:
 Library = type[NumPy] | type[PyTorch] | type[CuPy] | type[DLPack]
 
 
-def _class(package: str, name: str) -> type | None:
+def imported_class(package: str, name: str) -> type | None:
     """Return a class of a package that somebody has imported: not half, lazily or as a mock."""
     try:  # by object, so that no __getattr__ imports what nobody has asked for
         cls = object.__getattribute__(sys.modules.get(package), name)
@@ -174,7 +174,7 @@ def is_tensor(array: Any) -> bool:
     """Tell whether something is a PyTorch tensor."""
     if type(array) is np.ndarray:
         return False
-    tensor = _class("torch", "Tensor")
+    tensor = imported_class("torch", "Tensor")
     return tensor is not None and isinstance(array, tensor)
 
 
@@ -188,12 +188,10 @@ def _is_for_torch(array: Any) -> bool:
     return hasattr(array, "__torch_function__") or type(array).__module__.split(".")[0] == "torch"
 
 
-def check_writable(function: str, names: Iterable[str], results: Iterable[Any]) -> None:
+def check_writable(function: str, tensors: Mapping[str, Any]) -> None:
     """Refuse a tensor that PyTorch would not let its own functions change."""
-    if sys.modules["torch"].is_inference_mode_enabled():
-        return
-    for name, result in zip(names, results, strict=False):
-        if is_tensor(result) and result.is_inference():
+    for name, tensor in tensors.items():
+        if tensor.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
             raise RuntimeError(
                 f"[{function}] {name} must not be an inference tensor outside of "
                 "torch.inference_mode(); got one. Pass a clone of it."
@@ -202,9 +200,7 @@ def check_writable(function: str, names: Iterable[str], results: Iterable[Any]) 
 
 def note_changes(tensors: Iterable[Any]) -> None:
     """Tell autograd that tensors were written, as PyTorch's own functions do."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            sys.modules["torch"].autograd.graph.increment_version(tensor)
+    sys.modules["torch"].autograd.graph.increment_version(tensors)
 
 
 def library_of(function: str, inputs: Mapping[str, Any], results: Mapping[str, Any]) -> Library:
@@ -238,7 +234,7 @@ def _recognise(function: str, name: str, array: Any) -> tuple[Library, str]:
         return NumPy, "numpy"
     if is_tensor(array):
         return PyTorch, "torch"
-    cupy_array = _class("cupy", "ndarray")
+    cupy_array = imported_class("cupy", "ndarray")
     if cupy_array is not None and isinstance(array, cupy_array):
         return CuPy, "cupy"
     cls = type(array)

@@ -6,16 +6,16 @@ Each makes its result if none is given and hands all arrays to the core, where t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from operator import index
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import numpy as np
 
 from . import _core
+from ._arguments import integer, pair, positive
 from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
 
 
@@ -38,8 +38,6 @@ _NORMALIZERS = {
     "sigmoid_normalized": _core.SIGMOID_NORMALIZED,
     "none": _core.NONE,
 }
-
-_NO_PAIRS = (Mapping, str, bytes, bytearray)  # though they have items
 
 _LAYOUTS = {"NCHW": False, "NHWC": True}
 
@@ -71,7 +69,7 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     @wraps(compute)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs.get("out") is not None:
-            return _write(compute, *args, **kwargs)
+            return _write(compute, args, kwargs)
         named = arrays[len(args) :]  # those that are given by their names
         given = (*args, *[kwargs.get(array) for array in named]) if named else args
         if not are_tensors(given):
@@ -95,15 +93,17 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _write(compute: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     """Compute into `out`, and speak of it by the name that the caller knows."""
-    function = compute.__name__
+    function, out = compute.__name__, kwargs["out"]
     names = _RESULTS[function]
-    out: Any = kwargs["out"]
-    results = out if isinstance(out, (tuple, list)) else (out,)
-    tensors = [result for result in results if is_tensor(result)]
+    tensors = {}
+    if type(out) is not np.ndarray:
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        named = zip(names.values(), results, strict=False)
+        tensors = {name: result for name, result in named if is_tensor(result)}
     if tensors:
-        check_writable(function, names.values(), results)
+        check_writable(function, tensors)
     try:
         computed = compute(*args, **kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -112,7 +112,7 @@ def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         error.args = (sentence,)
         raise
     if tensors:
-        note_changes(tensors)
+        note_changes(tensors.values())
     return computed
 
 
@@ -716,7 +716,7 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     Parameters
     ----------
     size : (int, int)
-        (H, W) of the features.
+        (H, W) of the features. They may be symbols of PyTorch's graphs.
     up, down : int, default 1
 
     Returns
@@ -737,11 +737,16 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     (11, 12)
     """
     size = pair("output_size", size, "(H, W)")
-    if min(size) < 0:
+    up, down = positive("output_size", up=up, down=down)
+    if any([type(length) is int and length < 0 for length in size]):
         raise ValueError(f"[output_size] size must not be negative; got {size}.")
-    params = _params("output_size", _core.OUTPUT_SIZE, up, down, 1, "NCHW")
-    _, height, width = _core.output_shape(params, (1, *size))
-    return height, width
+    return natural_size(size, up, down)
+
+
+def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
+    """Return `output_size` without checks."""
+    height, width = size
+    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def set_num_threads(threads: int) -> None:
@@ -761,7 +766,7 @@ def set_num_threads(threads: int) -> None:
     ValueError
         Another number.
     """
-    count = integer("set_num_threads", "threads", threads)
+    count = integer("set_num_threads", "threads", threads, least=None)
     if not 0 <= count <= 1024:
         raise ValueError(f"[set_num_threads] threads must be from 0 to 1024; got {count}.")
     _core.set_num_threads(count)
@@ -870,12 +875,13 @@ def _params(
 ) -> _core.Params:
     """Return the core's parameters; words become numbers here."""
     if not (type(up) is type(down) is type(groups) is type(kernel_size) is int):
-        up, down = integer(function, "up", up), integer(function, "down", down)
-        groups = integer(function, "groups", groups)
-        kernel_size = integer(function, "kernel_size", kernel_size)
+        numbers = {"up": up, "down": down, "groups": groups, "kernel_size": kernel_size}
+        up, down, groups, kernel_size = [
+            integer(function, name, value, least=None) for name, value in numbers.items()
+        ]  # whose range the core checks
     if size is not None:
         size = pair(function, size)
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
     check_normalizer(function, normalizer)
     return _core.Params(
@@ -892,47 +898,9 @@ def _params(
     )
 
 
-def integer(function: str, name: str, value: Any) -> int:
-    """Return what is an integer by itself: not a bool, a float, a tensor or a text."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, (bool, np.bool_)) and not is_tensor(value):
-        try:
-            return index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"[{function}] {name} must be an integer; got {_shown(value)}.")
-
-
-def pair(
-    function: str,
-    size: Any,
-    names: str = "(H', W')",
-    read: Callable[[str, str, Any], int] = integer,
-) -> tuple[int, int]:
-    """Return a size as a tuple, whatever kind of sequence or array the two integers are in."""
-    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
-        return size
-    if isinstance(size, (tuple, list)) or _has_items(size):
-        try:
-            height, width = size
-            return read(function, "size", height), read(function, "size", width)
-        except (TypeError, ValueError):
-            pass
-    raise TypeError(f"[{function}] size must be a pair {names} of integers; got {_shown(size)}.")
-
-
-def _has_items(size: Any) -> bool:
-    return hasattr(type(size), "__getitem__") and not isinstance(size, _NO_PAIRS)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
-
-
 def check_normalizer(function: str, normalizer: str) -> None:
     """Raise a ValueError if there is no such normaliser."""
-    if normalizer not in _NORMALIZERS:
+    if not isinstance(normalizer, str) or normalizer not in _NORMALIZERS:
         raise ValueError(
             f"[{function}] normalizer must be one of {', '.join(map(repr, _NORMALIZERS))}; "
             f"got {normalizer!r}."

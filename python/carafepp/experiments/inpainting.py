@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..torch import _arguments
+from .. import _arguments
 from ..torch.models.inpainting import (
     GlobalLocalGenerator,
     PartialConvUNet,

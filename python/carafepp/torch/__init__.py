@@ -6,6 +6,7 @@ what mmcv has of CARAFE; and in `carafepp.torch.models` the paper's networks. An
 that is loaded needs this import for its operators, ``torch.ops.carafepp.*``.
 """
 
+from . import operators  # noqa: F401  # registers them
 from .modules import CARAFE
 from .replacement import Replacement, replace_resampling
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from . import _arguments
-from .operators import natural_size
+from .. import _arguments, ops
+from ..ops import natural_size
 
 Size = tuple[int, int]
 
@@ -65,7 +64,7 @@ def _fit(
     tensors, which no operator takes, and the crop has to serve other sizes too.
     """
     if size is not None:
-        size = _arguments.pair("CARAFE", "size", size)
+        size = _arguments.pair("CARAFE", size)
         rows, columns = beyond("CARAFE", x, size, up, down)
         x = go_on(x, rows, columns, down)
         if rows:
@@ -211,7 +210,7 @@ class CARAFE(nn.Module):
         encoder_kernel_size: int = 3,
         encoder_dilation: int = 1,
         batch_norm: bool = False,
-        normalizer: str = "softmax",
+        normalizer: ops.Normalizer = "softmax",
         ceil_mode: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -238,10 +237,7 @@ class CARAFE(nn.Module):
         self.batch_norm = batch_norm
         self.normalizer = normalizer
         self.ceil_mode = ceil_mode
-        if channels % groups:
-            raise ValueError(
-                f"[CARAFE] channels must be divisible by groups={groups}; got {channels}."
-            )
+        _arguments.divisible("CARAFE", "channels", channels, "groups", groups)
         if batch_norm and compressed_channels is None:
             raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
         ops.check_normalizer("CARAFE", normalizer)

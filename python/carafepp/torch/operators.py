@@ -23,7 +23,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
+from .._arguments import integer, pair
 from .._arrays import PyTorch
+from ..ops import natural_size
 from . import dtensor
 from .flops import (
     count_normalize_masks,
@@ -225,7 +227,7 @@ def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
             params[key] = _integer(name, key, value)
     size = params.get("size")
     if size is not None and not _stands_for_another(size):
-        size = params["size"] = ops.pair(name, size, read=_length)
+        size = params["size"] = pair(name, size)
         if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
             return _crop(name, tensors, **params)
     return _functions[name](*tensors, **params)
@@ -239,15 +241,7 @@ def _stands_for_another(value: Any) -> bool:
 def _integer(function: str, name: str, value: Any) -> Any:
     if type(value) is int or isinstance(value, torch.SymInt) or _stands_for_another(value):
         return value
-    return ops.integer(function, name, value)
-
-
-def _length(function: str, name: str, value: Any) -> Any:
-    """Return an entry of a size: for torch.jit.trace the lengths of tensors are tensors."""
-    traced = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dim() == 0
-    if traced and value.dtype in (torch.int64, torch.int32):
-        return value
-    return _integer(function, name, value)
+    return integer(function, name, value, least=None)
 
 
 def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -> Tensor:
@@ -282,12 +276,6 @@ def _gradient(function: Callable[..., Any], index: int, other: str) -> Callable[
 
 
 # What they do without: results of the right shape and strides.
-
-
-def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
-    """Return `carafepp.output_size` of numbers that may be symbols of a graph."""
-    height, width = size
-    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def _size(tensor: Tensor, *, layout: str = "NCHW", **_: Any) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ... import ops
-from .. import _arguments, modules
+from ... import _arguments, ops
+from .. import modules
 from ..modules import reset_as_authors
 
 
@@ -51,7 +51,7 @@ def carafe(
     kernel_size, group_size, scale_factor = _check_sizes(
         "carafe", kernel_size, group_size, scale_factor
     )
-    _check_groups("carafe", "features", features.shape[-3], "group_size", group_size)
+    _arguments.divisible("carafe", "features", features.shape[-3], "group_size", group_size)
     channels = group_size * kernel_size**2
     if masks.shape[-3] != channels:
         raise ValueError(
@@ -73,13 +73,6 @@ def _check_sizes(
         _arguments.integer(where, "group_size", group_size),
         _arguments.integer(where, "scale_factor", scale_factor),
     )
-
-
-def _check_groups(where: str, name: str, channels: int, groups_name: str, groups: int) -> None:
-    if channels % groups:
-        raise ValueError(
-            f"[{where}] {name} must be divisible by {groups_name}={groups}; got {channels}."
-        )
 
 
 class CARAFE(nn.Module):
@@ -159,7 +152,7 @@ class CARAFEPack(nn.Module):
             )
         )
         up_kernel = _arguments.odd("CARAFEPack", "up_kernel", up_kernel)
-        _check_groups("CARAFEPack", "channels", channels, "up_group", up_group)
+        _arguments.divisible("CARAFEPack", "channels", channels, "up_group", up_group)
         if (encoder_kernel - 1) * encoder_dilation % 2:
             raise ValueError(
                 "[CARAFEPack] encoder_kernel must be odd with an odd encoder_dilation="

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _arguments
+from ... import _arguments
 from .resampling import upsampler as make_upsampler
 from .resnet import ResNet
 

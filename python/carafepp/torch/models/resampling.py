@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _arguments
+from ... import _arguments
 from ..modules import CARAFE
 
 Size = tuple[int, int]
@@ -152,7 +152,7 @@ def _size(x: Tensor, factor: int, size: Size | None) -> Size:
     height, width = x.shape[-2] * factor, x.shape[-1] * factor
     if size is None:
         return height, width
-    size = _arguments.pair("upsampler", "size", size)
+    size = _arguments.pair("upsampler", size)
     if torch.jit.is_tracing():  # where sizes are tensors, and others will come
         return size
     most = height + factor - 1, width + factor - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import _arguments
+from ... import _arguments
 from .resampling import downsampler as make_downsampler
 
 

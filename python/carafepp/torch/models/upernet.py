@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _arguments
+from ... import _arguments
 from .fpn import FPN, conv
 from .resampling import upsampler as make_upsampler
 from .resnet import ResNet

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ... import _arguments
+from .... import _arguments
 
 
 class PatchDiscriminator(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import _arguments
+from .... import _arguments
 from ..resampling import downsampler as make_downsampler
 from ..resampling import upsampler as make_upsampler
 from .partial import PartialCARAFE, PartialConv2d

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .... import ops
-from ... import _arguments
+from .... import _arguments, ops
+from ....ops import natural_size
 from ...modules import CARAFE, beyond, go_on
-from ...operators import natural_size
 
 
 class PartialConv2d(nn.Conv2d):

@@ -1,0 +1,119 @@
+"""Checks of numbers, for functions and modules: one rule and one form of sentence for all.
+
+An integer is what has ``__index__``, but no bool and no tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Set
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from ._arrays import imported_class, is_tensor
+
+
+def index_of(value: Any) -> int | None:
+    """Return what is an integer by itself as an int, None for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, (bool, np.bool_)) or is_tensor(value):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def integer(where: str, name: str, value: Any, least: int | None = 1) -> int:
+    """Return an integer that is at least `least`, if that is not None."""
+    number = index_of(value)
+    if number is None:
+        rules = {None: "an integer", 1: "a positive integer"}
+        rule = rules.get(least, f"an integer from {least}")
+        raise TypeError(f"[{where}] {name} must be {rule}; {_got(value)}.")
+    if least is not None and number < least:
+        raise ValueError(f"[{where}] {name} must be at least {least}; got {number}.")
+    return number
+
+
+def positive(where: str, **values: Any) -> list[int]:
+    """Return several positive integers."""
+    return [integer(where, name, value) for name, value in values.items()]
+
+
+def odd(where: str, name: str, value: Any) -> int:
+    """Return the side of a window: odd, from 1 to 31."""
+    number = index_of(value)
+    if number is None:
+        raise TypeError(f"[{where}] {name} must be an odd integer, from 1 to 31; {_got(value)}.")
+    if not 1 <= number <= 31 or number % 2 == 0:
+        raise ValueError(f"[{where}] {name} must be odd, from 1 to 31; got {number}.")
+    return number
+
+
+def divisible(where: str, name: str, number: int, groups_name: str, groups: int) -> None:
+    """Check that a number of channels can be divided into groups."""
+    if number % groups:
+        raise ValueError(
+            f"[{where}] {name} must be divisible by {groups_name}={groups}; got {number}."
+        )
+
+
+def integers(
+    where: str, name: str, values: Any, rule: str, *, least: int = 0, most: int | None = None
+) -> tuple[int, ...]:
+    """Return positive integers, from `least` to `most` of them; rule says so in words."""
+    numbers = _read(values, index_of)
+    if numbers is None:
+        raise TypeError(f"[{where}] {name} must be {rule}; {_got(values)}.")
+    few, many = len(numbers) < least, most is not None and len(numbers) > most
+    if few or many or min(numbers, default=1) < 1:
+        raise ValueError(f"[{where}] {name} must be {rule}; got {numbers}.")
+    return numbers
+
+
+def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
+    """Return a size as a tuple of two integers, or of what PyTorch has for them in a graph."""
+    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
+        return size
+    numbers = _read(size, _length)
+    if numbers is None or len(numbers) != 2:
+        raise TypeError(f"[{where}] size must be a pair {names} of integers; {_got(size)}.")
+    return numbers[0], numbers[1]
+
+
+def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """Return what a sequence or an array of one axis holds, None if it is none of integers."""
+    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
+    if not ordered or isinstance(values, (str, bytes, bytearray, Set, Mapping)):
+        return None
+    if getattr(values, "ndim", 1) != 1:
+        return None
+    if hasattr(values, "tolist") and not _is_traced(values):
+        values = values.tolist()
+    numbers = tuple([read(value) for value in values])
+    return None if any([number is None for number in numbers]) else numbers
+
+
+def _length(value: Any) -> Any:
+    """Return an entry of a size: an integer, a symbol or, while PyTorch traces, a tensor of one."""
+    if type(value) is int:  # which is all that torch.compile can follow
+        return value
+    if is_tensor(value):
+        kind = value.dtype
+        numbers = str(kind) != "torch.bool" and not kind.is_floating_point and not kind.is_complex
+        return value if numbers and value.dim() == 0 and _is_traced(value) else None
+    if type(value) is imported_class("torch", "SymInt") or hasattr(value, "__torch_function__"):
+        return value
+    return index_of(value)
+
+
+def _is_traced(value: Any) -> bool:
+    return is_tensor(value) and bool(sys.modules["torch"].jit.is_tracing())
+
+
+def _got(value: Any) -> str:
+    return f"got {value!r} ({type(value).__name__})"
