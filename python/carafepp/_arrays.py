@@ -58,13 +58,6 @@ class PyTorch:
                 f"[{function}] {name} must not require grad: what is written to out has no "
                 "gradient. Call without out, or under torch.no_grad()."
             )
-        forward_ad = torch.autograd.forward_ad
-        level = getattr(forward_ad, "_current_level", 0)  # below 0 where there are no tangents
-        if level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
-            raise NotImplementedError(
-                f"[{function}] {name} must not have a tangent: the operators have no forward-mode "
-                "derivative."
-            )
         if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise TypeError(
                 f"[{function}] {name} must be a tensor with data of its own; "
@@ -188,15 +181,27 @@ def _is_for_torch(array: Any) -> bool:
     return hasattr(array, "__torch_function__") or type(array).__module__.split(".")[0] == "torch"
 
 
-def check_writable(function: str, names: Iterable[str], results: Iterable[Any]) -> None:
+def check_writable(function: str, results: Mapping[str, Any]) -> None:
     """Refuse a tensor that PyTorch would not let its own functions change."""
     if sys.modules["torch"].is_inference_mode_enabled():
         return
-    for name, result in zip(names, results, strict=False):
+    for name, result in results.items():
         if is_tensor(result) and result.is_inference():
             raise RuntimeError(
                 f"[{function}] {name} must not be an inference tensor outside of "
                 "torch.inference_mode(); got one. Pass a clone of it."
+            )
+
+
+def check_no_tangents(function: str, arrays: Mapping[str, Any]) -> None:
+    """Refuse tensors with a forward-mode derivative, which the result would not have."""
+    for name, array in arrays.items():
+        if not is_tensor(array):
+            continue
+        if sys.modules["torch"].autograd.forward_ad.unpack_dual(array).tangent is not None:
+            raise NotImplementedError(
+                f"[{function}] {name} must not have a tangent: what is written to out has none. "
+                "Call without out."
             )
 
 

@@ -16,7 +16,14 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 import numpy as np
 
 from . import _core
-from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
+from ._arrays import (
+    are_tensors,
+    check_no_tangents,
+    check_writable,
+    is_tensor,
+    library_of,
+    note_changes,
+)
 
 
 class Array(Protocol):
@@ -103,7 +110,10 @@ def _write(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     results = out if isinstance(out, (tuple, list)) else (out,)
     tensors = [result for result in results if is_tensor(result)]
     if tensors:
-        check_writable(function, names.values(), results)
+        written = dict(zip(names.values(), results, strict=False))
+        check_writable(function, written)
+        given = dict(zip(compute.__code__.co_varnames, args, strict=False))
+        check_no_tangents(function, {**given, **kwargs, **written})
     try:
         computed = compute(*args, **kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:
