@@ -377,20 +377,21 @@ def test_torch_vmapped_tensors_are_refused_with_out(torch):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_torch_forward_mode_duals_are_refused(torch):
-    """They do not require grad, and their tangent would be lost."""
-    import torch.autograd.forward_ad as forward_ad
+def test_torch_tangents_are_refused_with_out(torch):
+    from torch.autograd import forward_ad
 
     inputs, params = problem("reassemble")
     x, m = (to_torch(torch, array) for array in inputs)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: carafepp.reassemble(x, m, **params), (x,), (x,))
+    out = torch.zeros(CASE.output_shape)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, x)
-        with pytest.raises(NotImplementedError, match="jvp"):
-            carafepp.reassemble(dual, m, **params)
-        with pytest.raises(NotImplementedError, match="tangent"):
-            carafepp.reassemble(dual, m, **params, out=torch.zeros(CASE.output_shape))
+        calls = {
+            "features": (forward_ad.make_dual(x, x), m, out),
+            "masks": (x, forward_ad.make_dual(m, m), out),
+            "out": (x, m, forward_ad.make_dual(out, out)),
+        }
+        for name, (features, masks, result) in calls.items():
+            with pytest.raises(NotImplementedError, match=rf"\[reassemble\] {name} .* tangent"):
+                carafepp.reassemble(features, masks=masks, **params, out=result)
 
 
 def test_torch_lazily_negated_tensors_are_never_read_with_the_wrong_sign(torch):

@@ -162,13 +162,13 @@ def test_gradients(factor):
     def function(x, *parameters):
         return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(function, (x, *parameters))
+    assert torch.autograd.gradcheck(function, (x, *parameters), check_forward_ad=True)
 
 
 def test_masks_can_be_learnt_from():
     module = vivid(CARAFE(2, up=2, kernel_size=3).double())
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(module.masks, (x,))
+    assert torch.autograd.gradcheck(module.masks, (x,), check_forward_ad=True)
 
 
 def test_it_begins_as_an_average():

@@ -169,7 +169,7 @@ def test_opcheck(function, index, kind, torch):
 
 
 def assert_derivatives_are_right(torch, function, tensors, params):
-    """The first and the second of a forward function, the first of a backward."""
+    """The first and the second of a forward function, the first of a backward; in both modes."""
     inputs = that_require_grad(tensors)
     backward = function.endswith("backward")
 
@@ -177,9 +177,13 @@ def assert_derivatives_are_right(torch, function, tensors, params):
         return call(function, tensors, params)
 
     # fast: random projections instead of every element
-    assert torch.autograd.gradcheck(results, inputs, fast_mode=backward)
+    assert torch.autograd.gradcheck(
+        results, inputs, fast_mode=backward, check_forward_ad=True, check_batched_forward_grad=True
+    )
     if not backward:
-        assert torch.autograd.gradgradcheck(results, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(
+            results, inputs, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
 
 
 @each_function
@@ -715,10 +719,86 @@ def test_func_respects_no_grad(torch):
     assert not twice(x).any()
 
 
-def test_forward_mode_is_refused_under_no_grad_too(torch):
-    (x, m), params = integer_problem(torch, "reassemble")
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(bilinear(params), (x, m), (x, m))
+@each_dtypes
+def test_forward_mode(dtypes, torch):
+    """Exactly the product rule: as a function, as an operator, under no_grad, beside a gradient."""
+    from torch.autograd import forward_ad
+
+    (x, m), params = integer_problem(torch, "reassemble", dtypes=dtypes)
+    run = functools.partial(carafepp.reassemble, **params)
+    dx, dm = x.roll(1, -1), m.roll(1, -1)
+    expected = run(dx, m) + run(x, dm)
+    output, tangent = torch.func.jvp(run, (x, m), (dx, dm))
+    assert_same(output, run(x, m))
+    assert_same(tangent, expected)
+    called = functools.partial(torch.ops.carafepp.reassemble, **params)
+    with torch.no_grad():
+        assert_same(torch.func.jvp(called, (x, m), (dx, dm))[1], expected)
+    assert_same(torch.func.jvp(lambda m: run(x, m), (m,), (dm,))[1], run(x, dm))
+    with forward_ad.dual_level():
+        (x,) = that_require_grad([x])
+        dual = run(forward_ad.make_dual(x, dx), forward_ad.make_dual(m, dm))
+        assert_same(forward_ad.unpack_dual(dual).tangent, expected)
+        (gradient,) = torch.autograd.grad(dual.sum(), x)
+        changed = gradient_call("reassemble", (x.detach(), dm), params, torch.ones_like(dual))[0]
+        assert_same(forward_ad.unpack_dual(gradient).tangent, changed)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("function", [f for f in FORWARD if "logits" in INPUTS[f]])
+def test_forward_and_reverse_mode_have_the_same_derivatives(function, normalizer, torch):
+    """The third ones too, whatever is inside of what."""
+    case = Case("one", "one picture", 1, 1, 1, 2, down=2, kernel_size=3)
+    tensors, params = random_problem(torch, function, case, F64, normalizer)
+
+    def loss(logits):
+        return (call(function, (*tensors[:-1], logits), params)[0] ** 3).sum()
+
+    def derivative(*modes):
+        return functools.reduce(lambda inner, mode: mode(inner), modes, loss)(tensors[-1])
+
+    jacrev, jacfwd = torch.func.jacrev, torch.func.jacfwd
+    for order in 1, 2, 3:
+        expected = derivative(*[jacrev] * order)
+        assert expected.any()
+        for modes in itertools.product([jacrev, jacfwd], repeat=order):
+            np.testing.assert_allclose(derivative(*modes), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # linearize
+@each_function
+def test_forward_mode_inside_and_outside_of_vmap(function, torch):
+    tensors, params = random_problem(torch, function, dtypes=F64)
+    inputs = [torch.stack([tensor, tensor + 1]) for tensor in tensors]
+    tangents = [tensor.flip(0) for tensor in inputs]
+
+    def run(*inputs):
+        return call(function, inputs, params)
+
+    def push(inputs, tangents):
+        return torch.func.jvp(run, tuple(inputs), tuple(tangents))[1]
+
+    samples = [push([x[k] for x in inputs], [t[k] for t in tangents]) for k in range(2)]
+    expected = [torch.stack(results) for results in zip(*samples, strict=True)]
+    inside = torch.vmap(push)(inputs, tangents)
+    _, outside = torch.func.jvp(torch.vmap(run), tuple(inputs), tuple(tangents))
+    output, linear = torch.func.linearize(torch.vmap(run), *inputs)
+    assert_all_same(output, torch.vmap(run)(*inputs))
+    for result in (inside, outside, linear(*tangents)):
+        for one, other in zip(result, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_forward_mode_respects_no_grad(torch):
+    (x, m), params = integer_problem(torch, "reassemble", dtypes=F64)
+
+    def constant(x):
+        with torch.no_grad():
+            return bilinear(params)(x, m)
+
+    _, tangent = torch.func.jvp(torch.func.grad(lambda x: constant(x) * x.sum()), (x,), (x,))
+    _, expected = torch.func.jvp(bilinear(params), (x, m), (x, torch.zeros_like(m)))
+    assert torch.equal(tangent, expected.expand_as(x))
 
 
 # Autocast
@@ -971,6 +1051,25 @@ def test_transforms_are_compiled(torch, compiled):
     loss = bilinear(params)
     per_sample = torch.vmap(torch.func.grad(loss, (0, 1)))
     assert_all_same(compiled(per_sample, backend="aot_eager")(x, m), per_sample(x, m))
+
+
+def test_forward_mode_is_compiled(torch, compiled):
+    """In a graph PyTorch opens the level without Python's knowledge."""
+    from torch.autograd import forward_ad
+
+    (x, m), params = integer_problem(torch, "reassemble")
+
+    def by_func(x):
+        return torch.func.jvp(lambda x: carafepp.reassemble(x, m, **params), (x,), (x,))
+
+    def by_level(x):
+        with forward_ad.dual_level():
+            dual = carafepp.reassemble(forward_ad.make_dual(x, x), m, **params)
+            return tuple(forward_ad.unpack_dual(dual))
+
+    expected = carafepp.reassemble(x, m, **params)
+    for function in by_func, by_level:
+        assert_all_same(compiled(function)(x), [expected, expected])
 
 
 def test_autocast_is_compiled(torch, compiled):
@@ -1279,6 +1378,7 @@ PRIVATE = [
     "torch._C._are_functorch_transforms_active",
     "torch._C._AutoDispatchBelowAutograd",
     "torch._functorch.autograd_function.enable_single_level_autograd_function",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
     "torch.autograd.function._SingleLevelFunction",
     "torch.autograd.forward_ad._current_level",
 ]
@@ -1306,6 +1406,18 @@ assert (y == 1).all() and (g == 4).all() and (m.grad == 2).all()
 with torch.autocast("cpu"):
     assert carafepp.reassemble(x, m, up=2).dtype == torch.bfloat16
 assert torch.vmap(lambda x, m: carafepp.reassemble(x, m, up=2))(x, m).shape == (1, 2, 4, 4)
+
+def forward_mode():
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
+        return torch.autograd.forward_ad.unpack_dual(carafepp.reassemble(dual, m, up=2)).tangent
+
+jvp = lambda: torch.func.jvp(lambda x: carafepp.reassemble(x, m, up=2), (x,), (x,))[1]
+for function in forward_mode, jvp:  # no tangent is lost
+    try:
+        assert (function() == 1).all()
+    except NotImplementedError as error:
+        assert name != "_current_level" and "jvp" in str(error)
 compiled = torch.compile(lambda x: (carafepp.reassemble(x, m, up=2),), backend="aot_eager")
 assert (compiled(x)[0] == 1).all()
 """

@@ -58,13 +58,6 @@ class PyTorch:
                 f"[{function}] {name} must not require grad: what is written to out has no "
                 "gradient. Call without out, or under torch.no_grad()."
             )
-        forward_ad = torch.autograd.forward_ad
-        level = getattr(forward_ad, "_current_level", 0)  # below 0 where there are no tangents
-        if level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
-            raise NotImplementedError(
-                f"[{function}] {name} must not have a tangent: the operators have no forward-mode "
-                "derivative."
-            )
         if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise TypeError(
                 f"[{function}] {name} must be a tensor with data of its own; "
@@ -195,6 +188,18 @@ def check_writable(function: str, tensors: Mapping[str, Any]) -> None:
             raise RuntimeError(
                 f"[{function}] {name} must not be an inference tensor outside of "
                 "torch.inference_mode(); got one. Pass a clone of it."
+            )
+
+
+def check_no_tangents(function: str, arrays: Mapping[str, Any]) -> None:
+    """Refuse tensors with a forward-mode derivative, which the result would not have."""
+    for name, array in arrays.items():
+        if not is_tensor(array):
+            continue
+        if sys.modules["torch"].autograd.forward_ad.unpack_dual(array).tangent is not None:
+            raise NotImplementedError(
+                f"[{function}] {name} must not have a tangent: what is written to out has none. "
+                "Call without out."
             )
 
 

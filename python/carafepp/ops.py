@@ -16,7 +16,14 @@ import numpy as np
 
 from . import _core
 from ._arguments import integer, pair, positive
-from ._arrays import are_tensors, check_writable, is_tensor, library_of, note_changes
+from ._arrays import (
+    are_tensors,
+    check_no_tangents,
+    check_writable,
+    is_tensor,
+    library_of,
+    note_changes,
+)
 
 
 class Array(Protocol):
@@ -69,7 +76,7 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     @wraps(compute)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs.get("out") is not None:
-            return _write(compute, args, kwargs)
+            return _write(compute, arrays, args, kwargs)
         named = arrays[len(args) :]  # those that are given by their names
         given = (*args, *[kwargs.get(array) for array in named]) if named else args
         if not are_tensors(given):
@@ -93,7 +100,12 @@ def _public(compute: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def _write(compute: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+def _write(
+    compute: Callable[..., R],
+    arrays: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> R:
     """Compute into `out`, and speak of it by the name that the caller knows."""
     function, out = compute.__name__, kwargs["out"]
     names = _RESULTS[function]
@@ -104,6 +116,8 @@ def _write(compute: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, A
         tensors = {name: result for name, result in named if is_tensor(result)}
     if tensors:
         check_writable(function, tensors)
+        given = zip(arrays, args, strict=False)
+        check_no_tangents(function, {**dict(given), **kwargs, **tensors})
     try:
         computed = compute(*args, **kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:

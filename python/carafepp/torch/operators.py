@@ -7,7 +7,8 @@ its two gradients are defined by
 
     <reassemble(V, M), D> = <V, grad_features(D, M)> = <M, grad_masks(D, V)>.
 
-Only the second derivative of the normaliser is composed of PyTorch's own functions.
+A normaliser's Jacobian is symmetric but for sigmoid_normalized, the softmax of logsigmoid: so one
+operator serves reverse and forward mode. Its second derivatives always are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
@@ -39,6 +41,7 @@ from .flops import (
 try:  # what public API cannot do: derivatives inside of torch.func
     from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
     from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
 except ImportError:
     _SingleLevelFunction = None
@@ -61,6 +64,7 @@ def _define(
     result: Callable[..., Tensor],
     derivative: Callable[..., Gradients],
     *,
+    pushes: tuple[Callable[..., Tensor] | None, ...],
     flops: Callable[..., int],
     cast: bool = False,
 ) -> Any:
@@ -69,7 +73,9 @@ def _define(
     Parameters are positional, because AOTInductor miscounts others. PyTorch leaves out the last
     ones that are at their default: a new one goes to the end, so that programs that were exported
     before go on. ``derivative(needs, grad, *tensors, **params)`` returns a gradient for each
-    tensor that needs one. cast says that autocast has a dtype for the two tensors.
+    tensor that needs one, and for each tensor ``pushes`` has a function of its tangent,
+    ``push(tangent, *tensors, **params)``, that returns the result's; None where the operator is
+    linear in it. cast says that autocast has a dtype for the two tensors.
     """
     names = tensors.split()
     keys = [param.split()[1].partition("=")[0] for param in params.split(", ")]
@@ -83,6 +89,8 @@ def _define(
 
         return named
 
+    if _SingleLevelFunction is None:
+        kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
     flop_formulas[name] = by_name(flops)
     if hasattr(torch.ops.carafepp, name):
         operator = _operators[name] = getattr(torch.ops.carafepp, name).default
@@ -114,7 +122,8 @@ def _define(
     if _SingleLevelFunction is None:
         _register_autograd(name, count, keys, derivative)
     else:
-        _library.impl(name, _autograd(operator, count, keys, derivative), "Autograd")
+        autograd = _autograd(operator, count, keys, derivative, pushes)
+        _library.impl(name, autograd, "Autograd")
     if cast:
         for device in ("cpu", "cuda"):
             autocast = by_name(partial(_autocast, operator, device))
@@ -125,23 +134,44 @@ def _define(
 
 
 def _autograd(
-    operator: Any, count: int, keys: list[str], derivative: Callable[..., Gradients]
+    operator: Any,
+    count: int,
+    keys: list[str],
+    derivative: Callable[..., Gradients],
+    pushes: tuple[Callable[..., Tensor] | None, ...],
 ) -> Callable[..., Tensor]:
     """Return what the dispatcher calls where a derivative may be asked for."""
 
-    def forward(ctx: Any, args: tuple[Any, ...], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, grad_enabled: bool, args: tuple[Any, ...], *tensors: Tensor) -> Any:
         ctx.params = dict(zip(keys, args, strict=False))
         ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         if not _are_functorch_transforms_active():
             return below(*tensors, *args)
-        with torch.enable_grad():  # which apply has off, for the outer levels of torch.func
+        # apply has both modes off, but the outer levels of torch.func need them.
+        with torch.set_grad_enabled(grad_enabled), _set_fwd_grad_enabled(True):
             return below(*tensors, *args)
 
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        needs = ctx.needs_input_grad[1:]
-        return None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        with _set_fwd_grad_enabled(True):  # which is off here, too
+            return push(*ctx.saved_tensors, **ctx.params)
+
+    def push(*tensors: Tensor, **params: Any) -> Tensor:
+        duals = [forward_ad.unpack_dual(tensor, level=0) for tensor in tensors]
+        primals = [dual.primal for dual in duals]
+        changes = []
+        for k, (change, (_, tangent)) in enumerate(zip(pushes, duals, strict=True)):
+            if tangent is not None and change is not None:
+                changes.append(change(tangent, *primals, **params))
+            elif tangent is not None:  # linear
+                changes.append(operator(*primals[:k], tangent, *primals[k + 1 :], **params))
+        return sum(changes[1:], changes[0])
+
+    methods = {f.__name__: staticmethod(f) for f in (forward, backward, jvp)}
     grad_fn = operator.name().rpartition(":")[2].title().replace("_", "")  # autograd's name for it
     # Function's apply would hand torch.func's tensors over to machinery of its own. Here the
     # dispatcher has already come down to one level, for which its base class is enough.
@@ -152,18 +182,36 @@ def _autograd(
         with _AutoDispatchBelowAutograd():
             return operator(*args)
 
+    def traced(tensors: tuple[Tensor, ...]) -> bool:
+        """Tell whether tensors may be a compiler's, whose level of forward mode Python misses."""
+        return not all([type(tensor) in (Tensor, Parameter) for tensor in tensors])
+
     def autograd(*args: Any) -> Any:
         tensors = args[:count]
-        differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-        # apply refuses forward mode, where a tangent would be lost.
-        if not differentiated and getattr(forward_ad, "_current_level", 0) < 0:
-            return below(*args)
-        if not _are_functorch_transforms_active():
-            return apply(args[count:], *tensors)
-        with enable_single_level_autograd_function():
-            return apply(args[count:], *tensors)
+        if _are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply(torch.is_grad_enabled(), args[count:], *tensors)
+        grad_enabled = torch.is_grad_enabled()
+        differentiated = grad_enabled and any([t.requires_grad for t in tensors])
+        if differentiated or getattr(forward_ad, "_current_level", 0) >= 0 or traced(tensors):
+            return apply(grad_enabled, args[count:], *tensors)
+        return below(*args)
 
     return autograd
+
+
+def _without_tangents(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Refuse forward mode, where `_register_autograd` would lose tangents."""
+
+    def checked(*tensors: Tensor, **params: Any) -> Tensor:
+        if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:  # as it is without a level
+            raise NotImplementedError(
+                f"[{name}] must not be called in forward mode: with this version of PyTorch it "
+                "has no jvp."
+            )
+        return function(*tensors, **params)
+
+    return checked
 
 
 def _register_autograd(
@@ -352,16 +400,10 @@ def _derive_grad_masks(
 def _derive_grad_logits(
     needs: Needs, grad: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
 ) -> Gradients:
-    normalizer = {key: params[key] for key in params if key != "down"}
-    factors = {key: params[key] for key in params if key not in ("kernel_size", "normalizer")}
-
-    def grad_logits(grad_output: Tensor, features: Tensor, logits: Tensor) -> Tensor:
-        masks = normalize_masks(logits, size=_size(grad_output, **params), **normalizer)
-        grad_masks = reassemble_grad_masks(grad_output, features, masks, **factors)
-        return normalize_masks_backward(grad_masks, logits, **normalizer)
-
-    gradients: Gradients = torch.func.vjp(grad_logits, grad_output, features, logits)[1](grad)
-    return gradients
+    tensors = grad_output, features, logits
+    grad_masks = _push_masks(grad, logits, size=_size(grad_output, **params), **_normalizer(params))
+    gradients = _derive_grad_masks(needs, grad_masks, *tensors, **_factors(params))
+    return *gradients[:2], _push_grad_logits(grad, *tensors, **params) if needs[2] else None
 
 
 def _derive_normalize_masks(
@@ -373,37 +415,111 @@ def _derive_normalize_masks(
 def _derive_normalize_masks_backward(
     needs: Needs, grad: Tensor, grad_masks: Tensor, logits: Tensor, **params: Any
 ) -> Gradients:
-    masks = partial(_normalize, size=_size(grad_masks, **params), **params)
-
-    def grad_logits(grad_masks: Tensor, logits: Tensor) -> Tensor:
-        return torch.func.vjp(masks, logits)[1](grad_masks)[0]
-
-    gradients: Gradients = torch.func.vjp(grad_logits, grad_masks, logits)[1](grad)
-    return gradients
+    size = _size(grad_masks, **params)
+    return (
+        _push_masks(grad, logits, size=size, **params) if needs[0] else None,
+        _push_normalize_masks_backward(grad, grad_masks, logits, **params) if needs[1] else None,
+    )
 
 
-def _normalize(
+# The change of a result along a direction of a tensor in which it is not linear.
+
+
+def _unchanged(direction: Tensor, *_: Tensor, **__: Any) -> Tensor:
+    """Return the change of a gradient along what it only has the shape of."""
+    return torch.zeros_like(direction)
+
+
+def _normalizer(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: params[key] for key in params if key != "down"}
+
+
+def _factors(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: params[key] for key in params if key not in ("kernel_size", "normalizer")}
+
+
+def _push_masks(
+    direction: Tensor,
     logits: Tensor,
     *,
-    size: tuple[int, int],
-    up: int = 1,
-    kernel_size: int = 5,
-    groups: int = 1,
+    size: Any = None,
     normalizer: str = "softmax",
-    layout: str = "NCHW",
+    **params: Any,
 ) -> Tensor:
-    """Return the masks, by functions of PyTorch."""
-    if layout == "NHWC":
-        logits = logits.movedim(-1, -3)
-    # Not by pixel_shuffle, whose derivative of an empty batch has a wrong shape.
-    taps = logits.unflatten(-3, (groups, kernel_size**2, up, up)).movedim((-4, -3), (-3, -1))
-    taps = taps.flatten(-4, -3).flatten(-2, -1)[..., : size[0], : size[1]]
+    """Return the change of the masks, ``m*(d - sum(m*d))`` for softmax along d in their axes."""
+    if normalizer == "sigmoid_normalized":
+        direction, logits = direction * (-logits).sigmoid(), F.logsigmoid(logits)
+        normalizer = "softmax"
+    shuffle = partial(normalize_masks, size=size, normalizer="none", **params)
+    change = normalize_masks_backward(shuffle(direction), logits, normalizer=normalizer, **params)
+    masks: Tensor = shuffle(change)
+    return masks
+
+
+def _push_normalize_masks_backward(
+    direction: Tensor,
+    grad_masks: Tensor,
+    logits: Tensor,
+    *,
+    normalizer: str = "softmax",
+    **params: Any,
+) -> Tensor:
+    """Return the change of grad_logits, and the gradient too: a second derivative is symmetric.
+
+    For softmax it is the same operator of ``(d - sum(m*d)) * (grad_masks - sum(m*grad_masks))``,
+    for sigmoid of ``(1 - 2*m) * d * grad_masks``, along d in the axes of the masks m.
+    """
+    if normalizer == "none":
+        return torch.zeros_like(logits)
+    if normalizer == "sigmoid_normalized":
+        scores, slope = F.logsigmoid(logits), (-logits).sigmoid()
+        change = _push_normalize_masks_backward(slope * direction, grad_masks, scores, **params)
+        grad_scores = normalize_masks_backward(grad_masks, scores, **params)
+        return slope * (change - (1 - slope) * direction * grad_scores)
+    size = _size(grad_masks, **params)
+    masks = normalize_masks(logits, size=size, normalizer=normalizer, **params)
+    change = normalize_masks(direction, size=size, normalizer="none", **params)
     if normalizer == "sigmoid":
-        taps = taps.sigmoid()
-    elif normalizer != "none":
-        taps = (F.logsigmoid(taps) if normalizer == "sigmoid_normalized" else taps).softmax(-3)
-    masks = taps.flatten(-4, -3)
-    return masks.movedim(-3, -1) if layout == "NHWC" else masks
+        product = (1 - 2 * masks) * change * grad_masks
+    else:
+        product = _centred(change, masks, **params) * _centred(grad_masks, masks, **params)
+    grad_logits: Tensor = normalize_masks_backward(product, logits, normalizer=normalizer, **params)
+    return grad_logits
+
+
+def _centred(
+    values: Tensor, masks: Tensor, *, groups: int = 1, layout: str = "NCHW", **_: Any
+) -> Tensor:
+    """Return the values less their mean in a window, weighted by the masks."""
+    axis = -3 if layout == "NCHW" else -1
+    pairs = zip(values.chunk(groups, axis), masks.chunk(groups, axis), strict=True)
+    return torch.cat([x - (m * x).sum(axis, keepdim=True, dtype=x.dtype) for x, m in pairs], axis)
+
+
+def _push_output(
+    direction: Tensor, features: Tensor, logits: Tensor, *, size: Any = None, **params: Any
+) -> Tensor:
+    size = size or natural_size(_size(features, **params), **params)
+    masks = _push_masks(direction, logits, size=size, **_normalizer(params))
+    output: Tensor = reassemble(features, masks, size=size, **_factors(params))
+    return output
+
+
+def _push_grad_features(
+    direction: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
+) -> Tensor:
+    size = _size(grad_output, **params)
+    masks = _push_masks(direction, logits, size=size, **_normalizer(params))
+    gradient: Tensor = reassemble_grad_features(grad_output, features, masks, **_factors(params))
+    return gradient
+
+
+def _push_grad_logits(
+    direction: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
+) -> Tensor:
+    masks = normalize_masks(logits, size=_size(grad_output, **params), **_normalizer(params))
+    grad_masks = reassemble_grad_masks(grad_output, features, masks, **_factors(params))
+    return _push_normalize_masks_backward(direction, grad_masks, logits, **_normalizer(params))
 
 
 # The operators
@@ -422,6 +538,7 @@ reassemble = _define(
     _forward(ops.reassemble),
     _reassembled,
     _derive_output("reassemble", "masks"),
+    pushes=(None, None),
     flops=count_reassemble,
     cast=True,
 )
@@ -432,6 +549,7 @@ reassemble_grad_features = _define(
     _gradient(ops.reassemble_backward, 0, "masks"),
     _like(1),
     _derive_grad_features("reassemble", "masks"),
+    pushes=(None, _unchanged, None),
     flops=count_reassemble_backward,
 )
 reassemble_grad_masks = _define(
@@ -441,6 +559,7 @@ reassemble_grad_masks = _define(
     _gradient(ops.reassemble_backward, 1, "features"),
     _like(2),
     _derive_grad_masks,
+    pushes=(None, None, _unchanged),
     flops=count_reassemble_backward,
 )
 reassemble_with_logits = _define(
@@ -450,6 +569,7 @@ reassemble_with_logits = _define(
     _forward(ops.reassemble_with_logits),
     _reassembled,
     _derive_output("reassemble_with_logits", "logits"),
+    pushes=(None, _push_output),
     flops=count_reassemble_with_logits,
     cast=True,
 )
@@ -460,6 +580,7 @@ reassemble_with_logits_grad_features = _define(
     _gradient(ops.reassemble_with_logits_backward, 0, "logits"),
     _like(1),
     _derive_grad_features("reassemble_with_logits", "logits"),
+    pushes=(None, _unchanged, _push_grad_features),
     flops=count_reassemble_with_logits_backward,
 )
 reassemble_with_logits_grad_logits = _define(
@@ -469,6 +590,7 @@ reassemble_with_logits_grad_logits = _define(
     _gradient(ops.reassemble_with_logits_backward, 1, "features"),
     _like(2),
     _derive_grad_logits,
+    pushes=(None, None, _push_grad_logits),
     flops=count_reassemble_with_logits_backward,
 )
 normalize_masks = _define(
@@ -478,6 +600,7 @@ normalize_masks = _define(
     _forward(ops.normalize_masks),
     _normalized,
     _derive_normalize_masks,
+    pushes=(_push_masks,),
     flops=count_normalize_masks,
 )
 normalize_masks_backward = _define(
@@ -487,6 +610,7 @@ normalize_masks_backward = _define(
     _forward(ops.normalize_masks_backward),
     _like(1),
     _derive_normalize_masks_backward,
+    pushes=(None, _push_normalize_masks_backward),
     flops=count_normalize_masks_backward,
 )
 
