@@ -209,7 +209,9 @@ def test_detectors_of_torchvision_train_on_it(kind, require):
         require("torchvision", str(error))
     from torchvision.models import detection
 
-    detector = getattr(detection, kind)(small(), 3, min_size=128, max_size=160)
+    sizes = dict(min_size=128, max_size=160)
+    few = dict(rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20)  # where Python pools them
+    detector = getattr(detection, kind)(small(), 3, **sizes, **few)
     if kind == "MaskRCNN":
         detector.roi_heads.mask_head = MaskHead(16, 16, 3)
         detector.roi_heads.mask_predictor = nn.Identity()

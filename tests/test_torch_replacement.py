@@ -486,7 +486,9 @@ def test_torchvisions_mask_r_cnn_too(require):
         require("torchvision", str(error))
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-    network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    network = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, rpn_post_nms_top_n_test=20
+    )
     report = replace_resampling(
         network.roi_heads.mask_predictor, torch.zeros(1, 256, 14, 14), select=["conv5_mask"]
     )

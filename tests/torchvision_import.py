@@ -1,12 +1,14 @@
 """Imports torchvision, also one whose compiled operators do not load into the PyTorch at hand."""
 
+import sys
+
 import torch
 
 library = None  # its definitions end with it
 
 
 def import_torchvision():
-    """Return torchvision; it goes without its operators, but for an nms of Python.
+    """Return torchvision, with nms and roi_align in Python where it has no operators.
 
     Raise an ImportError where it is not installed.
     """
@@ -21,6 +23,8 @@ def import_torchvision():
         import torchvision
 
         torchvision.extension._has_ops = lambda: True  # the answer before a call of nms
+        roi_align = sys.modules["torchvision.ops.roi_align"]
+        roi_align._roi_align = roi_align._roi_align.__wrapped__  # not compiled, which takes long
     return torchvision
 
 
