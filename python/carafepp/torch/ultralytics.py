@@ -25,17 +25,16 @@ class CARAFE(modules.CARAFE):
     It keeps the number of channels, so that the row's is a check: that of the layer that it comes
     from, as it is or before the model's width scales it, as in a row of ``Conv``.
 
-    ======================================  ===================================================
-    row                                     becomes
-    ======================================  ===================================================
-    ``[-1, 1, CARAFE, []]``                 ``CARAFE(channels, up=2)``
-    ``[-1, 1, CARAFE, [256, 2]]``           the same, after 256 channels
-    ``[-1, 1, CARAFE, [null, 3, 7]]``       ``CARAFE(channels, up=3, kernel_size=7)``
-    ``[-1, 1, CARAFE, [256, 1, 5, {down:    ``CARAFE(channels, down=2, batch_norm=True)``, after
-    2, batch_norm: true}]]``                256 channels
-    ======================================  ===================================================
+    ==========================  =============================================
+    arguments                   become
+    ==========================  =============================================
+    ``[]``                      ``CARAFE(channels, up=2)``
+    ``[256, 2]``                the same, after 256 channels
+    ``[null, 3, 7]``            ``CARAFE(channels, up=3, kernel_size=7)``
+    ``[256, 1, 5, {down: 2}]``  ``CARAFE(channels, down=2)``, after 256 channels
+    ==========================  =============================================
 
-    Forks of YOLO write other orders: ``[2]`` (up), ``[5, 2]`` or ``[256, 5, 2]`` (kernel_size, up).
+    Forks of YOLO write other orders: ``[2]`` (up), ``[5, 2]`` or ``[256, 5, 2]`` (kernel size, up).
 
     Parameters
     ----------
@@ -50,7 +49,7 @@ class CARAFE(modules.CARAFE):
     TypeError
         A number that is not an integer.
     ValueError
-        `channels` is not that of the input, or another number is out of its range.
+        `channels` is not the number of the input, or another one is out of its range.
     """
 
     def __init__(
