@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from torchvision_import import import_torchvision
+
 
 class Extension(types.ModuleType):
     """Stands for mmcv's compiled operators."""
@@ -41,22 +43,8 @@ def pooled(x, rois, size):
     return torch.stack([F.adaptive_avg_pool2d(x[int(roi[0])], size) for roi in rois])
 
 
-def import_torchvision():
-    """Define two operators first that the CPU build of PyTorch lacks."""
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-        return library
-    return None
-
-
 def main(way):
-    library = import_torchvision()
+    import_torchvision()
     sys.modules["mmcv._ext"] = Extension("mmcv._ext")
     import mmcv
 
@@ -107,7 +95,6 @@ def main(way):
     total.backward()
     assert all(m.content_encoder.weight.grad.any() for m in model.neck.upsample_modules)
     print("loss", total.item())
-    del library
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ nn, F = torch.nn, torch.nn.functional
 
 from carafepp.torch import CARAFE  # noqa: E402
 from carafepp.torch.models import FPN, UPSAMPLERS, MaskHead, ResNet, ResNetFPN, fpn  # noqa: E402
+from torchvision_import import import_torchvision  # noqa: E402
 
 upsamplers = pytest.mark.parametrize("name", UPSAMPLERS)
 CHANNELS = (8, 16, 32, 64)
@@ -198,13 +199,19 @@ def test_a_backbone_as_torchvision_wants_it():
     assert sum(isinstance(m, CARAFE) for m in backbone.modules()) == 7 + 3
 
 
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # in its imports
 @pytest.mark.parametrize("kind", ["FasterRCNN", "MaskRCNN"])
 def test_detectors_of_torchvision_train_on_it(kind, require):
     try:
-        from torchvision.models import detection
-    except (ImportError, RuntimeError) as error:
+        import_torchvision()
+    except ImportError as error:
         require("torchvision", str(error))
-    detector = getattr(detection, kind)(small(), 3, min_size=128, max_size=160)
+    from torchvision.models import detection
+
+    sizes = dict(min_size=128, max_size=160)
+    few = dict(rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20)  # where Python pools them
+    detector = getattr(detection, kind)(small(), 3, **sizes, **few)
     if kind == "MaskRCNN":
         detector.roi_heads.mask_head = MaskHead(16, 16, 3)
         detector.roi_heads.mask_predictor = nn.Identity()

@@ -12,6 +12,7 @@ nn, F = torch.nn, torch.nn.functional
 from carafepp.torch import CARAFE  # noqa: E402
 from carafepp.torch.models import DOWNSAMPLERS, ResNet, resnet, resnet50, resnet101  # noqa: E402
 from carafepp.torch.models.resnet import DeformConv  # noqa: E402
+from torchvision_import import import_torchvision  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -71,12 +72,13 @@ def test_the_plain_network_has_the_layout_of_torchvision(make, layers, parameter
     assert count(network) == parameters
 
 
+@pytest.mark.frameworks
 def test_weights_of_torchvision_load_and_give_the_same(require):
     try:
-        from torchvision import models
-    except (ImportError, RuntimeError) as error:
+        torchvision = import_torchvision()
+    except ImportError as error:
         require("torchvision", str(error))
-    theirs, ours = models.resnet50().eval(), resnet50().eval()
+    theirs, ours = torchvision.models.resnet50().eval(), resnet50().eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 3, 65, 70)
     with torch.no_grad():
@@ -232,10 +234,11 @@ def deform_conv2d(x, offset, weight, *, stride, padding, mask):
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    """Its operator, or one that computes the same where it does not import."""
+    """Its operator, or one that computes the same where that does not load."""
     try:
-        import torchvision.ops  # noqa: F401
-    except (ImportError, RuntimeError):
+        import_torchvision()
+        torch.ops.torchvision.deform_conv2d  # noqa: B018
+    except (ImportError, AttributeError):
         ops = types.ModuleType("torchvision.ops")
         ops.deform_conv2d = deform_conv2d
         monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))

@@ -373,7 +373,7 @@ def test_it_installs_beside_mmcv_lite_and_mmcv_1(packages, monkeypatch):
     assert dict(packages["mmcv.cnn"].UPSAMPLE_LAYERS) == {"carafe": mmcv.CARAFEPack}
 
 
-@pytest.mark.slow
+@pytest.mark.frameworks
 def test_mmdetections_own_config_gives_the_same_loss_both_ways(require):
     for name in ("mmdet", "mmcv", "torchvision"):
         if importlib.util.find_spec(name) is None:

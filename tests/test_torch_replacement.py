@@ -13,9 +13,11 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 from torch.nn.utils import spectral_norm  # noqa: E402
+from torch.nn.utils.fusion import fuse_conv_bn_eval  # noqa: E402
 from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
 
 from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
+from torchvision_import import import_torchvision  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -202,6 +204,19 @@ def test_a_word_selects_the_layer_of_that_name():
     (report,) = replace_resampling(network, select="10")
     assert report.name == "10"
     assert all(type(layer) is nn.Conv2d for layer in network[:10])
+
+
+def test_a_normalisation_folds_into_what_a_convolution_became():
+    network = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)).double()
+    network[1].running_var[:] = torch.arange(1, 7)
+    replace_resampling(network)
+    network.eval()
+    x = torch.randn(1, 4, 9, 8, dtype=torch.double)
+    expected = network(x)
+    folded = fuse_conv_bn_eval(network[0], network[1])
+    torch.testing.assert_close(folded(x), expected)
+    assert [name for name, _ in folded.named_parameters()][-2:] == ["1.weight", "1.bias"]
+    assert folded.out_channels == 6
 
 
 def test_a_layer_itself_is_refused():
@@ -414,21 +429,16 @@ def test_a_resnet_gets_the_seven_of_the_paper():
     check_resnet(ResNet())
 
 
-# The CPU build of PyTorch lacks two operators that torchvision needs for its import alone.
 TORCHVISION = """
 import torch
-try:
-    import torchvision
-except RuntimeError:
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
+from torchvision_import import import_torchvision
+import_torchvision()
 from carafepp.torch import CARAFE, replace_resampling
 from torchvision.models import resnet50
 """
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     "script",
     [
@@ -467,33 +477,18 @@ def test_torchvision(script, require):
     subprocess.run([sys.executable, "-c", TORCHVISION + script], env=environment, check=True)
 
 
-ULTRALYTICS = """
-from ultralytics import YOLO
-network = YOLO("yolo11n.yaml").model
-x = torch.randn(1, 3, 96, 64)
-before = network.eval()(x)[0].shape
-report = replace_resampling(network, x)
-assert sum(entry.new is not None for entry in report) == 9
-assert network(x)[0].shape == before
-"""
-
-
-@pytest.mark.slow
-def test_ultralytics_goes_on_with_new_layers(require, tmp_path):
-    if importlib.util.find_spec("ultralytics") is None:
-        require("ultralytics", "not installed")
-    offline = {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0"}
-    environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = TORCHVISION + ULTRALYTICS
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-
-
-def test_torchvisions_mask_r_cnn_too():
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # in its imports
+def test_torchvisions_mask_r_cnn_too(require):
     try:
-        from torchvision.models.detection import maskrcnn_resnet50_fpn
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision: {error}")
-    network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        import_torchvision()
+    except ImportError as error:
+        require("torchvision", str(error))
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    network = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, rpn_post_nms_top_n_test=20
+    )
     report = replace_resampling(
         network.roi_heads.mask_predictor, torch.zeros(1, 256, 14, 14), select=["conv5_mask"]
     )

@@ -296,6 +296,31 @@ class _EnlargedConvolved(nn.Sequential):
         return "Sequential"
 
 
+class _Convolved(nn.Sequential):
+    """CARAFE++ and a convolution, into which what follows is folded as it was into the old one.
+
+    Before inference, ultralytics folds a batch normalisation into weight and bias.
+    """
+
+    @property
+    def weight(self) -> Any:
+        return self[1].weight
+
+    @property
+    def bias(self) -> Any:
+        return self[1].bias
+
+    @property
+    def out_channels(self) -> Any:
+        return self[1].out_channels
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self[1].register_parameter(name, param)
+
+    def _get_name(self) -> str:
+        return "Sequential"
+
+
 def _replace(
     name: str,
     old: nn.Module,
@@ -416,7 +441,7 @@ def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -
         **place,
     )
     convolution.weight, convolution.bias = old.weight, old.bias
-    return nn.Sequential(carafe, convolution)
+    return _Convolved(carafe, convolution)
 
 
 # The factors of layers
