@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 from ultralytics.nn import tasks
 
-from . import _arguments, modules
+from .. import _arguments
+from . import modules
 
 
 class CARAFE(modules.CARAFE):
