@@ -11,19 +11,15 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, LAYOUTS, double, integer_arrays, numpy_dtype
-from cases.calls import RESULTS, arguments, call
+from cases.calls import FUNCTIONS, RESULTS, arguments, call
 from foreign import BFLOAT, CPU, CUDA, CUDA_HOST, ROCM, Foreign
 from functions import each_function, each_input
+from products import product
 from tolerances import assert_exact
 
 F32 = DTYPES[0]
 CASE = CASES["groups_2"]
-cases = pytest.mark.parametrize(
-    "case",
-    [CASES[name] for name in ("groups_2", "down2", "ratio_3_2", "crop_up", "empty_batch")],
-    ids=lambda case: case.name,
-)
-all_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+SOME_CASES = [CASES[name] for name in ("groups_2", "down2", "ratio_3_2", "crop_up", "empty_batch")]
 
 
 def problem(function, case=CASE, dtypes=F32):
@@ -127,10 +123,11 @@ def test_numpy_calls_beside_a_thread_that_imports_torch():
     subprocess.run([sys.executable, "-c", IMPORT_BESIDE_CALLS], check=True, timeout=100)
 
 
-@pytest.mark.parametrize("dtypes", [d for d in DTYPES if "bfloat16" in d.features], ids=str)
-@each_function
-@cases
-def test_ml_dtypes_bfloat16_arrays_give_the_same(case, function, dtypes):
+@product(
+    function=FUNCTIONS,
+    turns={"case": SOME_CASES, "dtypes": [d for d in DTYPES if "bfloat16" in d.features]},
+)
+def test_ml_dtypes_bfloat16_arrays_give_the_same(function, case, dtypes):
     inputs, params = problem(function, case, dtypes)
     results = call(function, inputs, params)
     expected = call(function, *problem(function, case, F32))
@@ -155,10 +152,8 @@ def from_torch(tensor):
     return tensor.double().numpy()
 
 
-@all_dtypes
-@each_function
-@cases
-def test_torch_tensors_give_torch_tensors(case, function, dtypes, torch):
+@product(function=FUNCTIONS, case=SOME_CASES, turns={"dtypes": DTYPES})
+def test_torch_tensors_give_torch_tensors(function, case, dtypes, torch):
     inputs, params = problem(function, case, dtypes)
     tensors = [to_torch(torch, array) for array in inputs]
     expected = call(function, inputs, params)
@@ -425,10 +420,8 @@ def test_torch_expanded_out_is_refused(torch):
 # The array API: any library whose arrays name their namespace
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@each_function
-@cases
-def test_array_api_arrays_give_arrays_of_their_library(case, function, dtype, array_api_strict):
+@product(function=FUNCTIONS, turns={"case": SOME_CASES, "dtype": ["float32", "float64"]})
+def test_array_api_arrays_give_arrays_of_their_library(function, case, dtype, array_api_strict):
     dtypes = next(d for d in DTYPES if (d.features, d.masks) == (dtype, dtype))
     inputs, params = problem(function, case, dtypes)
     arrays = [array_api_strict.asarray(array.copy()) for array in inputs]

@@ -14,7 +14,8 @@ import carafepp
 import reference as ref
 from cases import CASES, DTYPES, double, integer_arrays, integers
 from cases.calls import arguments, call
-from functions import call_into, each_function, each_input, each_result
+from functions import EACH_INPUT, EACH_RESULT, call_into, each_function
+from products import product
 
 
 def problem(function, name="up2"):
@@ -178,9 +179,12 @@ def far_apart(array, axis):
     return view
 
 
-@pytest.mark.parametrize("axis", range(4), ids=["batch", "channels", "rows", "columns"])
-@each_input
-def test_strides_beyond_2_31_elements_in_an_input(function, index, axis):
+AXES = {"batch": 0, "channels": 1, "rows": 2, "columns": 3}
+
+
+@product(which=EACH_INPUT, turns={"axis": AXES})
+def test_strides_beyond_2_31_elements_in_an_input(which, axis):
+    function, index = which
     case = CASES["up2"]
     inputs, params = arguments(function, case, integer_arrays(case, DTYPES[2]), "none")
     expected = call(function, inputs, params)
@@ -190,9 +194,9 @@ def test_strides_beyond_2_31_elements_in_an_input(function, index, axis):
         np.testing.assert_array_equal(result, exact)
 
 
-@pytest.mark.parametrize("axis", range(4), ids=["batch", "channels", "rows", "columns"])
-@each_result
-def test_strides_beyond_2_31_elements_in_a_result(function, index, axis):
+@product(which=EACH_RESULT, turns={"axis": AXES})
+def test_strides_beyond_2_31_elements_in_a_result(which, axis):
+    function, index = which
     case = CASES["up2"]
     inputs, params = arguments(function, case, integer_arrays(case, DTYPES[2]), "none")
     expected = call(function, inputs, params)

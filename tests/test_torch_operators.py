@@ -18,7 +18,8 @@ import cases
 from cases import CASES, DTYPES, Case, random_arrays
 from cases.calls import FUNCTIONS, INPUTS, RESULTS, arguments, call
 from cuda_libraries import connected
-from functions import each_function, each_result
+from functions import EACH_RESULT, each_function, each_result
+from products import product
 from reference import NORMALIZERS
 from test_frameworks import from_torch, problem, to_torch
 
@@ -151,9 +152,9 @@ OPCHECKS = {
 
 # PyTorch 2.14's own opcheck looks at .grad of a view.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", OPCHECKS)
-@each_result
-def test_opcheck(function, index, kind, torch):
+@product(kind=list(OPCHECKS), by_default={"kind": ["contiguous", "NHWC"]}, which=EACH_RESULT)
+def test_opcheck(kind, which, torch):
+    function, index = which
     name, change, more = OPCHECKS[kind]
     tensors, params = random_problem(torch, function, CASES[name])
     tensors = that_require_grad(change(torch, tensors))
@@ -222,10 +223,12 @@ def gradient_call(function, inputs, params, grad):
     return call(f"{function}_backward", (grad, *inputs), params)
 
 
-@each_dtypes
-@each_forward
-@pytest.mark.parametrize("name", ["groups_2", "crop_ratio", "down2", "empty_crop"])
-def test_gradients_are_those_of_the_numpy_functions(name, function, dtypes, torch):
+@product(
+    function=FORWARD,
+    name=["groups_2", "crop_ratio", "down2", "empty_crop"],
+    turns={"dtypes": DTYPES},
+)
+def test_gradients_are_those_of_the_numpy_functions(function, name, dtypes, torch):
     """Bit for bit, in the dtype of what they are the gradients of."""
     case = CASES[name]
     arrays = random_arrays(case, dtypes)
@@ -1094,6 +1097,7 @@ assert (output == 1).all()
 """
 
 
+@pytest.mark.exhaustive
 def test_the_first_call_may_be_compiled(torch):
     """Nothing has imported the operators yet."""
     subprocess.run([sys.executable, "-c", FIRST_CALL], check=True, timeout=100)
@@ -1185,6 +1189,7 @@ assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
 """
 
 
+@pytest.mark.exhaustive
 def test_ahead_of_time_inductor(torch, tmp_path):
     """Alone, because the threads that it starts must not be forked by other tests."""
     if not hasattr(torch._inductor, "aoti_load_package"):
@@ -1345,6 +1350,7 @@ def test_fvcore_counts_with_handles(torch):
 # Around the operators
 
 
+@pytest.mark.exhaustive
 def test_modules_may_be_loaded_again(torch):
     """As notebooks do, all of them or after they were forgotten; results stay as they are."""
     subprocess.run([sys.executable, "-c", RELOAD], check=True, timeout=100)
@@ -1423,6 +1429,7 @@ assert (compiled(x)[0] == 1).all()
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PRIVATE)
 def test_nothing_but_torch_func_needs_private_names(name, torch):
     """A later PyTorch may lack them."""
@@ -1515,6 +1522,7 @@ def train_step(rank, folder):
     os._exit(0)  # PyTorch's own teardown of gloo sometimes aborts, with plain layers too
 
 
+@pytest.mark.exhaustive
 def test_data_parallel_training(torch, tmp_path):
     """The mean of two processes' gradients is half of one with the whole batch."""
     if not torch.distributed.is_available():
