@@ -87,15 +87,21 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
 
 def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
     """Return what a sequence or an array of one axis holds, None if it is none of integers."""
-    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
-    if not ordered or isinstance(values, (str, bytes, bytearray, Set, Mapping)):
-        return None
-    if getattr(values, "ndim", 1) != 1:
-        return None
-    if hasattr(values, "tolist") and not _is_traced(values):
-        values = values.tolist()
+    if not isinstance(values, (tuple, list)):
+        if not _is_row(values):
+            return None
+        if hasattr(values, "tolist") and not _is_traced(values):
+            values = values.tolist()
     numbers = tuple([read(value) for value in values])
     return None if any([number is None for number in numbers]) else numbers
+
+
+def _is_row(values: Any) -> bool:
+    """Tell whether something other than a tuple or list is a row of values, in an order."""
+    if isinstance(values, (str, bytes, bytearray, Set, Mapping)):
+        return False
+    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
+    return ordered and getattr(values, "ndim", 1) == 1
 
 
 def _length(value: Any) -> Any:
