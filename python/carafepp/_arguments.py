@@ -79,10 +79,17 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     """Return a size as a tuple of two integers, or of what PyTorch has for them in a graph."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
+    if not isinstance(size, (tuple, list)) and stands_for_another(size):
+        size = size[0], size[1]
     numbers = _read(size, _length)
     if numbers is None or len(numbers) != 2:
         raise TypeError(f"[{where}] size must be a pair {names} of integers; {_got(size)}.")
     return numbers[0], numbers[1]
+
+
+def stands_for_another(value: Any) -> bool:
+    """Tell whether this is what a trace of torch.fx has in the place of a value."""
+    return hasattr(value, "__torch_function__") and not is_tensor(value)
 
 
 def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
@@ -112,7 +119,7 @@ def _length(value: Any) -> Any:
         kind = value.dtype
         numbers = str(kind) != "torch.bool" and not kind.is_floating_point and not kind.is_complex
         return value if numbers and value.dim() == 0 and _is_traced(value) else None
-    if type(value) is imported_class("torch", "SymInt") or hasattr(value, "__torch_function__"):
+    if type(value) is imported_class("torch", "SymInt") or stands_for_another(value):
         return value
     return index_of(value)
 
