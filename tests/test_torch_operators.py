@@ -1234,7 +1234,7 @@ def test_torch_jit_traces_go_on_with_other_sizes(torch):
             torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("record", ["trace", "export", "compile"])
+@pytest.mark.parametrize("record", ["trace", "export", "compile", "fx"])
 def test_graphs_have_output_sizes_of_symbols(record, torch):
     class Module(torch.nn.Module):
         def forward(self, x):
@@ -1246,6 +1246,8 @@ def test_graphs_have_output_sizes_of_symbols(record, torch):
     elif record == "export":
         h, w = torch.export.Dim("h", min=4, max=99), torch.export.Dim("w", min=4, max=99)
         graph = torch.export.export(module, (x,), dynamic_shapes=({2: h, 3: w},)).module()
+    elif record == "fx":
+        graph = torch.fx.symbolic_trace(module)
     else:
         graph = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
     for size in [(8, 9), (5, 7), (12, 6)]:

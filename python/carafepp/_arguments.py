@@ -79,23 +79,36 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     """Return a size as a tuple of two integers, or of what PyTorch has for them in a graph."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
+    if not isinstance(size, (tuple, list)) and stands_for_another(size):
+        size = size[0], size[1]
     numbers = _read(size, _length)
     if numbers is None or len(numbers) != 2:
         raise TypeError(f"[{where}] size must be a pair {names} of integers; {_got(size)}.")
     return numbers[0], numbers[1]
 
 
+def stands_for_another(value: Any) -> bool:
+    """Tell whether this is what a trace of torch.fx has in the place of a value."""
+    return hasattr(value, "__torch_function__") and not is_tensor(value)
+
+
 def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
     """Return what a sequence or an array of one axis holds, None if it is none of integers."""
-    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
-    if not ordered or isinstance(values, (str, bytes, bytearray, Set, Mapping)):
-        return None
-    if getattr(values, "ndim", 1) != 1:
-        return None
-    if hasattr(values, "tolist") and not _is_traced(values):
-        values = values.tolist()
+    if not isinstance(values, (tuple, list)):
+        if not _is_row(values):
+            return None
+        if hasattr(values, "tolist") and not _is_traced(values):
+            values = values.tolist()
     numbers = tuple([read(value) for value in values])
     return None if any([number is None for number in numbers]) else numbers
+
+
+def _is_row(values: Any) -> bool:
+    """Tell whether something other than a tuple or list is a row of values, in an order."""
+    if isinstance(values, (str, bytes, bytearray, Set, Mapping)):
+        return False
+    ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
+    return ordered and getattr(values, "ndim", 1) == 1
 
 
 def _length(value: Any) -> Any:
@@ -106,7 +119,7 @@ def _length(value: Any) -> Any:
         kind = value.dtype
         numbers = str(kind) != "torch.bool" and not kind.is_floating_point and not kind.is_complex
         return value if numbers and value.dim() == 0 and _is_traced(value) else None
-    if type(value) is imported_class("torch", "SymInt") or hasattr(value, "__torch_function__"):
+    if type(value) is imported_class("torch", "SymInt") or stands_for_another(value):
         return value
     return index_of(value)
 

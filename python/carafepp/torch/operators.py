@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops
-from .._arguments import integer, pair
+from .._arguments import integer, pair, stands_for_another
 from .._arrays import PyTorch
 from ..ops import natural_size
 from . import dtensor
@@ -274,20 +274,15 @@ def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
         if type(value) is not int and key in ("up", "down", "kernel_size", "groups"):
             params[key] = _integer(name, key, value)
     size = params.get("size")
-    if size is not None and not _stands_for_another(size):
+    if size is not None:
         size = params["size"] = pair(name, size)
         if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
             return _crop(name, tensors, **params)
     return _functions[name](*tensors, **params)
 
 
-def _stands_for_another(value: Any) -> bool:
-    """Tell whether this is what a trace of torch.fx has in the place of a value."""
-    return hasattr(value, "__torch_function__") and not isinstance(value, Tensor)
-
-
 def _integer(function: str, name: str, value: Any) -> Any:
-    if type(value) is int or isinstance(value, torch.SymInt) or _stands_for_another(value):
+    if type(value) is int or isinstance(value, torch.SymInt) or stands_for_another(value):
         return value
     return integer(function, name, value, least=None)
 
