@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
     def kept(item):
         if item.get_closest_marker("product") or not item.get_closest_marker("exhaustive"):
             return True
-        return "exhaustive" in asked and zlib.crc32(item.nodeid.encode()) % parts == part
+        return products.are_exhaustive(config) and zlib.crc32(item.nodeid.encode()) % parts == part
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = [item for item in items if kept(item)]

@@ -3,11 +3,12 @@
     @product(case=CASES, isa=ISAS, turns={"dtypes": DTYPES, "normalizer": NORMALIZERS})
 
 The part has each pair of values of two axes. Axes that hardly depend on these take turns: each row
-gets the combination of their values that its own values had least.
+gets the combination of their values that came least, alone and beside the row's own values.
 """
 
 import itertools
 import math
+import random
 import zlib
 from collections import Counter
 
@@ -23,13 +24,19 @@ def product(*, turns=None, by_default=None, valid=lambda *_: True, **axes):
     return pytest.mark.product(axes, turns or {}, by_default or {}, valid)
 
 
+def are_exhaustive(config) -> bool:
+    """Tell whether the command line asks for exhaustive tests."""
+    asked = config.getoption("-m")
+    return "exhaustive" in asked and "not exhaustive" not in asked
+
+
 def parametrize(metafunc, part: int, parts: int) -> None:
     """Parametrize a test that is marked by product, with one of equal parts of its rows."""
     mark = metafunc.definition.get_closest_marker("product")
     if mark is None:
         return
     axes, turns, by_default, valid = mark.args
-    exhaustive = "exhaustive" in metafunc.config.getoption("-m")
+    exhaustive = are_exhaustive(metafunc.config)
     if not exhaustive:
         axes = axes | by_default
     tables = [_by_name(axis) for axis in (*axes.values(), *turns.values())]
@@ -61,8 +68,9 @@ def _all_rows(axes, turns, may_go):
 
 
 def _covering_rows(axes, turns, may_go):
-    """Choose greedily: first the rows that add most pairs."""
+    """Choose rows greedily, first those that add most pairs, and a turn for each."""
     rows, turns = list(_all_rows(axes, [], may_go)), list(itertools.product(*turns))
+    random.Random(0).shuffle(rows)  # else every choice among equals is the first value
     covered: set = set()
     chosen = []
     size = min(2, len(axes))  # of what must be covered: pairs, or the values of a single axis
@@ -74,6 +82,18 @@ def _covering_rows(axes, turns, may_go):
                 chosen.append(row)
     seen: Counter = Counter()
     for row in chosen:
-        turn = min(turns, key=lambda turn: sum(seen[value, turn] for value in row))
-        seen.update((value, turn) for value in row)
+        turn = min(turns, key=lambda turn: _times(row, turn, seen))
+        seen.update([(value, turn) for value in row] + _parts(row, turn))
         yield (*row, *turn)
+
+
+def _times(row, turn, seen) -> tuple[int, int]:
+    """Return how often values of the row had the whole turn, and how often parts of it came."""
+    whole = sum(seen[value, turn] for value in row)
+    return whole, sum(seen[part] for part in _parts(row, turn))
+
+
+def _parts(row, turn) -> list:
+    """Return the values of a turn: alone, beside each other and beside those of the row."""
+    values = list(enumerate(turn))
+    return [*values, *itertools.combinations(values, 2), *itertools.product(row, values)]

@@ -404,6 +404,10 @@ def test_output_size():
         carafepp.output_size((3, 3), up=0)
     with refused(ValueError, "[output_size] size must not be negative; got (-3, 3)."):
         carafepp.output_size((-3, 3))
+    with refused(ValueError, "[output_size] down must be below 2**31; got 1099511627776."):
+        carafepp.output_size((3, 3), down=2**40)
+    with refused(ValueError, "[output_size] size is too large for up=1024: "):
+        carafepp.output_size((2**62, 3), up=1024)
     with refused(
         TypeError, "[output_size] size must be a pair (H, W) of integers; got (3.5, 3) (tuple)."
     ):

@@ -43,7 +43,7 @@ def test_defaults_are_a_kernel_of_5_and_softmax(rng):
 
 
 def exact_gradients(case):
-    """Of integer_arrays, by the definition and without a normalizer."""
+    """Return the gradients of integer_arrays, by the definition and without a normalizer."""
     a = integer_arrays(case, DTYPES[0])
     inputs = a.grad_output, a.features, a.logits
     return ref.reassemble_with_logits_backward(*inputs, **case.factors, normalizer="none")
@@ -169,7 +169,12 @@ def test_logits_outside_the_crop_are_not_read(case, normalizer):
 # normalize_masks
 
 
-@product(case=FEW, turns={"isa": ISAS, "dtypes": DTYPES[:4]})
+@product(
+    case=FEW,
+    isa=ISAS,
+    turns={"dtypes": DTYPES[:4]},
+    valid=lambda case, isa: takes("normalize_masks", "masks")(case, "any", isa),
+)
 def test_normalizer_none_is_a_pixel_shuffle(case, isa, dtypes):
     a = random_arrays(case, dtypes)
     masks = run("normalize_masks", "masks", "any", isa, case, a, "none")

@@ -71,7 +71,7 @@ def test_a_special_mask_stays_at_its_output(case, layout, isa, value, dtypes, rn
     assert_same_values(run("reassemble", "output", layout, isa, case, arrays), expected)
 
 
-@each_kernel("reassemble_backward", "features", where=["grad_output", "masks"])
+@each_kernel("reassemble_backward", "features", where=["grad_output", "features", "masks"])
 def test_special_values_reach_grad_features_by_the_formula(
     case, layout, isa, value, dtypes, where, rng
 ):
@@ -83,7 +83,7 @@ def test_special_values_reach_grad_features_by_the_formula(
     assert_same_values(actual, expected)
 
 
-@each_kernel("reassemble_backward", "masks", where=["grad_output", "features"])
+@each_kernel("reassemble_backward", "masks", where=["grad_output", "features", "masks"])
 def test_special_values_reach_grad_masks_by_the_formula(
     case, layout, isa, value, dtypes, where, rng
 ):

@@ -4,7 +4,7 @@ Integers give exact results, without a normalizer (None); random numbers stay wi
 tolerances.py.
 """
 
-from cases import CASES, DTYPES, Case, Dtypes, integer_arrays, random_arrays
+from cases import CASES, DTYPES, FEW, Case, Dtypes, integer_arrays, random_arrays
 from expected import assert_result
 from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
 from products import product
@@ -61,15 +61,17 @@ def test_grad_masks_and_logits(case, layout, isa, dtypes, given):
 
 @product(
     case=CASES,
+    isa=ISAS,
+    by_default={"case": FEW},
+    valid=lambda case, isa: takes("normalize_masks", "masks")(case, "any", isa),
     turns={
         "which": {
             "masks": ("normalize_masks", "masks"),
             "logits": ("normalize_masks_backward", "logits"),
         },
-        "isa": ISAS,
         "dtypes": [dtypes for dtypes in DTYPES if dtypes.features == dtypes.masks],
         "normalizer": {"exact": None} | {name: name for name in NORMALIZERS},
     },
 )
-def test_normalized_masks_and_their_gradient(case, which, isa, dtypes, normalizer):
+def test_normalized_masks_and_their_gradient(case, isa, which, dtypes, normalizer):
     check(*which, "any", isa, case, dtypes, normalizer)

@@ -28,7 +28,7 @@ def check(function):
 
 @pytest.fixture(scope="module")
 def outcomes(torch, tmp_path_factory):
-    """What became of each check: for both processes a traceback or None."""
+    """Return the outcome of each check: for both processes a traceback or None."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch.distributed has no gloo in this build of PyTorch")
     folder = tmp_path_factory.mktemp("processes")

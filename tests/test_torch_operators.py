@@ -586,9 +586,11 @@ IN_DIMS = {
 }
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["batches", "single images"])
-@pytest.mark.parametrize("dims", IN_DIMS)
-@each_function
+@product(
+    function=FUNCTIONS,
+    dims=IN_DIMS,
+    turns={"batched": {"batches": True, "single images": False}},
+)
 def test_vmap(function, dims, batched, torch):
     samples = 3
     tensors, params = integer_problem(torch, function)

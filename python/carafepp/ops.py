@@ -743,7 +743,7 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     TypeError
         size is not a pair of integers.
     ValueError
-        A negative size, or up or down below 1.
+        A negative size, up or down not from 1 to 2**31 - 1, or a result of 2**63 or more.
 
     Examples
     --------
@@ -754,6 +754,14 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     up, down = positive("output_size", up=up, down=down)
     if any([type(length) is int and length < 0 for length in size]):
         raise ValueError(f"[output_size] size must not be negative; got {size}.")
+    for name, factor in (("up", up), ("down", down)):
+        if type(factor) is int and factor >= 2**31:
+            raise ValueError(f"[output_size] {name} must be below 2**31; got {factor}.")
+    if any([type(length) is int and length * up >= 2**63 for length in size]):
+        raise ValueError(
+            f"[output_size] size is too large for up={up}: positions in the result must stay below "
+            f"2**63; got {size}."
+        )
     return natural_size(size, up, down)
 
 

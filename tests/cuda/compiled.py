@@ -8,7 +8,7 @@ nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cu
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
-With --built it reads the objects of a build instead, in which CMake has refused spills.
+With --built it reads the objects of a build instead.
 With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
 nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have no nvcc, no
 front end and no nv/target: those of NVCC read the sources.
@@ -233,7 +233,7 @@ def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> 
     command = [cuobjdump, "-arch", f"sm_{architecture}", "-res-usage", "-sass", str(objects[0])]
     said = run(*command).stdout
     code = code_by_name(said)
-    return [
+    kernels = [
         Kernel(
             source.name,
             kernel["name"],
@@ -245,6 +245,9 @@ def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> 
         )
         for kernel in BUILT_KERNEL.finditer(said)
     ]
+    if {kernel.name for kernel in kernels} != set(code):
+        sys.exit(f"{objects[0]}: cuobjdump does not tell the registers of each kernel")
+    return kernels
 
 
 def compile_one(

@@ -123,15 +123,18 @@ def _dispatch(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Finder:
-    """Finds DTensor's module by the finders after this one, and makes a call after its import."""
+    """Finds DTensor's module by the finders after this one, and makes a call after its import.
+
+    It stays in sys.meta_path, which other threads may be going through.
+    """
 
     def __init__(self, then: Callable[[], None]) -> None:
-        self.then = then
+        self.then: Callable[[], None] | None = then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _MODULE:
+        if name != _MODULE or self.then is None:
             return None
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         specs = (finder.find_spec(name, path, target) for finder in others)
@@ -142,9 +145,9 @@ class _Finder:
 
         def load_then(module: ModuleType) -> None:
             load(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                self.then()
+            then, self.then = self.then, None
+            if then is not None:
+                then()
 
         spec.loader.exec_module = load_then  # type: ignore[method-assign]
         return spec

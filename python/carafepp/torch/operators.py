@@ -7,8 +7,8 @@ its two gradients are defined by
 
     <reassemble(V, M), D> = <V, grad_features(D, M)> = <M, grad_masks(D, V)>.
 
-A normaliser's Jacobian is symmetric but for sigmoid_normalized, the softmax of logsigmoid: so one
-operator serves reverse and forward mode. Its second derivatives always are.
+A normaliser's Jacobian is symmetric, so that one operator serves reverse and forward mode. That of
+sigmoid_normalized is not: it is computed as the softmax of logsigmoid.
 """
 
 from __future__ import annotations
@@ -396,8 +396,11 @@ def _derive_grad_logits(
     needs: Needs, grad: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
 ) -> Gradients:
     tensors = grad_output, features, logits
-    grad_masks = _push_masks(grad, logits, size=_size(grad_output, **params), **_normalizer(params))
-    gradients = _derive_grad_masks(needs, grad_masks, *tensors, **_factors(params))
+    gradients: Gradients = None, None
+    if needs[0] or needs[1]:
+        size = _size(grad_output, **params)
+        grad_masks = _push_masks(grad, logits, size=size, **_normalizer(params))
+        gradients = _derive_grad_masks(needs, grad_masks, *tensors, **_factors(params))
     return *gradients[:2], _push_grad_logits(grad, *tensors, **params) if needs[2] else None
 
 

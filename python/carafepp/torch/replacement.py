@@ -299,7 +299,8 @@ class _EnlargedConvolved(nn.Sequential):
 class _Convolved(nn.Sequential):
     """CARAFE++ and a convolution, into which what follows is folded as it was into the old one.
 
-    Before inference, ultralytics folds a batch normalisation into weight and bias.
+    Before inference, ultralytics folds a batch normalisation into weight and bias. Its checkpoints
+    hold the name of this class.
     """
 
     @property
@@ -309,6 +310,10 @@ class _Convolved(nn.Sequential):
     @property
     def bias(self) -> Any:
         return self[1].bias
+
+    @bias.setter
+    def bias(self, bias: nn.Parameter | None) -> None:
+        self[1].bias = bias
 
     @property
     def out_channels(self) -> Any:

@@ -50,7 +50,8 @@ class CARAFE(modules.CARAFE):
     TypeError
         A number that is not an integer.
     ValueError
-        `channels` is not the number of the input, or another one is out of its range.
+        `channels` is not the number of the input, another one is out of its range, or the row
+        comes from several layers.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class CARAFE(modules.CARAFE):
         kernel_size: int = 5,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(_channels(channels), up=up, kernel_size=kernel_size, **(options or {}))
+        options = {"up": up, "kernel_size": kernel_size, **(options or {})}
+        super().__init__(_channels(channels), **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickled layer."""
@@ -73,11 +75,15 @@ def _channels(channels: int | None) -> Any:
     if channels is not None:
         channels = _arguments.integer("CARAFE", "channels", channels)
     frame = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "parse_model":
+    while frame is not None and not (
+        frame.f_code.co_name == "parse_model" and {"ch", "f"} <= frame.f_locals.keys()
+    ):
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         return channels
     parser = frame.f_locals
+    if not isinstance(parser["f"], int):
+        raise ValueError(f"[CARAFE] from must be one layer; got {parser['f']}.")
     expected, width = parser["ch"][parser["f"]], parser.get("width", 1)
     if channels is not None and channels != expected:
         scaled = min(channels, parser.get("max_channels", channels)) * width
