@@ -588,7 +588,7 @@ IN_DIMS = {
 
 @product(
     function=FUNCTIONS,
-    dims=IN_DIMS,
+    dims=list(IN_DIMS),
     turns={"batched": {"batches": True, "single images": False}},
 )
 def test_vmap(function, dims, batched, torch):
