@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import carafepp
-from cases import CASES, DTYPES, FEW, integer_arrays
-from cases.calls import FUNCTIONS, arguments, in_layout
+from cases import CASES, DTYPES, FEW, Case, integer_arrays, random_arrays
+from cases.calls import FUNCTIONS, arguments, call, in_layout
+from cuda_libraries import EMULATED
+from foreign import PretendedCUDA
 from functions import each_function, layout_of, names
 from products import product
 
@@ -55,16 +58,30 @@ def test_every_implementation_accepts_some_problem_of_the_table(function, implem
     pytest.fail(f"{implementation} declines every case of the table")
 
 
+GRAMMAR = (
+    "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
+    "|normalize_masks|normalize_masks_backward)"
+    "(_up2|_down2)?_(any|nchw|nhwc)(_mma)?_(ref|sse2|avx2|avx512|neon|generic|cuda)"
+)
+
+
 @each_function
 def test_names_follow_the_grammar(function):
-    """<function>_<layout>_<isa or device>."""
+    """That of carafepp.h."""
     for name in names(function):
-        assert re.fullmatch(
-            "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
-            "|normalize_masks|normalize_masks_backward)"
-            "_(any|nchw|nhwc)_(ref|sse2|avx2|avx512|neon|generic|cuda|sm[0-9]+)",
-            name,
-        ), name
+        assert re.fullmatch(GRAMMAR, name), name
+
+
+@pytest.mark.skipif(not EMULATED, reason="a list for CUDA needs CUDA arrays")
+@each_function
+def test_names_of_cuda_kernels_follow_the_grammar(function):
+    arrays, params = arguments(function, CASES["up2"], integer_arrays(CASES["up2"], DTYPES[0]))
+    on_device = map(PretendedCUDA, arrays)
+    listed = [name for name, _ in carafepp.list_implementations(function, *on_device, **params)]
+    assert listed
+    for name in listed:
+        assert re.fullmatch(GRAMMAR, name), name
+        assert name.endswith("_cuda")
 
 
 LIST = """
@@ -89,6 +106,33 @@ def capped(isa: str, program: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
+
+
+NARROW = Case("narrow", "few columns, many channels", 1, 64, 5, 7, up=2)
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if "normalize" not in f])
+def test_a_slower_kernel_can_be_forced(function):
+    """Rows so narrow are transposed to pixels: a choice, which says nothing of what can run."""
+    arrays, params = arguments(function, NARROW, random_arrays(NARROW, DTYPES[0]))
+    expected = call(function, arrays, params)
+    for name, reason in carafepp.list_implementations(function, *arrays, **params):
+        if "_nchw_" not in name or (reason or "").startswith("this processor"):
+            continue
+        assert reason is None
+        with carafepp.force_implementation(name):
+            for result, other in zip(call(function, arrays, params), expected, strict=True):
+                np.testing.assert_allclose(result, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_log_tells_why_a_kernel_that_can_run_is_not_chosen():
+    program = (
+        "import numpy as np, carafepp\n"
+        'carafepp.reassemble(np.ones((1, 64, 5, 7), "f4"), np.ones((1, 9, 10, 14), "f4"), up=2)'
+    )
+    log = capped("", program).stderr
+    assert re.match(r"carafepp: \[reassemble\] reassemble_any_\w+; ", log)
+    assert re.search(r"reassemble_nchw_\w+ is slower: rows so narrow, with so many channels", log)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -833,9 +833,9 @@ def list_implementations(
     Returns
     -------
     list of (name, reason)
-        reason is None for an implementation that accepts the problem, else why it declines. Names
-        are ``<function>_<layout>_<instruction set, architecture or ref>``. A backward lists those
-        of its first result, then those of its second.
+        reason is None for an implementation that can run the problem, else why it declines. Names
+        are ``<result>[_<factor>]_<layout>[_mma]_<target>``, as carafepp.h tells. A backward lists
+        those of its first result, then those of its second.
 
     Raises
     ------

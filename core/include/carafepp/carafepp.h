@@ -231,9 +231,16 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
                                                    const carafepp_tensor* input, int64_t* shape);
 
 /* Calls visit(user, name, declines) for every implementation of `function`, best first; `declines` is NULL for one that
- * accepts the problem, else the reason. `tensors` are the tensors of the function in the order of its signature,
- * results included, which may be NULL while they are not known. Strings live until visit returns. The names are
- * <function>_<layout>_<instruction set, architecture, or ref>. */
+ * can run the problem, else the reason. `tensors` are the tensors of the function in the order of its signature,
+ * results included, which may be NULL while they are not known. Strings live until visit returns. Names
+ * follow one grammar:
+ *     <result>[_<factor>]_<layout>[_mma]_<target>
+ *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
+ *             normalize_masks_backward
+ *     factor: up2 or down2, of a kernel for that factor alone
+ *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)
+ *     mma:    by tensor cores
+ *     target: ref (plain loops), sse2, avx2, avx512, neon, generic or cuda */
 typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
 CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
                                                            const carafepp_tensor* const* tensors, carafepp_visit visit,

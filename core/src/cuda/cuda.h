@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the entry points know of CUDA. A build without it has the same symbols, from no_cuda.cpp.
+// CUDA's devices and kernels. A build without CUDA has no kernels, and the rest from no_cuda.cpp.
 #pragma once
 
 #include <string>
@@ -17,6 +17,9 @@ Availability availability();
 
 // What was built: the end of carafepp_config's line "devices: cpu".
 const char* description();
+
+// Why CARAFEPP_CUDA_KERNELS, the environment variable that says which kernels may run, cannot be followed, or NULL.
+const char* wrong_environment();
 
 // What CUDA refused, and its name and text for it.
 struct Failure {
@@ -41,25 +44,25 @@ void grad_features(const Problem& problem);  // likewise
 void grad_masks(const Problem& problem);     // contracted, or given; then to grad_logits, from logits
 void normalize_masks(const Problem& problem);
 
-// The same, of the problems that not_for_... gives no reason against.
-const char* not_for_grad_features_down2_nchw(const Problem& problem);
-const char* not_for_grad_features_down2_nhwc(const Problem& problem);
-const char* not_for_grad_features_nchw(const Problem& problem);
-const char* not_for_grad_features_nchw_mma(const Problem& problem);
-const char* not_for_grad_features_nhwc(const Problem& problem);
-const char* not_for_grad_features_nhwc_mma(const Problem& problem);
-const char* not_for_grad_masks_down2_nchw(const Problem& problem);
-const char* not_for_grad_masks_down2_nhwc(const Problem& problem);
-const char* not_for_grad_masks_nchw(const Problem& problem);
-const char* not_for_grad_masks_nchw_mma(const Problem& problem);
-const char* not_for_grad_masks_nhwc(const Problem& problem);
-const char* not_for_grad_masks_nhwc_mma(const Problem& problem);
-const char* not_for_reassemble_down2_nchw(const Problem& problem);
-const char* not_for_reassemble_down2_nhwc(const Problem& problem);
-const char* not_for_reassemble_nchw(const Problem& problem);
-const char* not_for_reassemble_nchw_mma(const Problem& problem);
-const char* not_for_reassemble_nhwc(const Problem& problem);
-const char* not_for_reassemble_nhwc_mma(const Problem& problem);
+// The same, of the problems that cannot_run_... gives no reason against.
+const char* cannot_run_grad_features_down2_nchw(const Problem& problem);
+const char* cannot_run_grad_features_down2_nhwc(const Problem& problem);
+const char* cannot_run_grad_features_nchw(const Problem& problem);
+const char* cannot_run_grad_features_nchw_mma(const Problem& problem);
+const char* cannot_run_grad_features_nhwc(const Problem& problem);
+const char* cannot_run_grad_features_nhwc_mma(const Problem& problem);
+const char* cannot_run_grad_masks_down2_nchw(const Problem& problem);
+const char* cannot_run_grad_masks_down2_nhwc(const Problem& problem);
+const char* cannot_run_grad_masks_nchw(const Problem& problem);
+const char* cannot_run_grad_masks_nchw_mma(const Problem& problem);
+const char* cannot_run_grad_masks_nhwc(const Problem& problem);
+const char* cannot_run_grad_masks_nhwc_mma(const Problem& problem);
+const char* cannot_run_reassemble_down2_nchw(const Problem& problem);
+const char* cannot_run_reassemble_down2_nhwc(const Problem& problem);
+const char* cannot_run_reassemble_nchw(const Problem& problem);
+const char* cannot_run_reassemble_nchw_mma(const Problem& problem);
+const char* cannot_run_reassemble_nhwc(const Problem& problem);
+const char* cannot_run_reassemble_nhwc_mma(const Problem& problem);
 void grad_features_down2_nchw(const Problem& problem);
 void grad_features_down2_nhwc(const Problem& problem);
 void grad_features_nchw(const Problem& problem);

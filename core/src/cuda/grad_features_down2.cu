@@ -185,14 +185,14 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_features_down2_nhwc(const Problem& p) {
+const char* cannot_run_grad_features_down2_nhwc(const Problem& p) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
     return not_for_vectors(p, p.result);
 }
 
-const char* not_for_grad_features_down2_nchw(const Problem& p) {
+const char* cannot_run_grad_features_down2_nchw(const Problem& p) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (p.grad_output.empty()) return "there is no output";
     if (p.grad_output.stride_w != 1) return "columns are not adjacent";

@@ -103,7 +103,9 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_features_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.grad_output, p.result); }
+const char* cannot_run_grad_features_nchw(const Problem& p) {
+    return not_for_columns_of_up2(p, p.grad_output, p.result);
+}
 
 void grad_features_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
 

@@ -100,7 +100,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_features_nhwc_mma(const Problem& p) {
+const char* cannot_run_grad_features_nhwc_mma(const Problem& p) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &p.result})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16>)

@@ -67,7 +67,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_masks_down2_nchw(const Problem& p) {
+const char* cannot_run_grad_masks_down2_nchw(const Problem& p) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (!p.grad_output.empty() && p.grad_output.stride_w != 1) return "columns are not adjacent";
     return not_for_columns(p.features);

@@ -76,7 +76,9 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_masks_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.features, p.grad_output); }
+const char* cannot_run_grad_masks_nchw(const Problem& p) {
+    return not_for_columns_of_up2(p, p.features, p.grad_output);
+}
 
 void grad_masks_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
 

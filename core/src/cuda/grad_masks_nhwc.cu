@@ -144,7 +144,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_masks_nhwc(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc(const Problem& p) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.grad_output);

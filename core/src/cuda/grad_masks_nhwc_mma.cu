@@ -99,7 +99,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_grad_masks_nhwc_mma(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc_mma(const Problem& p) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;

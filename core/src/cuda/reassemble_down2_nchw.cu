@@ -86,7 +86,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_reassemble_down2_nchw(const Problem& p) {
+const char* cannot_run_reassemble_down2_nchw(const Problem& p) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (!p.result.empty() && p.result.stride_w != 1) return "columns are not adjacent";
     return not_for_columns(p.features);

@@ -97,7 +97,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_reassemble_down2_nhwc(const Problem& p) {
+const char* cannot_run_reassemble_down2_nhwc(const Problem& p) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.result);

@@ -103,7 +103,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-const char* not_for_reassemble_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.features, p.result); }
+const char* cannot_run_reassemble_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.features, p.result); }
 
 void reassemble_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
 

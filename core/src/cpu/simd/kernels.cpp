@@ -90,30 +90,30 @@ static const char* too_large_for_tiles(const Problem& p) {
 
 // ---- channels in lanes ----
 
-static const char* not_for_reassemble_in_pixels(const Problem& p) {
+static const char* cannot_run_reassemble_in_pixels(const Problem& p) {
     if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
     return too_large_for_tiles(p);
 }
 
-const char* not_for_reassemble_nhwc(const Problem& p) {
+const char* cannot_run_reassemble_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (!p.result.empty() && p.result.stride_c != 1) return "channels of the output are not adjacent";
-    return not_for_reassemble_in_pixels(p);
+    return cannot_run_reassemble_in_pixels(p);
 }
 
-static const char* not_for_grad_masks_in_pixels(const Problem& p) {
+static const char* cannot_run_grad_masks_in_pixels(const Problem& p) {
     if (p.taps() * p.factor.up * p.factor.up * 16 > 96 * 1024) return "the sums of a tile take more than 384 KiB";
     if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
     return too_large_for_tiles(p);
 }
 
-const char* not_for_grad_masks_nhwc(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc(const Problem& p) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
-    return not_for_grad_masks_in_pixels(p);
+    return cannot_run_grad_masks_in_pixels(p);
 }
 
-static const char* not_for_grad_features_in_pixels(const Problem& p) {
+static const char* cannot_run_grad_features_in_pixels(const Problem& p) {
     if (p.kernel_size == 1) return "kernel_size is 1";
     if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
     if (p.factor.up > kMaxFactor) return "up is more than 16";
@@ -126,10 +126,10 @@ static const char* not_for_grad_features_in_pixels(const Problem& p) {
     return nullptr;
 }
 
-const char* not_for_grad_features_nhwc(const Problem& p) {
+const char* cannot_run_grad_features_nhwc(const Problem& p) {
     if (!p.result.empty() && p.result.stride_c != 1) return "channels of grad_features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
-    return not_for_grad_features_in_pixels(p);
+    return cannot_run_grad_features_in_pixels(p);
 }
 
 // ---- an image at a time ----
@@ -159,19 +159,19 @@ static const char* unfit_for_images(const Problem& p) {
     return nullptr;
 }
 
-const char* not_for_reassemble_any(const Problem& p) {
-    const char* reason = not_for_reassemble_in_pixels(p);
+const char* cannot_run_reassemble_any(const Problem& p) {
+    const char* reason = cannot_run_reassemble_in_pixels(p);
     return reason ? reason : unfit_for_images(p);
 }
 
-const char* not_for_grad_masks_any(const Problem& p) {
-    if (const char* reason = not_for_grad_masks_in_pixels(p)) return reason;
+const char* cannot_run_grad_masks_any(const Problem& p) {
+    if (const char* reason = cannot_run_grad_masks_in_pixels(p)) return reason;
     if (channels_of_image(p) < p.features.c / p.groups) return "all channels of an image take more than 1 MiB";
     return unfit_for_images(p);
 }
 
-const char* not_for_grad_features_any(const Problem& p) {
-    if (const char* reason = not_for_grad_features_in_pixels(p)) return reason;
+const char* cannot_run_grad_features_any(const Problem& p) {
+    if (const char* reason = cannot_run_grad_features_in_pixels(p)) return reason;
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4,
                   rows = ceil_div(p.kernel_size + 2, p.factor.down);
     const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down);
@@ -182,17 +182,8 @@ const char* not_for_grad_features_any(const Problem& p) {
 
 // ---- columns in lanes ----
 
-// What rows leave of a vector unused, and what it costs to split them, is more than transposing takes.
-static bool better_in_pixels(const Problem& p) {
-    const int64_t cells = ceil_div(p.features.w, p.factor.down), channels = p.features.c / p.groups;
-    const int64_t fewest = (cells % 16 == 0 ? 8 : 4) * cells;  // full vectors
-    return channels >= fewest && channels_of_image(p) >= std::min<int64_t>(channels, 128);
-}
-constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
-
-const char* not_for_reassemble_nchw(const Problem& p) {
+const char* cannot_run_reassemble_nchw(const Problem& p) {
     if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
-    if (better_in_pixels(p) && !not_for_reassemble_any(p)) return kNarrow;
     if (p.taps() * p.factor.up * 16 > 128 * 1024) return "the masks of a row of a tile take more than 512 KiB";
     return nullptr;
 }
@@ -204,8 +195,7 @@ static const char* unfit_for_columns(const Problem& p) {
     return nullptr;
 }
 
-const char* not_for_grad_features_nchw(const Problem& p) {
-    if (better_in_pixels(p) && !not_for_grad_features_any(p)) return kNarrow;
+const char* cannot_run_grad_features_nchw(const Problem& p) {
     // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4, cells_bytes = 3 * 64 + p.kernel_size * size;
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
@@ -213,8 +203,7 @@ const char* not_for_grad_features_nchw(const Problem& p) {
     return unfit_for_columns(p);
 }
 
-const char* not_for_grad_masks_nchw(const Problem& p) {
-    if (better_in_pixels(p) && !not_for_grad_masks_any(p)) return kNarrow;
+const char* cannot_run_grad_masks_nchw(const Problem& p) {
     const int64_t rows = takes_whole_cells(p) ? p.factor.up : 1;
     if (p.taps() * p.factor.up * rows * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
@@ -222,12 +211,34 @@ const char* not_for_grad_masks_nchw(const Problem& p) {
 
 // ---- normalisers ----
 
-const char* not_for_normalize_masks(const Problem& p) {
+const char* cannot_run_normalize_masks(const Problem& p) {
     if (p.logits.w < 4) return "fewer than 4 columns";
     if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
 }
 
-const char* not_for_normalize_masks_backward(const Problem& p) { return not_for_normalize_masks(p); }
+const char* cannot_run_normalize_masks_backward(const Problem& p) { return cannot_run_normalize_masks(p); }
+
+// ---- preference ----
+
+// Rows that leave most of a vector unused are slower than pixels, to which images are transposed first: where there are
+// at least so many channels for each column. Full vectors leave nothing unused.
+constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
+constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
+
+static bool better_in_pixels(const Problem& p) {
+    const int64_t columns = ceil_div(p.features.w, p.factor.down), channels = p.features.c / p.groups;
+    const int64_t for_column = columns % 16 == 0 ? kChannelsForColumnOfFullVectors : kChannelsForColumn;
+    return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
+}
+
+static const char* slower_than(const char* (*cannot_run_any)(const Problem&), const Problem& p) {
+    if (!better_in_pixels(p) || cannot_run_any(p)) return nullptr;
+    return "rows so narrow, with so many channels, are better transposed to pixels";
+}
+
+const char* slower_reassemble_nchw(const Problem& p) { return slower_than(cannot_run_reassemble_any, p); }
+const char* slower_grad_features_nchw(const Problem& p) { return slower_than(cannot_run_grad_features_any, p); }
+const char* slower_grad_masks_nchw(const Problem& p) { return slower_than(cannot_run_grad_masks_any, p); }
 
 }  // namespace carafepp

@@ -45,17 +45,22 @@ inline bool takes_whole_cells(const Problem& problem) { return problem.from_logi
 // or NULL. Read once.
 const char* wrong_isa_limit();
 
-// Why a problem is not one for the kernel of that name, or NULL.
-const char* not_for_reassemble_nhwc(const Problem& problem);
-const char* not_for_reassemble_nchw(const Problem& problem);
-const char* not_for_grad_features_nhwc(const Problem& problem);
-const char* not_for_grad_masks_nhwc(const Problem& problem);
-const char* not_for_grad_features_nchw(const Problem& problem);
-const char* not_for_grad_masks_nchw(const Problem& problem);
-const char* not_for_reassemble_any(const Problem& problem);
-const char* not_for_grad_features_any(const Problem& problem);
-const char* not_for_grad_masks_any(const Problem& problem);
-const char* not_for_normalize_masks(const Problem& problem);
-const char* not_for_normalize_masks_backward(const Problem& problem);
+// Why the kernel of that name cannot run a problem, or NULL.
+const char* cannot_run_reassemble_nhwc(const Problem& problem);
+const char* cannot_run_reassemble_nchw(const Problem& problem);
+const char* cannot_run_grad_features_nhwc(const Problem& problem);
+const char* cannot_run_grad_masks_nhwc(const Problem& problem);
+const char* cannot_run_grad_features_nchw(const Problem& problem);
+const char* cannot_run_grad_masks_nchw(const Problem& problem);
+const char* cannot_run_reassemble_any(const Problem& problem);
+const char* cannot_run_grad_features_any(const Problem& problem);
+const char* cannot_run_grad_masks_any(const Problem& problem);
+const char* cannot_run_normalize_masks(const Problem& problem);
+const char* cannot_run_normalize_masks_backward(const Problem& problem);
+
+// Why another kernel that can run a problem is faster than the one of that name, or NULL.
+const char* slower_reassemble_nchw(const Problem& problem);
+const char* slower_grad_features_nchw(const Problem& problem);
+const char* slower_grad_masks_nchw(const Problem& problem);
 
 }  // namespace carafepp
