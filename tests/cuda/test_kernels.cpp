@@ -213,8 +213,10 @@ double rounded(double number, carafepp_dtype dtype) {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
+constexpr bool kUnderAsan = true;
 constexpr int64_t kGuardBytes = 0;  // what lies beyond the heap block is watched
 #else
+constexpr bool kUnderAsan = false;
 constexpr int64_t kGuardBytes = 64;
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -842,8 +844,8 @@ Make in_layouts(const std::vector<Layout>& layouts, size_t turn) {
     };
 }
 
-// All settings take turns, and most cases and dtypes have one layout that runs in all of them. TSan sees races in any
-// order and with any values, and is slow.
+// All settings take turns, and most cases and dtypes have one layout that runs in all of them. Sanitizers see races and
+// wrong addresses in any order and with any values, and are slow.
 TEST(every_case_of_the_table) {
     size_t turn = 0;
     for (const Case& p : kCases) {
@@ -851,13 +853,15 @@ TEST(every_case_of_the_table) {
         for (const Dtypes& dtypes : kDtypes) {
             turn++;
             size_t round = 0;
+            const bool skipped_by_asan = dtypes.features != CARAFEPP_FLOAT32 && turn % 2;
             const auto check = [&](Values values, const char* layout, const Make& make) {
+                if (kUnderAsan && (values == Values::kReals || skipped_by_asan)) return;
                 const bool for_tsan = dtypes.features == CARAFEPP_FLOAT32 || turn % 6 == 0;
                 if (kUnderTsan && (values != Values::kIntegers || !for_tsan)) return;
                 Options options;
                 options.channels_last = (turn + round) % 2 == 1;
                 options.alone = static_cast<int>((turn + round) % 3);
-                if (round == turn % 8 && !kUnderTsan) {
+                if (round == turn % 8 && !kUnderTsan && !kUnderAsan) {
                     options.end_setting = std::size(kSettings);
                 } else {
                     options.first_setting = (turn / 4 + round) % std::size(kSettings);
