@@ -23,12 +23,6 @@ from products import product
 from reference import NORMALIZERS
 from test_frameworks import from_torch, problem, to_torch
 
-# Forward mode and inductor use what PyTorch itself has deprecated; so do those who trace.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
-]
-
 F32, F64 = DTYPES[:2]
 CASE = CASES["groups_2"]
 FORWARD = [function for function in FUNCTIONS if not function.endswith("backward")]
