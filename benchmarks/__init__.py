@@ -1,17 +1,20 @@
 """Benchmarks of carafepp: `python -m benchmarks --help`, from the root of the repository.
 
-problems -> implementations, peers (the rivals) -> compare (check, then time) -> bars, report, plot.
-Shapes come from `cases/`. The definition (`reference.py`) and the rounding bounds
-(`tolerances.py`) are those of the tests.
+| file | holds |
+|---|---|
+| timing.py | the harness of every command here: warm-up, rounds of all rivals, peak memory |
+| problems.py, rivals.py, peers.py | the problems, carafepp's calls, PyTorch's |
+| truth.py, windows.py | the right results, in three windows of a problem |
+| machine.py | the machine's peaks: arithmetic and copies |
+| report.py, plot.py | tables, progress and files; the picture |
+| calls.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
+| gpu/ | what a machine with a GPU has to show: `python -m benchmarks.gpu` |
 """
 
 import os
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-sys.path.insert(0, str(ROOT / "tests"))
-
-# Between two calls PyTorch's threads spin, on the cores where the next rival is timed.
+# PyTorch's threads otherwise spin between two calls, on the cores where the next rival is timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -2,213 +2,185 @@
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from . import bars, machine, report
-from .compare import Comparison, Options, peers
-from .problems import PROBLEMS
+from . import machine, report
+from .calls import one_call
+from .compare import compare
+from .peers import COMPILED
+from .problems import BYTES, FLOPS, PROBLEMS
+from .timing import HOW
 
 SECONDS = 10  # timing of one comparison
-QUICK_SECONDS = 120  # of --quick, for everything
+QUICK_SECONDS = 120  # --quick in all
 QUICK_CASES = ["fpn1", "s2", "tiny"]
 QUICK_PEERS = ["unfold", "taps", "bmm", "nearest", "avg_pool"]
-QUICK_WITHOUT = {("forward+backward", "logits")}
+QUICK_WITHOUT = ("forward+backward", "logits")
+FACTS = {
+    "times": HOW,
+    "FLOP": FLOPS,
+    "bytes": BYTES,
+    "roofline": "share of min(peak, FLOP * bandwidth of a copy of that size / bytes)",
+    "best composition": f"of all layouts, as many threads; {COMPILED}: the first number of threads",
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Time carafepp beside PyTorch, check every answer, print tables and the bars. "
-        "Exit status 1 if an answer is wrong.",
-    )
+    text = "Check carafepp and PyTorch on the same problems, time them in turns, and print tables. "
+    parser = report.parser("benchmarks", text + "Exit status 1 if an answer is wrong.", SECONDS)
 
-    def words(name: str, default: str | None, text: str, choices=None, kind=str) -> None:
-        def split(given: str) -> list:
-            found = [kind(word.strip()) for word in given.split(",")]
-            for word in found:
-                if choices and word not in choices:
-                    raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(choices)}")
-            return found
-
+    def words(name: str, default, text: str, known=None, kind=str, dest=None) -> None:
         text += f"; default {default}" if default else ""
-        parser.add_argument(name, type=split, metavar="A,B", default=default, help=text)
+        kind = report.words(known, kind)
+        parser.add_argument(name, type=kind, metavar="A,B", default=default, help=text, dest=dest)
 
-    def flag(name: str, text: str) -> None:
-        parser.add_argument(name, action="store_true", help=text)
-
-    def file(name: str, text: str) -> None:
-        parser.add_argument(name, metavar="FILE", type=Path, help=text)
-
-    dtypes = ("float32", "float64", "float16", "bfloat16")
-    passes = ("forward", "forward+backward")
-    layouts, sources = ("NCHW", "NHWC"), ("masks", "logits")
-    flag("--quick", "two minutes in all: fewer problems and peers, nothing compiled")
+    passes, layouts, sources = "forward,forward+backward", "NCHW,NHWC", "masks,logits"
+    dtypes = "float32", "float64", "float16", "bfloat16"
+    quick = "two minutes in all: fewer problems and peers, nothing compiled"
+    parser.add_argument("--quick", action="store_true", help=quick)
     words("--cases", None, f"of {', '.join(PROBLEMS)}; default all", PROBLEMS)
     words("--implementations", None, "parts of names, as avx2; carafepp is its own choice")
-    words("--peers", None, "parts of names: unfold, taps, bmm, compiled, nearest, ...; or none")
-    words("--threads", "1,2", "numbers, of which --quick takes the first for most rows", kind=int)
+    words("--peers", None, f"parts of names: unfold, taps, bmm, {COMPILED}, nearest, ...; or none")
+    words("--threads", "1,2", "numbers; --quick takes the first for most rows", kind=int)
     words("--dtype", "float32,bfloat16", "the first is for peers too", dtypes)
-    words("--pass", "forward,forward+backward", "the second brings the gradients alone", passes)
-    words("--layout", "NCHW,NHWC", "NHWC: channels_last for PyTorch", layouts)
-    words("--from", "masks,logits", "what the problem is given", sources)
-    flag("--fresh", "results in fresh memory too, not only in recycled `out=`")
-    text = f"of timing for one comparison; default {SECONDS}"
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=text)
-    file("--json", "write everything as data")
-    file("--markdown", "write what is printed")
-    file("--plot", "write the roofline picture, a PNG")
-    flag("--check-only", "check the answers and time nothing")
-    return parser.parse_args(arguments)
+    words(
+        "--pass", passes, "the second brings the gradients alone", passes.split(","), dest="passes"
+    )
+    words("--layout", layouts, "NHWC: channels_last for PyTorch", layouts.split(","))
+    words("--from", sources, "what the problem is given", sources.split(","), dest="sources")
+    parser.add_argument("--fresh", action="store_true", help="results in fresh memory, not `out=`")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture, a PNG")
+    asked = parser.parse_args(arguments)
+    asked.implementation = _wanted(asked.implementations)
+    asked.peer = _wanted(asked.peers or (QUICK_PEERS if asked.quick else None))
+    if asked.plot:
+        report.need("matplotlib")
+    return asked
 
 
-def wanted(parts: list[str] | None) -> Callable[[str], bool]:
+def _wanted(parts: list[str] | None) -> Callable[[str], bool]:
     """Return whether a name has one of the parts; without parts all have."""
     return lambda name: parts is None or any(part in name for part in parts)
-
-
-def comparisons(asked: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Return (case, pass, source) of everything to be compared."""
-    cases = asked.cases or (QUICK_CASES if asked.quick else list(PROBLEMS))
-    found = itertools.product(cases, getattr(asked, "pass"), getattr(asked, "from"))
-    return [one for one in found if not (asked.quick and one[1:] in QUICK_WITHOUT)]
-
-
-class Lines:
-    """What is being done, a line for each comparison; results go to the standard output."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-
-    def begin(self, title: str) -> None:
-        """Tell that a comparison begins."""
-        self.done += 1
-        elapsed = time.monotonic() - self.start
-        text = f"[{self.done}/{self.total}, {elapsed:.0f} s] {title}"
-        print(text, file=sys.stderr, flush=True)
-
-    def tell(self, text: str) -> None:
-        """Tell what is being done in it."""
-
-    def show(self, text: str) -> None:
-        """Print a result."""
-        print(text + "\n", flush=True)
-
-
-class Bar(Lines):
-    """The same on a terminal: a progress bar by rich."""
-
-    def __init__(self, total: int):
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.bar.add_task("", total=total, completed=-1)
-        self.title = ""
-
-    def begin(self, title: str) -> None:  # noqa: D102
-        self.title = title
-        self.bar.start()
-        self.bar.update(self.task, advance=1, description=title)
-
-    def tell(self, text: str) -> None:  # noqa: D102
-        self.bar.update(self.task, description=f"{self.title}: {text}")
-
-    def show(self, text: str) -> None:  # noqa: D102
-        self.bar.stop()
-        super().show(text)
-
-
-def progress(total: int) -> Lines:
-    """Return the bar where there is a terminal and rich."""
-    if sys.stderr.isatty():
-        with suppress(ImportError):
-            return Bar(total)
-    return Lines(total)
-
-
-class Budget:
-    """Seconds for the timing of one comparison; with --quick what is left, shared out."""
-
-    def __init__(self, asked: argparse.Namespace, total: int):
-        self.seconds, self.quick, self.left = asked.seconds, asked.quick, total
-        self.end = time.monotonic() + QUICK_SECONDS
-
-    def next(self) -> float:
-        """Return the seconds for the comparison whose answers have just been checked."""
-        share = (self.end - time.monotonic()) / self.left / 2  # the other half is for checks
-        self.left -= 1
-        return max(0.5, min(self.seconds, share)) if self.quick else self.seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare, print and write; return the exit status."""
     asked = parse(arguments)
-    todo = comparisons(asked)
-    budget = Budget(asked, len(todo))
-    options = Options(
-        layouts=asked.layout,
-        dtypes=asked.dtype,
-        threads=asked.threads,
-        implementation=wanted(asked.implementations),
-        peer=wanted(asked.peers or (QUICK_PEERS if asked.quick else None)),
-        fresh=asked.fresh,
-        quick=asked.quick,
-        check_only=asked.check_only,
-    )
-    limits = {} if asked.check_only else machine.measure(asked.threads)
-    printed: list[str] = []
+    cases = asked.cases or (QUICK_CASES if asked.quick else PROBLEMS)
+    todo = [
+        one
+        for one in itertools.product(cases, asked.passes, asked.sources)
+        if not (asked.quick and one[1:] == QUICK_WITHOUT)
+    ]
+    end = time.monotonic() + QUICK_SECONDS
+    peaks = machine.measure(asked.threads) if asked.seconds else {}
+    pages = report.Report(**FACTS, **dict(map(_told, peaks.values())))
+    calls = one_call(min(asked.seconds, 1)) if asked.seconds else []
     rows: list[report.Row] = []
-    doing = progress(len(todo))
-
-    def show(text: str) -> None:
-        printed.append(text)
-        doing.show(text)
-
-    show(report.head_markdown(limits))
-    for name, group in itertools.groupby(todo, key=lambda one: one[0]):
-        of_case = []
-        for _, pass_, source in group:
-            doing.begin(f"{name} {pass_} from {source}")
-            comparison = Comparison(PROBLEMS[name], source, pass_, options, doing.tell)
-            comparison.check()
-            if not asked.check_only:
-                comparison.time(budget.next())
-            comparison.release()
-            of_case += report.rows_of(comparison.case, comparison.rivals, limits)
-        show(report.table_markdown(of_case))
-        rows += of_case
-    notes = [f"left out: {note}" for note in options.notes]
-    if peers is None:
-        notes.append("left out: every peer, because PyTorch is not installed")
-    found = bars.evaluate(rows)
-    if not asked.check_only:
-        show(report.bars_markdown(found))
-    bad = [row for row in rows if row.rival.error]
-    wrong = [f"WRONG: {row.case.name}: {row.rival}: {row.rival.error}" for row in bad]
-    for text in (notes, wrong):
-        if text:
-            show("\n".join(f"- {line}" for line in text))
-    write(asked, rows, limits, found, notes, printed)
-    return 1 if wrong else 0
-
-
-def write(asked, rows, limits, found, notes, printed) -> None:
-    """Write the files that are asked for."""
-    if asked.json:
-        asked.json.write_text(json.dumps(report.as_json(rows, limits, found, notes), indent=1))
-    if asked.markdown:
-        asked.markdown.write_text("\n\n".join(printed) + "\n")
-    if asked.plot and not asked.check_only:
+    if calls:
+        pages.table("One call, of nearly nothing", calls, CALL_COLUMNS)
+    for number, one in enumerate(pages.track(todo, " ".join)):
+        name, pass_, source = one
+        seconds = asked.seconds
+        if asked.quick and seconds:
+            share = (end - time.monotonic()) / (len(todo) - number)
+            seconds = max(0.5, min(seconds, share / 2))  # the other half is for checks
+        case = PROBLEMS[name]
+        found = compare(case, source, pass_, asked, seconds, peaks)
+        factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
+        crop = f", cropped to {case.size}" if case.size else ""
+        title = (
+            f"{name}: {case.reason}, {case.features_shape}, {factor}{crop}, K={case.kernel_size}"
+        )
+        pages.table(f"{title}: {pass_} from {source}", sorted(found, key=_order), COLUMNS)
+        rows += found
+    if asked.seconds:
+        summarize(pages, rows, asked)
+    notes = dict.fromkeys(
+        f"{row['case']}: {_rival(row)}: {row['error']}" for row in rows if row["error"]
+    )
+    if notes:
+        pages.show("\n".join(f"- {note}" for note in notes))
+    limits = {count: vars(peak) for count, peak in peaks.items()}
+    pages.write(asked, limits=limits, rows=rows, calls=calls)
+    if asked.plot and asked.seconds:
         from . import plot
 
         plot.draw(rows, asked.plot)
+    return 1 if any((row["error"] or "").startswith("wrong") for row in rows) else 0
+
+
+def _told(peaks: machine.Peaks) -> tuple[str, str]:
+    rates = [f"{size / 2**20:.3g} MiB {rate / 1e9:.0f}" for size, rate in peaks.copy.items()]
+    text = f"FMA in registers {peaks.flops / 1e9:.0f} GFLOP/s; copy, GB/s read plus written: "
+    return f"peaks, threads: {peaks.threads}", text + ", ".join(rates)
+
+
+def _rival(row: report.Row) -> str:
+    keys = ("name", "pass", "source", "layout", "dtype", "threads")
+    return " ".join(str(row[key]) for key in keys)
+
+
+def _order(row: report.Row) -> tuple:
+    kind = ["carafepp", "composition", "operator"].index(row["kind"])
+    problem = row["pass"], row["dtype"], row["threads"]
+    return *problem, kind, row["layout"], not row["chosen"], row.get("seconds", 0)
+
+
+def _number(key: str, scale: float = 1, form: str = ".3g") -> Callable[[report.Row], str]:
+    return lambda row: "-" if row.get(key) is None else format(row[key] / scale, form)
+
+
+def _ms(row: report.Row) -> str:
+    return f"{row['seconds'] * 1e3:.4g}" if "seconds" in row else row["error"] or "right"
+
+
+COLUMNS = {
+    **{key: lambda row, key=key: str(row[key]) for key in ("pass", "dtype", "threads", "layout")},
+    "implementation": lambda row: row["name"],
+    "ms": _ms,
+    "p10-p90": lambda row: report.interval(row) if "seconds" in row else "-",
+    "n": lambda row: str(row["samples"]),
+    "GFLOP/s": _number("flops", 1e9, ".1f"),
+    "roofline": _number("share", 1, ".0%"),
+    "x best composition": _number("x_composition"),
+    "in its layout": _number("x_same_layout"),
+    "x nearest or avg_pool": _number("x_operator"),
+    "extra MB": _number("memory", 1e6, ".1f"),
+}
+CALL_COLUMNS = {
+    "arrays": lambda row: row["arrays"],
+    "call": lambda row: row["name"],
+    "us": _number("seconds", 1e-6),
+    "p10-p90": lambda row: report.interval(row, 1e-6),
+    "carafepp's time by this one": _number("ratio"),
+}
+
+
+def summarize(pages: report.Report, rows: list[report.Row], asked: argparse.Namespace) -> None:
+    """Print times of the best composition by carafepp's: first dtype, first number of threads."""
+    found: dict[str, dict[tuple, float]] = {}
+    for row in rows:
+        first = (row["dtype"], row["threads"]) == (asked.dtype[0], asked.threads[0])
+        if first and row["chosen"] and row["x_composition"]:
+            key = row["pass"], row["layout"], row["source"]
+            found.setdefault(row["case"], {})[key] = row["x_composition"]
+
+    def cell(pass_: str, layout: str) -> Callable[[report.Row], str]:
+        keys = [(pass_, layout, source) for source in asked.sources]
+        return lambda row: " / ".join(f"{row[key]:.1f}" if key in row else "-" for key in keys)
+
+    columns = {
+        f"{one}, {layout}": cell(one, layout) for one in asked.passes for layout in asked.layout
+    }
+    listed = [{"case": name, **of} for name, of in found.items()]
+    title = f"Times as fast as the best composition, from {' / '.join(asked.sources)}"
+    title += f", {asked.dtype[0]}, threads: {asked.threads[0]}"
+    pages.table(title, listed, {"problem": lambda row: row["case"], **columns})
 
 
 if __name__ == "__main__":

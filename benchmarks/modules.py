@@ -6,28 +6,23 @@ takes the place of. Time, peak memory, parameters and operations, with the gradi
 and of all parameters in "forward+backward".
 """
 
-import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import carafepp
 from carafepp.torch import CARAFE
 
-from . import memory, peers, report, timing
+from . import peers, report, timing
 from .problems import PROBLEMS
-from .rivals import Rival
+from .timing import Rival
 
-CASES = ["fpn1", "fpn2", "stem", "s2"]
+CASES = "fpn1,fpn2,stem,s2"
 PASSES = ("forward", "forward+backward")
-FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-# Of the paper's, for one position of the source (CARAFE, section 3.3: C=256, C_m=64, up x2).
-PAPER = {"parameters": 74_000, "FLOPs a position": 199_000}
 
 
 class Composed(CARAFE):
@@ -63,14 +58,18 @@ def modules(case) -> dict[str, Callable[[], nn.Module]]:
     return made
 
 
-def call(module: nn.Module, x: torch.Tensor, grad_output: torch.Tensor, pass_: str):
-    """Run one pass; gradients go to parameters and input, which had none."""
+def rival(name: str, module: nn.Module, x: torch.Tensor, pass_: str, **labels) -> Rival:
+    """Return one module's pass; gradients go to parameters and input, which have none yet."""
+    labels = {"pass": pass_, "parameters": sum(p.numel() for p in module.parameters()), **labels}
+    threads = labels.pop("threads")
     if pass_ == "forward":
-        with torch.no_grad():
-            return module(x)
+        return Rival(name, partial(peers.forward, module, x), threads, labels=labels)
     leaves = [x, *module.parameters()]
-    output = module(x)
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+    output = peers.forward(module, x)
+    torch.manual_seed(1)  # the same values for all, whatever the memory format
+    grad_output = torch.empty_like(output).copy_(torch.randn(output.shape))
+    call = partial(peers.forward_backward, lambda x, *_: module(x), leaves, grad_output)
+    return Rival(name, call, threads, labels=labels)
 
 
 def flops(module: nn.Module, x: torch.Tensor) -> int:
@@ -85,187 +84,78 @@ def flops(module: nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def compare(case, layout: str, threads: int, seconds: float, compiled: bool) -> list[dict]:
-    """Check the answers, time all rivals, and return a row for each."""
+def compare(case, layout: str, pass_: str, threads: int, seconds: float, compiled: bool) -> list:
+    """Check the answers, time all rivals, and return a row for each, carafepp's first."""
     torch.manual_seed(0)
-    memory_format = FORMATS[layout]
+    memory_format = peers.FORMATS[layout]
     x = torch.randn(case.features_shape).to(memory_format=memory_format).requires_grad_()
-    grad_output = torch.randn(case.output_shape).to(memory_format=memory_format)
     made = {name: make().to(memory_format=memory_format) for name, make in modules(case).items()}
     ours = made["carafepp"]
-    for module in made.values():
-        if isinstance(module, Composed):
-            module.load_state_dict(ours.state_dict())
-    rivals = {
-        (name, pass_): rival(name, module, x, grad_output, pass_, layout, threads)
-        for name, module in made.items()
-        for pass_ in PASSES
-    }
-    measure(rivals, ours, x, grad_output, seconds)
-    if compiled:
-        for pass_ in PASSES:
-            composed = [key for key in rivals if key[1] == pass_ and key[0].startswith("composed")]
-            best = min(composed, key=lambda key: timing.spread(rivals[key].samples)[1])[0]
-            more = {
-                (f"compiled {name}", pass_): rival(
-                    f"compiled {name}",
-                    torch.compile(made[name], dynamic=False),
-                    *(x, grad_output, pass_, layout, threads),
-                )
-                for name in ("carafepp", best)
-            }
-            # Beside what they are compared with, once more.
-            again = {key: rivals[key] for key in (("carafepp", pass_), (best, pass_))}
-            measure({**more, **again}, ours, x, grad_output, seconds)
-            rivals |= more
+    same = {"carafepp", *(name for name in made if name.startswith("composed"))}
+    for name in same:
+        made[name].load_state_dict(ours.state_dict())
+    shape = {"case": case.name, "layout": layout, "threads": threads}
     positions = case.n * case.h * case.w
-    return [
-        {
-            "case": case.name,
-            "layout": layout,
-            "threads": threads,
-            "name": name,
-            "pass": pass_,
-            "seconds": timing.spread(one.samples),
-            "memory": one.memory,
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "FLOPs a position": flops(ours if "compose" in name else module, x) / positions,
-        }
-        for (name, pass_), one in rivals.items()
-        for module in [made[name.removeprefix("compiled ")]]
-    ]
+    rivals, expected = [], None
+
+    def add(name: str, module: nn.Module, operations: int) -> None:
+        nonlocal expected
+        facts = {**shape, "FLOPs a position": operations / positions}
+        rivals.append(rival(name, module, x, pass_, **facts))
+        results = timing.warm_up(rivals[-1])
+        expected = results if name == "carafepp" else expected
+        if name.removeprefix("compiled ") in same:
+            message = partial("{} is wrong: {}".format, name)
+            torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3, msg=message)
+
+    for name, module in made.items():
+        add(name, module, flops(ours if name in same else module, x))
+    if compiled:
+        best = min(
+            (rival for rival in rivals if rival.name in same - {"carafepp"}),
+            key=lambda rival: rival.second,
+        ).name
+        add(f"compiled {best}", torch.compile(made[best], dynamic=False), flops(ours, x))
+    timing.measure(rivals, seconds)
+    return [rival.row() for rival in rivals]
 
 
-def rival(name, module, x, grad_output, pass_, layout, threads) -> Rival:
-    """Return one module's pass, ready to be called."""
-    return Rival(
-        name=name,
-        kind="carafepp"
-        if "carafepp" in name
-        else "composition"
-        if "composed" in name
-        else "operator",
-        pass_=pass_,
-        source="x",
-        layout=layout,
-        dtype="float32",
-        threads=threads,
-        outputs="fresh",
-        call=partial(call, module, x, grad_output, pass_),
-        settings=partial(settings, threads),
-    )
-
-
-def settings(threads: int):
-    """Set the threads of both."""
-    carafepp.set_num_threads(threads)
-    return peers.settings(threads)
-
-
-def measure(rivals: dict, ours: nn.Module, x, grad_output, seconds: float) -> None:
-    """Check what has an answer, then take samples; raise if an answer is wrong."""
-    for (name, pass_), one in rivals.items():
-        with one.settings():
-            one.call()  # whatever a first call does, compiling say, is not measured
-            results, one.memory = memory.peak(one.call)
-            if one.kind != "operator":
-                expected = call(ours, x, grad_output, pass_)
-                message = partial("{} is wrong: {}".format, name)
-                torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3, msg=message)
-    timing.measure(list(rivals.values()), seconds)
-
-
-def markdown(rows: list[dict]) -> str:
-    """Return a table of one comparison: times and memory as multiples of carafepp's."""
-    ours = {row["pass"]: row for row in rows if row["name"] == "carafepp"}
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    found = {(row["name"], row["pass"]): row for row in rows}
-
-    def of(name: str, pass_: str, quantity: str) -> str:
-        row = found.get((name, pass_))
-        if row is None or row[quantity] is None:
-            return ""
-        if quantity == "memory":
-            return f"{row[quantity] / 2**20:.0f} MiB"
-        own, other = (one["seconds"][1] for one in (ours[pass_], row))
-        return f"{own * 1e3:.2f} ms" if row is ours[pass_] else f"x {other / own:.2f}"
-
-    head = [
-        "",
-        "forward",
-        "with backward",
-        "memory",
-        "with backward",
-        "parameters",
-        "FLOPs a position",
-    ]
-    cells = []
-    for name in names:
-        row = next(row for row in rows if row["name"] == name)
-        cells.append(
-            [
-                name,
-                *(of(name, pass_, "seconds") for pass_ in PASSES),
-                *(of(name, pass_, "memory") for pass_ in PASSES),
-                f"{row['parameters']:,}",
-                f"{row['FLOPs a position']:,.0f}",
-            ]
-        )
-    first = rows[0]
-    case = PROBLEMS[first["case"]]
-    factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
-    title = f"### {case.name}: {factor}, {case.features_shape}, {first['layout']}, float32, "
-    title += f"{first['threads']} thread" + "s" * (first["threads"] > 1)
-    return f"{title}\n\n{report.table(head, cells)}"
-
-
-def bars(rows: list[dict]) -> str:
-    """Return what was to be shown: half the memory, the paper's parameters and operations."""
-    lines = []
-    for row in rows:
-        if row["name"] != "carafepp" or row["pass"] != "forward+backward" or not row["memory"]:
-            continue
-        composed = [
-            other["memory"]
-            for other in rows
-            if "composed" in other["name"]
-            and all(other[key] == row[key] for key in ("case", "layout", "pass"))
-        ]
-        if composed:
-            share = row["memory"] / min(composed)
-            lines.append(
-                f"- {row['case']} {row['layout']}: peak memory with backward {share:.0%} of the "
-                "leanest composed module's (wanted: at most 50%)"
-            )
-        case = PROBLEMS[row["case"]]
-        if row["layout"] == "NCHW" and (case.c, case.up) == (256, 2):
-            told = ", ".join(f"{row[key]:,.0f} {key} (paper: {PAPER[key]:,})" for key in PAPER)
-            lines.append(f"- {row['case']}: {told}")
-    return "\n".join(lines)
+def columns(rows: list[dict]) -> dict[str, Callable[[dict], str]]:
+    """Return the columns of one comparison: multiples of the first row's amounts."""
+    return {
+        "": lambda row: row["name"],
+        "time": report.multiple(rows, "seconds", 1e-3, "ms"),
+        "p10-p90, ms": report.interval,
+        "n": lambda row: str(row["samples"]),
+        "peak memory": report.multiple(rows, "memory", 2**20, "MiB"),
+        "parameters": lambda row: f"{row['parameters']:,}",
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.modules", description=__doc__)
-    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(PROBLEMS)}")
-    parser.add_argument("--layout", default="NCHW,NHWC", help="NHWC: channels_last")
+    parser = report.parser("benchmarks.modules", __doc__, 10)
+    words = report.words
+    parser.add_argument("--cases", default=CASES, type=words(PROBLEMS), help=", ".join(PROBLEMS))
+    text = "NHWC: channels_last"
+    parser.add_argument("--layout", default="NCHW,NHWC", type=words(peers.FORMATS), help=text)
     parser.add_argument("--threads", default=1, type=int)
-    parser.add_argument("--seconds", default=20, type=float, help="of timing for a comparison")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
     asked = parser.parse_args(arguments)
-    todo = [(case, layout) for case in asked.cases.split(",") for layout in asked.layout.split(",")]
-    pages = report.Pages()
+    pages = report.Report(times=timing.HOW)
     rows = []
-    for number, (case, layout) in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {case} {layout}", file=sys.stderr, flush=True)
-        peers.forget_compiled()
-        found = compare(PROBLEMS[case], layout, asked.threads, asked.seconds, not asked.eager)
-        pages.show(markdown(found))
+    todo = list(itertools.product(asked.cases, asked.layout, PASSES))
+    for case, layout, pass_ in pages.track(todo, " ".join):
+        if not asked.eager:
+            peers.forget_compiled()
+        problem = PROBLEMS[case]
+        found = compare(problem, layout, pass_, asked.threads, asked.seconds, not asked.eager)
+        factor = f"up x{problem.up}" if problem.up > 1 else f"down x{problem.down}"
+        title = f"{case}: {factor}, {problem.features_shape}, {layout}, float32, {pass_}"
+        per_position = {"FLOPs a position": lambda row: f"{row['FLOPs a position']:,.0f}"}
+        pages.table(f"{title}, threads: {asked.threads}", found, columns(found) | per_position)
         rows += found
-    pages.show(bars(rows))
-    pages.write(rows, asked.json, asked.markdown)
+    pages.write(asked, rows=rows)
     return 0
 
 

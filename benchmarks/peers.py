@@ -1,4 +1,4 @@
-"""The rivals that are PyTorch's: compositions of the same computation, and other operators.
+"""PyTorch's rivals: compositions of the same computation, and other operators.
 
 A composition takes features and masks, axes N, C, H, W, contiguous or channels_last, up or down by
 an integer. Without autograd its last step writes into `out`, which is recycled; what it needs on
@@ -6,7 +6,6 @@ the way comes from PyTorch's allocator. From logits, pixel_shuffle and softmax a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -16,20 +15,10 @@ import torch.nn.functional as F
 from cases import Case
 
 from .problems import Arrays
-from .rivals import Rival
+from .timing import Rival
 
 aten = torch.ops.aten
-
-
-@contextmanager
-def settings(threads: int) -> Iterator[None]:
-    """Set PyTorch's number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def tensor(array: np.ndarray, layout: str) -> torch.Tensor:
@@ -163,12 +152,20 @@ def composed(name: str, case: Case, source: str, features, weights, out=None):
     return COMPOSITIONS[name](features, _masks(weights, case, source), case, out)
 
 
-# What users would take instead: {name: (function of x, function of x and out, or None)}.
+def forget_compiled() -> None:
+    """Free what was compiled for another problem; leave room for all variants of the next one."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
 
 
-def operators(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> dict:
+# Other operators that users would take: {name: (function of x, function of x and out, or None)}.
+
+
+def operators(arrays: Arrays, layout: str) -> dict[str, tuple[Callable, Callable | None]]:
     """Return the other operators of this shape, for an integer factor up or down."""
+    case, dtype = arrays.case, getattr(torch, arrays.dtype)
     size, s, d = case.output_size, case.up, case.down
+    memory_format = FORMATS[layout]
 
     def weight(k: int):
         return torch.randn(case.c, case.c, k, k).to(dtype, memory_format=memory_format)
@@ -211,79 +208,60 @@ def operators(case: Case, dtype: torch.dtype, memory_format: torch.memory_format
 # Rivals
 
 
-def _forward(function: Callable, *inputs):
+def forward(function: Callable, *inputs):
+    """Return the result, without autograd."""
     with torch.no_grad():
         return function(*inputs)
 
 
-def _forward_backward(function: Callable, leaves: list, grad_output) -> tuple:
+def forward_backward(function: Callable, leaves: list, grad_output) -> tuple:
     """Return the result and the gradients of the leaves."""
     output = function(*leaves)
     return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
 
-def forget_compiled() -> None:
-    """Free what was compiled for another problem; leave room for all variants of the next one."""
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64
+def rivals(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Rival]:
+    """Yield compositions and operators, but for what is compiled; with --quick on few threads."""
+    for layout in asked.layout:
+        for threads in asked.threads[:1] if asked.quick else asked.threads:
+            how = (arrays, source, pass_, layout, threads, asked.fresh)
+            for name in filter(asked.peer, compositions(arrays.case)):
+                yield composition(name, *how)
+            for name, functions in operators(arrays, layout).items():
+                if asked.peer(name):
+                    yield _rival("operator", name, *functions, *how)
 
 
-class Peers:
-    """PyTorch's rivals for a pass of a problem, on arrays of one dtype and layout."""
+def composition(name: str, *how, compiled: bool = False) -> Rival:
+    """Return one composition, or what torch.compile makes of it."""
+    arrays, source = how[:2]
+    function = partial(composed, name, arrays.case, source)
+    if compiled:
+        name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
+    return _rival("composition", name, function, function, *how)
 
-    def __init__(self, arrays: Arrays, pass_: str, dtype: str, layout: str):
-        inputs = arrays.inputs(dtype, layout)
-        self.case, self.source = arrays.case, arrays.source
-        self.pass_, self.dtype, self.layout = pass_, dtype, layout
-        self.features = tensor(inputs.features, layout)
-        self.weights = tensor(inputs.weights, layout)
-        self.grad_output = tensor(inputs.grad_output, layout)
-        self.out = arrays.result("output", dtype, layout)
 
-    def rivals(self, threads: int, outputs: str, wanted: Callable[[str], bool]) -> Iterator[Rival]:
-        """Yield those whose name is wanted, but for the compiled ones."""
-        for name in filter(wanted, compositions(self.case)):
-            yield self.composition(name, threads, outputs)
-        memory_format = torch.channels_last if self.layout == "NHWC" else torch.contiguous_format
-        found = operators(self.case, self.features.dtype, memory_format)
-        for name, (function, into) in found.items():
-            if wanted(name) and (into or outputs == "recycled"):
-                yield self._rival("operator", name, threads, outputs, function, into)
-
-    def composition(self, name: str, threads: int, outputs: str, compiled: bool = False) -> Rival:
-        """Return one composition, or what torch.compile makes of it."""
-        function = partial(composed, name, self.case, self.source)
-        if compiled:
-            name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
-        rival = self._rival("composition", name, threads, outputs, function, function)
-        rival.results = ("output", "grad_features", f"grad_{self.source}")
-        if self.pass_ == "forward":
-            rival.results = ("output",)
-        rival.slack = 2 if self.dtype in ("float32", "float64") else self.case.kernel_size**2
-        return rival
-
-    def _rival(self, kind, name, threads, outputs, function, into) -> Rival:
-        inputs = [self.features] if kind == "operator" else [self.features, self.weights]
-        outs = ()
-        if self.pass_ == "forward+backward":
-            leaves = [array.detach().requires_grad_() for array in inputs]
-            call = partial(_forward_backward, function, leaves, self.grad_output)
-        elif outputs == "fresh" or into is None:
-            call = partial(_forward, function, *inputs)
-        else:
-            outs = (self.out,)
-            call = partial(_forward, into, *inputs, tensor(self.out, self.layout))
-        return Rival(
-            name=name,
-            kind=kind,
-            pass_=self.pass_,
-            source=self.source,
-            layout=self.layout,
-            dtype=self.dtype,
-            threads=threads,
-            outputs="recycled" if outs else "fresh",
-            call=call,
-            settings=partial(settings, threads),
-            outs=outs,
-            twin=outputs == "fresh",
-        )
+def _rival(kind, name, function, into, arrays, source, pass_, layout, threads, fresh) -> Rival:
+    """Return a rival that computes `function` of inputs, or `into` of inputs and `out=`."""
+    sources = ["features"] if kind == "operator" else ["features", source]
+    inputs = [tensor(arrays(key, layout), layout) for key in sources]
+    if pass_ == "forward+backward":
+        leaves = [array.detach().requires_grad_() for array in inputs]
+        grad_output = tensor(arrays("grad_output", layout), layout)
+        call, fresh = partial(forward_backward, function, leaves, grad_output), True
+    elif fresh or into is None:
+        call, fresh = partial(forward, function, *inputs), True
+    else:
+        call = partial(forward, into, *inputs, tensor(arrays("output", layout), layout))
+    results = ("output", "grad_features", f"grad_{source}")
+    labels = {
+        "kind": kind,
+        "pass": pass_,
+        "source": source,
+        "layout": layout,
+        "dtype": arrays.dtype,
+        "outputs": "fresh" if fresh else "recycled",
+        "chosen": False,
+    }
+    known = results[: 3 if "+" in pass_ else 1] if kind == "composition" else ()
+    return Rival(name, call, threads, None, labels, known)

@@ -1,78 +1,68 @@
-"""The roofline picture: each kernel under its own ceiling."""
+"""The picture: carafepp on a few problems, under the machine's ceiling, beside PyTorch's best."""
 
 from pathlib import Path
+from typing import Any
 
-from .machine import WIDTHS
-from .report import Row
+PROBLEMS = {  # those that are drawn, with their names in the picture
+    "fpn1": "up x2\n2x256x50x76",
+    "fpn2": "up x2\n2x256x100x152",
+    "roi": "up x2\n64x256x14x14",
+    "stem": "down x2\n8x64x112x112",
+    "s2": "down x2\n8x256x56x56",
+    "s3": "down x2\n1x512x28x28",
+}
+PASSES = {"forward": "forward", "forward+backward": "forward and backward"}
+LAYOUTS = {"NHWC": "#1b7837", "NCHW": "#7fbf7b"}
 
-_PASSES = ("forward", "grad_features", "grad_masks", "grad_logits", "backward", "forward+backward")
 
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Write a PNG: a panel for each pass, a column for each problem, GFLOP/s upwards.
-
-    Shown are float32, recycled outputs and the fewest threads.
-    """
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write a PNG: float32, the fewest threads, from logits or else from masks."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.rival.samples and row.rival.kind == "carafepp"]
-    rows = [row for row in rows if (row.rival.dtype, row.rival.outputs) == ("float32", "recycled")]
-    fewest = min((row.rival.threads for row in rows), default=1)
-    rows = [row for row in rows if row.rival.threads == fewest]
-    passes = [pass_ for pass_ in _PASSES if any(row.rival.pass_ == pass_ for row in rows)] or [""]
-    colors = {name: f"C{k}" for k, name in enumerate(sorted({_name(row) for row in rows}))}
-    width = max(8, max(len(_columns(rows, pass_)) for pass_ in passes) * 0.8)
-    figure = Figure(figsize=(width, 3.6 * len(passes)), layout="constrained")
-    panels = figure.subplots(len(passes), 1, squeeze=False)[:, 0]
-    for panel, pass_ in zip(panels, passes, strict=True):
-        _panel(panel, [row for row in rows if row.rival.pass_ == pass_], colors)
-        panel.set_title(pass_, fontsize=10)
-    handles: dict[str, object] = {}
+    rows = [row for row in rows if row["dtype"] == "float32" and "flops" in row]
+    threads = min((row["threads"] for row in rows), default=1)
+    source = "logits" if any(row["source"] == "logits" for row in rows) else "masks"
+    rows = [row for row in rows if (row["threads"], row["source"]) == (threads, source)]
+    names = [name for name in PROBLEMS if any(row["case"] == name for row in rows)]
+    names = names or list(dict.fromkeys(row["case"] for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 0.75 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(PASSES), sharey=True, sharex=True)
+    for panel, (pass_, title) in zip(panels, PASSES.items(), strict=True):
+        _panel(panel, [row for row in rows if row["pass"] == pass_], names)
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("GFLOP/s")
+    panels[0].set_yticks(range(len(names)), [PROBLEMS.get(name, name) for name in names])
+    panels[0].invert_yaxis()
+    handles = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.suptitle(f"float32, threads: {fewest}", fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    title = f"float32, K=5, from {source}, {threads} thread" + "s" * (threads > 1)
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110, format="png")
 
 
-def _columns(rows: list[Row], pass_: str) -> list[tuple]:
-    """Return (FLOP/byte, problem, source, layout) of each column, memory-bound ones first."""
-    mine = [row for row in rows if row.rival.pass_ == pass_]
-    keys = {(r.intensity, r.case.name, r.rival.source, r.rival.layout) for r in mine}
-    return sorted(keys)
-
-
-def _panel(panel, rows: list[Row], colors: dict[str, str]) -> None:
-    columns = _columns(rows, rows[0].rival.pass_) if rows else []
-    for row in rows:
-        name, color = _name(row), colors[_name(row)]
-        key = row.intensity, row.case.name, row.rival.source, row.rival.layout
-        x = columns.index(key)
-        if row.rival.chosen or name in WIDTHS:
-            line = {"color": "black", "lw": 2} if row.rival.chosen else {"color": color, "lw": 1}
-            line["label"] = "roofline" if row.rival.chosen else f"roofline of {name}"
-            panel.plot([x - 0.35, x + 0.35], [row.ceiling / 1e9] * 2, **line)
-        filled = color if row.rival.chosen else "none"
-        panel.plot(x, row.flops / 1e9, "o", mec=color, mfc=filled, label=name)
-        if row.rival.chosen and row.x_composition:
-            best = row.flops / row.x_composition / 1e9
-            panel.plot(x, best, "x", color="gray", label="best PyTorch composition")
-    labels: dict[float, str] = {}  # by peak; one for those that would stand on each other
-    for width, peak in rows[0].limits.peak.items() if rows else []:
-        panel.axhline(peak / 1e9, color="gray", lw=0.8, ls=":")
-        near = next((other for other in labels if abs(peak / other - 1) < 0.1), peak)
-        where = f"{8 * width}-bit FMA" if width else "matmul peak"
-        labels[near] = f"{labels[near]},\n {where}" if near in labels else f" {where}"
-    for peak, label in labels.items():
-        at = {"xycoords": ("axes fraction", "data"), "va": "center"}
-        panel.annotate(label, (1, peak / 1e9), fontsize=7, **at)
-    names = [f"{case}\n{s} {layout}\n{ratio:.1f} FLOP/B" for ratio, case, s, layout in columns]
-    panel.set_xticks(range(len(columns)), names, fontsize=6)
-    panel.set_yscale("log")
-    panel.set_ylabel("GFLOP/s")
-
-
-def _name(row: Row) -> str:
-    """Return the instruction set of an implementation: the end of its name."""
-    return row.rival.name.rpartition("_")[2]
+def _panel(panel, rows: list[dict[str, Any]], names: list[str]) -> None:
+    height = 0.26
+    for y, name in enumerate(names):
+        mine = [row for row in rows if row["case"] == name]
+        chosen = [row for row in mine if row["chosen"]]
+        for k, (layout, color) in enumerate(LAYOUTS.items()):
+            for row in chosen:
+                if row["layout"] == layout:
+                    at = y + (k - 1) * height
+                    label = f"carafepp, {layout}"
+                    panel.barh(at, row["flops"] / 1e9, height * 0.9, color=color, label=label)
+                    if row["x_composition"]:
+                        text = f" x{row['x_composition']:.1f}"
+                        panel.text(row["flops"] / 1e9, at, text, va="center", fontsize=8)
+        best = max((row["flops"] for row in mine if row["kind"] == "composition"), default=None)
+        if best:
+            label = "best composition of PyTorch"
+            panel.barh(y + height, best / 1e9, height * 0.9, color="#999999", label=label)
+        if chosen:
+            ceiling = chosen[0]["ceiling_flops"] / 1e9
+            ends = [y - 1.6 * height, y + 1.6 * height]
+            panel.plot([ceiling] * 2, ends, color="black", lw=2, label="ceiling (roofline)")
+    panel.spines[["top", "right"]].set_visible(False)

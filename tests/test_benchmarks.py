@@ -1,30 +1,23 @@
-"""The benchmarks' tool: what it shows and writes, and that it finds a wrong answer."""
+"""The benchmarks: what they show and write, and that they find a wrong answer."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import carafepp
+import reference as ref
+
+pytest.importorskip("torch")
+pytest.importorskip("rich")
 
 ROOT = Path(__file__).parent.parent
 
 TINY = ["--cases", "tiny", "--threads", "1", "--dtype", "float32"]
-
-# What `python -m benchmarks` does, with a composition whose answer is wrong by a thousandth.
-SEEDED = """
-import sys
-from benchmarks import peers
-from benchmarks.__main__ import main
-right = peers.COMPOSITIONS["bmm"]
-peers.COMPOSITIONS["bmm"] = lambda *args: right(*args).mul_(1.001)
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -34,11 +27,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def files(torch, tmp_path_factory):
-    """What one short run writes, and what it prints."""
+def files(tmp_path_factory):
+    """Files and printed text of one short run."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("benchmarks")
-    paths = {key: folder / name for key, name in [("json", "a"), ("markdown", "b"), ("plot", "c")]}
+    paths = {key: folder / key for key in ("json", "markdown", "plot")}
     options = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
     peers = ["--peers", "bmm,nearest"]
     done = run("-m", "benchmarks", "--quick", *TINY, *peers, "--seconds", "0.05", *options)
@@ -52,7 +45,7 @@ def data(files):
 
 
 def implementations(layout: str) -> set[str]:
-    """Those that accept the tiny problem in this layout."""
+    """Return the names that accept the tiny problem in this layout."""
     features, output = (1, 16, 8, 8), (1, 16, 16, 16)
     masks, logits = (1, 25, 16, 16), (1, 100, 8, 8)
     found = set()
@@ -71,7 +64,7 @@ def implementations(layout: str) -> set[str]:
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_every_implementation_is_timed(data, layout):
     rows = [row for row in data["rows"] if row["kind"] == "carafepp" and row["layout"] == layout]
-    assert implementations(layout) <= {row["implementation"] for row in rows}
+    assert implementations(layout) <= {row["name"] for row in rows}
     assert all(row["seconds"] > 0 and row["samples"] > 0 for row in rows)
     assert all(row["share"] > 0 for row in rows)
 
@@ -81,57 +74,138 @@ def test_carafepp_is_compared_with_the_best_peers(data):
     of = {"pass": "forward", "source": "masks"}
     rows = [row for row in data["rows"] if all(row[key] == of[key] for key in of)]
     best = min(row["seconds"] for row in rows if row["kind"] == "composition")
-    nearest = {row["layout"]: row["seconds"] for row in rows if row["implementation"] == "nearest"}
+    nearest = {row["layout"]: row["seconds"] for row in rows if row["name"] == "nearest"}
     for row in rows:
         assert row["x_composition"] == pytest.approx(best / row["seconds"])
         assert row["x_operator"] == pytest.approx(nearest[row["layout"]] / row["seconds"])
 
 
-def test_the_tables_say_where_and_how_and_what_the_bars_are(files, data):
+def test_the_tables_say_where_how_and_how_fast(files):
     printed = files["printed"]
     assert files["markdown"].read_text().strip() == printed.strip()
-    for word in ("CPU", "commit", "torch", "date", "FMA", "copy", "### tiny", "### The bars"):
+    for word in ("CPU", "commit", "torch", "date", "FMA", "copy", "### tiny", "### Times as fast"):
         assert word in printed
-    reached = {bar["what"]: bar["reached"] for bar in data["bars"]}
-    assert "not measured" in reached.values()
-    assert any("(1, 16, 8, 8)" in what and reached[what] != "not measured" for what in reached)
 
 
-def test_the_picture_is_a_png(files):
-    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+def test_a_call_is_told_as_a_ratio(data):
+    rows = {(row["arrays"], row["name"]): row for row in data["calls"]}
+    ours, ufunc = rows["NumPy", "carafepp.reassemble"], rows["NumPy", "np.multiply"]
+    assert ufunc["ratio"] == pytest.approx(ours["seconds"] / ufunc["seconds"])
+    assert rows["PyTorch, with autograd", "carafepp.reassemble"]["ratio"] == 1
 
 
-@pytest.mark.exhaustive
-def test_a_wrong_answer_is_shown_and_not_timed(torch, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_measured_in_a_process_of_its_own(data):
+    """carafepp's scratch on a tiny map is far below its limit of 2 MB."""
+    chosen = [row for row in data["rows"] if row["chosen"]]
+    assert chosen
+    assert all(0 <= row["memory"] < 2e6 for row in chosen)
+
+
+def test_the_picture_is_a_png_that_fits_a_page(files):
+    header = files["plot"].read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") <= 1200  # pixels wide
+
+
+def test_a_wrong_answer_is_shown_and_not_timed(monkeypatch, tmp_path, capsys):
+    from benchmarks import peers
+    from benchmarks.__main__ import main
+
+    right = peers.COMPOSITIONS["bmm"]
+    monkeypatch.setitem(peers.COMPOSITIONS, "bmm", lambda *args: right(*args).mul_(1.001))
     path = tmp_path / "rows.json"
-    peers = ["--peers", "bmm,unfold", "--pass", "forward", "--from", "masks"]
-    done = run("-c", SEEDED, *TINY, *peers, "--check-only", "--json", str(path))
-    assert done.returncode == 1, done.stderr
-    assert "WRONG: tiny: bmm forward" in done.stdout
+    asked = ["--peers", "bmm,taps", "--pass", "forward", "--from", "masks", "--json", str(path)]
+    assert main([*TINY, *asked, "--seconds", "0"]) == 1
+    assert "- tiny: bmm forward masks NCHW float32 1: wrong: " in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    wrong = {row["implementation"] for row in rows if row["error"]}
-    assert wrong == {"bmm"}
-    assert {row["implementation"] for row in rows} > {"bmm", "unfold"}
+    assert {row["name"] for row in rows if row["error"]} == {"bmm"}
+    assert {row["name"] for row in rows} > {"bmm", "taps", "carafepp"}
+    assert not any(row["samples"] for row in rows)
 
 
-def test_an_unknown_case_is_refused():
-    done = run("-m", "benchmarks", "--cases", "none")
-    assert done.returncode == 2
-    assert "'none' is none of fpn1" in done.stderr
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_compositions_compute_the_definition(direction):
+    import torch
+
+    from benchmarks import peers
+    from cases import CASES
+
+    case = CASES[f"{direction}2"]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-3, 4, s).astype("f8") for s in (case.features_shape, case.masks_shape)]
+    expected = ref.reassemble(*arrays, **case.factors)
+    for name in peers.compositions(case):
+        result = peers.composed(name, case, "masks", *map(torch.from_numpy, arrays))
+        np.testing.assert_array_equal(result.numpy(), expected, err_msg=name)
+
+
+def test_an_unknown_case_is_refused(capsys):
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--cases", "none"])
+    assert "'none' is none of fpn1" in capsys.readouterr().err
+
+
+def test_without_rich_there_is_a_sentence_and_the_run_on_a_gpu():
+    program = "import sys; sys.modules['rich'] = None; import benchmarks.gpu.timing; print('gpu');"
+    done = run("-c", program + "import benchmarks.__main__")
+    assert done.stdout == "gpu\n", done.stderr
+    assert done.stderr == '[benchmarks] run pip install ".[benchmarks]" first; got no rich.\n'
+
+
+# The harness
+
+
+def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
+    """By a clock that the calls set themselves."""
+    from benchmarks import timing
+
+    now = 0.0
+
+    def takes(seconds: float):
+        def call() -> None:
+            nonlocal now
+            now += seconds
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    rivals = [timing.Rival(str(seconds), takes(seconds)) for seconds in (1e-3, 1.1e-2, 60)]
+    for rival in rivals:
+        timing.warm_up(rival)
+    timing.measure(rivals, budget=10)
+    fast, slow, once = (len(rival.samples) for rival in rivals)
+    assert once == 1
+    assert fast * 6e-3 / 5 == pytest.approx(slow * 3.3e-2 / 2, rel=0.1)  # with the untimed calls
+    assert [rival.row()["seconds"] for rival in rivals] == pytest.approx([1e-3, 1.1e-2, 60])
+
+
+def test_a_call_is_made_with_the_settings_of_its_rival():
+    import torch
+
+    from benchmarks import timing
+
+    before = torch.get_num_threads()
+    rival = timing.Rival("", torch.get_num_threads, threads=before + 1)
+    assert timing.warm_up(rival) == before + 1
+    assert torch.get_num_threads() == before
 
 
 # Modules
 
 
 @pytest.mark.exhaustive
-def test_modules_are_compared(torch, tmp_path):
+def test_modules_are_compared(tmp_path):
     files = {"--json": tmp_path / "modules.json", "--markdown": tmp_path / "modules.md"}
     options = [word for option, path in files.items() for word in (option, str(path))]
     options += ["--cases", "tiny", "--seconds", "0.05", "--eager", "--layout", "NHWC"]
     done = run("-m", "benchmarks.modules", *options)
     assert done.returncode == 0, done.stderr
-    assert "### tiny: up x2, (1, 16, 8, 8), NHWC, float32, 1 thread" in done.stdout
-    assert "of the leanest composed module's" in files["--markdown"].read_text()
+    title = "### tiny: up x2, (1, 16, 8, 8), NHWC, float32, forward+backward, threads: 1"
+    assert title in done.stdout
+    assert files["--markdown"].read_text().strip() == done.stdout.strip()
     rows = json.loads(files["--json"].read_text())["rows"]
     assert {row["name"] for row in rows} >= {"carafepp", "composed: bmm", "nearest", "bilinear"}
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
@@ -141,47 +215,49 @@ def test_modules_are_compared(torch, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_a_module_takes_half_the_memory_of_a_composed_one(torch):
-    from benchmarks import memory, modules
+def test_a_module_takes_half_the_memory_of_a_composed_one():
+    import torch
+
+    from benchmarks import modules, timing
 
     case = dataclasses.replace(modules.PROBLEMS["fpn1"], n=1)
     x = torch.randn(case.features_shape, requires_grad=True)
-    grad_output = torch.randn(case.output_shape)
-    compared = {"carafepp": modules.CARAFE(case.c, up=2)}
-    for name in ("taps per phase", "bmm"):
-        compared[name] = modules.Composed(name, case, up=2)
+    made = modules.modules(case)
     peaks = {}
-    for name, module in compared.items():
-        call = partial(modules.call, module, x, grad_output, "forward+backward")
-        call()  # what a first call makes for later ones does not count
-        peaks[name] = memory.peak(call)[1]
-    assert peaks["carafepp"] <= 0.5 * min(peaks["taps per phase"], peaks["bmm"])
+    for name in ("carafepp", "composed: taps per phase", "composed: bmm"):
+        rival = modules.rival(name, made[name](), x, "forward+backward", threads=1)
+        timing.warm_up(rival)
+        peaks[name] = rival.memory
+    ours = peaks.pop("carafepp")
+    assert ours <= 0.5 * min(peaks.values())
 
 
 # Networks
 
 
 @pytest.mark.exhaustive
-def test_networks_are_compared(torch, tmp_path):
+def test_networks_are_compared(tmp_path):
     files = {"--json": tmp_path / "networks.json", "--markdown": tmp_path / "networks.md"}
     options = [word for option, path in files.items() for word in (option, str(path))]
     options += ["--networks", "resnet50,mask_rcnn", "--scale", "0.1", "--width", "2"]
     done = run("-m", "benchmarks.networks", *options, "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
-    assert "### mask_rcnn: (1, 3, 80, 133), forward, float32, 1 thread" in done.stdout
+    assert "### mask_rcnn: (1, 3, 80, 133), forward, float32, threads: 1" in done.stdout
     assert files["--markdown"].read_text().strip() == done.stdout.strip()
     rows = json.loads(files["--json"].read_text())["rows"]
     variants = ["nothing", "down", "nothing", "up", "down", "both"]
-    assert [row["variant"] for row in rows] == variants
-    assert all(row["samples"] > 0 and row["seconds"][1] > 0 for row in rows)
+    assert [row["name"] for row in rows] == variants
+    assert all(row["samples"] > 0 and row["seconds"] > 0 for row in rows)
     for quantity in ("parameters", "FLOPs"):
         nothing, up, down, both = (row[quantity] for row in rows[2:])
         assert min(up, down) > nothing
         assert both - nothing == (up - nothing) + (down - nothing)
 
 
-def test_operations_of_networks_are_those_of_their_convolutions(torch):
+def test_operations_of_networks_are_those_of_their_convolutions():
     """4.09 G multiplications are what is known of ResNet-50; CARAFE++ adds its own in 7 places."""
+    import torch
+
     from benchmarks import modules, networks
 
     with torch.device("meta"):
@@ -202,7 +278,7 @@ def test_operations_of_networks_are_those_of_their_convolutions(torch):
 @pytest.mark.parametrize(
     ("option", "known"), [("--networks", "resnet50, faster_rcnn"), ("--pass", "forward, ")]
 )
-def test_unknown_networks_and_passes_are_refused(torch, capsys, option, known):
+def test_unknown_networks_and_passes_are_refused(capsys, option, known):
     from benchmarks import networks
 
     with pytest.raises(SystemExit, match="2"):
