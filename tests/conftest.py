@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import re
 import zlib
 
 import hypothesis
@@ -31,13 +32,20 @@ def pytest_addoption(parser):
         "--part",
         default="0/1",
         metavar="K/N",
-        help="of tests over a product (tests/products.py), run the K-th of N equal parts",
+        help="of tests over a product (tests/products.py), run part K of N equal ones, from 0",
     )
 
 
 def _part(config) -> tuple[int, int]:
-    part, parts = map(int, config.getoption("--part").split("/"))
-    return part, parts
+    given = config.getoption("--part")
+    numbers = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise pytest.UsageError(f"--part must be K/N with 0 <= K < N; got {given!r}")
+    return int(numbers[1]), int(numbers[2])
+
+
+def pytest_configure(config):
+    _part(config)  # a wrong one is told at once
 
 
 def pytest_generate_tests(metafunc):

@@ -49,7 +49,10 @@ def compute_on_shards(
                 f"({tensors[0].device_mesh}); got {tensor.device_mesh}."
             )
     mesh, axes = tensors[0].device_mesh, tensors[0].dim()
-    if any(tensor.dim() != axes for tensor in tensors):
+    # Shards of other lengths would be refused by some processes only, and the rest would wait.
+    if any(tensor.dim() != axes for tensor in tensors) or (
+        axes == 4 and any(tensor.shape[0] != tensors[0].shape[0] for tensor in tensors)
+    ):
         axes = 0  # all are replicated, and the operator refuses them
     axis = axes - 1 if params.get("layout") == "NHWC" else axes - 3
     batch, channels, everywhere = Shard(0), Shard(axis), Replicate()
@@ -57,6 +60,8 @@ def compute_on_shards(
     likes = [*names, "masks" if name.startswith("normalize") else name.partition("_grad_")[2]]
     of_features = [like in ("features", "grad_output", "") for like in likes]
     groups = params.get("groups", 1)
+    pairs = zip(tensors, of_features, strict=False)
+    alike = axes >= 3 and len({tensor.shape[axis] for tensor, of in pairs if of}) < 2
 
     placements: list[list[Any]] = []
     for dim in range(mesh.ndim):
@@ -64,7 +69,7 @@ def compute_on_shards(
         whole_groups = groups > 1 and groups % mesh.size(dim) == 0
         if axes == 4 and batch in given:
             placements.append([batch for _ in likes])
-        elif groups == 1 and (channels, True) in zip(given, of_features, strict=False):
+        elif groups == 1 and alike and (channels, True) in zip(given, of_features, strict=False):
             placements.append([channels if of else everywhere for of in of_features])
             if not of_features[-1]:
                 placements[-1][-1] = Partial()

@@ -48,10 +48,9 @@ class CARAFE(modules.CARAFE):
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number that is not an integer, or options that are no mapping.
     ValueError
-        `channels` is not the number of the input, another one is out of its range, or the row
-        comes from several layers.
+        `channels` is not the number of the input, or another one is out of its range.
     """
 
     def __init__(
@@ -61,8 +60,9 @@ class CARAFE(modules.CARAFE):
         kernel_size: int = 5,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        options = {"up": up, "kernel_size": kernel_size, **(options or {})}
-        super().__init__(_channels(channels), **options)
+        if not isinstance(options, (Mapping, type(None))):
+            raise TypeError(f"[CARAFE] options must be a mapping; got {options!r}.")
+        super().__init__(_channels(channels), up=up, kernel_size=kernel_size, **(options or {}))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickled layer."""
@@ -82,8 +82,6 @@ def _channels(channels: int | None) -> Any:
     if frame is None:
         return channels
     parser = frame.f_locals
-    if not isinstance(parser["f"], int):
-        raise ValueError(f"[CARAFE] from must be one layer; got {parser['f']}.")
     expected, width = parser["ch"][parser["f"]], parser.get("width", 1)
     if channels is not None and channels != expected:
         scaled = min(channels, parser.get("max_channels", channels)) * width
@@ -125,6 +123,8 @@ def trainer_for(yolo: Any) -> type:
     TypeError
         yolo has no network of PyTorch, but an exported one.
     """
+    if not hasattr(yolo, "task_map"):
+        raise TypeError(f"[trainer_for] yolo must be a YOLO; got {type(yolo).__name__}.")
     network = yolo.model
     if not isinstance(network, nn.Module):
         raise TypeError(f"[trainer_for] yolo must have a network of PyTorch; got {network!r}.")
