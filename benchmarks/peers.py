@@ -238,7 +238,9 @@ def composition(name: str, *how, compiled: bool = False) -> Rival:
     function = partial(composed, name, arrays.case, source)
     if compiled:
         name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
-    return _rival("composition", name, function, function, *how)
+    rival = _rival("composition", name, function, function, *how)
+    rival.compiles = compiled
+    return rival
 
 
 def _rival(kind, name, function, into, arrays, source, pass_, layout, threads, fresh) -> Rival:

@@ -92,7 +92,8 @@ class Report:
         console = self.console if self.console.is_terminal else Console(stderr=True)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
         options = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-        with Progress(*columns, console=console, transient=True, **options) as progress:
+        options |= {"transient": True, "disable": not console.is_terminal}
+        with Progress(*columns, console=console, **options) as progress:
             task = progress.add_task("", total=len(todo))
             for done, one in enumerate(todo):
                 # A thread that refreshes would disturb what is timed.

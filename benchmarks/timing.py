@@ -18,7 +18,8 @@ import carafepp
 SAMPLE = 200e-6  # seconds: shorter calls are repeated within one sample
 TURN = 20e-3  # seconds of samples in one turn, if the fewest fit in
 TURN_SAMPLES = (2, 5)  # fewest, most
-PATIENCE = 0.25  # seconds that a call may take and still be repeated, whatever the budget
+PATIENCE = 0.25  # seconds that a call may take and still be timed often, whatever the budget
+SLOW = 0.5  # seconds of a call that is not warmed up twice
 
 HOW = (
     "medians; rivals take turns in one process, in a new order every round; a turn is an untimed "
@@ -37,9 +38,10 @@ class Rival:
     implementation: str | None = None  # of carafepp, forced by name
     labels: dict[str, Any] = field(default_factory=dict)  # go into the row as they are
     results: tuple[str, ...] = ()  # names of the arrays that the call returns, but None
+    compiles: bool = False  # in the first call
 
-    second: float = 0  # seconds of the second call
-    memory: int | None = None  # bytes: peak during the second call beyond what was resident
+    warm_up: float = 0  # seconds of the last warm-up call
+    memory: int | None = None  # bytes: peak during that call beyond what was resident
     samples: list[float] = field(default_factory=list)  # seconds a call
 
     @contextmanager
@@ -67,25 +69,30 @@ class Rival:
 
 
 def warm_up(rival: Rival, memory: bool = True) -> Any:
-    """Call twice, as a first call may compile; note time and memory, and return the result."""
+    """Call twice, or once if that is slow and compiles nothing; note time and memory.
+
+    The result of the last call is returned.
+    """
 
     def timed() -> Any:
         begin = time.perf_counter()
         result = rival.call()
-        rival.second = time.perf_counter() - begin
+        rival.warm_up = time.perf_counter() - begin
         return result
 
     with rival.settings():
-        rival.call()
-        result, rival.memory = peak(timed) if memory else (timed(), None)
+        for _ in range(2):
+            result, rival.memory = peak(timed) if memory else (timed(), None)
+            if rival.warm_up > SLOW and not rival.compiles:
+                break
     return result
 
 
 def measure(rivals: list[Rival], budget: float) -> None:
     """Take samples of all rivals, which have been warmed up, for so many seconds."""
     for rival in rivals:
-        if rival.second > max(PATIENCE, budget / len(rivals)):
-            rival.samples.append(rival.second)
+        if rival.warm_up > max(PATIENCE, budget / len(rivals)):
+            rival.samples.append(rival.warm_up)
     rivals = [rival for rival in rivals if not rival.samples]
     spent = dict.fromkeys(rivals, 0.0)
     order = random.Random(0)
