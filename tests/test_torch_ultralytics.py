@@ -137,7 +137,14 @@ def test_a_trainer_keeps_layers(door, has_weights):
 
 def test_a_trainer_needs_a_network(door):
     with pytest.raises(TypeError, match=r"^\[trainer_for\] yolo must have a network .*'a.onnx'\.$"):
-        door.trainer_for(types.SimpleNamespace(model="a.onnx"))
+        door.trainer_for(types.SimpleNamespace(model="a.onnx", task_map={}))
+    with pytest.raises(TypeError, match=r"^\[trainer_for\] yolo must be a YOLO; got str\.$"):
+        door.trainer_for("yolo11n.pt")
+
+
+def test_options_are_a_mapping(door):
+    with pytest.raises(TypeError, match=r"^\[CARAFE\] options must be a mapping; got 7\.$"):
+        door.CARAFE(8, 2, 5, 7)
 
 
 # With it
