@@ -166,6 +166,15 @@ def test_gradients(factor):
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["up", "down", "channels", "compressed_channels"])
+def test_numbers_beyond_31_bits_are_refused(name):
+    numbers = {"channels": 8, name: 2**31}
+    with pytest.raises(
+        ValueError, match=rf"^\[CARAFE\] {name} must be below 2\*\*31; got 2147483648"
+    ):
+        CARAFE(**numbers)
+
+
 def test_masks_can_be_learnt_from():
     module = vivid(CARAFE(2, up=2, kernel_size=3).double())
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)

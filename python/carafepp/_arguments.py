@@ -28,7 +28,7 @@ def index_of(value: Any) -> int | None:
 
 
 def integer(where: str, name: str, value: Any, least: int | None = 1) -> int:
-    """Return an integer that is at least `least`, if that is not None."""
+    """Return an integer from `least` to 2**31 - 1, or any one if that is None."""
     number = index_of(value)
     if number is None:
         rules = {None: "an integer", 1: "a positive integer"}
@@ -36,6 +36,8 @@ def integer(where: str, name: str, value: Any, least: int | None = 1) -> int:
         raise TypeError(f"[{where}] {name} must be {rule}; {_got(value)}.")
     if least is not None and number < least:
         raise ValueError(f"[{where}] {name} must be at least {least}; got {number}.")
+    if least is not None and number >= 2**31:
+        raise ValueError(f"[{where}] {name} must be below 2**31; got {number}.")
     return number
 
 

@@ -754,9 +754,6 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     up, down = positive("output_size", up=up, down=down)
     if any([type(length) is int and length < 0 for length in size]):
         raise ValueError(f"[output_size] size must not be negative; got {size}.")
-    for name, factor in (("up", up), ("down", down)):
-        if type(factor) is int and factor >= 2**31:
-            raise ValueError(f"[output_size] {name} must be below 2**31; got {factor}.")
     if any([type(length) is int and length * up >= 2**63 for length in size]):
         raise ValueError(
             f"[output_size] size is too large for up={up}: positions in the result must stay below "
