@@ -9,6 +9,7 @@ import pytest
 import carafepp
 from cases import CASES, DTYPES, Case, integer_arrays
 from cases.calls import FUNCTIONS, INPUTS, RESULTS, arguments, call, from_layout, in_layout
+from products import product
 
 
 def _each(table) -> dict[str, tuple[str, int]]:
@@ -76,6 +77,12 @@ def takes(function: str, result: str):
         return _declines(function, case, layout_of(name)).get(name, "not there") is None
 
     return valid
+
+
+def each_kernel(function: str, result: str, case, layouts=LAYOUTS_OF_KERNELS, **options):
+    """Parametrize a test by cases and the kernels that take them; options are those of product."""
+    axes = {"case": case, "layout": layouts, "isa": ISAS}
+    return product(**axes, **options, valid=takes(function, result))
 
 
 def layout_of(implementation: str) -> str:

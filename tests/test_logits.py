@@ -8,7 +8,7 @@ import pytest
 import carafepp
 import reference as ref
 from cases import CASES, DTYPES, FEW, integer_arrays, numpy_dtype, random_arrays
-from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
+from functions import ISAS, LAYOUTS_OF_KERNELS, each_kernel, run, takes
 from products import product
 from tolerances import assert_exact, assert_within_bound
 
@@ -103,16 +103,11 @@ def with_nan_logits(arrays, where):
     return SimpleNamespace(**{**vars(arrays), "logits": logits})
 
 
+NORMALIZERS = {"normalizer": ref.NORMALIZERS}
 CROPPED = [case for case in CASES.values() if outside_the_crop(case).any()]
 
 
-@product(
-    case=CROPPED,
-    layout=LAYOUTS_OF_KERNELS,
-    isa=ISAS,
-    turns={"normalizer": ref.NORMALIZERS},
-    valid=takes("reassemble_with_logits_backward", "logits"),
-)
+@each_kernel("reassemble_with_logits_backward", "logits", CROPPED, turns=NORMALIZERS)
 def test_logits_outside_the_crop_get_exactly_zero(case, layout, isa, normalizer):
     """Also if they are NaN."""
     outside = outside_the_crop(case)
@@ -123,13 +118,7 @@ def test_logits_outside_the_crop_get_exactly_zero(case, layout, isa, normalizer)
     assert np.isfinite(gl).all()
 
 
-@product(
-    case=CROPPED,
-    layout=LAYOUTS_OF_KERNELS,
-    isa=ISAS,
-    turns={"normalizer": ref.NORMALIZERS},
-    valid=takes("reassemble_with_logits_backward", "features"),
-)
+@each_kernel("reassemble_with_logits_backward", "features", CROPPED, turns=NORMALIZERS)
 def test_logits_outside_the_crop_do_not_reach_grad_features(case, layout, isa, normalizer):
     a = with_nan_logits(random_arrays(case, DTYPES[0]), outside_the_crop(case))
     kernel = "features", layout, isa
@@ -137,13 +126,7 @@ def test_logits_outside_the_crop_do_not_reach_grad_features(case, layout, isa, n
     assert np.isfinite(gx).all()
 
 
-@product(
-    case=CROPPED,
-    layout=["any"],
-    isa=ISAS,
-    turns={"normalizer": ref.NORMALIZERS},
-    valid=takes("normalize_masks_backward", "logits"),
-)
+@each_kernel("normalize_masks_backward", "logits", CROPPED, ["any"], turns=NORMALIZERS)
 def test_normalize_masks_backward_gives_zero_outside_the_crop(case, layout, isa, normalizer):
     outside = outside_the_crop(case)
     a = with_nan_logits(random_arrays(case, DTYPES[0]), outside)
@@ -152,7 +135,7 @@ def test_normalize_masks_backward_gives_zero_outside_the_crop(case, layout, isa,
     assert np.isfinite(gl).all()
 
 
-@product(case=CROPPED, turns={"normalizer": ref.NORMALIZERS})
+@product(case=CROPPED, turns=NORMALIZERS)
 def test_logits_outside_the_crop_are_not_read(case, normalizer):
     a = with_nan_logits(random_arrays(case, DTYPES[0]), outside_the_crop(case))
     output = carafepp.reassemble_with_logits(

@@ -10,7 +10,7 @@ import carafepp
 import reference as ref
 from accuracy import EXTREME_LOGITS
 from cases import CASES, DTYPES, FEW, double, integer_arrays, integers, numpy_dtype
-from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
+from functions import ISAS, LAYOUTS_OF_KERNELS, each_kernel, run, takes
 from products import product
 from tolerances import EPS, SMALLEST
 
@@ -26,14 +26,9 @@ SOME_CASES = [
 SPECIAL = [np.nan, np.inf, -np.inf]
 
 
-def each_kernel(function, result, **turns):
-    return product(
-        case=SOME_CASES,
-        layout=LAYOUTS_OF_KERNELS,
-        isa=ISAS,
-        turns={"value": SPECIAL, "dtypes": SOME_DTYPES, **turns},
-        valid=takes(function, result),
-    )
+def by_each_kernel(function, result, **turns):
+    turns = {"value": SPECIAL, "dtypes": SOME_DTYPES, **turns}
+    return each_kernel(function, result, SOME_CASES, turns=turns)
 
 
 def with_special_values(array, value, rng, count=2):
@@ -55,7 +50,7 @@ def assert_same_values(actual, expected):
 # A special value reaches exactly the elements whose formula it enters
 
 
-@each_kernel("reassemble", "output")
+@by_each_kernel("reassemble", "output")
 def test_a_special_feature_stays_inside_its_windows(case, layout, isa, value, dtypes, rng):
     arrays = integer_arrays(case, dtypes)
     arrays = changed(arrays, features=with_special_values(arrays.features, value, rng))
@@ -63,7 +58,7 @@ def test_a_special_feature_stays_inside_its_windows(case, layout, isa, value, dt
     assert_same_values(run("reassemble", "output", layout, isa, case, arrays), expected)
 
 
-@each_kernel("reassemble", "output")
+@by_each_kernel("reassemble", "output")
 def test_a_special_mask_stays_at_its_output(case, layout, isa, value, dtypes, rng):
     arrays = integer_arrays(case, dtypes)
     arrays = changed(arrays, masks=with_special_values(arrays.masks, value, rng))
@@ -71,7 +66,7 @@ def test_a_special_mask_stays_at_its_output(case, layout, isa, value, dtypes, rn
     assert_same_values(run("reassemble", "output", layout, isa, case, arrays), expected)
 
 
-@each_kernel("reassemble_backward", "features", where=["grad_output", "features", "masks"])
+@by_each_kernel("reassemble_backward", "features", where=["grad_output", "features", "masks"])
 def test_special_values_reach_grad_features_by_the_formula(
     case, layout, isa, value, dtypes, where, rng
 ):
@@ -83,7 +78,7 @@ def test_special_values_reach_grad_features_by_the_formula(
     assert_same_values(actual, expected)
 
 
-@each_kernel("reassemble_backward", "masks", where=["grad_output", "features", "masks"])
+@by_each_kernel("reassemble_backward", "masks", where=["grad_output", "features", "masks"])
 def test_special_values_reach_grad_masks_by_the_formula(
     case, layout, isa, value, dtypes, where, rng
 ):
@@ -110,7 +105,7 @@ def with_masks_outside(arrays, case, value):
     return changed(arrays, masks=masks)
 
 
-@each_kernel("reassemble", "output")
+@by_each_kernel("reassemble", "output")
 def test_special_masks_outside_the_border_do_nothing(case, layout, isa, value, dtypes):
     arrays = integer_arrays(case, dtypes)
     special = with_masks_outside(arrays, case, value)
@@ -118,7 +113,7 @@ def test_special_masks_outside_the_border_do_nothing(case, layout, isa, value, d
     assert_same_values(output, ref.reassemble(arrays.features, arrays.masks, **case.factors))
 
 
-@each_kernel("reassemble_backward", "masks")
+@by_each_kernel("reassemble_backward", "masks")
 def test_masks_outside_the_border_get_exactly_zero_even_of_special_gradients(
     case, layout, isa, value, dtypes
 ):
@@ -131,7 +126,7 @@ def test_masks_outside_the_border_get_exactly_zero_even_of_special_gradients(
     assert not gm[outside].any()
 
 
-@each_kernel("reassemble_backward", "features")
+@by_each_kernel("reassemble_backward", "features")
 def test_features_get_nothing_from_special_masks_outside_the_border(
     case, layout, isa, value, dtypes
 ):

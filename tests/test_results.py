@@ -4,9 +4,11 @@ Integers give exact results, without a normalizer (None); random numbers stay wi
 tolerances.py.
 """
 
+import functools
+
 from cases import CASES, DTYPES, FEW, Case, Dtypes, integer_arrays, random_arrays
 from expected import assert_result
-from functions import ISAS, LAYOUTS_OF_KERNELS, run, takes
+from functions import ISAS, each_kernel, run, takes
 from products import product
 from reference import NORMALIZERS
 
@@ -31,30 +33,27 @@ def check(
     assert_result(function, result, case, dtypes, actual, normalizer)
 
 
-def each_kernel(function, result):
-    return product(
-        case=SMALL,
-        by_default={"case": CASES},
-        layout=LAYOUTS_OF_KERNELS,
-        isa=ISAS,
-        turns={"dtypes": DTYPES, "given": MASKS | LOGITS},
-        valid=takes(function, result),
-    )
+by_each_kernel = functools.partial(
+    each_kernel,
+    case=SMALL,
+    by_default={"case": CASES},
+    turns={"dtypes": DTYPES, "given": MASKS | LOGITS},
+)
 
 
-@each_kernel("reassemble", "output")
+@by_each_kernel("reassemble", "output")
 def test_output(case, layout, isa, dtypes, given):
     source, normalizer = given
     check(f"reassemble{source}", "output", layout, isa, case, dtypes, normalizer)
 
 
-@each_kernel("reassemble_backward", "features")
+@by_each_kernel("reassemble_backward", "features")
 def test_grad_features(case, layout, isa, dtypes, given):
     source, normalizer = given
     check(f"reassemble{source}_backward", "features", layout, isa, case, dtypes, normalizer)
 
 
-@each_kernel("reassemble_backward", "masks")
+@by_each_kernel("reassemble_backward", "masks")
 def test_grad_masks_and_logits(case, layout, isa, dtypes, given):
     source, normalizer = given
     result = "logits" if source else "masks"
