@@ -16,6 +16,23 @@ namespace {
 
 const Registry& registry_of(carafepp_device device) { return device == CARAFEPP_CUDA ? cuda::kernels : cpu::kernels; }
 
+// The results of each function, in the order of its signature; kResults where there is none.
+constexpr Result kResultsOf[7][2] = {
+    {kResults, kResults},
+    {kReassemble, kResults},
+    {kGradFeatures, kGradMasks},
+    {kReassembleWithLogits, kResults},
+    {kGradFeatures, kGradLogits},
+    {kNormalizeMasks, kResults},
+    {kNormalizeMasksBackward, kResults},
+};
+
+// The kernels for a result of a call, or NULL.
+const Kernel* list_of(carafepp_device device, carafepp_function function, int k) {
+    const Result result = kResultsOf[function][k];
+    return result == kResults ? nullptr : registry_of(device)[result];
+}
+
 bool log_choices() {
     static const bool wanted = [] {
         const char* level = std::getenv("CARAFEPP_LOG");
@@ -39,8 +56,8 @@ const Kernel* find(const Kernel* list, const char* name) {
 // always.
 void check_forced(carafepp_function function, const char* name, const Registry& registry) {
     if (name == nullptr) return;
-    for (const auto& of_function : registry) {
-        if (find(of_function[0], name) || find(of_function[1], name)) return;
+    for (const Kernel* list : registry) {
+        if (find(list, name)) return;
     }
     fail(CARAFEPP_VALUE_ERROR, function,
          std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
@@ -104,12 +121,12 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
          void* stream) {
     Call call = check(function, params, tensors, true);
     call.problem.stream = stream;
-    const auto& lists = registry_of(call.problem.device)[function];
     on_device(function, call.problem, [&] {
         const Kernel* chosen[2] = {};  // before any runs, since a choice may fail
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
-            if (call.wanted[k]) chosen[k] = &choose(function, lists[k], call.params.implementation, call.problem);
+            const Kernel* list = list_of(call.problem.device, function, k);
+            if (call.wanted[k]) chosen[k] = &choose(function, list, call.params.implementation, call.problem);
         }
         for (int k = 0; k < 2; k++) {
             call.problem.result = call.results[k];
@@ -240,11 +257,11 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
             fail(CARAFEPP_VALUE_ERROR, function, std::string(tensors ? "visit" : "tensors") + " must not be NULL.");
         }
         Call call = check(function, params, tensors, false);
-        const auto& lists = registry_of(call.problem.device)[function];
         on_device(function, call.problem, [&] {
             for (int k = 0; k < 2; k++) {
                 call.problem.result = call.results[k];
-                for (const Kernel* kernel = lists[k]; kernel != nullptr && kernel->name != nullptr; kernel++)
+                const Kernel* kernel = list_of(call.problem.device, function, k);
+                for (; kernel != nullptr && kernel->name != nullptr; kernel++)
                     visit(user, kernel->name, kernel->cannot_run(call.problem));
             }
         });

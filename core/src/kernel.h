@@ -13,9 +13,21 @@ struct Kernel {
     void (*run)(const Problem&);
 };
 
-// The kernels for each result of each function, in the order of its signature: faster ones first, last one that runs
-// every problem. A list ends with an entry without a name; of results that a function does not have it is NULL.
-using Registry = const Kernel* const[7][2];
+// The results that kernels compute. With logits, an output has names of its own but the same kernels.
+enum Result {
+    kReassemble,
+    kReassembleWithLogits,
+    kGradFeatures,
+    kGradMasks,
+    kGradLogits,
+    kNormalizeMasks,
+    kNormalizeMasksBackward,
+    kResults,
+};
+
+// The kernels for each result: faster ones first, last one that runs every problem. A list ends with an entry without a
+// name.
+using Registry = const Kernel* const[kResults];
 
 inline const char* runs_all(const Problem&) { return nullptr; }
 inline const char* never_slower(const Problem&) { return nullptr; }

@@ -34,38 +34,25 @@ const char* cannot_run_here(const Problem& problem) {
 #define CARAFEPP_ENTRIES_OF(name, kernel, slower) CARAFEPP_ENTRY(name, generic, kernel, slower)
 #endif
 #define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRIES_OF(name, kernel, never_slower)
-#define CARAFEPP_NCHW_ENTRIES(name, kernel) CARAFEPP_ENTRIES_OF(name, kernel, slower_##kernel)
 
-constexpr Kernel kReassemble[] = {CARAFEPP_ENTRIES("reassemble_nhwc", reassemble_nhwc),
-                                  CARAFEPP_NCHW_ENTRIES("reassemble_nchw", reassemble_nchw),
-                                  CARAFEPP_ENTRIES("reassemble_any", reassemble_any),
-                                  {"reassemble_any_ref", runs_all, never_slower, reference::reassemble},
-                                  {}};
-constexpr Kernel kReassembleWithLogits[] = {
-    CARAFEPP_ENTRIES("reassemble_with_logits_nhwc", reassemble_nhwc),
-    CARAFEPP_NCHW_ENTRIES("reassemble_with_logits_nchw", reassemble_nchw),
-    CARAFEPP_ENTRIES("reassemble_with_logits_any", reassemble_any),
-    {"reassemble_with_logits_any_ref", runs_all, never_slower, reference::reassemble},
-    {}};
-constexpr Kernel kGradFeatures[] = {CARAFEPP_ENTRIES("grad_features_nhwc", grad_features_nhwc),
-                                    CARAFEPP_NCHW_ENTRIES("grad_features_nchw", grad_features_nchw),
-                                    CARAFEPP_ENTRIES("grad_features_any", grad_features_any),
-                                    {"grad_features_any_ref", runs_all, never_slower, reference::grad_features},
-                                    {}};
-constexpr Kernel kGradMasks[] = {CARAFEPP_ENTRIES("grad_masks_nhwc", grad_masks_nhwc),
-                                 CARAFEPP_NCHW_ENTRIES("grad_masks_nchw", grad_masks_nchw),
-                                 CARAFEPP_ENTRIES("grad_masks_any", grad_masks_any),
-                                 {"grad_masks_any_ref", runs_all, never_slower, reference::grad_masks},
-                                 {}};
-constexpr Kernel kGradLogits[] = {CARAFEPP_ENTRIES("grad_logits_nhwc", grad_masks_nhwc),
-                                  CARAFEPP_NCHW_ENTRIES("grad_logits_nchw", grad_masks_nchw),
-                                  CARAFEPP_ENTRIES("grad_logits_any", grad_masks_any),
-                                  {"grad_logits_any_ref", runs_all, never_slower, reference::grad_masks},
-                                  {}};
-constexpr Kernel kNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),
-                                      {"normalize_masks_any_ref", runs_all, never_slower, reference::normalize_masks},
-                                      {}};
-constexpr Kernel kNormalizeMasksBackward[] = {
+// The list of a result: its kernel for each layout, and the reference.
+#define CARAFEPP_LIST(result, kernel)                                                   \
+    {                                                                                   \
+        CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc),                                \
+            CARAFEPP_ENTRIES_OF(result "_nchw", kernel##_nchw, slower_##kernel##_nchw), \
+            CARAFEPP_ENTRIES(result "_any", kernel##_any),                              \
+            {result "_any_ref", runs_all, never_slower, reference::kernel}, {}          \
+    }
+
+constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble);
+constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble);
+constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features);
+constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks);
+constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks);
+constexpr Kernel kOfNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),
+                                        {"normalize_masks_any_ref", runs_all, never_slower, reference::normalize_masks},
+                                        {}};
+constexpr Kernel kOfNormalizeMasksBackward[] = {
     CARAFEPP_ENTRIES("normalize_masks_backward_any", normalize_masks_backward),
     {"normalize_masks_backward_any_ref", runs_all, never_slower, reference::grad_masks},
     {}};
@@ -73,13 +60,8 @@ constexpr Kernel kNormalizeMasksBackward[] = {
 }  // namespace
 
 const Registry kernels = {
-    {},
-    {kReassemble},
-    {kGradFeatures, kGradMasks},
-    {kReassembleWithLogits},
-    {kGradFeatures, kGradLogits},
-    {kNormalizeMasks},
-    {kNormalizeMasksBackward},
+    kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures,           kOfGradMasks,
+    kOfGradLogits, kOfNormalizeMasks,       kOfNormalizeMasksBackward,
 };
 
 }  // namespace carafepp::cpu

@@ -39,61 +39,32 @@ const char* cannot_run_here(const Problem& problem) {
 // An entry of a kernel for one factor.
 #define CARAFEPP_CUDA_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel}
 
-constexpr Kernel kReassemble[] = {CARAFEPP_CUDA_ENTRY("reassemble_up2_nhwc_mma", reassemble_nhwc_mma),
-                                  CARAFEPP_CUDA_ENTRY("reassemble_up2_nhwc", reassemble_nhwc),
-                                  CARAFEPP_CUDA_ENTRY("reassemble_up2_nchw_mma", reassemble_nchw_mma),
-                                  CARAFEPP_CUDA_ENTRY("reassemble_up2_nchw", reassemble_nchw),
-                                  CARAFEPP_CUDA_ENTRY("reassemble_down2_nhwc", reassemble_down2_nhwc),
-                                  CARAFEPP_CUDA_ENTRY("reassemble_down2_nchw", reassemble_down2_nchw),
-                                  {"reassemble_any_cuda", runs_all, never_slower, reassemble},
-                                  {}};
-constexpr Kernel kReassembleWithLogits[] = {
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_up2_nhwc_mma", reassemble_nhwc_mma),
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_up2_nhwc", reassemble_nhwc),
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_up2_nchw_mma", reassemble_nchw_mma),
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_up2_nchw", reassemble_nchw),
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_down2_nhwc", reassemble_down2_nhwc),
-    CARAFEPP_CUDA_ENTRY("reassemble_with_logits_down2_nchw", reassemble_down2_nchw),
-    {"reassemble_with_logits_any_cuda", runs_all, never_slower, reassemble},
-    {}};
-constexpr Kernel kGradFeatures[] = {CARAFEPP_CUDA_ENTRY("grad_features_up2_nhwc_mma", grad_features_nhwc_mma),
-                                    CARAFEPP_CUDA_ENTRY("grad_features_up2_nhwc", grad_features_nhwc),
-                                    CARAFEPP_CUDA_ENTRY("grad_features_up2_nchw_mma", grad_features_nchw_mma),
-                                    CARAFEPP_CUDA_ENTRY("grad_features_up2_nchw", grad_features_nchw),
-                                    CARAFEPP_CUDA_ENTRY("grad_features_down2_nhwc", grad_features_down2_nhwc),
-                                    CARAFEPP_CUDA_ENTRY("grad_features_down2_nchw", grad_features_down2_nchw),
-                                    {"grad_features_any_cuda", runs_all, never_slower, grad_features},
-                                    {}};
-constexpr Kernel kGradMasks[] = {CARAFEPP_CUDA_ENTRY("grad_masks_up2_nhwc_mma", grad_masks_nhwc_mma),
-                                 CARAFEPP_CUDA_ENTRY("grad_masks_up2_nhwc", grad_masks_nhwc),
-                                 CARAFEPP_CUDA_ENTRY("grad_masks_up2_nchw_mma", grad_masks_nchw_mma),
-                                 CARAFEPP_CUDA_ENTRY("grad_masks_up2_nchw", grad_masks_nchw),
-                                 CARAFEPP_CUDA_ENTRY("grad_masks_down2_nhwc", grad_masks_down2_nhwc),
-                                 CARAFEPP_CUDA_ENTRY("grad_masks_down2_nchw", grad_masks_down2_nchw),
-                                 {"grad_masks_any_cuda", runs_all, never_slower, grad_masks},
-                                 {}};
-constexpr Kernel kGradLogits[] = {CARAFEPP_CUDA_ENTRY("grad_logits_up2_nhwc_mma", grad_masks_nhwc_mma),
-                                  CARAFEPP_CUDA_ENTRY("grad_logits_up2_nhwc", grad_masks_nhwc),
-                                  CARAFEPP_CUDA_ENTRY("grad_logits_up2_nchw_mma", grad_masks_nchw_mma),
-                                  CARAFEPP_CUDA_ENTRY("grad_logits_up2_nchw", grad_masks_nchw),
-                                  CARAFEPP_CUDA_ENTRY("grad_logits_down2_nhwc", grad_masks_down2_nhwc),
-                                  CARAFEPP_CUDA_ENTRY("grad_logits_down2_nchw", grad_masks_down2_nchw),
-                                  {"grad_logits_any_cuda", runs_all, never_slower, grad_masks},
-                                  {}};
-constexpr Kernel kNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, never_slower, normalize_masks}, {}};
-constexpr Kernel kNormalizeMasksBackward[] = {{"normalize_masks_backward_any_cuda", runs_all, never_slower, grad_masks},
-                                              {}};
+// The list of a result: its kernels for each factor and layout, and the generic one.
+#define CARAFEPP_CUDA_LIST(result, kernel)                                  \
+    {                                                                       \
+        CARAFEPP_CUDA_ENTRY(result "_up2_nhwc_mma", kernel##_nhwc_mma),     \
+            CARAFEPP_CUDA_ENTRY(result "_up2_nhwc", kernel##_nhwc),         \
+            CARAFEPP_CUDA_ENTRY(result "_up2_nchw_mma", kernel##_nchw_mma), \
+            CARAFEPP_CUDA_ENTRY(result "_up2_nchw", kernel##_nchw),         \
+            CARAFEPP_CUDA_ENTRY(result "_down2_nhwc", kernel##_down2_nhwc), \
+            CARAFEPP_CUDA_ENTRY(result "_down2_nchw", kernel##_down2_nchw), \
+            {result "_any_cuda", runs_all, never_slower, kernel}, {}        \
+    }
+
+constexpr Kernel kOfReassemble[] = CARAFEPP_CUDA_LIST("reassemble", reassemble);
+constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_CUDA_LIST("reassemble_with_logits", reassemble);
+constexpr Kernel kOfGradFeatures[] = CARAFEPP_CUDA_LIST("grad_features", grad_features);
+constexpr Kernel kOfGradMasks[] = CARAFEPP_CUDA_LIST("grad_masks", grad_masks);
+constexpr Kernel kOfGradLogits[] = CARAFEPP_CUDA_LIST("grad_logits", grad_masks);
+constexpr Kernel kOfNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, never_slower, normalize_masks}, {}};
+constexpr Kernel kOfNormalizeMasksBackward[] = {
+    {"normalize_masks_backward_any_cuda", runs_all, never_slower, grad_masks}, {}};
 
 }  // namespace
 
 const Registry kernels = {
-    {},
-    {kReassemble},
-    {kGradFeatures, kGradMasks},
-    {kReassembleWithLogits},
-    {kGradFeatures, kGradLogits},
-    {kNormalizeMasks},
-    {kNormalizeMasksBackward},
+    kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures,           kOfGradMasks,
+    kOfGradLogits, kOfNormalizeMasks,       kOfNormalizeMasksBackward,
 };
 
 const char* wrong_environment() { return *environment().wrong ? environment().wrong : nullptr; }
