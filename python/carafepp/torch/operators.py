@@ -300,7 +300,7 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
     return output[..., :height, :width, :] if nhwc else output[..., :height, :width]
 
 
-# What operators do with data.
+# Eager kernels
 
 
 def _forward(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -318,7 +318,7 @@ def _gradient(function: Callable[..., Any], index: int, other: str) -> Callable[
     return kernel
 
 
-# What they do without: results of the right shape and strides.
+# Fake (meta) kernels: shapes and strides
 
 
 def _size(tensor: Tensor, *, layout: str = "NCHW", **_: Any) -> tuple[int, int]:
