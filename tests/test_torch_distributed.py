@@ -324,7 +324,7 @@ def a_fully_sharded_module_trains(mesh):
 @check
 def arguments_are_named_in_errors(mesh):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     import carafepp
 
@@ -340,6 +340,16 @@ def arguments_are_named_in_errors(mesh):
     masks = distribute(mesh, random_tensors(2)["masks"], Shard(1))
     with pytest.raises(ValueError, match="divisible by groups=2; got 5"):
         carafepp.reassemble(five, masks, up=2, groups=2)
+    # By both processes, though the shards of one would fit: else it would wait for the other.
+    features = distribute(mesh, whole["features"], Shard(0))
+    masks = distribute(mesh, random_tensors(1, batch=4)["masks"], Shard(0))
+    with pytest.raises(ValueError, match=r"= \(3, 9, 8, 10\); got \(4, 9, 8, 10\)"):
+        carafepp.reassemble(features, masks, up=2)
+    short = distribute(mesh, whole["grad_output"][:, :5], Shard(1))
+    features = distribute(mesh, whole["features"], Shard(1))
+    masks = distribute(mesh, whole["masks"], Replicate())
+    with pytest.raises(ValueError, match=r"= \(3, 6, 8, 10\); got \(3, 5, 8, 10\)"):
+        carafepp.reassemble_backward(short, features, masks, up=2)
 
 
 @pytest.mark.parametrize("name", CHECKS)
