@@ -61,7 +61,7 @@ def test_every_implementation_accepts_some_problem_of_the_table(function, implem
 GRAMMAR = (
     "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
     "|normalize_masks|normalize_masks_backward)"
-    "(_up2|_down2)?_(any|nchw|nhwc)(_mma)?_(ref|sse2|avx2|avx512|neon|generic|cuda)"
+    "(_up2|_down2)?_(any|nchw|nhwc)(_mma)?_(ref|avx2|avx512|neon|generic|cuda)"
 )
 
 
@@ -98,7 +98,7 @@ with carafepp.force_implementation({!r}):
     carafepp.reassemble(*arrays, up=2)
 """
 )
-ISAS = ["sse2", "avx2", "avx512"] if "sse2" in names("reassemble")[-2] else ["neon"]
+ISAS = ["sse2", "avx2", "avx512"] if "avx2" in names("reassemble")[-2] else ["neon"]
 
 
 def capped(isa: str, program: str) -> subprocess.CompletedProcess:
@@ -141,6 +141,8 @@ def test_the_environment_caps_the_instruction_set(isa):
     assert done.returncode == 0, done.stderr
     reasons = dict(line.split(": ") for line in done.stdout.splitlines())
     for k, above in enumerate(ISAS):
+        if above == "sse2":  # has no kernels
+            continue
         reason = reasons[f"reassemble_nchw_{above}"]
         if k > ISAS.index(isa):
             assert reason == f"CARAFEPP_ISA allows no more than {isa}" or "processor" in reason
@@ -148,7 +150,8 @@ def test_the_environment_caps_the_instruction_set(isa):
             assert reason == "None" or "processor" in reason
     chosen = re.match(r"carafepp: \[reassemble\] (\w+)", done.stderr)[1]
     assert reasons[chosen] == "None"
-    assert not chosen.endswith("_ref")
+    fast = [allowed for allowed in ISAS if reasons.get(f"reassemble_nchw_{allowed}") == "None"]
+    assert chosen.rpartition("_")[2] == (fast or ["ref"])[-1]
 
 
 @pytest.mark.skipif(len(ISAS) == 1, reason="one instruction set")

@@ -64,7 +64,8 @@ void check_forced(carafepp_function function, const char* name, const Registry& 
 }
 
 // The first kernel of a list that can run a problem, without a faster one behind it; or the forced one.
-const Kernel& choose(carafepp_function function, const Kernel* list, const char* forced_name, const Problem& problem) {
+const Kernel& choose(carafepp_function function, const Kernel* list, const char* forced_name, const Problem& problem,
+                     const Array& result) {
     const Kernel* forced = forced_name ? find(list, forced_name) : nullptr;
     std::string log;
     const auto skip = [&](const Kernel& kernel, const char* why, const char* reason) {
@@ -73,13 +74,13 @@ const Kernel& choose(carafepp_function function, const Kernel* list, const char*
     };
     const Kernel* chosen = forced ? forced : list;
     if (forced != nullptr) {
-        if (const char* reason = forced->cannot_run(problem)) {
+        if (const char* reason = forced->cannot_run(problem, result)) {
             fail(CARAFEPP_NOT_IMPLEMENTED, function,
                  std::string("implementation ") + forced->name + " declines: " + reason + ".");
         }
     } else {
-        while (skip(*chosen, " declines: ", chosen->cannot_run(problem)) ||
-               skip(*chosen, " is slower: ", chosen->slower(problem))) {
+        while (skip(*chosen, " declines: ", chosen->cannot_run(problem, result)) ||
+               skip(*chosen, " is slower: ", chosen->slower(problem, result))) {
             chosen++;
         }
     }
@@ -124,13 +125,12 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
     on_device(function, call.problem, [&] {
         const Kernel* chosen[2] = {};  // before any runs, since a choice may fail
         for (int k = 0; k < 2; k++) {
-            call.problem.result = call.results[k];
             const Kernel* list = list_of(call.problem.device, function, k);
-            if (call.wanted[k]) chosen[k] = &choose(function, list, call.params.implementation, call.problem);
+            if (call.wanted[k])
+                chosen[k] = &choose(function, list, call.params.implementation, call.problem, call.results[k]);
         }
         for (int k = 0; k < 2; k++) {
-            call.problem.result = call.results[k];
-            if (chosen[k] != nullptr) chosen[k]->run(call.problem);
+            if (chosen[k] != nullptr && !call.results[k].empty()) chosen[k]->run(call.problem, call.results[k]);
         }
     });
 }
@@ -259,10 +259,9 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
         Call call = check(function, params, tensors, false);
         on_device(function, call.problem, [&] {
             for (int k = 0; k < 2; k++) {
-                call.problem.result = call.results[k];
                 const Kernel* kernel = list_of(call.problem.device, function, k);
                 for (; kernel != nullptr && kernel->name != nullptr; kernel++)
-                    visit(user, kernel->name, kernel->cannot_run(call.problem));
+                    visit(user, kernel->name, kernel->cannot_run(call.problem, call.results[k]));
             }
         });
     });

@@ -163,11 +163,10 @@ void with_accumulator(carafepp_dtype dtype, F f) {
     dtype == CARAFEPP_FLOAT64 ? f(Type<double>()) : f(Type<float>());
 }
 
-// Calls f(Type<T>(), Type<M>()) with the storage types of features and of masks or logits, unless the result has no
-// elements. A problem without features has one type.
+// Calls f(Type<T>(), Type<M>()) with the storage types of features and of masks or logits. A problem without features
+// has one type.
 template <class F>
 void with_types(const Problem& problem, F f) {
-    if (problem.result.empty()) return;
     const carafepp_dtype masks = problem.from_logits ? problem.logits.dtype : problem.masks.dtype;
     const carafepp_dtype features = problem.features.dtype ? problem.features.dtype : masks;
     with_type(features, [&](auto features_type) {

@@ -8,12 +8,13 @@ namespace carafepp {
 
 struct Kernel {
     const char* name;
-    const char* (*cannot_run)(const Problem&);  // the reason, or NULL
-    const char* (*slower)(const Problem&);      // why a later kernel of the list is faster, or NULL
-    void (*run)(const Problem&);
+    const char* (*cannot_run)(const Problem&, const Array& result);  // the reason, or NULL
+    const char* (*slower)(const Problem&, const Array& result);  // why a later kernel of the list is faster, or NULL
+    void (*run)(const Problem&, const Array& result);            // which has elements
 };
 
-// The results that kernels compute. With logits, an output has names of its own but the same kernels.
+// The results that kernels compute. With logits, an output has names of its own but the same kernels. `cannot_run` and
+// `slower` may be asked with an empty result, of which the shape is not known yet.
 enum Result {
     kReassemble,
     kReassembleWithLogits,
@@ -29,8 +30,8 @@ enum Result {
 // name.
 using Registry = const Kernel* const[kResults];
 
-inline const char* runs_all(const Problem&) { return nullptr; }
-inline const char* never_slower(const Problem&) { return nullptr; }
+inline const char* runs_all(const Problem&, const Array&) { return nullptr; }
+inline const char* never_slower(const Problem&, const Array&) { return nullptr; }
 
 namespace cpu {
 extern const Registry kernels;

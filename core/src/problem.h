@@ -66,7 +66,6 @@ struct Problem {
     int64_t out_h = 0, out_w = 0;  // H', W'
 
     Array features, masks, logits, grad_output, grad_masks;  // the inputs
-    Array result;                                            // the one result that is computed next
 
     CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
     CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }

@@ -131,13 +131,13 @@ MUTANTS = [
     Mutant(
         "two columns are stored at once where rows are not aligned",
         "reassemble_nchw.cu",
-        "not_for_columns(p.result) == nullptr;",
-        "p.result.w % 2 == 0;",
+        "not_for_columns(output) == nullptr;",
+        "output.w % 2 == 0;",
     ),
     Mutant(
         "two columns are stored at once where a row has one",
         "reassemble_nchw.cu",
-        "not_for_columns(p.result) == nullptr;",
+        "not_for_columns(output) == nullptr;",
         "true;",
     ),
     Mutant(
@@ -394,8 +394,8 @@ MUTANTS = [
     Mutant(
         "an output below the last row is written",
         "grad_masks_down2_nchw.cu",
-        "output.i < p.result.h",
-        "output.i <= p.result.h",
+        "output.i < grad_masks.h",
+        "output.i <= grad_masks.h",
     ),
     Mutant(
         "sums of another tap are added up",

@@ -40,7 +40,8 @@
  * Threads: all functions may be called from several threads at once. A forked child may go on calling.
  *
  *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an
- *          instruction set: sse2, avx2 or avx512 on x86-64, neon on aarch64. A call fails where it is anything else.
+ *          instruction set: avx512, avx2 or sse2 on x86-64, neon on aarch64. A call fails where it is anything else.
+ *          There are no kernels for sse2: it leaves the portable loops, as on a processor without AVX2.
  *          For CUDA arrays, CARAFEPP_CUDA_KERNELS=generic leaves only the generic kernels; all, the default, leaves
  *          the fast ones too. A call on CUDA arrays fails where it is anything else.
  *
@@ -240,7 +241,7 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  *     factor: up2 or down2, of a kernel for that factor alone
  *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)
  *     mma:    by tensor cores
- *     target: ref (plain loops), sse2, avx2, avx512, neon, generic or cuda */
+ *     target: ref (portable loops), avx2, avx512, neon, generic or cuda */
 typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
 CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
                                                            const carafepp_tensor* const* tensors, carafepp_visit visit,

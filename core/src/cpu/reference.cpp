@@ -137,10 +137,11 @@ public:
     Reference(const Problem& problem, int64_t phases)
         : p_(problem),
           taps_(problem.taps()),
+          images_(problem.from_logits ? problem.logits.n : problem.masks.n),
           channels_(problem.features.c / problem.groups),
           columns_(problem, phases) {}
 
-    void reassemble() const {
+    void reassemble(const Array& output) const {
         const int64_t cells = tile_of_masks(taps_);
         const int64_t row_size = columns_.phases * cells, masks_size = taps_ * row_size,
                       sources_size = staged_sources(cells);
@@ -161,12 +162,12 @@ public:
                                      sources.at(tap.lane, q.begin + tap.shift), q.size(), sums.at(phase, q.begin));
                     });
                 });
-                write_outputs<T>(sums, 0, tile.n, c, tile.row);
+                write_outputs<T>(sums, 0, tile.n, c, tile.row, output);
             }
         });
     }
 
-    void grad_features() const {
+    void grad_features(const Array& grad_features) const {
         // Tiles are of sources here: sums are [channel of a block][remainder][cell]. At least 32 channels share staged
         // masks.
         const int64_t lanes = std::min(columns_.down, columns_.width);
@@ -210,16 +211,47 @@ public:
                     for (int64_t remainder = 0; remainder < lanes; remainder++) {
                         const int64_t end = std::min(tile.cells.end, columns_.sources(remainder));
                         store(sums.at(remainder, tile.cells.begin), end - tile.cells.begin,
-                              element<T>(p_.result, tile.n, c, tile.row, tile.cells.begin * columns_.down + remainder),
-                              p_.result.stride_w * columns_.down);
+                              element<T>(grad_features, tile.n, c, tile.row,
+                                         tile.cells.begin * columns_.down + remainder),
+                              grad_features.stride_w * columns_.down);
                     }
                 }
             }
         });
     }
 
-    // With logits a tile covers all their sub-pixels, also where a crop leaves no output.
-    void grad_masks() const {
+    void grad_masks(const Array& grad_masks) const {
+        store_gradient(grad_masks, [&](const Tile& tile, const Staged<A>& grad, A* sources_memory, A* outputs_memory) {
+            contract_channels(tile, grad, sources_memory, outputs_memory);
+        });
+    }
+
+    void normalize_masks_backward(const Array& grad_logits) const {
+        store_gradient(grad_logits, [&](const Tile& tile, const Staged<A>& grad, A*, A*) {
+            stage_taps(p_.grad_masks, tile, tile.row, tile.cells, 0, taps_, grad.data);
+        });
+    }
+
+    void normalize_masks(const Array& masks) const {
+        const int64_t cells = tile_of_masks(taps_), row_size = columns_.phases * cells, masks_size = taps_ * row_size;
+        for_each_tile(p_.out_h, columns_.cells, cells, cost_of_normalizing(), masks_size + 2 * row_size,
+                      [&](const Tile& tile, A* scratch) {
+            const Staged<A> staged = stage_masks(tile, tile.row, tile.cells, 0, taps_, scratch, scratch + masks_size);
+            for (int64_t t = 0; t < taps_; t++)
+                write_outputs<M>(staged, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row, masks);
+        });
+    }
+
+private:
+    struct Tile {
+        int64_t n, group, row;
+        Range cells;
+    };
+
+    // Stores the gradient of masks, or of their logits. gradient_of(tile, grad, sources_memory, outputs_memory) puts
+    // that of masks into grad, where it finds zeros. With logits a tile covers all their sub-pixels, cropped ones too.
+    template <class F>
+    void store_gradient(const Array& result, const F& gradient_of) const {
         const int64_t rows = p_.from_logits ? p_.logits.h * p_.factor.up : p_.out_h;
         const int64_t row_cells = p_.from_logits ? p_.logits.w : columns_.cells;
         const int64_t cells = std::min(tile_of_masks(taps_), row_cells);
@@ -233,44 +265,24 @@ public:
             A* const spare = sources_memory + sources_size;
             std::fill_n(grad.data, taps_ * columns_.phases * tile.cells.size(), A{0});
             if (tile.row < p_.out_h) {
-                if (p_.grad_masks.data != nullptr) {
-                    stage_taps(p_.grad_masks, tile, tile.row, tile.cells, 0, taps_, grad.data);
-                } else {
-                    contract_channels(tile, grad, sources_memory, spare);
-                }
+                gradient_of(tile, grad, sources_memory, spare);
                 if (p_.from_logits) to_logits(tile, grad, scratch + masks_size, scratch + 2 * masks_size, spare);
             }
             for (int64_t t = 0; t < taps_; t++) {
                 if (p_.from_logits) {
-                    write_logits(grad, t, tile);
+                    write_logits(grad, t, tile, result);
                 } else {
-                    write_outputs<M>(grad, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row);
+                    write_outputs<M>(grad, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row, result);
                 }
             }
         });
     }
 
-    void normalize_masks() const {
-        const int64_t cells = tile_of_masks(taps_), row_size = columns_.phases * cells, masks_size = taps_ * row_size;
-        for_each_tile(p_.out_h, columns_.cells, cells, cost_of_normalizing(), masks_size + 2 * row_size,
-                      [&](const Tile& tile, A* scratch) {
-            const Staged<A> masks = stage_masks(tile, tile.row, tile.cells, 0, taps_, scratch, scratch + masks_size);
-            for (int64_t t = 0; t < taps_; t++)
-                write_outputs<M>(masks, t * columns_.phases, tile.n, tile.group * taps_ + t, tile.row);
-        });
-    }
-
-private:
-    struct Tile {
-        int64_t n, group, row;
-        Range cells;
-    };
-
-    // Calls f(tile, scratch) for all tiles of a result's rows, on the threads that the cost is worth.
+    // Calls f(tile, scratch) for all tiles of all rows, on the threads that the cost is worth.
     template <class F>
     void for_each_tile(int64_t rows, int64_t row_cells, int64_t cells, double cost, int64_t scratch_size,
                        const F& f) const {
-        const int64_t tiles = ceil_div(row_cells, cells), items = p_.result.n * p_.groups * rows * tiles;
+        const int64_t tiles = ceil_div(row_cells, cells), items = images_ * p_.groups * rows * tiles;
         const int threads = threads_for(items, cost);
         A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
         parallel_for(items, threads, [&](int64_t item, int worker) noexcept {
@@ -414,23 +426,25 @@ private:
 
     // One row of the result, from `phases` staged rows.
     template <class Out>
-    void write_outputs(const Staged<A>& staged, int64_t first_row, int64_t n, int64_t c, int64_t out_i) const {
+    void write_outputs(const Staged<A>& staged, int64_t first_row, int64_t n, int64_t c, int64_t out_i,
+                       const Array& result) const {
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
-            Out* const row = element<Out>(p_.result, n, c, out_i, staged.cells.begin * columns_.up + phase);
+            Out* const row = element<Out>(result, n, c, out_i, staged.cells.begin * columns_.up + phase);
             store(staged.at(first_row + phase, staged.cells.begin), columns_.outputs(staged.cells, phase).size(), row,
-                  p_.result.stride_w * columns_.up);
+                  result.stride_w * columns_.up);
         }
     }
 
-    void write_logits(const Staged<A>& staged, int64_t t, const Tile& tile) const {
+    void write_logits(const Staged<A>& staged, int64_t t, const Tile& tile, const Array& grad_logits) const {
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
             store(staged.at(t * columns_.phases + phase, tile.cells.begin), tile.cells.size(),
-                  logits_row(p_.result, tile, t, tile.row, phase, tile.cells.begin), p_.result.stride_w);
+                  logits_row(grad_logits, tile, t, tile.row, phase, tile.cells.begin), grad_logits.stride_w);
         }
     }
 
     const Problem& p_;
     const int64_t taps_;
+    const int64_t images_;    // N
     const int64_t channels_;  // of a group
     const Columns columns_;
 };
@@ -444,24 +458,29 @@ void with_reference(const Problem& problem, int64_t phases, F f) {
 
 }  // namespace
 
-void reassemble(const Problem& problem) {
+void reassemble(const Problem& problem, const Array& output) {
     with_reference(problem, std::min(problem.factor.up, problem.out_w),
-                   [](const auto& reference) { reference.reassemble(); });
+                   [&](const auto& reference) { reference.reassemble(output); });
 }
 
-void grad_features(const Problem& problem) {
+void grad_features(const Problem& problem, const Array& grad_features) {
     with_reference(problem, std::min(problem.factor.up, problem.out_w),
-                   [](const auto& reference) { reference.grad_features(); });
+                   [&](const auto& reference) { reference.grad_features(grad_features); });
 }
 
-void grad_masks(const Problem& problem) {
+void grad_masks(const Problem& problem, const Array& grad_masks) {
     const int64_t phases = problem.from_logits ? problem.factor.up : std::min(problem.factor.up, problem.out_w);
-    with_reference(problem, phases, [](const auto& reference) { reference.grad_masks(); });
+    with_reference(problem, phases, [&](const auto& reference) { reference.grad_masks(grad_masks); });
 }
 
-void normalize_masks(const Problem& problem) {
+void normalize_masks(const Problem& problem, const Array& masks) {
     with_reference(problem, std::min(problem.factor.up, problem.out_w),
-                   [](const auto& reference) { reference.normalize_masks(); });
+                   [&](const auto& reference) { reference.normalize_masks(masks); });
+}
+
+void normalize_masks_backward(const Problem& problem, const Array& grad_logits) {
+    with_reference(problem, problem.factor.up,
+                   [&](const auto& reference) { reference.normalize_masks_backward(grad_logits); });
 }
 
 }  // namespace carafepp::reference

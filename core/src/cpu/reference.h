@@ -6,10 +6,11 @@
 
 namespace carafepp::reference {
 
-void reassemble(const Problem& problem);     // masks given or normalised from logits
-void grad_features(const Problem& problem);  // likewise
-void grad_masks(
-    const Problem& problem);  // contracted from grad_output and features, or given; then to grad_logits, from logits
-void normalize_masks(const Problem& problem);
+// Masks are given or, where problem.from_logits, normalised from logits; then grad_masks stands for grad_logits.
+void reassemble(const Problem& problem, const Array& output);
+void grad_features(const Problem& problem, const Array& grad_features);
+void grad_masks(const Problem& problem, const Array& grad_masks);
+void normalize_masks(const Problem& problem, const Array& masks);
+void normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 }  // namespace carafepp::reference

@@ -11,13 +11,13 @@ namespace {
 
 // A kernel runs where the processor has its instruction set. Numbers beyond these, which arrays without elements may
 // have, would overflow in the kernels' arithmetic.
-template <const char* (*unavailable)(), const char* (*cannot_run)(const Problem&)>
-const char* cannot_run_here(const Problem& problem) {
+template <const char* (*unavailable)(), const char* (*cannot_run)(const Problem&, const Array&)>
+const char* cannot_run_here(const Problem& problem, const Array& result) {
     constexpr int64_t most = int64_t{1} << 36;
     if (std::max(problem.factor.up, problem.factor.down) > 1024) return "up or down is more than 1024";
     if (std::max(problem.features.h, problem.features.w) > most) return "a map is higher or wider than 2^36";
     const char* reason = unavailable();
-    return reason ? reason : cannot_run(problem);
+    return reason ? reason : cannot_run(problem, result);
 }
 
 #define CARAFEPP_ENTRY(name, isa, kernel, slower) \
@@ -25,9 +25,8 @@ const char* cannot_run_here(const Problem& problem) {
 
 // The entries of a kernel: one for each instruction set of the processor that this is built for.
 #if defined(__x86_64__)
-#define CARAFEPP_ENTRIES_OF(name, kernel, slower)                                             \
-    CARAFEPP_ENTRY(name, avx512, kernel, slower), CARAFEPP_ENTRY(name, avx2, kernel, slower), \
-        CARAFEPP_ENTRY(name, sse2, kernel, slower)
+#define CARAFEPP_ENTRIES_OF(name, kernel, slower) \
+    CARAFEPP_ENTRY(name, avx512, kernel, slower), CARAFEPP_ENTRY(name, avx2, kernel, slower)
 #elif defined(__aarch64__)
 #define CARAFEPP_ENTRIES_OF(name, kernel, slower) CARAFEPP_ENTRY(name, neon, kernel, slower)
 #else
@@ -54,7 +53,7 @@ constexpr Kernel kOfNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", 
                                         {}};
 constexpr Kernel kOfNormalizeMasksBackward[] = {
     CARAFEPP_ENTRIES("normalize_masks_backward_any", normalize_masks_backward),
-    {"normalize_masks_backward_any_ref", runs_all, never_slower, reference::grad_masks},
+    {"normalize_masks_backward_any_ref", runs_all, never_slower, reference::normalize_masks_backward},
     {}};
 
 }  // namespace

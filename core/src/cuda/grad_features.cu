@@ -28,7 +28,7 @@ __device__ __forceinline__ Range outputs_of(const Problem& p, int64_t first_sour
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, Array grad_features, Cut cut) {
     using A = Accumulator<T>;
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
     const int64_t staged_taps = p.from_logits ? p.taps() : k;
@@ -38,16 +38,16 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, C
     const int lane = static_cast<int>(threadIdx.x);
     const int source = cut.channels_adjacent ? lane / cut.channels : lane % cut.sources;
     const int channel = cut.channels_adjacent ? lane % cut.channels : lane / cut.sources;
-    const int64_t items = p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles;
+    const int64_t items = grad_features.n * p.groups * cut.chunks * grad_features.h * cut.tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, cut.tiles), row = divide(tile.quotient, p.result.h),
+        const Quotient tile = divide(item, cut.tiles), row = divide(tile.quotient, grad_features.h),
                        chunk = divide(row.quotient, cut.chunks), image = divide(chunk.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, i = row.remainder;
         const int64_t first = tile.remainder * cut.sources, j = first + source;
         const int64_t in_group = chunk.remainder * cut.channels + channel, c = group * channels_in_group + in_group;
-        const bool exists = j < p.result.w && in_group < channels_in_group;
+        const bool exists = j < grad_features.w && in_group < channels_in_group;
         const Range rows = outputs_of(p, i, i + 1, p.out_h);
-        const Range columns = outputs_of(p, first, min(first + cut.sources, p.result.w), p.out_w);
+        const Range columns = outputs_of(p, first, min(first + cut.sources, grad_features.w), p.out_w);
         A sum = 0;
         for (int64_t out_i = rows.begin; out_i < rows.end; out_i++) {
             const int64_t a = i - p.factor.source(out_i) + p.radius();
@@ -73,26 +73,26 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, C
                 __syncthreads();
             }
         }
-        if (exists) *element<T>(p.result, n, c, i, j) = narrow<T>(sum);
+        if (exists) *element<T>(grad_features, n, c, i, j) = narrow<T>(sum);
     }
 }
 
 }  // namespace
 
-void grad_features(const Problem& p) {
+void grad_features(const Problem& p, const Array& grad_features) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
         using A = Accumulator<T>;
         const int64_t staged_taps = p.from_logits ? p.taps() : p.kernel_size;
         Cut cut;
-        cut.channels_adjacent = p.result.stride_c < p.result.stride_w;
+        cut.channels_adjacent = grad_features.stride_c < grad_features.stride_w;
         cut.sources = cut.channels_adjacent ? 8 : 32;
         cut.channels = kThreads / cut.sources;
         cut.outputs = outputs_in_shared<A>(staged_taps + 1, 1, 128);
-        cut.tiles = ceil_div(p.result.w, cut.sources);
+        cut.tiles = ceil_div(grad_features.w, cut.sources);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(grad_features_kernel<T>, p.result.n * p.groups * cut.chunks * p.result.h * cut.tiles, kThreads,
-               (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p, cut);
+        launch(grad_features_kernel<T>, grad_features.n * p.groups * cut.chunks * grad_features.h * cut.tiles, kThreads,
+               (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p, grad_features, cut);
     });
 }
 

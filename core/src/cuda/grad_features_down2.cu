@@ -101,7 +101,7 @@ __device__ void stage(const Problem& p, int64_t n, int64_t group, int64_t top, i
 }
 
 template <class Layout, int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Problem p, Array grad_features, Cut cut) {
     using R = Reach<K>;
     using S = Staged<Layout, K>;
     constexpr int kCells = Layout::kRows * Layout::kColumns, kSharers = kThreads / kCells;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
     const int share = Layout::kLanesAreCells ? thread / kCells : thread % kSharers;
     const int row = cell / Layout::kColumns, column = cell % Layout::kColumns;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.rows * cut.columns * cut.chunks;
+    const int64_t items = grad_features.n * p.groups * cut.rows * cut.columns * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile_column = divide(chunk.quotient, cut.columns),
                        tile_row = divide(tile_column.quotient, cut.rows), image = divide(tile_row.quotient, p.groups);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
 
         const int out_i = top + row, out_j = left + column;  // the first output that reaches the cell
         const int i = (out_i + R::kBefore) * kDown, j = (out_j + R::kBefore) * kDown;
-        if (i < p.result.h && j < p.result.w) {
+        if (i < grad_features.h && j < grad_features.w) {
             float weights[K * K];
 #pragma unroll
             for (int y = 0; y < R::kOutputs; y++) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
             const int64_t first = chunk.remainder * Layout::kChannels + share * Layout::kAtOnce;
             const int64_t end = min((chunk.remainder + 1) * Layout::kChannels, channels_in_group);
             const T* grads = element<const T>(p.grad_output, n, group * channels_in_group + first, out_i, out_j);
-            T* to = element<T>(p.result, n, group * channels_in_group + first, i, j);
+            T* to = element<T>(grad_features, n, group * channels_in_group + first, i, j);
 #pragma unroll Layout::kUnrolled
             for (int64_t c = first; c < end; c += kStep) {
                 typename Layout::Sum sums[kFeatures] = {};
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
                             y, x, [&](int feature, int t) { add_products(weights[t], grad, sums[feature]); });
                     }
                 }
-                Layout::store(sums, p.result, j + 1 < p.result.w, i + 1 < p.result.h, to);
+                Layout::store(sums, grad_features, j + 1 < grad_features.w, i + 1 < grad_features.h, to);
                 grads += kStep * p.grad_output.stride_c;
-                to += kStep * p.result.stride_c;
+                to += kStep * grad_features.stride_c;
             }
         }
         __syncthreads();
@@ -166,41 +166,41 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Proble
 }
 
 template <class Layout, int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_features) {
     Cut cut;
-    cut.rows = ceil_div(p.result.h, kDown * Layout::kRows);
-    cut.columns = ceil_div(p.result.w, kDown * Layout::kColumns);
+    cut.rows = ceil_div(grad_features.h, kDown * Layout::kRows);
+    cut.columns = ceil_div(grad_features.w, kDown * Layout::kColumns);
     cut.chunks = ceil_div(p.features.c / p.groups, Layout::kChannels);
     with_floats(p, [&](auto feature) {
         launch(grad_features_down2_kernel<Layout, K, decltype(feature)>,
-               p.result.n * p.groups * cut.rows * cut.columns * cut.chunks, kThreads, Staged<Layout, K>::kBytes, p,
-               cut);
+               grad_features.n * p.groups * cut.rows * cut.columns * cut.chunks, kThreads, Staged<Layout, K>::kBytes, p,
+               grad_features, cut);
     });
 }
 
 template <class Layout>
-void run(const Problem& p) {
-    p.kernel_size == 3 ? run<Layout, 3>(p) : run<Layout, 5>(p);
+void run(const Problem& p, const Array& grad_features) {
+    p.kernel_size == 3 ? run<Layout, 3>(p, grad_features) : run<Layout, 5>(p, grad_features);
 }
 
 }  // namespace
 
-const char* cannot_run_grad_features_down2_nhwc(const Problem& p) {
+const char* cannot_run_grad_features_down2_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
-    return not_for_vectors(p, p.result);
+    return not_for_vectors(p, grad_features);
 }
 
-const char* cannot_run_grad_features_down2_nchw(const Problem& p) {
+const char* cannot_run_grad_features_down2_nchw(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (p.grad_output.empty()) return "there is no output";
     if (p.grad_output.stride_w != 1) return "columns are not adjacent";
-    return not_for_columns(p.result);
+    return not_for_columns(grad_features);
 }
 
-void grad_features_down2_nhwc(const Problem& p) { run<OfChannels>(p); }
+void grad_features_down2_nhwc(const Problem& p, const Array& grad_features) { run<OfChannels>(p, grad_features); }
 
-void grad_features_down2_nchw(const Problem& p) { run<OfColumns>(p); }
+void grad_features_down2_nchw(const Problem& p, const Array& grad_features) { run<OfColumns>(p, grad_features); }
 
 }  // namespace carafepp::cuda

@@ -32,7 +32,7 @@ struct Cut {
         panels = ceil_div(p.features.w, strips * kTileColumns);
         runs = ceil_div(p.features.h, kTileRows);
         chunks = ceil_div(channels, kWarps / strips * kChannels);
-        items = p.result.n * p.groups * runs * panels * chunks;
+        items = p.features.n * p.groups * runs * panels * chunks;
     }
 
     __device__ TileOfWarp tile(const Problem& p, int64_t item, int warp) const {

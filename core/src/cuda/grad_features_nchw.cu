@@ -44,7 +44,7 @@ __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t 
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem p, Array grad_features, Cut cut) {
     constexpr int kRadius = K / 2;
     using S = Staged<K>;
     float* const masks = shared_memory<float>();
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem
     const int channel = static_cast<int>(threadIdx.x) % kLanes * kVector,
               own = static_cast<int>(threadIdx.x) / kLanes * kColumns;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
+    const int64_t items = grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
                        run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
@@ -79,34 +79,37 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem
         };
         go_down<K>(p, static_cast<int>(run.remainder) * kRows, add, [&](int i, int s, float4 sum) {
             if (!exists || j + s >= p.features.w) return;
-            T* const to = element<T>(p.result, n, c + channel, i, j + s);
+            T* const to = element<T>(grad_features, n, c + channel, i, j + s);
             const float own_sums[kVector] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
             for (int q = 0; q < kVector; q++) {
-                if (channel + q < channels) to[q * p.result.stride_c] = narrow<T>(own_sums[q]);
+                if (channel + q < channels) to[q * grad_features.stride_c] = narrow<T>(own_sums[q]);
             }
         });
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_features) {
     Cut cut;
     cut.panels = ceil_div(p.features.w, kPanel);
     cut.runs = ceil_div(p.features.h, kRows);
     cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
     with_floats(p, [&](auto feature) {
         launch(grad_features_nchw_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p, cut);
+               grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p,
+               grad_features, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_features_nchw(const Problem& p) {
-    return not_for_columns_of_up2(p, p.grad_output, p.result);
+const char* cannot_run_grad_features_nchw(const Problem& p, const Array& grad_features) {
+    return not_for_columns_of_up2(p, p.grad_output, grad_features);
 }
 
-void grad_features_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_features_nchw(const Problem& p, const Array& grad_features) {
+    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+}
 
 }  // namespace carafepp::cuda

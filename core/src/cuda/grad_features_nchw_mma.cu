@@ -17,7 +17,8 @@ using TileCut = Cut<kTile, kTileRows>;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are channels, columns pixels of a row of a tile, and what
 // is summed over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Problem p, TileCut cut) {
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_features_nchw_mma_kernel(Problem p, Array grad_features, TileCut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     constexpr int kSteps = (kReach + 3) / 4;                               // of four of them
     float* const staged = shared_memory<float>();
@@ -83,14 +84,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Pro
             const Place at = place(piece);
             if (at.y >= height || x >= p.features.w || at.channel + row >= channels) continue;
             const float* const of = sums[piece / (2 * kTileRows)][piece / 2 % kTileRows] + piece % 2 * 2;
-            T* const to = element<T>(p.result, n, c + at.channel, at.y, x);
+            T* const to = element<T>(grad_features, n, c + at.channel, at.y, x);
             if (!store_sums<T>(of, 1 / scale, to)) not_finite |= 1u << piece;
         }
 #pragma unroll 1
         for (int piece = 0; not_finite >> piece != 0; piece++) {
             const Place at = place(piece);
             for (int q = 0; q < 2 && (not_finite >> piece & 1) != 0; q++) {
-                *element<T>(p.result, n, c + at.channel, at.y,
+                *element<T>(grad_features, n, c + at.channel, at.y,
                             x + q) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel, at.y, x + q));
             }
         }
@@ -98,23 +99,25 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Pro
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_features) {
     const TileCut cut(p);
     with_halves(p, [&](auto feature) {
         launch(grad_features_nchw_mma_kernel<K, decltype(feature)>, cut.items, kThreads,
-               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
+               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, grad_features, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_features_nchw_mma(const Problem& p) {
-    if (const char* reason = not_for_columns_of_mma(p, {&p.grad_output, &p.result})) return reason;
+const char* cannot_run_grad_features_nchw_mma(const Problem& p, const Array& grad_features) {
+    if (const char* reason = not_for_columns_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nchw_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void grad_features_nchw_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_features_nchw_mma(const Problem& p, const Array& grad_features) {
+    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+}
 
 }  // namespace carafepp::cuda

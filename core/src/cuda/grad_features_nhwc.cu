@@ -14,13 +14,13 @@ struct Cut {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem p, Array grad_features, Cut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2;
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes,
               own = static_cast<int>(threadIdx.x) / cut.lanes * kColumns;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.runs * cut.panels * cut.chunks;
+    const int64_t items = grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
                        run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem
             __syncthreads();
         };
         go_down<K>(p, static_cast<int>(run.remainder) * kRows, add, [&](int i, int s, float4 sum) {
-            if (exists && j + s < p.features.w) store_channels(sum, element<T>(p.result, n, c, i, j + s));
+            if (exists && j + s < p.features.w) store_channels(sum, element<T>(grad_features, n, c, i, j + s));
         });
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_features) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const Lanes block(channels_in_group, kColumns, K * K * kBytesOfTap, K - 1);
     Cut cut;
@@ -62,18 +62,21 @@ void run(const Problem& p) {
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
     with_floats(p, [&](auto feature) {
         launch(grad_features_nhwc_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes, p, cut);
+               grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, block.shared_bytes, p,
+               grad_features, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_features_nhwc(const Problem& p) {
+const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
-    return not_for_vectors(p, p.result);
+    return not_for_vectors(p, grad_features);
 }
 
-void grad_features_nhwc(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_features_nhwc(const Problem& p, const Array& grad_features) {
+    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+}
 
 }  // namespace carafepp::cuda

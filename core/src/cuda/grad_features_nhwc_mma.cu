@@ -16,7 +16,8 @@ using TileCut = Cut<kTile, kTile>;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
 // over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Problem p, TileCut cut) {
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_features_nhwc_mma_kernel(Problem p, Array grad_features, TileCut cut) {
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -75,14 +76,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
         for (int number = 0; number < 4; number++) {
             const Place at = place(number);
             if (at.y >= height || at.x >= p.features.w || at.channel >= channels) continue;
-            T* const to = element<T>(p.result, n, c + at.channel, at.y, at.x);
+            T* const to = element<T>(grad_features, n, c + at.channel, at.y, at.x);
             if (!store_sums<T>(sums, number, 1 / scale, to)) not_finite |= 1u << number;
         }
 #pragma unroll 1
         for (int number = 0; not_finite >> number != 0; number++) {
             const Place at = place(number);
             for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
-                *element<T>(p.result, n, c + at.channel + q, at.y,
+                *element<T>(grad_features, n, c + at.channel + q, at.y,
                             at.x) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
             }
         }
@@ -90,23 +91,25 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Pro
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_features) {
     const TileCut cut(p);
     with_halves(p, [&](auto feature) {
         launch(grad_features_nhwc_mma_kernel<K, decltype(feature)>, cut.items, kThreads,
-               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, cut);
+               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, grad_features, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_features_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &p.result})) return reason;
+const char* cannot_run_grad_features_nhwc_mma(const Problem& p, const Array& grad_features) {
+    if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void grad_features_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_features_nhwc_mma(const Problem& p, const Array& grad_features) {
+    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+}
 
 }  // namespace carafepp::cuda

@@ -11,6 +11,7 @@ namespace {
 struct Cut {
     int64_t outputs, tiles;  // of a block, of the plane
     int64_t height, width;   // of the plane: of masks, or of the sub-pixels of logits
+    bool given;              // the gradient of masks is an input; else it is contracted
 };
 
 // 0 for a tap beyond the border, whatever the gradient there.
@@ -29,24 +30,23 @@ __device__ Accumulator<T> contract(const Problem& p, int64_t n, int64_t group, O
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Array grad_masks, Cut cut) {
     using A = Accumulator<T>;
     const int64_t tile_size = p.taps() * cut.outputs;
     A* const grads = shared_memory<A>();
-    const bool given = p.grad_masks.data != nullptr;
-    const int64_t items = p.result.n * p.groups * cut.tiles;
+    const int64_t items = grad_masks.n * p.groups * cut.tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, cut.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * cut.outputs;
         const int64_t outputs = min(cut.outputs, cut.height * cut.width - first);
 
-        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
+        for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
             const Output output = output_at(first + q, cut.width);
             A grad = 0;  // of a sub-pixel that a crop leaves out
             if (output.i < p.out_h && output.j < p.out_w) {
                 const Quotient tap = divide(t, p.kernel_size);
-                grad = given ? A(mask_element<T>(p.grad_masks, n, group * p.taps() + t, output.i, output.j)[0])
-                             : A(contract<T>(p, n, group, output, tap.quotient, tap.remainder));
+                grad = cut.given ? A(mask_element<T>(p.grad_masks, n, group * p.taps() + t, output.i, output.j)[0])
+                                 : A(contract<T>(p, n, group, output, tap.quotient, tap.remainder));
             }
             grads[t * cut.outputs + q] = grad;
         });
@@ -65,28 +65,34 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Cut 
             }
         }
         __syncthreads();
-        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            mask_at<T>(p, p.result, n, group, t, output_at(first + q, cut.width)).store(0, grads[t * cut.outputs + q]);
+        for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
+            mask_at<T>(p, grad_masks, n, group, t, output_at(first + q, cut.width))
+                .store(0, grads[t * cut.outputs + q]);
         });
         __syncthreads();
     }
 }
 
-}  // namespace
-
-void grad_masks(const Problem& p) {
+void run(const Problem& p, const Array& grad_masks, bool given) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
         using A = Accumulator<T>;
         const int64_t staged = p.from_logits ? 3 : 1;  // grads; masks and logits
         Cut cut;
+        cut.given = given;
         cut.height = p.from_logits ? p.logits.h * p.factor.up : p.out_h;
         cut.width = p.from_logits ? p.logits.w * p.factor.up : p.out_w;
         cut.outputs = outputs_in_shared<A>(p.taps(), staged, 64);
         cut.tiles = ceil_div(cut.height * cut.width, cut.outputs);
-        launch(grad_masks_kernel<T>, p.result.n * p.groups * cut.tiles, kThreads,
-               staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
+        launch(grad_masks_kernel<T>, grad_masks.n * p.groups * cut.tiles, kThreads,
+               staged * p.taps() * cut.outputs * int64_t{sizeof(A)}, p, grad_masks, cut);
     });
 }
+
+}  // namespace
+
+void grad_masks(const Problem& p, const Array& grad_masks) { run(p, grad_masks, false); }
+
+void normalize_masks_backward(const Problem& p, const Array& grad_logits) { run(p, grad_logits, true); }
 
 }  // namespace carafepp::cuda

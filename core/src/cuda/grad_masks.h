@@ -76,7 +76,7 @@ __device__ __forceinline__ void through_normalizer_together(const Problem& p, in
 // where a crop leaves it out and there is only a logit.
 template <int K, class T>
 __device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_t group, Output output, int i, int j,
-                                             int logits_apart, float (&grad)[K * K]) {
+                                             int logits_apart, float (&grad)[K * K], const Array& grad_masks) {
     const bool computed = output.i < p.out_h && output.j < p.out_w;
     if (!computed && !p.from_logits) return;
     const int64_t step = p.from_logits ? logits_apart : 1;
@@ -87,9 +87,9 @@ __device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_
                                   grad);
         }
     }
-    const MaskPointer<T> to = mask_at<T>(p, p.result, n, group, 0, output);
+    const MaskPointer<T> to = mask_at<T>(p, grad_masks, n, group, 0, output);
 #pragma unroll
-    for (int t = 0; t < K * K; t++) to.store(t * step * p.result.stride_c, computed ? grad[t] : 0.0f);
+    for (int t = 0; t < K * K; t++) to.store(t * step * grad_masks.stride_c, computed ? grad[t] : 0.0f);
 }
 
 }  // namespace carafepp::cuda

@@ -27,15 +27,15 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Problem p, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Problem p, Array grad_masks, int64_t tiles) {
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
     const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
-    const int64_t items = p.result.n * p.groups * tiles;
+    const int64_t items = grad_masks.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kSources + lane, p.result.w);
+        const Output pair = output_at(tile.remainder * kSources + lane, grad_masks.w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
         const bool exists = out_i < p.out_h && out_j < p.out_w;
 
@@ -51,28 +51,30 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Proble
         float grad[K * K];  // of output `warp`
         sum_of_warps<K>(sums, shared, grad);
         const Output output{out_i + warp, out_j};
-        if (warp < kPair && output.i < p.result.h)
-            write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad);
+        if (warp < kPair && output.i < grad_masks.h)
+            write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad, grad_masks);
     }
 }
 
 template <int K>
-void run(const Problem& p) {
-    const int64_t tiles = ceil_div(ceil_div(p.result.h, kPair) * p.result.w, kSources);
+void run(const Problem& p, const Array& grad_masks) {
+    const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kSources);
     with_floats(p, [&](auto feature) {
-        launch(grad_masks_down2_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock,
-               kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
+        launch(grad_masks_down2_nchw_kernel<K, decltype(feature)>, grad_masks.n * p.groups * tiles, kBlock,
+               kBlock * K * K * int64_t{sizeof(float)}, p, grad_masks, tiles);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_down2_nchw(const Problem& p) {
+const char* cannot_run_grad_masks_down2_nchw(const Problem& p, const Array&) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (!p.grad_output.empty() && p.grad_output.stride_w != 1) return "columns are not adjacent";
     return not_for_columns(p.features);
 }
 
-void grad_masks_down2_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_down2_nchw(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

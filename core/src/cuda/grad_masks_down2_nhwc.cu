@@ -69,14 +69,14 @@ __device__ __forceinline__ void add_up(int lane, float (&sums)[Count]) {
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Problem p, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Problem p, Array grad_masks, int64_t tiles) {
     const int lane = static_cast<int>(threadIdx.x) % kThreadsOfPair;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * tiles;
+    const int64_t items = grad_masks.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kPairs + threadIdx.x / kThreadsOfPair, p.result.w);
+        const Output pair = output_at(tile.remainder * kPairs + threadIdx.x / kThreadsOfPair, grad_masks.w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
 
         float sums[kPair][kSums<K>] = {};
@@ -87,35 +87,38 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Proble
 #pragma unroll
         for (int o = 0; o < kPair; o++) {
             const Output output{out_i + o, out_j};
-            const int taps = output.i < p.result.h ? K * K : 0;
+            const int taps = output.i < grad_masks.h ? K * K : 0;
             const bool computed = output.i < p.out_h && output.j < p.out_w;  // or a crop leaves it out
             add_up(lane, sums[o]);
             for_each_own_tap<K>(lane, taps, [&](int k, int) { sums[o][k] = computed ? sums[o][k] : 0; });
             if (p.from_logits)
                 through_normalizer_together<K, T>(p, n, group, output, lane, computed ? taps : 0, sums[o]);
             for_each_own_tap<K>(lane, taps, [&](int k, int tap) {
-                mask_element<T>(p.result, n, group * K * K + tap, output.i, output.j).store(0, sums[o][k]);
+                mask_element<T>(grad_masks, n, group * K * K + tap, output.i, output.j).store(0, sums[o][k]);
             });
         }
     }
 }
 
 template <int K>
-void run(const Problem& p) {
-    const int64_t tiles = ceil_div(ceil_div(p.result.h, kPair) * p.result.w, kPairs);
+void run(const Problem& p, const Array& grad_masks) {
+    const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kPairs);
     with_floats(p, [&](auto feature) {
-        launch(grad_masks_down2_nhwc_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock, 0, p, tiles);
+        launch(grad_masks_down2_nhwc_kernel<K, decltype(feature)>, grad_masks.n * p.groups * tiles, kBlock, 0, p,
+               grad_masks, tiles);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_down2_nhwc(const Problem& p) {
+const char* cannot_run_grad_masks_down2_nhwc(const Problem& p, const Array&) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.grad_output);
 }
 
-void grad_masks_down2_nhwc(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_down2_nhwc(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

@@ -33,13 +33,13 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 // Conversions of halves take registers that a third block would miss.
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_nchw_kernel(Problem p, int64_t tiles) {
+    grad_masks_nchw_kernel(Problem p, Array grad_masks, int64_t tiles) {
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
     const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
     static_assert(kWarps == kOutputs, "each warp has an output in the end");
-    const int64_t items = p.result.n * p.groups * tiles;
+    const int64_t items = grad_masks.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
@@ -61,25 +61,27 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         sum_of_warps<K>(sums, shared, grad);
 
         const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
-        if (i < p.features.h) write_output<K, T>(p, n, group, output, i, j, kOutputs, grad);
+        if (i < p.features.h) write_output<K, T>(p, n, group, output, i, j, kOutputs, grad, grad_masks);
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_masks) {
     with_floats(p, [&](auto feature) {
         const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
-        launch(grad_masks_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * tiles, kBlock,
-               kBlock * K * K * int64_t{sizeof(float)}, p, tiles);
+        launch(grad_masks_nchw_kernel<K, decltype(feature)>, grad_masks.n * p.groups * tiles, kBlock,
+               kBlock * K * K * int64_t{sizeof(float)}, p, grad_masks, tiles);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nchw(const Problem& p) {
+const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) {
     return not_for_columns_of_up2(p, p.features, p.grad_output);
 }
 
-void grad_masks_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_nchw(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

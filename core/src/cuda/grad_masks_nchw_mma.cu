@@ -32,14 +32,14 @@ __device__ __forceinline__ uint32_t right_of(const uint32_t (&words)[2]) {
 // of outputs as of pixels, and there columns 2*(row % 4) and the next. Outputs of even columns are the rows of products
 // up to 8, those of odd columns the others; pixels of odd columns have products of their own.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nchw_mma_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nchw_mma_kernel(Problem p, Array grad_masks, Cut cut) {
     constexpr int kRowPairs = (K + kRows - 1) / 2;  // of pixels
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4, upper = row / 4, column = row % 4;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.rows * cut.columns;
+    const int64_t items = grad_masks.n * p.groups * cut.rows * cut.columns;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient block_column = divide(item, cut.columns), block_row = divide(block_column.quotient, cut.rows),
                        image = divide(block_row.quotient, p.groups);
@@ -106,27 +106,29 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nchw_mma_kernel(Problem 
                 }
             }
         }
-        finish_lines<K, kColumns, kBlock, T>(p, n, group, i, left, lines, logits);
+        finish_lines<K, kColumns, kBlock, T>(p, n, group, i, left, lines, logits, grad_masks);
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_masks) {
     const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
     with_halves(p, [&](auto feature) {
-        launch(grad_masks_nchw_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.rows * cut.columns, kBlock,
-               2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, cut);
+        launch(grad_masks_nchw_mma_kernel<K, decltype(feature)>, grad_masks.n * p.groups * cut.rows * cut.columns,
+               kBlock, 2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, grad_masks, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nchw_mma(const Problem& p) {
+const char* cannot_run_grad_masks_nchw_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &p.grad_output})) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nchw_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void grad_masks_nchw_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_nchw_mma(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

@@ -92,12 +92,12 @@ __device__ __forceinline__ void contract(const float* staged, int lane, int warp
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Array grad_masks, Cut cut) {
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * cut.rows * cut.columns;
+    const int64_t items = grad_masks.n * p.groups * cut.rows * cut.columns;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient column = divide(item, cut.columns), row = divide(column.quotient, cut.rows),
                        image = divide(row.quotient, p.groups);
@@ -127,29 +127,31 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, C
 #pragma unroll
         for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
         __syncthreads();
-        for_each_of_lines<K, kColumns, kBlock, T>(p, p.result, n, group, i, j,
+        for_each_of_lines<K, kColumns, kBlock, T>(p, grad_masks, n, group, i, j,
                                                   [&](MaskPointer<T> to, int place) { to.store(0, shared[place]); });
         __syncthreads();
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_masks) {
     with_floats(p, [&](auto feature) {
         const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
-        launch(grad_masks_nhwc_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.rows * cut.columns, kBlock,
-               Staged<K>::bytes(), p, cut);
+        launch(grad_masks_nhwc_kernel<K, decltype(feature)>, grad_masks.n * p.groups * cut.rows * cut.columns, kBlock,
+               Staged<K>::bytes(), p, grad_masks, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nhwc(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.grad_output);
 }
 
-void grad_masks_nhwc(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_nhwc(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

@@ -26,13 +26,14 @@ static_assert(kThreads / 32 * kOwn == kSources, "a block has as many sources as 
 // lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
 // eight adjacent ones, for four products.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Problem p, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    grad_masks_nhwc_mma_kernel(Problem p, Array grad_masks, int64_t tiles) {
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * p.features.h * tiles;
+    const int64_t items = grad_masks.n * p.groups * p.features.h * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), source_row = divide(tile.quotient, p.features.h),
                        image = divide(source_row.quotient, p.groups);
@@ -84,27 +85,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
                 }
             }
         }
-        finish_lines<K, kSources, kThreads, T>(p, n, group, i, first, lines, logits);
+        finish_lines<K, kSources, kThreads, T>(p, n, group, i, first, lines, logits, grad_masks);
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& grad_masks) {
     const int64_t tiles = ceil_div(p.features.w, kSources);
     with_halves(p, [&](auto feature) {
-        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * tiles, kThreads,
-               2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, tiles);
+        launch(grad_masks_nhwc_mma_kernel<K, decltype(feature)>, grad_masks.n * p.groups * p.features.h * tiles,
+               kThreads, 2 * kSources * Lines<K>::kSize * int64_t{sizeof(float)}, p, grad_masks, tiles);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nhwc_mma(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void grad_masks_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void grad_masks_nhwc_mma(const Problem& p, const Array& grad_masks) {
+    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+}
 
 }  // namespace carafepp::cuda

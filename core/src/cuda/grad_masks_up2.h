@@ -41,7 +41,7 @@ __device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array&
 // are as many lines. Ends with a barrier.
 template <int K, int Columns, int Threads, class T>
 __device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines,
-                                             float* logits) {
+                                             float* logits, const Array& grad_masks) {
     if (p.from_logits) {
         for_each_of_lines<K, Columns, Threads, T>(p, p.logits, n, group, i, j,
                                                   [&](MaskPointer<T> from, int place) { logits[place] = from[0]; });
@@ -61,7 +61,7 @@ __device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_
         for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
     }
     __syncthreads();
-    for_each_of_lines<K, Columns, Threads, T>(p, p.result, n, group, i, j,
+    for_each_of_lines<K, Columns, Threads, T>(p, grad_masks, n, group, i, j,
                                               [&](MaskPointer<T> to, int place) { to.store(0, lines[place]); });
     __syncthreads();
 }

@@ -8,19 +8,19 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    normalize_masks_kernel(Problem p, int64_t outputs_of_block, int64_t tiles) {
+    normalize_masks_kernel(Problem p, Array masks, int64_t outputs_of_block, int64_t tiles) {
     using A = Accumulator<T>;
-    A* const masks = shared_memory<A>();
-    const int64_t items = p.result.n * p.groups * tiles;
+    A* const staged = shared_memory<A>();
+    const int64_t items = masks.n * p.groups * tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * outputs_of_block;
         const int64_t outputs = min(outputs_of_block, p.out_h * p.out_w - first);
-        stage_masks<T>(p, n, group, first, outputs, p.out_w, masks, outputs_of_block);
-        for_each_mask(p.result, p.taps(), outputs, [&](int64_t t, int64_t q) {
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, staged, outputs_of_block);
+        for_each_mask(masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
             const Output output = output_at(first + q, p.out_w);
-            mask_element<T>(p.result, n, group * p.taps() + t, output.i, output.j)
-                .store(0, masks[t * outputs_of_block + q]);
+            mask_element<T>(masks, n, group * p.taps() + t, output.i, output.j)
+                .store(0, staged[t * outputs_of_block + q]);
         });
         __syncthreads();
     }
@@ -28,14 +28,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void normalize_masks(const Problem& p) {
-    with_types(p, [&](auto masks, auto) {
-        using T = typename decltype(masks)::type;
+void normalize_masks(const Problem& p, const Array& masks) {
+    with_types(p, [&](auto storage, auto) {
+        using T = typename decltype(storage)::type;
         using A = Accumulator<T>;
         const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
         const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
-        launch(normalize_masks_kernel<T>, p.result.n * p.groups * tiles, kThreads,
-               p.taps() * outputs * int64_t{sizeof(A)}, p, outputs, tiles);
+        launch(normalize_masks_kernel<T>, masks.n * p.groups * tiles, kThreads, p.taps() * outputs * int64_t{sizeof(A)},
+               p, masks, outputs, tiles);
     });
 }
 

@@ -17,12 +17,12 @@ struct Cut {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Array output, Cut cut) {
     using A = Accumulator<T>;
     A* const masks = shared_memory<A>();
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
-    const bool channels_adjacent = p.result.stride_c < p.result.stride_w;
-    const int64_t items = p.result.n * p.groups * cut.items();
+    const bool channels_adjacent = output.stride_c < output.stride_w;
+    const int64_t items = output.n * p.groups * cut.items();
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut 
             const int64_t q = channels_adjacent ? at.quotient : at.remainder;
             const int64_t c = group * channels_in_group + first_channel +
                               (channels_adjacent ? at.remainder : at.quotient);
-            const Output output = output_at(first + q, p.out_w);
-            const int64_t top = p.factor.source(output.i) - p.radius(), left = p.factor.source(output.j) - p.radius();
+            const Output pixel = output_at(first + q, p.out_w);
+            const int64_t top = p.factor.source(pixel.i) - p.radius(), left = p.factor.source(pixel.j) - p.radius();
             const int64_t b_begin = max(-left, int64_t{0}), b_end = min(k, p.features.w - left);
             A sum = 0;
             for (int64_t a = max(-top, int64_t{0}); a < min(k, p.features.h - top); a++) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut 
                 for (int64_t b = b_begin; b < b_end; b++)
                     sum += weights[b * cut.outputs] * widen(row[b * p.features.stride_w]);
             }
-            *element<T>(p.result, n, c, output.i, output.j) = narrow<T>(sum);
+            *element<T>(output, n, c, pixel.i, pixel.j) = narrow<T>(sum);
         }
         __syncthreads();
     }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Cut 
 
 }  // namespace
 
-void reassemble(const Problem& p) {
+void reassemble(const Problem& p, const Array& output) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
         using A = Accumulator<T>;
@@ -63,8 +63,8 @@ void reassemble(const Problem& p) {
         cut.channels = kChannels;
         cut.tiles = ceil_div(p.out_h * p.out_w, cut.outputs);
         cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(reassemble_kernel<T>, p.result.n * p.groups * cut.items(), kThreads,
-               p.taps() * cut.outputs * int64_t{sizeof(A)}, p, cut);
+        launch(reassemble_kernel<T>, output.n * p.groups * cut.items(), kThreads,
+               p.taps() * cut.outputs * int64_t{sizeof(A)}, p, output, cut);
     });
 }
 

@@ -19,25 +19,25 @@ struct Cut {
 // Both windows in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
 template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int out_i, int out_j,
-                                         const float (&masks)[kPair][K * K]) {
+                                         const float (&masks)[kPair][K * K], const Array& output) {
     const T* windows = windows_at<K, T>(p, n, c, out_i, out_j);
-    T* outputs = element<T>(p.result, n, c, out_i, out_j);
+    T* outputs = element<T>(output, n, c, out_i, out_j);
     const bool two_rows = out_i + 1 < p.out_h;
 #pragma unroll 1
-    for (; channels > 0; channels--, windows += p.features.stride_c, outputs += p.result.stride_c) {
+    for (; channels > 0; channels--, windows += p.features.stride_c, outputs += output.stride_c) {
         float sums[kPair] = {};
         for_each_tap_of_pair<K, Inside>(p, windows, out_i, out_j,
                                         [&](int o, int t, float feature) { sums[o] += masks[o][t] * feature; });
         outputs[0] = narrow<T>(sums[0]);
-        if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[1]);
+        if (two_rows) outputs[output.stride_h] = narrow<T>(sums[1]);
     }
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Problem p, Array output, Cut cut) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const Array& array = p.from_logits ? p.logits : p.masks;
-    const int64_t items = p.result.n * p.groups * cut.tiles * cut.chunks;
+    const int64_t items = output.n * p.groups * cut.tiles * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);
@@ -66,32 +66,34 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Proble
         const int64_t first = chunk.remainder * kChannels, c = group * channels_in_group + first;
         const int channels = static_cast<int>(min(int64_t{kChannels}, channels_in_group - first));
         if (inside) {
-            contract<K, true, T>(p, n, c, channels, out_i, out_j, masks);
+            contract<K, true, T>(p, n, c, channels, out_i, out_j, masks, output);
         } else {
-            contract<K, false, T>(p, n, c, channels, out_i, out_j, masks);
+            contract<K, false, T>(p, n, c, channels, out_i, out_j, masks, output);
         }
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     with_floats(p, [&](auto feature) {
         Cut cut;
         cut.tiles = ceil_div(ceil_div(p.out_h, kPair) * p.out_w, kBlock);
         cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-        launch(reassemble_down2_nchw_kernel<K, decltype(feature)>, p.result.n * p.groups * cut.tiles * cut.chunks,
-               kBlock, 0, p, cut);
+        launch(reassemble_down2_nchw_kernel<K, decltype(feature)>, output.n * p.groups * cut.tiles * cut.chunks, kBlock,
+               0, p, output, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_down2_nchw(const Problem& p) {
+const char* cannot_run_reassemble_down2_nchw(const Problem& p, const Array& output) {
     if (const char* reason = not_for_down2(p)) return reason;
-    if (!p.result.empty() && p.result.stride_w != 1) return "columns are not adjacent";
+    if (!output.empty() && output.stride_w != 1) return "columns are not adjacent";
     return not_for_columns(p.features);
 }
 
-void reassemble_down2_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void reassemble_down2_nchw(const Problem& p, const Array& output) {
+    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+}
 
 }  // namespace carafepp::cuda

@@ -33,11 +33,11 @@ __device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Problem p, Array output, Cut cut) {
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes, own = static_cast<int>(threadIdx.x) / cut.lanes * kOwn;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks;
+    const int64_t items = output.n * p.groups * p.out_h * cut.tiles * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        row = divide(tile.quotient, p.out_h), image = divide(row.quotient, p.groups);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Prob
             }
 #pragma unroll
             for (int o = 0; o < kOwn; o++) {
-                if (out_j + o < p.out_w) store_channels(sums[o], element<T>(p.result, n, c, out_i, out_j + o));
+                if (out_j + o < p.out_w) store_channels(sums[o], element<T>(output, n, c, out_i, out_j + o));
             }
         }
         __syncthreads();
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Prob
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const Lanes block(channels_in_group, kOwn, K * K * int64_t{sizeof(float)});
     Cut cut;
@@ -91,18 +91,20 @@ void run(const Problem& p) {
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
     with_floats(p, [&](auto feature) {
         launch(reassemble_down2_nhwc_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
+               output.n * p.groups * p.out_h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, output, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_down2_nhwc(const Problem& p) {
+const char* cannot_run_reassemble_down2_nhwc(const Problem& p, const Array& output) {
     if (const char* reason = not_for_down2(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, p.result);
+    return not_for_vectors(p, output);
 }
 
-void reassemble_down2_nhwc(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void reassemble_down2_nhwc(const Problem& p, const Array& output) {
+    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+}
 
 }  // namespace carafepp::cuda

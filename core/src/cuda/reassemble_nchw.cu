@@ -24,12 +24,12 @@ struct Cut {
 // the two outputs of a row are stored at once, as neighbouring lanes then fill whole sectors.
 template <int K, bool Inside, class T>
 __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
-                                         const float (&masks)[kOutputs][K * K], bool pairs) {
+                                         const float (&masks)[kOutputs][K * K], bool pairs, const Array& output) {
     const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
-    T* outputs = element<T>(p.result, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
+    T* outputs = element<T>(output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
 #pragma unroll 1
-    for (; channels > 0; channels--, window += p.features.stride_c, outputs += p.result.stride_c) {
+    for (; channels > 0; channels--, window += p.features.stride_c, outputs += output.stride_c) {
         float sums[kOutputs] = {};
         for_each_tap<K, Inside>(p, window, i, j, [&](int t, float feature) {
 #pragma unroll
@@ -37,18 +37,18 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
         });
         if (pairs) {
             store_columns(make_float2(sums[0], sums[1]), outputs);
-            if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + p.result.stride_h);
+            if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + output.stride_h);
         } else {
             outputs[0] = narrow<T>(sums[0]);
             if (two_columns) outputs[1] = narrow<T>(sums[1]);
-            if (two_rows) outputs[p.result.stride_h] = narrow<T>(sums[2]);
-            if (two_rows && two_columns) outputs[p.result.stride_h + 1] = narrow<T>(sums[3]);
+            if (two_rows) outputs[output.stride_h] = narrow<T>(sums[2]);
+            if (two_rows && two_columns) outputs[output.stride_h + 1] = narrow<T>(sums[3]);
         }
     }
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p, Array output, Cut cut) {
     for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);
@@ -79,32 +79,36 @@ __global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p,
         const int64_t first = chunk.remainder * kChannels, c = group * cut.channels + first;
         const int channels = static_cast<int>(min(int64_t{kChannels}, cut.channels - first));
         if (!inside) {  // not twice: a fourth loop would take the registers of a third block
-            contract<K, false, T>(p, n, c, channels, i, j, masks, cut.pairs);
+            contract<K, false, T>(p, n, c, channels, i, j, masks, cut.pairs, output);
         } else if (cut.pairs) {
-            contract<K, true, T>(p, n, c, channels, i, j, masks, true);
+            contract<K, true, T>(p, n, c, channels, i, j, masks, true, output);
         } else {
-            contract<K, true, T>(p, n, c, channels, i, j, masks, false);
+            contract<K, true, T>(p, n, c, channels, i, j, masks, false, output);
         }
     }
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     with_floats(p, [&](auto feature) {
         Cut cut;
         cut.channels = p.features.c / p.groups;
         cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
         cut.chunks = ceil_div(cut.channels, kChannels);
-        cut.items = p.result.n * p.groups * cut.tiles * cut.chunks;
-        cut.pairs = not_for_columns(p.result) == nullptr;
-        launch(reassemble_nchw_kernel<K, decltype(feature)>, cut.items, kSources, 0, p, cut);
+        cut.items = output.n * p.groups * cut.tiles * cut.chunks;
+        cut.pairs = not_for_columns(output) == nullptr;
+        launch(reassemble_nchw_kernel<K, decltype(feature)>, cut.items, kSources, 0, p, output, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_nchw(const Problem& p) { return not_for_columns_of_up2(p, p.features, p.result); }
+const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) {
+    return not_for_columns_of_up2(p, p.features, output);
+}
 
-void reassemble_nchw(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void reassemble_nchw(const Problem& p, const Array& output) {
+    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+}
 
 }  // namespace carafepp::cuda

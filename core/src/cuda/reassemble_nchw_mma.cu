@@ -25,7 +25,7 @@ struct Cut {
 // The fragments of PTX's mma.m16n8k8: of the products, rows are channels, columns outputs beside each other, and what
 // is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Problem p, Array output, Cut cut) {
     constexpr int kOfSource = K * K * kOutputs;
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Proble
     const int own_row = warp / cut.strips * kRows, own_column = warp % cut.strips * kStrip;
     const int64_t channels_in_group = p.features.c / p.groups;
     const float scale = scale_of_masks<T>(p);
-    const int64_t items = p.result.n * p.groups * cut.rows * cut.columns * cut.chunks;
+    const int64_t items = output.n * p.groups * cut.rows * cut.columns * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), block_column = divide(chunk.quotient, cut.columns),
                        block_row = divide(block_column.quotient, cut.rows),
@@ -105,14 +105,14 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Proble
                     const int64_t out_i = int64_t{i + at.s} * kUp + at.r;
                     if (out_i >= p.out_h || out_j >= p.out_w || at.channel + row >= channels) continue;
                     const float* const of = sums[at.s][at.r] + piece % 2 * 2;
-                    T* const to = element<T>(p.result, n, c + at.channel, out_i, out_j);
+                    T* const to = element<T>(output, n, c + at.channel, out_i, out_j);
                     if (!store_sums<T>(of, 1 / scale, to)) not_finite |= 1u << piece;
                 }
 #pragma unroll 1
                 for (int piece = 0; not_finite >> piece != 0; piece++) {
                     const Place at = place(piece);
                     for (int q = 0; q < kUp && (not_finite >> piece & 1) != 0; q++) {
-                        *element<T>(p.result, n, c + at.channel, int64_t{i + at.s} * kUp + at.r, out_j + q) = narrow<T>(
+                        *element<T>(output, n, c + at.channel, int64_t{i + at.s} * kUp + at.r, out_j + q) = narrow<T>(
                             output_tap_by_tap<K, T>(p, n, c + at.channel, i + at.s, j + pair,
                                                     masks_of(at.s, pair) + at.r * kUp + q));
                     }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Proble
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     Cut cut;
     cut.strips = kWarps;  // or fewer, where rows are short
     while (cut.strips > 1 && cut.strips / 2 * kStrip >= p.features.w) cut.strips /= 2;
@@ -133,20 +133,22 @@ void run(const Problem& p) {
     cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
     with_halves(p, [&](auto feature) {
         launch(reassemble_nchw_mma_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * cut.rows * cut.columns * cut.chunks, kThreads, kSources * K * K * kBytesOfTap, p,
-               cut);
+               output.n * p.groups * cut.rows * cut.columns * cut.chunks, kThreads, kSources * K * K * kBytesOfTap, p,
+               output, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_nchw_mma(const Problem& p) {
-    if (const char* reason = not_for_columns_of_mma(p, {&p.features, &p.result})) return reason;
+const char* cannot_run_reassemble_nchw_mma(const Problem& p, const Array& output) {
+    if (const char* reason = not_for_columns_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nchw_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void reassemble_nchw_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void reassemble_nchw_mma(const Problem& p, const Array& output) {
+    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+}
 
 }  // namespace carafepp::cuda

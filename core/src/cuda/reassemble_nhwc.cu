@@ -18,13 +18,13 @@ struct Cut {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p, Array output, Cut cut) {
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes,
               own = static_cast<int>(threadIdx.x) / cut.lanes * kSources;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks;
+    const int64_t items = output.n * p.groups * p.features.h * cut.tiles * cut.chunks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        row = divide(tile.quotient, p.features.h), image = divide(row.quotient, p.groups);
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p,
 #pragma unroll
             for (int s = 0; s < kSources; s++) {
 #pragma unroll
-                for (int output = 0; output < kOutputs; output++) {
-                    const int64_t out_i = i * kUp + output / kUp, out_j = (j + s) * kUp + output % kUp;
+                for (int o = 0; o < kOutputs; o++) {
+                    const int64_t out_i = i * kUp + o / kUp, out_j = (j + s) * kUp + o % kUp;
                     if (out_i >= p.out_h || out_j >= p.out_w) continue;
-                    store_channels(sums[s][output], element<T>(p.result, n, c, out_i, out_j));
+                    store_channels(sums[s][o], element<T>(output, n, c, out_i, out_j));
                 }
             }
         }
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p,
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     const int64_t channels_in_group = p.features.c / p.groups;
     const Lanes block(channels_in_group, kSources, K * K * kBytesOfTap);
     Cut cut;
@@ -83,23 +83,24 @@ void run(const Problem& p) {
     cut.chunks = ceil_div(channels_in_group, cut.lanes * kVector);
     with_floats(p, [&](auto feature) {
         launch(reassemble_nhwc_kernel<K, decltype(feature)>,
-               p.result.n * p.groups * p.features.h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, cut);
+               output.n * p.groups * p.features.h * cut.tiles * cut.chunks, kThreads, block.shared_bytes, p, output,
+               cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_nhwc(const Problem& p) {
+const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
     if (const char* reason = not_for_up2(p, 7)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, p.result);
+    return not_for_vectors(p, output);
 }
 
-void reassemble_nhwc(const Problem& p) {
+void reassemble_nhwc(const Problem& p, const Array& output) {
     switch (p.kernel_size) {
-        case 3: return run<3>(p);
-        case 5: return run<5>(p);
-        case 7: return run<7>(p);
+        case 3: return run<3>(p, output);
+        case 5: return run<5>(p, output);
+        case 7: return run<7>(p, output);
     }
 }
 

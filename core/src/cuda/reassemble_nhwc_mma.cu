@@ -22,14 +22,14 @@ struct Cut {
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
 // channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Array output, Cut cut) {
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
     const int64_t channels_in_group = p.features.c / p.groups;
     const float scale = scale_of_masks<T>(p);
-    const int64_t items = p.result.n * p.groups * p.features.h * cut.tiles;
+    const int64_t items = output.n * p.groups * p.features.h * cut.tiles;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const Quotient tile = divide(item, cut.tiles), source_row = divide(tile.quotient, p.features.h),
                        image = divide(source_row.quotient, p.groups);
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
                 for (int k = 0; k < 4; k++) {
                     const int64_t out_i = i * kUp + k / 2;
                     if (out_i >= p.out_h || out_j >= p.out_w || channel_of(k) >= channels) continue;
-                    T* const to = element<T>(p.result, n, c + channel_of(k), out_i, out_j);
+                    T* const to = element<T>(output, n, c + channel_of(k), out_i, out_j);
                     if (!store_sums<T>(sums, k, 1 / scale, to)) not_finite |= 1u << k;
                 }
 #pragma unroll 1
                 for (int k = 0; not_finite >> k != 0; k++) {
                     for (int q = 0; q < kWide && (not_finite >> k & 1) != 0; q++) {
                         const int64_t channel = c + channel_of(k) + q;
-                        *element<T>(p.result, n, channel, i * kUp + k / 2, out_j) = narrow<T>(
+                        *element<T>(output, n, channel, i * kUp + k / 2, out_j) = narrow<T>(
                             output_tap_by_tap<K, T>(p, n, channel, i, j + source, weights + k / 2 * kUp));
                     }
                 }
@@ -92,23 +92,25 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Proble
 }
 
 template <int K>
-void run(const Problem& p) {
+void run(const Problem& p, const Array& output) {
     const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
     with_halves(p, [&](auto feature) {
-        launch(reassemble_nhwc_mma_kernel<K, decltype(feature)>, p.result.n * p.groups * p.features.h * cut.tiles,
-               kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p, cut);
+        launch(reassemble_nhwc_mma_kernel<K, decltype(feature)>, output.n * p.groups * p.features.h * cut.tiles,
+               kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p, output, cut);
     });
 }
 
 }  // namespace
 
-const char* cannot_run_reassemble_nhwc_mma(const Problem& p) {
-    if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.result})) return reason;
+const char* cannot_run_reassemble_nhwc_mma(const Problem& p, const Array& output) {
+    if (const char* reason = not_for_channels_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16>)
                                                  : nullptr;
 }
 
-void reassemble_nhwc_mma(const Problem& p) { p.kernel_size == 3 ? run<3>(p) : run<5>(p); }
+void reassemble_nhwc_mma(const Problem& p, const Array& output) {
+    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+}
 
 }  // namespace carafepp::cuda

@@ -31,9 +31,10 @@ const Environment& environment() {
 }
 
 // A fast kernel runs nothing where the environment leaves only the generic ones.
-template <const char* (*cannot_run)(const Problem&)>
-const char* cannot_run_here(const Problem& problem) {
-    return environment().only_generic ? "CARAFEPP_CUDA_KERNELS allows generic kernels only" : cannot_run(problem);
+template <const char* (*cannot_run)(const Problem&, const Array&)>
+const char* cannot_run_here(const Problem& problem, const Array& result) {
+    return environment().only_generic ? "CARAFEPP_CUDA_KERNELS allows generic kernels only"
+                                      : cannot_run(problem, result);
 }
 
 // An entry of a kernel for one factor.
@@ -58,7 +59,7 @@ constexpr Kernel kOfGradMasks[] = CARAFEPP_CUDA_LIST("grad_masks", grad_masks);
 constexpr Kernel kOfGradLogits[] = CARAFEPP_CUDA_LIST("grad_logits", grad_masks);
 constexpr Kernel kOfNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, never_slower, normalize_masks}, {}};
 constexpr Kernel kOfNormalizeMasksBackward[] = {
-    {"normalize_masks_backward_any_cuda", runs_all, never_slower, grad_masks}, {}};
+    {"normalize_masks_backward_any_cuda", runs_all, never_slower, normalize_masks_backward}, {}};
 
 }  // namespace
 

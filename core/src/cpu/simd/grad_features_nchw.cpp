@@ -87,6 +87,7 @@ struct GradFeaturesNchw {
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
+    const Array& grad_features;
     const ColumnTaps taps{p};
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size;
     const int64_t channels = p.features.c / p.groups;
@@ -105,7 +106,7 @@ struct GradFeaturesNchw {
     Term terms[kMaxFactor * kMaxKernelSize];
     int terms_of[kMaxFactor + 1];  // a part's terms are [terms_of[part], terms_of[part + 1])
 
-    explicit GradFeaturesNchw(const Problem& problem) : p(problem) {
+    GradFeaturesNchw(const Problem& problem, const Array& result) : p(problem), grad_features(result) {
         choose_items();
         find_terms();
     }
@@ -127,7 +128,7 @@ struct GradFeaturesNchw {
         }
         panels = ceil_div(tiles, panel);
         for (chunks = ceil_div(p.features.h, chunk);; chunks = ceil_div(p.features.h, chunk)) {
-            items = p.result.n * p.groups * chunks * panels;
+            items = grad_features.n * p.groups * chunks * panels;
             if (items >= threads_worth<A>(p) || chunk < 2 * k) break;
             chunk = ceil_div(chunk, 2);
         }
@@ -145,8 +146,8 @@ struct GradFeaturesNchw {
         sums_size = panel * chunk * down * at_once * L;
         const int64_t all_masks_size = (p.from_logits ? k : std::min(chunk, k)) * k * up * all_masks_pitch;
         grads_size = at_once * ceil_div(up, down) * up * pitch;
-        streams = panel == tiles && p.result.stride_w == 1 && p.result.stride_h == p.features.w &&
-                  leaves_caches(p.result);
+        streams = panel == tiles && grad_features.stride_w == 1 && grad_features.stride_h == p.features.w &&
+                  leaves_caches(grad_features);
         rows_size = streams ? ceil_div(chunk * p.features.w, L) * L : 0;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
     }
@@ -327,18 +328,18 @@ struct GradFeaturesNchw {
     }
 
     void write(const Block& b, int64_t channel, int64_t count) const {
-        if (as_pixels(p.result, count)) {
+        if (as_pixels(grad_features, count)) {
             write_pixels(b, channel, static_cast<int>(count));
             return;
         }
         for (int64_t c = 0; c < count; c++) {
-            T* const to = element<T>(p.result, b.n, channel + c, b.begin, b.first_tile * L * down);
+            T* const to = element<T>(grad_features, b.n, channel + c, b.begin, b.first_tile * L * down);
             if (streams) {
                 write_rows(b, c, b.rows, p.features.w, 1);
                 stream_lines(b.rows, (b.end - b.begin) * p.features.w, to);
                 continue;
             }
-            write_rows(b, c, to, p.result.stride_h, p.result.stride_w);
+            write_rows(b, c, to, grad_features.stride_h, grad_features.stride_w);
         }
         if (streams) finish_streams();
     }
@@ -365,9 +366,10 @@ struct GradFeaturesNchw {
                 for (int64_t part = 0; part < down; part++) {
                     const int64_t column = (b.first_tile + tile) * L * down + part;
                     const int64_t pixels = std::clamp<int64_t>(ceil_div(p.features.w - column, down), 0, L);
-                    store_channels<T>(
-                        adjacent_places<const A>(sums(b, tile, i) + part * at_once * L, L), static_cast<int>(pixels),
-                        count, element<T>(p.result, b.n, channel, b.begin + i, column), down * p.result.stride_w);
+                    store_channels<T>(adjacent_places<const A>(sums(b, tile, i) + part * at_once * L, L),
+                                      static_cast<int>(pixels), count,
+                                      element<T>(grad_features, b.n, channel, b.begin + i, column),
+                                      down * grad_features.stride_w);
                 }
             }
         }
@@ -376,6 +378,8 @@ struct GradFeaturesNchw {
 
 }  // namespace
 
-void grad_features_nchw(const Problem& problem) { run<GradFeaturesNchw>(problem); }
+void grad_features_nchw(const Problem& problem, const Array& grad_features) {
+    run<GradFeaturesNchw>(problem, grad_features);
+}
 
 }  // namespace carafepp::CARAFEPP_ISA

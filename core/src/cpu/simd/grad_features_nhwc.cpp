@@ -156,6 +156,7 @@ struct GradFeaturesNhwc {
     static constexpr Result kResult = Result::kGradFeatures;
 
     const Problem& p;
+    const Array& grad_features;
     const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
     const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
     const MaskTiles<A> masks{p, std::min(up, p.out_w)};
@@ -174,10 +175,10 @@ struct GradFeaturesNhwc {
     const int64_t tile_size = up * masks.row_size(L);
     const int64_t packed_size = block_rows * block_outputs * kBlock;
     const int64_t scratch_size = ceil_div(ring_size + 2 * margin, L) * L + tile_size + packed_size;
-    const int64_t items = p.result.n * p.groups * chunks * panels;
+    const int64_t items = grad_features.n * p.groups * chunks * panels;
 
     // A line that is written in two parts, far apart in time, leaves the processor twice.
-    const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(p.result, channels);
+    const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(grad_features, channels);
 
     // At most as many outputs are centred on as many neighbouring sources.
     int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
@@ -273,9 +274,9 @@ struct GradFeaturesNhwc {
         outputs.ahead_stride = p.grad_output.stride_h;
         outputs.ahead_rows = static_cast<int>(next_rows - last_row);
         outputs.ahead_pixels = static_cast<int>(first_output_inside(j + radius + kColumns, p.out_w) - own);
-        const Pixels<T> pixels{element<T>(p.result, at.n, at.group * channels, i, j),
-                               p.result.stride_h,
-                               p.result.stride_w,
+        const Pixels<T> pixels{element<T>(grad_features, at.n, at.group * channels, i, j),
+                               grad_features.stride_h,
+                               grad_features.stride_w,
                                static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
                                static_cast<int>(std::min<int64_t>(kColumns, width - j)),
                                streaming};
@@ -291,8 +292,12 @@ struct GradFeaturesNhwc {
 
 }  // namespace
 
-void grad_features_nhwc(const Problem& problem) { run<GradFeaturesNhwc>(problem); }
+void grad_features_nhwc(const Problem& problem, const Array& grad_features) {
+    run<GradFeaturesNhwc>(problem, grad_features);
+}
 
-void grad_features_any(const Problem& problem) { run_on_images<GradFeaturesNhwc>(problem); }
+void grad_features_any(const Problem& problem, const Array& grad_features) {
+    run_on_images<GradFeaturesNhwc>(problem, grad_features);
+}
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -94,6 +94,7 @@ struct GradMasksNchw {
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
+    const Array& grad_masks;
     const MaskTiles<A> masks{p, p.factor.up};
     const ColumnTaps taps{p};
     const int64_t up = p.factor.up, down = p.factor.down;
@@ -104,7 +105,7 @@ struct GradMasksNchw {
     const int64_t rows = p.from_logits ? p.logits.h * up : p.out_h;
     const int64_t cells = p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
     // Rows of outputs that are written together: those of a cell, or of a large window each.
-    const int64_t unit = takes_whole_cells(p) || up * row_size <= kMostSums ? up : 1;
+    const int64_t unit = takes_whole_cells(p, grad_masks) || up * row_size <= kMostSums ? up : 1;
     const int64_t tiles = ceil_div(cells, L), units = ceil_div(rows, unit);
 
     // Items are `panel` tiles of `block` units, computed `at_once` channels at a time; sizes follow from that.
@@ -119,7 +120,7 @@ struct GradMasksNchw {
     const Phases phases{p.factor, up};
     int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
 
-    explicit GradMasksNchw(const Problem& problem) : p(problem) {
+    GradMasksNchw(const Problem& problem, const Array& result) : p(problem), grad_masks(result) {
         for (find_sizes(); scratch_size > kScratchBytes / int64_t{sizeof(A)}; find_sizes()) {
             int64_t& most = block > 1 ? block : panel > 1 ? panel : at_once;
             if (most <= 1) break;
@@ -127,7 +128,7 @@ struct GradMasksNchw {
         }
         panels = ceil_div(tiles, panel);
         for (blocks = ceil_div(units, block);; blocks = ceil_div(units, block)) {
-            items = p.result.n * p.groups * blocks * panels;
+            items = grad_masks.n * p.groups * blocks * panels;
             if (items >= threads_worth<A>(p) || block * down < 2 * p.kernel_size) break;
             block = ceil_div(block, 2);
         }
@@ -275,7 +276,7 @@ struct GradMasksNchw {
         for (int64_t row = b.begin; row < b.end; row += unit) {
             const Rows together{row, std::min(row + unit, b.end)};
             if (p.from_logits) to_logits(b, together, cell, count, sums(b, tile, row));
-            masks.store_rows(b.n, b.group, together, cell, count, L, sums(b, tile, row));
+            masks.store_rows(b.n, b.group, together, cell, count, L, sums(b, tile, row), grad_masks);
         }
     }
 
@@ -301,7 +302,7 @@ struct GradMasksNchw {
     // The gradient of the masks of a tile to that of its logits, in place.
     void to_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
         A* const staged_masks = b.logits + unit * row_size;
-        masks.load_rows(b.n, b.group, together, cell, count, L, b.logits);
+        masks.load_rows(p.logits, b.n, b.group, together, cell, count, L, b.logits);
         for (int64_t at = 0; at < unit * row_size; at += row_size)
             masks.normalize_row_backward(grad + at, b.logits + at, staged_masks, L);
         masks.clear_cropped(together, cell, L, masks.order(L), grad);
@@ -310,6 +311,6 @@ struct GradMasksNchw {
 
 }  // namespace
 
-void grad_masks_nchw(const Problem& problem) { run<GradMasksNchw>(problem); }
+void grad_masks_nchw(const Problem& problem, const Array& grad_masks) { run<GradMasksNchw>(problem, grad_masks); }
 
 }  // namespace carafepp::CARAFEPP_ISA

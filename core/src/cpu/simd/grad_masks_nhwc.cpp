@@ -112,18 +112,19 @@ struct GradMasksNhwc {
     static constexpr Result kResult = Result::kGradMasks;
 
     const Problem& p;
+    const Array& grad_masks;
     const int64_t up = p.factor.up, taps = p.taps();
     // Logits that a crop leaves no output for have a gradient too, 0.
     const MaskTiles<A> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
     const Phases rows{p.factor, up};
     const Phases columns{p.factor, masks.phases};
-    const int64_t cell_rows = p.from_logits ? p.result.h : ceil_div(p.out_h, up);
-    const int64_t cells = p.from_logits ? p.result.w : ceil_div(p.out_w, up);
+    const int64_t cell_rows = p.from_logits ? grad_masks.h : ceil_div(p.out_h, up);
+    const int64_t cells = p.from_logits ? grad_masks.w : ceil_div(p.out_w, up);
     const int64_t channels = p.features.c / p.groups;
 
     // Where channels of the result are adjacent, sums are in their order; else in that of a tile.
-    const bool as_masks = !p.from_logits && p.result.stride_c == 1;
-    const bool as_logits = p.from_logits && p.result.stride_c == 1 && p.logits.stride_c == 1 &&
+    const bool as_masks = !p.from_logits && grad_masks.stride_c == 1;
+    const bool as_logits = p.from_logits && grad_masks.stride_c == 1 && p.logits.stride_c == 1 &&
                            CellMasks<A>::fits(up * up);
     const Order order = as_logits  ? Order{up, 1, up * up}
                         : as_masks ? Order{masks.phases * taps, taps, 1}
@@ -134,7 +135,7 @@ struct GradMasksNhwc {
 
     const int64_t sums_size = line_size * L, tile_size = line_size * L;
     const int64_t scratch_size = sums_size + 4 * tile_size;
-    const int64_t items = p.result.n * p.groups * cell_rows;
+    const int64_t items = grad_masks.n * p.groups * cell_rows;
 
     struct Item {
         int64_t n, group, cell_row;
@@ -157,7 +158,7 @@ struct GradMasksNhwc {
             for (int q = 0; q < count; q++) {
                 A* const line = lines + q * line_size;
                 contract_cell(at, cell + q, line);
-                if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line);
+                if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line, grad_masks);
             }
             if (as_logits) write_logits(at, cell, count, lines, lines + tile_size);
             if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
@@ -205,7 +206,7 @@ struct GradMasksNhwc {
         cell_masks.normalize(p.logits, first, count, staged);
         cell_masks.normalize_backward(p.logits, first, count, staged, lines);
         for (int q = 0; q < count; q++) masks.clear_cropped(at.rows, cell + q, 1, order, lines + q * line_size);
-        cell_masks.write(lines, p.result, first, count);
+        cell_masks.write(lines, grad_masks, first, count);
     }
 
     // Lines in the order of a tile, through one.
@@ -214,13 +215,13 @@ struct GradMasksNhwc {
                          adjacent_places(tile, L));
         if (p.from_logits) {
             A *const logits = tile + tile_size, *const staged = tile + 2 * tile_size;
-            masks.load_rows(at.n, at.group, at.rows, cell, count, L, logits);
+            masks.load_rows(p.logits, at.n, at.group, at.rows, cell, count, L, logits);
             for (int64_t row = 0; row < up; row++)
                 masks.normalize_row_backward(tile + row * masks.row_size(L), logits + row * masks.row_size(L), staged,
                                              L);
             masks.clear_cropped(at.rows, cell, L, masks.order(L), tile);
         }
-        masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile);
+        masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile, grad_masks);
     }
 
     // The outputs of one cell that read the same window.
@@ -278,8 +279,10 @@ struct GradMasksNhwc {
 
 }  // namespace
 
-void grad_masks_nhwc(const Problem& problem) { run<GradMasksNhwc>(problem); }
+void grad_masks_nhwc(const Problem& problem, const Array& grad_masks) { run<GradMasksNhwc>(problem, grad_masks); }
 
-void grad_masks_any(const Problem& problem) { run_on_images<GradMasksNhwc>(problem); }
+void grad_masks_any(const Problem& problem, const Array& grad_masks) {
+    run_on_images<GradMasksNhwc>(problem, grad_masks);
+}
 
 }  // namespace carafepp::CARAFEPP_ISA

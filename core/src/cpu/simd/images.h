@@ -21,6 +21,12 @@ void store_image(const Array& image, const Array& array, int64_t n, int64_t chan
 
 enum class Result { kOutput, kGradFeatures, kGradMasks };
 
+// One image as a problem of its own.
+struct Image {
+    Problem problem;
+    Array result;
+};
+
 // A kernel for adjacent channels, of one image after the other. Masks, and their gradient, stay where they are.
 template <template <class> class Kernel, class Sum>
 struct Images {
@@ -30,22 +36,23 @@ struct Images {
     static constexpr Result kResult = Kernel<A>::kResult;
 
     const Problem& p;
+    const Array& result;
     const int64_t channels = p.features.c / p.groups;
     const int64_t at_once = channels_of_image(p), parts = ceil_div(channels, at_once);
     const int64_t last = channels - (parts - 1) * at_once;
     // Of pixels: a vector more than needed, so that they do not compete for a few sets of the cache.
     const int64_t pitch = at_once + L;
     const int64_t features_size = p.features.h * p.features.w * pitch, outputs_size = p.out_h * p.out_w * pitch;
-    const int64_t planes_size = L * p.result.h * p.result.w;
+    const int64_t planes_size = L * result.h * result.w;
     const int64_t scratch_size = features_size + outputs_size +
                                  std::max({scratch_of_kernel(at_once), scratch_of_kernel(last), planes_size});
-    const int64_t items = p.result.n * p.groups * parts;
-    const bool streams = p.result.stride_w == 1 && p.result.stride_h == p.result.w &&
-                         p.result.stride_c == p.result.h * p.result.w && leaves_caches(p.result);
+    const int64_t items = result.n * p.groups * parts;
+    const bool streams = result.stride_w == 1 && result.stride_h == result.w &&
+                         result.stride_c == result.h * result.w && leaves_caches(result);
 
     int64_t scratch_of_kernel(int64_t count) const {
-        const Problem one = image(0, 0, count, static_cast<A*>(p.result.data));
-        const int64_t size = Kernel<A>{one}.scratch_size;  // in a name: clang 14 takes it for the address of `one`
+        const Image one = image(0, 0, count, static_cast<A*>(result.data));
+        const int64_t size = Kernel<A>{one.problem, one.result}.scratch_size;  // clang 14 needs the name
         return size;
     }
 
@@ -53,20 +60,21 @@ struct Images {
         const int64_t n = item / parts / p.groups, group = item / parts % p.groups, first = item % parts * at_once;
         const int64_t channel = group * channels + first;
         A* const rest = scratch + features_size + outputs_size;
-        const Problem one = image(n, group, std::min(at_once, channels - first), scratch);
-        if (kResult != Result::kGradFeatures) load_image(p.features, n, channel, one.features);
-        if (kResult != Result::kOutput) load_image(p.grad_output, n, channel, one.grad_output);
-        const Kernel<A> kernel{one};
+        const Image one = image(n, group, std::min(at_once, channels - first), scratch);
+        if (kResult != Result::kGradFeatures) load_image(p.features, n, channel, one.problem.features);
+        if (kResult != Result::kOutput) load_image(p.grad_output, n, channel, one.problem.grad_output);
+        const Kernel<A> kernel{one.problem, one.result};
         for (int64_t k = 0; k < kernel.items; k++) kernel.run_item(k, rest);
-        if (kResult != Result::kGradMasks) store_image(one.result, p.result, n, channel, streams, rest);
+        if (kResult != Result::kGradMasks) store_image(one.result, result, n, channel, streams, rest);
     }
 
-    // The problem of one image.
-    Problem image(int64_t n, int64_t group, int64_t count, A* scratch) const {
+    // Features lie at the begin of scratch, the output or its gradient behind them.
+    Image image(int64_t n, int64_t group, int64_t count, A* scratch) const {
         Problem one = p;
         one.groups = 1;
         one.features = pixels(count, p.features.h, p.features.w, scratch);
-        one.grad_output = pixels(count, p.out_h, p.out_w, scratch + features_size);
+        const Array outputs = pixels(count, p.out_h, p.out_w, scratch + features_size);
+        if (kResult != Result::kOutput) one.grad_output = outputs;
         const auto of_group = [&](const Array& array) {
             Array view = array;
             view.n = 1;
@@ -77,10 +85,11 @@ struct Images {
         };
         one.masks = of_group(p.masks);
         one.logits = of_group(p.logits);
-        one.result = kResult == Result::kOutput         ? one.grad_output
-                     : kResult == Result::kGradFeatures ? one.features
-                                                        : of_group(p.result);
-        return one;
+        switch (kResult) {
+            case Result::kOutput: return {one, outputs};
+            case Result::kGradFeatures: return {one, one.features};
+            default: return {one, of_group(result)};
+        }
     }
 
     Array pixels(int64_t count, int64_t height, int64_t width, A* data) const {
@@ -88,13 +97,11 @@ struct Images {
     }
 };
 
-// A kernel for adjacent channels on images, whose features have the type that sums are kept in; nothing where the
-// result has no elements.
+// A kernel for adjacent channels on images, whose features have the type that sums are kept in.
 template <template <class> class Kernel>
-void run_on_images(const Problem& problem) {
-    if (problem.result.empty()) return;
+void run_on_images(const Problem& problem, const Array& result) {
     with_accumulator(problem.features.dtype,
-                     [&](auto sums) { run_items(Images<Kernel, typename decltype(sums)::type>{problem}); });
+                     [&](auto sums) { run_items(Images<Kernel, typename decltype(sums)::type>{problem, result}); });
 }
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -27,12 +27,11 @@ void run_items(const Kernel& kernel) {
     });
 }
 
-// A kernel for the storage type of features; nothing where the result has no elements.
+// A kernel for the storage type of features.
 template <template <class> class Kernel>
-void run(const Problem& problem) {
-    if (problem.result.empty()) return;
+void run(const Problem& problem, const Array& result) {
     with_type(problem.features.dtype,
-              [&](auto features) { run_items(Kernel<typename decltype(features)::type>{problem}); });
+              [&](auto features) { run_items(Kernel<typename decltype(features)::type>{problem, result}); });
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace carafepp {
 
 namespace {
 
-// Each includes the one before it.
+// Each includes the one before it. There are no kernels for sse2: the reference runs.
 #if defined(__x86_64__)
 constexpr const char* kIsas[] = {"sse2", "avx2", "avx512"};
 #define CARAFEPP_ISAS "sse2, avx2 or avx512"
@@ -56,8 +56,6 @@ const char* wrong_isa_limit() { return *limit().wrong ? limit().wrong : nullptr;
 
 #if defined(__x86_64__)
 
-const char* sse2::unavailable() { return nullptr; }
-
 const char* avx2::unavailable() {
     // No processor has AVX2 without F16C, which clang 14 has no name for.
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -95,9 +93,9 @@ static const char* cannot_run_reassemble_in_pixels(const Problem& p) {
     return too_large_for_tiles(p);
 }
 
-const char* cannot_run_reassemble_nhwc(const Problem& p) {
+const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
-    if (!p.result.empty() && p.result.stride_c != 1) return "channels of the output are not adjacent";
+    if (!output.empty() && output.stride_c != 1) return "channels of the output are not adjacent";
     return cannot_run_reassemble_in_pixels(p);
 }
 
@@ -107,7 +105,7 @@ static const char* cannot_run_grad_masks_in_pixels(const Problem& p) {
     return too_large_for_tiles(p);
 }
 
-const char* cannot_run_grad_masks_nhwc(const Problem& p) {
+const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
     return cannot_run_grad_masks_in_pixels(p);
@@ -126,8 +124,8 @@ static const char* cannot_run_grad_features_in_pixels(const Problem& p) {
     return nullptr;
 }
 
-const char* cannot_run_grad_features_nhwc(const Problem& p) {
-    if (!p.result.empty() && p.result.stride_c != 1) return "channels of grad_features are not adjacent";
+const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_features) {
+    if (!grad_features.empty() && grad_features.stride_c != 1) return "channels of grad_features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
     return cannot_run_grad_features_in_pixels(p);
 }
@@ -159,18 +157,18 @@ static const char* unfit_for_images(const Problem& p) {
     return nullptr;
 }
 
-const char* cannot_run_reassemble_any(const Problem& p) {
+const char* cannot_run_reassemble_any(const Problem& p, const Array&) {
     const char* reason = cannot_run_reassemble_in_pixels(p);
     return reason ? reason : unfit_for_images(p);
 }
 
-const char* cannot_run_grad_masks_any(const Problem& p) {
+const char* cannot_run_grad_masks_any(const Problem& p, const Array&) {
     if (const char* reason = cannot_run_grad_masks_in_pixels(p)) return reason;
     if (channels_of_image(p) < p.features.c / p.groups) return "all channels of an image take more than 1 MiB";
     return unfit_for_images(p);
 }
 
-const char* cannot_run_grad_features_any(const Problem& p) {
+const char* cannot_run_grad_features_any(const Problem& p, const Array&) {
     if (const char* reason = cannot_run_grad_features_in_pixels(p)) return reason;
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4,
                   rows = ceil_div(p.kernel_size + 2, p.factor.down);
@@ -182,7 +180,7 @@ const char* cannot_run_grad_features_any(const Problem& p) {
 
 // ---- columns in lanes ----
 
-const char* cannot_run_reassemble_nchw(const Problem& p) {
+const char* cannot_run_reassemble_nchw(const Problem& p, const Array&) {
     if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
     if (p.taps() * p.factor.up * 16 > 128 * 1024) return "the masks of a row of a tile take more than 512 KiB";
     return nullptr;
@@ -195,7 +193,7 @@ static const char* unfit_for_columns(const Problem& p) {
     return nullptr;
 }
 
-const char* cannot_run_grad_features_nchw(const Problem& p) {
+const char* cannot_run_grad_features_nchw(const Problem& p, const Array&) {
     // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
     const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4, cells_bytes = 3 * 64 + p.kernel_size * size;
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
@@ -203,21 +201,23 @@ const char* cannot_run_grad_features_nchw(const Problem& p) {
     return unfit_for_columns(p);
 }
 
-const char* cannot_run_grad_masks_nchw(const Problem& p) {
-    const int64_t rows = takes_whole_cells(p) ? p.factor.up : 1;
+const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
+    const int64_t rows = takes_whole_cells(p, grad_masks) ? p.factor.up : 1;
     if (p.taps() * p.factor.up * rows * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
 }
 
 // ---- normalisers ----
 
-const char* cannot_run_normalize_masks(const Problem& p) {
+const char* cannot_run_normalize_masks(const Problem& p, const Array&) {
     if (p.logits.w < 4) return "fewer than 4 columns";
     if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
     return nullptr;
 }
 
-const char* cannot_run_normalize_masks_backward(const Problem& p) { return cannot_run_normalize_masks(p); }
+const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& grad_logits) {
+    return cannot_run_normalize_masks(p, grad_logits);
+}
 
 // ---- preference ----
 
@@ -232,13 +232,16 @@ static bool better_in_pixels(const Problem& p) {
     return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
 }
 
-static const char* slower_than(const char* (*cannot_run_any)(const Problem&), const Problem& p) {
-    if (!better_in_pixels(p) || cannot_run_any(p)) return nullptr;
-    return "rows so narrow, with so many channels, are better transposed to pixels";
-}
+constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
 
-const char* slower_reassemble_nchw(const Problem& p) { return slower_than(cannot_run_reassemble_any, p); }
-const char* slower_grad_features_nchw(const Problem& p) { return slower_than(cannot_run_grad_features_any, p); }
-const char* slower_grad_masks_nchw(const Problem& p) { return slower_than(cannot_run_grad_masks_any, p); }
+const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
+    return better_in_pixels(p) && !cannot_run_reassemble_any(p, output) ? kNarrow : nullptr;
+}
+const char* slower_grad_features_nchw(const Problem& p, const Array& grad_features) {
+    return better_in_pixels(p) && !cannot_run_grad_features_any(p, grad_features) ? kNarrow : nullptr;
+}
+const char* slower_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
+    return better_in_pixels(p) && !cannot_run_grad_masks_any(p, grad_masks) ? kNarrow : nullptr;
+}
 
 }  // namespace carafepp

@@ -8,23 +8,22 @@
 #define CARAFEPP_KERNELS_OF(isa)                                                         \
     namespace isa {                                                                      \
     const char* unavailable(); /* why it cannot run on the processor at hand, or NULL */ \
-    void reassemble_nhwc(const Problem& problem);                                        \
-    void reassemble_nchw(const Problem& problem);                                        \
-    void grad_features_nhwc(const Problem& problem);                                     \
-    void grad_masks_nhwc(const Problem& problem);                                        \
-    void grad_features_nchw(const Problem& problem);                                     \
-    void grad_masks_nchw(const Problem& problem);                                        \
-    void reassemble_any(const Problem& problem);                                         \
-    void grad_features_any(const Problem& problem);                                      \
-    void grad_masks_any(const Problem& problem);                                         \
-    void normalize_masks(const Problem& problem);                                        \
-    void normalize_masks_backward(const Problem& problem);                               \
+    void reassemble_nhwc(const Problem& problem, const Array& output);                   \
+    void reassemble_nchw(const Problem& problem, const Array& output);                   \
+    void grad_features_nhwc(const Problem& problem, const Array& grad_features);         \
+    void grad_masks_nhwc(const Problem& problem, const Array& grad_masks);               \
+    void grad_features_nchw(const Problem& problem, const Array& grad_features);         \
+    void grad_masks_nchw(const Problem& problem, const Array& grad_masks);               \
+    void reassemble_any(const Problem& problem, const Array& output);                    \
+    void grad_features_any(const Problem& problem, const Array& grad_features);          \
+    void grad_masks_any(const Problem& problem, const Array& grad_masks);                \
+    void normalize_masks(const Problem& problem, const Array& masks);                    \
+    void normalize_masks_backward(const Problem& problem, const Array& grad_logits);     \
     }
 
 namespace carafepp {
 
 #if defined(__x86_64__)
-CARAFEPP_KERNELS_OF(sse2)
 CARAFEPP_KERNELS_OF(avx2)
 CARAFEPP_KERNELS_OF(avx512)
 #elif defined(__aarch64__)
@@ -39,28 +38,30 @@ constexpr int kMaxFactor = 16;  // up and down that the kernels with tables of p
 int64_t channels_of_image(const Problem& problem);
 
 // Whether a kernel writes all rows of a cell together: the gradients of its logits, where they are adjacent.
-inline bool takes_whole_cells(const Problem& problem) { return problem.from_logits && problem.result.stride_c == 1; }
+inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
+    return problem.from_logits && grad_masks.stride_c == 1;
+}
 
 // Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
 // or NULL. Read once.
 const char* wrong_isa_limit();
 
 // Why the kernel of that name cannot run a problem, or NULL.
-const char* cannot_run_reassemble_nhwc(const Problem& problem);
-const char* cannot_run_reassemble_nchw(const Problem& problem);
-const char* cannot_run_grad_features_nhwc(const Problem& problem);
-const char* cannot_run_grad_masks_nhwc(const Problem& problem);
-const char* cannot_run_grad_features_nchw(const Problem& problem);
-const char* cannot_run_grad_masks_nchw(const Problem& problem);
-const char* cannot_run_reassemble_any(const Problem& problem);
-const char* cannot_run_grad_features_any(const Problem& problem);
-const char* cannot_run_grad_masks_any(const Problem& problem);
-const char* cannot_run_normalize_masks(const Problem& problem);
-const char* cannot_run_normalize_masks_backward(const Problem& problem);
+const char* cannot_run_reassemble_nhwc(const Problem& problem, const Array& output);
+const char* cannot_run_reassemble_nchw(const Problem& problem, const Array& output);
+const char* cannot_run_grad_features_nhwc(const Problem& problem, const Array& grad_features);
+const char* cannot_run_grad_masks_nhwc(const Problem& problem, const Array& grad_masks);
+const char* cannot_run_grad_features_nchw(const Problem& problem, const Array& grad_features);
+const char* cannot_run_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
+const char* cannot_run_reassemble_any(const Problem& problem, const Array& output);
+const char* cannot_run_grad_features_any(const Problem& problem, const Array& grad_features);
+const char* cannot_run_grad_masks_any(const Problem& problem, const Array& grad_masks);
+const char* cannot_run_normalize_masks(const Problem& problem, const Array& masks);
+const char* cannot_run_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 // Why another kernel that can run a problem is faster than the one of that name, or NULL.
-const char* slower_reassemble_nchw(const Problem& problem);
-const char* slower_grad_features_nchw(const Problem& problem);
-const char* slower_grad_masks_nchw(const Problem& problem);
+const char* slower_reassemble_nchw(const Problem& problem, const Array& output);
+const char* slower_grad_features_nchw(const Problem& problem, const Array& grad_features);
+const char* slower_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
 
 }  // namespace carafepp

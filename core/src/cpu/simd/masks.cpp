@@ -50,12 +50,12 @@ CARAFEPP_INLINE void store_pairs(const Accumulator<M>* even, const Accumulator<M
 template <class M>
 struct Elements : MaskTiles<Accumulator<M>> {
     using A = Accumulator<M>;
-    using MaskTiles<A>::L, MaskTiles<A>::p, MaskTiles<A>::phases, MaskTiles<A>::first_tap, MaskTiles<A>::taps,
-        MaskTiles<A>::row_size;
+    using MaskTiles<A>::L, MaskTiles<A>::p, MaskTiles<A>::phases, MaskTiles<A>::of_logits, MaskTiles<A>::first_tap,
+        MaskTiles<A>::taps, MaskTiles<A>::row_size;
 
-    void load_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
-        const Array& array = p.from_logits ? p.logits : p.masks;
-        if (array.stride_c == 1 && p.from_logits) {
+    void load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
+                   A* to) const {
+        if (array.stride_c == 1 && of_logits) {
             load_channels<M>(locate(array, n, group, rows.begin / p.factor.up * p.factor.up, cell, 0).first,
                              array.stride_w, count, channels_of_logits(), places_of_logits<A>(rows, pitch, to));
             return;
@@ -84,9 +84,9 @@ struct Elements : MaskTiles<Accumulator<M>> {
         }
     }
 
-    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from) const {
-        const Array& array = p.result;
-        if (array.stride_c == 1 && p.from_logits) {
+    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
+                    const Array& array) const {
+        if (array.stride_c == 1 && of_logits) {
             store_channels<M>(places_of_logits<const A>(rows, pitch, from), count, channels_of_logits(),
                               locate(array, n, group, rows.begin, cell, 0).first, array.stride_w);
             return;
@@ -130,12 +130,12 @@ struct Elements : MaskTiles<Accumulator<M>> {
         }
     }
 
-    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from) const {
+    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from, const Array& result) const {
         for (int64_t row = rows.begin; row < rows.end; row++) {
             const int64_t columns = std::min(phases, p.out_w - cell * p.factor.up);
             const A* of_row = from + (row - rows.begin) * phases * taps;
-            M* to = element<M>(p.result, n, group * taps, row, cell * p.factor.up);
-            for (int64_t phase = 0; phase < columns; phase++, of_row += taps, to += p.result.stride_w) {
+            M* to = element<M>(result, n, group * taps, row, cell * p.factor.up);
+            for (int64_t phase = 0; phase < columns; phase++, of_row += taps, to += result.stride_w) {
                 for (int64_t t = 0; t < taps; t += L) store_part(load(of_row + t), to + t, taps - t);
             }
         }
@@ -156,7 +156,7 @@ private:
 
     Strip locate(const Array& array, int64_t n, int64_t group, int64_t row, int64_t cell, int64_t phase) const {
         const int64_t up = p.factor.up;
-        if (p.from_logits) {
+        if (of_logits) {
             const int64_t channel = (group * taps * up + row % up) * up + phase;
             return {element<M>(array, n, channel, row / up, cell), up * up * array.stride_c, array.stride_w, L};
         }
@@ -167,7 +167,7 @@ private:
 
     // Masks whose two phases lie side by side.
     bool has_pairs(const Array& array) const {
-        return !p.from_logits && p.factor.up == 2 && phases == 2 && array.stride_w == 1 && array.stride_c != 1;
+        return !of_logits && p.factor.up == 2 && phases == 2 && array.stride_w == 1 && array.stride_c != 1;
     }
 
     int64_t columns_of(int64_t cell, int count) const {
@@ -200,15 +200,15 @@ void with_elements(const MaskTiles<A>& tiles, const Array& array, F f) {
 
 template <class A>
 void MaskTiles<A>::stage(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
-    load_rows(n, group, rows, cell, count, pitch, to);
-    if (!p.from_logits) return;
+    load_rows(of_logits ? p.logits : p.masks, n, group, rows, cell, count, pitch, to);
+    if (!of_logits) return;
     for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) normalize_row(to, pitch);
 }
 
 template <class A>
 void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, A* tile,
                                 int64_t row_pitch, A* to) const {
-    if (!p.from_logits && p.masks.stride_c == 1) {
+    if (!of_logits && p.masks.stride_c == 1) {
         with_elements(*this, p.masks,
                       [&](const auto& masks) { masks.load_pixels(n, group, rows, cell, count, row_pitch, to); });
         return;
@@ -227,21 +227,23 @@ void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cel
 }
 
 template <class A>
-void MaskTiles<A>::load_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
-    with_elements(*this, p.from_logits ? p.logits : p.masks,
-                  [&](const auto& inputs) { inputs.load_rows(n, group, rows, cell, count, pitch, to); });
+void MaskTiles<A>::load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count,
+                             int64_t pitch, A* to) const {
+    with_elements(*this, array,
+                  [&](const auto& inputs) { inputs.load_rows(array, n, group, rows, cell, count, pitch, to); });
 }
 
 template <class A>
 void MaskTiles<A>::store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
-                              const A* from) const {
-    with_elements(*this, p.result,
-                  [&](const auto& results) { results.store_rows(n, group, rows, cell, count, pitch, from); });
+                              const A* from, const Array& result) const {
+    with_elements(*this, result,
+                  [&](const auto& results) { results.store_rows(n, group, rows, cell, count, pitch, from, result); });
 }
 
 template <class A>
-void MaskTiles<A>::store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from) const {
-    with_elements(*this, p.result, [&](const auto& results) { results.store_cell(n, group, rows, cell, from); });
+void MaskTiles<A>::store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from,
+                              const Array& result) const {
+    with_elements(*this, result, [&](const auto& results) { results.store_cell(n, group, rows, cell, from, result); });
 }
 
 template <class A>

@@ -30,6 +30,7 @@ struct MaskTiles {
 
     const Problem& p;
     int64_t phases;
+    bool of_logits = p.from_logits;          // else of masks
     int64_t first_tap = 0, taps = p.taps();  // of masks, not of logits, also fewer than all
 
     int64_t row_size(int64_t pitch) const { return taps * phases * pitch; }
@@ -43,14 +44,16 @@ struct MaskTiles {
     void stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, A* tile, int64_t row_pitch,
                       A* to) const;
 
-    // What `stage` loads: masks or logits.
-    void load_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const;
+    // The same of any array of such tiles, as it is.
+    void load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
+                   A* to) const;
 
-    // Staged rows to the result, which has the shape of the masks or, with all rows and phases of its cells, logits.
-    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from) const;
+    // Staged rows to a result, which has the shape of the masks or, with all rows and phases of its cells, logits.
+    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
+                    const Array& result) const;
 
     // [row][phase][tap] of one cell to a result of masks with adjacent channels. Reads whole vectors of taps.
-    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from) const;
+    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from, const Array& result) const;
 
     // A staged row of logits to masks.
     void normalize_row(A* row, int64_t pitch) const;

@@ -14,44 +14,35 @@ namespace {
 
 constexpr double kCostOfElement = 1;  // in multiply-adds
 
-// The problem seen as one of masks that are given: those whose gradient is known.
-static inline Problem with_given_masks(const Problem& problem) {
-    Problem given = problem;
-    given.from_logits = false;
-    given.masks = problem.grad_masks;
-    return given;
-}
-
 template <class A>
 struct NormalizeMasks {
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
     const int64_t phases;
-    const Problem given = with_given_masks(p);
-    const MaskTiles<A> logits{p, phases}, masks{given, phases};
+    const MaskTiles<A> logits{p, phases, true}, masks{p, phases, false};
     const int64_t up = p.factor.up;
     const int64_t row_size = logits.row_size(L), tile_size = up * row_size;
 
-    void forward() const {
+    void forward(const Array& result) const {
         for_each_tile(ceil_div(p.out_h, up), ceil_div(p.out_w, up), [&](const Tile& at, A* tile) {
             const Rows rows{at.rows.begin, std::min(at.rows.end, p.out_h)};
             logits.stage(at.n, at.group, rows, at.cell, at.count, L, tile);
-            masks.store_rows(at.n, at.group, rows, at.cell, at.count, L, tile);
+            masks.store_rows(at.n, at.group, rows, at.cell, at.count, L, tile, result);
         });
     }
 
-    void backward() const {
+    void backward(const Array& grad_logits) const {
         for_each_tile(p.logits.h, p.logits.w, [&](const Tile& at, A* grad) {
             const Rows rows{at.rows.begin, std::min(at.rows.end, p.out_h)};
             A* const staged = grad + tile_size;
-            logits.load_rows(at.n, at.group, at.rows, at.cell, at.count, L, staged);
-            masks.load_rows(at.n, at.group, rows, at.cell, at.count, L, grad);
+            logits.load_rows(p.logits, at.n, at.group, at.rows, at.cell, at.count, L, staged);
+            masks.load_rows(p.grad_masks, at.n, at.group, rows, at.cell, at.count, L, grad);
             for (int64_t row = 0; row < rows.end - rows.begin; row++) {
                 logits.normalize_row_backward(grad + row * row_size, staged + row * row_size, grad + 2 * tile_size, L);
             }
             logits.clear_cropped(at.rows, at.cell, L, logits.order(L), grad);
-            logits.store_rows(at.n, at.group, at.rows, at.cell, at.count, L, grad);
+            logits.store_rows(at.n, at.group, at.rows, at.cell, at.count, L, grad, grad_logits);
         });
     }
 
@@ -64,7 +55,7 @@ struct NormalizeMasks {
 
     template <class F>
     void for_each_tile(int64_t cell_rows, int64_t cells, const F& f) const {
-        const int64_t items = p.result.n * p.groups * cell_rows;
+        const int64_t items = p.logits.n * p.groups * cell_rows;
         const int64_t scratch_size = 2 * tile_size + row_size;
         const double elements = static_cast<double>(items * cells) * static_cast<double>(tile_size / L);
         const int threads = threads_for(items, kCostOfElement * elements);
@@ -85,17 +76,16 @@ struct NormalizeMasks {
 
 }  // namespace
 
-void normalize_masks(const Problem& problem) {
-    if (problem.result.empty()) return;
+void normalize_masks(const Problem& problem, const Array& masks) {
     with_accumulator(problem.logits.dtype, [&](auto sums) {
-        NormalizeMasks<typename decltype(sums)::type>{problem, std::min(problem.factor.up, problem.out_w)}.forward();
+        NormalizeMasks<typename decltype(sums)::type>{problem, std::min(problem.factor.up, problem.out_w)}.forward(
+            masks);
     });
 }
 
-void normalize_masks_backward(const Problem& problem) {
-    if (problem.result.empty()) return;
+void normalize_masks_backward(const Problem& problem, const Array& grad_logits) {
     with_accumulator(problem.logits.dtype, [&](auto sums) {
-        NormalizeMasks<typename decltype(sums)::type>{problem, problem.factor.up}.backward();
+        NormalizeMasks<typename decltype(sums)::type>{problem, problem.factor.up}.backward(grad_logits);
     });
 }
 

@@ -199,7 +199,7 @@ struct Cut {
         ring = k + ceil_div(down, up);
         const int64_t most_cells = kMostFeatures * lanes / (at_once * ring * down) - reach_before - reach_behind;
         tiles = split(all_tiles, std::min(kMasksInBlock * lanes / tile_size, most_cells / lanes));
-        const int64_t blocks_beside = p.result.n * p.groups * ceil_div(all_tiles, tiles);
+        const int64_t blocks_beside = p.features.n * p.groups * ceil_div(all_tiles, tiles);
         const int64_t blocks = threads > 1 ? ceil_div(4 * threads, blocks_beside) : 1;  // so that no thread waits long
         const int64_t fewest = std::min<int64_t>(4, units);
         rows = split(units, std::min(kMasksInBlock * lanes / (tile_size * tiles), std::max(units / blocks, fewest))) *
@@ -238,6 +238,7 @@ struct ReassembleNchw {
     static constexpr int64_t L = kLanes<A>;
 
     const Problem& p;
+    const Array& output;
     const MaskTiles<A> masks{p, std::min(p.factor.up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
     const Cut cut{p, phases, masks.row_size(L), L, threads_worth<A>(p)};
@@ -245,19 +246,19 @@ struct ReassembleNchw {
     const int64_t cells = ceil_div(p.out_w, p.factor.up), tiles = ceil_div(cells, L);
     const int64_t tile_columns = L * masks.phases;
     // Sums are written where they belong or, in other types and strides, by way of a buffer of a tile of two rows.
-    const bool adjacent = std::is_same_v<T, A> && p.result.stride_w == 1;
-    const bool past_caches = adjacent && leaves_caches(p.result) && writes_lines();
+    const bool adjacent = std::is_same_v<T, A> && output.stride_w == 1;
+    const bool past_caches = adjacent && leaves_caches(output) && writes_lines();
     // Where their vectors are not whole lines, whole rows are collected before they leave past the caches.
-    const bool by_rows = p.result.stride_w == 1 && leaves_caches(p.result) && !past_caches && cut.tiles == tiles &&
+    const bool by_rows = output.stride_w == 1 && leaves_caches(output) && !past_caches && cut.tiles == tiles &&
                          2 * cut.channels * p.out_w * int64_t{sizeof(T)} <= kRowsBytes;
 
     // Whether each vector of a tile, with the other phases', is a whole line or more.
     bool writes_lines() const {
         const int64_t line = 64 / int64_t{sizeof(T)};
-        for (int64_t stride : {p.result.stride_n, p.result.stride_c, p.result.stride_h, tile_columns}) {
+        for (int64_t stride : {output.stride_n, output.stride_c, output.stride_h, tile_columns}) {
             if (stride % line != 0) return false;
         }
-        return reinterpret_cast<uintptr_t>(p.result.data) % 64 == 0;
+        return reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
     }
 
     // What one item is: some rows of some tiles, all channels of a group.
@@ -274,7 +275,7 @@ struct ReassembleNchw {
     const int64_t rows_size = by_rows ? 2 * cut.channels * p.out_w : 0;
     const int64_t scratch_size = masks_size + features_size + outputs_size + rows_size;
     const int64_t row_blocks = ceil_div(p.out_h, cut.rows), panels = ceil_div(tiles, cut.tiles);
-    const int64_t items = p.result.n * p.groups * row_blocks * panels;
+    const int64_t items = output.n * p.groups * row_blocks * panels;
 
     void run_item(int64_t item, A* scratch) const {
         Block b;
@@ -396,8 +397,8 @@ struct ReassembleNchw {
         w.end = static_cast<int>(std::min(sources.end, p.features.h) - sources.begin);
         w.step = static_cast<int>(sources.end - sources.begin - p.kernel_size);
         w.tap_stride = masks.phases * L;
-        const int64_t channel_stride = by_rows ? 2 * p.out_w : p.result.stride_c;
-        const int64_t row_stride = by_rows ? p.out_w : p.result.stride_h;
+        const int64_t channel_stride = by_rows ? 2 * p.out_w : output.stride_c;
+        const int64_t row_stride = by_rows ? p.out_w : output.stride_h;
         w.output_channel_stride = adjacent ? channel_stride : 2 * tile_columns;
         w.output_row_stride = adjacent ? row_stride : tile_columns;
         w.phases = masks.phases;
@@ -409,7 +410,7 @@ struct ReassembleNchw {
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             const int64_t column = b.first_column + tile * L * p.factor.up;
             const int64_t columns = std::min(tile_columns, p.out_w - column);
-            T* const result = by_rows ? b.rows_out + column : element<T>(p.result, b.n, channel, rows.begin, column);
+            T* const result = by_rows ? b.rows_out + column : element<T>(output, b.n, channel, rows.begin, column);
             A* outputs = b.outputs;
             if constexpr (std::is_same_v<T, A>) {
                 if (adjacent) outputs = result;
@@ -437,8 +438,8 @@ struct ReassembleNchw {
                 const A* const from = outputs + r * tile_columns;
                 T* const to = result + r * row_stride;
                 for (int64_t k = 0; k < columns; k += L) {
-                    store_lanes(from + k, static_cast<int>(std::min(columns - k, L)), to + k * p.result.stride_w,
-                                p.result.stride_w);
+                    store_lanes(from + k, static_cast<int>(std::min(columns - k, L)), to + k * output.stride_w,
+                                output.stride_w);
                 }
             }
         }
@@ -446,11 +447,11 @@ struct ReassembleNchw {
 
     // Whole rows, past the caches but for the ends of what is adjacent.
     void stream_rows(const Block& b, int64_t channel, int64_t count, Rows rows) const {
-        const int64_t all = rows.end - rows.begin, runs = p.result.stride_h == p.out_w ? 1 : all;
+        const int64_t all = rows.end - rows.begin, runs = output.stride_h == p.out_w ? 1 : all;
         for (int64_t c = 0; c < count; c++) {
             for (int64_t r = 0; r < runs; r++)
                 stream_lines(b.rows_out + (2 * c + r) * p.out_w, p.out_w * all / runs,
-                             element<T>(p.result, b.n, channel + c, rows.begin + r, 0));
+                             element<T>(output, b.n, channel + c, rows.begin + r, 0));
         }
     }
 
@@ -500,6 +501,6 @@ struct ReassembleNchw {
 
 }  // namespace
 
-void reassemble_nchw(const Problem& problem) { run<ReassembleNchw>(problem); }
+void reassemble_nchw(const Problem& problem, const Array& output) { run<ReassembleNchw>(problem, output); }
 
 }  // namespace carafepp::CARAFEPP_ISA

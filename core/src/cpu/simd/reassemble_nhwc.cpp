@@ -119,16 +119,17 @@ struct ReassembleNhwc {
     static constexpr Result kResult = Result::kOutput;
 
     const Problem& p;
+    const Array& output;
     const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
     const MaskTiles<A> masks{p, std::min(up, p.out_w)};
     const Phases phases{p.factor, masks.phases};
     const int64_t cells = ceil_div(p.out_w, up);
     const int64_t channels = p.features.c / p.groups;
-    const bool streaming = streams<T>(p.result, channels);
+    const bool streaming = streams<T>(output, channels);
 
     const bool in_pairs = up == 1 && down < p.kernel_size;  // one output a cell, whose windows overlap
     const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
-    const int64_t items = p.result.n * p.groups * bands;
+    const int64_t items = output.n * p.groups * bands;
     const int64_t pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
     const int64_t tile_size = band_rows * masks.row_size(L);
     const int64_t scratch_size = pixels_size + tile_size;
@@ -203,7 +204,7 @@ struct ReassembleNhwc {
                      phase++) {
                     site.weights[site.count] = weights.first + (row - rows.begin) * weights.row_stride +
                                                q * weights.cell_stride + phase * weights.phase_stride;
-                    site.outputs[site.count++] = element<T>(p.result, n, group * channels, row, cell * up + phase);
+                    site.outputs[site.count++] = element<T>(output, n, group * channels, row, cell * up + phase);
                 }
             }
             contract_site(site, channels);
@@ -217,7 +218,7 @@ struct ReassembleNhwc {
         site.ahead = ahead(n, group, row.source, cell, 2);
         for (int o = 0; o < 2; o++) {
             site.weights[o] = weights.first + (q + o) * weights.cell_stride - o * down * weights.tap_stride;
-            site.outputs[o] = element<T>(p.result, n, group * channels, row.begin, cell + o);
+            site.outputs[o] = element<T>(output, n, group * channels, row.begin, cell + o);
         }
         contract_site(site, channels);
     }
@@ -225,8 +226,8 @@ struct ReassembleNhwc {
 
 }  // namespace
 
-void reassemble_nhwc(const Problem& problem) { run<ReassembleNhwc>(problem); }
+void reassemble_nhwc(const Problem& problem, const Array& output) { run<ReassembleNhwc>(problem, output); }
 
-void reassemble_any(const Problem& problem) { run_on_images<ReassembleNhwc>(problem); }
+void reassemble_any(const Problem& problem, const Array& output) { run_on_images<ReassembleNhwc>(problem, output); }
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -8,7 +8,7 @@
 // where it must not.
 #pragma once
 
-#if defined(__SSE2__)
+#if CARAFEPP_VECTOR_BYTES > 16
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -110,9 +110,7 @@ typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(2)
 template <class T>
 CARAFEPP_INLINE VectorOf<float>::integer load_high(const T* from) {
     typedef VectorOf<float>::integer Integer;
-#if defined(__SSE2__)
-    return (Integer)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
     return (Integer)vshlq_n_u32(vmovl_u16(vld1_u16(&from->bits)), 16);
 #else
     return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integer) << 16;
@@ -212,15 +210,10 @@ CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
     const VectorOf<float>::integer nan = (a != a) | (b != b);
     return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
 }
-#if defined(__SSE2__)
-CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm_stream_ps(to, (__m128)value); }
-CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm_stream_pd(to, (__m128d)value); }
-#else
 template <class A>
 CARAFEPP_INLINE void stream(Vector<A> value, A* to) {
     store(value, to);
 }
-#endif
 
 #endif
 
@@ -232,7 +225,7 @@ CARAFEPP_INLINE bool leaves_caches(const Array& result) {
 
 // Other threads may read what was streamed once this is done, as they may what was stored.
 CARAFEPP_INLINE void finish_streams() {
-#if defined(__SSE2__)
+#if CARAFEPP_VECTOR_BYTES > 16
     _mm_sfence();
 #endif
 }
