@@ -142,13 +142,13 @@ MUTANTS = [
     ),
     Mutant(
         "an infinite mask meets a tap beyond a border",
-        "sources.h",
+        "stage_masks_up2.h",
         "if (j >= 0 && j < p.features.w) continue;",
         "if (j >= -1 && j < p.features.w) continue;",
     ),
     Mutant(
         "logits are normalised before all are staged",
-        "sources.h",
+        "stage_masks_up2.h",
         "= weight;\n    });\n    __syncthreads();",
         "= weight;\n    });",
     ),

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda/channels.h"
-#include "cuda/sources.h"
+#include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 

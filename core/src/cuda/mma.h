@@ -85,7 +85,7 @@ __device__ __forceinline__ float scale_of_masks(const Problem& p) {
 }
 
 // For the forward, a lane's pair of a row of the band matrix that leads from pixels to an output: taps b and b + 1 of
-// row a, 0 where there are none. `weights` are the output's masks as sources.h stages them.
+// row a, 0 where there are none. `weights` are the output's masks as stage_masks_up2.h stages them.
 template <int K, class T>
 __device__ __forceinline__ uint32_t pair_of_band(const float* weights, int a, int b, float scale) {
     const auto weight = [&](int tap) { return tap >= 0 && tap < K ? scale * weights[(a * K + tap) * kOutputs] : 0.0f; };

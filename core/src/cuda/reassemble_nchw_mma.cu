@@ -6,7 +6,7 @@
 // from those staged: a row of features that is loaded serves both rows of sources. What of the band is 0 would make NaN
 // of an infinite feature: where a sum is not finite it is computed anew, tap by tap.
 #include "cuda/mma.h"
-#include "cuda/sources.h"
+#include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {

@@ -5,7 +5,7 @@
 // outputs as [source][tap][output], contract the taps (each feature that is loaded serves both sources, each vector of
 // weights that is read from shared memory four outputs), write out.
 #include "cuda/channels.h"
-#include "cuda/sources.h"
+#include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {

@@ -10,11 +10,11 @@
 #include <algorithm>
 
 #include "cpu/scratch.h"
-#include "cpu/simd/channels.h"
-#include "cpu/simd/columns.h"
-#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
+#include "cpu/simd/row_deinterleave.h"
+#include "cpu/simd/tile_transpose.h"
+#include "cpu/simd/work_items.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "cpu/simd/channels.h"
-#include "cpu/simd/columns.h"
 #include "cpu/simd/normalize.h"
+#include "cpu/simd/row_deinterleave.h"
+#include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {

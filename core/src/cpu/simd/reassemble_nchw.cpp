@@ -6,11 +6,11 @@
 // come into their windows, contract the taps tile by tile, and write out.
 #include <algorithm>
 
-#include "cpu/simd/bands.h"
-#include "cpu/simd/columns.h"
-#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
+#include "cpu/simd/row_deinterleave.h"
+#include "cpu/simd/shared_windows.h"
+#include "cpu/simd/work_items.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {

@@ -7,13 +7,13 @@
 // channels, write out.
 #include <algorithm>
 
-#include "cpu/simd/bands.h"
-#include "cpu/simd/cell_masks.h"
-#include "cpu/simd/images.h"
-#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
-#include "cpu/simd/windows.h"
+#include "cpu/simd/masks_nhwc.h"
+#include "cpu/simd/nhwc_staging.h"
+#include "cpu/simd/nhwc_windows.h"
+#include "cpu/simd/shared_windows.h"
+#include "cpu/simd/work_items.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {

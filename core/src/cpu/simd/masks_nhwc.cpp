@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd/cell_masks.h"
+#include "cpu/simd/masks_nhwc.h"
 
 #include <limits>
 

@@ -5,9 +5,9 @@
 
 #include <algorithm>
 
-#include "cpu/simd/items.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/vector.h"
+#include "cpu/simd/work_items.h"
 #include "problem.h"
 
 namespace carafepp::CARAFEPP_ISA {

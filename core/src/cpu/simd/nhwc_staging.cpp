@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd/images.h"
+#include "cpu/simd/nhwc_staging.h"
 
-#include "cpu/simd/channels.h"
-#include "cpu/simd/columns.h"
+#include "cpu/simd/row_deinterleave.h"
+#include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd/channels.h"
+#include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd/columns.h"
+#include "cpu/simd/row_deinterleave.h"
 
 #include <algorithm>
 
-#include "cpu/simd/channels.h"
+#include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {
