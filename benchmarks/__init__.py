@@ -2,19 +2,32 @@
 
 | file | holds |
 |---|---|
-| timing.py | the harness of every command here: warm-up, rounds of all rivals, peak memory |
-| problems.py, rivals.py, peers.py | the problems, carafepp's calls, PyTorch's |
-| truth.py, windows.py | the right results, in three windows of a problem |
+| timing.py | the harness of every command: warm-up, turns of the candidates, peak memory |
+| problems.py, passes.py | the problems; a pass of a problem, its cost and carafepp's call |
+| implementations.py, peers.py | carafepp's candidates; PyTorch's candidates |
+| compare.py | one comparison: checks, times, ratios |
+| truth.py, check.py | the right results on three blocks; the tolerance |
 | machine.py | the machine's peaks: arithmetic and copies |
 | report.py, plot.py | tables, progress and files; the picture |
-| calls.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
-| gpu/ | what a machine with a GPU has to show: `python -m benchmarks.gpu` |
+| overhead.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
+| gpu/ | everything that needs a GPU: `python -m benchmarks.gpu` |
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# PyTorch's threads otherwise spin between two calls, on the cores where the next rival is timed.
+# PyTorch's idle threads otherwise spin on the cores of the next candidate.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def commit() -> str:
+    """Return the commit of the tree, and whether files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12"]
+    command.append("--dirty= with changes")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import machine, report
-from .calls import one_call
 from .compare import compare
+from .overhead import one_call
+from .passes import BYTES, FLOPS
 from .peers import COMPILED
-from .problems import BYTES, FLOPS, PROBLEMS
+from .problems import PROBLEMS
 from .timing import HOW
 
-SECONDS = 10  # timing of one comparison
-QUICK_SECONDS = 120  # --quick in all
+SECONDS = 10  # time budget of one comparison
+QUICK_SECONDS = 120  # time budget of --quick
 QUICK_CASES = ["fpn1", "s2", "tiny"]
 QUICK_PEERS = ["unfold", "taps", "bmm", "nearest", "avg_pool"]
 QUICK_WITHOUT = ("forward+backward", "logits")
@@ -24,12 +25,12 @@ FACTS = {
     "FLOP": FLOPS,
     "bytes": BYTES,
     "roofline": "share of min(peak, FLOP * bandwidth of a copy of that size / bytes)",
-    "best composition": f"of all layouts, as many threads; {COMPILED}: the first number of threads",
+    "best composition": f"of both layouts; {COMPILED} ones run on the first number of threads",
 }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     text = "Check carafepp and PyTorch on the same problems, time them in turns, and print tables. "
     parser = report.parser("benchmarks", text + "Exit status 1 if an answer is wrong.", SECONDS)
 
@@ -40,19 +41,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     passes, layouts, sources = "forward,forward+backward", "NCHW,NHWC", "masks,logits"
     dtypes = "float32", "float64", "float16", "bfloat16"
-    quick = "two minutes in all: fewer problems and peers, nothing compiled"
+    quick = "take two minutes: fewer problems and peers, nothing compiled"
     parser.add_argument("--quick", action="store_true", help=quick)
     words("--cases", None, f"of {', '.join(PROBLEMS)}; default all", PROBLEMS)
-    words("--implementations", None, "parts of names, as avx2; carafepp is its own choice")
-    words("--peers", None, f"parts of names: unfold, taps, bmm, {COMPILED}, nearest, ...; or none")
-    words("--threads", "1,2", "numbers; --quick takes the first for most rows", kind=int)
-    words("--dtype", "float32,bfloat16", "the first is for peers too", dtypes)
     words(
-        "--pass", passes, "the second brings the gradients alone", passes.split(","), dest="passes"
+        "--implementations",
+        None,
+        "parts of names, like avx2; carafepp is the automatic choice",
     )
+    words("--peers", None, f"parts of names: unfold, taps, bmm, {COMPILED}, nearest, ..., or none")
+    words("--threads", "1,2", "numbers of threads; --quick takes the first for most rows", kind=int)
+    words("--dtype", "float32,bfloat16", "peers run in the first one only", dtypes)
+    words("--pass", passes, "the second adds each gradient alone", passes.split(","), dest="passes")
     words("--layout", layouts, "NHWC: channels_last for PyTorch", layouts.split(","))
-    words("--from", sources, "what the problem is given", sources.split(","), dest="sources")
-    parser.add_argument("--fresh", action="store_true", help="results in fresh memory, not `out=`")
+    words("--from", sources, "input of the problem", sources.split(","), dest="sources")
+    parser.add_argument(
+        "--fresh", action="store_true", help="results in fresh memory, without `out=`"
+    )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture, a PNG")
     asked = parser.parse_args(arguments)
     asked.implementation = _wanted(asked.implementations)
@@ -63,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _wanted(parts: list[str] | None) -> Callable[[str], bool]:
-    """Return whether a name has one of the parts; without parts all have."""
+    """Return a function that tells whether a name has one of the parts; None accepts all."""
     return lambda name: parts is None or any(part in name for part in parts)
 
 
@@ -78,17 +83,17 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     end = time.monotonic() + QUICK_SECONDS
     peaks = machine.measure(asked.threads) if asked.seconds else {}
-    pages = report.Report(**FACTS, **dict(map(_told, peaks.values())))
+    pages = report.Report(**FACTS, **dict(map(_peaks, peaks.values())))
     calls = one_call(min(asked.seconds, 1)) if asked.seconds else []
     rows: list[report.Row] = []
     if calls:
-        pages.table("One call, of nearly nothing", calls, CALL_COLUMNS)
+        pages.table("One call on arrays of one value", calls, CALL_COLUMNS)
     for number, one in enumerate(pages.track(todo, " ".join)):
         name, pass_, source = one
         seconds = asked.seconds
         if asked.quick and seconds:
             share = (end - time.monotonic()) / (len(todo) - number)
-            seconds = max(0.5, min(seconds, share / 2))  # the other half is for checks
+            seconds = max(0.5, min(seconds, share / 2))  # checks take the other half
         case = PROBLEMS[name]
         found = compare(case, source, pass_, asked, seconds, peaks)
         factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
@@ -101,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.seconds:
         summarize(pages, rows, asked)
     notes = dict.fromkeys(
-        f"{row['case']}: {_rival(row)}: {row['error']}" for row in rows if row["error"]
+        f"{row['case']}: {_labels(row)}: {row['error']}" for row in rows if row["error"]
     )
     if notes:
         pages.show("\n".join(f"- {note}" for note in notes))
@@ -114,13 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any((row["error"] or "").startswith("wrong") for row in rows) else 0
 
 
-def _told(peaks: machine.Peaks) -> tuple[str, str]:
+def _peaks(peaks: machine.Peaks) -> tuple[str, str]:
     rates = [f"{size / 2**20:.3g} MiB {rate / 1e9:.0f}" for size, rate in peaks.copy.items()]
     text = f"FMA in registers {peaks.flops / 1e9:.0f} GFLOP/s; copy, GB/s read plus written: "
     return f"peaks, threads: {peaks.threads}", text + ", ".join(rates)
 
 
-def _rival(row: report.Row) -> str:
+def _labels(row: report.Row) -> str:
     keys = ("name", "pass", "source", "layout", "dtype", "threads")
     return " ".join(str(row[key]) for key in keys)
 
@@ -157,18 +162,18 @@ CALL_COLUMNS = {
     "call": lambda row: row["name"],
     "us": _number("seconds", 1e-6),
     "p10-p90": lambda row: report.interval(row, 1e-6),
-    "carafepp's time by this one": _number("ratio"),
+    "carafepp's time / this one's": _number("ratio"),
 }
 
 
 def summarize(pages: report.Report, rows: list[report.Row], asked: argparse.Namespace) -> None:
-    """Print times of the best composition by carafepp's: first dtype, first number of threads."""
-    found: dict[str, dict[tuple, float]] = {}
+    """Print the speedups of the first dtype on the first number of threads."""
+    ratios: dict[str, dict[tuple, float]] = {}
     for row in rows:
         first = (row["dtype"], row["threads"]) == (asked.dtype[0], asked.threads[0])
         if first and row["chosen"] and row["x_composition"]:
             key = row["pass"], row["layout"], row["source"]
-            found.setdefault(row["case"], {})[key] = row["x_composition"]
+            ratios.setdefault(row["case"], {})[key] = row["x_composition"]
 
     def cell(pass_: str, layout: str) -> Callable[[report.Row], str]:
         keys = [(pass_, layout, source) for source in asked.sources]
@@ -177,7 +182,7 @@ def summarize(pages: report.Report, rows: list[report.Row], asked: argparse.Name
     columns = {
         f"{one}, {layout}": cell(one, layout) for one in asked.passes for layout in asked.layout
     }
-    listed = [{"case": name, **of} for name, of in found.items()]
+    listed = [{"case": name, **cells} for name, cells in ratios.items()]
     title = f"Times as fast as the best composition, from {' / '.join(asked.sources)}"
     title += f", {asked.dtype[0]}, threads: {asked.threads[0]}"
     pages.table(title, listed, {"problem": lambda row: row["case"], **columns})

@@ -1,7 +1,7 @@
 """The machine's peaks, measured once in a run: arithmetic and copies, by a few lines of C.
 
-Arithmetic: independent fused multiply-adds in registers, on the widest vectors. Memory: the faster
-of memcpy and of non-temporal stores, bytes read plus bytes written, for several sizes.
+Arithmetic: independent fused multiply-adds in registers, on the widest vectors. Copies of several
+sizes: bytes read plus bytes written, by memcpy or by non-temporal stores, whichever is faster.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ void copy_non_temporal(float* to, const float* from, long floats, long rounds) {
 
 @dataclass
 class Peaks:
-    """Peaks of some threads: float32 operations a second, bytes a second by size of a copy."""
+    """Peaks of some threads: float32 operations a second; bytes a second for each copy size."""
 
     threads: int
     flops: float
@@ -78,7 +78,7 @@ class Peaks:
     def ceiling(self, flops: int, traffic: int, dtype: str) -> float:
         """Return the operations a second that the roofline allows.
 
-        float64 has half the lanes; 16-bit arrays are summed in float32.
+        float64 has half the lanes of float32; sums of 16-bit arrays are float32.
         """
         nearest = min(self.copy, key=lambda size: abs(math.log(size / traffic)))
         peak = self.flops / (2 if dtype == "float64" else 1)
@@ -97,7 +97,7 @@ def measure(threads: list[int]) -> dict[int, Peaks]:
 
 
 def _compile() -> ctypes.CDLL:
-    """Return the C code above, loaded."""
+    """Compile and load the C code above."""
     compiler = os.environ.get("CC", "cc")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "peaks.so")
@@ -117,9 +117,9 @@ def _compile() -> ctypes.CDLL:
 
 
 def _best_rate(work: Callable[[int, int], object], amount: float, threads: int) -> float:
-    """Return the best of several rates of `work(thread, rounds)`, in amounts a second.
+    """Return the best rate of `work(thread, rounds)`, in amounts a second.
 
-    `amount` is what all threads together do in one round.
+    All threads together do `amount` in one round.
     """
     with ThreadPoolExecutor(threads) as pool:
 
@@ -140,7 +140,7 @@ def _flops(code: ctypes.CDLL, threads: int) -> float:
 
 
 def _copy(code: ctypes.CDLL, traffic: int, threads: int) -> float:
-    """Each thread copies its share between arrays of its own."""
+    """Return the rate of copies, in bytes a second; each thread has its own arrays."""
     floats = traffic // threads // 8 // 16 * 16
     pairs = [(_aligned(floats), _aligned(floats)) for _ in range(threads)]
 
@@ -153,7 +153,7 @@ def _copy(code: ctypes.CDLL, traffic: int, threads: int) -> float:
 
 
 def _aligned(floats: int) -> np.ndarray:
-    """Return float32 memory at a multiple of 64 bytes; every page has been touched."""
+    """Return float32 memory aligned to 64 bytes, with every page touched."""
     buffer = np.ones(floats + 16, np.float32)
     begin = -buffer.ctypes.data % 64 // 4
     return buffer[begin : begin + floats]

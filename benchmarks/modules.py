@@ -1,9 +1,9 @@
-"""The CARAFE++ module beside its like: `python -m benchmarks.modules --help`.
+"""The CARAFE++ module beside other modules: `python -m benchmarks.modules --help`.
 
-Rivals are the same module composed of PyTorch's functions (pixel_shuffle, softmax and each of the
-compositions of `peers`), eager and, of the fastest one, compiled; and the layers that CARAFE++
-takes the place of. Time, peak memory, parameters and operations, with the gradients of the input
-and of all parameters in "forward+backward".
+The same module is composed of PyTorch's functions: pixel_shuffle, softmax and each composition of
+`peers`. The fastest one is also compiled. Other candidates are the layers that CARAFE++ replaces.
+Tables tell time, peak memory, parameters and operations. "forward+backward" computes the gradients
+of the input and of all parameters.
 """
 
 import itertools
@@ -19,14 +19,14 @@ from carafepp.torch import CARAFE
 
 from . import peers, report, timing
 from .problems import PROBLEMS
-from .timing import Rival
+from .timing import Candidate
 
 CASES = "fpn1,fpn2,stem,s2"
 PASSES = ("forward", "forward+backward")
 
 
 class Composed(CARAFE):
-    """The module with the reassembly composed of PyTorch's functions; masks are stored."""
+    """The module with a reassembly composed of PyTorch's functions; it stores the masks."""
 
     def __init__(self, composition: str, case, **options):
         super().__init__(case.c, **options)
@@ -37,7 +37,7 @@ class Composed(CARAFE):
 
 
 def modules(case) -> dict[str, Callable[[], nn.Module]]:
-    """Return what makes each module of this factor, by name."""
+    """Return a constructor of each module for this factor, by name."""
     c, factor = case.c, {"up": case.up, "down": case.down}
     made = {"carafepp": partial(CARAFE, c, **factor)}
     for name in peers.compositions(case):
@@ -58,18 +58,18 @@ def modules(case) -> dict[str, Callable[[], nn.Module]]:
     return made
 
 
-def rival(name: str, module: nn.Module, x: torch.Tensor, pass_: str, **labels) -> Rival:
-    """Return one module's pass; gradients go to parameters and input, which have none yet."""
+def candidate(name: str, module: nn.Module, x: torch.Tensor, pass_: str, **labels) -> Candidate:
+    """Return one module's pass; its gradients are those of the parameters and of the input."""
     labels = {"pass": pass_, "parameters": sum(p.numel() for p in module.parameters()), **labels}
     threads = labels.pop("threads")
     if pass_ == "forward":
-        return Rival(name, partial(peers.forward, module, x), threads, labels=labels)
+        return Candidate(name, partial(peers.forward, module, x), threads, labels=labels)
     leaves = [x, *module.parameters()]
     output = peers.forward(module, x)
-    torch.manual_seed(1)  # the same values for all, whatever the memory format
+    torch.manual_seed(1)  # the same values for each memory format
     grad_output = torch.empty_like(output).copy_(torch.randn(output.shape))
     call = partial(peers.forward_backward, lambda x, *_: module(x), leaves, grad_output)
-    return Rival(name, call, threads, labels=labels)
+    return Candidate(name, call, threads, labels=labels)
 
 
 def flops(module: nn.Module, x: torch.Tensor) -> int:
@@ -85,7 +85,7 @@ def flops(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def compare(case, layout: str, pass_: str, threads: int, seconds: float, compiled: bool) -> list:
-    """Check the answers, time all rivals, and return a row for each, carafepp's first."""
+    """Check the answers and time all candidates; return a row for each, carafepp's first."""
     torch.manual_seed(0)
     memory_format = peers.FORMATS[layout]
     x = torch.randn(case.features_shape).to(memory_format=memory_format).requires_grad_()
@@ -96,14 +96,14 @@ def compare(case, layout: str, pass_: str, threads: int, seconds: float, compile
         made[name].load_state_dict(ours.state_dict())
     shape = {"case": case.name, "layout": layout, "threads": threads}
     positions = case.n * case.h * case.w
-    rivals, expected = [], None
+    candidates, expected = [], None
 
     def add(name: str, module: nn.Module, operations: int) -> None:
         nonlocal expected
         facts = {**shape, "FLOPs a position": operations / positions}
-        rivals.append(rival(name, module, x, pass_, **facts))
-        rivals[-1].compiles = name.startswith("compiled")
-        results = timing.warm_up(rivals[-1])
+        candidates.append(candidate(name, module, x, pass_, **facts))
+        candidates[-1].compiles = name.startswith("compiled")
+        results = timing.warm_up(candidates[-1])
         expected = results if name == "carafepp" else expected
         if name.removeprefix("compiled ") in same:
             message = partial("{} is wrong: {}".format, name)
@@ -113,16 +113,16 @@ def compare(case, layout: str, pass_: str, threads: int, seconds: float, compile
         add(name, module, flops(ours if name in same else module, x))
     if compiled:
         best = min(
-            (rival for rival in rivals if rival.name in same - {"carafepp"}),
-            key=lambda rival: rival.warm_up,
+            (one for one in candidates if one.name in same - {"carafepp"}),
+            key=lambda one: one.warm_up,
         ).name
         add(f"compiled {best}", torch.compile(made[best], dynamic=False), flops(ours, x))
-    timing.measure(rivals, seconds)
-    return [rival.row() for rival in rivals]
+    timing.measure(candidates, seconds)
+    return [one.row() for one in candidates]
 
 
 def columns(rows: list[dict]) -> dict[str, Callable[[dict], str]]:
-    """Return the columns of one comparison: multiples of the first row's amounts."""
+    """Return the columns of one comparison; amounts are multiples of the first row's."""
     return {
         "": lambda row: row["name"],
         "time": report.multiple(rows, "seconds", 1e-3, "ms"),

@@ -1,9 +1,9 @@
 """The cost of CARAFE++ in the paper's networks: `python -m benchmarks.networks --help`.
 
-Each network without it, with it for upsampling, for downsampling and for both: parameters,
-operations, time and peak memory, as multiples of the network without. Detectors are what they
-compute by convolutions and matrices; RoIAlign and the choice of regions, which no variant changes,
-are left out. BatchNorm is as in inference, also with gradients.
+Each network runs without CARAFE++, with it for upsampling, for downsampling, and for both. Tables
+tell parameters, operations, time and peak memory as multiples of the network without it. Detectors
+leave out RoIAlign and the choice of regions, which no variant changes. BatchNorm runs as in
+inference, with gradients too.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from carafepp.torch.models import FPN, MaskHead, ResNet, UperNet
 
 from . import modules, report, timing
 
-# The upsampler, or the network's own, and the downsampler.
+# The upsampler and the downsampler; None is the network's own.
 VARIANTS = {
     "nothing": (None, None),
     "up": ("carafe", None),
@@ -30,7 +30,7 @@ PAPER = {"faster_rcnn": {"up": 12.2 / 12.5, "down": 12.1 / 12.5, "both": 11.7 / 
 
 
 class Detector(nn.Module):
-    """Faster R-CNN or, with masks, Mask R-CNN; all outputs as one row of numbers."""
+    """Faster R-CNN or, with masks, Mask R-CNN; returns all outputs as one vector."""
 
     regions, masked = 1000, 100
 
@@ -58,12 +58,12 @@ class Detector(nn.Module):
         return torch.cat([output.flatten() for output in outputs])
 
     def _pooled(self, level, regions: int, size: int):
-        """Stand in for RoIAlign: what it makes has this size."""
+        """Stand in for RoIAlign: return a tensor of the same shape."""
         return F.adaptive_avg_pool2d(level, size).expand(regions, -1, -1, -1)
 
 
 def resnet50(up: str | None, down: str | None, width: int) -> nn.Module:
-    """Return ResNet-50, which classifies."""
+    """Return ResNet-50 for classification."""
     return ResNet(width=width, downsampler=down)
 
 
@@ -83,7 +83,7 @@ def upernet(up: str | None, down: str | None, width: int) -> nn.Module:
     return UperNet(backbone, channels=8 * width, upsampler=up or "bilinear")
 
 
-# With the size of a picture in the paper.
+# Each network with the paper's image size.
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int]]] = {
     "resnet50": (resnet50, (224, 224)),
     "faster_rcnn": (faster_rcnn, (800, 1333)),
@@ -97,21 +97,21 @@ def compare(name: str, pass_: str, scale: float, width: int, threads: int, secon
     make, size = NETWORKS[name]
     shape = (1, 3, *(round(scale * n) for n in size))
     x = torch.randn(shape, requires_grad=True)
-    rivals = []
+    candidates = []
     for variant, parts in VARIANTS.items():
         if name == "resnet50" and parts[0] is not None:
-            continue  # which does not upsample
+            continue  # it does not upsample
         torch.manual_seed(0)
         network = make(*parts, width).eval()
-        with torch.device("meta"):  # where nothing is computed, only counted
+        with torch.device("meta"):  # counts without computing
             operations = modules.flops(make(*parts, width).eval(), torch.empty(shape))
         paper = PAPER.get(name, {}).get(variant) if width == 64 else None
         facts = {"network": name, "shape": shape, "width": width, "paper": paper}
         facts |= {"FLOPs": operations, "threads": threads}
-        rivals.append(modules.rival(variant, network, x, pass_, **facts))
-        timing.warm_up(rivals[-1])
-    timing.measure(rivals, seconds)
-    return [rival.row() for rival in rivals]
+        candidates.append(modules.candidate(variant, network, x, pass_, **facts))
+        timing.warm_up(candidates[-1])
+    timing.measure(candidates, seconds)
+    return [one.row() for one in candidates]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = " or ".join(passes)
     kind = report.words(passes)
     parser.add_argument("--pass", default="forward", type=kind, dest="passes", help=text)
-    parser.add_argument("--scale", default=1, type=float, help="of the paper's pictures")
-    parser.add_argument("--width", default=64, type=int, help="of the ResNet; 64 is the paper's")
+    parser.add_argument("--scale", default=1, type=float, help="of the paper's image size")
+    parser.add_argument("--width", default=64, type=int, help="of the ResNet; the paper has 64")
     parser.add_argument("--threads", default=1, type=int)
     asked = parser.parse_args(arguments)
     pages = report.Report(times=timing.HOW)

@@ -1,8 +1,8 @@
-"""PyTorch's rivals: compositions of the same computation, and other operators.
+"""PyTorch's candidates: compositions of the same computation, and other operators.
 
-A composition takes features and masks, axes N, C, H, W, contiguous or channels_last, up or down by
-an integer. Without autograd its last step writes into `out`, which is recycled; what it needs on
-the way comes from PyTorch's allocator. From logits, pixel_shuffle and softmax are part of it.
+A composition takes features and masks, axes N, C, H, W, contiguous or channels_last. Its factor is
+an integer, up or down. From logits, it begins with pixel_shuffle and softmax. Without autograd, its
+last step writes into the recycled `out`; temporary tensors come from PyTorch's allocator.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from cases import Case
 
+from .passes import Pass, as_nchw
 from .problems import Arrays
-from .timing import Rival
+from .timing import Candidate
 
 aten = torch.ops.aten
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -27,11 +28,11 @@ def tensor(array: np.ndarray, layout: str) -> torch.Tensor:
         shared = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
         shared = torch.from_numpy(array)
-    return shared if layout == "NCHW" else shared.permute(0, 3, 1, 2)
+    return as_nchw(shared, layout)
 
 
-# Compositions. Shapes: features (N, C, H, W), masks (N, K*K, h, w), where h, w is the output's size
-# before a crop; s is the factor, t = K*K counts taps.
+# Compositions. Shapes: features (N, C, H, W), masks (N, K*K, h, w). The output has the size h, w
+# before a crop, s is the factor, and t = K*K counts taps.
 
 
 def _padded(features, case: Case):
@@ -39,26 +40,26 @@ def _padded(features, case: Case):
 
 
 def _phases(masks, case: Case):
-    """(N, t, H, s, W, s): a view of masks whose outputs are sorted by source pixel."""
+    """Return a view of masks whose outputs are sorted by source pixel: (N, t, H, s, W, s)."""
     n, taps, h, w = masks.shape
     return masks.view(n, taps, h // case.up, case.up, w // case.up, case.up)
 
 
 def _finish(output, case: Case, out):
-    """Crop, and write into `out` if there is one."""
+    """Crop; write into `out` if there is one."""
     output = output[:, :, : case.output_size[0], : case.output_size[1]]
     return output if out is None else out.copy_(output)
 
 
 def _add_product(total, x, mask):
-    """Return total + x * mask, in place where autograd does not look."""
+    """Return total + x * mask, in place without autograd."""
     if total is None:
         return x * mask
     return torch.addcmul(total, x, mask) if torch.is_grad_enabled() else total.addcmul_(x, mask)
 
 
 def unfold(features, masks, case: Case, out=None):
-    """All windows of the source as a tensor (N, C, t, H or h, W or w), contracted over t."""
+    """Contract a tensor of all windows, (N, C, t, H or h, W or w), over t."""
     (n, c, h, w), k = features.shape, case.kernel_size
     if case.down > 1:
         out_h, out_w = masks.shape[2:]
@@ -72,11 +73,11 @@ def unfold(features, masks, case: Case, out=None):
 
 
 def taps(features, masks, case: Case, out=None):
-    """Loop over taps, each a product of shifted features with one channel of masks."""
+    """Loop over taps: add shifted features times one channel of masks."""
     (n, c, h, w), k, s = features.shape, case.kernel_size, case.up
     out_h, out_w = masks.shape[2:]
     padded, down, output = _padded(features, case), case.down, None
-    in_place = out is not None and out.shape[2:] == masks.shape[2:]  # not to be cropped
+    in_place = out is not None and out.shape[2:] == masks.shape[2:]  # no crop
     for tap in range(k * k):
         a, b = divmod(tap, k)
         if down > 1:
@@ -94,7 +95,7 @@ def taps(features, masks, case: Case, out=None):
 
 
 def taps_per_phase(features, masks, case: Case, out=None):
-    """Loop over taps for each of the s*s phases, at the size of the source (up alone)."""
+    """Loop over phases and taps, at the size of the features; up only."""
     (n, _, h, w), k, s = features.shape, case.kernel_size, case.up
     padded = _padded(features, case)
     masks = _phases(masks, case).permute(3, 5, 0, 1, 2, 4).contiguous()
@@ -111,7 +112,7 @@ def taps_per_phase(features, masks, case: Case, out=None):
 
 
 def bmm(features, masks, case: Case, out=None):
-    """For each source pixel a product of its s*s masks with its window, (s*s, t) @ (t, C)."""
+    """Multiply the s*s masks of each source pixel by its window: (s*s, t) @ (t, C)."""
     (n, c, h, w), k, s, d = features.shape, case.kernel_size, case.up, case.down
     h, w = -(-h // d), -(-w // d)
     margin = (0, 0, *[k // 2] * 4)
@@ -129,18 +130,18 @@ COMPOSITIONS: dict[str, Callable] = {
     "taps per phase": taps_per_phase,
     "bmm": bmm,
 }
-COMPILED = "compiled"  # the best of these and the loop over taps, by torch.compile
+COMPILED = "compiled"  # prefix of the best composition and of taps, by torch.compile
 
 
 def compositions(case: Case) -> list[str]:
-    """Return the names of the compositions for this problem; none for a fraction or groups."""
+    """Return the names of the compositions for this problem; a fraction and groups have none."""
     if case.groups != 1 or (case.up > 1 and case.down > 1):
         return []
     return [name for name in COMPOSITIONS if case.up > 1 or name != "taps per phase"]
 
 
 def _masks(weights, case: Case, source: str):
-    """Return masks before a crop, from logits by pixel_shuffle and softmax."""
+    """Return masks of the natural size, from logits by pixel_shuffle and softmax."""
     if source == "logits":
         return F.softmax(F.pixel_shuffle(weights, case.up), 1)
     (h, w), (full_h, full_w) = case.output_size, case.natural_size
@@ -153,16 +154,16 @@ def composed(name: str, case: Case, source: str, features, weights, out=None):
 
 
 def forget_compiled() -> None:
-    """Free what was compiled for another problem; leave room for all variants of the next one."""
+    """Free the code of other problems; leave room for all variants of the next problem."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
 
 
-# Other operators that users would take: {name: (function of x, function of x and out, or None)}.
+# Other operators: {name: (function of x, function of x and out, or None)}.
 
 
 def operators(arrays: Arrays, layout: str) -> dict[str, tuple[Callable, Callable | None]]:
-    """Return the other operators of this shape, for an integer factor up or down."""
+    """Return the operators with the same output shape, for an integer factor."""
     case, dtype = arrays.case, getattr(torch, arrays.dtype)
     size, s, d = case.output_size, case.up, case.down
     memory_format = FORMATS[layout]
@@ -205,7 +206,7 @@ def operators(arrays: Arrays, layout: str) -> dict[str, tuple[Callable, Callable
     return {}
 
 
-# Rivals
+# Candidates
 
 
 def forward(function: Callable, *inputs):
@@ -220,8 +221,8 @@ def forward_backward(function: Callable, leaves: list, grad_output) -> tuple:
     return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
 
-def rivals(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Rival]:
-    """Yield compositions and operators, but for what is compiled; with --quick on few threads."""
+def candidates(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Candidate]:
+    """Yield eager compositions and operators; --quick takes only the first number of threads."""
     for layout in asked.layout:
         for threads in asked.threads[:1] if asked.quick else asked.threads:
             how = (arrays, source, pass_, layout, threads, asked.fresh)
@@ -229,22 +230,22 @@ def rivals(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Rival]:
                 yield composition(name, *how)
             for name, functions in operators(arrays, layout).items():
                 if asked.peer(name):
-                    yield _rival("operator", name, *functions, *how)
+                    yield _candidate("operator", name, *functions, *how)
 
 
-def composition(name: str, *how, compiled: bool = False) -> Rival:
-    """Return one composition, or what torch.compile makes of it."""
+def composition(name: str, *how, compiled: bool = False) -> Candidate:
+    """Return one composition, eager or by torch.compile."""
     arrays, source = how[:2]
     function = partial(composed, name, arrays.case, source)
     if compiled:
         name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
-    rival = _rival("composition", name, function, function, *how)
-    rival.compiles = compiled
-    return rival
+    candidate = _candidate("composition", name, function, function, *how)
+    candidate.compiles = compiled
+    return candidate
 
 
-def _rival(kind, name, function, into, arrays, source, pass_, layout, threads, fresh) -> Rival:
-    """Return a rival that computes `function` of inputs, or `into` of inputs and `out=`."""
+def _candidate(kind, name, function, into, arrays, source, pass_, layout, threads, fresh):
+    """Return a candidate that computes `function` of inputs, or `into` of inputs and `out=`."""
     sources = ["features"] if kind == "operator" else ["features", source]
     inputs = [tensor(arrays(key, layout), layout) for key in sources]
     if pass_ == "forward+backward":
@@ -255,7 +256,6 @@ def _rival(kind, name, function, into, arrays, source, pass_, layout, threads, f
         call, fresh = partial(forward, function, *inputs), True
     else:
         call = partial(forward, into, *inputs, tensor(arrays("output", layout), layout))
-    results = ("output", "grad_features", f"grad_{source}")
     labels = {
         "kind": kind,
         "pass": pass_,
@@ -265,5 +265,5 @@ def _rival(kind, name, function, into, arrays, source, pass_, layout, threads, f
         "outputs": "fresh" if fresh else "recycled",
         "chosen": False,
     }
-    known = results[: 3 if "+" in pass_ else 1] if kind == "composition" else ()
-    return Rival(name, call, threads, None, labels, known)
+    results = Pass(arrays.case, source, pass_).results if kind == "composition" else ()
+    return Candidate(name, call, threads, None, labels, results)

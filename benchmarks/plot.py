@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-PROBLEMS = {  # those that are drawn, with their names in the picture
+PROBLEMS = {  # the problems of the picture and their labels
     "fpn1": "up x2\n2x256x50x76",
     "fpn2": "up x2\n2x256x100x152",
     "roi": "up x2\n64x256x14x14",

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -13,11 +12,11 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from . import ROOT
+from . import commit
 
 
 def need(*packages: str) -> None:
-    """Exit with a sentence where a package is missing."""
+    """Exit with a sentence if a package is missing."""
     if missing := [name for name in packages if util.find_spec(name) is None]:
         sys.exit(f'[benchmarks] run pip install ".[benchmarks]" first; got no {missing[0]}.')
 
@@ -32,7 +31,7 @@ Row = dict[str, Any]
 
 
 def words(known: Iterable[str] | None = None, kind: type = str) -> Callable[[str], list]:
-    """Return the type of an option that takes words, separated by commas."""
+    """Return the type of an option that takes words separated by commas."""
 
     def split(given: str) -> list:
         found = [kind(word.strip()) for word in given.split(",")]
@@ -47,15 +46,15 @@ def words(known: Iterable[str] | None = None, kind: type = str) -> Callable[[str
 def parser(command: str, description: str, seconds: float) -> argparse.ArgumentParser:
     """Return the options of every command."""
     made = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
-    text = f"timing of one comparison; default {seconds}"
+    text = f"time budget of one comparison; default {seconds}"
     made.add_argument("--seconds", type=float, default=seconds, help=text)
-    made.add_argument("--json", metavar="FILE", type=Path, help="write everything as data")
-    made.add_argument("--markdown", metavar="FILE", type=Path, help="write what is printed")
+    made.add_argument("--json", metavar="FILE", type=Path, help="write all rows as data")
+    made.add_argument("--markdown", metavar="FILE", type=Path, help="write the printed tables")
     return made
 
 
 class Report:
-    """Prints the head of a run, then tables; keeps them for the files."""
+    """Prints the environment of a run, then tables; keeps the text for the files."""
 
     def __init__(self, **facts: str):
         self.console = Console(markup=False, highlight=False)
@@ -69,7 +68,7 @@ class Report:
         self._print(text + "\n", text + "\n")
 
     def table(self, title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> None:
-        """Print a table under a title; `columns` are functions of a row, by heading."""
+        """Print a table under a title; `columns` maps a heading to a function of a row."""
         table = Table(*columns, box=box.MARKDOWN)
         for row in rows:
             table.add_row(*(cell(row) for cell in columns.values()))
@@ -88,7 +87,7 @@ class Report:
             print(elsewhere, flush=True)
 
     def track(self, todo: list, name: Callable[[Any], str]) -> Iterator[Any]:
-        """Yield what is to be done; show on a terminal how far it is."""
+        """Yield each item; show the progress on a terminal."""
         console = self.console if self.console.is_terminal else Console(stderr=True)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
         options = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
@@ -96,12 +95,12 @@ class Report:
         with Progress(*columns, console=console, **options) as progress:
             task = progress.add_task("", total=len(todo))
             for done, one in enumerate(todo):
-                # A thread that refreshes would disturb what is timed.
+                # Refresh here: a thread that refreshes would disturb the times.
                 progress.update(task, description=name(one), completed=done, refresh=True)
                 yield one
 
     def write(self, asked: argparse.Namespace, **data: Any) -> None:
-        """Write the files that are asked for."""
+        """Write the files that the options ask for."""
         if asked.json:
             asked.json.write_text(json.dumps({"environment": self.environment, **data}, indent=1))
         if asked.markdown:
@@ -109,7 +108,7 @@ class Report:
 
 
 def multiple(rows: list[Row], key: str, scale: float = 1, unit: str = "") -> Callable[[Row], str]:
-    """Return a cell: an amount in the first row, a multiple of it in the others."""
+    """Return a column: an amount in the first row, its multiples in the other rows."""
     base = rows[0][key]
 
     def cell(row: Row) -> str:
@@ -121,16 +120,16 @@ def multiple(rows: list[Row], key: str, scale: float = 1, unit: str = "") -> Cal
 
 
 def interval(row: Row, scale: float = 1e-3) -> str:
-    """Return the cell of the 10th and the 90th percentile, in milliseconds."""
+    """Return a cell with the 10th and the 90th percentile, in milliseconds."""
     return f"{row['seconds_p10'] / scale:.4g}-{row['seconds_p90'] / scale:.4g}"
 
 
 def environment() -> dict[str, str]:
-    """Return where and with what this run is made."""
+    """Return the machine and the versions of this run."""
     return {
         "CPU": _cpu(),
         "cores that the process may use": str(len(os.sched_getaffinity(0))),
-        "commit of this repository": _commit(),
+        "commit of this repository": commit(),
         **{name: metadata.version(name) for name in ("carafepp", "numpy", "torch")},
         "Python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -144,13 +143,3 @@ def _cpu() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip() + (" with changes" if changed else "")

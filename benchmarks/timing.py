@@ -1,4 +1,4 @@
-"""The harness: rivals take turns in one process until a time budget is spent."""
+"""The harness: candidates take turns in one process until a time budget is spent."""
 
 import ctypes
 import gc
@@ -15,34 +15,36 @@ import torch
 
 import carafepp
 
-SAMPLE = 200e-6  # seconds: shorter calls are repeated within one sample
-TURN = 20e-3  # seconds of samples in one turn, if the fewest fit in
-TURN_SAMPLES = (2, 5)  # fewest, most
-PATIENCE = 0.25  # seconds that a call may take and still be timed often, whatever the budget
-SLOW = 0.5  # seconds of a call that is not warmed up twice
+Clock = Callable[[Callable[[], Any]], float]  # seconds of a call
+
+SAMPLE = 200e-6  # seconds; a sample repeats a shorter call
+TURN = 20e-3  # seconds of samples in a turn
+TURN_SAMPLES = (2, 5)  # fewest and most samples in a turn
+PATIENCE = 0.25  # seconds; a shorter call is sampled often, whatever the budget
+SLOW = 0.5  # seconds; a slower call is warmed up once
 
 HOW = (
-    "medians; rivals take turns in one process, in a new order every round; a turn is an untimed "
-    f"call and {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; every rival gets the same time; "
-    f"a call longer than that and than {PATIENCE} s is timed once"
+    "medians; candidates take turns in one process, in a new order every round; a turn is an "
+    f"untimed call and {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; all candidates get the same "
+    f"time; a call longer than that and than {PATIENCE} s is timed once"
 )
 
 
 @dataclass(eq=False)
-class Rival:
-    """One thing to be timed, and what is measured of it."""
+class Candidate:
+    """A call to time, and its measurements."""
 
     name: str
     call: Callable[[], Any]
     threads: int = 1
-    implementation: str | None = None  # of carafepp, forced by name
-    labels: dict[str, Any] = field(default_factory=dict)  # go into the row as they are
-    results: tuple[str, ...] = ()  # names of the arrays that the call returns, but None
-    compiles: bool = False  # in the first call
+    implementation: str | None = None  # name of a forced implementation of carafepp
+    labels: dict[str, Any] = field(default_factory=dict)  # more columns of the row
+    results: tuple[str, ...] = ()  # names of the arrays that the call returns
+    compiles: bool = False  # compilation in the first call
 
     warm_up: float = 0  # seconds of the last warm-up call
-    memory: int | None = None  # bytes: peak during that call beyond what was resident
-    samples: list[float] = field(default_factory=list)  # seconds a call
+    memory: int | None = None  # bytes at the peak of that call, beyond the resident ones
+    samples: list[float] = field(default_factory=list)  # seconds per call
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -59,7 +61,7 @@ class Rival:
             carafepp.set_num_threads(0)
 
     def row(self) -> dict[str, Any]:
-        """Return all that is known, as plain data; times in seconds, memory in bytes."""
+        """Return all measurements as plain data: times in seconds, memory in bytes."""
         row = {"name": self.name, **self.labels, "threads": self.threads, "memory": self.memory}
         row["samples"] = len(self.samples)
         if self.samples:
@@ -68,62 +70,71 @@ class Rival:
         return row
 
 
-def warm_up(rival: Rival, memory: bool = True) -> Any:
+def warm_up(candidate: Candidate, memory: bool = True) -> Any:
     """Call twice, or once if that is slow and compiles nothing; note time and memory.
 
-    The result of the last call is returned.
+    Return the result of the last call.
     """
 
     def timed() -> Any:
         begin = time.perf_counter()
-        result = rival.call()
-        rival.warm_up = time.perf_counter() - begin
+        result = candidate.call()
+        candidate.warm_up = time.perf_counter() - begin
         return result
 
-    with rival.settings():
+    with candidate.settings():
         for _ in range(2):
-            result, rival.memory = peak(timed) if memory else (timed(), None)
-            if rival.warm_up > SLOW and not rival.compiles:
+            result, candidate.memory = peak(timed) if memory else (timed(), None)
+            if candidate.warm_up > SLOW and not candidate.compiles:
                 break
     return result
 
 
-def measure(rivals: list[Rival], budget: float) -> None:
-    """Take samples of all rivals, which have been warmed up, for so many seconds."""
-    for rival in rivals:
-        if rival.warm_up > max(PATIENCE, budget / len(rivals)):
-            rival.samples.append(rival.warm_up)
-    rivals = [rival for rival in rivals if not rival.samples]
-    spent = dict.fromkeys(rivals, 0.0)
+def measure(candidates: list[Candidate], budget: float) -> None:
+    """Take samples of warm candidates for so many seconds."""
+    for candidate in candidates:
+        if candidate.warm_up > max(PATIENCE, budget / len(candidates)):
+            candidate.samples.append(candidate.warm_up)
+    candidates = [candidate for candidate in candidates if not candidate.samples]
+    spent = dict.fromkeys(candidates, 0.0)
     order = random.Random(0)
     end = time.perf_counter() + budget
-    while rivals and (time.perf_counter() < end or not all(rival.samples for rival in rivals)):
-        fair = sum(spent.values()) / len(rivals)
-        for rival in order.sample(rivals, len(rivals)):
-            over = time.perf_counter() > end and rival.samples
-            if spent[rival] <= fair and not over:
-                spent[rival] += _turn(rival)
+    while candidates and (time.perf_counter() < end or not all(c.samples for c in candidates)):
+        fair = sum(spent.values()) / len(candidates)
+        for candidate in order.sample(candidates, len(candidates)):
+            over = time.perf_counter() > end and candidate.samples
+            if spent[candidate] <= fair and not over:
+                spent[candidate] += _turn(candidate)
 
 
-def _turn(rival: Rival) -> float:
-    """Take some samples; return how long it took."""
+def _turn(candidate: Candidate) -> float:
+    """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
-    with rival.settings():
-        calls = max(1, math.ceil(SAMPLE / _seconds(rival.call, 1)))
+    with candidate.settings():
+        calls = max(1, math.ceil(SAMPLE / wall_time(candidate.call)))
         turn_end = time.perf_counter() + TURN
         for k in range(TURN_SAMPLES[1]):
             if k >= TURN_SAMPLES[0] and time.perf_counter() > turn_end:
                 break
-            rival.samples.append(_seconds(rival.call, calls))
+            candidate.samples.append(sample(candidate.call, calls))
     return time.perf_counter() - begin
 
 
-def _seconds(call: Callable[[], Any], calls: int) -> float:
-    """Return the mean time of some calls in a row."""
+def wall_time(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call."""
     begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - begin) / calls
+    call()
+    return time.perf_counter() - begin
+
+
+def sample(call: Callable[[], Any], calls: int, clock: Clock = wall_time) -> float:
+    """Return the mean seconds of some calls in a row."""
+
+    def repeated() -> None:
+        for _ in range(calls):
+            call()
+
+    return clock(repeated) / calls
 
 
 def spread(samples: list[float]) -> tuple[float, float, float]:
@@ -135,10 +146,10 @@ def spread(samples: list[float]) -> tuple[float, float, float]:
 
 
 def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
-    """Call; return the result, and the bytes at the peak beyond those resident before.
+    """Call; return the result, and the bytes at the peak beyond the resident ones before.
 
-    Pages of files do not count, as they are code that runs for the first time. None is returned
-    where the system does not tell.
+    Pages of files do not count: they are code that runs for the first time. A system that does not
+    tell gives None.
     """
     try:
         gc.collect()

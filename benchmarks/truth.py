@@ -1,53 +1,121 @@
-"""The right results of a problem: PyTorch's own functions in float64, in three windows."""
+"""The right results of a problem: PyTorch's own functions in float64, on three blocks of pixels.
 
-from dataclasses import replace
+The blocks lie in the first corner of the first image, in the middle of the middle image, and in the
+last corner of the last image. The features around a block that its windows reach, the halo, decide
+its results.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from cases import double
+from cases import Case, double
 
 from . import peers
-from .gpu.check import assert_near
-from .problems import Arrays
-from .windows import windows
+from .check import assert_near
+
+_BLOCK = 6  # source pixels along an axis, at least
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A block along one axis, with its halo and without."""
+
+    with_halo: slice
+    block: slice
+
+    @property
+    def within(self) -> slice:
+        """The block, counted from the begin of the halo."""
+        begin = self.with_halo.start
+        return slice(self.block.start - begin, self.block.stop - begin)
 
 
 class Truth:
-    """The right results for the inputs of one dtype, from masks or logits (`source`)."""
+    """The right results of one problem.
 
-    def __init__(self, arrays: Arrays, source: str):
-        self.dtype = arrays.dtype
-        weights = "output" if source == "masks" else "logits"
-        places = {"output": "output", "grad_features": "features", f"grad_{source}": weights}
-        self.expected: list[tuple[dict, dict]] = []
-        for image, rows, columns in windows(arrays.case):
+    Parameters
+    ----------
+    case : Case
+        Up or down by an integer, without groups.
+    source : "masks" or "logits"
+    dtype : str
+        The dtype of the results that are checked.
+    array : function
+        Returns an input by its name, axes N, C, H, W: an array, or a tensor on any device. Only the
+        blocks are copied.
+    """
 
-            def seen(name: str, place: str, image=image, rows=rows, columns=columns):
-                part = arrays(name, "NCHW")[image : image + 1, :, rows[place].seen]
-                return torch.from_numpy(double(part[..., columns[place].seen]))
-
-            leaves = [
-                seen("features", "features").requires_grad_(),
-                seen(source, weights).requires_grad_(),
-            ]
-            grad_output = seen("grad_output", "output")
-            h, w = leaves[0].shape[2:]
-            size = tuple(grad_output.shape[2:])
-            case = replace(arrays.case, n=1, h=h, w=w, size=size)
-            function = partial(peers.composed, "unfold", case, source)
+    def __init__(self, case: Case, source: str, dtype: str, array: Callable[[str], Any]):
+        self.dtype = dtype
+        weights = "output" if source == "masks" else "logits"  # the size of the weights
+        sizes = {"output": "output", "grad_features": "features", f"grad_{source}": weights}
+        inputs = {"features": "features", source: weights, "grad_output": "output"}
+        self.expected: list[dict[str, tuple]] = []  # of each block: its index, the values, by name
+        for image, rows, columns in _blocks(case):
+            features, masks, grad_output = (
+                _double(
+                    array(name)[image : image + 1, :, rows[size].with_halo, columns[size].with_halo]
+                )
+                for name, size in inputs.items()
+            )
+            h, w = features.shape[2:]
+            small = replace(case, n=1, h=h, w=w, size=tuple(grad_output.shape[2:]))
+            function = partial(peers.composed, "unfold", small, source)
+            leaves = [features.requires_grad_(), masks.requires_grad_()]
             results = peers.forward_backward(function, leaves, grad_output)
-            index, exact = {}, {}
-            for (name, place), result in zip(places.items(), results, strict=True):
-                r, c = rows[place], columns[place]
-                index[name] = (slice(image, image + 1), slice(None), r.compared, c.compared)
-                exact[name] = result[..., r.within, c.within].numpy()
-            self.expected.append((index, exact))
+            expected = {}
+            for (name, size), result in zip(sizes.items(), results, strict=True):
+                r, c = rows[size], columns[size]
+                index = (slice(image, image + 1), slice(None), r.block, c.block)
+                expected[name] = (index, result[..., r.within, c.within].numpy())
+            self.expected.append(expected)
 
-    def check(self, names: tuple[str, ...], results: tuple, slack: float = 1) -> None:
+    def check(self, results: dict[str, Any], slack: float = 1) -> None:
         """Raise an AssertionError where a result is wrong; axes are N, C, H, W."""
-        for index, exact in self.expected:
-            for name, result in zip(names, results, strict=True):
-                part = result[index[name]]
-                part = part.double().numpy() if isinstance(part, torch.Tensor) else part
-                assert_near(part, exact[name], self.dtype, slack)
+        for expected in self.expected:
+            for name, result in results.items():
+                index, exact = expected[name]
+                try:
+                    assert_near(_double(result[index]).numpy(), exact, self.dtype, slack)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}: {error}") from error
+
+
+def _double(array: Any) -> torch.Tensor:
+    """Return a copy of an array or a tensor in float64, on the CPU."""
+    if isinstance(array, torch.Tensor):
+        return array.double().cpu()
+    return torch.from_numpy(double(array))
+
+
+def _blocks(case: Case) -> Iterator[tuple[int, dict[str, Extent], dict[str, Extent]]]:
+    """Yield an image and the rows and columns of its block: in features, output and logits."""
+    for image, corner in [(0, "first"), (case.n // 2, "middle"), (case.n - 1, "last")]:
+        rows = _extents(case, case.h, case.output_size[0], corner)
+        columns = _extents(case, case.w, case.output_size[1], corner)
+        yield image, rows, columns
+
+
+def _extents(case: Case, length: int, out_length: int, corner: str) -> dict[str, Extent]:
+    """Return the block along one axis; it begins at a multiple of down."""
+    up, down, r = case.up, case.down, case.kernel_size // 2
+    block = -(-_BLOCK // down) * down
+    halo = -(-r // down) * down
+    last = max(0, (length - block) // down * down)
+    begin = {"first": 0, "middle": last // 2 // down * down, "last": last}[corner]
+    end = length if corner == "last" else min(length, begin + block)
+    ends = (max(0, begin - halo), min(length, end + halo), begin, end)
+
+    def extent(scale_up: int, scale_down: int, limit: int) -> Extent:
+        low, high, begin, end = (min(limit, -(-x * scale_up // scale_down)) for x in ends)
+        return Extent(slice(low, high), slice(begin, end))
+
+    return {
+        "features": extent(1, 1, length),
+        "output": extent(up, down, out_length),
+        "logits": extent(1, down, -(-length // down)),
+    }

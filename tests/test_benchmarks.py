@@ -172,14 +172,16 @@ def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
         return call
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    rivals = [timing.Rival(str(seconds), takes(seconds)) for seconds in (1e-3, 1.1e-2, 60)]
-    for rival in rivals:
-        timing.warm_up(rival)
-    timing.measure(rivals, budget=10)
-    fast, slow, once = (len(rival.samples) for rival in rivals)
+    candidates = [timing.Candidate(str(seconds), takes(seconds)) for seconds in (1e-3, 1.1e-2, 60)]
+    for candidate in candidates:
+        timing.warm_up(candidate)
+    timing.measure(candidates, budget=10)
+    fast, slow, once = (len(candidate.samples) for candidate in candidates)
     assert once == 1
     assert fast * 6e-3 / 5 == pytest.approx(slow * 3.3e-2 / 2, rel=0.1)  # with the untimed calls
-    assert [rival.row()["seconds"] for rival in rivals] == pytest.approx([1e-3, 1.1e-2, 60])
+    assert [candidate.row()["seconds"] for candidate in candidates] == pytest.approx(
+        [1e-3, 1.1e-2, 60]
+    )
 
 
 def test_a_call_is_made_with_the_settings_of_its_rival():
@@ -188,8 +190,8 @@ def test_a_call_is_made_with_the_settings_of_its_rival():
     from benchmarks import timing
 
     before = torch.get_num_threads()
-    rival = timing.Rival("", torch.get_num_threads, threads=before + 1)
-    assert timing.warm_up(rival) == before + 1
+    candidate = timing.Candidate("", torch.get_num_threads, threads=before + 1)
+    assert timing.warm_up(candidate) == before + 1
     assert torch.get_num_threads() == before
 
 
@@ -225,9 +227,9 @@ def test_a_module_takes_half_the_memory_of_a_composed_one():
     made = modules.modules(case)
     peaks = {}
     for name in ("carafepp", "composed: taps per phase", "composed: bmm"):
-        rival = modules.rival(name, made[name](), x, "forward+backward", threads=1)
-        timing.warm_up(rival)
-        peaks[name] = rival.memory
+        candidate = modules.candidate(name, made[name](), x, "forward+backward", threads=1)
+        timing.warm_up(candidate)
+        peaks[name] = candidate.memory
     ours = peaks.pop("carafepp")
     assert ours <= 0.5 * min(peaks.values())
 

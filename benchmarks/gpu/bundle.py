@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import ROOT
+from .. import ROOT, commit
 
 DEFAULT = ROOT / "build/bundle"
 ARCHITECTURES = "90-real;90-virtual"
@@ -57,15 +57,6 @@ def fingerprint(*names: str) -> str:
             if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def commit() -> str:
-    """Return the commit of the tree, with + where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""Places of arrays, and how calls on them are timed: a GPU, or the host in a rehearsal.
+"""Devices for arrays and calls: a GPU, or the host in a rehearsal.
 
-A device puts NumPy arrays into its memory, and `given` returns what carafepp takes of that.
-bfloat16 arrays are those of ml_dtypes on the host.
+A device puts NumPy arrays into its memory, and `given` returns such an array as carafepp takes it.
+On the host, ml_dtypes has bfloat16.
 """
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +18,16 @@ NAN_BYTE = 255  # a NaN of every dtype
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """Return an array that every library takes: bfloat16 as its bits."""
+    """Return an array that every library takes: bfloat16 as uint16."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 class TorchGpu:
     """PyTorch's tensors on the first GPU."""
 
-    calls = 16  # at least, in one graph
+    calls = 16  # fewest calls in a graph
     samples = 7
-    spin = 0.06  # seconds of work before a measurement, for the clocks to settle
+    spin = 0.06  # seconds of work until the clocks settle
     sample_seconds = 4e-3
 
     def __init__(self) -> None:
@@ -62,11 +60,11 @@ class TorchGpu:
         )
 
     def given(self, tensor: Any) -> Any:
-        """Return what carafepp takes: the tensor itself."""
+        """Return the tensor as carafepp takes it: unchanged."""
         return tensor
 
     def synchronize(self) -> None:
-        """Wait for all work; errors of earlier work are raised here."""
+        """Wait for all work; raise the errors of earlier work."""
         if self.name == "cuda":
             self.torch.cuda.synchronize()
 
@@ -75,13 +73,13 @@ class TorchGpu:
         try:
             self.synchronize()
             if self.name == "cuda":
-                self.torch.cuda.empty_cache()  # fails for good after a capture that broke off
+                self.torch.cuda.empty_cache()  # fails after a broken capture, for good
         except RuntimeError:
             return True
         return False
 
     def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture what a call queues in a CUDA graph, without a warm-up; return its replay."""
+        """Capture the work of a call in a CUDA graph, without a warm-up; return its replay."""
         cuda = self.torch.cuda
         graph, stream = cuda.CUDAGraph(), cuda.Stream()
         stream.wait_stream(cuda.current_stream())
@@ -90,7 +88,7 @@ class TorchGpu:
             try:
                 call()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the error of the call says more
+                with contextlib.suppress(RuntimeError):  # the call's error says more
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -98,7 +96,7 @@ class TorchGpu:
         return graph.replay
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Return the time of the work that a call queues."""
+        """Return the seconds of the work that a call queues."""
         begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -107,12 +105,12 @@ class TorchGpu:
         return begin.elapsed_time(end) * 1e-3
 
     def clock(self) -> int | None:
-        """Return the clock of the multiprocessors in MHz, where it can be asked for."""
+        """Return the clock of the multiprocessors in MHz, or None if no library tells it."""
         return self._nvml() if self._nvml else None
 
 
 def _nvml() -> Callable[[], int] | None:
-    """Return a function that reads the clock in a millisecond; nvidia-smi would take many."""
+    """Return a function that reads the clock in a millisecond; nvidia-smi takes longer."""
     try:
         import pynvml
 
@@ -125,7 +123,7 @@ def _nvml() -> Callable[[], int] | None:
 
 
 class TorchHost(TorchGpu):
-    """PyTorch's CPU tensors, given to carafepp as CUDA arrays: the kernels are emulated."""
+    """PyTorch's CPU tensors, labelled as CUDA arrays for emulated kernels."""
 
     calls, samples, spin, sample_seconds = 1, 1, 0.0, 0.0
 
@@ -139,7 +137,7 @@ class TorchHost(TorchGpu):
         self.memory = 1 << 30
 
     def given(self, tensor: Any) -> Any:
-        """Return the tensor's memory under the name of a CUDA array."""
+        """Return the tensor's memory, labelled as a CUDA array."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype == "bfloat16":
             tensor = tensor.view(self.torch.uint16)
@@ -150,20 +148,20 @@ class TorchHost(TorchGpu):
         return call
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Return the time of a call."""
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        """Return the seconds of a call."""
+        from ..timing import wall_time
+
+        return wall_time(call)
 
     def clock(self) -> None:
-        """Return None: the clock of a GPU is meant."""
+        """Return None: there is no GPU."""
         return
 
 
 class CuPyGpu:
-    """CuPy's arrays, each an allocation of its own, so that a sanitizer sees both of its ends.
+    """CuPy's arrays; each is an allocation, so that a sanitizer knows where it ends.
 
-    CuPy loads in a second and brings no kernels of its own: tools that watch a process are fast.
+    CuPy loads in a second and brings no kernels of its own, so that a watched process stays fast.
     """
 
     def __init__(self) -> None:
@@ -186,7 +184,7 @@ class CuPyGpu:
         return Relabelled(array, dtype, on_cuda=False) if dtype == "bfloat16" else array
 
     def given(self, array: Any) -> Any:
-        """Return what carafepp takes: the array itself."""
+        """Return the array as carafepp takes it: unchanged."""
         return array
 
     def get(self, array: Any) -> np.ndarray:
@@ -196,11 +194,11 @@ class CuPyGpu:
         return array.get()
 
     def synchronize(self) -> None:
-        """Wait for all work; errors of earlier work are raised here."""
+        """Wait for all work; raise the errors of earlier work."""
         self.cupy.cuda.runtime.deviceSynchronize()
 
     def profile(self, call: Callable[[], Any]) -> None:
-        """Run a call where a profiler looks."""
+        """Run a call under the profiler."""
         self.cupy.cuda.profiler.start()
         call()
         self.synchronize()
@@ -208,7 +206,7 @@ class CuPyGpu:
 
 
 class NumPyHost:
-    """NumPy arrays under the name of CUDA arrays, in a rehearsal in the place of CuPy's."""
+    """NumPy arrays labelled as CUDA arrays; a rehearsal has them in the place of CuPy's."""
 
     def put(self, array: np.ndarray) -> Any:
         """Return a copy."""
@@ -221,7 +219,7 @@ class NumPyHost:
         return Relabelled(array, dtype, on_cuda=True)
 
     def given(self, array: Any) -> Any:
-        """Return what carafepp takes: the array itself."""
+        """Return the array as carafepp takes it: unchanged."""
         return array
 
     def get(self, array: Any) -> np.ndarray:
@@ -229,39 +227,8 @@ class NumPyHost:
         return array.array.view(numpy_dtype(array.dtype))
 
     def synchronize(self) -> None:
-        """Return: calls have ended."""
+        """Return at once: all calls have ended."""
 
     def profile(self, call: Callable[[], Any]) -> None:
         """Run a call."""
         call()
-
-
-def timed(device: TorchGpu, call: Callable[[], Any]) -> tuple[list[float], list[int | None]]:
-    """Return samples of the seconds that a call takes, and the clocks before and after them.
-
-    The same work goes before the samples, for the clocks to settle.
-    """
-    call()
-    once = max(device.seconds(call), 1e-7)
-    end = time.perf_counter() + device.spin
-    while time.perf_counter() < end:
-        once = min(once, device.seconds(call))
-    rounds = max(1, int(device.sample_seconds / once))
-
-    def sample() -> None:
-        for _ in range(rounds):
-            call()
-
-    clock = device.clock()
-    samples = [device.seconds(sample) / rounds for _ in range(device.samples)]
-    return samples, [clock, device.clock()]
-
-
-def copy_bandwidth(device: TorchGpu, writes: int) -> float:
-    """Return the bytes a second of a copy that reads one part and writes so many."""
-    torch = device.torch
-    rows = (1 << 30 if device.name == "cuda" else 1 << 16) // (1 + writes) // 4096
-    source = torch.ones(rows, 1, 1024, device=device.name)
-    target = torch.empty(rows, writes, 1024, device=device.name)
-    samples, _ = timed(device, lambda: target.copy_(source.expand_as(target)))
-    return (source.nbytes + target.nbytes) / statistics.median(samples)

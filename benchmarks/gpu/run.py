@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from .. import ROOT
+from .. import ROOT, commit
 from . import bundle, report, sanitize
 from .processes import TIME_IS_UP, Group, Processes
 from .results import Results
@@ -176,7 +176,7 @@ class Run:
     def facts(self) -> None:
         """Write facts about the machine and its software."""
         bundled = bundle.read(self.options.bundle).get("commit", "none")
-        found = {"commit": bundle.commit(), "commit of the bundle": bundled}
+        found = {"commit": commit(), "commit of the bundle": bundled}
         found |= {"date": time.strftime("%Y-%m-%d %H:%M"), "cores": self.cores}
         found["python"] = sys.version.split()[0]
         for name in PACKAGES:

@@ -19,7 +19,7 @@ import carafepp
 from cases import DTYPES, Case, Dtypes, double, integer_arrays, random_arrays
 from cases.calls import FUNCTIONS, arguments, call, from_layout, in_layout
 
-from .check import assert_near
+from ..check import assert_near
 from .devices import TorchGpu, TorchHost
 from .worker import Task, Worker
 

@@ -1,79 +1,46 @@
 """Times on a GPU, the most important first: carafepp, PyTorch's compositions, mmcv's CARAFE.
 
-The arrays of a problem are drawn on the GPU and kept for all passes and layouts. A measurement goes
-through several sets of them: what a pass reads exceeds twice the level 2 cache. It replays one CUDA
-graph of at least 16 calls, after 60 ms of the same work. PyTorch's and mmcv's calls are eager.
-Three windows of each result are checked first. The floor moves every input and result once. Its
-bandwidth is that of a copy: one that reads as much as it writes, and one that writes three times as
-much.
+All passes and layouts of a problem share arrays, which are drawn on the GPU. A measurement goes
+through several sets of them: a pass reads more than twice the level 2 cache. After 60 ms of the
+same work, it replays one CUDA graph of at least 16 calls. PyTorch's and mmcv's calls are eager.
+Three blocks of each result are checked first.
+
+The floor of a pass moves every input and result once, at the bandwidth of a copy. One copy reads as
+much as it writes; another writes three times as much.
 """
 
 import itertools
 import math
 import os
-import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import carafepp
-from cases import Case, numpy_dtype
+from cases import Case
 
 from .. import peers
-from ..problems import PROBLEMS, touched_bytes
-from .check import Windows
-from .devices import TorchGpu, TorchHost, copy_bandwidth, timed
+from ..passes import Pass, as_nchw, in_layout, shape
+from ..timing import sample, spread
+from ..truth import Truth
+from .devices import TorchGpu, TorchHost
+from .items import CASES, Item
 from .mmcv import built, load_mmcv
 from .timing_names import DTYPES, FIRST, FLOORS, LAYOUTS, MMCV, OURS, PASSES
 from .worker import Skip, Task, Worker
 
-CASES = {
-    case.name: case
-    for case in (
-        PROBLEMS["fpn2"],
-        PROBLEMS["fpn1"],
-        Case("s2", "a stride-2 stage of a ResNet", 64, 256, 56, 56, down=2, kernel_size=5),
-        Case("rois", "the mask head on 1000 RoIs", 1000, 256, 14, 14, up=2, kernel_size=5),
-        Case("stem", "the pooling of a ResNet stem", 64, 64, 112, 112, down=2, kernel_size=5),
-        Case("s3", "a deep stage", 64, 512, 28, 28, down=2, kernel_size=5),
-        Case("fpn1_up4", "a factor of the generic kernels", 2, 256, 50, 76, up=4, kernel_size=5),
-        PROBLEMS["tiny"],
-    )
-}
 MOST_SETS = 64
-
-# The arrays that a pass reads.
-_READS = {
-    "forward": ("features", "weights"),
-    "grad_features": ("weights", "grad_output"),
-    "grad_masks": ("features", "grad_output"),
-    "grad_logits": ("features", "weights", "grad_output"),
-    "forward+backward": ("features", "weights", "grad_output"),
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One measurement. Items of the same arrays follow each other within a tier."""
-
-    case: str
-    dtype: str
-    layout: str
-    source: str
-    pass_: str
-    name: str  # carafepp: its own choice; an implementation; a composition of PyTorch; mmcv
-
-    def __str__(self) -> str:  # noqa: D105
-        name = self.name.replace(" ", "_")
-        return f"{self.case} {self.dtype} {self.layout} {self.source} {self.pass_} {name}"
+# PyTorch's compositions and mmcv sum in the arrays' dtype.
+SLACK = {"float32": 16, "float16": 4, "bfloat16": 2}
 
 
 def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]:
     """Yield all items, the most important first.
 
-    `listed` returns the implementations that take an item, best first.
+    `listed` returns the implementations that accept an item, best first.
     """
     product = itertools.product
 
@@ -81,7 +48,7 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
         for case, dtype, layout, pass_ in product(cases, DTYPES, LAYOUTS, passes):
             yield Item(case, dtype, layout, source, pass_, OURS)
 
-    def rivals(cases, dtypes):
+    def of_peers(cases, dtypes):
         for case, dtype, layout in product(cases, dtypes, LAYOUTS):
             names = list(peers.compositions(CASES[case]))
             if has_mmcv and layout == "NCHW" and CASES[case].up > 1 and dtype != "bfloat16":
@@ -96,11 +63,11 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
                 yield replace(item, name=name)
 
     yield from chosen(FIRST)
-    yield from rivals(("fpn2", "s2"), DTYPES[:2])
+    yield from of_peers(("fpn2", "s2"), DTYPES[:2])
     yield from named(("fpn2", "s2"))
-    yield from rivals(("fpn1", "rois"), DTYPES[:2])
+    yield from of_peers(("fpn1", "rois"), DTYPES[:2])
     yield from chosen([name for name in CASES if name not in FIRST])
-    yield from rivals(FIRST, DTYPES[2:])
+    yield from of_peers(FIRST, DTYPES[2:])
     yield from chosen(FIRST, "masks", ("forward", "grad_features", "grad_masks"))
 
 
@@ -113,71 +80,55 @@ class Arrays:
         self._generator = device.torch.Generator(device.name)
         self._generator.manual_seed(1)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        case = self.case
-        weights = case.logits_shape if self.source == "logits" else case.masks_shape
-        return {
-            "features": case.features_shape,
-            "weights": weights,
-            "grad_output": case.output_shape,
-        }
+    def sets(self, layout: str, pass_: Pass) -> list[dict[str, Any]]:
+        """Return enough sets that a pass reads more than twice the cache."""
+        size = getattr(self.device.torch, self.dtype).itemsize
 
-    def sets(self, layout: str, pass_: str) -> list[dict[str, Any]]:
-        """Return as many sets as make what a pass reads exceed twice the cache."""
-        size = numpy_dtype(self.dtype).itemsize
-        shapes = self._shapes()
-        read = sum(math.prod(shapes[name]) * size for name in _READS[pass_])
-        all_bytes = 2 * sum(math.prod(shape) * size for shape in shapes.values())
-        room = max(1, int(0.4 * self.device.memory / len(LAYOUTS) // max(1, all_bytes)))
-        count = min(MOST_SETS, room, -(-2 * self.device.cache // max(1, read)))
+        def total(names: tuple[str, ...]) -> int:
+            return sum(size * math.prod(shape(self.case, name)) for name in names)
+
+        set_bytes = 2 * total(("features", self.source, "output"))  # each has its gradient
+        room = max(1, int(0.4 * self.device.memory / len(LAYOUTS) // max(1, set_bytes)))
+        count = min(MOST_SETS, room, -(-2 * self.device.cache // max(1, total(pass_.reads))))
         while len(self._sets[layout]) < count:
             self._sets[layout].append(self._new(layout))
         return self._sets[layout][:count]
 
     def _new(self, layout: str) -> dict[str, Any]:
-        """Draw inputs, the first set the same in each layout, and make results of NaN."""
+        """Draw inputs, with the same first set in each layout; fill results with NaN."""
         torch = self.device.torch
-        other = self._sets[LAYOUTS[layout == LAYOUTS[0]]]
-        number = len(self._sets[layout])
+        other_layout = LAYOUTS[layout == LAYOUTS[0]]
+        other, number = self._sets[other_layout], len(self._sets[layout])
         made = {}
-        for name, shape in self._shapes().items():
+        for name in ("features", self.source, "grad_output"):
             if number < len(other):
-                nchw = as_nchw(other[number][name], LAYOUTS[layout == LAYOUTS[0]])
+                nchw = as_nchw(other[number][name], other_layout)
             else:
                 dtype = getattr(torch, self.dtype)
-                nchw = torch.empty(shape, dtype=dtype, device=self.device.name)
+                nchw = torch.empty(shape(self.case, name), dtype=dtype, device=self.device.name)
                 nchw.normal_(generator=self._generator)
             made[name] = in_layout(nchw, layout).contiguous()
-        result_of = {"output": "grad_output", "grad_features": "features"}
-        result_of[f"grad_{self.source}"] = "weights"
-        for result, name in result_of.items():
+            result = {"grad_output": "output"}.get(name, f"grad_{name}")
             made[result] = torch.full_like(made[name], float("nan"))
         return made
 
     @cached_property
-    def truth(self) -> Windows:
-        """The expected results, for the first set."""
+    def truth(self) -> Truth:
+        """The right results of the first set."""
         layout = next(layout for layout in LAYOUTS if self._sets[layout])
         first = self._sets[layout][0]
-        inputs = (as_nchw(first[name], layout) for name in ("features", "weights", "grad_output"))
-        return Windows(self.case, self.source, *inputs)
 
+        def array(name: str) -> Any:
+            return as_nchw(first[name], layout)
 
-def in_layout(tensor: Any, layout: str) -> Any:
-    """Return a view with the axes of a layout of a tensor N, C, H, W."""
-    return tensor if layout == "NCHW" else tensor.permute(0, 2, 3, 1)
-
-
-def as_nchw(tensor: Any, layout: str) -> Any:
-    """Return a view with the axes N, C, H, W."""
-    return tensor if layout == "NCHW" else tensor.permute(0, 3, 1, 2)
+        return Truth(self.case, self.source, self.dtype, array)
 
 
 class Timing:
     """Computes items; keeps the arrays of the last one."""
 
-    def __init__(self, device: TorchGpu, worker: Worker, mmcv: Path | None):
-        self.device, self.worker, self._mmcv_tree = device, worker, mmcv
+    def __init__(self, device: TorchGpu, mmcv: Path | None):
+        self.device, self._mmcv_tree = device, mmcv
         self._arrays: Arrays | None = None
         self.is_host = isinstance(device, TorchHost)
 
@@ -189,7 +140,7 @@ class Timing:
         return case
 
     def arrays(self, item: Item) -> Arrays:
-        """Return the arrays of an item; those of another case or dtype are freed."""
+        """Return the arrays of an item; free those of another case or dtype."""
         last, case = self._arrays, self.case(item.case)
         if last is None or (last.case, last.dtype, last.source) != (case, item.dtype, item.source):
             self._arrays = last = None
@@ -199,147 +150,124 @@ class Timing:
         return self._arrays
 
     def listed(self, item: Item) -> list[str]:
-        """Return the implementations that take an item, best first."""
-        case, given = self.case(item.case), self.device.given
-        arrays = Arrays(self.device, case, item.dtype, item.source)
-        first = arrays.sets(item.layout, "forward")[0]
-        inputs = [given(first[name]) for name in ("features", "weights")]
-        function, params = _function(case, item.source)
-        options: dict[str, Any] = {"layout": item.layout, **params}
-        if item.pass_ != "forward":
-            function, inputs = f"{function}_backward", [given(first["grad_output"]), *inputs]
-        entries = carafepp.list_implementations(function, *inputs, **options)
-        return [
-            name
-            for name, reason in entries
-            if reason is None and (item.pass_ == "forward" or name.startswith(f"{item.pass_}_"))
-        ]
+        """Return the implementations that accept an item, best first."""
+        arrays = Arrays(self.device, self.case(item.case), item.dtype, item.source)
+        pass_ = item.of(arrays.case)
+        first = arrays.sets(item.layout, pass_)[0]
+        return pass_.implementations(item.layout, lambda name: self.device.given(first[name]))
 
     def compute(self, item: Item) -> dict[str, Any]:
         """Check and time one item; return the facts of its line."""
         arrays = self.arrays(item)
-        sets = arrays.sets(item.layout, item.pass_)
-        call = self._call(item, arrays.case)
-        self._check(item, arrays, call)
-        calls = len(sets)
-        captured = item.name not in peers.COMPOSITIONS and item.name != MMCV
-        if captured:  # others are slow, and their memory would stay with the graph
-            calls *= -(-self.device.calls // len(sets))
+        pass_ = item.of(arrays.case)
+        sets = arrays.sets(item.layout, pass_)
+        is_ours = item.name not in (*peers.COMPOSITIONS, MMCV)
+        calls = self._ours(item, pass_, sets) if is_ours else self._peers(item, pass_, sets)
+
+        def check(call: Callable[[], Any]) -> None:
+            for name in pass_.results:
+                sets[0][name].fill_(float("nan"))
+            results = call()
+            self.device.synchronize()
+            if is_ours:
+                results = [as_nchw(sets[0][name], item.layout) for name in pass_.results]
+            slack = 1 if is_ours else SLACK[item.dtype]
+            arrays.truth.check(dict(zip(pass_.results, results, strict=True)), slack)
+
+        check(calls[0])
+        if is_ours:  # peers are slow, and a graph would keep their memory
+            calls *= -(-self.device.calls // len(calls))
 
         def run() -> None:
-            for k in range(calls):
-                call(sets[k % len(sets)])
+            for call in calls:
+                call()
 
-        if captured:
+        if is_ours:
             run = self.device.captured(run)
-            self._check(item, arrays, lambda _: run())
+            check(run)
         samples, clocks = timed(self.device, run)
-        samples = [seconds / calls for seconds in samples]
-        traffic = touched_bytes(arrays.case, item.pass_, item.source, item.dtype)
+        samples = [seconds / len(calls) for seconds in samples]
         return {
-            "us": round(statistics.median(samples) * 1e6, 3),
+            "us": round(spread(samples)[1] * 1e6, 3),
             "us_of_samples": [round(seconds * 1e6, 3) for seconds in samples],
-            "calls": calls,
+            "calls": len(calls),
             "sets": len(sets),
-            "graph": captured and not self.is_host,
-            "megabytes": round(traffic / 1e6, 3),
+            "graph": is_ours and not self.is_host,
+            "megabytes": round(pass_.bytes(item.dtype) / 1e6, 3),
             "clocks": clocks,
         }
 
-    def _check(self, item: Item, arrays: Arrays, call: Callable) -> None:
-        first = arrays.sets(item.layout, item.pass_)[0]
-        names = {
-            "forward": ["output"],
-            "forward+backward": ["output", "grad_features", f"grad_{item.source}"],
-        }.get(item.pass_, [item.pass_])
-        ours = item.name not in peers.COMPOSITIONS and item.name != MMCV
-        # PyTorch's compositions and mmcv sum in 16 bits.
-        slack = 1 if ours else {"float32": 16, "float16": 4, "bfloat16": 2}[item.dtype]
-        for name in names:
-            first[name].fill_(float("nan"))
-        results = call(first)
-        self.device.synchronize()
-        for k, name in enumerate(names):
-            result = as_nchw(first[name], item.layout) if ours else results[k]
-            try:
-                arrays.truth.check(name, result, item.dtype, slack)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
+    def _ours(self, item: Item, pass_: Pass, sets: list[dict[str, Any]]) -> list[Callable]:
+        """Return carafepp's calls; they force the implementation that the item names."""
 
-    def _call(self, item: Item, case: Case) -> Callable[[dict[str, Any]], Any]:
-        """Return a function of one set."""
-        if item.name == MMCV:
-            return partial(_differentiated, self._mmcv(case, item.source), item)
-        if item.name in peers.COMPOSITIONS:
-            function = partial(peers.composed, item.name, case, item.source)
-            return partial(_differentiated, function, item)
-        return self._ours(item, case)
-
-    def _ours(self, item: Item, case: Case) -> Callable[[dict[str, Any]], Any]:
-        function, params = _function(case, item.source)
-        forward = partial(getattr(carafepp, function), layout=item.layout, **params)
-        backward = partial(getattr(carafepp, f"{function}_backward"), layout=item.layout, **params)
-        features = item.pass_ in ("grad_features", "forward+backward")
-        weights = item.pass_ in (f"grad_{item.source}", "forward+backward")
-        needs = {"need_features": features, f"need_{item.source}": weights}
-        given = self.device.given
-
-        def call(arrays: dict[str, Any]) -> None:
-            x, m = given(arrays["features"]), given(arrays["weights"])
-            if item.pass_ in ("forward", "forward+backward"):
-                forward(x, m, out=given(arrays["output"]))
-            if features or weights:
-                outs = (
-                    given(arrays["grad_features"]) if features else None,
-                    given(arrays[f"grad_{item.source}"]) if weights else None,
-                )
-                backward(given(arrays["grad_output"]), x, m, **needs, out=outs)
-
-        if item.name == OURS:
-            return call
-
-        def forced(arrays: dict[str, Any]) -> None:
+        def forced(call: Callable[[], Any]) -> None:
             with carafepp.force_implementation(item.name):
-                call(arrays)
+                call()
 
-        return forced
+        calls = [
+            pass_.call(item.layout, lambda name, one=one: self.device.given(one[name]))
+            for one in sets
+        ]
+        return calls if item.name == OURS else [partial(forced, call) for call in calls]
 
-    def _mmcv(self, case: Case, source: str) -> Callable:
+    def _peers(self, item: Item, pass_: Pass, sets: list[dict[str, Any]]) -> list[Callable]:
+        """Return the calls of a composition or of mmcv."""
+        if item.name == MMCV:
+            function = self._mmcv(pass_)
+        else:
+            function = partial(peers.composed, item.name, pass_.case, item.source)
+
+        def call(one: dict[str, Any]) -> tuple:
+            inputs = [as_nchw(one[name], item.layout) for name in ("features", item.source)]
+            if item.pass_ == "forward":
+                return (peers.forward(function, *inputs),)
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            grad_output = as_nchw(one["grad_output"], item.layout)
+            return peers.forward_backward(function, leaves, grad_output)
+
+        return [partial(call, one) for one in sets]
+
+    def _mmcv(self, pass_: Pass) -> Callable:
         if self._mmcv_tree is None or self.is_host:
             raise Skip("mmcv needs a GPU and the files of its tree")
         if reason := built(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
             raise Skip(reason)
-        carafe = load_mmcv(self._mmcv_tree)
+        carafe, case = load_mmcv(self._mmcv_tree), pass_.case
         functional = self.device.torch.nn.functional
 
         def function(features, weights):
             masks = weights
-            if source == "logits":
+            if pass_.source == "logits":
                 masks = functional.softmax(functional.pixel_shuffle(weights, case.up), 1)
             return carafe(features, masks, case.kernel_size, 1, case.up)
 
         return function
 
 
-def _function(case: Case, source: str) -> tuple[str, dict[str, Any]]:
-    """Return the forward function's name and the parameters that its backward has too."""
-    if source == "masks":
-        return "reassemble", dict(case.factors)
-    return "reassemble_with_logits", {**case.factors, "kernel_size": case.kernel_size}
+def timed(device: TorchGpu, call: Callable[[], Any]) -> tuple[list[float], list[int | None]]:
+    """Return samples of the seconds of a call, and the clocks before and after them.
+
+    The same work runs before the samples until the clocks settle.
+    """
+    call()
+    once = max(device.seconds(call), 1e-7)
+    end = time.perf_counter() + device.spin
+    while time.perf_counter() < end:
+        once = min(once, device.seconds(call))
+    calls = max(1, int(device.sample_seconds / once))
+    clock = device.clock()
+    samples = [sample(call, calls, device.seconds) for _ in range(device.samples)]
+    return samples, [clock, device.clock()]
 
 
-def _differentiated(function: Callable, item: Item, arrays: dict[str, Any]) -> tuple:
-    """Run a forward, or a forward and its gradients, of PyTorch's; return the results."""
-    import torch
-
-    inputs = [as_nchw(arrays[name], item.layout) for name in ("features", "weights")]
-    if item.pass_ == "forward":
-        with torch.no_grad():
-            return (function(*inputs),)
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    output = function(*leaves)
-    grad_output = as_nchw(arrays["grad_output"], item.layout)
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+def copy_bandwidth(device: TorchGpu, writes: int) -> float:
+    """Return the bytes a second of a copy that writes what it reads so many times."""
+    torch = device.torch
+    rows = (1 << 30 if device.name == "cuda" else 1 << 16) // (1 + writes) // 4096
+    source = torch.ones(rows, 1, 1024, device=device.name)
+    target = torch.empty(rows, writes, 1024, device=device.name)
+    samples, _ = timed(device, lambda: target.copy_(source.expand_as(target)))
+    return (source.nbytes + target.nbytes) / spread(samples)[1]
 
 
 def main() -> None:
@@ -347,7 +275,7 @@ def main() -> None:
     tree = os.environ.get("CARAFEPP_GPU_MMCV")
     device = TorchHost() if Task.of_environment().rehearse else TorchGpu()
     worker = Worker(device.is_lost)
-    timing = Timing(device, worker, Path(tree) if tree else None)
+    timing = Timing(device, Path(tree) if tree else None)
     worker.run(FLOORS, lambda item: {"GB_per_s": copy_bandwidth(device, int(item[-1])) / 1e9})
 
     def listed(item: Item) -> list[str]:

@@ -1,4 +1,4 @@
-"""The cost of one call: `carafepp.reassemble` of one value beside the least that others do."""
+"""The cost of one call: `carafepp.reassemble` of one value beside the cheapest calls of others."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch
 
 import carafepp
 
-from .timing import Rival, measure
+from .timing import Candidate, measure
 
 
 class Product(torch.autograd.Function):
-    """The least that an operator with a gradient takes in Python: a product, both inputs saved."""
+    """The cheapest operator with a gradient in Python: a product that saves both inputs."""
 
     @staticmethod
     def forward(ctx, features, masks):  # noqa: D102
@@ -20,7 +20,7 @@ class Product(torch.autograd.Function):
 
 
 def one_call(seconds: float) -> list[dict[str, Any]]:
-    """Return a row for each call; "ratio" is carafepp's time on the same arrays by this one's."""
+    """Return a row for each call; "ratio" is carafepp's time divided by this call's time."""
     one = np.ones((1, 1, 1, 1), np.float32)
     out = np.empty_like(one)
     tensor = torch.ones(1, 1, 1, 1, requires_grad=True)
@@ -36,8 +36,8 @@ def one_call(seconds: float) -> list[dict[str, Any]]:
         ("PyTorch, with autograd", "torch.mul", lambda: torch.mul(tensor, tensor)),
         ("PyTorch, with autograd", "an autograd.Function", lambda: Product.apply(tensor, tensor)),
     ]
-    rivals = [Rival(name, call, labels={"arrays": arrays}) for arrays, name, call in listed]
-    measure(rivals, seconds)
-    rows = [rival.row() for rival in rivals]
-    ours = {row["arrays"]: row["seconds"] for row in rows if row["name"] == rivals[0].name}
+    calls = [Candidate(name, call, labels={"arrays": arrays}) for arrays, name, call in listed]
+    measure(calls, seconds)
+    rows = [call.row() for call in calls]
+    ours = {row["arrays"]: row["seconds"] for row in rows if row["name"] == calls[0].name}
     return [row | {"ratio": ours[row["arrays"]] / row["seconds"]} for row in rows]
