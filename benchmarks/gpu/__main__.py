@@ -1,4 +1,4 @@
-"""The command line: `bundle` makes a bundle; without it the run begins, or goes on."""
+"""The command line: `bundle` makes a bundle; other words begin or continue the run."""
 
 import argparse
 import fcntl
@@ -11,25 +11,23 @@ from .run import STEPS, Options, Run, default_site
 
 
 def main() -> int:
-    """Run; return the exit status: 0 if nothing failed, and every step ended that must."""
+    """Run; return 0 if nothing failed and every step that must end has ended."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=(sys.modules["benchmarks.gpu"].__doc__ or "").partition("\n")[0],
     )
+
+    def folder(name: str, default: Path, text: str) -> None:
+        text += f"default {default}"
+        parser.add_argument(name, type=lambda p: Path(p).resolve(), default=default, help=text)
+
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; default all")
     parser.add_argument(
-        "--deadline", type=float, default=540, metavar="SECONDS", help="of all steps; default 540"
+        "--deadline", type=float, default=540, metavar="SECONDS", help="for all steps; default 540"
     )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "build/gpu", help="for results; default build/gpu"
-    )
-    parser.add_argument("--bundle", type=Path, default=bundle.DEFAULT, help="default build/bundle")
-    parser.add_argument(
-        "--site",
-        type=Path,
-        default=default_site(),
-        help=f"to install into; default {default_site()}",
-    )
+    folder("--out", ROOT / "build/gpu", "for results; ")
+    folder("--bundle", bundle.DEFAULT, "")
+    folder("--site", default_site(), "to install into; ")
     parser.add_argument(
         "--rehearse", action="store_true", help="run without a GPU, with emulated kernels"
     )
@@ -48,17 +46,8 @@ def main() -> int:
         parser.error(f"--site: another run installs into {asked.site}")
     except OSError as error:
         parser.error(f"--out and --site must be folders to write to: {error}")
-    steps = tuple(name for name in STEPS if name in asked.steps) or tuple(STEPS)
-    options = Options(
-        asked.out.resolve(),
-        asked.bundle.resolve(),
-        asked.site.resolve(),
-        asked.deadline,
-        asked.rehearse,
-        asked.quick,
-        steps,
-    )
-    return Run(options).go()
+    asked.steps = tuple(name for name in STEPS if name in asked.steps) or tuple(STEPS)
+    return Run(Options(**vars(asked))).go()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The bundle: what a machine without a network needs, in one folder.
+"""The bundle: one folder for a machine without a network.
 
     python -m benchmarks.gpu bundle [--out FOLDER] [--wheel FILE] [--emulated] [--mmcv TREE]
                                     [--python 3.12]
 
-It holds a wheel of carafepp for sm_90 and, as PTX, for newer GPUs; the wheels that a build on the
-spot needs; at wish one with emulated kernels, for a rehearsal, and the files of mmcv's CARAFE.
-FOLDER/bundle.json says what they were made from.
+It holds a wheel of carafepp for sm_90 and, as PTX, for newer GPUs. It also holds the wheels that a
+build on the machine needs. Options add a wheel with emulated kernels, for a rehearsal, and the
+files of mmcv's CARAFE. FOLDER/bundle.json tells the sources of the wheels.
 """
 
 import argparse
@@ -24,14 +24,9 @@ from .. import ROOT, commit
 
 DEFAULT = ROOT / "build/bundle"
 ARCHITECTURES = "90-real;90-virtual"
-# The run time of the module, then what a build needs beside CMake and ninja.
 RUN_TIME = ["nanobind-backend>=1.0"]
-BUILD = [
-    "nanobind>=3.1,<4",
-    "scikit-build-core>=1.1,<2",
-    "pathspec",
-    "packaging",
-]  # and what these two need
+# A build needs these beside CMake and ninja; scikit-build-core needs the last two.
+BUILD = ["nanobind>=3.1,<4", "scikit-build-core>=1.1,<2", "pathspec", "packaging"]
 MMCV_FILES = [
     "pytorch/carafe.cpp",
     "pytorch/cuda/carafe_cuda.cu",
@@ -42,13 +37,13 @@ MMCV_FILES = [
     "common/pytorch_device_registry.hpp",
 ]
 MMCV_SOURCES = Path("mmcv/ops/csrc")
-_MOST_BYTES = 60 << 20  # a bundle that travels with a working tree must stay small
+_MOST_BYTES = 60 << 20  # a bundle travels with a working tree
 _COMPILED = ("CMakeLists.txt", "bindings", "cmake", "core")
 _PYTHON = "python/carafepp"
 
 
 def fingerprint(*names: str) -> str:
-    """Return a hash of files and folders; by default of all that the wheel is compiled from."""
+    """Return a hash of files and folders; by default of all sources of the library."""
     digest = hashlib.sha256()
     for name in names or _COMPILED:
         path = ROOT / name
@@ -60,7 +55,7 @@ def fingerprint(*names: str) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return what bundle.json says; nothing where there is no bundle, or a damaged one."""
+    """Return the facts of bundle.json, or nothing if the bundle is missing or damaged."""
     try:
         facts = json.loads((folder / "bundle.json").read_text())
     except (OSError, ValueError):
@@ -70,7 +65,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def update_python(site: Path) -> None:
-    """Let an installed carafepp have this tree's Python files: they need no compiler."""
+    """Copy this tree's Python files into an installed carafepp: they need no compiler."""
     shutil.copytree(
         ROOT / _PYTHON,
         site / "carafepp",
@@ -83,14 +78,18 @@ def main(arguments: list[str]) -> int:
     """Make a bundle; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu bundle",
-        description="Collect what a machine with a GPU and no network needs.",
+        description="Collect all files that a machine with a GPU and no network needs.",
     )
     parser.add_argument("--out", type=Path, default=DEFAULT, help="default build/bundle")
     parser.add_argument("--wheel", type=Path, help="of carafepp, instead of building one")
     parser.add_argument(
-        "--emulated", action="store_true", help="add a wheel for rehearsals, which else build it"
+        "--emulated",
+        action="store_true",
+        help="add a wheel for rehearsals; they build it otherwise",
     )
-    parser.add_argument("--mmcv", type=Path, metavar="TREE", help="mmcv's tree, for its CARAFE")
+    parser.add_argument(
+        "--mmcv", type=Path, metavar="TREE", help="source tree of mmcv, for its CARAFE"
+    )
     parser.add_argument("--python", default="3.12", help="of the other machine; default 3.12")
     asked = parser.parse_args(arguments)
     folder = asked.out.resolve()
@@ -150,7 +149,7 @@ def installation(wheels: Iterable[Path], site: Path) -> list[str]:
 
 
 def build(site: Path, cuda: str) -> list[str]:
-    """Return the command that builds carafepp on the spot: `cuda` is ON or EMULATED."""
+    """Return the command that builds carafepp on this machine: `cuda` is ON or EMULATED."""
     settings = [f"-Ccmake.define.CARAFEPP_CUDA={cuda}"]
     if cuda == "ON":
         settings.append("-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native")
@@ -158,7 +157,7 @@ def build(site: Path, cuda: str) -> list[str]:
 
 
 def why_not(facts: dict[str, Any]) -> str:
-    """Return why the bundle's wheel does not serve here; nothing where it does."""
+    """Return why the bundle's wheel does not fit this machine and tree; nothing if it fits."""
     if not facts:
         return "there is no whole bundle"
     if facts["sources"] != fingerprint():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.counters
 
-An item is a case and a dtype: one run of the profiler, so that what it counted is kept when the
-time is up. Each launch becomes a line of its own.
+An item is a case and a dtype: one run of the profiler. A finished run keeps its counters when the
+time is up. Each launch becomes a line.
 """
 
 import csv
@@ -24,14 +24,14 @@ GROUPS = [
 ]
 _STALLS = ("long_scoreboard", "barrier", "mio_throttle", "lg_throttle", "short_scoreboard")
 METRICS = {
-    "us": "gpu__time_duration.sum",  # which is in nanoseconds
+    "us": "gpu__time_duration.sum",  # nanoseconds
     "dram_read": "dram__bytes_read.sum",
     "dram_write": "dram__bytes_write.sum",
     "l2_read_sectors": "lts__t_sectors_op_read.sum",
     "l2_write_sectors": "lts__t_sectors_op_write.sum",
     "l1_wavefronts": "l1tex__data_pipe_lsu_wavefronts.sum",
-    "cycles_per_second": "smsp__cycles_elapsed.avg.per_second",  # tells the clock
-    "instructions": "smsp__inst_executed.sum",  # of warps
+    "cycles_per_second": "smsp__cycles_elapsed.avg.per_second",  # the clock
+    "instructions": "smsp__inst_executed.sum",  # per warp
     "issue_active": "smsp__issue_active.avg.pct_of_peak_sustained_active",  # %
     "warps_active": "sm__warps_active.avg.pct_of_peak_sustained_active",  # %
     "waves": "launch__waves_per_multiprocessor",
@@ -40,8 +40,6 @@ METRICS = {
         for name in (*_STALLS, "math_pipe_throttle")
     },
 }
-
-
 _UNKNOWN = re.compile(r"Failed to find metric \W*(?:regex:)?\W*([\w.]+)")
 
 
@@ -56,7 +54,7 @@ def command(metrics: list[str], log: Path, group: str) -> list[str]:
 
 
 def parsed(text: str) -> list[dict[str, Any]]:
-    """Return a row for each launch from the profiler's log: the kernel's name and the counters."""
+    """Return a row for each launch in the profiler's log: the kernel's name and the counters."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = []
     for row in csv.DictReader(lines):
@@ -71,7 +69,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 
 def _number(text: str | None) -> float | None:
-    """Return a number with commas between its thousands; None for n/a."""
+    """Parse a number with commas between its thousands; n/a gives None."""
     try:
         return float((text or "").replace(",", ""))
     except ValueError:

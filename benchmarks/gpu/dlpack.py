@@ -1,7 +1,7 @@
-"""Arrays that say by DLPack what their library cannot say.
+"""Arrays with another label in DLPack: a dtype or a device that their library cannot export.
 
-NumPy exports no bfloat16, and older CuPy none either: its bits travel as uint16. In a rehearsal
-host memory says that it is a CUDA array, for kernels that are emulated on the CPU.
+NumPy and older CuPy export no bfloat16: its bits are uint16 arrays. A rehearsal labels host memory
+as CUDA memory, for kernels that are emulated on the CPU.
 """
 
 import ctypes
@@ -21,16 +21,16 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes
 
 
 class Relabelled:
-    """An array whose exports say another device type or dtype code.
+    """An array that exports another device type or dtype code.
 
     Parameters
     ----------
     array : Any
-        It exports itself by DLPack; bfloat16 as uint16.
+        Exports itself by DLPack; bfloat16 as uint16.
     dtype : str
-        The dtype that the elements have.
+        The dtype of the elements.
     on_cuda : bool
-        Say that the memory is a CUDA device's.
+        Label the memory as a CUDA device's.
     """
 
     def __init__(self, array: Any, dtype: str, on_cuda: bool):
@@ -43,12 +43,12 @@ class Relabelled:
         return (CUDA, 0) if self._on_cuda else self.array.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
-        """Return the array's capsule with the other labels; host memory has no stream."""
+        """Return the array's capsule with the new labels; host memory has no stream."""
         if self._on_cuda:
             options.pop("stream", None)
         try:
             capsule = self.array.__dlpack__(**options)
-        except TypeError:  # of a library that knows no versions
+        except TypeError:  # a library without versions
             options.pop("max_version", None)
             capsule = self.array.__dlpack__(**options)
         name = _name(capsule)

@@ -2,8 +2,8 @@
 
     CARAFEPP_GPU_MMCV=TREE TORCH_EXTENSIONS_DIR=FOLDER python -m benchmarks.gpu.mmcv
 
-The build takes a minute or two, beside other steps. FOLDER/built then has nothing in it, or the
-error; only a build that went well is loaded, and nobody builds while times are taken.
+The build takes a minute or two, beside other steps. It then writes FOLDER/built: an empty file, or
+the error. The step `time` loads a good build and never builds.
 """
 
 import os
@@ -32,22 +32,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
 
 def _headers_of_libraries() -> list[str]:
-    """Return nvcc's options for headers that PyTorch's own include: cusparse.h and its kin.
+    """Return nvcc's options for the CUDA headers that PyTorch's headers include.
 
-    A toolkit may lack them; then those of the packages that PyTorch runs with serve, after all
-    others.
+    A toolkit may lack some, like cusparse.h: search the packages that PyTorch runs with last.
     """
     folders = Path(torch.__file__).parents[1].glob("nvidia/*/include")
     return [f"-Xcompiler=-idirafter,{folder}" for folder in folders]
 
 
 def load_mmcv(tree: Path) -> Callable:
-    """Build it; return its function of features, masks, kernel size, groups and factor."""
+    """Build mmcv's CARAFE; return its function of features, masks, kernel size, groups, factor."""
     from torch.utils.cpp_extension import _get_build_directory, load
 
     csrc = tree / "mmcv" / "ops" / "csrc"
     build = Path(_get_build_directory("mmcv_carafe", verbose=False))
-    shim = build / "include" / "THC"  # a header that newer versions of PyTorch have elsewhere
+    shim = build / "include" / "THC"  # newer versions of PyTorch moved a header
     shim.mkdir(parents=True, exist_ok=True)
     _write(shim / "THCAtomics.cuh", "#include <ATen/cuda/Atomic.cuh>\n")
     binding = build / "binding.cpp"
@@ -69,33 +68,33 @@ def load_mmcv(tree: Path) -> Callable:
     )
 
     class Carafe(torch.autograd.Function):
-        """As mmcv's own, its zeroed buffers included."""
+        """The same calls as in mmcv, zeroed buffers included."""
 
         @staticmethod
         def forward(ctx, features, masks, kernel_size, groups, factor):
             n, c, h, w = features.shape
             output = features.new_zeros((n, c, h * factor, w * factor))
-            of_output, of_features = torch.zeros_like(output), torch.zeros_like(features)
+            output_nhwc, features_nhwc = torch.zeros_like(output), torch.zeros_like(features)
             ctx.params = kernel_size, groups, factor
             module.forward(
                 features,
                 masks,
-                of_features,
-                of_output,
+                features_nhwc,
+                output_nhwc,
                 torch.zeros_like(masks),
                 output,
                 *ctx.params,
             )
-            ctx.save_for_backward(features, masks, of_features)
+            ctx.save_for_backward(features, masks, features_nhwc)
             return output
 
         @staticmethod
         def backward(ctx, grad_output):
-            features, masks, of_features = ctx.saved_tensors
+            features, masks, features_nhwc = ctx.saved_tensors
             grad_features, grad_masks = torch.zeros_like(features), torch.zeros_like(masks)
             module.backward(
                 grad_output.contiguous(),
-                of_features,
+                features_nhwc,
                 masks,
                 torch.zeros_like(grad_output),
                 torch.zeros_like(grad_output),
@@ -111,23 +110,25 @@ def load_mmcv(tree: Path) -> Callable:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that has another text: a new date alone would make ninja build again."""
+    """Write a file if its text changes: a new date alone would make ninja build again."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 def built(extensions: Path) -> str:
-    """Return why mmcv's CARAFE cannot be loaded; nothing where it can."""
+    """Return why mmcv's CARAFE cannot be loaded; nothing if it can."""
     marker = extensions / "built"
     return marker.read_text() if marker.exists() else "its build has not ended"
 
 
 def main() -> None:
-    """Build, and write how that went."""
+    """Build; write the result into FOLDER/built."""
     marker = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "built"
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    for lock in marker.parent.glob("*/lock"):  # a killed build leaves it, and all would wait for it
+    for lock in marker.parent.glob(
+        "*/lock"
+    ):  # a killed build leaves one, and the next build would wait for it
         lock.unlink()
     try:
         load_mmcv(Path(os.environ["CARAFEPP_GPU_MMCV"]))

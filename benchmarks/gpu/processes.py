@@ -1,4 +1,4 @@
-"""Processes with a limit: one for a group of items, started again where it broke off."""
+"""Processes with a time limit: each computes a group of items, and starts again after a crash."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ from .results import Results
 from .worker import LOST
 
 TIME_IS_UP = "its time was up"
-PATIENCE = 90  # seconds without a new line after which a process counts as hanging
+PATIENCE = 90  # seconds without a new line until a process counts as hanging
 _LOGGED, _SHOWN = 20_000, 2_000  # characters of a process's output
 _PR_SET_PDEATHSIG = 1
 
@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 class Group:
     """Items that one process computes.
 
-    `fine` are the exit statuses that a process may have when it has computed all that it could.
+    `fine` holds the exit statuses of a process that has computed all its items.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Group:
 
 
 class Processes:
-    """Starts processes and ends them all when the run is ended."""
+    """Starts processes; ends all of them with the run."""
 
     def __init__(self, root: Path, log: Path):
         self.root, self.log = root, log
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.RLock()  # a signal may come while it is held
+        self._lock = threading.RLock()  # a signal may arrive while this thread holds it
 
     def start(
         self, command: list[str], environment: dict[str, str], output: IO[bytes] | int
     ) -> subprocess.Popen:
-        """Start a process in a group of its own, which ends with this one."""
+        """Start a process in a new process group; it ends with this process."""
         process = subprocess.Popen(
             command,
             cwd=self.root,
@@ -65,16 +65,16 @@ class Processes:
         return process
 
     def end(self, process: subprocess.Popen) -> None:
-        """Kill a process and those that it started."""
+        """Kill a process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in the driver
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it
             process.wait(5)
         with self._lock:
             self._running.discard(process)
 
     def end_all(self) -> None:
-        """Kill all."""
+        """Kill all processes."""
         with self._lock:
             running = list(self._running)
         for process in running:
@@ -87,9 +87,9 @@ class Processes:
         until: float,
         is_alive: Callable[[], bool] = lambda: True,
     ) -> tuple[int | str, str]:
-        """Run a process until its end, or a time; return its status, or why it was killed.
+        """Run a process until its end or a time; return its status, or why it was killed.
 
-        The second result is the end of its output, of which more goes into the log.
+        The second result is the end of its output; the log keeps more of it.
         """
         with tempfile.TemporaryFile() as output:
             status: int | str | None = None
@@ -120,7 +120,7 @@ class Processes:
         until: float,
         jobs: int,
     ) -> bool:
-        """Run groups, so many at once; return whether all came to their end."""
+        """Run groups, `jobs` of them at once; return whether all ended well."""
 
         def run(group: Group) -> bool:
             return self._run_group(results, step, group, environment, until)
@@ -131,26 +131,26 @@ class Processes:
     def _run_group(
         self, results: Results, step: str, group: Group, environment: dict[str, str], until: float
     ) -> bool:
-        """Start the process of a group until it ends well, its time is up, or nothing moves on."""
+        """Start a group's process until it ends well, makes no progress, or its time is up."""
 
         def lines() -> list[dict[str, Any]]:
             return [r for r in results.records(step) if r.get("group") == group.name]
 
         environment = {**environment, **group.environment, "CARAFEPP_GPU_GROUP": group.name}
         while time.time() < until:
-            before = seen = len(lines())
-            moved = time.time()
+            before = count = len(lines())
+            last_line = time.time()
 
             def is_alive() -> bool:
-                nonlocal seen, moved
-                if len(lines()) > seen:
-                    seen, moved = len(lines()), time.time()
-                return time.time() - moved < group.patience
+                nonlocal count, last_line
+                if len(lines()) > count:
+                    count, last_line = len(lines()), time.time()
+                return time.time() - last_line < group.patience
 
             status, said = self.run(group.command, environment, until, is_alive)
             in_time = status != TIME_IS_UP
-            moved_on = len(lines()) > before
-            error = f"{_told(status)}. {said[-300:]}"
+            has_progressed = len(lines()) > before
+            error = f"{_in_words(status)}. {said[-300:]}"
             last = {record["item"]: record["status"] for record in lines()}
             begun = [item for item, how in last.items() if how == "begin"]
             for item in begun:
@@ -158,14 +158,14 @@ class Processes:
                 results.write(step, item, how, error=error, group=group.name)
             if status in group.fine:
                 results.recover(step, group.name)
-                return time.time() < until  # else it stopped at its time
-            if in_time and not begun and not (moved_on and status == LOST):
+                return time.time() < until  # it may have stopped because its time was up
+            if in_time and not begun and not (has_progressed and status == LOST):
                 results.write(step, group.name, "fail", error=error, group=group.name)
                 return False
         return False
 
 
-def _told(status: int | str) -> str:
+def _in_words(status: int | str) -> str:
     """Return a status in words."""
     if isinstance(status, int) and status < 0:
         return f"signal {signal.Signals(-status).name}"
@@ -173,6 +173,6 @@ def _told(status: int | str) -> str:
 
 
 def end_with_parent() -> None:
-    """In the new process: be killed when the parent is."""
+    """Let the kernel kill this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

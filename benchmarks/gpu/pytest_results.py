@@ -1,9 +1,9 @@
-"""A pytest plugin: a line of results for each test, and an end to processes that lost the device.
+"""A pytest plugin: it writes a line of results for each test, and ends a process without a device.
 
     python -m pytest -p benchmarks.gpu.pytest_results ...
 
-Tests that have a line from an earlier run are left out. After an illegal access every later test of
-a process would fail too; so the process ends, and pytest-xdist or the parent starts a new one.
+It leaves out tests that an earlier run finished. After an illegal access, every later test of the
+process would fail. So the process ends, and pytest-xdist or the parent starts a new one.
 """
 
 import os
@@ -18,17 +18,17 @@ _KEY = "carafepp_gpu_finished"
 
 
 class Lines:
-    """Writes lines where the reports arrive: in the controller, or in the only process."""
+    """Writes lines in the process that gets the reports: the controller, or the only process."""
 
     def __init__(self, worker: Worker, finished: set[str], writes: bool):
         self.worker, self.finished, self.writes = worker, finished, writes
 
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a process of pytest-xdist what is finished: all must collect the same tests."""
+        """Tell a worker of pytest-xdist the finished tests: all workers must collect the same."""
         node.workerinput[_KEY] = sorted(self.finished)
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        """Leave out what is finished."""
+        """Leave out finished tests."""
         left = [item for item in items if item.nodeid not in self.finished]
         config.hook.pytest_deselected(items=[i for i in items if i.nodeid in self.finished])
         items[:] = left
@@ -39,12 +39,12 @@ class Lines:
             self.worker.begin(nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Write how a test ended: with its call, or before."""
+        """Write how a test ended: in its call, or before."""
         if not self.writes or (report.when == "teardown" and report.passed):
             return
         if report.failed:
             if self._has_failed(report.nodeid):
-                return  # its process wrote the cause, and then ended
+                return  # its process wrote the cause before it ended
             self.worker.end(report.nodeid, "fail", error=_last_lines(report.longreprtext))
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
@@ -69,18 +69,18 @@ class Lines:
 
 
 def _last_lines(text: str) -> str:
-    """Return the lines of the error itself."""
+    """Return the lines with the error."""
     marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     return " ".join(marked or text.split())[:400]
 
 
 def _is_lost() -> bool:
-    """Tell whether a library that is loaded finds the device unusable."""
+    """Tell whether a loaded library finds the device unusable."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     try:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # fails for good after a capture that broke off
+            torch.cuda.empty_cache()  # fails after a broken capture, for good
         if cupy is not None and cupy.cuda.is_available():
             cupy.cuda.runtime.deviceSynchronize()
     except Exception:
@@ -89,7 +89,7 @@ def _is_lost() -> bool:
 
 
 def pytest_configure(config: Any) -> None:
-    """Register the plugin, unless the parent's variables are missing."""
+    """Register the plugin."""
     worker = Worker()
     given = getattr(config, "workerinput", {}).get(_KEY)
     finished = set(given) if given is not None else worker.results.finished(worker.task.step)

@@ -1,4 +1,4 @@
-"""The table of a run: at most sixty lines of what its results say."""
+"""The table of a run: a summary of its results in at most sixty lines."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from .results import FINISHED, Results
 from .timing_names import DTYPES, FIRST, LAYOUTS, MMCV, OURS, PASSES
 
 LINES = 60
-_FAILURES = 12  # lines of failures, of which a step has a share
-_WIDTH = 150  # characters of a line
+_FAILURES = 12  # lines of failures; steps share them
+_WIDTH = 150  # characters per line
 
 
 def counts(results: Results, step: str) -> str:
-    """Return how many items of a step ended how."""
+    """Count the items of a step by their status, in words."""
     statuses = [record["status"] for record in results.last(step).values()]
     words = {"pass": "passed", "fail": "failed", "skip": "skipped"}
     found = [f"{statuses.count(how)} {word}" for how, word in words.items() if how in statuses]
@@ -24,21 +24,21 @@ def counts(results: Results, step: str) -> str:
 
 
 def has_failures(results: Results, steps: Iterable[str]) -> bool:
-    """Tell whether an item of some steps failed."""
+    """Tell whether an item of these steps failed."""
     return any(
         record["status"] == "fail" for step in steps for record in results.last(step).values()
     )
 
 
 def table(results: Results) -> str:
-    """Return the lines."""
+    """Return the table."""
     lines = [*_facts(results), "", *_steps(results), *_failures(results), ""]
     lines += [*_timing(results), *_counters(results)]
     return "\n".join(map(_shortened, lines[:LINES])) + "\n"
 
 
 def _shortened(line: str) -> str:
-    """Return a line of which the middle is left out if it is long: errors end with their cause."""
+    """Return a line without its middle if it is long: errors end with their cause."""
     line = line.rstrip()
     if len(line) <= _WIDTH:
         return line
@@ -46,7 +46,7 @@ def _shortened(line: str) -> str:
 
 
 def _facts(results: Results) -> Iterator[str]:
-    """Yield three lines about the machine, as it was at the last run."""
+    """Yield lines about the machine of the last run."""
     machine = next((r for r in reversed(results.records("facts")) if r["item"] == "machine"), {})
     hidden = ("step", "item", "status", "time")
     texts = [f"{name} {value}" for name, value in machine.items() if name not in hidden]
@@ -75,7 +75,7 @@ def _steps(results: Results) -> Iterator[str]:
 
 
 def _failures(results: Results) -> Iterator[str]:
-    """Yield a line for items that failed: the first of each step, and how many more there are."""
+    """Yield a line for each of the first failures of a step, and the number of the others."""
     found = {
         step: [r for r in results.last(step).values() if r["status"] == "fail"]
         for step in dict.fromkeys(record["step"] for record in results.records())
@@ -93,13 +93,13 @@ def _failures(results: Results) -> Iterator[str]:
 
 
 def _timing(results: Results) -> Iterator[str]:
-    """Yield a line for each case, dtype and layout: each pass beside its floor and its rivals."""
-    rows = {item: r for item, r in results.last("time").items() if "us" in r}
-    floors = results.last("time")
-    rate = floors.get("floor copy_1_to_1", {}).get("GB_per_s")
+    """Yield a line for each case, dtype and layout: each pass beside its floor and its peers."""
+    last = results.last("time")
+    rows = {item: r for item, r in last.items() if "us" in r}
+    rate = last.get("floor copy_1_to_1", {}).get("GB_per_s")
     if not rows:
         return
-    yield "us in a graph (share of the floor at 1:1; x best composition of PyTorch, eager; x mmcv)"
+    yield "us in a graph (floor of a 1:1 copy / us; best composition of PyTorch / us; mmcv / us)"
     yield "from logits; passes: " + ", ".join(PASSES)
     for case, dtype, layout in itertools.product(FIRST, DTYPES, LAYOUTS):
         cells = [_cell(rows, f"{case} {dtype}", layout, pass_, rate) for pass_ in PASSES]
@@ -113,21 +113,21 @@ def _cell(rows: dict[str, Any], problem: str, layout: str, pass_: str, rate: flo
         return "-"
     floor = ours["megabytes"] / rate * 1e3 if rate else float("nan")  # MB / (GB/s) is ms
     text = f"{ours['us']:.0f} ({floor / ours['us']:.0%}"
-    rivals = {
+    others = {
         item.split()[-1]: record["us"]
         for item, record in rows.items()
         if item.startswith(f"{problem} ") and f" logits {pass_} " in item
     }
     compositions = [
-        us for name, us in rivals.items() if not name.startswith((OURS, MMCV, "reass", "grad_"))
+        us for name, us in others.items() if not name.startswith((OURS, MMCV, "reass", "grad_"))
     ]
-    for group in (compositions, [us for name, us in rivals.items() if name == MMCV]):
+    for group in (compositions, [us for name, us in others.items() if name == MMCV]):
         text += f"; {min(group) / ours['us']:.1f}" if group else "; -"
     return text + ")"
 
 
 def _counters(results: Results) -> Iterator[str]:
-    """Yield a line for each kernel that was counted, while there is room for them."""
+    """Yield a line for each counted kernel, while there is room."""
     rows = [(item, r) for item, r in results.last("counters").items() if "kernel" in r]
     if not rows:
         return
@@ -148,7 +148,7 @@ def _counters(results: Results) -> Iterator[str]:
             f"{get('issue_active'):.0f}%, {get('waves'):.1f}, {worst}"
         )
     if len(rows) > room:
-        yield f"{len(rows) - room + 1} more are in {results.path.name}"
+        yield f"{results.path.name} has {len(rows) - room + 1} more"
 
 
 def _scaled(numbers: dict[str, float], name: str, scale: float = 1) -> float:

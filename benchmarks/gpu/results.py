@@ -1,9 +1,9 @@
-"""The lines of results: written as they come by several processes, and read again.
+"""The file of results: several processes write lines, and read them again.
 
 A line is a JSON object with `step`, `item`, `status` and facts. An item begins with the status
 `begin` and ends with `pass`, `fail` or `skip`; `stopped` says that its time was up. Facts about
-the machine have the status `fact`. The end of a step is the item "" with the status `done`, or
-`stopped` where items are left.
+the machine have the status `fact`. A step ends with the item "" and the status `done`, or `stopped`
+if items are left.
 """
 
 import json
@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = threading.RLock()  # a signal may come while it is held
+        self._lock = threading.RLock()  # a signal may arrive while this thread holds it
         self._offset = 0
         self._records: list[dict[str, Any]] = []
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
@@ -33,7 +33,7 @@ class Results:
         self._append(json.dumps(record, default=str).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
-        """Write in one piece, so that lines of several processes do not mix."""
+        """Write a line at once, so that lines of several processes do not mix."""
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, line)
@@ -41,7 +41,7 @@ class Results:
             os.close(file)
 
     def records(self, step: str | None = None) -> list[dict[str, Any]]:
-        """Return all lines so far, or those of a step; half a line counts as none."""
+        """Return the records of all complete lines, or of one step."""
         with self._lock:
             if self.path.exists():
                 with self.path.open("rb") as file:
@@ -61,18 +61,18 @@ class Results:
         return {item for item, record in self.last(step).items() if record["status"] in FINISHED}
 
     def recover(self, step: str, item: str) -> None:
-        """Write that what failed in an earlier run went well now."""
+        """Write that an item passed which failed in an earlier run."""
         if self.last(step).get(item, {}).get("status") == "fail":
             self.write(step, item, "pass")
 
     def is_done(self, step: str) -> bool:
-        """Tell whether a step came to its end, with no item left."""
+        """Tell whether a step ended with no item left."""
         ends = [record for record in self.records(step) if not record["item"]]
         return bool(ends) and ends[-1]["status"] == "done"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return a line's record; None if it is none, as where a process was killed amid the line."""
+    """Return a line's record; None if it is no record, as after a killed process."""
     try:
         record = json.loads(line)
     except ValueError:

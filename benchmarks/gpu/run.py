@@ -1,4 +1,4 @@
-"""The run: its steps in order, each with a share of the time that is left."""
+"""The run: its steps in order, each with a share of the time left."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from .processes import TIME_IS_UP, Group, Processes
 from .results import Results
 from .worker import Task, sentence
 
-# Seconds of each step where all of them have nine minutes: on a GPU, in a rehearsal on two cores.
+# Seconds of each step in a run of nine minutes: on a GPU, in a rehearsal on two cores.
 STEPS = {
     "install": (30, 150),
     "smoke": (70, 60),
@@ -31,7 +31,7 @@ STEPS = {
     "counters": (70, 30),
     "large": (20, 5),
 }
-ENDLESS = ("time", "counters", "large")  # they use what time there is
+ENDLESS = ("time", "counters", "large")  # they use all the time they get
 STAND_INS = Path(__file__).parent / "stand_ins"
 PACKAGES = ["torch", "cupy-cuda13x", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "nanobind"]
 PACKAGES += ["nanobind-backend", "scikit-build-core", "jax", "triton"]
@@ -42,9 +42,19 @@ TOOLS = {
     "ncu": ["ncu", "--version"],
     "compute-sanitizer": ["compute-sanitizer", "--version"],
 }
-PYTEST = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "filterwarnings=default"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:benchmark",
+    "-o",
+    "filterwarnings=default",
+]
 PYTEST += ["-p", "benchmarks.gpu.pytest_results"]
-PYTEST_FINE = (0, 1, 5)  # all passed, some failed, none was left to run
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Run:
         self.results = Results(options.out / "results.jsonl")
         self.processes = Processes(ROOT, options.out / "run.log")
         self.cores = len(os.sched_getaffinity(0))
-        # The folder that carafepp is installed in; None if this Python has the emulated one.
+        # The folder of the installed carafepp; None if this Python has an emulated one.
         self.site: Path | None = options.site / ("emulated" if options.rehearse else "gpu")
         self.functions: dict[str, Callable[[float], bool]] = {
             "install": self.install,
@@ -85,7 +95,7 @@ class Run:
     # The order of a run
 
     def go(self) -> int:
-        """Run what no earlier run finished; return the exit status."""
+        """Run all that no earlier run finished; return the exit status."""
         self._check_is_the_same_run()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._interrupted)
@@ -97,7 +107,7 @@ class Run:
                 begin = time.time()
                 share = shares[name] / sum(shares.values())
                 del shares[name]
-                # A build on the spot takes long, and without it there is nothing to run.
+                # A build on this machine takes long, and other steps need it.
                 share = max(share, 0.5) if name == "install" else share
                 self._step(name, begin + (self.until - begin) * share)
                 if name == "install" and not self.results.is_done(name):
@@ -119,7 +129,7 @@ class Run:
         begin = time.time()
         try:
             done = self.functions[name](until)
-        except Exception as error:  # the run goes on with the next step
+        except Exception as error:  # the next step still runs
             self.results.write(name, "the step itself", "fail", error=sentence(error))
             done = False
         else:
@@ -139,7 +149,7 @@ class Run:
         (self.options.out / "table.txt").write_text(report.table(self.results))
 
     def _check_is_the_same_run(self) -> None:
-        """Refuse to add lines to those of other sources."""
+        """Refuse to add lines to a run of other sources."""
         sources = bundle.fingerprint("CMakeLists.txt", "bindings", "cmake", "core", "python")
         mine = {"sources": sources, "rehearse": self.options.rehearse}
         for record in self.results.records("run"):
@@ -171,7 +181,7 @@ class Run:
         environment = self.environment(step, until)
         return self.processes.run_groups(self.results, step, groups, environment, until, jobs)
 
-    # The steps: each returns whether all its items have a result
+    # The steps: each tells whether all its items have a result
 
     def facts(self) -> None:
         """Write facts about the machine and its software."""
@@ -187,7 +197,7 @@ class Run:
         self.results.write("facts", "machine", "fact", **found)
 
     def _output(self, command: list[str]) -> str:
-        """Return the last line that a tool prints, or why there is none."""
+        """Return the last line that a tool prints, or its error."""
         environment = self._plain_environment()
         if shutil.which(command[0], path=environment["PATH"]) is None:
             return "not found"
@@ -196,16 +206,16 @@ class Run:
         return lines[-1] if status == 0 and lines else f"{status}: {text[-200:]}"
 
     def install(self, until: float) -> bool:
-        """Install the bundle's wheel and import it; build on the spot where that fails.
+        """Install the bundle's wheel and import it; build on this machine if that fails.
 
-        A rehearsal then does so with emulated kernels, unless this Python has them.
+        A rehearsal then builds emulated kernels, unless this Python has them.
         """
         folder, site = self.options.bundle, self.options.site / "gpu"
         wheel = bundle.installation((folder / "run").glob("*.whl"), site)
         reason = bundle.why_not(bundle.read(folder))
         reason = reason or self._fails(wheel, until) or self._not_imported("wheel", site, "nvcc")
         if reason:
-            print(f"the bundle does not serve: {reason}", flush=True)
+            print(f"the bundle cannot be used: {reason}", flush=True)
             how = "fail" if self.options.rehearse else "skip"
             self.results.write("install", "wheel", how, error=reason)
         if self.options.rehearse:
@@ -226,9 +236,9 @@ class Run:
         return True
 
     def _built(self, cuda: str, until: float) -> str:
-        """Build on the spot, with the bundle's build requirements; return why that failed.
+        """Build on this machine, with the bundle's build requirements; return why that failed.
 
-        Emulated kernels come from the bundle's wheel, where it has one.
+        Emulated kernels come from the bundle's wheel, if it has one.
         """
         assert self.site is not None
         folder, marker = self.options.bundle, self.site / "sources"
@@ -254,12 +264,12 @@ class Run:
     def _fails(
         self, command: list[str], until: float, environment: dict[str, str] | None = None
     ) -> str:
-        """Run a command; return how it failed, or nothing."""
+        """Run a command; return its error, or nothing."""
         status, said = self.processes.run(command, environment or self._plain_environment(), until)
         return "" if status == 0 else f"{' '.join(command[1:4])}: {status}. {said[-600:]}"
 
     def _not_imported(self, item: str, site: Path | None, wanted: str) -> str:
-        """Import carafepp in a new process; return what it is if it is not what is wanted."""
+        """Import carafepp in a new process; return its configuration unless it is wanted."""
         environment = self._plain_environment()
         environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
         if site is not None and (site / "carafepp").exists():
@@ -287,7 +297,7 @@ class Run:
         names = json.loads(listed[1])
         if self.options.quick:
             names = names[:: len(names) // 3]
-        # On a GPU a process each: the first call of a kernel's module is then a captured one.
+        # On a GPU, each name has a process, so that its first call is a captured one.
         count = 6 if self.options.rehearse else 1
         groups = [
             Group(names[k], [*command, *names[k : k + count]], patience=60)
@@ -298,37 +308,29 @@ class Run:
 
     def result_tests(self, until: float) -> bool:
         """Run the tests of results on several processes, the stand-ins of streams in another."""
-        pytest = [sys.executable, "-m", "pytest", *PYTEST]
         workers = ["-n", str(max(2, self.cores - 4)), "--max-worker-restart", "100"]
         tests = ["tests/test_cuda.py", "-m", "not alone and not slow"]
         if self.options.quick:
             tests += ["-k", "other_normalizers"]
         groups = [
-            Group("results", [*pytest, *workers, *tests], fine=PYTEST_FINE),
-            Group("stand-ins", [*pytest, "tests/test_streams.py"], fine=PYTEST_FINE),
+            _tests("results", *workers, *tests),
+            _tests("stand-ins", "tests/test_streams.py"),
         ]
         return self._groups("results", until, groups, 2)
 
     def tests_alone(self, until: float) -> bool:
-        """Run what needs the GPU to itself, one process after the other."""
-        pytest = [sys.executable, "-m", "pytest", *PYTEST]
+        """Run tests that need the whole GPU, one process after the other."""
         alone = ["tests/test_cuda.py", "-m", "alone and not slow", "-k"]
         groups = [
-            Group("cupy", [*pytest, *alone, "cupy"], fine=PYTEST_FINE),
-            Group("torch", [*pytest, *alone, "torch"], fine=PYTEST_FINE),
-            Group(
-                "operators",
-                [*pytest, "tests/test_torch_operators.py", "-k", "on_a_gpu"],
-                fine=PYTEST_FINE,
-            ),
+            _tests("cupy", *alone, "cupy"),
+            _tests("torch", *alone, "torch"),
+            _tests("operators", "tests/test_torch_operators.py", "-k", "on_a_gpu"),
         ]
         return self._groups("alone", until, groups, 1)
 
     def large_tests(self, until: float) -> bool:
         """Run the tests on arrays of more than 2^31 elements."""
-        pytest = [sys.executable, "-m", "pytest", *PYTEST]
-        command = [*pytest, "tests/test_cuda.py", "-m", "slow"]
-        groups = [Group("large", command, fine=PYTEST_FINE)]
+        groups = [_tests("large", "tests/test_cuda.py", "-m", "slow")]
         return self._groups("large", until, groups, 1)
 
     def sanitize(self, until: float) -> bool:
@@ -338,7 +340,7 @@ class Run:
         return self._groups("sanitize", until, groups, len(groups))
 
     def time(self, until: float) -> bool:
-        """Time by priority until the time is up."""
+        """Time items by priority until the time is up."""
         command = [sys.executable, "-m", "benchmarks.gpu.timing"]
         return self._groups("time", until, [Group("timing", command, self._mmcv())], 1)
 
@@ -350,7 +352,7 @@ class Run:
     # mmcv
 
     def _mmcv(self) -> dict[str, str]:
-        """Return the variables that name mmcv's files, where the bundle has them."""
+        """Return the variables that name mmcv's files, if the bundle has them."""
         tree = self.options.bundle / "mmcv"
         if not tree.exists():
             return {}
@@ -358,7 +360,7 @@ class Run:
         return {"CARAFEPP_GPU_MMCV": str(tree), "TORCH_EXTENSIONS_DIR": str(extensions)}
 
     def _start_mmcv(self) -> None:
-        """Begin to build mmcv's CARAFE beside the next steps; the timing waits for it."""
+        """Start the build of mmcv's CARAFE beside the next steps."""
         if self._mmcv() and not self.options.rehearse:
             command = [sys.executable, "-m", "benchmarks.gpu.mmcv"]
             environment = {**self._plain_environment(), **self._mmcv()}
@@ -366,12 +368,17 @@ class Run:
                 self.processes.start(command, environment, log)
 
 
+def _tests(name: str, *options: str) -> Group:
+    """Return a group of tests; it is complete if all passed, some failed, or none was left."""
+    return Group(name, [*PYTEST, *options], fine=(0, 1, 5))
+
+
 def _put_first(environment: dict[str, str], site: Path | None) -> None:
-    """Let Python look into a folder before any other."""
+    """Let Python search a folder before all others."""
     paths = [str(site or ""), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def default_site() -> Path:
-    """Return where a run installs: outside the tree and the results."""
+    """Return the default --site: outside the tree and the results."""
     return Path(tempfile.gettempdir()) / "carafepp-gpu"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.sanitize memcheck|racecheck
 
-An item owns what the tool prints between its launch and its end.
+The lines that the tool prints between an item's launch and its end belong to the item.
 """
 
 import re
@@ -13,7 +13,7 @@ from .processes import end_with_parent
 from .worker import LOST, Worker
 
 TOOLS = ("memcheck", "racecheck")
-FOUND = 9  # the tool's exit status where it found an error
+FOUND = 9  # exit status of the tool if it finds an error
 
 
 def command(tool: str, done: list[str]) -> list[str]:
@@ -26,7 +26,7 @@ def command(tool: str, done: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the tool and write a line for each item as its launch ends."""
+    """Run the tool; write a line for each item when its launch ends."""
     tool = sys.argv[1]
     worker = Worker()
     prefix = f"{tool} "
@@ -57,7 +57,7 @@ def main() -> None:
         elif text not in ("", "COMPUTE-SANITIZER"):
             said.append(text)
     status = process.wait()
-    if item:  # the parent starts a new process for the items behind it
+    if item:  # the parent starts a new process for the later items
         worker.end(item, "fail", error=said[:12] or f"the process ended with {status}")
         sys.exit(LOST)
     found_nothing = re.match(r"(ERROR|RACECHECK) SUMMARY: 0 ", summary)

@@ -1,11 +1,11 @@
-"""The smoke test: implementations by name, in every dtype that they take, against the CPU.
+"""The smoke test: implementations by name, in every dtype that they accept, against the CPU.
 
     python -m benchmarks.gpu.smoke --list
     python -m benchmarks.gpu.smoke NAME ...
 
-Small integers and the normaliser none make every sum exact, so that results must be the bits of the
-CPU's; with random numbers and softmax they must be near the CPU's results in float64. Results are
-NaN before a call. The first call of a kernel in its process is captured in a CUDA graph.
+Small integers and the normaliser none make every sum exact: results must equal the CPU's bits. With
+random numbers and softmax, they must be near the CPU's results in float64. Results are NaN before a
+call. A CUDA graph captures the first call of a kernel in its process.
 """
 
 import json
@@ -23,23 +23,23 @@ from ..check import assert_near
 from .devices import TorchGpu, TorchHost
 from .worker import Task, Worker
 
-# Each implementation runs the first four that it takes.
+# Each implementation runs the first four cases that it accepts.
 CASES = [
     Case("up2_even", "whole vectors", 2, 64, 6, 10, up=2, kernel_size=5),
     Case("up2_k3_groups", "K=3, groups", 1, 48, 5, 18, up=2, kernel_size=3, groups=2),
     Case("up2_wide", "several tiles of columns", 1, 8, 3, 70, up=2, kernel_size=5),
     Case("up2_crop", "rows are cropped", 1, 24, 7, 6, up=2, kernel_size=5, size=(13, 12)),
     Case("up2_small", "a window that is larger than the map", 2, 16, 2, 4, up=2, kernel_size=5),
+    Case("up2_deep", "several blocks of channels", 1, 136, 3, 4, up=2, kernel_size=5),
     Case("down2_even", "whole vectors", 2, 64, 8, 12, down=2, kernel_size=5),
     Case("down2_k3_groups", "K=3, groups", 1, 48, 6, 36, down=2, kernel_size=3, groups=2),
     Case("down2_wide", "several tiles of columns", 1, 8, 4, 140, down=2, kernel_size=5),
     Case("down2_small", "a window that is larger than the map", 2, 16, 2, 4, down=2, kernel_size=5),
     Case("ratio_3_2", "a fraction", 1, 9, 5, 6, up=3, down=2),
 ]
-CHANNELS_OVER_A_CHUNK = Case("up2_deep", "several chunks", 1, 136, 3, 4, up=2, kernel_size=5)
 RUN = 4
-# The generic implementations take all; these four have every kind of factor.
-OF_GENERIC = ("up2_k3_groups", "up2_crop", "down2_even", "ratio_3_2")
+# The generic implementations accept all cases; these four have every kind of factor.
+GENERIC_CASES = ("up2_k3_groups", "up2_crop", "down2_even", "ratio_3_2")
 
 
 class Problem:
@@ -55,7 +55,7 @@ class Problem:
         self.on_device = [device.put(array) for array in in_layout(inputs, layout)]
 
     def implementations(self) -> list[tuple[str, str | None]]:
-        """Return the names, and why one declines."""
+        """Return the names, and why each cannot run."""
         given = map(self.device.given, self.on_device)
         outs = self._outs(self.expected(), needed=None)
         params = {**self.params, "layout": self.layout, "out": _out_of(outs, self.device)}
@@ -68,10 +68,7 @@ class Problem:
         return list(call(self.function, [double(a) for a in self.inputs], self.params))
 
     def check(self, name: str, graph: bool = False) -> None:
-        """Compute by one implementation and compare.
-
-        With `graph` the call is captured first, and the graph's result is compared.
-        """
+        """Compute by one implementation, or by its replayed `graph`, and compare."""
         expected = self.expected()
         needed = self._needed(name)
         outs = self._outs(expected, needed)
@@ -98,7 +95,7 @@ class Problem:
                 assert_near(result, exact, str(out.dtype).removeprefix("torch."))
 
     def _needed(self, name: str) -> int | None:
-        """Return which of two gradients an implementation computes: None of a function of one."""
+        """Return which of two gradients an implementation computes; None if there is one result."""
         if not self.function.startswith("reassemble") or not self.function.endswith("backward"):
             return None
         return 0 if name.startswith("grad_features") else 1
@@ -112,7 +109,7 @@ class Problem:
         ]
 
     def _dtypes(self) -> list[str]:
-        """Return the dtypes of the results: those of the first and the last input."""
+        """Return the dtypes of the results, which the first and the last input have."""
         first, last = self.inputs[0].dtype.name, self.inputs[-1].dtype.name
         if self.function in ("reassemble_backward", "reassemble_with_logits_backward"):
             return [first, last]
@@ -134,7 +131,7 @@ def _needs(function: str, needed: int | None) -> dict[str, bool]:
 
 
 def _layouts(name: str) -> tuple[str, ...]:
-    """Return the layouts that an implementation is for."""
+    """Return the layouts of an implementation."""
     if "_any_" in name:
         return ("NCHW", "NHWC")
     return ("NHWC",) if "_nhwc_" in name else ("NCHW",)
@@ -150,20 +147,18 @@ def names(device: TorchGpu) -> list[str]:
 
 
 def problems(device: TorchGpu, name: str, dtypes: Dtypes, exact: bool) -> Iterator[Problem]:
-    """Yield the problems of these dtypes that an implementation takes, four of each function."""
-    cases = [*CASES[:5], CHANNELS_OVER_A_CHUNK, *CASES[5:]]
-    if "_any_" in name:
-        cases = [case for case in CASES if case.name in OF_GENERIC]
+    """Yield the problems of these dtypes that an implementation accepts, four per function."""
+    cases = [case for case in CASES if case.name in GENERIC_CASES or "_any_" not in name]
     for function in FUNCTIONS:
-        taken = 0
+        accepted = 0
         for k, case in enumerate(cases):
             layouts = _layouts(name)
             problem = Problem(device, function, case, dtypes, layouts[k % len(layouts)], exact)
             listed = dict(problem.implementations())
             if name not in listed:
                 break
-            if listed[name] is None and taken < RUN:
-                taken += 1
+            if listed[name] is None and accepted < RUN:
+                accepted += 1
                 yield problem
 
 
@@ -183,15 +178,15 @@ def compute(device: TorchGpu, name: str, item: str) -> dict[str, Any]:
             try:
                 problem.check(name)
             except AssertionError as error:
-                what = f"{problem.function} {problem.params} {problem.layout}"
-                raise AssertionError(f"{what}: {error}") from error
+                call = f"{problem.function} {problem.params} {problem.layout}"
+                raise AssertionError(f"{call}: {error}") from error
             count += 1
-    assert count >= 2 * RUN, f"only {count} cases are taken"
+    assert count >= 2 * RUN, f"it accepts only {count} cases"
     return {"cases": count}
 
 
 def main() -> None:
-    """List the implementations, or compute the items of some."""
+    """List the implementations, or compute the items of the named ones."""
     task = Task.of_environment()
     device = TorchHost() if task.rehearse else TorchGpu()
     if sys.argv[1] == "--list":
@@ -204,7 +199,7 @@ def main() -> None:
             if next(problems(device, name, dtypes, exact=True), None) is not None:
                 items += [f"{name} {dtypes} graph", f"{name} {dtypes} calls"]
         if not items:
-            worker.end(name, "fail", error="it takes no case of any dtype")
+            worker.end(name, "fail", error="it accepts no case of any dtype")
         worker.run(items, lambda item, name=name: compute(device, name, item))
 
 

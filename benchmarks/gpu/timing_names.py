@@ -1,4 +1,4 @@
-"""Names in the items of the step `time`, for the process that writes them and for the table."""
+"""Names in the items of the step `time`, for its process and for the table."""
 
 FIRST = ("fpn2", "fpn1", "s2", "rois")  # cases, the most important first
 DTYPES = ("float32", "bfloat16", "float16")

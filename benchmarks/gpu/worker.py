@@ -1,22 +1,22 @@
-"""A process that computes items of a step: what its parent tells it, and the lines it writes."""
+"""A process that computes items of a step: its task from the parent, and its lines of results."""
 
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .results import Results
 
-LOST = 70  # exit status: the device answers nothing more, a new process has to go on
+LOST = 70  # exit status: the device no longer answers; a new process must continue
 
 
 @dataclass(frozen=True)
 class Task:
-    """The parent's words to a process, in environment variables."""
+    """A process's task; the parent passes it in environment variables."""
 
     results: Path
     step: str
@@ -27,38 +27,22 @@ class Task:
 
     def environment(self) -> dict[str, str]:
         """Return the variables."""
-        return {
-            "CARAFEPP_GPU_RESULTS": str(self.results),
-            "CARAFEPP_GPU_STEP": self.step,
-            "CARAFEPP_GPU_GROUP": self.group,
-            "CARAFEPP_GPU_UNTIL": str(self.until),
-            "CARAFEPP_GPU_REHEARSE": str(int(self.rehearse)),
-            "CARAFEPP_GPU_QUICK": str(int(self.quick)),
-        }
+        return {f"CARAFEPP_GPU_{name.upper()}": str(value) for name, value in vars(self).items()}
 
     @classmethod
     def of_environment(cls) -> "Task":
         """Read the variables."""
-        value = {
-            name: os.environ[f"CARAFEPP_GPU_{name}"]
-            for name in ("RESULTS", "STEP", "GROUP", "UNTIL", "REHEARSE", "QUICK")
-        }
-        return cls(
-            Path(value["RESULTS"]),
-            value["STEP"],
-            value["GROUP"],
-            float(value["UNTIL"]),
-            value["REHEARSE"] == "1",
-            value["QUICK"] == "1",
-        )
+        names = (f"CARAFEPP_GPU_{field.name.upper()}" for field in fields(cls))
+        results, step, group, until, rehearse, quick = map(os.environ.__getitem__, names)
+        return cls(Path(results), step, group, float(until), rehearse == "True", quick == "True")
 
 
 class Skip(Exception):
-    """Raised for an item that cannot run here, with the reason."""
+    """The reason why an item cannot run here."""
 
 
 class Worker:
-    """Computes items that no line has finished yet."""
+    """Computes the items that are not finished yet."""
 
     def __init__(self, is_lost: Callable[[], bool] = lambda: False):
         self.task = Task.of_environment()
@@ -75,15 +59,15 @@ class Worker:
         self.results.write(self.task.step, item, status, group=self.task.group, **facts)
 
     def is_due(self, item: str) -> bool:
-        """Tell whether an item has no result yet and there is time for one."""
+        """Tell whether an item has no result yet and there is time."""
         return item not in self._finished and self.has_time()
 
     def has_time(self) -> bool:
-        """Tell whether the step's time is not up."""
+        """Tell whether the step has time left."""
         return time.time() < self.task.until
 
     def run(self, items: Iterable[str], compute: Callable[[str], dict[str, Any] | None]) -> None:
-        """Compute each item that is due; end the process where the device is lost."""
+        """Compute each item that is due; end the process if the device is lost."""
         for item in items:
             if not self.is_due(item):
                 continue
