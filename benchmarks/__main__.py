@@ -39,11 +39,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         kind = report.words(known, kind)
         parser.add_argument(name, type=kind, metavar="A,B", default=default, help=text, dest=dest)
 
-    passes, layouts, sources = "forward,forward+backward", "NCHW,NHWC", "masks,logits"
+    passes, layouts, weights = "forward,forward+backward", "NCHW,NHWC", "masks,logits"
     dtypes = "float32", "float64", "float16", "bfloat16"
     quick = "take two minutes: fewer problems and peers, nothing compiled"
     parser.add_argument("--quick", action="store_true", help=quick)
-    words("--cases", None, f"of {', '.join(PROBLEMS)}; default all", PROBLEMS)
+    words("--cases", None, f"any of {', '.join(PROBLEMS)}; default all", PROBLEMS)
     words(
         "--implementations",
         None,
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words("--dtype", "float32,bfloat16", "peers run in the first one only", dtypes)
     words("--pass", passes, "the second adds each gradient alone", passes.split(","), dest="passes")
     words("--layout", layouts, "NHWC: channels_last for PyTorch", layouts.split(","))
-    words("--from", sources, "input of the problem", sources.split(","), dest="sources")
+    words("--from", weights, "input of the problem", weights.split(","), dest="weights")
     parser.add_argument(
         "--fresh", action="store_true", help="results in fresh memory, without `out=`"
     )
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = asked.cases or (QUICK_CASES if asked.quick else PROBLEMS)
     todo = [
         one
-        for one in itertools.product(cases, asked.passes, asked.sources)
+        for one in itertools.product(cases, asked.passes, asked.weights)
         if not (asked.quick and one[1:] == QUICK_WITHOUT)
     ]
     end = time.monotonic() + QUICK_SECONDS
@@ -89,19 +89,19 @@ def main(arguments: list[str] | None = None) -> int:
     if calls:
         pages.table("One call on arrays of one value", calls, CALL_COLUMNS)
     for number, one in enumerate(pages.track(todo, " ".join)):
-        name, pass_, source = one
+        name, pass_, weights = one
         seconds = asked.seconds
         if asked.quick and seconds:
             share = (end - time.monotonic()) / (len(todo) - number)
             seconds = max(0.5, min(seconds, share / 2))  # checks take the other half
         case = PROBLEMS[name]
-        found = compare(case, source, pass_, asked, seconds, peaks)
+        found = compare(case, weights, pass_, asked, seconds, peaks)
         factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
         crop = f", cropped to {case.size}" if case.size else ""
         title = (
             f"{name}: {case.reason}, {case.features_shape}, {factor}{crop}, K={case.kernel_size}"
         )
-        pages.table(f"{title}: {pass_} from {source}", sorted(found, key=_order), COLUMNS)
+        pages.table(f"{title}: {pass_} from {weights}", sorted(found, key=_order), COLUMNS)
         rows += found
     if asked.seconds:
         summarize(pages, rows, asked)
@@ -126,7 +126,7 @@ def _peaks(peaks: machine.Peaks) -> tuple[str, str]:
 
 
 def _labels(row: report.Row) -> str:
-    keys = ("name", "pass", "source", "layout", "dtype", "threads")
+    keys = ("name", "pass", "weights", "layout", "dtype", "threads")
     return " ".join(str(row[key]) for key in keys)
 
 
@@ -172,18 +172,18 @@ def summarize(pages: report.Report, rows: list[report.Row], asked: argparse.Name
     for row in rows:
         first = (row["dtype"], row["threads"]) == (asked.dtype[0], asked.threads[0])
         if first and row["chosen"] and row["x_composition"]:
-            key = row["pass"], row["layout"], row["source"]
+            key = row["pass"], row["layout"], row["weights"]
             ratios.setdefault(row["case"], {})[key] = row["x_composition"]
 
-    def cell(pass_: str, layout: str) -> Callable[[report.Row], str]:
-        keys = [(pass_, layout, source) for source in asked.sources]
+    def column(pass_: str, layout: str) -> Callable[[report.Row], str]:
+        keys = [(pass_, layout, weights) for weights in asked.weights]
         return lambda row: " / ".join(f"{row[key]:.1f}" if key in row else "-" for key in keys)
 
     columns = {
-        f"{one}, {layout}": cell(one, layout) for one in asked.passes for layout in asked.layout
+        f"{one}, {layout}": column(one, layout) for one in asked.passes for layout in asked.layout
     }
-    listed = [{"case": name, **cells} for name, cells in ratios.items()]
-    title = f"Times as fast as the best composition, from {' / '.join(asked.sources)}"
+    listed = [{"case": name, **found} for name, found in ratios.items()]
+    title = f"Speedup over the best composition, from {' / '.join(asked.weights)}"
     title += f", {asked.dtype[0]}, threads: {asked.threads[0]}"
     pages.table(title, listed, {"problem": lambda row: row["case"], **columns})
 

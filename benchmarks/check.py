@@ -1,4 +1,4 @@
-"""Whether a result is near the exact one."""
+"""The check that a result is near the exact one."""
 
 import numpy as np
 

@@ -18,14 +18,14 @@ SLACK = {"float64": 4, "float32": 4, "float16": 4, "bfloat16": 2}
 
 
 def compare(
-    case: Case, source: str, pass_: str, asked, seconds: float, peaks: dict[int, Peaks]
+    case: Case, weights: str, pass_: str, asked, seconds: float, peaks: dict[int, Peaks]
 ) -> list[dict[str, Any]]:
     """Return a row for each candidate; a row with a wrong answer has an "error" and no time.
 
     Parameters
     ----------
     case : Case
-    source : "masks" or "logits"
+    weights : "masks" or "logits"
     pass_ : "forward" or "forward+backward"
     asked : argparse.Namespace
         The options of `python -m benchmarks`.
@@ -36,16 +36,16 @@ def compare(
     """
     arrays = {dtype: Arrays(case, dtype) for dtype in asked.dtype}
     truths = {
-        dtype: Truth(case, source, dtype, partial(made, layout="NCHW"))
+        dtype: Truth(case, weights, dtype, partial(made, layout="NCHW"))
         for dtype, made in arrays.items()
     }
     found = [
         candidate
         for made in arrays.values()
-        for candidate in implementations.candidates(made, source, pass_, asked)
+        for candidate in implementations.candidates(made, weights, pass_, asked)
     ]
     first = arrays[asked.dtype[0]]
-    found += peers.candidates(first, source, pass_, asked)
+    found += peers.candidates(first, weights, pass_, asked)
     errors: dict[Candidate, str] = {}
 
     def check(candidate: Candidate) -> None:
@@ -69,7 +69,7 @@ def compare(
     right = [candidate for candidate in found if candidate not in errors]
     if asked.peer(peers.COMPILED) and peers.compositions(case):
         peers.forget_compiled()
-        how = (source, pass_, asked.threads[0], asked.fresh)
+        how = (weights, pass_, asked.threads[0], asked.fresh)
         for candidate in _compiled(first, right, asked.layout, *how):
             check(candidate)
             found.append(candidate)
@@ -109,12 +109,12 @@ def _ranked(right: list[Candidate], threads: int, layouts=("NCHW", "NHWC")) -> l
     return sorted(found, key=lambda candidate: candidate.warm_up)
 
 
-def _compiled(arrays: Arrays, right: list[Candidate], layouts, source, pass_, threads, fresh):
+def _compiled(arrays: Arrays, right: list[Candidate], layouts, weights, pass_, threads, fresh):
     """Yield the best composition of each layout, and the loop over taps, compiled."""
     for layout in layouts:
         best = [candidate.name for candidate in _ranked(right, threads, [layout])[:1]]
         for name in dict.fromkeys([*best, "taps"]):
-            how = (arrays, source, pass_, layout, threads, fresh)
+            how = (arrays, weights, pass_, layout, threads, fresh)
             yield peers.composition(name, *how, compiled=True)
 
 
@@ -123,7 +123,7 @@ def _row(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict[str,
     shapes = {"shape": case.features_shape, "output_shape": case.output_shape}
     row = {"case": case.name, **shapes, **candidate.row()}
     if candidate.samples and row["kind"] != "operator":
-        pass_ = Pass(case, row["source"], row["pass"])
+        pass_ = Pass(case, row["weights"], row["pass"])
         operations, traffic = pass_.flops, pass_.bytes(row["dtype"])
         ceiling = peaks[candidate.threads].ceiling(operations, traffic, row["dtype"])
         row |= {"flops": operations / row["seconds"], "bytes": traffic / row["seconds"]}

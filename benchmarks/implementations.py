@@ -12,7 +12,7 @@ from .timing import Candidate, peak
 CHOICE = "carafepp"  # the candidate that chooses its implementation itself
 
 
-def candidates(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Candidate]:
+def candidates(arrays: Arrays, weights: str, pass_: str, asked) -> Iterator[Candidate]:
     """Yield carafepp's own choice and the implementations that are asked for.
 
     Forward and backward together are only timed by the choice; implementations compute one
@@ -20,8 +20,8 @@ def candidates(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Candi
     """
     case = arrays.case
     first = arrays.dtype == asked.dtype[0] or not asked.quick
-    names = ["grad_features", f"grad_{source}"] if pass_ == "forward+backward" else []
-    passes = [Pass(case, source, name) for name in [pass_, *names]]
+    names = ["grad_features", f"grad_{weights}"] if pass_ == "forward+backward" else []
+    passes = [Pass(case, weights, name) for name in [pass_, *names]]
     for layout in asked.layout:
         for one in passes:
             accepting = one.implementations(layout, partial(arrays, layout=layout))
@@ -39,7 +39,7 @@ def _candidate(
     labels = {
         "kind": "carafepp",
         "pass": pass_.name,
-        "source": pass_.source,
+        "weights": pass_.weights,
         "layout": layout,
         "dtype": arrays.dtype,
         "outputs": "fresh" if fresh else "recycled",
@@ -66,7 +66,7 @@ def memory_of_first_call(candidate: Candidate, case: str) -> int | None:
 
 def _memory(case: str, name: str, threads: int, labels: dict) -> int | None:
     arrays = Arrays(PROBLEMS[case], labels["dtype"], constant=True)
-    pass_ = Pass(arrays.case, labels["source"], labels["pass"])
+    pass_ = Pass(arrays.case, labels["weights"], labels["pass"])
     fresh = labels["outputs"] == "fresh"
     candidate = _candidate(pass_, arrays, labels["layout"], name, threads, fresh)
     with candidate.settings():

@@ -145,8 +145,8 @@ def _copy(code: ctypes.CDLL, traffic: int, threads: int) -> float:
     pairs = [(_aligned(floats), _aligned(floats)) for _ in range(threads)]
 
     def copy(function, thread: int, rounds: int) -> None:
-        to, source = (array.ctypes.data for array in pairs[thread])
-        function(to, source, floats, rounds)
+        to, original = (array.ctypes.data for array in pairs[thread])
+        function(to, original, floats, rounds)
 
     functions = [partial(copy, function) for function in (code.copy, code.copy_non_temporal)]
     return max(_best_rate(function, threads * floats * 8, threads) for function in functions)

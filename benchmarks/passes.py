@@ -20,29 +20,29 @@ class Pass:
     Parameters
     ----------
     case : Case
-    source : "masks" or "logits"
+    weights : "masks" or "logits"
     name : str
         "forward", "forward+backward", or a gradient: "grad_features", "grad_masks", "grad_logits".
     """
 
     case: Case
-    source: str
+    weights: str
     name: str
 
     @property
     def results(self) -> tuple[str, ...]:
         """Return the names of the results."""
-        both = ("output", "grad_features", f"grad_{self.source}")
+        both = ("output", "grad_features", f"grad_{self.weights}")
         return {"forward": both[:1], "forward+backward": both}.get(self.name, (self.name,))
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Return the names of the inputs that are read."""
         return {
-            "forward": ("features", self.source),
-            "grad_features": ("grad_output", self.source),
+            "forward": ("features", self.weights),
+            "grad_features": ("grad_output", self.weights),
             "grad_masks": ("grad_output", "features"),
-        }.get(self.name, ("grad_output", "features", self.source))
+        }.get(self.name, ("grad_output", "features", self.weights))
 
     @property
     def flops(self) -> int:
@@ -53,7 +53,7 @@ class Pass:
         """Return the bytes that have to move: see BYTES."""
         names = [*self.reads, *self.results]
         if self.name == "forward+backward":
-            names += ["features", self.source]  # each pass reads them
+            names += ["features", self.weights]  # each pass reads them
         elements = sum(math.prod(shape(self.case, name)) for name in names)
         return elements * numpy_dtype(dtype).itemsize
 
@@ -63,7 +63,7 @@ class Pass:
         `array` returns an input by its name, with the axes of the layout.
         """
         function, params = self._function(layout)
-        names = ["features", self.source]
+        names = ["features", self.weights]
         if self.name == "forward":
             params |= self.case.crop
         else:
@@ -75,7 +75,7 @@ class Pass:
     def call(self, layout: str, array: Callable[[str], Any], fresh: bool = False) -> Callable:
         """Return carafepp's call, with results in `out=` or in fresh memory."""
         function, params = self._function(layout)
-        inputs = [array("features"), array(self.source)]
+        inputs = [array("features"), array(self.weights)]
         outs = {name: None if fresh else array(name) for name in self.results}
         forward = partial(
             getattr(carafepp, function),
@@ -86,7 +86,7 @@ class Pass:
         )
         if self.name == "forward":
             return forward
-        gradients = "grad_features", f"grad_{self.source}"
+        gradients = "grad_features", f"grad_{self.weights}"
         backward = partial(
             getattr(carafepp, f"{function}_backward"),
             array("grad_output"),
@@ -100,7 +100,7 @@ class Pass:
     def _function(self, layout: str) -> tuple[str, dict[str, Any]]:
         """Return the name of the forward function, and the parameters of both passes."""
         params = {**self.case.factors, "layout": layout}
-        if self.source == "masks":
+        if self.weights == "masks":
             return "reassemble", params
         return "reassemble_with_logits", {**params, "kernel_size": self.case.kernel_size}
 

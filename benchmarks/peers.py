@@ -140,17 +140,17 @@ def compositions(case: Case) -> list[str]:
     return [name for name in COMPOSITIONS if case.up > 1 or name != "taps per phase"]
 
 
-def _masks(weights, case: Case, source: str):
+def _masks(values, case: Case, weights: str):
     """Return masks of the natural size, from logits by pixel_shuffle and softmax."""
-    if source == "logits":
-        return F.softmax(F.pixel_shuffle(weights, case.up), 1)
+    if weights == "logits":
+        return F.softmax(F.pixel_shuffle(values, case.up), 1)
     (h, w), (full_h, full_w) = case.output_size, case.natural_size
-    return weights if (h, w) == (full_h, full_w) else F.pad(weights, (0, full_w - w, 0, full_h - h))
+    return values if (h, w) == (full_h, full_w) else F.pad(values, (0, full_w - w, 0, full_h - h))
 
 
-def composed(name: str, case: Case, source: str, features, weights, out=None):
+def composed(name: str, case: Case, weights: str, features, values, out=None):
     """Compute the output by one composition, from masks or from logits."""
-    return COMPOSITIONS[name](features, _masks(weights, case, source), case, out)
+    return COMPOSITIONS[name](features, _masks(values, case, weights), case, out)
 
 
 def forget_compiled() -> None:
@@ -221,11 +221,11 @@ def forward_backward(function: Callable, leaves: list, grad_output) -> tuple:
     return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
 
-def candidates(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Candidate]:
+def candidates(arrays: Arrays, weights: str, pass_: str, asked) -> Iterator[Candidate]:
     """Yield eager compositions and operators; --quick takes only the first number of threads."""
     for layout in asked.layout:
         for threads in asked.threads[:1] if asked.quick else asked.threads:
-            how = (arrays, source, pass_, layout, threads, asked.fresh)
+            how = (arrays, weights, pass_, layout, threads, asked.fresh)
             for name in filter(asked.peer, compositions(arrays.case)):
                 yield composition(name, *how)
             for name, functions in operators(arrays, layout).items():
@@ -235,8 +235,8 @@ def candidates(arrays: Arrays, source: str, pass_: str, asked) -> Iterator[Candi
 
 def composition(name: str, *how, compiled: bool = False) -> Candidate:
     """Return one composition, eager or by torch.compile."""
-    arrays, source = how[:2]
-    function = partial(composed, name, arrays.case, source)
+    arrays, weights = how[:2]
+    function = partial(composed, name, arrays.case, weights)
     if compiled:
         name, function = f"{COMPILED} {name}", torch.compile(function, dynamic=False)
     candidate = _candidate("composition", name, function, function, *how)
@@ -244,10 +244,10 @@ def composition(name: str, *how, compiled: bool = False) -> Candidate:
     return candidate
 
 
-def _candidate(kind, name, function, into, arrays, source, pass_, layout, threads, fresh):
+def _candidate(kind, name, function, into, arrays, weights, pass_, layout, threads, fresh):
     """Return a candidate that computes `function` of inputs, or `into` of inputs and `out=`."""
-    sources = ["features"] if kind == "operator" else ["features", source]
-    inputs = [tensor(arrays(key, layout), layout) for key in sources]
+    names = ["features"] if kind == "operator" else ["features", weights]
+    inputs = [tensor(arrays(key, layout), layout) for key in names]
     if pass_ == "forward+backward":
         leaves = [array.detach().requires_grad_() for array in inputs]
         grad_output = tensor(arrays("grad_output", layout), layout)
@@ -259,11 +259,11 @@ def _candidate(kind, name, function, into, arrays, source, pass_, layout, thread
     labels = {
         "kind": kind,
         "pass": pass_,
-        "source": source,
+        "weights": weights,
         "layout": layout,
         "dtype": arrays.dtype,
         "outputs": "fresh" if fresh else "recycled",
         "chosen": False,
     }
-    results = Pass(arrays.case, source, pass_).results if kind == "composition" else ()
+    results = Pass(arrays.case, weights, pass_).results if kind == "composition" else ()
     return Candidate(name, call, threads, None, labels, results)

@@ -21,8 +21,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     rows = [row for row in rows if row["dtype"] == "float32" and "flops" in row]
     threads = min((row["threads"] for row in rows), default=1)
-    source = "logits" if any(row["source"] == "logits" for row in rows) else "masks"
-    rows = [row for row in rows if (row["threads"], row["source"]) == (threads, source)]
+    weights = "logits" if any(row["weights"] == "logits" for row in rows) else "masks"
+    rows = [row for row in rows if (row["threads"], row["weights"]) == (threads, weights)]
     names = [name for name in PROBLEMS if any(row["case"] == name for row in rows)]
     names = names or list(dict.fromkeys(row["case"] for row in rows))
     figure = Figure(figsize=(9, 1.2 + 0.75 * len(names)), layout="constrained")
@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    title = f"float32, K=5, from {source}, {threads} thread" + "s" * (threads > 1)
+    title = f"float32, K=5, from {weights}, {threads} thread" + "s" * (threads > 1)
     figure.suptitle(title, fontsize=11)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110, format="png")

@@ -71,7 +71,7 @@ class Report:
         """Print a table under a title; `columns` maps a heading to a function of a row."""
         table = Table(*columns, box=box.MARKDOWN)
         for row in rows:
-            table.add_row(*(cell(row) for cell in columns.values()))
+            table.add_row(*(text(row) for text in columns.values()))
         wide = Console(file=io.StringIO(), width=1000, markup=False)
         wide.print(table)
         lines = wide.file.getvalue().strip().splitlines()
@@ -111,16 +111,16 @@ def multiple(rows: list[Row], key: str, scale: float = 1, unit: str = "") -> Cal
     """Return a column: an amount in the first row, its multiples in the other rows."""
     base = rows[0][key]
 
-    def cell(row: Row) -> str:
+    def text(row: Row) -> str:
         if not (base and row[key]):
             return "-"
         return f"{base / scale:.4g} {unit}" if row is rows[0] else f"x{row[key] / base:.3f}"
 
-    return cell
+    return text
 
 
 def interval(row: Row, scale: float = 1e-3) -> str:
-    """Return a cell with the 10th and the 90th percentile, in milliseconds."""
+    """Return the 10th and the 90th percentile, in milliseconds."""
     return f"{row['seconds_p10'] / scale:.4g}-{row['seconds_p90'] / scale:.4g}"
 
 

@@ -1,8 +1,7 @@
 """The right results of a problem: PyTorch's own functions in float64, on three blocks of pixels.
 
-The blocks lie in the first corner of the first image, in the middle of the middle image, and in the
-last corner of the last image. The features around a block that its windows reach, the halo, decide
-its results.
+They are the first corner of the first image, the middle of the middle image, and the last corner of
+the last image. Only the features of a block and of its halo decide its results.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from cases import Case, double
 
 from . import peers
 from .check import assert_near
+from .passes import Pass
 
 _BLOCK = 6  # source pixels along an axis, at least
 
@@ -41,7 +41,7 @@ class Truth:
     ----------
     case : Case
         Up or down by an integer, without groups.
-    source : "masks" or "logits"
+    weights : "masks" or "logits"
     dtype : str
         The dtype of the results that are checked.
     array : function
@@ -49,29 +49,27 @@ class Truth:
         blocks are copied.
     """
 
-    def __init__(self, case: Case, source: str, dtype: str, array: Callable[[str], Any]):
+    def __init__(self, case: Case, weights: str, dtype: str, array: Callable[[str], Any]):
         self.dtype = dtype
-        weights = "output" if source == "masks" else "logits"  # the size of the weights
-        sizes = {"output": "output", "grad_features": "features", f"grad_{source}": weights}
-        inputs = {"features": "features", source: weights, "grad_output": "output"}
-        self.expected: list[dict[str, tuple]] = []  # of each block: its index, the values, by name
-        for image, rows, columns in _blocks(case):
-            features, masks, grad_output = (
-                _double(
-                    array(name)[image : image + 1, :, rows[size].with_halo, columns[size].with_halo]
-                )
-                for name, size in inputs.items()
-            )
+        results = Pass(case, weights, "forward+backward").results
+        self.expected: list[dict[str, tuple]] = []  # of each block: index and values, by name
+        for image, extents in _blocks(case):
+
+            def crop(name: str, image=image, extents=extents) -> torch.Tensor:
+                r, c = extents[name.removeprefix("grad_")]
+                return _double(array(name)[image : image + 1, :, r.with_halo, c.with_halo])
+
+            features, masks, grad_output = map(crop, ("features", weights, "grad_output"))
             h, w = features.shape[2:]
             small = replace(case, n=1, h=h, w=w, size=tuple(grad_output.shape[2:]))
-            function = partial(peers.composed, "unfold", small, source)
+            function = partial(peers.composed, "unfold", small, weights)
             leaves = [features.requires_grad_(), masks.requires_grad_()]
-            results = peers.forward_backward(function, leaves, grad_output)
+            values = peers.forward_backward(function, leaves, grad_output)
             expected = {}
-            for (name, size), result in zip(sizes.items(), results, strict=True):
-                r, c = rows[size], columns[size]
+            for name, value in zip(results, values, strict=True):
+                r, c = extents[name.removeprefix("grad_")]
                 index = (slice(image, image + 1), slice(None), r.block, c.block)
-                expected[name] = (index, result[..., r.within, c.within].numpy())
+                expected[name] = (index, value[..., r.within, c.within].numpy())
             self.expected.append(expected)
 
     def check(self, results: dict[str, Any], slack: float = 1) -> None:
@@ -86,18 +84,18 @@ class Truth:
 
 
 def _double(array: Any) -> torch.Tensor:
-    """Return a copy of an array or a tensor in float64, on the CPU."""
+    """Return an array or a tensor in float64, as a tensor on the CPU."""
     if isinstance(array, torch.Tensor):
         return array.double().cpu()
     return torch.from_numpy(double(array))
 
 
-def _blocks(case: Case) -> Iterator[tuple[int, dict[str, Extent], dict[str, Extent]]]:
-    """Yield an image and the rows and columns of its block: in features, output and logits."""
+def _blocks(case: Case) -> Iterator[tuple[int, dict[str, tuple[Extent, Extent]]]]:
+    """Yield an image, and the rows and columns of its block in each array."""
     for image, corner in [(0, "first"), (case.n // 2, "middle"), (case.n - 1, "last")]:
         rows = _extents(case, case.h, case.output_size[0], corner)
         columns = _extents(case, case.w, case.output_size[1], corner)
-        yield image, rows, columns
+        yield image, {name: (rows[name], columns[name]) for name in rows}
 
 
 def _extents(case: Case, length: int, out_length: int, corner: str) -> dict[str, Extent]:
@@ -117,5 +115,6 @@ def _extents(case: Case, length: int, out_length: int, corner: str) -> dict[str,
     return {
         "features": extent(1, 1, length),
         "output": extent(up, down, out_length),
+        "masks": extent(up, down, out_length),
         "logits": extent(1, down, -(-length // down)),
     }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// on_a_stream: CARAFE++ on a GPU in a pipeline without a framework. Work is queued on a stream of the program's own,
-// between its copies; the library allocates nothing and waits for nothing. Equal logits make averages, which are easy
-// to check.
+// on_a_stream: CARAFE++ in a GPU pipeline without a framework. The program queues copies and CARAFE++ on its own
+// stream. The library allocates nothing and waits for nothing. Equal logits give averages, which are easy to check.
 
 #include <carafepp/carafepp.h>
 #include <cuda_runtime.h>
@@ -67,7 +66,7 @@ void run() {
     check(cudaStreamSynchronize(stream));
     check(cudaStreamDestroy(stream));
 
-    const float middle = result[h * (2 * w) + w];  // of the first channel, far from the border
+    const float middle = result[h * (2 * w) + w];  // first channel, far from the border
     if (std::fabs(middle - 3) > 1e-5f) throw std::runtime_error("an average of threes is " + std::to_string(middle));
     std::printf("%zu numbers on a stream by carafepp %s\n", result.size(), carafepp_version());
 }

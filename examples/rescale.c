@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * rescale IN.ppm OUT.ppm UP DOWN: a picture made UP/DOWN as large, in plain C99 with libcarafepp and nothing else.
+ * rescale IN.ppm OUT.ppm UP DOWN: rescale a picture by UP/DOWN, in plain C99 with libcarafepp alone.
  *
- * What a network would predict is here a formula, that of a bilateral filter: the logit of a tap falls with its
- * distance from the output pixel and with its difference in colour from the source pixel under it, so that edges stay
- * sharp.
+ * A bilateral filter stands for the network that would predict logits. The logit of a tap falls with its distance from
+ * the output pixel, and with its difference in colour from the source. So edges stay sharp.
  */
 #include <carafepp/carafepp.h>
 #include <math.h>
@@ -12,11 +11,10 @@
 #include <stdlib.h>
 
 enum { C = 3, K = 5 };
-static const double DISTANCE = 0.6; /* in source pixels, or in output pixels where these are larger */
-static const double COLOUR = 30.0;  /* of 255 */
+static const double DISTANCE = 0.6; /* source pixels, or output pixels if these are larger */
+static const double COLOUR = 30.0;  /* levels of 255 */
 
-/* Rows of pixels, a pixel three floats: the axes are N, C, H, W all the same, which the strides bring into this order.
- */
+/* A picture holds rows of pixels of three floats. Strides give it the axes N, C, H, W. */
 static carafepp_tensor picture(float* data, int64_t h, int64_t w) {
     carafepp_tensor tensor = {data, CARAFEPP_FLOAT32, CARAFEPP_CPU, 0, 4, {1, C, h, w}, {h * w * C, 1, w * C, C}};
     return tensor;
@@ -61,9 +59,9 @@ static int write_picture(const char* name, const float* pixels, int64_t h, int64
 
 /* The logit of tap (a, b) for the output pixel (y, x). */
 static double logit(const float* pixels, int h, int w, int up, int down, int64_t y, int64_t x, int a, int b) {
-    const int64_t i = y * down / up, j = x * down / up; /* the source pixel under it */
+    const int64_t i = y * down / up, j = x * down / up; /* the source */
     const int64_t ta = i + a, tb = j + b;
-    if (ta < 0 || ta >= h || tb < 0 || tb >= w) return -1e4; /* beyond the border there is nothing to see */
+    if (ta < 0 || ta >= h || tb < 0 || tb >= w) return -1e4; /* no weight beyond the border */
     const double step = down > up ? (double)down / up : 1;
     const double dy = ((double)y + 0.5) * down / up - 0.5 - (double)ta;
     const double dx = ((double)x + 0.5) * down / up - 0.5 - (double)tb;
@@ -90,14 +88,14 @@ int main(int argc, char** argv) {
     params.normalizer = CARAFEPP_SOFTMAX;
 
     const carafepp_tensor features = picture(pixels, h, w);
-    int64_t shape[4]; /* which also checks the factor */
+    int64_t shape[4];
     if (carafepp_output_shape(&params, CARAFEPP_REASSEMBLE_WITH_LOGITS, &features, shape)) {
         return fail(carafepp_last_error());
     }
     const int64_t out_h = shape[2], out_w = shape[3];
     const int up = params.up, down = params.down;
 
-    /* Channel t*up*up + dy*up + dx at (p, q) is the logit of tap t for the output pixel (p*up + dy, q*up + dx). */
+    /* Channel t*up*up + dy*up + dx at (p, q) is the logit of tap t for output (p*up + dy, q*up + dx). */
     const int64_t rows = (h + down - 1) / down, columns = (w + down - 1) / down;
     const int64_t plane = rows * columns, channels = (int64_t)K * K * up * up;
     float* values = malloc((size_t)(channels * plane) * sizeof *values);

@@ -1,4 +1,4 @@
-"""The same on CuPy arrays, in streams and in a CUDA graph, without PyTorch: python with_cupy.py."""
+"""Upsample CuPy arrays in a stream and a CUDA graph, without PyTorch: python with_cupy.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A map made half as large again by kernels of its own, on NumPy arrays: python with_numpy.py."""
+"""Enlarge a feature map by 3/2, on NumPy arrays: python with_numpy.py."""
 
 import numpy as np
 
@@ -8,9 +8,9 @@ rng = np.random.default_rng(0)
 features = rng.standard_normal((2, 32, 40, 60), np.float32)
 height, width = carafepp.output_size(features.shape[2:], up=3, down=2)
 
-# What a content encoder of stride 2 would predict: 3*3 taps for each of 3*3 output pixels a cell.
+# A content encoder of stride 2 would predict these: 3*3 taps for each of the 3*3 outputs of a cell.
 logits = rng.standard_normal((2, 3 * 3 * 3 * 3, 20, 30), np.float32)
-output = np.empty((2, 32, height, width), np.float32)  # recycled from call to call
+output = np.empty((2, 32, height, width), np.float32)  # recycled by each call
 for _ in range(3):
     carafepp.reassemble_with_logits(features, logits, up=3, down=2, kernel_size=3, out=output)
 

@@ -21,13 +21,13 @@ def main() -> int:
         text += f"default {default}"
         parser.add_argument(name, type=lambda p: Path(p).resolve(), default=default, help=text)
 
-    parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; default all")
+    parser.add_argument("steps", nargs="*", help=f"any of {', '.join(STEPS)}; default all")
     parser.add_argument(
         "--deadline", type=float, default=540, metavar="SECONDS", help="for all steps; default 540"
     )
-    folder("--out", ROOT / "build/gpu", "for results; ")
-    folder("--bundle", bundle.DEFAULT, "")
-    folder("--site", default_site(), "to install into; ")
+    folder("--out", ROOT / "build/gpu", "folder of results; ")
+    folder("--bundle", bundle.DEFAULT, "folder of the bundle; ")
+    folder("--site", default_site(), "folder of the installation; ")
     parser.add_argument(
         "--rehearse", action="store_true", help="run without a GPU, with emulated kernels"
     )

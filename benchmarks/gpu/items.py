@@ -29,14 +29,14 @@ class Item:
     case: str
     dtype: str
     layout: str
-    source: str
+    weights: str
     pass_: str
     name: str  # carafepp (its own choice), an implementation, a composition of PyTorch, or mmcv
 
     def __str__(self) -> str:  # noqa: D105
         name = self.name.replace(" ", "_")
-        return f"{self.case} {self.dtype} {self.layout} {self.source} {self.pass_} {name}"
+        return f"{self.case} {self.dtype} {self.layout} {self.weights} {self.pass_} {name}"
 
     def of(self, case: Case) -> Pass:
         """Return the item's pass of a problem."""
-        return Pass(case, self.source, self.pass_)
+        return Pass(case, self.weights, self.pass_)

@@ -102,12 +102,12 @@ def _timing(results: Results) -> Iterator[str]:
     yield "us in a graph (floor of a 1:1 copy / us; best composition of PyTorch / us; mmcv / us)"
     yield "from logits; passes: " + ", ".join(PASSES)
     for case, dtype, layout in itertools.product(FIRST, DTYPES, LAYOUTS):
-        cells = [_cell(rows, f"{case} {dtype}", layout, pass_, rate) for pass_ in PASSES]
-        if any(cell != "-" for cell in cells):
-            yield f"{case:5} {dtype:9} {layout}  " + "  ".join(f"{cell:30}" for cell in cells)
+        texts = [_pass(rows, f"{case} {dtype}", layout, pass_, rate) for pass_ in PASSES]
+        if any(text != "-" for text in texts):
+            yield f"{case:5} {dtype:9} {layout}  " + "  ".join(f"{text:30}" for text in texts)
 
 
-def _cell(rows: dict[str, Any], problem: str, layout: str, pass_: str, rate: float | None) -> str:
+def _pass(rows: dict[str, Any], problem: str, layout: str, pass_: str, rate: float | None) -> str:
     ours = rows.get(f"{problem} {layout} logits {pass_} {OURS}")
     if ours is None:
         return "-"

@@ -44,9 +44,9 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
     """
     product = itertools.product
 
-    def chosen(cases, source="logits", passes=PASSES):
+    def chosen(cases, weights="logits", passes=PASSES):
         for case, dtype, layout, pass_ in product(cases, DTYPES, LAYOUTS, passes):
-            yield Item(case, dtype, layout, source, pass_, OURS)
+            yield Item(case, dtype, layout, weights, pass_, OURS)
 
     def of_peers(cases, dtypes):
         for case, dtype, layout in product(cases, dtypes, LAYOUTS):
@@ -72,10 +72,10 @@ def items(listed: Callable[[Item], list[str]], has_mmcv: bool) -> Iterator[Item]
 
 
 class Arrays:
-    """The sets of arrays of one case, dtype and source, made when a pass needs them."""
+    """The sets of arrays of one case, dtype and weights, made when a pass needs them."""
 
-    def __init__(self, device: TorchGpu, case: Case, dtype: str, source: str):
-        self.device, self.case, self.dtype, self.source = device, case, dtype, source
+    def __init__(self, device: TorchGpu, case: Case, dtype: str, weights: str):
+        self.device, self.case, self.dtype, self.weights = device, case, dtype, weights
         self._sets: dict[str, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
         self._generator = device.torch.Generator(device.name)
         self._generator.manual_seed(1)
@@ -87,7 +87,7 @@ class Arrays:
         def total(names: tuple[str, ...]) -> int:
             return sum(size * math.prod(shape(self.case, name)) for name in names)
 
-        set_bytes = 2 * total(("features", self.source, "output"))  # each has its gradient
+        set_bytes = 2 * total(("features", self.weights, "output"))  # each has its gradient
         room = max(1, int(0.4 * self.device.memory / len(LAYOUTS) // max(1, set_bytes)))
         count = min(MOST_SETS, room, -(-2 * self.device.cache // max(1, total(pass_.reads))))
         while len(self._sets[layout]) < count:
@@ -100,7 +100,7 @@ class Arrays:
         other_layout = LAYOUTS[layout == LAYOUTS[0]]
         other, number = self._sets[other_layout], len(self._sets[layout])
         made = {}
-        for name in ("features", self.source, "grad_output"):
+        for name in ("features", self.weights, "grad_output"):
             if number < len(other):
                 nchw = as_nchw(other[number][name], other_layout)
             else:
@@ -121,7 +121,7 @@ class Arrays:
         def array(name: str) -> Any:
             return as_nchw(first[name], layout)
 
-        return Truth(self.case, self.source, self.dtype, array)
+        return Truth(self.case, self.weights, self.dtype, array)
 
 
 class Timing:
@@ -141,17 +141,17 @@ class Timing:
 
     def arrays(self, item: Item) -> Arrays:
         """Return the arrays of an item; free those of another case or dtype."""
-        last, case = self._arrays, self.case(item.case)
-        if last is None or (last.case, last.dtype, last.source) != (case, item.dtype, item.source):
+        last, wanted = self._arrays, (self.case(item.case), item.dtype, item.weights)
+        if last is None or (last.case, last.dtype, last.weights) != wanted:
             self._arrays = last = None
             if not self.is_host:
                 self.device.torch.cuda.empty_cache()
-            self._arrays = Arrays(self.device, case, item.dtype, item.source)
+            self._arrays = Arrays(self.device, *wanted)
         return self._arrays
 
     def listed(self, item: Item) -> list[str]:
         """Return the implementations that accept an item, best first."""
-        arrays = Arrays(self.device, self.case(item.case), item.dtype, item.source)
+        arrays = Arrays(self.device, self.case(item.case), item.dtype, item.weights)
         pass_ = item.of(arrays.case)
         first = arrays.sets(item.layout, pass_)[0]
         return pass_.implementations(item.layout, lambda name: self.device.given(first[name]))
@@ -215,10 +215,10 @@ class Timing:
         if item.name == MMCV:
             function = self._mmcv(pass_)
         else:
-            function = partial(peers.composed, item.name, pass_.case, item.source)
+            function = partial(peers.composed, item.name, pass_.case, item.weights)
 
         def call(one: dict[str, Any]) -> tuple:
-            inputs = [as_nchw(one[name], item.layout) for name in ("features", item.source)]
+            inputs = [as_nchw(one[name], item.layout) for name in ("features", item.weights)]
             if item.pass_ == "forward":
                 return (peers.forward(function, *inputs),)
             leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -235,10 +235,10 @@ class Timing:
         carafe, case = load_mmcv(self._mmcv_tree), pass_.case
         functional = self.device.torch.nn.functional
 
-        def function(features, weights):
-            masks = weights
-            if pass_.source == "logits":
-                masks = functional.softmax(functional.pixel_shuffle(weights, case.up), 1)
+        def function(features, values):
+            masks = values
+            if pass_.weights == "logits":
+                masks = functional.softmax(functional.pixel_shuffle(values, case.up), 1)
             return carafe(features, masks, case.kernel_size, 1, case.up)
 
         return function
@@ -264,10 +264,10 @@ def copy_bandwidth(device: TorchGpu, writes: int) -> float:
     """Return the bytes a second of a copy that writes what it reads so many times."""
     torch = device.torch
     rows = (1 << 30 if device.name == "cuda" else 1 << 16) // (1 + writes) // 4096
-    source = torch.ones(rows, 1, 1024, device=device.name)
-    target = torch.empty(rows, writes, 1024, device=device.name)
-    samples, _ = timed(device, lambda: target.copy_(source.expand_as(target)))
-    return (source.nbytes + target.nbytes) / spread(samples)[1]
+    original = torch.ones(rows, 1, 1024, device=device.name)
+    copies = torch.empty(rows, writes, 1024, device=device.name)
+    samples, _ = timed(device, lambda: copies.copy_(original.expand_as(copies)))
+    return (original.nbytes + copies.nbytes) / spread(samples)[1]
 
 
 def main() -> None:
