@@ -314,3 +314,10 @@ def test_the_run_imports_nothing_of_the_tests(torch):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_watched_process_imports_no_pytorch():
+    """Tools that watch a process slow down its start: PyTorch's would take most of their time."""
+    program = "import sys, benchmarks.gpu.launches; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -53,7 +53,7 @@ class TorchGpu:
             return tensor.view(self.torch.uint16).numpy().view(numpy_dtype("bfloat16"))
         return tensor.numpy()
 
-    def poisoned(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def nans(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return an array of NaN."""
         return self.torch.full(
             shape, float("nan"), dtype=getattr(self.torch, dtype), device=self.name
@@ -73,7 +73,7 @@ class TorchGpu:
         try:
             self.synchronize()
             if self.name == "cuda":
-                self.torch.cuda.empty_cache()  # fails after a broken capture, for good
+                self.torch.cuda.empty_cache()  # fails after a capture that broke off
         except RuntimeError:
             return True
         return False
@@ -174,7 +174,7 @@ class CuPyGpu:
         """Return a copy on the device."""
         return self._named(self.cupy.asarray(bits(array)), array.dtype.name)
 
-    def poisoned(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def nans(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return an array of NaN."""
         array = self.cupy.empty(shape, bits(np.empty(0, numpy_dtype(dtype))).dtype)
         array.data.memset(NAN_BYTE, array.nbytes)
@@ -212,7 +212,7 @@ class NumPyHost:
         """Return a copy."""
         return Relabelled(bits(array).copy(), array.dtype.name, on_cuda=True)
 
-    def poisoned(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def nans(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return an array of NaN."""
         array = bits(np.empty(shape, numpy_dtype(dtype)))
         array.view(np.uint8)[...] = NAN_BYTE

@@ -37,6 +37,6 @@ class Item:
         name = self.name.replace(" ", "_")
         return f"{self.case} {self.dtype} {self.layout} {self.weights} {self.pass_} {name}"
 
-    def of(self, case: Case) -> Pass:
+    def as_pass(self, case: Case) -> Pass:
         """Return the item's pass of a problem."""
         return Pass(case, self.weights, self.pass_)

@@ -73,7 +73,7 @@ def counted(device: Any, case_name: str, dtype: str, quick: bool) -> Iterator[tu
             values = in_layout(drawn(shape(case, name), dtype, name), layout)
             arrays[name] = device.put(np.ascontiguousarray(values))
             result = {"grad_output": "output"}.get(name, f"grad_{name}")
-            arrays[result] = device.poisoned(values.shape, dtype)
+            arrays[result] = device.nans(values.shape, dtype)
         for pass_name in PASSES[:3]:
             pass_ = Pass(case, "logits", pass_name)
             call = pass_.call(layout, arrays.__getitem__)

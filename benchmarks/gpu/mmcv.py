@@ -34,7 +34,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 def _headers_of_libraries() -> list[str]:
     """Return nvcc's options for the CUDA headers that PyTorch's headers include.
 
-    A toolkit may lack some, like cusparse.h: search the packages that PyTorch runs with last.
+    A toolkit may lack some, like cusparse.h: search PyTorch's own packages after all others.
     """
     folders = Path(torch.__file__).parents[1].glob("nvidia/*/include")
     return [f"-Xcompiler=-idirafter,{folder}" for folder in folders]

@@ -158,7 +158,7 @@ class Processes:
                 results.write(step, item, how, error=error, group=group.name)
             if status in group.fine:
                 results.recover(step, group.name)
-                return time.time() < until  # it may have stopped because its time was up
+                return time.time() < until  # or its time was up
             if in_time and not begun and not (has_progressed and status == LOST):
                 results.write(step, group.name, "fail", error=error, group=group.name)
                 return False
@@ -173,6 +173,6 @@ def _in_words(status: int | str) -> str:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends."""
+    """Let the system kill this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

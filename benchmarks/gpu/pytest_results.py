@@ -80,7 +80,7 @@ def _is_lost() -> bool:
     try:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # fails after a broken capture, for good
+            torch.cuda.empty_cache()  # fails after a capture that broke off
         if cupy is not None and cupy.cuda.is_available():
             cupy.cuda.runtime.deviceSynchronize()
     except Exception:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 from .results import FINISHED, Results
@@ -121,8 +120,8 @@ def _pass(rows: dict[str, Any], problem: str, layout: str, pass_: str, rate: flo
     compositions = [
         us for name, us in others.items() if not name.startswith((OURS, MMCV, "reass", "grad_"))
     ]
-    for group in (compositions, [us for name, us in others.items() if name == MMCV]):
-        text += f"; {min(group) / ours['us']:.1f}" if group else "; -"
+    for times in (compositions, [us for name, us in others.items() if name == MMCV]):
+        text += f"; {min(times) / ours['us']:.1f}" if times else "; -"
     return text + ")"
 
 
@@ -139,8 +138,10 @@ def _counters(results: Results) -> Iterator[str]:
     for item, r in rows if len(rows) <= room else rows[: room - 1]:
         stalls = {k.removeprefix("stall_"): v for k, v in r.items() if k.startswith("stall_")}
         worst = max(stalls, key=lambda name: stalls[name]) if stalls else "-"
-        number = {name: value for name, value in r.items() if isinstance(value, float)}
-        get = partial(_scaled, number)
+
+        def get(name: str, scale: float = 1, r=r) -> float:
+            return r.get(name, float("nan")) / scale
+
         yield (
             f"{item.replace(' logits', '')}: {get('us'):.0f} us, "
             f"{get('dram_read', 1e6):.0f} + {get('dram_write', 1e6):.0f}, "
@@ -149,7 +150,3 @@ def _counters(results: Results) -> Iterator[str]:
         )
     if len(rows) > room:
         yield f"{results.path.name} has {len(rows) - room + 1} more"
-
-
-def _scaled(numbers: dict[str, float], name: str, scale: float = 1) -> float:
-    return numbers.get(name, float("nan")) / scale

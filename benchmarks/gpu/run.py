@@ -307,7 +307,7 @@ class Run:
         return self._groups("smoke", until, groups, jobs)
 
     def result_tests(self, until: float) -> bool:
-        """Run the tests of results on several processes, the stand-ins of streams in another."""
+        """Run the tests of results on several processes, and the tests of streams beside them."""
         workers = ["-n", str(max(2, self.cores - 4)), "--max-worker-restart", "100"]
         tests = ["tests/test_cuda.py", "-m", "not alone and not slow"]
         if self.options.quick:

@@ -104,7 +104,7 @@ class Problem:
         return [
             None
             if needed not in (None, k)
-            else self.device.poisoned(in_layout((exact,), self.layout)[0].shape, dtype)
+            else self.device.nans(in_layout((exact,), self.layout)[0].shape, dtype)
             for k, (exact, dtype) in enumerate(zip(expected, self._dtypes(), strict=True))
         ]
 

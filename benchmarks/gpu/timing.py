@@ -152,14 +152,14 @@ class Timing:
     def listed(self, item: Item) -> list[str]:
         """Return the implementations that accept an item, best first."""
         arrays = Arrays(self.device, self.case(item.case), item.dtype, item.weights)
-        pass_ = item.of(arrays.case)
+        pass_ = item.as_pass(arrays.case)
         first = arrays.sets(item.layout, pass_)[0]
         return pass_.implementations(item.layout, lambda name: self.device.given(first[name]))
 
     def compute(self, item: Item) -> dict[str, Any]:
         """Check and time one item; return the facts of its line."""
         arrays = self.arrays(item)
-        pass_ = item.of(arrays.case)
+        pass_ = item.as_pass(arrays.case)
         sets = arrays.sets(item.layout, pass_)
         is_ours = item.name not in (*peers.COMPOSITIONS, MMCV)
         calls = self._ours(item, pass_, sets) if is_ours else self._peers(item, pass_, sets)
@@ -261,7 +261,7 @@ def timed(device: TorchGpu, call: Callable[[], Any]) -> tuple[list[float], list[
 
 
 def copy_bandwidth(device: TorchGpu, writes: int) -> float:
-    """Return the bytes a second of a copy that writes what it reads so many times."""
+    """Return the bytes a second of a copy that writes each value `writes` times."""
     torch = device.torch
     rows = (1 << 30 if device.name == "cuda" else 1 << 16) // (1 + writes) // 4096
     original = torch.ones(rows, 1, 1024, device=device.name)
