@@ -68,16 +68,6 @@ class TorchGpu:
         if self.name == "cuda":
             self.torch.cuda.synchronize()
 
-    def is_lost(self) -> bool:
-        """Tell whether an error made the device unusable for this process."""
-        try:
-            self.synchronize()
-            if self.name == "cuda":
-                self.torch.cuda.empty_cache()  # fails after a capture that broke off
-        except RuntimeError:
-            return True
-        return False
-
     def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Capture the work of a call in a CUDA graph, without a warm-up; return its replay."""
         cuda = self.torch.cuda

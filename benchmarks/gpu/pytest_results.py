@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .worker import LOST, Worker
+from .worker import LOST, Worker, device_is_lost
 
 _KEY = "carafepp_gpu_finished"
 
@@ -61,7 +61,7 @@ class Lines:
     def pytest_runtest_makereport(self, item: Any) -> Any:
         """End the process after a test that lost the device."""
         report = yield
-        if report.failed and _is_lost():
+        if report.failed and device_is_lost():
             print(report.longreprtext, file=sys.stderr, flush=True)
             self.worker.end(item.nodeid, "fail", error=_last_lines(report.longreprtext))
             os._exit(LOST)
@@ -72,20 +72,6 @@ def _last_lines(text: str) -> str:
     """Return the lines with the error."""
     marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     return " ".join(marked or text.split())[:400]
-
-
-def _is_lost() -> bool:
-    """Tell whether a loaded library finds the device unusable."""
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    try:
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # fails after a capture that broke off
-        if cupy is not None and cupy.cuda.is_available():
-            cupy.cuda.runtime.deviceSynchronize()
-    except Exception:
-        return True
-    return False
 
 
 def pytest_configure(config: Any) -> None:

@@ -192,7 +192,7 @@ def main() -> None:
     if sys.argv[1] == "--list":
         print("implementations:", json.dumps(names(device)))
         return
-    worker = Worker(device.is_lost)
+    worker = Worker()
     for name in sys.argv[1:]:
         items = []
         for dtypes in DTYPES:

@@ -274,7 +274,7 @@ def main() -> None:
     """Measure the floors, then time the items until the time is up."""
     tree = os.environ.get("CARAFEPP_GPU_MMCV")
     device = TorchHost() if Task.of_environment().rehearse else TorchGpu()
-    worker = Worker(device.is_lost)
+    worker = Worker()
     timing = Timing(device, Path(tree) if tree else None)
     worker.run(FLOORS, lambda item: {"GB_per_s": copy_bandwidth(device, int(item[-1])) / 1e9})
 

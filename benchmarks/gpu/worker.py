@@ -41,10 +41,24 @@ class Skip(Exception):
     """The reason why an item cannot run here."""
 
 
+def device_is_lost() -> bool:
+    """Tell whether an error made the device unusable for the libraries of this process."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # fails after a capture that broke off
+        if cupy is not None and cupy.cuda.is_available():
+            cupy.cuda.runtime.deviceSynchronize()
+    except Exception:
+        return True
+    return False
+
+
 class Worker:
     """Computes the items that are not finished yet."""
 
-    def __init__(self, is_lost: Callable[[], bool] = lambda: False):
+    def __init__(self, is_lost: Callable[[], bool] = device_is_lost):
         self.task = Task.of_environment()
         self.results = Results(self.task.results)
         self._is_lost = is_lost
