@@ -106,7 +106,7 @@ class Pass:
 
 
 def shape(case: Case, name: str) -> tuple[int, int, int, int]:
-    """Return the shape of an array by its name, axes N, C, H, W; a gradient has its input's."""
+    """Return the shape of an array by its name, axes N, C, H, W, for a gradient too."""
     return getattr(case, f"{name.removeprefix('grad_')}_shape")
 
 
