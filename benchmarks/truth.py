@@ -1,7 +1,8 @@
 """The right results of a problem: PyTorch's own functions in float64, on three blocks of pixels.
 
-They are the first corner of the first image, the middle of the middle image, and the last corner of
-the last image. Only the features of a block and of its halo decide its results.
+The first block lies in the first corner of the first image, another in the middle of the middle
+image. The last one lies in the last corner of the last image. Only the features of a block and of
+its halo decide its results.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,7 +3,7 @@
  * rescale IN.ppm OUT.ppm UP DOWN: rescale a picture by UP/DOWN, in plain C99 with libcarafepp alone.
  *
  * A bilateral filter stands for the network that would predict logits. The logit of a tap falls with its distance from
- * the output pixel, and with its difference in colour from the source. So edges stay sharp.
+ * the output, and with its difference in colour from the source. So edges stay sharp.
  */
 #include <carafepp/carafepp.h>
 #include <math.h>
