@@ -611,6 +611,27 @@ def test_a_wrong_shape_of_tensors(torch):
         Calls.reassemble_backward(torch.zeros(2, 4, 5, 9), features, torch.zeros(M.shape))
 
 
+HUGE = {
+    "reassemble": "masks must have shape",
+    "reassemble_with_logits": "groups*kernel_size**2*up**2 must be below 2**63",
+    "normalize_masks": "groups*kernel_size**2*up**2 must be below 2**63",
+}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("function", HUGE)
+def test_a_factor_too_large_for_any_result_is_refused_by_the_core(function, library, request):
+    """No library can make such a result, but its own error would not name the argument."""
+    arrays = {"features": X, "masks": M} if function == "reassemble" else {"logits": L}
+    if library == "torch":
+        torch = request.getfixturevalue("torch")
+        arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if function == "reassemble_with_logits":
+            arrays["features"] = torch.from_numpy(X)
+    with refused(ValueError, f"[{function}] {HUGE[function]}"):
+        getattr(Calls, function)(**arrays, up=2**31 - 1)
+
+
 def test_a_negative_number_of_threads():
     sentence = "[set_num_threads] threads must be from 0 to 1024; got -1."
     with refused(ValueError, sentence):

@@ -936,13 +936,13 @@ def test_compiled_functions_give_what_they_give(dtypes, torch, compiled):
 @pytest.fixture
 def read(torch, monkeypatch):
     """What the core was given since, by function and name: its address and strides."""
-    from carafepp._arrays import PyTorch
+    from carafepp._doors.torch import PyTorch
 
     given, view = {}, PyTorch.view
 
-    def spy(function, name, array):
+    def spy(door, function, name, array):
         given[function, name] = array.data_ptr(), array.stride()
-        return view(function, name, array)
+        return view(door, function, name, array)
 
     monkeypatch.setattr(PyTorch, "view", spy)
     return given
@@ -971,7 +971,7 @@ def test_inductor_keeps_strides(memory, torch, compiled, read):
 
     def strides_and_results(function):
         results = with_gradients(function, inputs)
-        return [read["reassemble_with_logits", name][1] for name in ("features", "output")], results
+        return [read["reassemble_with_logits", name][1] for name in ("features", "out")], results
 
     # Graphs that were compiled before must not count, nor what a C++ compiler has to do for loops.
     with config.patch({"fx_graph_cache": False, "cpp.simdlen": 1, **without_headers()}):

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import imported_class, is_tensor
+from . import _core
+from ._imported import imported_class, is_tensor
+
+NORMALIZERS = {
+    "softmax": _core.SOFTMAX,
+    "sigmoid": _core.SIGMOID,
+    "sigmoid_normalized": _core.SIGMOID_NORMALIZED,
+    "none": _core.NONE,
+}
 
 
 def index_of(value: Any) -> int | None:
@@ -87,6 +95,21 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     if numbers is None or len(numbers) != 2:
         raise TypeError(f"[{where}] size must be a pair {names} of integers; {_got(size)}.")
     return numbers[0], numbers[1]
+
+
+def check_normalizer(function: str, normalizer: str) -> None:
+    """Raise a ValueError if there is no such normaliser."""
+    if not isinstance(normalizer, str) or normalizer not in NORMALIZERS:
+        raise ValueError(
+            f"[{function}] normalizer must be one of {', '.join(map(repr, NORMALIZERS))}; "
+            f"got {normalizer!r}."
+        )
+
+
+def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
+    """Return `output_size` without checks."""
+    height, width = size
+    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def stands_for_another(value: Any) -> bool:

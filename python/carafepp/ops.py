@@ -1,29 +1,25 @@
 """The public functions: any array in, the same kind of array out.
 
-Each makes its result if none is given and hands all arrays to the core, where they are checked.
+A function names its arguments and finds the library of its arrays. From here to the kernel:
+
+1. `_doors.door.Door.compute` makes the result and passes views of all arrays to the bindings;
+   a library with operators of its own calls them first.
+2. `bindings/module.cpp` makes each view a `carafepp_tensor`, and releases the GIL.
+3. `core/src/carafepp.cpp` checks the arguments and chooses a kernel from a registry.
+4. The kernel's launcher plans the work and starts it.
+5. The kernel writes the result.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import wraps
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
-
-import numpy as np
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 from . import _core
-from ._arguments import integer, pair, positive
-from ._arrays import (
-    are_tensors,
-    check_no_tangents,
-    check_writable,
-    is_tensor,
-    library_of,
-    note_changes,
-)
+from ._arguments import integer, natural_size, pair, positive
+from ._doors import call, door_of
+from ._doors.door import FUNCTIONS, forced_implementation, params_of
 
 
 class Array(Protocol):
@@ -39,98 +35,7 @@ ArrayT = TypeVar("ArrayT", bound=Array)
 Layout = Literal["NCHW", "NHWC"]
 Normalizer = Literal["softmax", "sigmoid", "sigmoid_normalized", "none"]
 
-_NORMALIZERS = {
-    "softmax": _core.SOFTMAX,
-    "sigmoid": _core.SIGMOID,
-    "sigmoid_normalized": _core.SIGMOID_NORMALIZED,
-    "none": _core.NONE,
-}
 
-_LAYOUTS = {"NCHW": False, "NHWC": True}
-
-_forced_implementation: ContextVar[str | None] = ContextVar("implementation", default=None)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-# The names that the core gives to results, and those that the caller gives.
-_RESULTS = {
-    "reassemble": {"output": "out"},
-    "reassemble_backward": {"grad_features": "out[0]", "grad_masks": "out[1]"},
-    "reassemble_with_logits": {"output": "out"},
-    "reassemble_with_logits_backward": {"grad_features": "out[0]", "grad_logits": "out[1]"},
-    "normalize_masks": {"masks": "out"},
-    "normalize_masks_backward": {"grad_logits": "out"},
-}
-
-
-def _public(compute: Callable[P, R]) -> Callable[P, R]:
-    """Let PyTorch's operator of that name compute on its tensors, unless `out` is given.
-
-    The operator comes back to `compute` where there is data to compute on.
-    """
-    name = compute.__name__
-    arrays = compute.__code__.co_varnames[: compute.__code__.co_argcount]
-
-    @wraps(compute)
-    def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("out") is not None:
-            return _write(compute, arrays, args, kwargs)
-        named = arrays[len(args) :]  # those that are given by their names
-        given = (*args, *[kwargs.get(array) for array in named]) if named else args
-        if not are_tensors(given):
-            return compute(*args, **kwargs)
-
-        from .torch import operators
-
-        params = {**kwargs}
-        for key in (*named, "out"):
-            params.pop(key, None)
-        try:
-            result: R = operators.call(name, given, params)
-            return result
-        except RuntimeError as error:
-            if "carafepp::" not in str(error):
-                raise
-            # An argument that PyTorch's dispatcher refused: here is a better sentence.
-            compute(*args, **kwargs)
-            raise
-
-    return function
-
-
-def _write(
-    compute: Callable[..., R],
-    arrays: tuple[str, ...],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> R:
-    """Compute into `out`, and speak of it by the name that the caller knows."""
-    function, out = compute.__name__, kwargs["out"]
-    names = _RESULTS[function]
-    tensors = {}
-    if type(out) is not np.ndarray:
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        named = zip(names.values(), results, strict=False)
-        tensors = {name: result for name, result in named if is_tensor(result)}
-    if tensors:
-        check_writable(function, tensors)
-        given = zip(arrays, args, strict=False)
-        check_no_tangents(function, {**dict(given), **kwargs, **tensors})
-    try:
-        computed = compute(*args, **kwargs)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        pattern = rf"(\[{function}\] |share memory with )({'|'.join(names)})\b"
-        sentence = re.sub(pattern, lambda match: match[1] + names[match[2]], str(error))
-        error.args = (sentence,)
-        raise
-    if tensors:
-        note_changes(tensors.values())
-    return computed
-
-
-@_public
 def reassemble(
     features: ArrayT,
     masks: ArrayT,
@@ -215,16 +120,9 @@ def reassemble(
            [2., 2., 3., 3.],
            [2., 2., 3., 3.]], dtype=float32)
     """
-    function = "reassemble"
-    params = _params(function, _core.REASSEMBLE, up, down, groups, layout, size=size)
-    library = library_of(function, {"features": features, "masks": masks}, {"out": out})
-    features_view = library.view(function, "features", features)
-    masks_view = library.view(function, "masks", masks)
-    if out is None:
-        out = library.empty(function, features, _core.output_shape(params, features.shape))
-    out_view = library.view(function, "output", out)
-    _core.reassemble(params, features_view, masks_view, out_view, library.stream(features))
-    return out
+    params = {"up": up, "down": down, "groups": groups, "size": size, "layout": layout}
+    results: tuple[ArrayT] = call("reassemble", (features, masks), params, (out,))
+    return results[0]
 
 
 @overload
@@ -283,7 +181,6 @@ def reassemble_backward(
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
 ) -> tuple[ArrayT | None, ArrayT | None]: ...
-@_public
 def reassemble_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -354,15 +251,16 @@ def reassemble_backward(
     array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
-    function = "reassemble_backward"
-    params = _params(function, _core.REASSEMBLE_BACKWARD, up, down, groups, layout)
-    inputs = {"grad_output": grad_output, "features": features, "masks": masks}
+    params = {"up": up, "down": down, "groups": groups, "layout": layout}
     return _backward(
-        function, params, _core.reassemble_backward, inputs, (need_features, need_masks), out
+        "reassemble_backward",
+        (grad_output, features, masks),
+        params,
+        (need_features, need_masks),
+        out,
     )
 
 
-@_public
 def reassemble_with_logits(
     features: ArrayT,
     logits: ArrayT,
@@ -429,19 +327,17 @@ def reassemble_with_logits(
     >>> output.shape, bool(np.allclose(output[:, :, 2:-2, 2:-2], 3))
     ((1, 2, 16, 16), True)
     """
-    function = "reassemble_with_logits"
-    number = _core.REASSEMBLE_WITH_LOGITS
-    params = _params(function, number, up, down, groups, layout, kernel_size, normalizer, size)
-    library = library_of(function, {"features": features, "logits": logits}, {"out": out})
-    features_view = library.view(function, "features", features)
-    logits_view = library.view(function, "logits", logits)
-    if out is None:
-        out = library.empty(function, features, _core.output_shape(params, features.shape))
-    out_view = library.view(function, "output", out)
-    _core.reassemble_with_logits(
-        params, features_view, logits_view, out_view, library.stream(features)
-    )
-    return out
+    params = {
+        "up": up,
+        "down": down,
+        "groups": groups,
+        "kernel_size": kernel_size,
+        "normalizer": normalizer,
+        "size": size,
+        "layout": layout,
+    }
+    results: tuple[ArrayT] = call("reassemble_with_logits", (features, logits), params, (out,))
+    return results[0]
 
 
 @overload
@@ -508,7 +404,6 @@ def reassemble_with_logits_backward(
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
 ) -> tuple[ArrayT | None, ArrayT | None]: ...
-@_public
 def reassemble_with_logits_backward(
     grad_output: ArrayT,
     features: ArrayT,
@@ -576,21 +471,23 @@ def reassemble_with_logits_backward(
     >>> bool(np.allclose(grad_logits[:, :, 1:-1, 1:-1], 0, atol=1e-6))
     True
     """
-    function = "reassemble_with_logits_backward"
-    number = _core.REASSEMBLE_WITH_LOGITS_BACKWARD
-    params = _params(function, number, up, down, groups, layout, kernel_size, normalizer)
-    inputs = {"grad_output": grad_output, "features": features, "logits": logits}
+    params = {
+        "up": up,
+        "down": down,
+        "groups": groups,
+        "kernel_size": kernel_size,
+        "normalizer": normalizer,
+        "layout": layout,
+    }
     return _backward(
-        function,
+        "reassemble_with_logits_backward",
+        (grad_output, features, logits),
         params,
-        _core.reassemble_with_logits_backward,
-        inputs,
         (need_features, need_logits),
         out,
     )
 
 
-@_public
 def normalize_masks(
     logits: ArrayT,
     *,
@@ -644,19 +541,18 @@ def normalize_masks(
     >>> normalize_masks(np.zeros((1, 9, 1, 1)), kernel_size=3)[0, :, 0, 0].sum().round(12)
     np.float64(1.0)
     """
-    function = "normalize_masks"
-    number = _core.NORMALIZE_MASKS
-    params = _params(function, number, up, 1, groups, layout, kernel_size, normalizer, size)
-    library = library_of(function, {"logits": logits}, {"out": out})
-    logits_view = library.view(function, "logits", logits)
-    if out is None:
-        out = library.empty(function, logits, _core.output_shape(params, logits.shape))
-    out_view = library.view(function, "masks", out)
-    _core.normalize_masks(params, logits_view, out_view, library.stream(logits))
-    return out
+    params = {
+        "up": up,
+        "groups": groups,
+        "kernel_size": kernel_size,
+        "normalizer": normalizer,
+        "size": size,
+        "layout": layout,
+    }
+    results: tuple[ArrayT] = call("normalize_masks", (logits,), params, (out,))
+    return results[0]
 
 
-@_public
 def normalize_masks_backward(
     grad_masks: ArrayT,
     logits: ArrayT,
@@ -709,19 +605,15 @@ def normalize_masks_backward(
     >>> normalize_masks_backward(np.ones((1, 9, 1, 1)), logits, kernel_size=3).shape
     (1, 9, 1, 1)
     """
-    function = "normalize_masks_backward"
-    number = _core.NORMALIZE_MASKS_BACKWARD
-    params = _params(function, number, up, 1, groups, layout, kernel_size, normalizer)
-    library = library_of(function, {"grad_masks": grad_masks, "logits": logits}, {"out": out})
-    grad_masks_view = library.view(function, "grad_masks", grad_masks)
-    logits_view = library.view(function, "logits", logits)
-    if out is None:
-        out = library.empty(function, logits, logits.shape)
-    out_view = library.view(function, "grad_logits", out)
-    _core.normalize_masks_backward(
-        params, grad_masks_view, logits_view, out_view, library.stream(logits)
-    )
-    return out
+    params = {
+        "up": up,
+        "groups": groups,
+        "kernel_size": kernel_size,
+        "normalizer": normalizer,
+        "layout": layout,
+    }
+    results: tuple[ArrayT] = call("normalize_masks_backward", (grad_masks, logits), params, (out,))
+    return results[0]
 
 
 def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int, int]:
@@ -760,12 +652,6 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
             f"2**63; got {size}."
         )
     return natural_size(size, up, down)
-
-
-def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
-    """Return `output_size` without checks."""
-    height, width = size
-    return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
 def set_num_threads(threads: int) -> None:
@@ -846,21 +732,31 @@ def list_implementations(
     >>> list_implementations("reassemble", features, masks)[-1]
     ('reassemble_any_ref', None)
     """
-    number = getattr(_core, function.upper(), None)
-    if not isinstance(number, int) or number == _core.OUTPUT_SIZE or function not in globals():
+    if function not in FUNCTIONS:
         raise ValueError(f"[list_implementations] {function!r} has no implementations to list.")
-    params = _params(function, number, up, down, groups, layout, kernel_size, normalizer, size)
-    inputs = {f"arrays[{k}]": array for k, array in enumerate(arrays)}
-    backward = number in (_core.REASSEMBLE_BACKWARD, _core.REASSEMBLE_WITH_LOGITS_BACKWARD)
-    given = (out or (None, None)) if backward else (out,)
-    results = dict(zip(_RESULTS[function].values(), given, strict=True))
-    known = {name: result for name, result in results.items() if result is not None}
-    library = library_of(function, {**inputs, **known}, {})
-    return _core.list_implementations(
-        params,
-        [library.view(function, name, array) for name, array in inputs.items()],
-        [a if a is None else library.view(function, name, a) for name, a in results.items()],
+    spec = FUNCTIONS[function]
+    if len(arrays) != len(spec.inputs):
+        raise TypeError(
+            f"[{function}] the implementations depend on {len(spec.inputs)} arrays, those that the "
+            f"function reads; got {len(arrays)}."
+        )
+    core_params = params_of(
+        function,
+        up=up,
+        down=down,
+        kernel_size=kernel_size,
+        groups=groups,
+        normalizer=normalizer,
+        size=size,
+        layout=layout,
     )
+    results = (out,) if len(spec.out) == 1 else tuple(out or (None, None))
+    door = door_of(function, arrays, results)
+    views = [
+        None if array is None else door.view(function, name, array)
+        for name, array in zip(spec.inputs + spec.out, arrays + results, strict=True)
+    ]
+    return _core.list_implementations(core_params, views[: len(arrays)], views[len(arrays) :])
 
 
 @contextmanager
@@ -874,68 +770,22 @@ def force_implementation(name: str) -> Iterator[None]:
     NotImplementedError
         From the calls made inside: the implementation declines the problem; the reason is told.
     """
-    token = _forced_implementation.set(name)
+    token = forced_implementation.set(name)
     try:
         yield
     finally:
-        _forced_implementation.reset(token)
-
-
-def _params(
-    function: str,
-    number: int,
-    up: int,
-    down: int,
-    groups: int,
-    layout: Layout,
-    kernel_size: int = 0,
-    normalizer: Normalizer = "none",
-    size: tuple[int, int] | None = None,
-) -> _core.Params:
-    """Return the core's parameters; words become numbers here."""
-    if not (type(up) is type(down) is type(groups) is type(kernel_size) is int):
-        numbers = {"up": up, "down": down, "groups": groups, "kernel_size": kernel_size}
-        up, down, groups, kernel_size = [
-            integer(function, name, value, least=None) for name, value in numbers.items()
-        ]  # whose range the core checks
-    if size is not None:
-        size = pair(function, size)
-    if not isinstance(layout, str) or layout not in _LAYOUTS:
-        raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
-    check_normalizer(function, normalizer)
-    return _core.Params(
-        function,
-        number,
-        up,
-        down,
-        kernel_size,
-        groups,
-        _NORMALIZERS[normalizer],
-        size,
-        _LAYOUTS[layout],
-        _forced_implementation.get(),
-    )
-
-
-def check_normalizer(function: str, normalizer: str) -> None:
-    """Raise a ValueError if there is no such normaliser."""
-    if not isinstance(normalizer, str) or normalizer not in _NORMALIZERS:
-        raise ValueError(
-            f"[{function}] normalizer must be one of {', '.join(map(repr, _NORMALIZERS))}; "
-            f"got {normalizer!r}."
-        )
+        forced_implementation.reset(token)
 
 
 def _backward(
     function: str,
-    params: _core.Params,
-    run: Any,
-    inputs: dict[str, Any],
+    inputs: tuple[Any, ...],
+    params: dict[str, Any],
     needed: tuple[bool, bool],
     out: tuple[Any, Any] | None,
 ) -> tuple[Any, Any]:
-    """Make the gradients that are needed and not given, each like its argument, and fill them."""
-    names = list(inputs)[1:]
+    """Compute the gradients that are needed, each like its input."""
+    names = FUNCTIONS[function].inputs[1:]
     if out is None:
         out = (None, None)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
@@ -948,15 +798,5 @@ def _backward(
             raise ValueError(
                 f"[{function}] out must be None for grad_{name} where need_{name} is False."
             )
-    results = {f"out[{k}]": out[k] for k in range(2) if needed[k]}
-    library = library_of(function, inputs, results)
-    views = [library.view(function, name, array) for name, array in inputs.items()]
-    grads: list[Any] = [None, None]
-    grad_views: list[Any] = [None, None]
-    for k, name in enumerate(names):
-        if needed[k]:
-            like = inputs[name]
-            grads[k] = library.empty(function, like, like.shape) if out[k] is None else out[k]
-            grad_views[k] = library.view(function, f"grad_{name}", grads[k])
-    run(params, *views, *grad_views, library.stream(inputs["features"]))
-    return grads[0], grads[1]
+    first, second = call(function, inputs, params, tuple(out), needed)
+    return first, second

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _arguments, ops
-from ..ops import natural_size
 
 Size = tuple[int, int]
 
@@ -41,7 +40,7 @@ def masks_of(
     x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
 ) -> Tensor:
     """Return the masks by which `reassemble_to` rescales."""
-    natural = natural_size(x.shape[-2:], up, down)
+    natural = _arguments.natural_size(x.shape[-2:], up, down)
     _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
     if torch.jit.is_tracing():
         crop = crop or natural
@@ -84,7 +83,7 @@ def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool,
 
     Raise a ValueError if it is beyond by `up` or more.
     """
-    natural = natural_size(x.shape[-2:], up, down)
+    natural = _arguments.natural_size(x.shape[-2:], up, down)
     if not torch.jit.is_tracing() and not _is_exporting():
         most = natural[0] + up - 1, natural[1] + up - 1
         if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
@@ -240,7 +239,7 @@ class CARAFE(nn.Module):
         _arguments.divisible("CARAFE", "channels", channels, "groups", groups)
         if batch_norm and compressed_channels is None:
             raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
-        ops.check_normalizer("CARAFE", normalizer)
+        _arguments.check_normalizer("CARAFE", normalizer)
 
         place = {"device": device, "dtype": dtype}
         self.channel_compressor: nn.Module = nn.Identity()

@@ -13,7 +13,7 @@ sigmoid_normalized is not: it is computed as the softmax of logsigmoid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import ops
-from .._arguments import integer, pair, stands_for_another
-from .._arrays import PyTorch
-from ..ops import natural_size
+from .._arguments import integer, natural_size, pair, stands_for_another
+from .._doors.door import FUNCTIONS, not_an_array
+from .._doors.torch import PyTorch
 from . import dtensor
 from .flops import (
     count_normalize_masks,
@@ -51,16 +50,28 @@ Gradients = tuple[Tensor | None, ...]
 
 if "_library" not in globals():  # what it holds must outlive a reload
     _library = torch.library.Library("carafepp", "FRAGMENT")
+_door = PyTorch()
 _operators: dict[str, Any] = {}
 flop_formulas: dict[str, Callable[..., int]] = {}
 _on_shards: dict[str, Callable[..., Tensor]] = {}
+
+# The type and the default of each parameter in the operators' schemas
+_PARAMS: dict[str, tuple[str, Any]] = {
+    "up": ("int", 1),
+    "down": ("int", 1),
+    "groups": ("int", 1),
+    "kernel_size": ("int", 5),
+    "normalizer": ("str", "softmax"),
+    "size": ("SymInt[2]?", None),
+    "layout": ("str", "NCHW"),
+}
 
 
 def _define(
     name: str,
     tensors: str,
     params: str,
-    kernel: Callable[..., Tensor],
+    computes: tuple[str, int],
     result: Callable[..., Tensor],
     derivative: Callable[..., Gradients],
     *,
@@ -78,7 +89,7 @@ def _define(
     linear in it. cast says that autocast has a dtype for the two tensors.
     """
     names = tensors.split()
-    keys = [param.split()[1].partition("=")[0] for param in params.split(", ")]
+    keys = params.split()
     count = len(names)
 
     def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,6 +100,7 @@ def _define(
 
         return named
 
+    kernel = _kernel(*computes, {key: _PARAMS[key][1] for key in keys})
     if _SingleLevelFunction is None:
         kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
     flop_formulas[name] = by_name(flops)
@@ -97,7 +109,10 @@ def _define(
         return operator
     # A compiler must not change strides: the result's memory format follows those of an argument.
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    arguments = [*(f"Tensor {tensor}" for tensor in names), params]
+    arguments = [f"Tensor {tensor}" for tensor in names]
+    for key in keys:
+        kind, default = _PARAMS[key]
+        arguments.append(f"{kind} {key}=" + (f'"{default}"' if kind == "str" else str(default)))
     _library.define(f"{name}({', '.join(arguments)}) -> Tensor", tags=tags)
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
 
@@ -268,17 +283,37 @@ def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **par
 # The arguments of a caller
 
 
-def call(name: str, tensors: tuple[Tensor, ...], params: dict[str, Any]) -> Any:
-    """Call an operator, whose parameters PyTorch alone would truncate or not know of."""
+def call(
+    function: str, tensors: tuple[Any, ...], params: Mapping[str, Any], needed: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """Call the operator for each result of a function that is needed.
+
+    PyTorch alone would truncate some parameters and would not know others.
+    """
+    changed = {}
     for key, value in params.items():
-        if type(value) is not int and key in ("up", "down", "kernel_size", "groups"):
-            params[key] = _integer(name, key, value)
+        kind, default = _PARAMS[key]
+        if value is not default:  # an operator is called faster without its defaults
+            changed[key] = _integer(function, key, value) if kind == "int" else value
     size = params.get("size")
     if size is not None:
-        size = params["size"] = pair(name, size)
-        if isinstance(size[0], Tensor) or isinstance(size[1], Tensor):
-            return _crop(name, tensors, **params)
-    return _functions[name](*tensors, **params)
+        changed["size"] = size = pair(function, size)
+    try:
+        if size is not None and (isinstance(size[0], Tensor) or isinstance(size[1], Tensor)):
+            return (_crop(function, tensors, **changed),)
+        results: tuple[Any, ...] = ()
+        for k, operator in enumerate(_operators_of[function]):
+            results += (operator(*tensors, **changed) if needed[k] else None,)
+        return results
+    except RuntimeError as error:
+        if "carafepp::" not in str(error):
+            raise
+        # PyTorch's dispatcher has refused an argument: carafepp has a better sentence.
+        for k, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise not_an_array(function, FUNCTIONS[function].inputs[k], tensor) from None
+        _door.compute(function, tensors, params, needed=needed)
+        raise
 
 
 def _integer(function: str, name: str, value: Any) -> Any:
@@ -296,24 +331,21 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
         rows, columns = natural_size(_size(features, **params), **params)
         missing = (0, columns - width, 0, rows - height)
         tensors = features, F.pad(masks, (0, 0, *missing) if nhwc else missing)
-    output: Tensor = _functions[name](*tensors, **params)
+    output: Tensor = _operators[name](*tensors, **params)
     return output[..., :height, :width, :] if nhwc else output[..., :height, :width]
 
 
 # Eager kernels
 
 
-def _forward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of `carafepp.ops` as it is for the arrays of other libraries."""
-    return function.__wrapped__  # type: ignore[attr-defined, no-any-return]
-
-
-def _gradient(function: Callable[..., Any], index: int, other: str) -> Callable[..., Tensor]:
-    """Return a function for one of the results of a backward, without that for the other."""
-    backward = _forward(function)
+def _kernel(function: str, index: int, defaults: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return what computes one result of a function of the core."""
+    needed = (index == 0, index == 1)
 
     def kernel(*tensors: Tensor, **params: Any) -> Tensor:
-        return backward(*tensors, **{f"need_{other}": False}, **params)[index]
+        results = _door.compute(function, tensors, {**defaults, **params}, needed=needed)
+        tensor: Tensor = results[index]
+        return tensor
 
     return kernel
 
@@ -330,8 +362,8 @@ def _resized(
     like: Tensor, size: tuple[int, int], *, shrink: int = 1, layout: str = "NCHW", **_: Any
 ) -> Tensor:
     if layout == "NCHW":
-        return PyTorch.empty("", like, (*like.shape[:-3], like.shape[-3] // shrink, *size))
-    return PyTorch.empty("", like, (*like.shape[:-3], *size, like.shape[-1] // shrink))
+        return _door.empty("", like, (*like.shape[:-3], like.shape[-3] // shrink, *size))
+    return _door.empty("", like, (*like.shape[:-3], *size, like.shape[-1] // shrink))
 
 
 def _reassembled(features: Tensor, masks: Tensor, *, size: Any = None, **params: Any) -> Tensor:
@@ -345,7 +377,7 @@ def _normalized(logits: Tensor, *, size: Any = None, up: int = 1, **params: Any)
 
 def _like(index: int) -> Callable[..., Tensor]:
     def gradient(*tensors: Tensor, **_: Any) -> Tensor:
-        return PyTorch.empty("", tensors[index], tensors[index].shape)
+        return _door.empty("", tensors[index], tensors[index].shape)
 
     return gradient
 
@@ -522,18 +554,11 @@ def _push_grad_logits(
 
 # The operators
 
-
-_UP = "int up=1"
-_FACTORS = f"{_UP}, int down=1, int groups=1"
-_NORMALIZER = 'int kernel_size=5, str normalizer="softmax"'
-_SIZE = "SymInt[2]? size=None"
-_LAYOUT = 'str layout="NCHW"'
-
 reassemble = _define(
     "reassemble",
     "features masks",
-    f"{_FACTORS}, {_SIZE}, {_LAYOUT}",
-    _forward(ops.reassemble),
+    "up down groups size layout",
+    ("reassemble", 0),
     _reassembled,
     _derive_output("reassemble", "masks"),
     pushes=(None, None),
@@ -543,8 +568,8 @@ reassemble = _define(
 reassemble_grad_features = _define(
     "reassemble_grad_features",
     "grad_output features masks",
-    f"{_FACTORS}, {_LAYOUT}",
-    _gradient(ops.reassemble_backward, 0, "masks"),
+    "up down groups layout",
+    ("reassemble_backward", 0),
     _like(1),
     _derive_grad_features("reassemble", "masks"),
     pushes=(None, _unchanged, None),
@@ -553,8 +578,8 @@ reassemble_grad_features = _define(
 reassemble_grad_masks = _define(
     "reassemble_grad_masks",
     "grad_output features masks",
-    f"{_FACTORS}, {_LAYOUT}",
-    _gradient(ops.reassemble_backward, 1, "features"),
+    "up down groups layout",
+    ("reassemble_backward", 1),
     _like(2),
     _derive_grad_masks,
     pushes=(None, None, _unchanged),
@@ -563,8 +588,8 @@ reassemble_grad_masks = _define(
 reassemble_with_logits = _define(
     "reassemble_with_logits",
     "features logits",
-    f"{_FACTORS}, {_NORMALIZER}, {_SIZE}, {_LAYOUT}",
-    _forward(ops.reassemble_with_logits),
+    "up down groups kernel_size normalizer size layout",
+    ("reassemble_with_logits", 0),
     _reassembled,
     _derive_output("reassemble_with_logits", "logits"),
     pushes=(None, _push_output),
@@ -574,8 +599,8 @@ reassemble_with_logits = _define(
 reassemble_with_logits_grad_features = _define(
     "reassemble_with_logits_grad_features",
     "grad_output features logits",
-    f"{_FACTORS}, {_NORMALIZER}, {_LAYOUT}",
-    _gradient(ops.reassemble_with_logits_backward, 0, "logits"),
+    "up down groups kernel_size normalizer layout",
+    ("reassemble_with_logits_backward", 0),
     _like(1),
     _derive_grad_features("reassemble_with_logits", "logits"),
     pushes=(None, _unchanged, _push_grad_features),
@@ -584,8 +609,8 @@ reassemble_with_logits_grad_features = _define(
 reassemble_with_logits_grad_logits = _define(
     "reassemble_with_logits_grad_logits",
     "grad_output features logits",
-    f"{_FACTORS}, {_NORMALIZER}, {_LAYOUT}",
-    _gradient(ops.reassemble_with_logits_backward, 1, "features"),
+    "up down groups kernel_size normalizer layout",
+    ("reassemble_with_logits_backward", 1),
     _like(2),
     _derive_grad_logits,
     pushes=(None, None, _push_grad_logits),
@@ -594,8 +619,8 @@ reassemble_with_logits_grad_logits = _define(
 normalize_masks = _define(
     "normalize_masks",
     "logits",
-    f"{_UP}, int groups=1, {_NORMALIZER}, {_SIZE}, {_LAYOUT}",
-    _forward(ops.normalize_masks),
+    "up groups kernel_size normalizer size layout",
+    ("normalize_masks", 0),
     _normalized,
     _derive_normalize_masks,
     pushes=(_push_masks,),
@@ -604,8 +629,8 @@ normalize_masks = _define(
 normalize_masks_backward = _define(
     "normalize_masks_backward",
     "grad_masks logits",
-    f"{_UP}, int groups=1, {_NORMALIZER}, {_LAYOUT}",
-    _forward(ops.normalize_masks_backward),
+    "up groups kernel_size normalizer layout",
+    ("normalize_masks_backward", 0),
     _like(1),
     _derive_normalize_masks_backward,
     pushes=(None, _push_normalize_masks_backward),
@@ -616,28 +641,15 @@ if _on_shards:
     dtensor.register(_on_shards, _library)
 
 
-def reassemble_backward(
-    *inputs: Tensor, need_features: bool = True, need_masks: bool = True, **params: Any
-) -> Gradients:
-    """Return the gradients of `reassemble` that are needed, each by an operator."""
-    return (
-        reassemble_grad_features(*inputs, **params) if need_features else None,
-        reassemble_grad_masks(*inputs, **params) if need_masks else None,
-    )
-
-
-def reassemble_with_logits_backward(
-    *inputs: Tensor, need_features: bool = True, need_logits: bool = True, **params: Any
-) -> Gradients:
-    """Return the gradients of `reassemble_with_logits` that are needed, each by an operator."""
-    return (
-        reassemble_with_logits_grad_features(*inputs, **params) if need_features else None,
-        reassemble_with_logits_grad_logits(*inputs, **params) if need_logits else None,
-    )
-
-
-_functions = {
-    **_operators,
-    "reassemble_backward": reassemble_backward,
-    "reassemble_with_logits_backward": reassemble_with_logits_backward,
+# The operators of each function, in the order of its results
+_operators_of = {
+    "reassemble": (reassemble,),
+    "reassemble_backward": (reassemble_grad_features, reassemble_grad_masks),
+    "reassemble_with_logits": (reassemble_with_logits,),
+    "reassemble_with_logits_backward": (
+        reassemble_with_logits_grad_features,
+        reassemble_with_logits_grad_logits,
+    ),
+    "normalize_masks": (normalize_masks,),
+    "normalize_masks_backward": (normalize_masks_backward,),
 }

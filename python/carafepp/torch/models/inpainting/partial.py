@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .... import _arguments, ops
-from ....ops import natural_size
 from ...modules import CARAFE, beyond, go_on
 
 
@@ -179,7 +178,7 @@ class PartialCARAFE(nn.Module):
         x = go_on(x, *beyond("PartialCARAFE", x, size, up, down), down)
         if not torch.jit.is_tracing():
             return ops.reassemble(x, masks, up=up, down=down, size=(height, width))
-        rows, columns = natural_size(x.shape[-2:], up, down)  # which serves every size
+        rows, columns = _arguments.natural_size(x.shape[-2:], up, down)  # which serves every size
         masks = F.pad(masks, (0, columns - width, 0, rows - height))
         return ops.reassemble(x, masks, up=up, down=down)[..., :height, :width]
 

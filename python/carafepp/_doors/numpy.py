@@ -1,0 +1,38 @@
+"""NumPy arrays, and those of ml_dtypes' bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from .door import Door
+
+
+class NumPy(Door):
+    """NumPy."""
+
+    def recognise(self, array: Any) -> str | None:
+        """Return "numpy" for a NumPy array, subclasses included."""
+        return "numpy" if isinstance(array, np.ndarray) else None
+
+    def view(self, function: str, name: str, array: Any) -> Any:
+        """Return the array; a bfloat16 array as 16-bit integers with the core's dtype."""
+        if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"[{function}] {name} must not be a masked array: its mask would be lost."
+            )
+        dtype = array.dtype
+        if dtype.kind == "V" and dtype.name == "bfloat16":  # NumPy does not export it
+            return array.view(np.uint16), _core.BFLOAT16
+        return array
+
+    def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
+        """Return an uninitialised result in C order."""
+        return np.empty(shape, like.dtype)
+
+    def stream(self, array: Any) -> int:
+        """Return 0: the CPU has no streams."""
+        return 0
