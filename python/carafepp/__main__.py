@@ -1,4 +1,4 @@
-"""`python -m carafepp`: what this installation is; `python -m carafepp demo`: what it does."""
+"""`python -m carafepp` prints the configuration; `python -m carafepp demo` runs the demo."""
 
 import sys
 
@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> int:
         show_config()
         return 0
     if arguments[0] == "demo":
-        from .demo import main as demo  # brings in scikit-image and matplotlib
+        from .demo import main as demo  # imports scikit-image and matplotlib
 
         return demo(arguments[1:])
     print(

@@ -1,6 +1,6 @@
-"""Checks of numbers, for functions and modules: one rule and one form of sentence for all.
+"""Checks of numbers for functions and modules, with one form of error sentence.
 
-An integer is what has ``__index__``, but no bool and no tensor.
+A value with ``__index__`` is an integer, but a bool or a tensor is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NORMALIZERS = {
 
 
 def index_of(value: Any) -> int | None:
-    """Return what is an integer by itself as an int, None for anything else."""
+    """Return an integer as an int, and None for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, (bool, np.bool_)) or is_tensor(value):
@@ -36,7 +36,7 @@ def index_of(value: Any) -> int | None:
 
 
 def integer(where: str, name: str, value: Any, least: int | None = 1) -> int:
-    """Return an integer from `least` to 2**31 - 1, or any one if that is None."""
+    """Return an integer from `least` to 2**31 - 1; if `least` is None, any integer."""
     number = index_of(value)
     if number is None:
         rules = {None: "an integer", 1: "a positive integer"}
@@ -75,7 +75,7 @@ def divisible(where: str, name: str, number: int, groups_name: str, groups: int)
 def integers(
     where: str, name: str, values: Any, rule: str, *, least: int = 0, most: int | None = None
 ) -> tuple[int, ...]:
-    """Return positive integers, from `least` to `most` of them; rule says so in words."""
+    """Return `least` to `most` positive integers; `rule` says this in words."""
     numbers = _read(values, index_of)
     if numbers is None:
         raise TypeError(f"[{where}] {name} must be {rule}; {_got(values)}.")
@@ -86,7 +86,7 @@ def integers(
 
 
 def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
-    """Return a size as a tuple of two integers, or of what PyTorch has for them in a graph."""
+    """Return a size as a tuple of two integers, or of the symbols that PyTorch's graphs use."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
     if not isinstance(size, (tuple, list)) and stands_for_another(size):
@@ -113,12 +113,12 @@ def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) ->
 
 
 def stands_for_another(value: Any) -> bool:
-    """Tell whether this is what a trace of torch.fx has in the place of a value."""
+    """Tell whether a trace of torch.fx has put this object in the place of a value."""
     return hasattr(value, "__torch_function__") and not is_tensor(value)
 
 
 def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
-    """Return what a sequence or an array of one axis holds, None if it is none of integers."""
+    """Return the integers of a sequence or of an array with one axis; None for anything else."""
     if not isinstance(values, (tuple, list)):
         if not _is_row(values):
             return None
@@ -129,7 +129,7 @@ def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
 
 
 def _is_row(values: Any) -> bool:
-    """Tell whether something other than a tuple or list is a row of values, in an order."""
+    """Tell whether an object that is no tuple or list has values in an order."""
     if isinstance(values, (str, bytes, bytearray, Set, Mapping)):
         return False
     ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
@@ -137,8 +137,8 @@ def _is_row(values: Any) -> bool:
 
 
 def _length(value: Any) -> Any:
-    """Return an entry of a size: an integer, a symbol or, while PyTorch traces, a tensor of one."""
-    if type(value) is int:  # which is all that torch.compile can follow
+    """Return an entry of a size: an integer, a symbol or, in a PyTorch trace, a scalar tensor."""
+    if type(value) is int:  # torch.compile can follow this branch only
         return value
     if is_tensor(value):
         kind = value.dtype

@@ -1,4 +1,4 @@
-"""Where the package keeps what a C or C++ program is built against."""
+"""The folders that a C or C++ program needs to build against carafepp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def get_include() -> str:
 
 
 def get_library() -> str:
-    """Return the shared library, which knows nothing of Python, to link or to load."""
+    """Return the path of the shared library, to link or to load. It does not need Python."""
     (library,) = (_FOLDER / "lib").glob("libcarafepp.*")
     return str(library)
 

@@ -2,8 +2,8 @@
 
 A function names its arguments and finds the library of its arrays. From here to the kernel:
 
-1. `_doors.door.Door.compute` makes the result and passes views of all arrays to the bindings;
-   a library with operators of its own calls them first.
+1. `Door.compute` (_doors/door.py) makes the result and passes views of all arrays to the bindings.
+   A library with operators of its own calls them first.
 2. `bindings/module.cpp` makes each view a `carafepp_tensor`, and releases the GIL.
 3. `core/src/carafepp.cpp` checks the arguments and chooses a kernel from a registry.
 4. The kernel's launcher plans the work and starts it.
@@ -23,11 +23,11 @@ from ._doors.door import FUNCTIONS, forced_implementation, params_of
 
 
 class Array(Protocol):
-    """What a type checker can know of an array of any library."""
+    """The properties that a type checker knows of an array of any library."""
 
     @property
     def shape(self) -> Any:
-        """The lengths of the axes."""
+        """Return the lengths of the axes."""
 
 
 ArrayT = TypeVar("ArrayT", bound=Array)
@@ -62,19 +62,18 @@ def reassemble(
         Normalised reassembly kernels, one of K*K weights for every output pixel; K odd, 1 to 31.
         The dtype of features or, with half features, float32.
     up, down : int, default 1
-        The factor up/down, taken as given, not reduced: up=2 doubles the size, down=2 halves it,
-        up=3, down=2 makes it half as large again.
+        The factor up/down. It is not reduced. up=2 doubles the size, down=2 halves it, and up=3
+        with down=2 makes it 1.5 times as large.
     groups : int, default 1
-        How many groups of channels have kernels of their own; C is divisible by it.
-        (mmcv's ``group_size`` is this number too.)
+        The number of groups of channels; each group has its own kernels. C is divisible by it.
+        (mmcv calls this number ``group_size``.)
     size : (int, int), optional
-        (H', W') where it is to be smaller than (ceil(H*up/down), ceil(W*up/down)): a crop at the
-        bottom and right.
+        A smaller (H', W') than (ceil(H*up/down), ceil(W*up/down)): a crop at the bottom and right.
     layout : "NCHW" or "NHWC", default "NCHW"
-        The order of the axes of every array. How they lie in memory is told by their strides: a
-        PyTorch tensor in channels_last memory format is "NCHW" in its axes.
+        The order of the axes of every array. Strides tell the order in memory: a PyTorch tensor in
+        channels_last memory format has the axes "NCHW".
     out : array, optional
-        Where the result is to be written. Any strides; no element shared with an input.
+        The array for the result. It has any strides and shares no element with an input.
 
     Returns
     -------
@@ -84,22 +83,23 @@ def reassemble(
     Raises
     ------
     TypeError
-        Something is not an array, arrays are of different libraries, or a dtype does not fit.
+        An argument is no array, the arrays belong to different libraries, or a dtype does not fit.
     ValueError
-        A shape, a range, a device, or memory that is shared, not aligned or read-only.
+        A shape, a number or a device does not fit, or memory is shared, not aligned or read-only.
     NotImplementedError
-        A CUDA array in a build without CUDA; with `out`, a tensor that requires grad.
+        An array is on a CUDA device and the build has no CUDA; or, with `out`, a tensor requires
+        grad.
     RuntimeError
         CUDA has failed, or its driver is missing; the sentence names the error.
 
     Notes
     -----
-    Sums are kept in float32 (float64 for float64) in a fixed order: the same bits at every run
-    and every thread count. NaN and Inf propagate by the formula.
+    Sums are in float32 (in float64 for float64), in a fixed order. Every run and every number of
+    threads gives the same bits. NaN and Inf propagate by the formula.
 
-    Work on CuPy arrays and on PyTorch CUDA tensors is queued on the current stream of their
-    device; for CUDA arrays of other libraries, on the legacy default stream. The call does not
-    wait for it, and the result is all that it allocates, from the library's own memory pool.
+    The work on CuPy arrays and on PyTorch CUDA tensors is queued on the current stream of their
+    device. The work on CUDA arrays of other libraries is queued on the legacy default stream. The
+    call does not wait for it. The call allocates only the result, from the library's memory pool.
 
     References
     ----------
@@ -205,16 +205,16 @@ def reassemble_backward(
     Parameters
     ----------
     grad_output : array, (N, C, H', W')
-        The gradient for the output, in the dtype of features.
+        The gradient of the output, in the dtype of features.
     features : array, (N, C, H, W)
     masks : array, (N, groups*K*K, H', W')
-        Its size is that of the output.
+        The size is the size of the output.
     up, down, groups, layout
         As for `reassemble`.
     need_features, need_masks : bool, default True
-        Which gradients to compute; the other is returned as None.
+        The gradients to compute. The other one is None.
     out : pair of arrays, optional
-        Where to write (grad_features, grad_masks); an entry may be None.
+        The arrays for (grad_features, grad_masks); an entry may be None.
 
     Returns
     -------
@@ -228,9 +228,9 @@ def reassemble_backward(
 
     Notes
     -----
-    Every element is summed by one thread in a fixed order: the same bits at every run and every
-    thread count. What no tap reaches gets exactly 0, and so does the gradient of a mask whose tap
-    falls outside the border.
+    One thread sums each element in a fixed order. Every run and every number of threads gives the
+    same bits. A feature that no tap reaches gets exactly 0. So does a mask element whose tap falls
+    outside the border.
 
     References
     ----------
@@ -276,25 +276,25 @@ def reassemble_with_logits(
 ) -> ArrayT:
     """Normalise logits to masks and reassemble features with them, in one pass.
 
-    ``output = reassemble(features, normalize_masks(logits))``, where
+    ``output = reassemble(features, masks)`` with
     ``masks = normalizer over the K*K taps of pixel_shuffle(logits, up)``, cropped to the size of
-    the output; the masks are never stored.
+    the output. The masks are never stored.
 
     Parameters
     ----------
     features : array, (N, C, H, W) or (C, H, W)
         As for `reassemble`.
     logits : array, (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))
-        What the content encoder predicts. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t of
-        the output pixel at sub-pixel (dy, dx): the order of ``torch.pixel_shuffle``. The dtype of
-        features or, with half features, float32.
+        The prediction of the content encoder. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t
+        of the output pixel at sub-pixel (dy, dx): the order of ``torch.pixel_shuffle``. The dtype
+        of features or, with half features, float32.
     up, down, groups, size, layout, out
         As for `reassemble`.
     kernel_size : int, default 5
         K: odd, 1 to 31.
     normalizer : {"softmax", "sigmoid", "sigmoid_normalized", "none"}, default "softmax"
-        "sigmoid_normalized" is the sigmoid divided by its sum over the taps, computed as
-        softmax(log(sigmoid(logits))), so that it never divides 0 by 0.
+        "sigmoid_normalized" is the sigmoid divided by its sum over the taps. It is computed as
+        softmax(log(sigmoid(logits))), which never divides 0 by 0.
 
     Returns
     -------
@@ -308,8 +308,8 @@ def reassemble_with_logits(
 
     Notes
     -----
-    The softmax is shifted by its maximum. Infinite logits behave as in ``torch.softmax``: where
-    all taps are -inf the result is NaN. Sums, order and determinism are those of `reassemble`.
+    The softmax is shifted by its maximum. Infinite logits behave as in ``torch.softmax``: if all
+    taps are -inf, the result is NaN. Sums and bits are as in `reassemble`.
 
     References
     ----------
@@ -421,28 +421,29 @@ def reassemble_with_logits_backward(
 ) -> tuple[ArrayT | None, ArrayT | None]:
     """Return the gradients of `reassemble_with_logits` for features and for logits.
 
-    The masks are computed again from the logits: ``grad_features`` is that of
-    `reassemble_backward`, ``grad_logits = normalize_masks_backward(grad_masks, logits)``.
+    ``masks = normalize_masks(logits)`` is computed again, and
+    ``grad_features, grad_masks = reassemble_backward(grad_output, features, masks)``,
+    ``grad_logits = normalize_masks_backward(grad_masks, logits)``.
 
     Parameters
     ----------
     grad_output : array, (N, C, H', W')
-        The gradient for the output, in the dtype of features; its size is the output's, at most
+        The gradient of the output, in the dtype of features. The size is at most
         (ceil(H*up/down), ceil(W*up/down)).
     features : array, (N, C, H, W)
     logits : array, (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))
     up, down, kernel_size, groups, normalizer, layout
         As for `reassemble_with_logits`.
     need_features, need_logits : bool, default True
-        Which gradients to compute; the other is returned as None.
+        The gradients to compute. The other one is None.
     out : pair of arrays, optional
-        Where to write (grad_features, grad_logits); an entry may be None.
+        The arrays for (grad_features, grad_logits); an entry may be None.
 
     Returns
     -------
     grad_features : array as features, or None
     grad_logits : array as logits, or None
-        Exactly 0 where a crop left no output.
+        Exactly 0 for a logit that a crop leaves without an output.
 
     Raises
     ------
@@ -451,7 +452,7 @@ def reassemble_with_logits_backward(
 
     Notes
     -----
-    Determinism is that of `reassemble_backward`.
+    Every run and every number of threads gives the same bits, as in `reassemble_backward`.
 
     References
     ----------
@@ -510,10 +511,10 @@ def normalize_masks(
     up, kernel_size, groups, normalizer, layout
         As for `reassemble_with_logits`.
     size : (int, int), optional
-        (H', W') where it is to be smaller than (Hl*up, Wl*up): `output_size` tells it for
-        features whose size down does not divide.
+        A smaller (H', W') than (Hl*up, Wl*up). If `down` does not divide the size of the features,
+        `output_size` returns it.
     out : array, optional
-        Where the masks are to be written.
+        The array for the masks.
 
     Returns
     -------
@@ -527,8 +528,8 @@ def normalize_masks(
 
     Notes
     -----
-    float32 and half logits are normalised in float32, float64 ones in float64. The same bits at
-    every run and every thread count.
+    float32 and half logits are normalised in float32, float64 logits in float64. Every run and
+    every number of threads gives the same bits.
 
     References
     ----------
@@ -567,22 +568,22 @@ def normalize_masks_backward(
     """Return the gradient of `normalize_masks` for logits.
 
     For the softmax ``grad_logits_t = masks_t * (grad_masks_t - sum over s of
-    masks_s * grad_masks_s)``, in the places that pixel_shuffle took them from.
+    masks_s * grad_masks_s)``, in the order of the logits before pixel_shuffle.
 
     Parameters
     ----------
     grad_masks : array, (N, groups*K*K, H', W')
-        The gradient for the masks, in the dtype of logits; its size is at most (Hl*up, Wl*up).
+        The gradient of the masks, in the dtype of logits. The size is at most (Hl*up, Wl*up).
     logits : array, (N, groups*K*K*up*up, Hl, Wl)
     up, kernel_size, groups, normalizer, layout
         As for `normalize_masks`.
     out : array, optional
-        Where the gradient is to be written.
+        The array for the gradient.
 
     Returns
     -------
     array as logits
-        Exactly 0 where a crop left no mask.
+        Exactly 0 for a logit that a crop leaves without a mask.
 
     Raises
     ------
@@ -591,7 +592,7 @@ def normalize_masks_backward(
 
     Notes
     -----
-    The same bits at every run and every thread count.
+    Every run and every number of threads gives the same bits.
 
     References
     ----------
@@ -622,7 +623,7 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     Parameters
     ----------
     size : (int, int)
-        (H, W) of the features. They may be symbols of PyTorch's graphs.
+        (H, W) of the features. Symbols of PyTorch's graphs are allowed.
     up, down : int, default 1
 
     Returns
@@ -635,7 +636,7 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     TypeError
         size is not a pair of integers.
     ValueError
-        A negative size, up or down not from 1 to 2**31 - 1, or a result of 2**63 or more.
+        size is negative, up or down is not from 1 to 2**31 - 1, or the result is 2**63 or more.
 
     Examples
     --------
@@ -655,10 +656,10 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many CPU threads one call may use; 0 goes back to the default.
+    """Set the largest number of CPU threads for one call; 0 restores the default.
 
-    The default is CARAFEPP_NUM_THREADS or else the number of cores that the process may use.
-    Results do not depend on it.
+    The default is CARAFEPP_NUM_THREADS, else the number of cores that the process may use. Results
+    do not depend on the number of threads.
 
     Parameters
     ----------
@@ -667,9 +668,9 @@ def set_num_threads(threads: int) -> None:
     Raises
     ------
     TypeError
-        Not an integer.
+        threads is not an integer.
     ValueError
-        Another number.
+        threads is not from 0 to 1024.
     """
     count = integer("set_num_threads", "threads", threads, least=None)
     if not 0 <= count <= 1024:
@@ -678,7 +679,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many CPU threads one call may use."""
+    """Return the largest number of CPU threads for one call."""
     return _core.get_num_threads()
 
 
@@ -705,20 +706,20 @@ def list_implementations(
     Parameters
     ----------
     function : str
-        The name of a function of this module.
+        The name of a function.
     *arrays
-        The arrays that it reads, in the order of its signature.
+        The input arrays, in the order of its signature.
     up, down, kernel_size, groups, normalizer, size, layout
         As for that function.
     out : array or pair of arrays, optional
-        As for that function. Without it, what the layout of a result rules out is not told.
+        As for that function. Without it, the reasons do not consider the layout of results.
 
     Returns
     -------
     list of (name, reason)
-        reason is None for an implementation that can run the problem, else why it declines. Names
-        are ``<result>[_<factor>]_<layout>[_mma]_<target>``, as carafepp.h tells. A backward lists
-        those of its first result, then those of its second.
+        The reason is None if the implementation can run the problem; else it tells why not. Names
+        are ``<result>[_<factor>]_<layout>[_mma]_<target>``, as carafepp.h describes. A backward
+        lists the implementations for its first result, then for its second.
 
     Raises
     ------
@@ -761,14 +762,14 @@ def list_implementations(
 
 @contextmanager
 def force_implementation(name: str) -> Iterator[None]:
-    """Use one implementation wherever it stands in a list, in this context, for tests and timing.
+    """Use one implementation in this context wherever a list has it, for tests and timing.
 
     Raises
     ------
     ValueError
-        From the calls made inside: no list has that name.
+        A call inside the context raises it if no list has that name.
     NotImplementedError
-        From the calls made inside: the implementation declines the problem; the reason is told.
+        A call inside the context raises it, with the reason, if the implementation declines.
     """
     token = forced_implementation.set(name)
     try:

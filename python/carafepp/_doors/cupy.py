@@ -21,8 +21,8 @@ class CuPy(Door):
     def view(self, function: str, name: str, array: Any) -> Any:
         """Return a capsule that orders no streams.
 
-        The work goes on CuPy's own current stream. Without ``stream=-1``, CuPy would order that
-        stream with the legacy default stream, and a graph that is being captured forbids this.
+        The work goes on CuPy's own current stream. Without ``stream=-1``, CuPy would order it with
+        the legacy default stream. A graph capture forbids this.
         """
         return array.__dlpack__(stream=-1)
 

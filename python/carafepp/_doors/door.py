@@ -21,8 +21,10 @@ class Function(NamedTuple):
     number: int  # in carafepp.h
     inputs: tuple[str, ...]
     results: tuple[str, ...]
-    like: tuple[int, ...] = (0,)  # the input whose library, device and dtype each result has
-    same_shape: bool = False  # each result has the shape of that input, too
+    like: tuple[int, ...] = (0,)  # for each result, the input with its dtype and device
+
+    same_shape: bool = False  # the shape of a result is the shape of that input
+
     out: tuple[str, ...] = ("out",)  # the caller's names of the results
 
 
@@ -71,8 +73,8 @@ FUNCTIONS = {
 class Door:
     """An array library: how to recognise, read and make its arrays.
 
-    A library implements the first four methods. One with operators of its own, differentiable or
-    traced, also overrides `call`; it needs `view`, `empty` and `stream` only to `compute`.
+    A library implements the first four methods. A library with operators of its own (differentiable
+    or traced) overrides `call`, and needs the other methods only if it uses `compute`.
     """
 
     def recognise(self, array: Any) -> str | None:

@@ -1,10 +1,13 @@
 """CARAFE++ in PyTorch.
 
-`carafepp.reassemble` and the other functions are differentiable on tensors as they are. Here are
-the module, `CARAFE`; `replace_resampling`, which puts it into a network; in `carafepp.torch.mmcv`
-what mmcv has of CARAFE; in `carafepp.torch.ultralytics` a door to YOLO; and in
-`carafepp.torch.models` the paper's networks. An exported program that is loaded needs this import
-for its operators, ``torch.ops.carafepp.*``.
+`carafepp.reassemble` and the other functions are differentiable on tensors. This package adds:
+
+- `CARAFE`, the module, and `replace_resampling`, which puts it into a network;
+- `carafepp.torch.mmcv`, a replacement for mmcv's CARAFE;
+- `carafepp.torch.ultralytics`, for Ultralytics YOLO;
+- `carafepp.torch.models`, the paper's networks.
+
+Import it before you load an exported program with the operators ``torch.ops.carafepp.*``.
 """
 
 from . import operators  # noqa: F401  # registers them

@@ -1,7 +1,7 @@
 """The operators on DTensors: each process computes on its shard of the batch or of the channels.
 
-The rules are registered when somebody imports DTensor: that takes nearly as long as PyTorch's own
-import, so it does not happen here.
+The rules are registered when somebody else imports DTensor. Its import takes nearly as long as
+PyTorch's own, so this module does not import it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ def compute_on_shards(
     *tensors: Any,
     **params: Any,
 ) -> Tensor:
-    """Return an operator's result on DTensors as a DTensor, by one call on what is local.
+    """Return an operator's result on DTensors as a DTensor, by one call on the local shards.
 
-    For each dimension of the device mesh: if one argument is sharded by the batch, all are. Else,
-    if one is sharded by the channels, all are, in whole groups; masks of a single group are
-    replicated, and their gradient is a sum over processes. Else all are replicated.
+    These rules hold for each dimension of the device mesh:
 
-    ``result`` makes what the operator returns without data.
+    1. If one argument is sharded by the batch, all are.
+    2. Else, if one is sharded by the channels, all are, in whole groups. The masks of a single
+       group are replicated, and their gradient is a sum over processes.
+    3. Else all are replicated.
+
+    ``result`` returns the operator's result without data.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -53,10 +56,10 @@ def compute_on_shards(
     if any(tensor.dim() != axes for tensor in tensors) or (
         axes == 4 and any(tensor.shape[0] != tensors[0].shape[0] for tensor in tensors)
     ):
-        axes = 0  # all are replicated, and the operator refuses them
+        axes = 0  # all are replicated, so that the operator refuses them in each process
     axis = axes - 1 if params.get("layout") == "NHWC" else axes - 3
     batch, channels, everywhere = Shard(0), Shard(axis), Replicate()
-    # The result is like one of these, too.
+    # The last entry is the argument that the result is like.
     likes = [*names, "masks" if name.startswith("normalize") else name.partition("_grad_")[2]]
     of_features = [like in ("features", "grad_output", "") for like in likes]
     groups = params.get("groups", 1)
@@ -89,7 +92,7 @@ def compute_on_shards(
             tensor.detach().redistribute(placements=argument).to_local()
             for tensor, argument in zip(tensors, arguments, strict=True)
         ]
-        if mesh.get_coordinate() is None:  # this process has no part
+        if mesh.get_coordinate() is None:  # this process is not in the mesh
             local = shards[0]
         else:
             local = operator(*shards, **{**params, "groups": groups})
@@ -104,7 +107,7 @@ def compute_on_shards(
 
 
 def register(rules: Rules, library: torch.library.Library) -> None:
-    """Let operators compute on DTensors by their rules, from the import of DTensor on."""
+    """Register the rules when DTensor is imported."""
 
     def register_now() -> None:
         from torch.distributed.tensor import DTensor
@@ -128,9 +131,9 @@ def _dispatch(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Finder:
-    """Finds DTensor's module by the finders after this one, and makes a call after its import.
+    """Finds DTensor's module by the finders after this one, and calls a function after its import.
 
-    It stays in sys.meta_path, which other threads may be going through.
+    It stays in sys.meta_path, because other threads may be iterating over that list.
     """
 
     def __init__(self, then: Callable[[], None]) -> None:

@@ -1,8 +1,8 @@
-"""The operators' FLOPs, for the counters of PyTorch and fvcore.
+"""FLOPs of the operators, for the counters of PyTorch and fvcore.
 
-``torch.utils.flop_counter`` knows the formulas once the operators are there. A multiply-add counts
-as two. As in the paper, only the sums over windows count; the normaliser does only where it is an
-operator of its own: 4 for each weight.
+The operators register the formulas for ``torch.utils.flop_counter``. A multiply-add counts as two.
+As in the paper, the sums over windows count, and a fused normaliser does not. `normalize_masks`
+counts 4 for each weight.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def count_reassemble_backward(
     layout: str = "NCHW",
     **_: Any,
 ) -> int:
-    """Count the same for either gradient."""
+    """Count a multiply-add for each tap of each element of grad_output, for either gradient."""
     return 2 * prod(grad_output) * _taps(masks, groups, layout)
 
 
 def count_reassemble_with_logits(
     features: Shape, logits: Shape, *, out_shape: Shape, kernel_size: int = 5, **_: Any
 ) -> int:
-    """Count what `reassemble` does."""
+    """Count as `count_reassemble` does."""
     return 2 * prod(out_shape) * kernel_size**2
 
 
 def count_reassemble_with_logits_backward(
     grad_output: Shape, features: Shape, logits: Shape, *, kernel_size: int = 5, **_: Any
 ) -> int:
-    """Count what `reassemble_backward` does for either gradient."""
+    """Count as `count_reassemble_backward` does."""
     return 2 * prod(grad_output) * kernel_size**2
 
 
@@ -92,5 +92,5 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def _known(value: Any) -> Any:
-    """Return what a trace knows of a value: the shape of a tensor, or the value."""
+    """Return the shape of a tensor in a trace, or the value of anything else."""
     return value.type().sizes() if value.type().kind() == "TensorType" else value.toIValue()

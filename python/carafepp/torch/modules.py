@@ -1,4 +1,4 @@
-"""The CARAFE++ module: kernels predicted from features, and the features reassembled by them."""
+"""The CARAFE++ module predicts kernels from features and reassembles the features by them."""
 
 import inspect
 from typing import Any, Literal
@@ -13,24 +13,24 @@ Size = tuple[int, int]
 
 
 def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
-    """Set all parameters of a module to what they begin with in the authors' code."""
+    """Initialise all parameters of a module as the authors' code does."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif layer is not module and hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()  # of normalisation, whatever its kind
+            layer.reset_parameters()  # a normalisation layer
     nn.init.normal_(content_encoder.weight, std=0.001)
 
 
-# The next two functions are leaves of torch.fx: a symbolic trace has no numbers for their sizes.
+# torch.fx records the next two functions as single nodes: its traces have no numbers for sizes.
 
 
 def reassemble_to(
     x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
 ) -> Tensor:
-    """Return x rescaled to a size, as `CARAFE` describes it."""
+    """Return x rescaled to a size, as described in `CARAFE`."""
     x, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
     output: Tensor = ops.reassemble_with_logits(x, logits, up=up, down=down, size=size, **how)
     return output if crop is None else output[..., : crop[0], : crop[1]]
@@ -39,7 +39,7 @@ def reassemble_to(
 def masks_of(
     x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
 ) -> Tensor:
-    """Return the masks by which `reassemble_to` rescales."""
+    """Return the masks that `reassemble_to` uses."""
     natural = _arguments.natural_size(x.shape[-2:], up, down)
     _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
     if torch.jit.is_tracing():
@@ -57,10 +57,10 @@ torch.fx.wrap("masks_of")
 def _fit(
     x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
 ) -> tuple[Tensor, Tensor, Size | None, Size | None]:
-    """Return x and logits, extended where size is beyond the natural one, a size and a crop.
+    """Return x and logits, extended if the size is beyond the natural one, a size and a crop.
 
-    The operator is called with the size, its result is cropped. While PyTorch traces, sizes are
-    tensors, which no operator takes, and the crop has to serve other sizes too.
+    Call the operator with the size, and crop its result. In a trace of PyTorch, sizes are tensors:
+    no operator takes them, and the crop must be valid for other sizes too.
     """
     if size is not None:
         size = _arguments.pair("CARAFE", size)
@@ -79,9 +79,9 @@ def _fit(
 
 
 def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool, bool]:
-    """Tell for rows and columns whether a size is beyond the natural one of features.
+    """Tell for rows and columns whether a size exceeds the natural size of features.
 
-    Raise a ValueError if it is beyond by `up` or more.
+    Raise a ValueError if it exceeds that size by `up` or more.
     """
     natural = _arguments.natural_size(x.shape[-2:], up, down)
     if not torch.jit.is_tracing() and not _is_exporting():
@@ -96,19 +96,19 @@ def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool,
 
 
 def go_on(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
-    """Return features with the zeros that windows beyond their natural size see."""
+    """Return features padded with the zeros that windows beyond the natural size reach."""
     return F.pad(x, (0, down * columns, 0, down * rows)) if rows or columns else x
 
 
 def _is_exporting() -> bool:
     if hasattr(torch.compiler, "is_exporting"):
         return bool(torch.compiler.is_exporting())
-    # Older versions tell an export in which Python itself runs.
+    # In older versions, an export compiles without Dynamo.
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _may_exceed(size: int, natural: int) -> bool:
-    """Tell whether a size is beyond the natural one, now or in a later run of what is recorded."""
+    """Tell whether a size exceeds the natural one, now or in a later run of a recorded graph."""
     if torch.jit.is_tracing():
         return True
     if not _is_exporting():
@@ -121,26 +121,28 @@ def _may_exceed(size: int, natural: int) -> bool:
 class CARAFE(nn.Module):
     """Rescale features by up/down with kernels predicted from their own content.
 
-    ``output = reassemble_with_logits(x, content_encoder(channel_compressor(x)))``: a 1x1
-    convolution compresses the channels, a convolution of stride `down` predicts
-    ``groups*kernel_size**2*up**2`` logits at each of its positions, a normaliser makes kernels of
-    them, and every output pixel is a sum over a window of x, weighted by its own kernel. The
-    kernels are never stored.
+    ``output = reassemble_with_logits(x, content_encoder(channel_compressor(x)))``
+
+    A 1x1 convolution compresses the channels. A convolution of stride `down` predicts
+    ``groups*kernel_size**2*up**2`` logits at each of its positions. A normaliser turns them into
+    kernels. Every output pixel is a sum over a window of x, weighted by its own kernel. The kernels
+    are never stored.
 
     Parameters
     ----------
     channels : int
-        C, of the input and of the output.
+        C, for the input and the output.
     up, down : int, default 1
-        The factor up/down: up=2 doubles the size, down=2 halves it, up=3, down=2 makes it half as
-        large again.
+        The factor up/down: up=2 doubles the size, down=2 halves it, and up=3 with down=2 makes it
+        1.5 times as large.
     kernel_size : int, default 5
         The side of the windows, k_reassembly in the paper: odd, 1 to 31.
     groups : int, default 1
-        How many groups of channels have kernels of their own; `channels` is divisible by it.
+        The number of groups of channels; each group has its own kernels. `channels` is divisible
+        by it.
     compressed_channels : int or None, optional
-        C_m, what the compressor leaves; by default 64, or 16 where down > up. None: no compressor
-        ("N/A" in Table 11).
+        C_m, the channels after the compressor; by default 64, or 16 if down > up. With None there
+        is no compressor ("N/A" in Table 11).
     encoder_kernel_size : int, default 3
         k_encoder in the paper: odd, 1 to 31.
     encoder_dilation : int, default 1
@@ -150,35 +152,36 @@ class CARAFE(nn.Module):
     normalizer : {"softmax", "sigmoid", "sigmoid_normalized", "none"}, default "softmax"
         The kernel normaliser (Table 14).
     ceil_mode : bool, default True
-        Whether sizes that `down` does not divide are rounded up, as by a strided convolution with
-        padding, or down, as by a pooling layer.
+        How to round a size that `down` does not divide: up, as a strided convolution with padding
+        does, or down, as a pooling layer does.
     device, dtype : optional
-        Those of the parameters.
+        The device and dtype of the parameters.
 
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        A number out of its range.
+        A number is out of its range.
 
     Notes
     -----
-    Input: (N, C, H, W) or (C, H, W). Output: (N, C, H', W') or (C, H', W'), in the memory format
-    of the input, of size (ceil(H*up/down), ceil(W*up/down)) or, with ceil_mode=False,
-    (H*up//down, W*up//down).
+    The input is (N, C, H, W) or (C, H, W). The output is (N, C, H', W') or (C, H', W'), in the
+    memory format of the input. Its size is (ceil(H*up/down), ceil(W*up/down)) or, with
+    ceil_mode=False, (H*up//down, W*up//down).
 
-    A call may ask for another `size`: a smaller one is a crop at the bottom and right; a larger
-    one, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
-    and back to 27). There the formula goes on: features are 0 outside their borders, and the
-    missing rows and columns get their kernels from the last logits, repeated. What the natural
-    size covers stays the same.
+    A call may ask for another `size`. A smaller size is a crop at the bottom and right. A larger
+    size, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
+    and back to 27). The formula then continues: features are 0 outside their borders, and the
+    extra rows and columns repeat the last logits. The pixels within the natural size do not
+    change.
 
-    ``torch.jit.trace`` records sizes: a traced module goes on with other ones. ``torch.fx`` traces
-    through the module, with the reassembly as one node.
+    A module traced by ``torch.jit.trace`` also works with other sizes. ``torch.fx`` traces through
+    the module, with the reassembly as one node.
 
-    Weights begin as in the authors' code: Xavier's uniform ones in the compressor, normal ones of
-    standard deviation 0.001 in the encoder, biases 0. With the softmax this is nearly an average.
+    Weights are initialised as in the authors' code: Xavier uniform in the compressor, normal with
+    standard deviation 0.001 in the encoder, and 0 for biases. With the softmax, the initial output
+    is nearly an average.
 
     References
     ----------
@@ -263,7 +266,7 @@ class CARAFE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set all parameters to what they begin with."""
+        """Initialise all parameters."""
         reset_as_authors(self, self.content_encoder)
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
@@ -273,15 +276,15 @@ class CARAFE(nn.Module):
         ----------
         x : Tensor, (N, C, H, W) or (C, H, W)
         size : (int, int), optional
-            (H', W') where it is to be another than the natural size: that of a skip connection. It
-            may be smaller, or larger by less than `up` rows or columns (see Notes of the class).
+            Another (H', W') than the natural size, as for a skip connection. It is smaller, or
+            larger by less than `up` rows or columns (see the notes of the class).
 
         Raises
         ------
         TypeError
             size is not a pair of integers.
         ValueError
-            A size that is negative or too large.
+            The size is negative or too large.
         """
         return reassemble_to(x, self.logits(x), size, **self._how())
 
@@ -299,7 +302,7 @@ class CARAFE(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        """Return what differs from the default, for `print`."""
+        """Return the parameters that differ from their defaults, for `print`."""
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(CARAFE).parameters.items()

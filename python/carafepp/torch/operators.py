@@ -1,14 +1,13 @@
 """The functions of carafepp as operators of PyTorch: ``torch.ops.carafepp.*``.
 
-An operator has a kernel (a function of `carafepp.ops`, for tensors that hold data), the result of
-tensors that hold none, a derivative, and rules for vmap and autocast. Derivatives are made of the
-same operators, and so can be derived again: the reassembly is linear in features and in masks, and
-its two gradients are defined by
+An operator has an eager kernel (`Door.compute`), a fake kernel for tensors without data, a
+derivative, and rules for vmap and autocast. Derivatives consist of the same operators, and so have
+derivatives themselves. The reassembly is linear in features and in masks; its gradients satisfy
 
     <reassemble(V, M), D> = <V, grad_features(D, M)> = <M, grad_masks(D, V)>.
 
-A normaliser's Jacobian is symmetric, so that one operator serves reverse and forward mode. That of
-sigmoid_normalized is not: it is computed as the softmax of logsigmoid.
+A normaliser's Jacobian is symmetric, so one operator serves reverse and forward mode. The Jacobian
+of sigmoid_normalized is not symmetric: the derivative treats it as the softmax of logsigmoid.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .flops import (
     count_reassemble_with_logits_backward,
 )
 
-try:  # what public API cannot do: derivatives inside of torch.func
+try:  # the public API cannot express derivatives inside torch.func
     from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -48,7 +47,7 @@ except ImportError:
 Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, ...]
 
-if "_library" not in globals():  # what it holds must outlive a reload
+if "_library" not in globals():  # the registrations must outlive a reload
     _library = torch.library.Library("carafepp", "FRAGMENT")
 _door = PyTorch()
 _operators: dict[str, Any] = {}
@@ -79,14 +78,24 @@ def _define(
     flops: Callable[..., int],
     cast: bool = False,
 ) -> Any:
-    """Register an operator and return it; when this module is reloaded, the one there is.
+    """Register an operator and return it. After a reload, return the registered one.
 
-    Parameters are positional, because AOTInductor miscounts others. PyTorch leaves out the last
-    ones that are at their default: a new one goes to the end, so that programs that were exported
-    before go on. ``derivative(needs, grad, *tensors, **params)`` returns a gradient for each
-    tensor that needs one, and for each tensor ``pushes`` has a function of its tangent,
-    ``push(tangent, *tensors, **params)``, that returns the result's; None where the operator is
-    linear in it. cast says that autocast has a dtype for the two tensors.
+    Parameters are positional, because AOTInductor miscounts keyword-only ones. PyTorch omits the
+    last parameters if they have their defaults. Append a new parameter at the end: exported
+    programs then stay valid.
+
+    computes
+        A function of the core, and the index of its result that the operator returns.
+    result
+        Returns the result for tensors without data.
+    derivative
+        ``derivative(needs, grad, *tensors, **params)`` returns a gradient for each tensor that
+        needs one.
+    pushes
+        For each tensor, ``push(tangent, *tensors, **params)`` returns the tangent of the result;
+        None if the operator is linear in that tensor.
+    cast
+        Whether autocast casts the two tensors.
     """
     names = tensors.split()
     keys = params.split()
@@ -107,7 +116,7 @@ def _define(
     if hasattr(torch.ops.carafepp, name):
         operator = _operators[name] = getattr(torch.ops.carafepp, name).default
         return operator
-    # A compiler must not change strides: the result's memory format follows those of an argument.
+    # A compiler must not change strides: the result takes its memory format from an argument.
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
     arguments = [f"Tensor {tensor}" for tensor in names]
     for key in keys:
@@ -117,7 +126,7 @@ def _define(
     operator = _operators[name] = getattr(torch.ops.carafepp, name).default
 
     def fake(*tensors: Tensor, **params: Any) -> Tensor:
-        # The dispatcher comes here if one tensor holds no data, whatever the others do.
+        # The dispatcher comes here if any tensor holds no data.
         (first, device), *others = zip(names, [tensor.device for tensor in tensors], strict=True)
         for other, its_device in others:
             if its_device != device:
@@ -155,7 +164,7 @@ def _autograd(
     derivative: Callable[..., Gradients],
     pushes: tuple[Callable[..., Tensor] | None, ...],
 ) -> Callable[..., Tensor]:
-    """Return what the dispatcher calls where a derivative may be asked for."""
+    """Return the function that the dispatcher calls for a possible derivative."""
 
     def forward(ctx: Any, grad_enabled: bool, args: tuple[Any, ...], *tensors: Tensor) -> Any:
         ctx.params = dict(zip(keys, args, strict=False))
@@ -163,7 +172,7 @@ def _autograd(
         ctx.save_for_forward(*tensors)
         if not _are_functorch_transforms_active():
             return below(*tensors, *args)
-        # apply has both modes off, but the outer levels of torch.func need them.
+        # Function.apply switches both modes off, but the outer levels of torch.func need them.
         with torch.set_grad_enabled(grad_enabled), _set_fwd_grad_enabled(True):
             return below(*tensors, *args)
 
@@ -172,7 +181,7 @@ def _autograd(
         return None, None, *derivative(needs, grad, *ctx.saved_tensors, **ctx.params)
 
     def jvp(ctx: Any, *_: Any) -> Tensor:
-        with _set_fwd_grad_enabled(True):  # which is off here, too
+        with _set_fwd_grad_enabled(True):  # PyTorch switches it off before it calls jvp
             return push(*ctx.saved_tensors, **ctx.params)
 
     def push(*tensors: Tensor, **params: Any) -> Tensor:
@@ -188,8 +197,8 @@ def _autograd(
 
     methods = {f.__name__: staticmethod(f) for f in (forward, backward, jvp)}
     grad_fn = operator.name().rpartition(":")[2].title().replace("_", "")  # autograd's name for it
-    # Function's apply would hand torch.func's tensors over to machinery of its own. Here the
-    # dispatcher has already come down to one level, for which its base class is enough.
+    # autograd.Function would process the levels of torch.func itself. The dispatcher has already
+    # come down to one level, and the base class handles a single level.
     function: Any = type(grad_fn, (_SingleLevelFunction,), methods)
     apply = function.apply
 
@@ -198,7 +207,7 @@ def _autograd(
             return operator(*args)
 
     def traced(tensors: tuple[Tensor, ...]) -> bool:
-        """Tell whether tensors may be a compiler's, whose level of forward mode Python misses."""
+        """Tell whether tensors may belong to a compiler, which hides its forward-mode level."""
         return not all([type(tensor) in (Tensor, Parameter) for tensor in tensors])
 
     def autograd(*args: Any) -> Any:
@@ -216,10 +225,10 @@ def _autograd(
 
 
 def _without_tangents(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Refuse forward mode, where `_register_autograd` would lose tangents."""
+    """Refuse forward mode, because `_register_autograd` would lose tangents."""
 
     def checked(*tensors: Tensor, **params: Any) -> Tensor:
-        if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:  # as it is without a level
+        if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:  # inside a level
             raise NotImplementedError(
                 f"[{name}] must not be called in forward mode: with this version of PyTorch it "
                 "has no jvp."
@@ -232,7 +241,7 @@ def _without_tangents(name: str, function: Callable[..., Tensor]) -> Callable[..
 def _register_autograd(
     name: str, count: int, keys: list[str], derivative: Callable[..., Gradients]
 ) -> None:
-    """Register the derivative by public API alone, which torch.func's grad refuses."""
+    """Register the derivative by the public API alone; torch.func.grad refuses it."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:count])
@@ -251,12 +260,12 @@ def _register_autograd(
 def _vmap(
     operator: Any, info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor, **params: Any
 ) -> tuple[Tensor, int]:
-    """Fold vmap's axis into the batch, which every argument and result has first, if at all."""
+    """Fold the axis of vmap into the batch, the first axis of all arguments and results."""
     leading = [
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims, strict=True)
     ]
-    if leading[0].dim() < 5:  # of single images
+    if leading[0].dim() < 5:  # unbatched images
         return operator(*leading, **params), 0
     batches = leading[0].shape[:2]
     result = operator(*(tensor.flatten(0, 1) for tensor in leading), **params)
@@ -266,14 +275,14 @@ def _vmap(
 def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **params: Any) -> Any:
     """Cast features to autocast's dtype, and masks or logits too unless they are float32.
 
-    float64 and what is no number of this kind are left alone, as by PyTorch's own operators.
+    As with PyTorch's own operators, float64 tensors and integers keep their dtype.
     """
     if features.is_floating_point() and features.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         features = features.to(dtype)
         if masks.is_floating_point() and masks.dtype != torch.float32:
             masks = masks.to(dtype)
-    torch.set_autocast_enabled(device, False)  # as torch.autocast does, but it looks for the device
+    torch.set_autocast_enabled(device, False)  # torch.autocast would also look for the device
     try:
         return operator(features, masks, **params)
     finally:
@@ -323,7 +332,7 @@ def _integer(function: str, name: str, value: Any) -> Any:
 
 
 def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -> Tensor:
-    """Crop by slicing, so that what torch.jit traces goes on with other sizes."""
+    """Crop by slicing, so that a torch.jit trace also works with other sizes."""
     height, width = size
     nhwc = params.get("layout") == "NHWC"
     if name == "reassemble":
@@ -339,7 +348,7 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
 
 
 def _kernel(function: str, index: int, defaults: dict[str, Any]) -> Callable[..., Tensor]:
-    """Return what computes one result of a function of the core."""
+    """Return a function that computes one result of a function of the core."""
     needed = (index == 0, index == 1)
 
     def kernel(*tensors: Tensor, **params: Any) -> Tensor:
@@ -382,7 +391,7 @@ def _like(index: int) -> Callable[..., Tensor]:
     return gradient
 
 
-# Derivatives. Those of the functions with logits read like those with masks, but for grad_logits.
+# Derivatives. Functions with logits and with masks share them, except for grad_logits.
 
 
 def _derive_output(name: str, masks: str) -> Callable[..., Gradients]:
@@ -452,11 +461,11 @@ def _derive_normalize_masks_backward(
     )
 
 
-# The change of a result along a direction of a tensor in which it is not linear.
+# Forward mode: the change of a result along a direction, for tensors in which it is not linear
 
 
 def _unchanged(direction: Tensor, *_: Tensor, **__: Any) -> Tensor:
-    """Return the change of a gradient along what it only has the shape of."""
+    """Return zeros: a gradient depends only on the shape of this tensor."""
     return torch.zeros_like(direction)
 
 
@@ -476,7 +485,7 @@ def _push_masks(
     normalizer: str = "softmax",
     **params: Any,
 ) -> Tensor:
-    """Return the change of the masks, ``m*(d - sum(m*d))`` for softmax along d in their axes."""
+    """Return the change of the masks m along d: ``m*(d - sum(m*d))`` for softmax."""
     if normalizer == "sigmoid_normalized":
         direction, logits = direction * (-logits).sigmoid(), F.logsigmoid(logits)
         normalizer = "softmax"
@@ -494,10 +503,11 @@ def _push_normalize_masks_backward(
     normalizer: str = "softmax",
     **params: Any,
 ) -> Tensor:
-    """Return the change of grad_logits, and the gradient too: a second derivative is symmetric.
+    """Return the change of grad_logits along d.
 
-    For softmax it is the same operator of ``(d - sum(m*d)) * (grad_masks - sum(m*grad_masks))``,
-    for sigmoid of ``(1 - 2*m) * d * grad_masks``, along d in the axes of the masks m.
+    A second derivative is symmetric, so this is the gradient too. It is
+    `normalize_masks_backward` of ``(d - sum(m*d)) * (grad_masks - sum(m*grad_masks))`` for softmax,
+    and of ``(1 - 2*m) * d * grad_masks`` for sigmoid, with d in the axes of the masks m.
     """
     if normalizer == "none":
         return torch.zeros_like(logits)
@@ -520,7 +530,7 @@ def _push_normalize_masks_backward(
 def _centred(
     values: Tensor, masks: Tensor, *, groups: int = 1, layout: str = "NCHW", **_: Any
 ) -> Tensor:
-    """Return the values less their mean in a window, weighted by the masks."""
+    """Return the values minus their weighted mean in each window; the masks are the weights."""
     axis = -3 if layout == "NCHW" else -1
     pairs = zip(values.chunk(groups, axis), masks.chunk(groups, axis), strict=True)
     return torch.cat([x - (m * x).sum(axis, keepdim=True, dtype=x.dtype) for x, m in pairs], axis)
