@@ -59,8 +59,8 @@ def _fit(
 ) -> tuple[Tensor, Tensor, Size | None, Size | None]:
     """Return x and logits, extended if the size is beyond the natural one, a size and a crop.
 
-    Call the operator with the size, and crop its result. In a trace of PyTorch, sizes are tensors:
-    no operator takes them, and the crop must be valid for other sizes too.
+    Call the operator with the size, and crop its result. In a trace of PyTorch, sizes are tensors.
+    No operator takes them, and the crop must be valid for other sizes too.
     """
     if size is not None:
         size = _arguments.pair("CARAFE", size)

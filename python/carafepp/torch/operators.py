@@ -1,8 +1,9 @@
 """The functions of carafepp as operators of PyTorch: ``torch.ops.carafepp.*``.
 
-An operator has an eager kernel (`Door.compute`), a fake kernel for tensors without data, a
-derivative, and rules for vmap and autocast. Derivatives consist of the same operators, and so have
-derivatives themselves. The reassembly is linear in features and in masks; its gradients satisfy
+An operator has an eager kernel (`Door.compute`) and a fake kernel, for tensors without data. It has
+a derivative, and rules for vmap and autocast. Derivatives consist of the same operators, and so
+have derivatives themselves. The reassembly is linear in features and in masks. Its gradients are
+defined by
 
     <reassemble(V, M), D> = <V, grad_features(D, M)> = <M, grad_masks(D, V)>.
 

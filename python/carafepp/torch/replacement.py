@@ -1,4 +1,4 @@
-"""Puts CARAFE++ in the place of a network's resampling layers."""
+"""Replacement of a network's resampling layers by CARAFE++."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _FUNCTIONS = {
 
 
 class Replacement(NamedTuple):
-    """The outcome for one resampling layer, or for a module's call of a resampling function.
+    """The outcome for a resampling layer, or for a call of a resampling function.
 
     Attributes
     ----------
     name : str
-        Its name in the network.
+        The name of the layer in the network.
     old : Module
     new : Module or None
-        None where it stays.
+        None if the layer stays.
     reason : str
-        Why it stays, else empty.
+        Why the layer stays, else empty.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Replacement(NamedTuple):
     reason: str = ""
 
     def __str__(self) -> str:
-        """Tell it in a line or, with the new module, a few."""
+        """Return the outcome in a line or, with the new module, in a few."""
         old = self.old if isinstance(self.old, _LAYERS) else type(self.old).__name__
         became = f"stays: {self.reason}" if self.new is None else f"-> {self.new}"
         return f"{self.name}: {old} {became}"
@@ -63,7 +63,7 @@ class _Call(NamedTuple):
 
 
 class _Declined(Exception):
-    """A layer stays; the argument says why."""
+    """The layer stays; the argument tells why."""
 
 
 def replace_resampling(
@@ -72,10 +72,10 @@ def replace_resampling(
     select: Callable[[str, nn.Module], bool] | str | Iterable[str] | None = None,
     **options: Any,
 ) -> list[Replacement]:
-    """Replace resampling layers of a network by CARAFE++, in place, each by one of its own factor.
+    """Replace resampling layers of a network by CARAFE++ with the same factor, in place.
 
     =====================================  ======================================================
-    layer                                  becomes
+    layer                                  replacement
     =====================================  ======================================================
     ``nn.Upsample(scale_factor=s)``        ``CARAFE(channels, up=s)``; also 1.5 or 0.5
     ``nn.MaxPool2d``, ``nn.AvgPool2d``     ``CARAFE(channels, down=stride)``
@@ -85,41 +85,40 @@ def replace_resampling(
                                            convolution if it changed the number of channels
     =====================================  ======================================================
 
-    Output sizes stay what they were, for every input; a transposed convolution's place goes on
-    taking an `output_size`. Layers for which that cannot be stay as they are, and the report says
-    why. If something fails, the network is what it was.
+    Output sizes stay the same for every input. The replacement of a transposed convolution also
+    takes an `output_size`. A layer stays if its sizes cannot be kept, and the report tells why. If
+    something fails, the network stays as it was.
 
     Parameters
     ----------
     model : Module
     *example : optional
-        Arguments of a call ``model(*example)``, made once in evaluation mode without gradients, to
-        learn the channels of pooling and upsampling layers, which only their input tells.
+        Arguments for one call ``model(*example)``, in evaluation mode without gradients. It tells
+        the channels of pooling and upsampling layers.
     select : function of (name, module), str or iterable of str, optional
-        Which resampling layers to replace, by a predicate or by their names; all, by default.
+        A predicate for the resampling layers to replace, or their names; by default all.
     **options
         Further arguments of every `CARAFE`: kernel_size, groups, batch_norm, ...
 
     Returns
     -------
     list of Replacement
-        One for each layer that was selected, in the order of `model.named_modules()`. Then, unless
-        `select` gives names, one for each place where the example meets ``F.interpolate``,
-        ``F.max_pool2d`` or ``F.avg_pool2d``: these calls stay, and the reason says what to write
-        in their place.
+        One for each selected layer, in the order of `model.named_modules()`. Then, unless `select`
+        has names, one for each line that calls ``F.interpolate``, ``F.max_pool2d`` or
+        ``F.avg_pool2d`` in the example. These calls stay; the reason tells what to write instead.
 
     Raises
     ------
     TypeError
-        `select` is something else, or an option is one that the layers decide.
+        `select` has another type, or the layers determine an option.
     ValueError
-        model is itself a resampling layer, or a name in `select` is that of none.
+        model itself is a resampling layer, or a name in `select` belongs to none.
 
     Notes
     -----
-    New layers are in the mode, on the device and of the dtype of the old ones. Attributes that
-    were added to an old one, and hooks, are the new one's. Layers with a forward of their own, and
-    convolutions whose weight is computed (as by ``spectral_norm``), stay.
+    New layers have the mode, device and dtype of the old ones. They take over hooks and added
+    attributes. Layers with a forward of their own stay. So do convolutions with a computed weight
+    (as by ``spectral_norm``).
 
     References
     ----------
@@ -151,7 +150,7 @@ def replace_resampling(
     chosen = _select(layers, select)
     calls, left = _watch(model, set(chosen.values()), example) if example else (None, [])
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    made: dict[nn.Module, Replacement] = {}  # a layer may stand in several places
+    made: dict[nn.Module, Replacement] = {}  # a network may use a layer twice
     for name, old in chosen.items():
         if old not in made:
             made[old] = _replace(name, old, calls, dtypes, options)
@@ -189,7 +188,7 @@ def _select(layers: dict[str, nn.Module], select: Any) -> dict[str, nn.Module]:
 def _watch(
     model: nn.Module, layers: set[nn.Module], example: tuple[Any, ...]
 ) -> tuple[dict[nn.Module, list[_Call]], list[Replacement]]:
-    """Return what each layer is called with in a call of the model, and calls of functions."""
+    """Return the arguments of each layer in a call of the model, and the calls of functions."""
     calls: dict[nn.Module, list[_Call]] = {layer: [] for layer in layers}
 
     def record(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -218,7 +217,7 @@ def _watch(
 
 
 class _Functions(TorchFunctionMode):
-    """Finds the modules of a model that resample by functions."""
+    """A mode of PyTorch that finds the modules of a model that resample by functions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -258,7 +257,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _advice(channels: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
-    """Return what does the same by CARAFE++."""
+    """Return the call of CARAFE++ that does the same."""
     up = max(1, *(round(n / max(1, o)) for o, n in zip(old, new, strict=True)))
     down = max(1, *(round(o / max(1, n)) for o, n in zip(old, new, strict=True)))
     sizes = list(zip(old, new, strict=True))
@@ -275,7 +274,7 @@ def _advice(channels: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 
 class _Enlarged(CARAFE):
-    """In the place of a transposed convolution, which may be called with the size of its output."""
+    """The replacement of a transposed convolution, which takes the size of its output."""
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         return super().forward(input, None if output_size is None else output_size[-2:])
@@ -297,7 +296,7 @@ class _EnlargedConvolved(nn.Sequential):
 
 
 class _Convolved(nn.Sequential):
-    """CARAFE++ and a convolution, into which what follows is folded as it was into the old one.
+    """CARAFE++ and a convolution; later layers can be folded into it, as into the old one.
 
     Before inference, ultralytics folds a batch normalisation into weight and bias. Its checkpoints
     hold the name of this class.
@@ -352,7 +351,7 @@ def _replace(
 
 
 def _plain(old: nn.Module) -> type[nn.Module]:
-    """Return the class of PyTorch that a layer is of and does no more than."""
+    """Return the PyTorch class of a layer, if the layer does no more than that class."""
     base: type[nn.Module] = next(cls for cls in _LAYERS if isinstance(old, cls))
     added = type(old).forward is not base.forward or type(old).__call__ is not base.__call__
     if added or (base in _CONVOLUTIONS and type(old) is not base):
@@ -396,7 +395,7 @@ def _like(base: type[nn.Module]) -> nn.Module:
 def _input(
     old: nn.Module, calls: list[_Call] | None, dtypes: list[torch.dtype]
 ) -> tuple[int, dict[str, Any]]:
-    """Return the channels of a layer that does not know them, and where its parameters belong."""
+    """Return the channels of a layer's input, and the device and dtype for parameters."""
     if isinstance(old, nn.MaxPool2d) and old.return_indices:
         raise _Declined("it returns indices")
     if calls is None:
@@ -419,7 +418,7 @@ def _input(
 
 
 def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -> nn.Module:
-    """Return CARAFE++ and the convolution that is left when it resamples no more."""
+    """Return CARAFE++ and the convolution without its stride."""
     for name in ("weight", "bias"):
         value = getattr(old, name)
         if value is not None and not isinstance(value, nn.Parameter):
@@ -463,12 +462,12 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def _factor(layer: nn.Module) -> dict[str, Any]:
-    """Return up, down and ceil_mode that give a layer's output sizes, whatever its input."""
+    """Return the up, down and ceil_mode that give a layer's output size for every input."""
     factors = []
     for axis in range(2):
         scale, size = _axis(layer, axis)
         up, down = scale.numerator, scale.denominator
-        # Sizes repeat with the stride, but for those by a float that is no fraction of small ones.
+        # Sizes repeat with the stride, unless the factor is a float that is no small fraction.
         numbers = range(1, 2**14) if isinstance(layer, nn.Upsample) else range(32, 32 + down)
         for ceil_mode in (True, False):
             rounding = down - 1 if ceil_mode else 0
@@ -500,7 +499,7 @@ def _axis(layer: Any, axis: int) -> tuple[Fraction, Callable[[int], int]]:
 
     def shrunk(n: int) -> int:
         steps, rest = divmod(n + 2 * padding - span, stride)
-        # A last window that begins outside of what is there is not counted.
+        # A last window that begins beyond the input is not counted.
         more = bool(
             rest and getattr(layer, "ceil_mode", False) and (steps + 1) * stride < n + padding
         )

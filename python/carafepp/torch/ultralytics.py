@@ -1,8 +1,8 @@
 """CARAFE++ in the YAML of an Ultralytics YOLO, and in `YOLO.train`.
 
-After `register`, ``[-1, 1, CARAFE, [256, 2]]`` is a row of a model's YAML. `trainer_for` is for
-networks that `carafepp.torch.replace_resampling` has changed. Checkpoints of both load by
-``YOLO("best.pt")`` wherever carafepp is installed, without an import of it.
+After `register`, a model's YAML may have the row ``[-1, 1, CARAFE, [256, 2]]``. `trainer_for` is
+for networks that `carafepp.torch.replace_resampling` has changed. ``YOLO("best.pt")`` loads the
+checkpoints of both if carafepp is installed; it needs no import.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from . import modules
 class CARAFE(modules.CARAFE):
     """`carafepp.torch.CARAFE`, by the arguments of a row: ``[channels, up, kernel_size, options]``.
 
-    It keeps the number of channels, so that the row's is a check: that of the layer that it comes
-    from, as it is or before the model's width scales it, as in a row of ``Conv``.
+    The layer keeps the number of channels, so the number in a row is only a check. It is the number
+    of the input, scaled by the model's width or not, as in a row of ``Conv``.
 
     ==========================  =============================================
-    arguments                   become
+    arguments                   layer
     ==========================  =============================================
     ``[]``                      ``CARAFE(channels, up=2)``
     ``[256, 2]``                the same, after 256 channels
@@ -35,7 +35,7 @@ class CARAFE(modules.CARAFE):
     ``[256, 1, 5, {down: 2}]``  ``CARAFE(channels, down=2)``, after 256 channels
     ==========================  =============================================
 
-    Forks of YOLO write other orders: ``[2]`` (up), ``[5, 2]`` or ``[256, 5, 2]`` (kernel size, up).
+    Forks of YOLO have other orders: ``[2]`` (up), ``[5, 2]`` or ``[256, 5, 2]`` (kernel size, up).
 
     Parameters
     ----------
@@ -48,9 +48,9 @@ class CARAFE(modules.CARAFE):
     Raises
     ------
     TypeError
-        A number that is not an integer, or options that are no mapping.
+        A number is not an integer, or options is no mapping.
     ValueError
-        `channels` is not the number of the input, or another one is out of its range.
+        `channels` is not the number of the input, or another number is out of its range.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class CARAFE(modules.CARAFE):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickled layer."""
         super().__setstate__(state)
-        register()  # the network may be built again from the YAML in its checkpoint
+        register()  # ultralytics may rebuild the network from the YAML in its checkpoint
 
 
 def _channels(channels: int | None) -> Any:
-    """Return the channels of a row's input, which the parser of the YAML knows alone."""
+    """Return the channels of a row's input; only the parser of the YAML knows them."""
     if channels is not None:
         channels = _arguments.integer("CARAFE", "channels", channels)
     frame = sys._getframe()
@@ -96,8 +96,8 @@ def _channels(channels: int | None) -> Any:
 def register() -> None:
     """Make ``CARAFE`` a name in the YAML of models, in this process.
 
-    A loaded checkpoint that has such a layer does it itself. Training on several GPUs starts other
-    processes: there `trainer_for` does it.
+    A loaded checkpoint with such a layer calls this itself. Training on several GPUs starts other
+    processes; `trainer_for` calls it there.
     """
     tasks.CARAFE = CARAFE
 
@@ -105,9 +105,8 @@ def register() -> None:
 def trainer_for(yolo: Any) -> type:
     """Return a trainer that keeps the layers of a YOLO's network as they are.
 
-    `YOLO.train` builds the network again from its YAML, and has lost what `replace_resampling` put
-    into it. This trainer, of the YOLO's task, puts it in again:
-    ``yolo.train(trainer=trainer_for(yolo), ...)``.
+    `YOLO.train` rebuilds the network from its YAML and loses the layers of `replace_resampling`.
+    This trainer puts them in again: ``yolo.train(trainer=trainer_for(yolo), ...)``.
 
     Parameters
     ----------
@@ -121,7 +120,7 @@ def trainer_for(yolo: Any) -> type:
     Raises
     ------
     TypeError
-        yolo has no network of PyTorch, but an exported one.
+        The network of yolo is an exported one, not a PyTorch module.
     """
     if not hasattr(yolo, "task_map"):
         raise TypeError(f"[trainer_for] yolo must be a YOLO; got {type(yolo).__name__}.")
@@ -142,7 +141,7 @@ def trainer_for(yolo: Any) -> type:
 
 
 def _put_in(old: nn.Module, new: nn.Module) -> None:
-    """Give a network copies of those layers of an old one that are of other classes."""
+    """Copy the layers of an old network whose classes differ into a network."""
     for name, child in old.named_children():
         present = getattr(new, name, None)
         if type(present) is type(child):

@@ -1,8 +1,8 @@
 """The CARAFE of mmcv.ops, with its names, signatures, parameters and state_dict keys.
 
-``from carafepp.torch.mmcv import CARAFEPack`` in place of ``from mmcv.ops import CARAFEPack`` is
-all that a model needs: checkpoints load strictly, outputs are the same. Where a framework builds
-the model, ``custom_imports = dict(imports=["carafepp.torch.mmcv.install"])`` in its config does it.
+Replace ``from mmcv.ops import CARAFEPack`` by ``from carafepp.torch.mmcv import CARAFEPack``:
+checkpoints load strictly, and outputs are the same. If a framework builds the model, put
+``custom_imports = dict(imports=["carafepp.torch.mmcv.install"])`` into its config.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def carafe(
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        Shapes or numbers that do not fit (mmcv: AssertionError).
+        Shapes or numbers do not fit (mmcv raises an AssertionError).
     """
     if has_torch_function((features, masks)):  # proxies of torch.fx have no shape to check
         sizes = kernel_size, group_size, scale_factor
@@ -62,7 +62,7 @@ def carafe(
     return output
 
 
-carafe_naive = carafe  # mmcv's first version of the same
+carafe_naive = carafe  # mmcv's first implementation, with the same result
 
 
 def _check_sizes(
@@ -85,7 +85,7 @@ class CARAFE(nn.Module):
     Raises
     ------
     TypeError, ValueError
-        A number that `carafe` would refuse.
+        `carafe` refuses a number.
     """
 
     def __init__(self, kernel_size: int, group_size: int, scale_factor: int) -> None:
@@ -119,14 +119,14 @@ class CARAFEPack(nn.Module):
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        A number out of its range.
+        A number is out of its range.
 
     Notes
     -----
-    `forward` normalises and reassembles in one pass; `kernel_normalizer` and `feature_reassemble`
-    do the two one after the other, for code that calls them.
+    `forward` normalises and reassembles in one pass. `kernel_normalizer` and `feature_reassemble`
+    are the two separate steps, for code that calls them.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class CARAFEPack(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Set weights as mmcv does: Xavier's uniform ones, and normal ones in the encoder."""
+        """Initialise weights as mmcv does: Xavier uniform, and normal in the encoder."""
         reset_as_authors(self, self.content_encoder)
 
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
@@ -242,10 +242,10 @@ _PARAMETERS = {
 
 
 def swap_mmcv(model: nn.Module) -> list[str]:
-    """Make mmcv's modules of CARAFE in a live model ours, in place: parameters and hooks stay.
+    """Replace the classes of mmcv's CARAFE modules in a model by ours; parameters and hooks stay.
 
-    So are those of older mmdet, of the authors' package ``carafe``, copies of these classes in
-    other packages, and subclasses: a module is known by its class's name or by its attributes.
+    The name of a class or its attributes identify a module. So the modules of older mmdet and of
+    the authors' package ``carafe`` are replaced too, as are copies and subclasses.
 
     Parameters
     ----------
@@ -259,8 +259,8 @@ def swap_mmcv(model: nn.Module) -> list[str]:
     Warns
     -----
     UserWarning
-        Modules that look like CARAFE and stay, each with the reason: attributes or parameters are
-        not mmcv's, or a subclass overrides a method.
+        A module looks like CARAFE but stays: its attributes or parameters differ from mmcv's, or a
+        subclass overrides a method.
     """
     swapped, stay = [], []
     for name, module in model.named_modules():
@@ -292,7 +292,7 @@ def swap_mmcv(model: nn.Module) -> list[str]:
 def _why_not(
     module: nn.Module, ours: type[nn.Module], subclasses: tuple[type[nn.Module], ...]
 ) -> str:
-    """Return why a module cannot be of our class, or nothing if it can."""
+    """Return why a module cannot have our class, or an empty string if it can."""
     attributes, parameters = (_PACK, _PARAMETERS) if ours is CARAFEPack else (_SIZES, set())
     lacking = [name for name in attributes if not hasattr(module, name)]
     if lacking:

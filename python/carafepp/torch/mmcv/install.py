@@ -1,9 +1,9 @@
-"""Puts carafepp in the place of mmcv's CARAFE when it is imported, for models yet to be built.
+"""Replaces mmcv's CARAFE by carafepp's on import, for models that are built afterwards.
 
-In a config of mmengine, ``custom_imports = dict(imports=["carafepp.torch.mmcv.install"])``. From
-then on the registry's ``carafe`` is our `CARAFEPack`, and the names of CARAFE in ``mmcv.ops``,
-``mmcv.ops.carafe`` and every module that has imported them before are ours. With mmcv-lite, which
-has no operators, it is the registry alone.
+In a config of mmengine, write ``custom_imports = dict(imports=["carafepp.torch.mmcv.install"])``.
+The registry's ``carafe`` is then our `CARAFEPack`. The names of CARAFE in ``mmcv.ops``, in
+``mmcv.ops.carafe`` and in modules that have imported them are ours too. mmcv-lite has no operators:
+there, only the registry changes.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The paper's networks (section 4), with CARAFE++ or any operator that it is compared with.
+"""The paper's networks (section 4), with CARAFE++ or an operator that it compares.
 
-Reference modules of plain `torch.nn`, to be read beside the paper and lifted into a model.
-`inpainting` has the losses and layers of its systems too.
+The modules use plain `torch.nn`. Read them beside the paper, or copy them into a model.
+`inpainting` also has the losses and layers of its systems.
 """
 
 from .fpn import FPN, MaskHead, ResNetFPN

@@ -20,28 +20,28 @@ class FPN(nn.Module):
     Parameters
     ----------
     in_channels : sequence of int
-        Channels of the levels, finest first. Each level has half the size of the one before,
+        Channels of the levels, finest first. Each level has half the size of the level before,
         rounded up or down.
     channels : int, default 256
-        Of all levels of the result.
+        The channels of every level of the result.
     upsampler : str, default "carafe"
-        One of `UPSAMPLERS`, for Table 4; there is one for each level but the coarsest. "nearest" is
-        the original.
+        One of `UPSAMPLERS` (Table 4). Every level but the coarsest has its own. "nearest" is the
+        original.
     batch_norm : bool, default False
         Whether BatchNorm and ReLU follow every convolution, as in UperNet.
     extra_levels : int, default 0
-        How many coarser levels to add, each by taking every second pixel of the one before: 1 (P6)
-        in Faster and Mask R-CNN.
+        The number of coarser levels to add. Each has every second pixel of the level before. Faster
+        and Mask R-CNN add one (P6).
     **options
         Further arguments of the upsamplers.
 
     Raises
     ------
     ValueError
-        A number out of its range, an unknown upsampler; in `forward`, another number of levels, or
-        levels that are not half of each other.
+        A number is out of its range, or the upsampler is unknown. In `forward`: the number of
+        levels is another, or a level is not half of the one before.
     TypeError
-        A number that is not an integer, or an option that the upsampler does not have.
+        A number is not an integer, or the upsampler does not have an option.
 
     References
     ----------
@@ -93,13 +93,13 @@ class FPN(nn.Module):
 
 
 class ResNetFPN(nn.Module):
-    """ResNet and FPN, as the backbone that torchvision's FasterRCNN and MaskRCNN take (Table 5).
+    """ResNet and FPN as a backbone for torchvision's FasterRCNN and MaskRCNN (Table 5).
 
     Parameters
     ----------
     backbone : ResNet
     fpn : FPN
-        With extra_levels=1 and the default anchors of a torchvision pyramid, five levels.
+        The default anchors of a torchvision pyramid need five levels: extra_levels=1.
 
     Examples
     --------
@@ -126,8 +126,8 @@ class ResNetFPN(nn.Module):
 class MaskHead(nn.Module):
     """The mask head of Mask R-CNN: convolutions, an upsampler from 14x14 to 28x28, a prediction.
 
-    In torchvision's MaskRCNN it takes the place of ``roi_heads.mask_head``, an ``nn.Identity()``
-    that of ``roi_heads.mask_predictor``.
+    In torchvision's MaskRCNN, it replaces ``roi_heads.mask_head``. Replace
+    ``roi_heads.mask_predictor`` by an ``nn.Identity()``.
 
     Parameters
     ----------
@@ -137,17 +137,16 @@ class MaskHead(nn.Module):
     convs : int, default 4
         The number of 3x3 convolutions before the upsampler.
     upsampler : str, default "carafe"
-        One of `UPSAMPLERS`, for Table 6. "deconv" is the original, of kernel_size=2 unless told
-        otherwise.
+        One of `UPSAMPLERS` (Table 6). "deconv" is the original; its kernel_size is 2 by default.
     **options
         Further arguments of the upsampler.
 
     Raises
     ------
     ValueError
-        A number out of its range, an unknown upsampler.
+        A number is out of its range, or the upsampler is unknown.
     TypeError
-        A number that is not an integer, or an option that the upsampler does not have.
+        A number is not an integer, or the upsampler does not have an option.
 
     References
     ----------
@@ -196,7 +195,7 @@ class MaskHead(nn.Module):
 def conv(
     in_channels: int, out_channels: int, kernel_size: int, batch_norm: bool = False
 ) -> nn.Module:
-    """Return a convolution that keeps sizes, with BatchNorm and ReLU behind it or a bias."""
+    """Return a convolution that keeps sizes, with a bias or followed by BatchNorm and ReLU."""
     layer = nn.Conv2d(
         in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not batch_norm
     )

@@ -1,7 +1,7 @@
 """The operators that the paper compares with CARAFE++ (Tables 3, 4 and 6), behind one interface.
 
 ====================  ==========================================================  ================
-upsampler             what it does                                                after
+upsampler             method                                                      after
 ====================  ==========================================================  ================
 nearest, bilinear     interpolation
 nearest_conv,         interpolation, then a 3x3 convolution
@@ -15,7 +15,7 @@ carafe                `carafepp.torch.CARAFE`
 ====================  ==========================================================  ================
 
 ====================  ==========================================================  ================
-downsampler           what it does                                                after
+downsampler           method                                                      after
 ====================  ==========================================================  ================
 strided_conv          3x3 convolution with a stride
 max, average          pooling of 3x3 windows
@@ -24,7 +24,7 @@ lip                   average weighted by a predicted importance                
 carafe                `carafepp.torch.CARAFE`
 ====================  ==========================================================  ================
 
-What the paper leaves open (kernel sizes, widths) is an option, its default the usual choice.
+Options set the sizes that the paper leaves open (kernels, widths). Defaults are the usual choices.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ def upsampler(name: str, channels: int, *, factor: int = 2, **options: Any) -> n
     name : str
         One of `UPSAMPLERS`.
     channels : int
-        C, of the input and of the output.
+        C, for the input and the output.
     factor : int, default 2
         At least 2.
     **options
-        Further arguments of the module; for "carafe" those of `CARAFE`.
+        Further arguments of the module; for "carafe", arguments of `CARAFE`.
 
     Returns
     -------
     Module
         ``module(x, size=None)`` takes (N, C, H, W) and returns (N, C, H*factor, W*factor) or, given
-        a size, (N, C, *size): interpolations interpolate to that size, the others are cropped. It
-        may be larger by less than `factor`: "carafe" then goes on as `CARAFE` says, others but
-        interpolations repeat their last row or column.
+        a size, (N, C, *size). Interpolations interpolate to that size; the others are cropped. The
+        size may be larger by less than `factor`. "carafe" then continues as `CARAFE` describes;
+        other upsamplers repeat their last row or column.
 
     Raises
     ------
     ValueError
-        An unknown name, or a number out of its range.
+        The name is unknown, or a number is out of its range.
     TypeError
-        A number that is not an integer, or an option that the module does not have.
+        A number is not an integer, or the module does not have an option.
 
     Examples
     --------
@@ -89,11 +89,11 @@ def downsampler(name: str, channels: int, *, factor: int = 2, **options: Any) ->
     name : str
         One of `DOWNSAMPLERS`.
     channels : int
-        C, of the input and of the output.
+        C, for the input and the output.
     factor : int, default 2
         At least 2.
     **options
-        Further arguments of the module; for "carafe" those of `CARAFE`.
+        Further arguments of the module; for "carafe", arguments of `CARAFE`.
 
     Returns
     -------
@@ -103,9 +103,9 @@ def downsampler(name: str, channels: int, *, factor: int = 2, **options: Any) ->
     Raises
     ------
     ValueError
-        An unknown name, or a number out of its range.
+        The name is unknown, or a number is out of its range.
     TypeError
-        A number that is not an integer, or an option that the module does not have.
+        A number is not an integer, or the module does not have an option.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def _size(x: Tensor, factor: int, size: Size | None) -> Size:
     if size is None:
         return height, width
     size = _arguments.pair("upsampler", size)
-    if torch.jit.is_tracing():  # where sizes are tensors, and others will come
+    if torch.jit.is_tracing():  # sizes are tensors, and may differ in later calls
         return size
     most = height + factor - 1, width + factor - 1
     if not (1 <= size[0] <= most[0] and 1 <= size[1] <= most[1]):
@@ -165,7 +165,7 @@ def _size(x: Tensor, factor: int, size: Size | None) -> Size:
 
 
 def _fit(y: Tensor, x: Tensor, factor: int, size: Size | None) -> Tensor:
-    """Crop an output y of x to a size or, where that is larger, repeat its last row or column."""
+    """Crop an output y of x to a size; if the size is larger, repeat the last row or column."""
     if size is None:
         return y
     height, width = _size(x, factor, size)
@@ -255,7 +255,7 @@ class Deconv(nn.Module):
 
 
 class PixelShuffle(nn.Module):
-    """Convolution to factor**2 times the channels, which become the pixels of a block.
+    """Convolution to factor**2 times the channels, which become a block of pixels.
 
     W. Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel
     Convolutional Neural Network", CVPR 2016.
@@ -275,10 +275,10 @@ class PixelShuffle(nn.Module):
 class GUM(nn.Module):
     """Guided upsampling: bilinear interpolation at positions moved by predicted offsets.
 
-    Of the guidance modules of D. Mazzini, "Guided Upsampling Network for Real-Time Semantic
-    Segmentation", BMVC 2018, the one that sees nothing but these features ("large-RF"): a
-    transposed convolution to `hidden` channels, then a convolution to two offsets, in pixels of the
-    input. It begins as bilinear interpolation.
+    D. Mazzini, "Guided Upsampling Network for Real-Time Semantic Segmentation", BMVC 2018. This is
+    the "large-RF" guidance module, which uses only these features. A transposed convolution to
+    `hidden` channels and a convolution give two offsets, in pixels of the input. It is initialised
+    as bilinear interpolation.
     """
 
     def __init__(self, channels: int, *, factor: int = 2, hidden: int = 64) -> None:
@@ -349,7 +349,7 @@ class MaxPool(nn.MaxPool2d):
 
 
 class AveragePool(nn.AvgPool2d):
-    """Average of windows 2*factor - 1 wide; at the border, of what is there."""
+    """Average of windows 2*factor - 1 wide; at the border, of the pixels inside the picture."""
 
     def __init__(self, channels: int, *, factor: int = 2, kernel_size: int | None = None) -> None:
         kernel_size = 2 * factor - 1 if kernel_size is None else kernel_size
@@ -358,11 +358,11 @@ class AveragePool(nn.AvgPool2d):
 
 
 class DPP(nn.Module):
-    """Detail-preserving pooling: an average of blocks, weighted by how much a value stands out.
+    """Detail-preserving pooling: an average of blocks that prefers values far from the mean.
 
-    ``weight = alpha + sqrt(difference**2 + epsilon**2)**lambda``, difference from the average of
-    the block ("lite") or, with symmetric=False, only what is above it; alpha and lambda are
-    positive, and learnt for each channel.
+    ``weight = alpha + sqrt(difference**2 + epsilon**2)**lambda``. The difference is from the
+    average of the block ("lite"); with symmetric=False, a negative difference counts as 0. alpha
+    and lambda are positive, and learnt for each channel.
 
     F. Saeedan et al., "Detail-Preserving Pooling in Deep Networks", CVPR 2018.
     """
@@ -393,10 +393,10 @@ class DPP(nn.Module):
 class LIP(nn.Module):
     """Local importance-based pooling: an average of windows, weighted by predicted importances.
 
-    ``weight = exp(12 * sigmoid(logits))``, predicted for every value by a bottleneck of
-    convolutions, 1x1, 3x3 and 1x1, with instance normalisation; `bottleneck` channels wide, 128 in
-    the LIP-ResNets, or by one 3x3 convolution where that is None. It begins as an average. (There,
-    the main path and the shortcut of a block share all but the last of these convolutions.)
+    ``weight = exp(12 * sigmoid(logits))``. A bottleneck of 1x1, 3x3 and 1x1 convolutions with
+    instance normalisation predicts the logits of every value. It is `bottleneck` channels wide, 128
+    in the LIP-ResNets; None means a single 3x3 convolution. It is initialised as an average. (In
+    the LIP-ResNets, main path and shortcut share all but the last of these convolutions.)
 
     Z. Gao et al., "LIP: Local Importance-based Pooling", ICCV 2019.
     """
@@ -422,7 +422,7 @@ class LIP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H/factor), ceil(W/factor))."""
-        # A factor of exp(-12), which the quotient loses, keeps weights within float16.
+        # A factor of exp(-12) cancels in the quotient and keeps weights within float16.
         weight = (self.gate * (self.logits(x).sigmoid() - 1)).exp()
         return self._average(weight * x) / self._average(weight)
 
@@ -431,7 +431,7 @@ class LIP(nn.Module):
 
 
 def _check_odd(name: str, kernel_size: int) -> None:
-    """Only windows with a middle give outputs of ceil(H/factor)."""
+    """Raise a ValueError for an even width: only odd windows give outputs of ceil(H/factor)."""
     if _arguments.integer(name, "kernel_size", kernel_size, least=0) % 2 == 0:
         raise ValueError(f"[{name}] kernel_size must be odd and at least 1; got {kernel_size}.")
 

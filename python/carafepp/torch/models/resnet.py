@@ -1,4 +1,4 @@
-"""ResNet with CARAFE++, or any other downsampler, in the place of its strides (Figure 4)."""
+"""ResNet with CARAFE++, or another downsampler, instead of its strides (Figure 4)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .resampling import downsampler as make_downsampler
 
 
 def resnet50(**options: Any) -> ResNet:
-    """Return a `ResNet` of 50 layers (Table 2); options are those of `ResNet`."""
+    """Return a `ResNet` of 50 layers (Table 2); options are arguments of `ResNet`."""
     return ResNet((3, 4, 6, 3), **options)
 
 
 def resnet101(**options: Any) -> ResNet:
-    """Return a `ResNet` of 101 layers (Table 2); options are those of `ResNet`."""
+    """Return a `ResNet` of 101 layers (Table 2); options are arguments of `ResNet`."""
     return ResNet((3, 4, 23, 3), **options)
 
 
 class ResNet(nn.Module):
     """The backbone of sections 4.1 and 4.2: a stem, Res-1, and four stages of bottlenecks.
 
-    With a downsampler there are seven of them: one in the place of the stem's max pooling, and two
-    in the first bottleneck of Res-3, Res-4 and Res-5, before the 3x3 convolution of the main path
-    and before the 1x1 convolution of the shortcut, which lose their stride.
+    A downsampler is used seven times. One replaces the max pooling of the stem. The first
+    bottlenecks of Res-3, Res-4 and Res-5 have two each. They stand before the 3x3 convolution of
+    the main path and the 1x1 convolution of the shortcut. These convolutions lose their stride.
 
     Parameters
     ----------
@@ -37,31 +37,30 @@ class ResNet(nn.Module):
     width : int, default 64
         The channels of the stem; Res-2 to Res-5 have 4, 8, 16 and 32 times as many.
     num_classes : int or None, default 1000
-        None: without the classifier, `forward` returns what it would be given.
+        With None there is no classifier, and `forward` returns its input.
     downsampler : str, optional
-        One of `DOWNSAMPLERS`, for Table 3. By default, and for "strided_conv", the plain ResNet:
-        max pooling in the stem, convolutions with strides.
+        One of `DOWNSAMPLERS` (Table 3). By default, and with "strided_conv", this is the plain
+        ResNet: max pooling in the stem, convolutions with strides.
     deformable : collection of int, optional
-        The stages whose 3x3 convolutions are deformable ones, DCNv2, from torchvision; (2, 3, 4)
-        in Table 1. With a downsampler, those with a stride are replaced by it and a plain
-        convolution.
+        The stages whose 3x3 convolutions are deformable (torchvision's DCNv2); (2, 3, 4) in Table
+        1. A downsampler and a plain convolution replace those with a stride.
     **options
-        Further arguments of the downsampler; "carafe" has batch_norm=True unless told otherwise.
+        Further arguments of the downsampler; "carafe" has batch_norm=True by default.
 
     Raises
     ------
     ValueError
-        A number out of its range, an unknown downsampler.
+        A number is out of its range, or the downsampler is unknown.
     TypeError
-        A number that is not an integer, or an option that the downsampler does not have.
+        A number is not an integer, or the downsampler does not have an option.
     ImportError
-        `deformable` without torchvision.
+        `deformable` needs torchvision.
 
     Notes
     -----
-    Parameters have the names of torchvision's, and load from there, by
-    ``load_state_dict(weights, strict=False)`` also beside downsamplers. As there, the stride of a
-    bottleneck is in its 3x3 convolution, and the stem's convolution is 7x7 (section 4.1 says 3x3).
+    Parameters have torchvision's names, so torchvision's weights load. With downsamplers, use
+    ``load_state_dict(weights, strict=False)``. As in torchvision, the 3x3 convolution of a
+    bottleneck has the stride, and the stem's convolution is 7x7 (section 4.1 says 3x3).
 
     References
     ----------
@@ -107,7 +106,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if down is None else down(width)
-        self.channels = [width * 4 * 2**stage for stage in range(4)]  # of C2 to C5
+        self.channels = [width * 4 * 2**stage for stage in range(4)]  # C2 to C5
         channels = width
         for stage, (blocks, out_channels) in enumerate(zip(layers, self.channels, strict=True), 1):
             bottlenecks = []
@@ -121,7 +120,7 @@ class ResNet(nn.Module):
         self.fc = nn.Identity() if num_classes is None else nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Return C2, C3, C4 and C5, of `self.channels`, at strides of 4, 8, 16 and 32."""
+        """Return C2, C3, C4 and C5 at strides of 4, 8, 16 and 32, with `self.channels`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         levels = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -184,10 +183,10 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 class DeformConv(nn.Conv2d):
-    """Deformable convolution, DCNv2: samples where offsets point, scaled by a mask.
+    """Deformable convolution, DCNv2: samples at predicted offsets, scaled by a mask.
 
-    X. Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. Offsets
-    begin as 0 and the mask as 1/2; parameters are named and ordered as in mmcv.
+    X. Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. Offsets are
+    initialised as 0 and the mask as 1/2. Parameters have the names and the order of mmcv's.
     """
 
     def __init__(
@@ -195,7 +194,7 @@ class DeformConv(nn.Conv2d):
     ) -> None:
         try:
             ops = importlib.import_module("torchvision.ops")
-        except (ImportError, RuntimeError) as error:  # RuntimeError: of another PyTorch's build
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another PyTorch
             raise ImportError(
                 "[ResNet] deformable needs the operators of torchvision, which does not import: "
                 f"{error}"

@@ -21,24 +21,24 @@ class UperNet(nn.Module):
     Parameters
     ----------
     backbone : ResNet
-        With CARAFE++ or without ("Backbone" in Table 9), num_classes=None.
+        A backbone with num_classes=None, with CARAFE++ or without ("Backbone" in Table 9).
     num_classes : int, default 150
-        As many as ADE20k has.
+        The default is for ADE20k.
     channels : int, default 512
-        Of PPM and of the pyramid.
+        The channels of PPM and of the pyramid.
     upsampler : str, default "carafe"
         One of `UPSAMPLERS`. "bilinear" is the original.
     ppm, fpn, fuse : str, optional
-        The upsampler of one component where it is another one, for Table 9.
+        Another upsampler for one component (Table 9).
     **options
-        Further arguments of the modules of `upsampler`.
+        Further arguments of the upsamplers named by `upsampler`.
 
     Raises
     ------
     ValueError
-        A number out of its range, an unknown upsampler.
+        A number is out of its range, or the upsampler is unknown.
     TypeError
-        A number that is not an integer, or an option that the upsampler does not have.
+        A number is not an integer, or the upsampler does not have an option.
 
     References
     ----------
@@ -76,7 +76,7 @@ class UperNet(nn.Module):
 
         self.backbone = backbone
         self.fpn = FPN(backbone.channels, channels, batch_norm=True, **of(fpn))
-        # PPM is the lateral of the coarsest level, and that level is P5 as it is.
+        # PPM is the lateral of the coarsest level; that level is P5 without a convolution.
         self.fpn.laterals[-1] = PPM(backbone.channels[-1], channels, **of(ppm))
         self.fpn.outputs[-1] = nn.Identity()
         self.fuse = FUSE(channels, len(backbone.channels), **of(fuse))
@@ -89,10 +89,10 @@ class UperNet(nn.Module):
 
 
 class PPM(nn.Module):
-    """Pyramid pooling module: averages at several scales, beside the features themselves.
+    """Pyramid pooling module: averages at several scales, concatenated with the features.
 
-    Each is upsampled in two steps: bilinearly to half the size, then by 2 with the upsampler; the
-    original, "bilinear", in one step.
+    Each average is upsampled in two steps: bilinearly to half the size, then by 2 with the
+    upsampler. The original, "bilinear", takes one step.
 
     H. Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017.
     """
@@ -140,7 +140,7 @@ class FUSE(nn.Module):
     ) -> None:
         super().__init__()
         channels, levels = _arguments.positive("FUSE", channels=channels, levels=levels)
-        self.upsamplers = nn.ModuleList(  # from the coarsest: what they upsample grows
+        self.upsamplers = nn.ModuleList(  # coarsest level first: their channels grow
             make_upsampler(upsampler, channels * level, **options) for level in range(1, levels)
         )
         self.output = conv(channels * levels, channels, 3, True)

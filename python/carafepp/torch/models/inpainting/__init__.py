@@ -1,9 +1,9 @@
 """The inpainting systems of the CARAFE++ paper (section 4.3, Tables 7 and 10), in plain PyTorch.
 
-`partial` has the layers that know which of their features are there, `generators` the two
-networks that fill holes, `adversarial` the discriminator and the losses. Everywhere a hole is a
-boolean map (N, 1, H, W), true where a picture is missing: M in the paper; a valid map is its
-opposite. Pictures are within [-1, 1].
+`partial` has layers that take a map of the valid features. `generators` has the two networks that
+fill holes. `adversarial` has the discriminator and the losses. A hole is a boolean map
+(N, 1, H, W) of the missing pixels: M in the paper. A valid map is its opposite. Pictures are within
+[-1, 1].
 """
 
 from .adversarial import (

@@ -1,4 +1,4 @@
-"""What the generators are trained by: one discriminator of the hole's patches, and the losses."""
+"""Losses to train the generators by, and a discriminator for the patches of a hole."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .... import _arguments
 
 
 class PatchDiscriminator(nn.Module):
-    """A PatchGAN that tells for each patch whether it is of a picture or inpainted.
+    """A PatchGAN that tells for each patch whether it is real or inpainted.
 
-    `depth` convolutions 4x4 of stride 2, the first to `width` channels, each to twice as many up
-    to 8*width, then two 3x3, the last to one score; leaky ReLU between them, spectral
-    normalisation in all. It sees the picture and its hole.
+    There are `depth` convolutions 4x4 of stride 2. The first one has `width` channels, and each
+    next one twice as many, up to 8*width. Two 3x3 convolutions follow, the last one to one score.
+    All have spectral normalisation, with leaky ReLU between them. The input is the picture and its
+    hole.
 
     Parameters
     ----------
@@ -25,17 +26,17 @@ class PatchDiscriminator(nn.Module):
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        width or depth below 1.
+        width or depth is below 1.
 
     Notes
     -----
     The paper replaces Global&Local's two discriminators by "only one PatchGAN-style discriminator
-    on the inpainted region" (section 5.1): here the losses count the patches that `patches` finds.
-    Normalisation and hinge loss, of which it says nothing, are those of the work whose free-form
-    masks it takes. The last two layers are 3x3 where PatchGAN's are 4x4, so that score and patch
-    lie one over the other.
+    on the inpainted region" (section 5.1). Here the losses count the patches that `patches` finds.
+    The paper does not mention normalisation and loss; they are from Yu et al., whose free-form
+    masks it uses. The last two layers are 3x3 (4x4 in PatchGAN), so that a score lies in the centre
+    of its patch.
 
     References
     ----------
@@ -67,17 +68,17 @@ class PatchDiscriminator(nn.Module):
         return scores
 
     def patches(self, hole: Tensor) -> Tensor:
-        """Return which scores are of patches with a missing pixel: their blocks of 2**depth."""
+        """Return the map of the scores whose blocks of 2**depth pixels have a missing pixel."""
         return F.max_pool2d(hole.float(), 2**self.depth) > 0
 
 
 def discriminator_loss(real: Tensor, inpainted: Tensor, patches: Tensor) -> Tensor:
-    """Return the hinge loss, ``max(0, 1-real) + max(0, 1+inpainted)``, meant over `patches`."""
+    """Return the hinge loss: the mean of ``max(0, 1-real) + max(0, 1+inpainted)`` over patches."""
     return _mean(F.relu(1 - real) + F.relu(1 + inpainted), patches)
 
 
 def generator_loss(inpainted: Tensor, patches: Tensor) -> Tensor:
-    """Return ``-inpainted``, meant over `patches`."""
+    """Return the mean of ``-inpainted`` over `patches`."""
     return _mean(-inpainted, patches)
 
 
@@ -86,7 +87,7 @@ def reconstruction_loss(
 ) -> Tensor:
     """Return the mean of ``|prediction - image|``.
 
-    Yu et al. weight holes as the rest, Liu et al. by 6.
+    Yu et al. give holes the weight of the rest, Liu et al. a weight of 6.
     """
     weight = 1 + (hole_weight - 1) * hole.to(image.dtype)
     return (weight * (prediction - image).abs()).mean()

@@ -1,4 +1,4 @@
-"""The two networks that fill holes: Global&Local's generator, and its partial-convolution form."""
+"""Networks that fill holes: Global&Local's generator, plain and with partial convolutions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class GlobalLocalGenerator(nn.Module):
     head      convolution to 3 channels, tanh
     ========  ====================================================================
 
-    Convolutions are 3x3 where nothing else is said, with BatchNorm and ReLU. The last one before
-    the head halves the channels.
+    Convolutions are 3x3 by default, with BatchNorm and ReLU. The last one before the head halves
+    the channels.
 
     Parameters
     ----------
@@ -40,20 +40,20 @@ class GlobalLocalGenerator(nn.Module):
     depth : int, default 2
     dilations : sequence of int, default (2, 4, 8, 16)
     downsampler : str, default "strided_conv"
-        "strided_conv" is the original: a convolution of stride 2. By any other name of
-        `carafepp.torch.models.resampling.downsampler`, such as "carafe", that one and then the
-        convolution without its stride (section 4.3).
+        "strided_conv" is the original: a convolution of stride 2. Other names of
+        `carafepp.torch.models.resampling.downsampler`, such as "carafe", stand for that layer and
+        the convolution without its stride (section 4.3).
     upsampler : str, default "deconv"
-        "deconv" is the original: a transposed convolution 4x4 of stride 2. By any other name of
-        `carafepp.torch.models.resampling.upsampler`, that one and then a convolution, which the
-        change of channels needs.
+        "deconv" is the original: a transposed convolution 4x4 of stride 2. Other names of
+        `carafepp.torch.models.resampling.upsampler` stand for that layer and a convolution, which
+        changes the number of channels.
 
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        A number below 1, or an unknown name.
+        A number is below 1, or a name is unknown.
 
     References
     ----------
@@ -108,7 +108,7 @@ class GlobalLocalGenerator(nn.Module):
         self.head = nn.Conv2d(max(1, width // 2), 3, 3, padding=1)
 
     def forward(self, image: Tensor, hole: Tensor) -> Tensor:
-        """Return a whole picture, (N, 3, H, W); what `image` has in the hole does not matter."""
+        """Return a whole picture, (N, 3, H, W); the values of `image` in the hole do not matter."""
         x = self.first(torch.cat([image.where(~hole, 0), hole.to(image.dtype)], 1))
         sizes = []
         for down in self.down:
@@ -146,19 +146,19 @@ def _up(name: str, in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 class PartialConvUNet(nn.Module):
-    """Global&Local's generator of partial convolutions: the hole goes down and up beside the image.
+    """Global&Local's generator with partial convolutions, which also transform the hole.
 
     ========  ====================================================================
     first     partial convolution 5x5 to `width` channels
     down      `depth` times: half the size and twice the channels; partial convolution
     middle    partial convolution, one of each dilation, two partial convolutions
-    up        `depth` times: twice the size and, with `skips`, the features of the way down beside
-              it; partial convolution to half the channels; another
+    up        `depth` times: twice the size and, with `skips`, concatenated features of the way
+              down; partial convolution to half the channels; another
     head      partial convolution to 3 channels, tanh
     ========  ====================================================================
 
-    Partial convolutions are 3x3 where nothing else is said, with BatchNorm and ReLU. The last one
-    before the head halves the channels.
+    Partial convolutions are 3x3 by default, with BatchNorm and ReLU. The last one before the head
+    halves the channels.
 
     Parameters
     ----------
@@ -166,21 +166,22 @@ class PartialConvUNet(nn.Module):
     depth : int, default 2
     dilations : sequence of int, default (2, 4, 8, 16)
     skips : bool, default True
-        Whether features of the way down, and their valid maps, are concatenated on the way up, as
-        in Liu et al.'s U-Net. The paper "substitutes the convolution layers with the official
-        Partial Conv module in our generator", which has no such connections: that is False.
+        True concatenates features of the way down and their valid maps on the way up, as in Liu et
+        al.'s U-Net. The paper "substitutes the convolution layers with the official Partial Conv
+        module in our generator". That generator has no such connections, as with False.
     downsampler : {"strided_conv", "carafe"}, default "strided_conv"
-        A partial convolution of stride 2, or `PartialCARAFE` and one without a stride.
+        A partial convolution of stride 2, or `PartialCARAFE` and a partial convolution.
     upsampler : {"nearest", "carafe"}, default "nearest"
-        Nearest neighbours, of features and valid map (Liu et al.'s, in the place of a transposed
-        convolution, which has no partial form), or `PartialCARAFE`; then a partial convolution.
+        Nearest neighbours of features and valid map, or `PartialCARAFE`; then a partial
+        convolution. Liu et al. use nearest neighbours, since a transposed convolution has no
+        partial form.
 
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        A number below 1, or an unknown name.
+        A number is below 1, or a name is unknown.
 
     References
     ----------
@@ -233,9 +234,9 @@ class PartialConvUNet(nn.Module):
         self.head = PartialConv2d(max(1, width // 2), 3, 3)
 
     def forward(self, image: Tensor, hole: Tensor) -> Tensor:
-        """Return a whole picture, (N, 3, H, W); what `image` has in the hole does not matter.
+        """Return a whole picture, (N, 3, H, W); the values of `image` in the hole do not matter.
 
-        It is 0 where nothing valid reaches.
+        A pixel that no valid feature reaches is 0.
         """
         x, valid = self.first(image, ~hole)
         levels = []
@@ -250,7 +251,7 @@ class PartialConvUNet(nn.Module):
 
 
 class _PartialSequential(nn.Sequential):
-    """Layers in a row; what is given besides features and valid map is for the first one."""
+    """A sequence of layers; further arguments go to the first one."""
 
     def forward(self, x: Tensor, valid: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         for layer in self:
@@ -260,7 +261,7 @@ class _PartialSequential(nn.Sequential):
 
 
 class _PartialBlock(nn.Module):
-    """Resampler and what stands beside, if any; partial convolution, BatchNorm, ReLU."""
+    """Optional resampler and skip connection, then partial convolution, BatchNorm and ReLU."""
 
     def __init__(
         self,
@@ -297,7 +298,7 @@ class _PartialBlock(nn.Module):
 
 
 class _PartialNearest(nn.Module):
-    """Twice the size, or less by a row or column, by nearest neighbours."""
+    """Nearest neighbours to twice the size, or to a row or column less."""
 
     def forward(self, x: Tensor, valid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         x, valid = (t.repeat_interleave(2, -2).repeat_interleave(2, -1) for t in (x, valid))

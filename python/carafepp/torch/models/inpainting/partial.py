@@ -1,4 +1,4 @@
-"""Layers for features of which some are missing: they take and return a valid map beside them."""
+"""Layers for features with missing values: they take and return features and a valid map."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from ...modules import CARAFE, beyond, go_on
 
 
 class PartialConv2d(nn.Conv2d):
-    """Convolution of what is valid, scaled up where that is less than the whole window.
+    """Convolution of the valid elements of a window, scaled up for the missing ones.
 
-    ``output = (sum of weight*x over the valid) * size / valid + bias``, where `size` counts the
-    elements of a window, `valid` the valid ones among them; 0 where there are none. A position of
-    the output is valid if its window has a valid element. What is outside of the picture is not.
+    ``output = (sum of weight*x over valid elements) * size / valid + bias``. `size` is the number
+    of elements of a window and `valid` the number of valid ones. The output is 0 if there are none.
+    A position of the output is valid if its window has a valid element. Elements outside the
+    picture are not valid.
 
     Parameters
     ----------
     in_channels, out_channels : int
     kernel_size : int
-        Odd; the padding is that which keeps the size at stride 1.
+        Odd. The padding keeps the size at stride 1.
     stride, dilation : int, default 1
     bias : bool, default True
 
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        An even kernel_size; in a call, a valid map that is not one of x.
+        kernel_size is even. In a call: the valid map does not fit x.
 
     References
     ----------
@@ -85,11 +86,11 @@ class PartialConv2d(nn.Conv2d):
         ----------
         x : Tensor, (N, C, H, W)
         valid : Tensor of bool, (N, 1, H, W) or (N, C, H, W)
-            The second where channels come from several sources, as in a U-Net.
+            The second form is for channels from several sources, as in a U-Net.
         """
         _check_valid("PartialConv2d", valid, x, (1, self.in_channels))
         how: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        exact = torch.promote_types(x.dtype, torch.float32)  # for counts, which halves do not hold
+        exact = torch.promote_types(x.dtype, torch.float32)  # halves cannot hold the counts
         per_pixel = valid.expand_as(x).sum(1, keepdim=True, dtype=exact)
         count = F.conv2d(per_pixel, per_pixel.new_ones(1, 1, *self.kernel_size), **how)
         output = F.conv2d(x.where(valid, 0), self.weight, **how)
@@ -101,35 +102,36 @@ class PartialConv2d(nn.Conv2d):
 
 
 class PartialCARAFE(nn.Module):
-    """CARAFE++ of what is valid: the hole is propagated through the reassembly kernels.
+    """CARAFE++ of the valid features; the reassembly kernels propagate the hole.
 
-    ``output = reassemble(x * valid, kernels) / reassemble(valid, kernels)``: the kernels, predicted
-    from x with zeros in its holes, are reduced to what is valid and normalised again. A position
-    of the output is valid if its kernel has weight on something valid; else it is 0.
+    ``output = reassemble(x * valid, kernels) / reassemble(valid, kernels)``: the kernels are
+    predicted from x with zeros in its holes, restricted to the valid features and normalised again.
+    A position of the output is valid if its kernel has weight on a valid feature; else it is 0.
 
     Parameters
     ----------
     channels : int
     **options
-        Those of `CARAFE`: up, down, kernel_size, ... Its normaliser must be one whose kernels sum
-        to 1, and its groups 1.
+        Arguments of `CARAFE`: up, down, kernel_size, ... The kernels of its normaliser must sum to
+        1, and groups must be 1.
 
     Raises
     ------
     ValueError
-        Another normaliser, several groups; in a call, a valid map that is not one of x.
+        The normaliser is another, or there are several groups. In a call: the valid map does not
+        fit x.
 
     Notes
     -----
-    The paper has one sentence on this, "we can conveniently keep the mask propagation in CARAFE++
-    by updating the mask with our content-aware reassembly kernels" (section 4.3). The two rules
-    that it leaves open are partial convolution's own: the updated map is made binary again, and
-    features are divided by the part of the kernel's weight that counted, which for equal weights
-    is `PartialConv2d`'s size/valid. So the outside of the picture is a hole here too, unlike in
-    `CARAFE`: with a map that is valid everywhere, borders differ from its, and nothing else does.
+    The paper has one sentence on this: "we can conveniently keep the mask propagation in CARAFE++
+    by updating the mask with our content-aware reassembly kernels" (section 4.3). Two rules follow
+    partial convolution. The updated map is binary again. Features are divided by the kernel's
+    weight on valid features; for equal weights this is `PartialConv2d`'s size/valid. Unlike in
+    `CARAFE`, the outside of the picture is a hole. So a map that is valid everywhere changes the
+    borders.
 
-    Weights below the rounding error of the kernel's sum count as none. The kernels serve twice, so
-    unlike in `CARAFE` they are stored.
+    A weight below the rounding error of the kernel's sum counts as 0. The kernels are used twice,
+    so they are stored, unlike in `CARAFE`.
 
     Examples
     --------
@@ -161,7 +163,7 @@ class PartialCARAFE(nn.Module):
         x : Tensor, (N, C, H, W)
         valid : Tensor of bool, (N, 1, H, W)
         size : (int, int), optional
-            That of the output where it is another than the natural one, as for `CARAFE`.
+            Another size of the output than the natural one, as in `CARAFE`.
         """
         _check_valid("PartialCARAFE", valid, x, (1,))
         x = x.where(valid, 0)
@@ -172,19 +174,19 @@ class PartialCARAFE(nn.Module):
         return output.where(valid, 0), valid
 
     def _reassemble(self, x: Tensor, masks: Tensor) -> Tensor:
-        """Return x reassembled to the size of masks, which may be another than its natural one."""
+        """Return x reassembled to the size of masks, which may differ from the natural size."""
         up, down = self.carafe.up, self.carafe.down
         height, width = size = masks.shape[-2:]
         x = go_on(x, *beyond("PartialCARAFE", x, size, up, down), down)
         if not torch.jit.is_tracing():
             return ops.reassemble(x, masks, up=up, down=down, size=(height, width))
-        rows, columns = _arguments.natural_size(x.shape[-2:], up, down)  # which serves every size
+        rows, columns = _arguments.natural_size(x.shape[-2:], up, down)  # right for every size
         masks = F.pad(masks, (0, columns - width, 0, rows - height))
         return ops.reassemble(x, masks, up=up, down=down)[..., :height, :width]
 
 
 def _check_valid(name: str, valid: Tensor, x: Tensor, channels: tuple[int, ...]) -> None:
-    if torch.jit.is_tracing():  # where sizes are tensors
+    if torch.jit.is_tracing():  # sizes are tensors
         return
     shapes = {(x.shape[0], c, *x.shape[2:]) for c in channels}
     if valid.dtype != torch.bool or tuple(valid.shape) not in shapes:
