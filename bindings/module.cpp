@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// carafepp._core: Python arrays to carafepp_tensor, statuses to exceptions, and the GIL released in between. What is
-// right or wrong about arguments is decided in the core; here only what it cannot see: that a Python object is an
-// integer, or an array, or read-only.
+// carafepp._core turns Python arrays into carafepp_tensor and statuses into exceptions, and releases the GIL in
+// between. The core checks the arguments. This file checks only what the core cannot see: whether a Python object is
+// an integer, an array, or read-only.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -96,8 +96,8 @@ struct Params {
     Params(const Params&) = delete;  // values points into implementation
 };
 
-// An argument: an array, or a pair of an array of 16-bit integers and the dtype number that they stand for (NumPy has
-// no bfloat16 of its own and does not export that of ml_dtypes), or None for an optional result.
+// An array argument. It is an array, None for an optional result, or a pair of 16-bit integers and a dtype number.
+// The pair is for bfloat16: NumPy cannot export the dtype of ml_dtypes.
 class Tensor {
 public:
     Tensor(const Params& params, const char* name, nb::handle object, bool result) {
@@ -139,14 +139,14 @@ public:
     const carafepp_tensor* get() const { return given_ ? &tensor_ : nullptr; }
 
 private:
-    nb::ndarray<nb::ro> view_;  // holds on to the array
+    nb::ndarray<nb::ro> view_;  // keeps the array alive
     carafepp_tensor tensor_{};
     bool given_ = false;
 };
 
-// Before 3.14, Python ends a daemon thread that asks for the GIL of an ending interpreter by pthread_exit, whose
-// unwinding would terminate the process at the first noexcept frame. Caught here, the thread sleeps until the process
-// has ended.
+// Takes the GIL again. When an interpreter before 3.14 ends, it stops daemon threads that ask for the GIL by
+// pthread_exit. The unwinding would terminate the process at the first noexcept frame. Such a thread is caught here
+// and sleeps until the process ends.
 void take_gil(PyThreadState* state) {
     try {
         PyEval_RestoreThread(state);
@@ -155,7 +155,8 @@ void take_gil(PyThreadState* state) {
     }
 }
 
-// `stream` is a cudaStream_t as a number, 0 the legacy default stream; CPU arrays do without.
+// Calls the core without the GIL. `stream` is a cudaStream_t as a number; 0 is the legacy default stream. CPU arrays
+// ignore it.
 template <class F>
 void call(std::uintptr_t stream, F f) {
     PyThreadState* const state = PyEval_SaveThread();
@@ -275,7 +276,7 @@ NB_MODULE(_core, m) {
     m.attr("CUDA") = CARAFEPP_CUDA + 0;
     m.attr("CUDA_MANAGED") = CARAFEPP_CUDA_MANAGED + 0;
 
-    nb::class_<Params>(m, "Params", "carafepp_params, and the function that they are for.")
+    nb::class_<Params>(m, "Params", "The carafepp_params of one function.")
         .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, bool,
                       std::optional<std::string>>(),
              "function"_a, "number"_a, "up"_a.none(), "down"_a.none(), "kernel_size"_a.none(), "groups"_a.none(),
@@ -297,7 +298,7 @@ NB_MODULE(_core, m) {
           nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
                   "list[tuple[str, str | None]]"));
 
-    nb::set_leak_warnings(false);  // of what a daemon thread still holds when the program ends
+    nb::set_leak_warnings(false);  // a daemon thread may hold objects when the program ends
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);

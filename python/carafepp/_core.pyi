@@ -33,7 +33,7 @@ CUDA: int = 2
 CUDA_MANAGED: int = 13
 
 class Params:
-    """carafepp_params, and the function that they are for."""
+    """The carafepp_params of one function."""
 
     def __init__(self, function: str, number: int, up: object | None, down: object | None, kernel_size: object | None, groups: object | None, normalizer: int, size: object | None, channels_last: bool, implementation: str | None) -> None: ...
 

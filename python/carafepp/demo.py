@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m carafepp demo`: content-aware reassembly on real data, in both directions.
 
-Up: a disparity map, shrunk eight times, is brought back with the photograph as its guide.
-Down: a photograph is shrunk four times with masks that keep its thin structures.
+Up: a disparity map is shrunk 8 times and upsampled again, guided by the photograph.
+Down: a photograph is shrunk 4 times by masks that keep its thin structures.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ Array = NDArray[Any]
 Panel = tuple[str, Array]  # a title and a picture [H, W, 3] in 0..1
 Part = tuple[slice, slice]  # rows and columns of a picture
 
-# Upsampling. The scores change little when one of these is moved by a quarter.
+# Upsampling. The scores change little if one of these constants changes by a quarter.
 UP = 8
-UP_KERNEL = 5  # the position term leaves next to nothing for blocks further off than two
-LIGHTNESS = 0.5  # light and shadow change a surface's lightness more than its hue: half weight
-COLOUR_SCALE = 2.0  # in CIELAB units; about 2 is the smallest difference that the eye notices
-MIXED_PENALTY = 0.5  # a block of many colours spans an edge, its disparity too: put it further off
-POSITION_SCALE = 0.4  # in blocks: wide enough to interpolate a slope, narrow enough to stay local
+UP_KERNEL = 5  # the position term is nearly 0 beyond two blocks
+LIGHTNESS = 0.5  # weight; light and shadow change lightness more than hue
+COLOUR_SCALE = 2.0  # CIELAB units; the eye notices differences from about 2
+MIXED_PENALTY = 0.5  # for a block of many colours, which spans an edge
+POSITION_SCALE = 0.4  # blocks; wide enough for a slope, narrow enough to stay local
 
 # Downsampling.
 DOWN = 4
-DOWN_KERNEL = 2 * DOWN - 1  # the smallest window around a block's first pixel that holds the block
-AROUND = 0.7  # in blocks, of a Gaussian: the block counts about as much as its two neighbours
-NOISE = 2.0  # in CIELAB units: smaller differences are no detail, and are averaged away
+DOWN_KERNEL = 2 * DOWN - 1  # the smallest window around a block's first pixel with the block
+AROUND = 0.7  # blocks; a block counts about as much as its two neighbours
+NOISE = 2.0  # CIELAB units; smaller differences are averaged away
 
 # Drawing, in pixels (and a disparity error).
 GAP, STRIP, DPI = 14, 38, 100
-WORST = 5.0  # errors from here on are drawn brightest
-CELL = 8  # how large a pixel of a shrunk picture is drawn
+WORST = 5.0  # the brightest error
+CELL = 8  # the side of a pixel of a shrunk picture
 
 
 class Scores(NamedTuple):
-    """Error of an upsampled disparity over the known pixels, and the time it took."""
+    """The error of an upsampled disparity over the known pixels, and the time."""
 
     rmse: float
     mae: float
-    bad: float  # share of the pixels that are more than one off
+    bad: float  # share of the pixels with an error above 1
     seconds: float
 
 
 class Look(NamedTuple):
-    """What shrinking left of a picture, in grey levels of 0..255."""
+    """The brightness and the contrast of a shrunk picture, in grey levels of 0..255."""
 
     brightness: float  # area averaging keeps the photograph's
     contrast: float  # standard deviation of the pixels from their 3x3 neighbourhood
@@ -83,7 +83,7 @@ def split_into_blocks(image: Array, size: int) -> Array:
 
 
 def load_scene() -> tuple[Array, Array]:
-    """Photograph [H, W, 3] in 0..1, disparity [H, W], NaN where unknown; cut to whole blocks."""
+    """Return a photograph [H, W, 3] in 0..1 and its disparity [H, W], NaN where unknown."""
     photo, _, disparity = data.stereo_motorcycle()
     height, width = (size // UP * UP for size in disparity.shape)
     disparity = np.where(np.isfinite(disparity) & (disparity > 0), disparity, np.nan)
@@ -114,7 +114,7 @@ def upsampling_logits(photo: Array) -> Array:
     colour = pixels.mean(2, keepdims=True)  # of a block
     spread = np.sqrt(((pixels - colour) ** 2).sum(3).mean(2, keepdims=True))
 
-    # Beyond the border lie blocks of infinitely other colour: their weight becomes exactly 0.
+    # Blocks beyond the border have an infinite colour difference, so their weight is exactly 0.
     border = [(r, r), (r, r), (0, 0)]
     colour = np.pad(colour[:, :, 0], border, constant_values=np.inf)[:, :, None]
     spread = np.pad(spread, border)
@@ -178,7 +178,7 @@ def upsampling_demo(path: Path) -> dict[str, Scores]:
 def draw_upsampling(
     path: Path, photo: Array, disparity: Array, results: dict[str, Array], scores: dict[str, Scores]
 ) -> None:
-    """Three rows: the five pictures; a detail of each; the measurement and the four error maps."""
+    """Draw three rows: five pictures, a detail of each, the measurement and four error maps."""
     least, most = np.nanmin(disparity), np.nanmax(disparity)
 
     def depth(values: Array) -> Array:
@@ -219,7 +219,7 @@ def read_picture(path: Path) -> Array:
         if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
         picture = picture.convert("RGBA")
-    # Pillow has many ways to say that a file is broken.
+    # Pillow raises many kinds of errors for a broken file.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     white = Image.new("RGBA", picture.size, "white")
@@ -229,8 +229,9 @@ def read_picture(path: Path) -> Array:
 def downsampling_logits(photo: Array) -> Array:
     """[H, W, 3] -> [1, K*K, ceil(H/4), ceil(W/4)]: how much a pixel of a block stands out.
 
-    Its weight is the squared difference of its colour from the surroundings of the block, after
-    detail-preserving image downscaling (Weber et al. 2016): thin lines keep their colour.
+    The weight of a pixel is the squared difference of its colour from the block's surroundings.
+    This follows detail-preserving image downscaling (Weber et al. 2016): thin lines keep their
+    colour.
     """
     k, first = DOWN_KERNEL, DOWN_KERNEL // 2
     pixels = split_into_blocks(color.rgb2lab(photo).astype(np.float32), DOWN)
@@ -240,7 +241,7 @@ def downsampling_logits(photo: Array) -> Array:
     logit = np.where(np.isnan(difference2), -np.inf, np.log(difference2 + NOISE**2))
 
     # A window is centred on the first pixel of its block, so the block is its lower right part.
-    # Weight 0 for all other taps: the result does not shift against the photograph.
+    # All other taps have weight 0, so the result does not shift against the photograph.
     logits = np.full((k, k, rows, cols), -np.inf, np.float32)
     logits[first:, first:] = logit.reshape(rows, cols, DOWN, DOWN).transpose(2, 3, 0, 1)
     return logits.reshape(1, k * k, rows, cols)
@@ -278,10 +279,10 @@ def downsampling_demo(path: Path, photo: Array) -> dict[str, Look]:
 def draw_downsampling(
     path: Path, photo: Array, results: dict[str, Array], looks: dict[str, Look]
 ) -> None:
-    """Two by two: the photograph, and the middle of each result, large."""
+    """Draw two rows of two: the photograph, and the centre of each result, enlarged."""
     width = 736  # of a panel: that of the scene
     height = width * photo.shape[0] // photo.shape[1]
-    height = min(max(height, width // 3), width)  # or else a banner would leave no room for text
+    height = min(max(height, width // 3), width)  # a banner would leave no room for text
     rows, cols = results["carafepp"].shape[:2]
     high, wide = min(height // CELL, rows), min(width // CELL, cols)
     top, left = (rows - high) // 2, (cols - wide) // 2
@@ -350,7 +351,7 @@ def print_looks(looks: dict[str, Look]) -> None:
 
 
 def run(image: Path | None, out: Path) -> None:
-    """Both directions on the scene, or the second one on the user's picture."""
+    """Run both directions on the scene, or the second one on the user's picture."""
     photo = load_scene()[0] if image is None else read_picture(image)
     out.mkdir(parents=True, exist_ok=True)
     shrunk = out / f"carafepp-{'photograph' if image is None else image.stem}.png"
@@ -363,7 +364,7 @@ def run(image: Path | None, out: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; 2 when it cannot, with the reason on stderr."""
+    """Run the demo. If it cannot run, return 2 and print the reason to stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m carafepp demo",
         description="Upsample a disparity map and shrink a photograph, beside the usual ways.",

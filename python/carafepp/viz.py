@@ -1,7 +1,8 @@
-"""What CARAFE++ does to a picture: masks, the units that feed a location, feature maps.
+"""Pictures of what CARAFE++ does: masks, feature maps, and the features behind a location.
 
-Figures 1 and 9 of the paper are drawn from `trace`: a location's contributions, taken back through
-the reassembly masks of one module after another. Needs matplotlib; recording, PyTorch.
+Figures 1 and 9 of the paper come from `trace`. It follows the contributions to a location back
+through the masks of one module after another. A unit is one position of a feature map, as in the
+paper. This module needs matplotlib; `record_reassemblies` needs PyTorch.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ LOCATION, SOURCE = "lime", "red"  # colours, as in the paper
 
 
 class Reassembly(NamedTuple):
-    """How one feature map was made from another one.
+    """The reassembly of one feature map into another one.
 
     Attributes
     ----------
     masks : array, [groups*K*K, H', W']
         Normalised reassembly kernels.
     size : (int, int)
-        (H, W), of the features that were reassembled.
+        (H, W) of the input features.
     up, down, groups : int
         As for `carafepp.reassemble`.
     """
@@ -45,9 +46,9 @@ class Reassembly(NamedTuple):
 
 @contextmanager
 def record_reassemblies(network: Any) -> Iterator[dict[str, Reassembly]]:
-    """Within the context, keep what the CARAFE modules of a network did in its last forward pass.
+    """Record the reassemblies of a network's CARAFE modules in the last forward pass.
 
-    Of a batch, the first picture is kept.
+    The record has the first picture of a batch.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ def record_reassemblies(network: Any) -> Iterator[dict[str, Reassembly]]:
     Yields
     ------
     dict
-        From the name of each module, as in ``network.named_modules()``, to its `Reassembly`.
+        The `Reassembly` of each module, by its name in ``network.named_modules()``.
 
     Examples
     --------
@@ -99,7 +100,7 @@ def record_reassemblies(network: Any) -> Iterator[dict[str, Reassembly]]:
 
 
 def nearest(size: tuple[int, int], up: int = 2) -> Reassembly:
-    """Return what interpolation by the nearest neighbour does: masks of a single tap, 1."""
+    """Return nearest-neighbour interpolation as a reassembly: masks with a single tap, 1."""
     height, width = size
     return Reassembly(np.ones((1, height * up, width * up), np.float32), size, up=up)
 
@@ -107,27 +108,26 @@ def nearest(size: tuple[int, int], up: int = 2) -> Reassembly:
 def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
     """Return how much each unit contributes to a location, through one reassembly after another.
 
-    The weights with which the units of each source are summed: the gradient of the features at the
-    location, by `reassemble_backward`, through the masks only, as if nothing else lay between the
-    reassemblies. Groups of channels are averaged. Within the borders, kernels that sum to 1 leave
-    a sum of 1.
+    A contribution is the weight of a unit in the sum at the location. It is a gradient, by
+    `reassemble_backward`, through the masks alone: layers between reassemblies are ignored.
+    Groups of channels are averaged. Kernels that sum to 1 leave a sum of 1 within the borders.
 
     Parameters
     ----------
     chain : sequence of Reassembly
-        The last one first: the source of each is what the next one makes.
+        The last reassembly first: the source of each is the result of the next one.
     location : (int, int)
-        In the output of ``chain[0]``.
+        A position in the output of ``chain[0]``.
 
     Returns
     -------
     list of array, [H, W]
-        For the source of each reassembly in the chain.
+        The contributions for the source of each reassembly in the chain.
 
     Raises
     ------
     ValueError
-        A location that is outside, or a chain that does not fit.
+        The location is outside, or the reassemblies do not fit each other.
 
     References
     ----------
@@ -171,7 +171,7 @@ def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
 
 
 def most_weighted(weights: Array, share: float) -> Array:
-    """Return the fewest units that together have a share of all the weight: [H, W] of bool."""
+    """Return the smallest set of units with a given share of the weight: [H, W] of bool."""
     if not 0 < share <= 1:
         raise ValueError(f"[most_weighted] share must be above 0, at most 1; got {share}.")
     order = np.argsort(weights, axis=None)[::-1]
@@ -184,8 +184,8 @@ def most_weighted(weights: Array, share: float) -> Array:
 def principal_colours(features: Array) -> Array:
     """Return a feature map in colours: [C, H, W] -> [H, W, 3], 0 to 1.
 
-    Red, green and blue are the first three principal components of the channels, each from its
-    2nd to its 98th percentile. Their signs are such that the largest weight is positive.
+    Red, green and blue are the first three principal components of the channels. Each is scaled
+    from its 2nd to its 98th percentile. The largest weight of each component is positive.
     """
     channels = features.reshape(len(features), -1).astype(np.float64)
     channels = channels - channels.mean(1, keepdims=True)
@@ -199,7 +199,7 @@ def principal_colours(features: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------- drawing
-# Units of a feature map that has a stride are cells of stride*stride pixels of the picture.
+# A unit of a feature map with a stride covers stride*stride pixels of the picture.
 
 
 def draw_picture(axes: Any, picture: Array, title: str = "") -> None:
@@ -218,9 +218,9 @@ def draw_location(axes: Any, location: Location, stride: float = 1) -> None:
 
 
 def draw_units(axes: Any, weights: Array, stride: float, share: float = 0.8) -> None:
-    """Draw red dots in the middles of the units that have most of the weight (Figure 9).
+    """Draw red dots in the centres of the units with most of the weight (Figure 9).
 
-    The area of a dot is in proportion to its weight.
+    The area of a dot is proportional to the weight.
     """
     rows, columns = np.nonzero(most_weighted(weights, share))
     area = weights[rows, columns] / weights.max()
@@ -229,14 +229,14 @@ def draw_units(axes: Any, weights: Array, stride: float, share: float = 0.8) -> 
 
 
 def draw_unit(axes: Any, unit: Location, stride: float) -> None:
-    """Draw a white frame around the cell of a unit."""
+    """Draw a white frame around the pixels of a unit."""
     row, column = unit
     corner = (column * stride - 0.5, row * stride - 0.5)
     axes.add_patch(Rectangle(corner, stride, stride, fc="none", ec="white", lw=1))
 
 
 def draw_region(axes: Any, weights: Array, stride: int) -> None:
-    """Tint the picture red where the weight is, the largest in full (Figure 1)."""
+    """Tint the picture red by the weight; the largest weight is full red (Figure 1)."""
     opacity = np.kron(np.sqrt(weights / weights.max()), np.ones((stride, stride)))
     tint = np.empty((*opacity.shape, 4))
     tint[..., :3], tint[..., 3] = to_rgb(SOURCE), 0.85 * opacity
@@ -246,18 +246,18 @@ def draw_region(axes: Any, weights: Array, stride: int) -> None:
 def draw_mask(
     axes: Any, reassembly: Reassembly, location: Location, stride: float, group: int = 0
 ) -> None:
-    """Draw the reassembly kernel of a location over its window, the largest weight in full.
+    """Draw the reassembly kernel of a location over its window; the largest weight is full red.
 
     Parameters
     ----------
     axes : matplotlib's Axes
     reassembly : Reassembly
     location : (int, int)
-        In the output.
+        A position in the output.
     stride : float
-        Of the source.
+        The stride of the source.
     group : int, default 0
-        Whose kernel.
+        The group of channels.
     """
     taps = len(reassembly.masks) // reassembly.groups
     k = round(taps**0.5)

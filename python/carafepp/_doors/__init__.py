@@ -3,8 +3,8 @@
 To add a library, write a file with its door here, and add the door to `DOORS`. No library is
 imported before an array of it comes in.
 
-A call does not wait for its work on a GPU. An array may be freed while the work is queued, because
-the work is on the stream by which the library orders its memory.
+A call does not wait for its work on a GPU. An array may be freed while the work is queued: the
+library orders its memory by the same stream.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Door:
     """An array library: how to recognise, read and make its arrays.
 
     A library implements the first four methods. A library with operators of its own (differentiable
-    or traced) overrides `call`, and needs the other methods only if it uses `compute`.
+    or traced) overrides `call`. Only `compute` needs `view`, `empty` and `stream`.
     """
 
     def recognise(self, array: Any) -> str | None:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options, or exit with what is wrong with them."""
+    """Return the options, or exit with an error message."""
     tables = "\n".join(f"  {t.name:25} {t.question} ({t.paper})" for t in TABLES.values())
     parser = argparse.ArgumentParser(
         prog="python -m carafepp.experiments",
@@ -97,7 +97,7 @@ def _positive(word: str) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, write and print what the options ask for."""
+    """Train, write and print as the options say."""
     columns = (
         *Progress.get_default_columns()[1:2],
         MofNCompleteColumn(),

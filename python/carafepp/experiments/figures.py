@@ -1,4 +1,4 @@
-"""The paper's Figures 1 and 9, masks and feature maps, from networks trained on made scenes."""
+"""The paper's Figures 1 and 9, masks and feature maps, from networks trained on drawn scenes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .tables import PRESETS
 
 Array = NDArray[Any]
 
-# Modules of `SegmentationNet`, from its output back to the coarsest level, and from that level back
-# to the stem; strides of what they reassemble.
+# Modules of `SegmentationNet` with the strides of their inputs: first from the output back to the
+# coarsest level, then from that level to the stem.
 UP_CHAIN = ("head.3", "head.2", "fpn.upsamplers.0", "fpn.upsamplers.1", "fpn.upsamplers.2")
 UP_STRIDES = (2, 4, 8, 16, 32)
 DOWN_CHAIN = (
@@ -33,14 +33,14 @@ DOWN_STRIDES = (16, 8, 4, 2)
 
 COLOURS_OF_A_FILE = 128  # noise makes files large
 
-# Locations in scenes, by number: rows and columns, of pixels or, COARSE, of units of stride 32.
+# Locations (row, column) by the number of a scene, in pixels; COARSE in units of stride 32
 SIZE, SCENES = 128, 12
 LOCATIONS = ((3, (45, 88)), (3, (45, 97)), (10, (66, 50)), (6, (95, 60)))
 COARSE_LOCATIONS = ((5, (1, 2)), (6, (3, 3)), (3, (1, 3)), (10, (2, 2)))
 
 
 class Drawn:
-    """A scene, and what the network with CARAFE++ did in it."""
+    """A scene, and the reassemblies of the network with CARAFE++ in it."""
 
     def __init__(self, network: SegmentationNet, scenes: Scenes, number: int) -> None:
         self.image, self.classes = scenes.images[number], scenes.classes[number]
@@ -57,7 +57,7 @@ def draw_figures(
 ) -> list[Path]:
     """Write PNGs into a folder, and return their paths.
 
-    The networks, with CARAFE++ and without, are trained unless OUT/figures.pt has them.
+    The networks (with CARAFE++ and without) are trained, unless OUT/figures.pt has them.
     """
     networks = load_networks(out / "figures.pt", preset, device, progress or Progress(disable=True))
     scenes = make_scenes(SCENES, SIZE, seed=3)
@@ -82,7 +82,7 @@ def draw_figures(
 def load_networks(
     path: Path, preset: str, device: str, progress: Progress
 ) -> dict[str, SegmentationNet]:
-    """Return networks with CARAFE++ in all places, "carafe", and in none, "nearest"."""
+    """Return two networks: "carafe" with CARAFE++ everywhere, and "nearest" without it."""
     given = {**PRESETS[preset]["figures"], "learning_rate": 0.002, "seed": 0}
     operators = {"carafe": ("carafe", "carafe"), "nearest": ("nearest", "strided_conv")}
     saved = torch.load(path, map_location="cpu") if path.exists() else {}
@@ -105,9 +105,9 @@ def load_networks(
 
 
 def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
-    """Regions accumulated through the top-down path, from a pixel back to the coarsest level.
+    """Draw the regions behind a pixel through the top-down path, back to the coarsest level.
 
-    White is the unit that would be all of it with interpolation by the nearest unit.
+    Nearest-neighbour interpolation would use the unit in the white frame alone.
     """
     figure = Figure(figsize=(11.5, 2.25 * len(LOCATIONS)), layout="constrained")
     grid = figure.subplots(len(LOCATIONS), 1 + len(UP_CHAIN))
@@ -127,7 +127,7 @@ def draw_figure_1(network: SegmentationNet, scenes: Scenes) -> Figure:
 
 
 def draw_figure_9(network: SegmentationNet, scenes: Scenes, share: dict[str, float]) -> Figure:
-    """Units that are reassembled into a location, all the way up and all the way down."""
+    """Draw the units behind a location, all the way up and all the way down."""
     figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.6), layout="constrained")
     grid = figure.subplots(2, len(LOCATIONS))
     for axes, (number, location) in zip(grid[0], LOCATIONS, strict=True):
@@ -153,17 +153,17 @@ def draw_figure_9(network: SegmentationNet, scenes: Scenes, share: dict[str, flo
 
 
 def zoom(axes: Any, location: viz.Location, reach: int) -> None:
-    """Show only what is at most some pixels away from a location."""
+    """Show only the pixels within a distance of a location."""
     axes.set_xlim(location[1] - reach - 0.5, location[1] + reach + 0.5)
     axes.set_ylim(location[0] + reach + 0.5, location[0] - reach - 0.5)
 
 
 def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, float]:
-    """Return how much of the weight lies on units that the network takes for what a location is.
+    """Return the share of the weight on units with the class of the location.
 
-    Locations are pixels on the true contours, and are their true class; units are those of stride 4
-    that the head upsamples; beside CARAFE++, for interpolation by the nearest unit and for the
-    average of the 5x5 units around it.
+    Locations are pixels on the true contours, with their true class. Units are the inputs of the
+    head's upsamplers, with stride 4 and the predicted class. The nearest unit and the average of
+    the 5x5 units around it are for comparison.
     """
     shares: dict[str, list[float]] = {"carafe": [], "nearest": [], "average": []}
     for number, image in enumerate(scenes.images):
@@ -187,7 +187,7 @@ def share_of_own_class(network: SegmentationNet, scenes: Scenes) -> dict[str, fl
 
 
 def draw_masks(network: SegmentationNet, scenes: Scenes) -> Figure:
-    """Reassembly kernels of single modules."""
+    """Draw reassembly kernels of single modules."""
     figure = Figure(figsize=(2.4 * len(LOCATIONS), 5.2), layout="constrained")
     grid = figure.subplots(2, len(LOCATIONS))
     for axes, (number, location) in zip(grid.T, LOCATIONS, strict=True):
@@ -202,7 +202,7 @@ def draw_masks(network: SegmentationNet, scenes: Scenes) -> Figure:
 
 
 def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figure:
-    """Upsampled feature maps, without CARAFE++ and with it."""
+    """Draw upsampled feature maps, without CARAFE++ and with it."""
     names = ("fpn.upsamplers.0", "head.2", "head.3")
     numbers = sorted({number for number, _ in LOCATIONS})
     size = (1.9 * (1 + 2 * len(names)), 2.1 * len(numbers))
@@ -224,7 +224,7 @@ def draw_features(networks: dict[str, SegmentationNet], scenes: Scenes) -> Figur
 def record_outputs(
     network: SegmentationNet, names: tuple[str, ...], image: Array
 ) -> dict[str, Array]:
-    """Return what some modules of a network return for a picture: [C, H, W] each."""
+    """Return the outputs of some modules of a network for a picture: [C, H, W] each."""
     outputs: dict[str, Array] = {}
     handles = [
         network.get_submodule(name).register_forward_hook(

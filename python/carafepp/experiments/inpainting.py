@@ -1,8 +1,8 @@
-"""Table 10's question in miniature: inpainting with CARAFE++ on the way down, on the way up, both.
+"""Table 10 in miniature: inpainting with CARAFE++ on the way down, on the way up, and on both.
 
 A generator of `carafepp.torch.models.inpainting` learns to fill free-form holes in crops of seven
-photographs, and is measured on the right thirds of them, which it has not seen. The paper's own
-numbers, on Places at 256x256 (its section 4.3 replaces both ways, its section 5.2 speaks of up):
+photographs. The test crops are from the right thirds, which it has not seen. The paper's own
+numbers are for Places at 256x256 (section 4.3 replaces both ways, section 5.2 mentions up only):
 
 ============  ===============  ===============
 L1, PSNR      baseline         with CARAFE++
@@ -35,13 +35,13 @@ from ..torch.models.inpainting import (
 from .pictures import free_form_holes, load_pictures, psnr, random_crops
 
 TEST_CROPS = 128
-ADVERSARIAL_WEIGHT = 0.01  # of the generator's adversarial loss beside the reconstruction loss
+ADVERSARIAL_WEIGHT = 0.01  # the reconstruction loss has weight 1
 
 
 def make_generator(network: str, *, width: int, **resamplers: str | None) -> nn.Module:
-    """Return "global_local" or "partial_conv": Global&Local's generator, or that of partial ones.
+    """Return the generator "global_local" or "partial_conv".
 
-    Where no downsampler or upsampler is named, the network has that of its baseline.
+    By default, the network has the downsampler and the upsampler of its baseline.
     """
     given: dict[str, Any] = {key: name for key, name in resamplers.items() if name is not None}
     if network == "global_local":
@@ -67,37 +67,37 @@ def train_inpainting(
     device: str = "cpu",
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a generator, and measure it on the test set, which is the same for every call.
+    """Train a generator, and measure it on the test set, the same in every call.
 
     Parameters
     ----------
     network : {"global_local", "partial_conv"}
     downsampler, upsampler : str, optional
-        Names that the network takes; by default those of the paper's baseline.
+        Names that the network takes; by default the names of the paper's baseline.
     steps, seed, size, width, batch : int
-        The number of steps; what the weights, crops and holes are drawn from; the side of the
-        crops; the generator's (and discriminator's) width; the crops in a step.
+        The number of steps; the seed of weights, crops and holes; the side of the crops; the width
+        of generator and discriminator; the number of crops in a step.
     adversarial : bool, default False
-        Whether a discriminator is trained too.
+        True trains a discriminator too.
     device : str, default "cpu"
-        Where, for `torch.device`. On the CPU the results are a seed's alone, given the number of
-        threads.
+        An argument of `torch.device`. On the CPU, the seed and the number of threads determine the
+        results.
     progress : function of (step, reconstruction loss), optional
         Called after each step.
 
     Returns
     -------
     dict
-        ``psnr`` (dB) and ``l1`` (%, of the range of values) of the filled pictures, as in Table 10;
-        ``psnr_mean``, the PSNR where each hole is filled by the mean colour around it;
-        ``parameters`` of the generator; ``seconds`` of the training; ``generator``, trained.
+        ``psnr`` (dB) and ``l1`` (% of the range of values) of the filled pictures, as in Table 10;
+        ``psnr_mean``, the PSNR if each hole has the mean colour around it; ``parameters`` of the
+        generator; ``seconds`` of the training; ``generator``, trained.
 
     Raises
     ------
     TypeError
-        A number that is not an integer.
+        A number is not an integer.
     ValueError
-        An unknown name, a number below 1, or a size that the pictures do not have.
+        A name is unknown, a number is below 1, or the pictures are smaller than size.
     """
     _arguments.positive("train_inpainting", steps=steps, size=size, batch=batch)
     with torch.random.fork_rng(devices=[]):
@@ -150,7 +150,7 @@ def evaluate(generator: nn.Module, size: int, device: str = "cpu") -> dict[str, 
 
 
 class _Descent:
-    """The paper's optimiser, ten times as fast for so few steps, slowed down to nothing."""
+    """The paper's optimiser, with ten times its learning rate, which decays to 0."""
 
     def __init__(self, network: nn.Module, steps: int) -> None:
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.9))

@@ -1,7 +1,7 @@
-"""Pictures for the inpainting experiments, all from packages, and the holes that are put into them.
+"""Pictures from packages for the inpainting experiments, and holes for them.
 
-Pictures are of float32, [H, W, 3] or [N, 3, size, size], within [-1, 1]; holes are of bool,
-[N, 1, size, size], true where a picture is missing.
+Pictures are float32, [H, W, 3] or [N, 3, size, size], within [-1, 1]. Holes are bool,
+[N, 1, size, size], and true for missing pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 
 class Pictures(NamedTuple):
-    """Photographs in two parts that share no pixel."""
+    """Photographs for training and for tests, which share no pixel."""
 
     train: list[Array]
     test: list[Array]
@@ -28,10 +28,10 @@ class Pictures(NamedTuple):
 
 @cache
 def load_pictures(size: int) -> Pictures:
-    """Seven photographs of scikit-image and scikit-learn; the right third of each is for tests.
+    """Return seven photographs of scikit-image and scikit-learn; the right thirds are for tests.
 
-    They are shrunk by 3, or less where crops of `size` do not fit then: a small crop is to show
-    more than a smooth patch.
+    They are shrunk by 3, or less if crops of `size` would not fit. So a small crop shows more than
+    a smooth patch.
     """
     photographs = [
         data.astronaut(),
@@ -57,7 +57,7 @@ def load_pictures(size: int) -> Pictures:
 
 
 def random_crops(pictures: list[Array], count: int, size: int, rng: np.random.Generator) -> Array:
-    """Return squares out of random pictures, half of them mirrored: [count, 3, size, size]."""
+    """Return squares from random pictures, half of them mirrored: [count, 3, size, size]."""
     crops = np.empty((count, 3, size, size), np.float32)
     for crop in crops:
         picture = pictures[rng.integers(len(pictures))]
@@ -70,8 +70,8 @@ def random_crops(pictures: list[Array], count: int, size: int, rng: np.random.Ge
 def free_form_holes(count: int, size: int, rng: np.random.Generator) -> Array:
     """Return holes of brush strokes, after Yu et al. 2019: [count, 1, size, size].
 
-    A stroke is a line of 4 to 8 pieces, each size/8 to size/3 long, that turns sharply at every
-    corner; the brush is round, size/10 to size/5 wide. There are one to three strokes.
+    There are one to three strokes. A stroke has 4 to 8 straight segments, each size/8 to size/3
+    long, with sharp turns. The brush is round, size/10 to size/5 wide.
     """
     holes = np.zeros((count, 1, size, size), bool)
     for hole in holes:
@@ -100,10 +100,9 @@ def rectangular_holes(count: int, size: int, rng: np.random.Generator) -> Array:
 
 
 def psnr(pictures: Array, originals: Array) -> float:
-    """Return ``10*log10(2**2 / mean squared error)`` in dB, of the error over all pictures.
+    """Return ``10*log10(2**2 / mean squared error)`` in dB, with the error over all pictures.
 
-    Not the mean of each picture's: that is mostly about the smoothest ones, whose error is next
-    to nothing.
+    The smoothest pictures, with hardly any error, would dominate a mean of each picture's PSNR.
     """
     error = np.square(pictures - originals, dtype=np.float64).mean()
     return float(10 * np.log10(4 / error))

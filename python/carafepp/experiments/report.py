@@ -13,7 +13,7 @@ from .trainings import Line
 
 
 def markdown(table: Table, lines: Sequence[Line], preset: str) -> str:
-    """Return a table with means and standard deviations; the best mean of a measure is bold."""
+    """Return a table with means and standard deviations; the best mean of each measure is bold."""
     measures = MEASURES[table.task]
     columns = [_cells(measure, lines) for measure in measures]
     headings = [
@@ -52,7 +52,7 @@ def _cells(measure: Measure, lines: Sequence[Line]) -> list[str]:
 
 
 def footnote(lines: Sequence[Line], preset: str) -> str:
-    """Return the sentence on seeds, and on where, when and from what the numbers come."""
+    """Return the sentence on the seeds, the machine, the date and the commit of the numbers."""
     seeds = len(lines[0].entries)
     what = "One seed" if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds"
     of_all = [entry for line in lines for entry in line.entries]
@@ -64,7 +64,7 @@ def footnote(lines: Sequence[Line], preset: str) -> str:
 
 
 def plot(table: Table, lines: Sequence[Line], path: Path) -> None:
-    """Write a PNG: the main measure of each row, its seeds as dots, beside the paper's."""
+    """Write a PNG: the main measure of each row, a dot for each seed, and the paper's number."""
     main = MEASURES[table.task][0]
     figure = Figure(figsize=(8, 1.3 + 0.3 * len(lines)), layout="constrained")
     ours, papers = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])

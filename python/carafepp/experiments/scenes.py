@@ -1,7 +1,7 @@
-"""Made scenes for segmentation: overlapping shapes before a background, and what each pixel shows.
+"""Drawn scenes for segmentation: overlapping shapes before a background, and the class of a pixel.
 
-A class is a kind of shape, its texture, and more or less its colour, which others can have too: a
-pixel alone does not tell its class, while contours, of thin and small things too, are sharp.
+A class has a shape, a texture and a range of colours, which overlaps with other ranges. So a pixel
+alone does not tell its class. Contours are sharp, also for thin and small shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CLASSES = ("background", "disc", "polygon", "star", "ring", "stroke")
-SHAPES = (6, 10)  # least and most in a scene
+SHAPES = (6, 10)  # minimum and maximum in a scene
 COLOURS = np.array(  # of the classes; anything may be behind them
     [
         [0.5, 0.5, 0.5],
@@ -25,7 +25,7 @@ COLOURS = np.array(  # of the classes; anything may be behind them
         [0.7, 0.2, 0.8],
     ]
 )
-VARIETY = np.array([0.5, 0.2, 0.2, 0.2, 0.2, 0.2])  # how far colours are from that, at most
+VARIETY = np.array([0.5, 0.2, 0.2, 0.2, 0.2, 0.2])  # the largest distance from these colours
 
 
 class Scenes(NamedTuple):
@@ -34,11 +34,11 @@ class Scenes(NamedTuple):
     Attributes
     ----------
     images : array of float32, [N, 3, size, size]
-        About 0 to 1, a little more or less by light and noise.
+        About 0 to 1; light and noise exceed this a little.
     classes : array of uint8, [N, size, size]
         Indices into `CLASSES`.
     instances : array of uint8, [N, size, size]
-        0 where the background is seen, else the number of the shape, from 1, the hindmost first.
+        0 for the background, else the number of the shape, from 1 for the hindmost.
     """
 
     images: Array
@@ -47,7 +47,7 @@ class Scenes(NamedTuple):
 
 
 def make_scenes(count: int, size: int, seed: int) -> Scenes:
-    """Return scenes of size*size pixels, each drawn from the seed and its own number."""
+    """Return scenes of size*size pixels; the seed and its number determine a scene."""
     for name, value, least in (("count", count, 1), ("size", size, 16)):
         if value < least:
             raise ValueError(f"[make_scenes] {name} must be at least {least}; got {value}.")
@@ -75,7 +75,7 @@ def _draw(image: Array, classes: Array, instances: Array, rng: np.random.Generat
 
 
 def _shape(label: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Return where a shape is: [size, size] of bool."""
+    """Return the pixels of a shape: [size, size] of bool."""
     size = len(x)
     middle = rng.uniform(0.1, 0.9, 2) * size
     radius = rng.uniform(0.08, 0.28) * size
@@ -87,7 +87,7 @@ def _shape(label: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
     match CLASSES[label]:
         case "disc":
             inside = np.hypot(u, v * rng.uniform(1, 2)) < radius
-        case "polygon":  # what lies on the inner side of all its edges
+        case "polygon":  # the pixels on the inner side of all edges
             corners = rng.integers(3, 6)
             normals = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.2, 0.2, corners)) / corners
             edges = [u * np.cos(angle) + v * np.sin(angle) < 0.7 * radius for angle in normals]
@@ -104,7 +104,7 @@ def _shape(label: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
 
 
 def _texture(label: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Return how much of its second colour a class shows: [size, size], 0 to 1."""
+    """Return the share of the second colour of a class: [size, size], 0 to 1."""
     period, turn = rng.uniform(4, 7), rng.uniform(0, np.pi)
     u = (x * np.cos(turn) + y * np.sin(turn)) * 2 * np.pi / period
     v = (y * np.cos(turn) - x * np.sin(turn)) * 2 * np.pi / period

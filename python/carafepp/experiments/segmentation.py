@@ -1,8 +1,8 @@
-"""Semantic segmentation of made scenes, with any resampling operator in the backbone and the FPN.
+"""Semantic segmentation of drawn scenes, with any resampling operator in the backbone and the FPN.
 
-The network is the paper's ResNet and FPN with few layers, all widths scaled down alike, and a head
-that upsamples the finest level of the pyramid twice, to the size of the picture, with the same
-operator as the FPN, and classifies every pixel. Nothing but the operator sharpens contours.
+The network is the paper's ResNet and FPN, with fewer layers and smaller widths. Its head upsamples
+the finest level twice by the operator of the FPN, and classifies every pixel. Only the operator
+sharpens contours.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .scenes import CLASSES, Scenes, make_scenes
 Array = NDArray[Any]
 
 TRAINING_SCENES, TEST_SCENES = 1024, 128
-CONTOUR = 1  # pixels: how wide the inner contour of a region is, for the boundary IoU
+CONTOUR = 1  # pixels, the width of the inner contour of a region, for the boundary IoU
 
-# What the paper's networks have, and the inner widths of the operators that go with it.
-PAPER_WIDTH, PAPER_CHANNELS = 64, 256  # of the stem, of the FPN
+# Widths of the paper's networks, and the inner widths of their operators
+PAPER_WIDTH, PAPER_CHANNELS = 64, 256  # the stem and the FPN
 INNER_UP: dict[str, dict[str, Any]] = {"carafe": {"compressed_channels": 64}, "gum": {"hidden": 64}}
 INNER_DOWN: dict[str, dict[str, Any]] = {
     "carafe": {"compressed_channels": 16},
@@ -45,10 +45,10 @@ class SegmentationNet(nn.Module):
     upsampler, downsampler : str
         Names of `carafepp.torch.models.UPSAMPLERS` and `DOWNSAMPLERS`.
     up_options, down_options : mapping, optional
-        Further arguments of the operators, inner widths (C_m) being those of the paper's networks:
-        here they are scaled by channels/256 and width/64.
+        Further arguments of the operators. Inner widths (C_m) are for the paper's networks; here
+        they are scaled by channels/256 and width/64.
     width, channels : int
-        Of the ResNet's stem, of the FPN.
+        The width of the ResNet's stem, and the channels of the FPN.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SegmentationNet(nn.Module):
 
 
 def scaled(options: Mapping[str, Any], width: int, paper_width: int) -> dict[str, Any]:
-    """Return options with the inner widths scaled from the paper's network to this one."""
+    """Return options with inner widths scaled from the paper's network to this one."""
     inner = ("compressed_channels", "hidden", "bottleneck")
     return {
         name: max(1, value * width // paper_width) if name in inner and value is not None else value
@@ -108,20 +108,20 @@ def train_segmentation(
     device: str = "cpu",
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a `SegmentationNet`, and measure it on test scenes, the same ones for every call.
+    """Train a `SegmentationNet`, and measure it on test scenes, the same in every call.
 
     Parameters
     ----------
     upsampler, downsampler, up_options, down_options, width, channels
         As for `SegmentationNet`.
     steps, seed, size, batch : int
-        The number of steps; what the weights and the order of the scenes are drawn from; the side
-        of the scenes, divisible by 4; how many are in a step.
+        The number of steps; the seed of the weights and of the order of scenes; the side of the
+        scenes, divisible by 4; the number of scenes in a step.
     learning_rate : float, default 0.004
-        The highest one, of AdamW.
+        The highest learning rate of AdamW.
     device : str, default "cpu"
-        Where, for `torch.device`. On the CPU the results are a seed's alone, given the number of
-        threads.
+        An argument of `torch.device`. On the CPU, the seed and the number of threads determine the
+        results.
     progress : function of (step, loss), optional
         Called after each step.
 
@@ -129,12 +129,12 @@ def train_segmentation(
     -------
     dict
         ``miou``, ``boundary_iou``, ``pixel_accuracy`` (%); ``parameters``; ``seconds`` of the
-        training, on the CPU those of this process alone; ``network``, trained.
+        training (on the CPU, the processor time of this process); ``network``, trained.
 
     Raises
     ------
     ValueError
-        An unknown name, or a number out of its range.
+        A name is unknown, or a number is out of its range.
     """
     for name, value in (("steps", steps), ("batch", batch)):
         if value < 1:
@@ -181,7 +181,7 @@ def train_segmentation(
 
 @cache
 def load_scenes(count: int, size: int, seed: int) -> Scenes:
-    """Return `make_scenes`, made once."""
+    """Return the scenes of `make_scenes`, cached."""
     return make_scenes(count, size, seed)
 
 
@@ -210,9 +210,9 @@ def predict(network: nn.Module, images: Array, device: str = "cpu", batch: int =
 def measure(predicted: Array, true: Array) -> dict[str, float]:
     """Return the mean IoU, the mean boundary IoU and the pixel accuracy, in %.
 
-    The IoU of a class is taken over all pixels of all scenes; its boundary IoU is the IoU of the
-    inner contours, `CONTOUR` pixels wide, of what is predicted and of what is true (B. Cheng et
-    al., "Boundary IoU", CVPR 2021). Classes that are nowhere predicted nor true do not count.
+    The IoU of a class is over all pixels of all scenes. The boundary IoU is the IoU of the inner
+    contours, `CONTOUR` pixels wide, of the predicted and the true regions (B. Cheng et al.,
+    "Boundary IoU", CVPR 2021). A class that is never predicted and never true does not count.
 
     Parameters
     ----------
@@ -236,9 +236,9 @@ def measure(predicted: Array, true: Array) -> dict[str, float]:
 
 
 def contour(region: Array) -> Array:
-    """Return the pixels of a region that have others within `CONTOUR`, diagonals too: [N, H, W].
+    """Return the pixels of regions with pixels outside within `CONTOUR`, diagonals too: [N, H, W].
 
-    Beyond the border the picture goes on as it ends.
+    The last pixels are repeated beyond the border.
     """
     width = 2 * CONTOUR + 1
     inner: Array = ndimage.minimum_filter(region, size=(1, width, width), mode="nearest")
@@ -246,6 +246,6 @@ def contour(region: Array) -> Array:
 
 
 def _iou(a: Array, b: Array) -> float:
-    """Return the intersection over the union; of nothing and nothing 1."""
+    """Return the intersection over the union; 1 for two empty regions."""
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0

@@ -1,6 +1,6 @@
-"""The tables as data: what is trained for each row, and what the paper has in its place.
+"""The tables as data: the training for each row, and the paper's number.
 
-Inner widths of operators are those of the paper's networks; `segmentation` scales them.
+Inner widths of operators are for the paper's networks; `segmentation` scales them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Row:
     paper : float
         The paper's number, on the paper's data.
     arguments : dict
-        Of `train_segmentation` or `train_inpainting`, on top of the preset's.
+        Arguments of `train_segmentation` or `train_inpainting`, in addition to the preset.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Table:
     ----------
     name, question : str
     paper : str
-        The table of the paper, and what its numbers are.
+        The table of the paper, and the meaning of its numbers.
     rows : sequence of Row
     task : {"segmentation", "inpainting"}
     """
@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that a training returns, as tables show it."""
+    """The form in which tables show a number of a training."""
 
     key: str
     heading: str
@@ -72,7 +72,7 @@ MEASURES = {  # by task, the main one first
     ),
 }
 
-BASELINES: dict[str, dict[str, Any]] = {  # by task: what a row has unless it says otherwise
+BASELINES: dict[str, dict[str, Any]] = {  # default arguments of a row, by task
     "segmentation": {"upsampler": "nearest", "downsampler": "strided_conv"},
     "inpainting": {},
 }

@@ -1,4 +1,4 @@
-"""What has been trained, kept in a file, and the training of what a table lacks."""
+"""A file of finished trainings, and the training of the missing rows of a table."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 class Trainings:
-    """The trainings that are done: a file of one JSON object a line, each known by its arguments.
+    """A file of finished trainings: one JSON object a line, identified by its arguments.
 
     Parameters
     ----------
     path : Path
-        Need not exist. A last line cut short, as by a full disk, is removed.
+        The file need not exist. An incomplete last line, as after a full disk, is removed.
 
     Raises
     ------
     ValueError
-        Another line is no training.
+        Another line is not a training.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,11 +64,11 @@ class Trainings:
         return self._entries[_key(arguments)]
 
     def __contains__(self, arguments: Arguments) -> bool:
-        """Whether there is such a line."""
+        """Tell whether the file has a training with exactly these arguments."""
         return _key(arguments) in self._entries
 
     def add(self, arguments: Arguments, results: dict[str, Any]) -> None:
-        """Write the numbers among the results down, with where, when and from what they come."""
+        """Append the numbers among the results, with the machine, the date and the commit."""
         numbers = {name: x for name, x in results.items() if isinstance(x, int | float)}
         entry = {
             "arguments": arguments,
@@ -97,7 +97,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the repository that this lies in, or else carafepp's version."""
+    """Return the commit of the surrounding repository, or else carafepp's version."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty"]
     try:
@@ -109,7 +109,7 @@ def commit() -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table, and the trainings that it stands for, one for each seed."""
+    """A row of a table, and its trainings, one for each seed."""
 
     row: Row
     entries: list[Entry]
@@ -122,15 +122,15 @@ class Line:
 def choose_rows(
     table: Table, *, upsampler: Sequence[str] = (), downsampler: Sequence[str] = ()
 ) -> Table:
-    """Return a table of other rows.
+    """Return a table with the rows for some operators of one direction.
 
-    If the rows of the table name an operator of that direction, those with one of the given names
-    are chosen; if they do not, every row is repeated with each of the given names.
+    If the rows name operators of that direction, keep the rows with the given names. If no row
+    does, repeat every row with each of the given names.
 
     Raises
     ------
     ValueError
-        Only some rows name one, or no row is left.
+        Only some rows name an operator, or no row is left.
     """
     for direction, names in (("upsampler", upsampler), ("downsampler", downsampler)):
         if not names:
@@ -168,9 +168,9 @@ def train_table(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Line]:
-    """Train what is not done yet of a table, and return its lines.
+    """Train the missing rows of a table, and return its lines.
 
-    All rows with one seed come before any with the next. `steps` is for other than the preset's.
+    All rows with one seed come before the rows with the next seed. `steps` overrides the preset.
     """
     preset_arguments = PRESETS[preset][table.task]
     if steps is not None:
