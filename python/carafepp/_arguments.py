@@ -89,7 +89,7 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     """Return a size as a tuple of two integers, or of the symbols that PyTorch's graphs use."""
     if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:
         return size
-    if not isinstance(size, (tuple, list)) and stands_for_another(size):
+    if not isinstance(size, (tuple, list)) and is_proxy(size):
         size = size[0], size[1]
     numbers = _read(size, _length)
     if numbers is None or len(numbers) != 2:
@@ -112,7 +112,7 @@ def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) ->
     return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
-def stands_for_another(value: Any) -> bool:
+def is_proxy(value: Any) -> bool:
     """Tell whether a trace of torch.fx has put this object in the place of a value."""
     return hasattr(value, "__torch_function__") and not is_tensor(value)
 
@@ -144,7 +144,7 @@ def _length(value: Any) -> Any:
         kind = value.dtype
         numbers = str(kind) != "torch.bool" and not kind.is_floating_point and not kind.is_complex
         return value if numbers and value.dim() == 0 and _is_traced(value) else None
-    if type(value) is imported_class("torch", "SymInt") or stands_for_another(value):
+    if type(value) is imported_class("torch", "SymInt") or is_proxy(value):
         return value
     return index_of(value)
 

@@ -32,7 +32,7 @@ except ImportError as error:
 
 Array = NDArray[Any]
 Panel = tuple[str, Array]  # a title and a picture [H, W, 3] in 0..1
-Part = tuple[slice, slice]  # rows and columns of a picture
+Region = tuple[slice, slice]  # rows and columns of a picture
 
 # Upsampling. The scores change little if one of these constants changes by a quarter.
 UP = 8
@@ -103,28 +103,29 @@ def shrink_disparity(disparity: Array) -> Array:
 
 
 def upsampling_logits(photo: Array) -> Array:
-    """[H, W, 3] -> [1, K*K*8*8, H/8, W/8]: how alike a pixel and a block are, in colour and place.
+    """[H, W, 3] -> [1, K*K*8*8, H/8, W/8]: the similarity of pixels and blocks.
 
-    Joint bilateral upsampling (Kopf et al. 2007) written as CARAFE: exp(logit) is its weight.
+    Similar pixels have a similar colour and position. This is joint bilateral upsampling (Kopf et
+    al. 2007) as CARAFE, with the weight exp(logit).
     """
     k, r = UP_KERNEL, UP_KERNEL // 2
     lab = color.rgb2lab(photo).astype(np.float32) * np.array([LIGHTNESS, 1, 1], np.float32)
     pixels = split_into_blocks(lab, UP)  # [H/8, W/8, 64, 3]
     rows, cols = pixels.shape[:2]
-    colour = pixels.mean(2, keepdims=True)  # of a block
+    colour = pixels.mean(2, keepdims=True)  # the mean of a block
     spread = np.sqrt(((pixels - colour) ** 2).sum(3).mean(2, keepdims=True))
 
     # Blocks beyond the border have an infinite colour difference, so their weight is exactly 0.
     border = [(r, r), (r, r), (0, 0)]
     colour = np.pad(colour[:, :, 0], border, constant_values=np.inf)[:, :, None]
     spread = np.pad(spread, border)
-    place = (np.arange(UP) + 0.5) / UP - 0.5  # of a pixel's centre, in blocks from its block's
+    position = (np.arange(UP) + 0.5) / UP - 0.5  # a pixel's centre from its block's, in blocks
 
     logits = np.empty((k, k, UP * UP, rows, cols), np.float32)
     for a, b in np.ndindex(k, k):
         tap = np.s_[a : a + rows, b : b + cols]
         unlike = np.sqrt(((pixels - colour[tap]) ** 2).sum(3)) + MIXED_PENALTY * spread[tap]
-        away2 = (place[:, None] - (a - r)) ** 2 + (place - (b - r)) ** 2  # [8, 8]
+        away2 = (position[:, None] - (a - r)) ** 2 + (position - (b - r)) ** 2  # [8, 8]
         logit = -unlike / COLOUR_SCALE - away2.ravel() / (2 * POSITION_SCALE**2)
         logits[a, b] = logit.transpose(2, 0, 1)
     return logits.reshape(1, k * k * UP * UP, rows, cols)
@@ -311,7 +312,7 @@ def paint(values: Array, colours: str) -> Array:
 
 
 def write_sheet(
-    path: Path, heading: str, rows: Sequence[Sequence[Panel]], panel: tuple[int, int], frame: Part
+    path: Path, heading: str, rows: Sequence[Sequence[Panel]], panel: tuple[int, int], frame: Region
 ) -> None:
     """Write rows of panels of (wide, high) pixels each, the first one with a frame in it."""
     wide, high = panel

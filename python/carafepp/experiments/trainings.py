@@ -186,17 +186,19 @@ def train_table(
         for seed in range(seeds)
         for i, row in enumerate(table.rows)
     }
-    keys = {place: {"task": table.task, **arguments} for place, arguments in given.items()}
+    keys = {
+        row_and_seed: {"task": table.task, **arguments} for row_and_seed, arguments in given.items()
+    }
     progress = progress or Progress(disable=True)
     bar = progress.add_task(table.name, total=len(given))
-    for place, arguments in given.items():
-        label = f"{table.name}: {table.rows[place[0]].label}, seed {place[1]}"
+    for (i, seed), arguments in given.items():
+        label = f"{table.name}: {table.rows[i].label}, seed {seed}"
 
         def tell(step: int, loss: float, label: str = label) -> None:
             progress.update(bar, description=f"{label}, step {step + 1}, loss {loss:.3f}")
 
-        if keys[place] not in trainings:
-            trainings.add(keys[place], TASKS[table.task](**arguments, progress=tell))
+        if keys[i, seed] not in trainings:
+            trainings.add(keys[i, seed], TASKS[table.task](**arguments, progress=tell))
         progress.advance(bar)
     progress.update(bar, description=table.name)
     return [

@@ -64,8 +64,8 @@ def _fit(
     """
     if size is not None:
         size = _arguments.pair("CARAFE", size)
-        rows, columns = beyond("CARAFE", x, size, up, down)
-        x = go_on(x, rows, columns, down)
+        rows, columns = exceeds("CARAFE", x, size, up, down)
+        x = pad_beyond(x, rows, columns, down)
         if rows:
             logits = torch.cat((logits, logits[..., -1:, :]), -2)
         if columns:
@@ -78,7 +78,7 @@ def _fit(
     return (x, logits, None, size) if torch.jit.is_tracing() else (x, logits, size, None)
 
 
-def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool, bool]:
+def exceeds(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool, bool]:
     """Tell for rows and columns whether a size exceeds the natural size of features.
 
     Raise a ValueError if it exceeds that size by `up` or more.
@@ -95,7 +95,7 @@ def beyond(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool,
     return rows, columns
 
 
-def go_on(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
+def pad_beyond(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
     """Return features padded with the zeros that windows beyond the natural size reach."""
     return F.pad(x, (0, down * columns, 0, down * rows)) if rows or columns else x
 
@@ -244,15 +244,17 @@ class CARAFE(nn.Module):
             raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
         _arguments.check_normalizer("CARAFE", normalizer)
 
-        place = {"device": device, "dtype": dtype}
+        tensor_options = {"device": device, "dtype": dtype}
         self.channel_compressor: nn.Module = nn.Identity()
         if compressed_channels is not None:
             self.channel_compressor = nn.Conv2d(
-                channels, compressed_channels, 1, bias=not batch_norm, **place
+                channels, compressed_channels, 1, bias=not batch_norm, **tensor_options
             )
         if batch_norm:
             self.channel_compressor = nn.Sequential(
-                self.channel_compressor, nn.BatchNorm2d(compressed_channels, **place), nn.ReLU()
+                self.channel_compressor,
+                nn.BatchNorm2d(compressed_channels, **tensor_options),
+                nn.ReLU(),
             )
         self.content_encoder = nn.Conv2d(
             channels if compressed_channels is None else compressed_channels,
@@ -261,7 +263,7 @@ class CARAFE(nn.Module):
             stride=down,
             padding=encoder_dilation * (encoder_kernel_size // 2),
             dilation=encoder_dilation,
-            **place,
+            **tensor_options,
         )
         self.reset_parameters()
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from .._arguments import integer, natural_size, pair, stands_for_another
+from .._arguments import integer, is_proxy, natural_size, pair
 from .._doors.door import FUNCTIONS, not_an_array
 from .._doors.torch import PyTorch
 from . import dtensor
@@ -327,7 +327,7 @@ def call(
 
 
 def _integer(function: str, name: str, value: Any) -> Any:
-    if type(value) is int or isinstance(value, torch.SymInt) or stands_for_another(value):
+    if type(value) is int or isinstance(value, torch.SymInt) or is_proxy(value):
         return value
     return integer(function, name, value, least=None)
 

@@ -231,10 +231,10 @@ class _Functions(TorchFunctionMode):
         x = args[0] if args else (kwargs or {}).get("input")
         if function in _FUNCTIONS and isinstance(x, Tensor) and x.dim() == 4:
             old, new = tuple(x.shape[-2:]), tuple(result.shape[-2:])
-            module, place = self._caller()
+            module, line = self._caller()
             if old != new and not isinstance(module, _LAYERS):
                 reason = (
-                    f"it calls {_FUNCTIONS[function]} ({place}), here from {old} to {new}; "
+                    f"it calls {_FUNCTIONS[function]} ({line}), here from {old} to {new}; "
                     + _advice(x.shape[1], old, new)
                 )
                 name = self.names.get(module, "")
@@ -244,16 +244,16 @@ class _Functions(TorchFunctionMode):
     def _caller(self) -> tuple[Any, str]:
         """Return the module that calls, and the file and line where it does."""
         library = f"{Path(torch.__file__).parent}{os.sep}"
-        frame, place = sys._getframe(2), ""
+        frame, line = sys._getframe(2), ""
         while frame is not None:
             file = frame.f_code.co_filename
-            if not place and not file.startswith(library):
-                place = f"{Path(file).name}:{frame.f_lineno}"
+            if not line and not file.startswith(library):
+                line = f"{Path(file).name}:{frame.f_lineno}"
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and module in self.names:
-                return module, place
+                return module, line
             frame = frame.f_back  # type: ignore[assignment]
-        return next(iter(self.names)), place
+        return next(iter(self.names)), line
 
 
 def _advice(channels: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
@@ -342,8 +342,8 @@ def _replace(
         if isinstance(old, _CONVOLUTIONS):
             new = _convolution(old, {**factor, **options})
         else:
-            channels, place = _input(old, None if calls is None else calls[old], dtypes)
-            new = CARAFE(channels, **{**factor, **place, **options})
+            channels, tensor_options = _input(old, None if calls is None else calls[old], dtypes)
+            new = CARAFE(channels, **{**factor, **tensor_options, **options})
     except _Declined as reason:
         return Replacement(name, old, None, str(reason))
     _carry_over(old, new, base)
@@ -423,14 +423,14 @@ def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -
         value = getattr(old, name)
         if value is not None and not isinstance(value, nn.Parameter):
             raise _Declined(f"its {name} is computed, as by spectral_norm")
-    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    tensor_options = {"device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.ConvTranspose2d):
-        enlarged = _Enlarged(old.in_channels, **{**place, **options})
+        enlarged = _Enlarged(old.in_channels, **{**tensor_options, **options})
         if old.in_channels == old.out_channels:
             return enlarged
-        projection = nn.Conv2d(old.in_channels, old.out_channels, 1, **place)
+        projection = nn.Conv2d(old.in_channels, old.out_channels, 1, **tensor_options)
         return _EnlargedConvolved(enlarged, projection)
-    carafe = CARAFE(old.in_channels, **{**place, **options})
+    carafe = CARAFE(old.in_channels, **{**tensor_options, **options})
     spans = [d * (k - 1) for d, k in zip(old.dilation, old.kernel_size, strict=True)]
     odd = all(span % 2 == 0 for span in spans)
     convolution = nn.Conv2d(
@@ -442,7 +442,7 @@ def _convolution(old: nn.Conv2d | nn.ConvTranspose2d, options: dict[str, Any]) -
         groups=old.groups,
         bias=old.bias is not None,
         padding_mode=old.padding_mode,
-        **place,
+        **tensor_options,
     )
     convolution.weight, convolution.bias = old.weight, old.bias
     return _Convolved(carafe, convolution)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .... import _arguments, ops
-from ...modules import CARAFE, beyond, go_on
+from ...modules import CARAFE, exceeds, pad_beyond
 
 
 class PartialConv2d(nn.Conv2d):
@@ -177,7 +177,7 @@ class PartialCARAFE(nn.Module):
         """Return x reassembled to the size of masks, which may differ from the natural size."""
         up, down = self.carafe.up, self.carafe.down
         height, width = size = masks.shape[-2:]
-        x = go_on(x, *beyond("PartialCARAFE", x, size, up, down), down)
+        x = pad_beyond(x, *exceeds("PartialCARAFE", x, size, up, down), down)
         if not torch.jit.is_tracing():
             return ops.reassemble(x, masks, up=up, down=down, size=(height, width))
         rows, columns = _arguments.natural_size(x.shape[-2:], up, down)  # right for every size
