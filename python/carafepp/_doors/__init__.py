@@ -17,7 +17,7 @@ from .door import FUNCTIONS, Door, not_an_array
 from .numpy import NumPy
 from .torch import PyTorch
 
-# The first door that recognises an array takes it; the last one takes what speaks DLPack.
+# The first door that recognises an array takes it; the last one takes all that speak DLPack.
 DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), DLPack())
 
 

@@ -16,16 +16,19 @@ forced_implementation: ContextVar[str | None] = ContextVar("implementation", def
 
 
 class Function(NamedTuple):
-    """A function of the core. It has the same name in carafepp, in `_core` and in carafepp.h."""
+    """A function of the core. It has the same name in carafepp, in `_core` and in carafepp.h.
+
+    `like` has, for each result, the index of the input with its device and dtype. With
+    `same_shape`, the result has the shape of that input too. `out` has the caller's names of the
+    results.
+    """
 
     number: int  # in carafepp.h
     inputs: tuple[str, ...]
     results: tuple[str, ...]
-    like: tuple[int, ...] = (0,)  # for each result, the input with its dtype and device
-
-    same_shape: bool = False  # the shape of a result is the shape of that input
-
-    out: tuple[str, ...] = ("out",)  # the caller's names of the results
+    like: tuple[int, ...] = (0,)
+    same_shape: bool = False
+    out: tuple[str, ...] = ("out",)
 
 
 FUNCTIONS = {
@@ -145,7 +148,7 @@ class Door:
 
 
 def not_an_array(function: str, name: str, value: Any) -> TypeError:
-    """Return the error for what no library recognises."""
+    """Return the error for a value that no library recognises."""
     return TypeError(
         f"[{function}] {name} must be an array: of NumPy, PyTorch or another library that speaks "
         f"DLPack; got {type(value).__name__}."

@@ -69,7 +69,7 @@ class PyTorch(Door):
         out: tuple[Any, ...] = (None, None),
         needed: tuple[bool, ...] = (True, True),
     ) -> tuple[Any, ...]:
-        """Call PyTorch's operators; with `out`, compute and tell autograd what was written."""
+        """Call PyTorch's operators. With `out`, compute and report the written tensors."""
         for result in out:
             if result is not None:
                 break
@@ -79,7 +79,9 @@ class PyTorch(Door):
             return operators.call(function, inputs, params, needed)
 
         spec = FUNCTIONS[function]
-        given = {k: v for k, v in zip(spec.out, out, strict=True) if v is not None}
+        given = {
+            name: result for name, result in zip(spec.out, out, strict=True) if result is not None
+        }
         _check_writable(function, given)
         _check_no_tangents(function, {**dict(zip(spec.inputs, inputs, strict=True)), **given})
         results = self.compute(function, inputs, params, out, needed)
