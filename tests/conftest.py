@@ -1,7 +1,6 @@
-"""Shared by all tests: seeds, hypothesis profiles, skips that a promise turns into failures."""
+"""Shared by all tests: options, hypothesis profiles, libraries and random numbers."""
 
 import gc
-import importlib
 import os
 import re
 import zlib
@@ -12,6 +11,7 @@ import pytest
 
 import carafepp
 import products
+from skips import import_or_skip
 
 # PyTorch's own threads wait for each other at length where several tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,26 +74,6 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def skip(what: str, reason: str) -> None:
-    """Skip, or fail if CARAFEPP_REQUIRE (say `torch,cuda`) promises that `what` is there."""
-    if what in os.environ.get("CARAFEPP_REQUIRE", "").split(","):
-        pytest.fail(f"CARAFEPP_REQUIRE promises {what}, but: {reason}")
-    pytest.skip(f"{what}: {reason}")
-
-
-def import_or_skip(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        skip(name, str(error))
-
-
-@pytest.fixture
-def require():
-    """The function `skip(what, reason)`."""
-    return skip
-
-
 @pytest.fixture
 def without_cuda():
     """For arrays that only pretend to be on a GPU: they must never reach a real one."""
@@ -113,7 +93,7 @@ def array_api_strict():
 
 @pytest.fixture(scope="session")
 def jax():
-    return import_or_skip("jax")
+    return import_or_skip("jax", "pip install jax")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import carafepp
 from cases import LAYOUTS, numpy_dtype
 from foreign import PretendedCUDA
+from skips import skip
 
 EMULATED = "cuda (emulated)" in carafepp._core.config()
 BUILT_WITHOUT = "built without CUDA" in carafepp._core.config()
@@ -26,12 +27,12 @@ def _require_gpu_build():
         raise Missing("cuda", "carafepp was built to emulate CUDA")
 
 
-def connected(name, require):
-    """Return the library of this name; skip, by `require` of conftest.py, if it is missing."""
+def connected(name):
+    """Return the library of this name; skip the test if it is missing."""
     try:
         return LIBRARIES[name]()
     except Missing as missing:
-        return require(*missing.args)
+        return skip(*missing.args)
 
 
 def _laid_out(array: np.ndarray, memory: str):

@@ -11,9 +11,10 @@ import pytest
 
 import carafepp
 import reference as ref
+from skips import import_or_skip
 
-pytest.importorskip("torch")
-pytest.importorskip("rich")
+import_or_skip("torch")
+import_or_skip("rich")
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Files and printed text of one short run."""
-    pytest.importorskip("matplotlib")
+    import_or_skip("matplotlib")
     folder = tmp_path_factory.mktemp("benchmarks")
     paths = {key: folder / key for key in ("json", "markdown", "plot")}
     options = [word for key, path in paths.items() for word in (f"--{key}", str(path))]

@@ -35,6 +35,7 @@ from expected import assert_results
 from foreign import PretendedCUDA
 from functions import EACH_INPUT, call_into, each_function
 from products import product
+from skips import skip
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
 alone = pytest.mark.alone  # other processes' work and memory would disturb it
@@ -42,14 +43,14 @@ SOME_CASES = ["up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up
 
 
 @pytest.fixture(params=["emulated"] if EMULATED else ["cupy", "torch"])
-def library(request, require):
-    return connected(request.param, require)
+def library(request):
+    return connected(request.param)
 
 
 @pytest.fixture(params=["cupy"] if EMULATED or BUILT_WITHOUT else ["cupy", "torch"])
-def gpu(request, require):
+def gpu(request):
     """A library on a real device."""
-    return connected(request.param, require)
+    return connected(request.param)
 
 
 def problem(function, case=CASE, dtypes=F32):
@@ -205,8 +206,8 @@ def test_repeated_runs_give_the_same_bits(library):
             assert_equal(read(library, call(function, on_device, params)), first)
 
 
-def test_torch_channels_last_in_channels_last_out(require):
-    library = connected("torch", require)
+def test_torch_channels_last_in_channels_last_out():
+    library = connected("torch")
     for function in RESULTS:
         inputs, params = problem(function)
         on_device = placed(library, inputs, "nhwc")
@@ -437,8 +438,8 @@ def test_the_current_stream_may_be_the_default_one(gpu):
 
 
 @alone
-def test_cupy_per_thread_default_stream(require):
-    library = connected("cupy", require)
+def test_cupy_per_thread_default_stream():
+    library = connected("cupy")
     inputs, params = problem("reassemble")
     with library.cupy.cuda.Stream.ptds:
         results = call("reassemble", placed(library, inputs), params)
@@ -505,8 +506,8 @@ def test_bare_dlpack_arrays_are_ordered_before_the_legacy_default_stream(functio
 
 @alone
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-def test_torch_finds_no_synchronisation(require):
-    library = connected("torch", require)
+def test_torch_finds_no_synchronisation():
+    library = connected("torch")
     cuda = library.torch.cuda
     for function in RESULTS:
         inputs, params = problem(function)
@@ -569,7 +570,7 @@ def test_nothing_is_allocated_but_the_results(function, gpu):
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", ["c32", "c16_down"])  # up x2, down x2
 @pytest.mark.parametrize("function", [function for function in RESULTS if "reassemble" in function])
-def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library, require):
+def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library):
     """Images, channels or rows of one array lie far apart, with nothing in between."""
     inputs, params = problem(function, CASES[name], DTYPES[2])
     inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
@@ -587,7 +588,7 @@ def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library
         try:
             return library.far_apart(array, axis)
         except MemoryError as error:
-            return require("memory", str(error))
+            return skip("memory", str(error))
 
     for axis, kernel in itertools.product(range(3), sorted(kernels)):
         for index in range(len(inputs)):

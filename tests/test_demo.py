@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-pytest.importorskip("skimage", reason='the demo needs scikit-image: pip install "carafepp[demo]"')
-pytest.importorskip("matplotlib", reason='the demo needs matplotlib: pip install "carafepp[demo]"')
+from skips import import_or_skip
+
+import_or_skip("skimage")
+import_or_skip("matplotlib")
 
 from PIL import Image
 

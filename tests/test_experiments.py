@@ -6,22 +6,24 @@ import re
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip
+
+torch = import_or_skip("torch")
 for name in ("skimage", "sklearn", "matplotlib", "rich"):
-    pytest.importorskip(name, reason='the experiments need it: pip install "carafepp[experiments]"')
+    import_or_skip(name)
 
-from PIL import Image  # noqa: E402
-from scipy import ndimage  # noqa: E402
+from PIL import Image
+from scipy import ndimage
 
-import carafepp  # noqa: E402
-from carafepp.experiments import __main__ as command_line  # noqa: E402
-from carafepp.experiments import figures, inpainting, report, segmentation, tables, trainings  # noqa: E402
-from carafepp.experiments.scenes import CLASSES, SHAPES, make_scenes  # noqa: E402
-from carafepp.experiments.segmentation import SegmentationNet, contour, measure  # noqa: E402
-from carafepp.experiments.tables import TABLES, Row, Table  # noqa: E402
-from carafepp.experiments.trainings import Line, Trainings, choose_rows, train_table  # noqa: E402
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import DOWNSAMPLERS, UPSAMPLERS  # noqa: E402
+import carafepp
+from carafepp.experiments import __main__ as command_line
+from carafepp.experiments import figures, inpainting, report, segmentation, tables, trainings
+from carafepp.experiments.scenes import CLASSES, SHAPES, make_scenes
+from carafepp.experiments.segmentation import SegmentationNet, contour, measure
+from carafepp.experiments.tables import TABLES, Row, Table
+from carafepp.experiments.trainings import Line, Trainings, choose_rows, train_table
+from carafepp.torch import CARAFE
+from carafepp.torch.models import DOWNSAMPLERS, UPSAMPLERS
 
 TINY = {
     "segmentation": {"steps": 2, "size": 32, "width": 8, "channels": 8, "batch": 2},

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("skimage", reason="the pictures are scikit-image's")
-pytest.importorskip("sklearn", reason="the pictures are scikit-learn's")
+from skips import import_or_skip
 
-from PIL import Image, ImageDraw  # noqa: E402
+torch = import_or_skip("torch")
+import_or_skip("skimage")
+import_or_skip("sklearn")
 
-from carafepp.experiments import inpainting  # noqa: E402
-from carafepp.experiments import pictures as pics  # noqa: E402
-from carafepp.experiments.inpainting import make_generator, train_inpainting  # noqa: E402
-from carafepp.torch import CARAFE  # noqa: E402
+from PIL import Image, ImageDraw
+
+from carafepp.experiments import inpainting
+from carafepp.experiments import pictures as pics
+from carafepp.experiments.inpainting import make_generator, train_inpainting
+from carafepp.torch import CARAFE
 
 
 @pytest.fixture(autouse=True)

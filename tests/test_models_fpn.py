@@ -4,12 +4,14 @@ import doctest
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip, skip
+
+torch = import_or_skip("torch")
 nn, F = torch.nn, torch.nn.functional
 
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import FPN, UPSAMPLERS, MaskHead, ResNet, ResNetFPN, fpn  # noqa: E402
-from torchvision_import import import_torchvision  # noqa: E402
+from carafepp.torch import CARAFE
+from carafepp.torch.models import FPN, UPSAMPLERS, MaskHead, ResNet, ResNetFPN, fpn
+from torchvision_import import import_torchvision
 
 upsamplers = pytest.mark.parametrize("name", UPSAMPLERS)
 CHANNELS = (8, 16, 32, 64)
@@ -202,11 +204,11 @@ def test_a_backbone_as_torchvision_wants_it():
 @pytest.mark.frameworks
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # in its imports
 @pytest.mark.parametrize("kind", ["FasterRCNN", "MaskRCNN"])
-def test_detectors_of_torchvision_train_on_it(kind, require):
+def test_detectors_of_torchvision_train_on_it(kind):
     try:
         import_torchvision()
     except ImportError as error:
-        require("torchvision", str(error))
+        skip("torchvision", str(error))
     from torchvision.models import detection
 
     sizes = dict(min_size=128, max_size=160)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 import reference as ref
+from skips import import_or_skip
 
-torch = pytest.importorskip("torch")
+torch = import_or_skip("torch")
 nn = torch.nn
 
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models.inpainting import (  # noqa: E402
+from carafepp.torch import CARAFE
+from carafepp.torch.models.inpainting import (
     GlobalLocalGenerator,
     PartialCARAFE,
     PartialConv2d,

@@ -5,11 +5,13 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip
+
+torch = import_or_skip("torch")
 nn, F = torch.nn, torch.nn.functional
 
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import (  # noqa: E402
+from carafepp.torch import CARAFE
+from carafepp.torch.models import (
     DOWNSAMPLERS,
     UPSAMPLERS,
     downsampler,

@@ -6,13 +6,15 @@ import types
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip, skip
+
+torch = import_or_skip("torch")
 nn, F = torch.nn, torch.nn.functional
 
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import DOWNSAMPLERS, ResNet, resnet, resnet50, resnet101  # noqa: E402
-from carafepp.torch.models.resnet import DeformConv  # noqa: E402
-from torchvision_import import import_torchvision  # noqa: E402
+from carafepp.torch import CARAFE
+from carafepp.torch.models import DOWNSAMPLERS, ResNet, resnet, resnet50, resnet101
+from carafepp.torch.models.resnet import DeformConv
+from torchvision_import import import_torchvision
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +75,11 @@ def test_the_plain_network_has_the_layout_of_torchvision(make, layers, parameter
 
 
 @pytest.mark.frameworks
-def test_weights_of_torchvision_load_and_give_the_same(require):
+def test_weights_of_torchvision_load_and_give_the_same():
     try:
         torchvision = import_torchvision()
     except ImportError as error:
-        require("torchvision", str(error))
+        skip("torchvision", str(error))
     theirs, ours = torchvision.models.resnet50().eval(), resnet50().eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 3, 65, 70)

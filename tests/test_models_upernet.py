@@ -4,12 +4,14 @@ import doctest
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip
+
+torch = import_or_skip("torch")
 nn, F = torch.nn, torch.nn.functional
 
-from carafepp.torch import CARAFE  # noqa: E402
-from carafepp.torch.models import UPSAMPLERS, ResNet, UperNet, upernet  # noqa: E402
-from carafepp.torch.models.upernet import FUSE, PPM  # noqa: E402
+from carafepp.torch import CARAFE
+from carafepp.torch.models import UPSAMPLERS, ResNet, UperNet, upernet
+from carafepp.torch.models.upernet import FUSE, PPM
 
 upsamplers = pytest.mark.parametrize("name", UPSAMPLERS)
 CARAFES = {

@@ -46,8 +46,8 @@ def test_torch(torch):
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_cupy(require):
-    library = connected("cupy", require)
+def test_cupy():
+    library = connected("cupy")
     names = {}
     exec(BLOCKS["cupy"], names)
     library.synchronize()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import reference as ref
+from skips import import_or_skip
 
-torch = pytest.importorskip("torch")
+torch = import_or_skip("torch")
 nn = torch.nn
 
-from carafepp.torch import CARAFE  # noqa: E402
+from carafepp.torch import CARAFE
 
 FACTORS = [
     pytest.param(dict(up=2), id="up2"),

@@ -21,7 +21,10 @@ from cuda_libraries import connected
 from functions import EACH_RESULT, each_function, each_result
 from products import product
 from reference import NORMALIZERS
+from skips import import_or_skip
 from test_frameworks import from_torch, problem, to_torch
+
+import_or_skip("torch")
 
 F32, F64 = DTYPES[:2]
 CASE = CASES["groups_2"]
@@ -851,8 +854,8 @@ def test_autocast(function, name, torch):
 
 @each_autocast
 @each_that_casts
-def test_autocast_on_a_gpu(function, name, torch, require):
-    connected("torch", require)
+def test_autocast_on_a_gpu(function, name, torch):
+    connected("torch")
     assert_autocast_casts(torch, function, name, "cuda")
 
 
@@ -1538,9 +1541,9 @@ def test_data_parallel_training(torch, tmp_path):
 
 
 @each_forward
-def test_on_a_gpu(function, torch, compiled, require):
+def test_on_a_gpu(function, torch, compiled):
     """Integers: the results and gradients of the CPU, eager and compiled."""
-    connected("torch", require)
+    connected("torch")
     tensors, params = integer_problem(torch, function)
     tensors = in_memory("nhwc")(torch, tensors)
     on_device = [tensor.cuda() for tensor in tensors]

@@ -9,15 +9,17 @@ import sys
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip, skip
+
+torch = import_or_skip("torch")
 nn = torch.nn
 
-from torch.nn.utils import spectral_norm  # noqa: E402
-from torch.nn.utils.fusion import fuse_conv_bn_eval  # noqa: E402
-from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrizations import weight_norm
 
-from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
-from torchvision_import import import_torchvision  # noqa: E402
+from carafepp.torch import CARAFE, replace_resampling
+from torchvision_import import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -470,20 +472,20 @@ assert "write CARAFE(32, up=2), and call it with size=(H', W')" in call.reason
     ],
     ids=["resnet50", "create_feature_extractor", "FPN"],
 )
-def test_torchvision(script, require):
+def test_torchvision(script):
     if importlib.util.find_spec("torchvision") is None:
-        require("torchvision", "not installed")
+        skip("torchvision", "not installed")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", TORCHVISION + script], env=environment, check=True)
 
 
 @pytest.mark.frameworks
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # in its imports
-def test_torchvisions_mask_r_cnn_too(require):
+def test_torchvisions_mask_r_cnn_too():
     try:
         import_torchvision()
     except ImportError as error:
-        require("torchvision", str(error))
+        skip("torchvision", str(error))
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
     network = maskrcnn_resnet50_fpn(

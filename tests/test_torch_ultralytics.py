@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from skips import import_or_skip, skip
+
+torch = import_or_skip("torch")
 nn = torch.nn
 
-from carafepp.torch import CARAFE, replace_resampling  # noqa: E402
+from carafepp.torch import CARAFE, replace_resampling
 
 # Without ultralytics
 
@@ -165,10 +167,10 @@ def train(folder, way):
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("way", ["rows", "replaced"])
-def test_yolo_trains_and_its_checkpoint_loads(way, tmp_path, require):
+def test_yolo_trains_and_its_checkpoint_loads(way, tmp_path):
     for name in ("torchvision", "ultralytics"):
         if importlib.util.find_spec(name) is None:
-            require(name, "not installed")
+            skip(name, "not installed")
     checkpoint = train(tmp_path, way)
     if way == "rows":  # another process, which has not imported carafepp, builds it again
         train(tmp_path, checkpoint)

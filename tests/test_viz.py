@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason='it draws: pip install "carafepp[demo]"')
+from skips import import_or_skip
+
+import_or_skip("matplotlib")
 
 from matplotlib.figure import Figure
 from PIL import Image

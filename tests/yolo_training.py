@@ -13,17 +13,17 @@ folder, way = Path(sys.argv[1]), sys.argv[2]
 # Nothing of it may ask the network.
 os.environ |= {"YOLO_CONFIG_DIR": str(folder), "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0"}
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-from torchvision_import import import_torchvision  # noqa: E402
+from torchvision_import import import_torchvision
 
 import_torchvision()
 
-import ultralytics  # noqa: E402
-from ultralytics import YOLO  # noqa: E402
-from ultralytics.utils import YAML  # noqa: E402
+import ultralytics
+from ultralytics import YOLO
+from ultralytics.utils import YAML
 
 
 def carafes(yolo):
