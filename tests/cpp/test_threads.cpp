@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Concurrent callers and the thread pool behind them: for ThreadSanitizer (the preset tsan), which sees a race also
 // where the results come out right. The first test must be the first call of the process, by all threads at once.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
 #include <atomic>
 #include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "../harness.h"
 #include "carafepp/carafepp.h"
 
 namespace {
@@ -86,7 +88,7 @@ void at_once(F f) {
     for (std::thread& caller : callers) caller.join();
 }
 
-TEST(the_first_calls_come_all_at_once) {
+TEST_CASE("the first calls come all at once") {
     const Inputs inputs;
     std::vector<std::vector<float>> all(kCallers);
     at_once([&](int k) { all[static_cast<size_t>(k)] = results(inputs); });
@@ -94,7 +96,7 @@ TEST(the_first_calls_come_all_at_once) {
     for (const std::vector<float>& one : all) CHECK(one == all[0]);
 }
 
-TEST(callers_that_share_the_pool_get_the_same_bits) {
+TEST_CASE("callers that share the pool get the same bits") {
     const Inputs inputs;
     for (const char* name : {"", "reassemble_with_logits_any_ref", "grad_features_any_ref", "grad_logits_any_ref"}) {
         const char* const implementation = *name ? name : nullptr;
@@ -110,7 +112,7 @@ TEST(callers_that_share_the_pool_get_the_same_bits) {
     }
 }
 
-TEST(the_number_of_threads_changes_while_others_compute) {
+TEST_CASE("the number of threads changes while others compute") {
     const Inputs inputs;
     const std::vector<float> expected = results(inputs);
     std::atomic<int> equal{0};
@@ -123,7 +125,7 @@ TEST(the_number_of_threads_changes_while_others_compute) {
     CHECK(equal == kRepeats * kCallers);
 }
 
-TEST(each_thread_has_its_own_last_error) {
+TEST_CASE("each thread has its own last error") {
     const Inputs inputs;
     const std::vector<float> expected = results(inputs);
     std::atomic<int> right{0};
@@ -144,5 +146,3 @@ TEST(each_thread_has_its_own_last_error) {
 }
 
 }  // namespace
-
-int main() { return run_tests(); }

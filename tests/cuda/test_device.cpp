@@ -2,11 +2,13 @@
 // device.cu and launch run over a runtime that answers as a test says. The tests count the questions and follow the
 // errors.
 #define CARAFEPP_CUDA_BUILD "nvcc 13.0, sm 80 90"
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "../harness.h"
 #include "cuda/device.cu"
 
 // ---- the runtime ----
@@ -88,7 +90,7 @@ std::string failure_of(F f) {
     }
 }
 
-TEST(a_failed_question_is_asked_again_and_leaves_no_error) {
+TEST_CASE("a failed question is asked again and leaves no error") {
     refusal = cudaErrorNoDevice;
     const int before = questions;
     for (int k = 0; k < 2; k++) {
@@ -96,11 +98,12 @@ TEST(a_failed_question_is_asked_again_and_leaves_no_error) {
         CHECK(cudaGetLastError() == cudaSuccess);
     }
     refusal = cudaSuccess;
-    CHECK(!is_compiled_for(80, kernel) && is_compiled_for(75, kernel));
+    CHECK(!is_compiled_for(80, kernel));
+    CHECK(is_compiled_for(75, kernel));
     CHECK(questions == before + 3);
 }
 
-TEST(a_question_is_asked_once_for_a_kernel_and_a_device) {
+TEST_CASE("a question is asked once for a kernel and a device") {
     const int before = questions;
     for (int round = 0; round < 3; round++) {
         for (int device = 0; device < 8; device++) {
@@ -112,7 +115,7 @@ TEST(a_question_is_asked_once_for_a_kernel_and_a_device) {
     CHECK(questions == before + 8 * 20);
 }
 
-TEST(threads_agree) {
+TEST_CASE("threads agree") {
     std::atomic<int> wrong{0};
     const int before = questions;
     std::vector<std::thread> threads;
@@ -126,17 +129,18 @@ TEST(threads_agree) {
     }
     for (std::thread& thread : threads) thread.join();
     CHECK(wrong == 0);
-    CHECK(questions >= before + 40 && questions <= before + 8 * 20);
+    CHECK(questions >= before + 40);
+    CHECK(questions <= before + 8 * 20);
 }
 
-TEST(what_cannot_be_kept_is_asked) {
+TEST_CASE("what cannot be kept is asked") {
     for (int device : {1, kDevices - 2}) {
         const CurrentDevice here(device);
         for (int number = 0; number < 1000; number++) CHECK(architecture_of(kernel_of(number)) == architecture(device));
     }
 }
 
-TEST(a_device_without_code_is_told_how_to_get_it) {
+TEST_CASE("a device without code is told how to get it") {
     for (const cudaError_t error : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction}) {
         refusal = error;
         const std::string text =
@@ -150,14 +154,14 @@ TEST(a_device_without_code_is_told_how_to_get_it) {
     }
 }
 
-TEST(another_refusal_is_told_by_its_name) {
+TEST_CASE("another refusal is told by its name") {
     refusal = cudaErrorInvalidDevice;
     CHECK(failure_of([] { launch(kernel, 1, 32, 0, Problem(), 1); }) == "cudaErrorOther: in words");
     CHECK(cudaGetLastError() == cudaSuccess);
     refusal = cudaSuccess;
 }
 
-TEST(the_callers_device_comes_back) {
+TEST_CASE("the callers device comes back") {
     const int before = devices_set;
     {
         const CurrentDevice here(0);
@@ -167,11 +171,11 @@ TEST(the_callers_device_comes_back) {
         const CurrentDevice there(3);
         CHECK(current == 3);
     }
-    CHECK(current == 0 && devices_set == before + 2);
+    CHECK(current == 0);
+    CHECK(devices_set == before + 2);
     CHECK(failure_of([] { const CurrentDevice none(kDevices); }) == "cudaErrorOther: in words");
-    CHECK(current == 0 && cudaGetLastError() == cudaSuccess);
+    CHECK(current == 0);
+    CHECK(cudaGetLastError() == cudaSuccess);
 }
 
 }  // namespace
-
-int main() { return run_tests(); }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulator, tested by small kernels: right ones that must give what they would on a device, and wrong ones that
 // must not go unnoticed.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -15,7 +18,6 @@
 #include <thread>
 #include <vector>
 
-#include "../harness.h"
 #include "emulation.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -61,7 +63,7 @@ __global__ void write_indices(uint64_t* where) {
     where[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000000 + thread;
 }
 
-TEST(every_thread_of_every_block_runs) {
+TEST_CASE("every thread of every block runs") {
     for_each_setting([] {
         const uint64_t before = threads_run();
         std::vector<uint64_t> where(3 * 2 * 4 * 5 * 7 * 2);
@@ -75,8 +77,7 @@ __global__ void take_numbers(unsigned* next, unsigned* numbers) {
     numbers[blockIdx.x * blockDim.x + threadIdx.x] = (*next)++;
 }
 
-TEST(threads_run_in_the_order_asked_for) {
-    if (kUnderTsan) return;  // these threads do race
+TEST_CASE("threads run in the order asked for" * doctest::skip(kUnderTsan)) {  // these threads do race
     const auto numbers = [](Order order, uint64_t seed) {
         settings() = {order, seed, false};
         unsigned next = 0;
@@ -106,12 +107,13 @@ __global__ void sum_parameters(Parameters parameters, float factor, double* sum)
     if (threadIdx.x == 31) *sum = factor * static_cast<double>(parameters.numbers[29]);
 }
 
-TEST(parameters_are_passed_by_value) {
+TEST_CASE("parameters are passed by value") {
     Parameters parameters{};
     parameters.numbers[29] = 5;
     double sum = 0;
     launch(sum_parameters, 1, 32, 0, nullptr, parameters, 3, &sum);
-    CHECK(sum == 30 && parameters.numbers[29] == 5);
+    CHECK(sum == 30);
+    CHECK(parameters.numbers[29] == 5);
 }
 
 // ---- barriers and shared memory ----
@@ -139,7 +141,7 @@ bool sums_are_right() {
     return sums == expected;
 }
 
-TEST(a_reduction_in_shared_memory) {
+TEST_CASE("a reduction in shared memory") {
     for_each_setting([] { CHECK(sums_are_right()); });
 }
 
@@ -148,7 +150,7 @@ __global__ void read_before_writing(float* found) {
     shared<float>()[threadIdx.x] = 1;
 }
 
-TEST(shared_memory_is_nan_at_first_in_each_block) {
+TEST_CASE("shared memory is nan at first in each block") {
     std::vector<float> found(4 * 33);
     launch(read_before_writing, 4, 33, 33 * sizeof(float), nullptr, found.data());
     CHECK(std::all_of(found.begin(), found.end(), [](float value) { return std::isnan(value); }));
@@ -166,7 +168,7 @@ __global__ void rotate_often(unsigned* result) {
     result[threadIdx.x] = cells[threadIdx.x];
 }
 
-TEST(blocks_of_every_size) {
+TEST_CASE("blocks of every size") {
     for (const unsigned threads : {1u, 31u, 32u, 33u, 64u, 65u, 500u, 1023u, 1024u}) {
         for_each_setting([&] {
             std::vector<unsigned> result(threads);
@@ -176,7 +178,7 @@ TEST(blocks_of_every_size) {
     }
 }
 
-TEST(launches_of_several_host_threads_take_turns) {
+TEST_CASE("launches of several host threads take turns") {
     std::vector<std::thread> callers;
     std::vector<int> right(3);
     for (size_t k = 0; k < right.size(); k++) {
@@ -205,7 +207,7 @@ __global__ void shuffle_lanes(int operand, int width, Shuffled* result) {
     mine.wide = __shfl_xor_sync(0xffffffff, lane + 0.1, operand);
 }
 
-TEST(shuffles_are_those_of_the_manual) {
+TEST_CASE("shuffles are those of the manual") {
     for_each_setting([] {
         for (const int width : {1, 2, 8, 32}) {
             for (const int operand : {0, 1, 3, 7, 16, 31}) {
@@ -236,14 +238,15 @@ __global__ void shuffle_in_halves(int* result) {
     }
 }
 
-TEST(a_mask_says_which_lanes_take_part) {
+TEST_CASE("a mask says which lanes take part") {
     for_each_setting([] {
         std::vector<int> result(40, -7);
         launch(shuffle_in_halves, 1, 32, 0, nullptr, result.data());
         for (int lane = 0; lane < 16; lane++) CHECK(result[static_cast<size_t>(lane)] == (lane ^ 1));
         for (int lane = 16; lane < 29; lane++) CHECK(result[static_cast<size_t>(lane)] == lane + 1);
         CHECK(result[29] == -1);  // of a lane that has ended: all bits set
-        CHECK(result[30] == -7 && result[31] == 31);
+        CHECK(result[30] == -7);
+        CHECK(result[31] == 31);
     });
 }
 
@@ -255,7 +258,7 @@ __global__ void pass_on_in_a_warp(unsigned* result) {
     result[threadIdx.x] = cells[threadIdx.x ^ 1];
 }
 
-TEST(a_warp_passes_values_through_shared_memory) {
+TEST_CASE("a warp passes values through shared memory") {
     for_each_setting([] {
         std::vector<unsigned> result(70);
         launch(pass_on_in_a_warp<true>, 1, 70, 70 * sizeof(unsigned), nullptr, result.data());
@@ -267,11 +270,14 @@ TEST(a_warp_passes_values_through_shared_memory) {
 
 __global__ void load_and_store(const float4* from, float4* to) { __stcs(to + threadIdx.x, __ldg(from + threadIdx.x)); }
 
-TEST(vectors_are_loaded_and_stored) {
+TEST_CASE("vectors are loaded and stored") {
     std::vector<float4> from(40), to(40);
     for (size_t k = 0; k < from.size(); k++) from[k] = make_float4(static_cast<float>(k), 1, 2, 3);
     launch(load_and_store, 1, 40, 0, nullptr, from.data(), to.data());
-    for (size_t k = 0; k < from.size(); k++) CHECK(to[k].x == static_cast<float>(k) && to[k].w == 3);
+    for (size_t k = 0; k < from.size(); k++) {
+        CHECK(to[k].x == static_cast<float>(k));
+        CHECK(to[k].w == 3);
+    }
 }
 
 // Two tiles in turn: the next is on its way while the one before is summed. kGroupsLeft = 1 is right.
@@ -312,7 +318,7 @@ bool tiles_are_right() {
     return sums == expected;
 }
 
-TEST(copies_arrive_when_they_are_waited_for) {
+TEST_CASE("copies arrive when they are waited for") {
     for_each_setting([] { CHECK((tiles_are_right<1>())); });
 }
 
@@ -392,7 +398,7 @@ void check_product(MmaType type) {
     CHECK(sums == expected);
 }
 
-TEST(products_of_matrices_are_those_of_the_manual) {
+TEST_CASE("products of matrices are those of the manual") {
     for_each_setting([] {
         for (const MmaType type : {MmaType::kFloat16, MmaType::kBFloat16}) {
             check_product<8>(type);
@@ -408,7 +414,7 @@ __global__ void widen_by_mma(MmaType type, uint16_t bits, float* result) {
     if (threadIdx.x == 0) *result = sums[0];
 }
 
-TEST(matrices_may_hold_any_number) {
+TEST_CASE("matrices may hold any number") {
     struct Number {
         MmaType type;
         uint16_t bits;
@@ -433,15 +439,13 @@ TEST(matrices_may_hold_any_number) {
 
 // ---- mistakes that give wrong results ----
 
-TEST(a_dropped_barrier_is_wrong_in_some_order) {
-    if (kUnderTsan) return;
+TEST_CASE("a dropped barrier is wrong in some order" * doctest::skip(kUnderTsan)) {
     int wrong = 0;
     for_each_setting([&] { wrong += !sums_are_right<1>(); });
     CHECK(wrong > 0);
 }
 
-TEST(a_dropped_warp_barrier_is_wrong_in_every_order) {
-    if (kUnderTsan) return;
+TEST_CASE("a dropped warp barrier is wrong in every order" * doctest::skip(kUnderTsan)) {
     for_each_setting([] {
         std::vector<unsigned> result(64);
         launch(pass_on_in_a_warp<false>, 1, 64, 64 * sizeof(unsigned), nullptr, result.data());
@@ -451,12 +455,11 @@ TEST(a_dropped_warp_barrier_is_wrong_in_every_order) {
     });
 }
 
-TEST(a_copy_that_is_not_waited_for_is_stale) {
+TEST_CASE("a copy that is not waited for is stale") {
     for_each_setting([] { CHECK((tiles_are_right<2>()) == !settings().deferred_copies); });
 }
 
-TEST(a_copy_that_other_threads_need_takes_a_barrier) {
-    if (kUnderTsan) return;
+TEST_CASE("a copy that other threads need takes a barrier" * doctest::skip(kUnderTsan)) {
     int wrong = 0;
     for_each_setting([&] { wrong += !tiles_are_right<1, false>(); });
     CHECK(wrong > 0);
@@ -583,14 +586,15 @@ const Mistake kMistakes[] = {
 std::string report_of(const Mistake& mistake) {
     int ends[2];
     if (pipe(ends) != 0) return "no pipe";
+    std::fflush(nullptr);  // or the child would print it, too
     const pid_t child = fork();
     if (child == 0) {
+        std::signal(SIGABRT, SIG_DFL);  // doctest would report it, too
         dup2(ends[1], 2);
         close(ends[0]);
         // TSan watches no child of a process that has had fibres, unless it begins anew.
         if (kUnderTsan) execl("/proc/self/exe", "test_emulation", mistake.name, nullptr);
         mistake.run();
-        std::fflush(nullptr);
         _exit(0);
     }
     close(ends[1]);
@@ -604,23 +608,20 @@ std::string report_of(const Mistake& mistake) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? "it went unnoticed" : report;
 }
 
-TEST(mistakes_are_reported) {
+TEST_CASE("mistakes are reported") {
     for (const Mistake& mistake : kMistakes) {
         if ((mistake.seen == Mistake::kAsan && !kUnderAsan) || (mistake.seen == Mistake::kTsan && !kUnderTsan))
             continue;
         const std::string report = report_of(mistake);
-        if (report.find(mistake.report) == std::string::npos) {
-            failures_here++;
-            std::printf("%s: \"%s\" is not in the report:\n%s\n", mistake.name, mistake.report, report.c_str());
-        }
+        CHECK(doctest::String(report.c_str()) == doctest::Contains(mistake.report));
     }
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count == 1) return run_tests();
     for (const Mistake& mistake : kMistakes) {
-        if (std::strcmp(mistake.name, arguments[1]) == 0) mistake.run();
+        if (count > 1 && std::strcmp(mistake.name, arguments[1]) == 0) return mistake.run(), 0;
     }
+    return doctest::Context(count, arguments).run();
 }

@@ -3,7 +3,10 @@
 // cases, against the formulas of carafepp.h as plain loops in double. Small integers must give the exact result, other
 // numbers one within the bounds of tests/tolerances.py; in every order of threads the same bits.
 //
-//     test_kernels [cpu] [--stop]    on CPU tensors instead; end at the first failure
+//     test_kernels [cpu] [OPTION ...]    on CPU tensors instead; options of doctest
+#define DOCTEST_CONFIG_IMPLEMENT
+#define DOCTEST_CONFIG_NO_POSIX_SIGNALS  // main handles them
+#include <doctest/doctest.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -12,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iostream>
 #include <limits>
 #include <map>
 #include <memory>
@@ -19,7 +23,6 @@
 #include <string>
 #include <vector>
 
-#include "../harness.h"
 #include "carafepp/carafepp.h"
 #include "cuda/platform.h"
 #include "dtypes.h"
@@ -34,7 +37,6 @@ using carafepp::with_type;
 using carafepp::emulation::Order;
 
 carafepp_device device = CARAFEPP_CUDA;
-bool stop_at_first = false;
 
 // ---- cases ----
 
@@ -42,7 +44,7 @@ using Shape = std::vector<int64_t>;  // N, C, H, W
 using Numbers = std::vector<double>;
 
 struct Case {
-    const char* name;
+    std::string name;
     int64_t n, c, h, w;
     int up, down, kernel_size, groups;
     int64_t crop_h = -1, crop_w = -1;
@@ -142,7 +144,7 @@ const Dtypes kDtypes[] = {
     {CARAFEPP_BFLOAT16, CARAFEPP_BFLOAT16}, {CARAFEPP_FLOAT16, CARAFEPP_FLOAT32}, {CARAFEPP_BFLOAT16, CARAFEPP_FLOAT32},
 };
 
-const char* name_of(carafepp_dtype dtype) {
+std::string name_of(carafepp_dtype dtype) {
     switch (dtype) {
         case CARAFEPP_FLOAT32: return "float32";
         case CARAFEPP_FLOAT64: return "float64";
@@ -488,31 +490,14 @@ bool within(double actual, double expected, double magnitude, Bound bound, caraf
 
 // ---- calls ----
 
-// What is being run, for reports.
-struct {
-    const char* name = "";
-    Dtypes dtypes{};
-    const char *values = "", *layout = "", *function = "", *normalizer = "", *implementation = "", *order = "";
-} now;
-
-void print_now() {
-    std::printf("    in %s, %s with %s masks, %s, %s, %s %s, %s, threads %s\n", now.name, name_of(now.dtypes.features),
-                name_of(now.dtypes.masks), now.values, now.layout, now.function, now.normalizer, now.implementation,
-                now.order);
-    std::fflush(stdout);
-}
-
-void report(const char* what) {
-    failures_here++;
-    if (failures_here <= 20) {
-        std::printf("FAILED: %s\n", what);
-        print_now();
+// What is being run, where doctest has no time to say it: the process is about to die.
+void print_context() {
+    for (int k = 0; k < doctest::IReporter::get_num_active_contexts(); k++) {
+        doctest::IReporter::get_active_contexts()[k]->stringify(&std::cout);
+        std::cout << '\n';
     }
-    if (stop_at_first) std::exit(1);
+    std::cout.flush();
 }
-
-constexpr size_t kBoth = 2;
-size_t half = kBoth;  // of the table of cases: for two processes side by side
 
 std::map<std::string, int> runs;  // of each implementation that a list has named
 
@@ -525,7 +510,7 @@ struct Result {
 };
 
 struct Setting {
-    const char* name;
+    std::string name;
     carafepp::emulation::Settings settings;
 };
 
@@ -558,13 +543,12 @@ std::vector<std::string> accepting(carafepp_function function, const carafepp_pa
         runs[name] += 0;
         if (!declines) static_cast<std::vector<std::string>*>(user)->push_back(name);
     };
-    if (carafepp_list_implementations(&params, function, tensors.data(), visit, &names) != CARAFEPP_OK) {
-        report(carafepp_last_error());
-    }
+    CHECK_MESSAGE(carafepp_list_implementations(&params, function, tensors.data(), visit, &names) == CARAFEPP_OK,
+                  std::string(carafepp_last_error()));
     return names;
 }
 
-const char* function_name(carafepp_function function) {
+std::string function_name(carafepp_function function) {
     const char* const names[] = {"",
                                  "reassemble",
                                  "reassemble_backward",
@@ -580,10 +564,10 @@ void check_values(const Result& result, int kernel_size) {
     for (size_t k = 0; k < actual.size(); k++) {
         const double expected = result.expected.value[k], magnitude = result.expected.magnitude[k];
         if (within(actual[k], expected, magnitude, result.bound, result.bound_dtype, kernel_size)) continue;
-        char text[200];
-        std::snprintf(text, sizeof text, "element %zu of %zu: got %.9g, expected %.9g, of products that sum up to %.3g",
-                      k, actual.size(), actual[k], expected, magnitude);
-        return report(text);
+        INFO("element ", k, " of ", actual.size(), " differs by ", actual[k] - expected,
+             "; the magnitudes of its products sum up to ", magnitude);
+        CHECK(actual[k] == expected);
+        return;
     }
 }
 
@@ -598,10 +582,8 @@ struct Options {
 void check_call(const Case& p, carafepp_function function, carafepp_normalizer normalizer,
                 const std::vector<const Array*>& inputs, const std::vector<Result*>& results, const Options& options,
                 const int64_t (*size)[2] = nullptr) {
-    const char* const normalizers[] = {"of softmax", "of sigmoid", "of sigmoid_normalized", "of logits as they are"};
-    now.function = function_name(function);
-    now.normalizer = function <= CARAFEPP_REASSEMBLE_BACKWARD ? "" : normalizers[normalizer];
-    now.implementation = now.order = "none";
+    const std::string normalizers[] = {"softmax", "sigmoid", "sigmoid_normalized", "none"};
+    INFO(function_name(function), ", normalizer ", normalizers[normalizer]);
     carafepp_params params{};
     params.struct_size = sizeof params;
     params.up = p.up;
@@ -627,28 +609,28 @@ void check_call(const Case& p, carafepp_function function, carafepp_normalizer n
     for (const Array* array : inputs) bytes_before.push_back(array->bytes());
 
     for (const std::string& name : accepting(function, params, pointers)) {
-        now.implementation = name.c_str();
+        INFO(name);
         params.implementation = name.c_str();
         runs[name]++;
         std::vector<std::vector<char>> first_bytes;
         const bool once = device == CARAFEPP_CPU;
         for (size_t s = options.first_setting; s < (once ? options.first_setting + 1 : options.end_setting); s++) {
             const bool first = s == options.first_setting;
-            now.order = kSettings[s].name;
+            INFO("threads ", kSettings[s].name);
             carafepp::emulation::settings() = kSettings[s].settings;
             for (Result* result : results) result->array->unset();
-            if (invoke(function, params, pointers) != CARAFEPP_OK) return report(carafepp_last_error());
+            REQUIRE_MESSAGE(invoke(function, params, pointers) == CARAFEPP_OK, std::string(carafepp_last_error()));
             for (size_t k = 0; k < inputs.size(); k++) {
-                if (inputs[k]->bytes() != bytes_before[k]) report("an input has changed");
+                CHECK_MESSAGE(inputs[k]->bytes() == bytes_before[k], "an input has changed");
             }
             std::vector<std::vector<char>> bytes;
             for (const Result* result : results) {
                 bytes.push_back(result->array->bytes());
-                if (first && !result->array->is_alone()) report("bytes beside the result have changed");
+                if (first) CHECK_MESSAGE(result->array->is_alone(), "bytes beside the result have changed");
                 if (first && result->wanted) check_values(*result, p.kernel_size);
             }
             if (first) first_bytes = bytes;
-            if (bytes != first_bytes) report("another order of threads gives other bits");
+            CHECK_MESSAGE(bytes == first_bytes, "another order of threads gives other bits");
         }
     }
 }
@@ -656,7 +638,7 @@ void check_call(const Case& p, carafepp_function function, carafepp_normalizer n
 // ---- values ----
 
 enum class Values { kIntegers, kReals, kSpecialIntegers, kExtremeLogits };
-const char* const kValueNames[] = {"integers", "reals", "integers with NaN and Inf", "extreme logits"};
+const std::string kValueNames[] = {"integers", "reals", "integers with NaN and Inf", "extreme logits"};
 
 struct Inputs {
     Numbers features, masks, logits, grad_output, grad_masks;
@@ -717,7 +699,7 @@ void spoil_what_is_not_read(const Case& p, Generator& random, Values values, Inp
 
 Inputs draw(const Case& p, Values values) {
     unsigned seed = static_cast<unsigned>(values);
-    for (const char* letter = p.name; *letter; letter++) seed = seed * 31 + static_cast<unsigned char>(*letter);
+    for (const char letter : p.name) seed = seed * 31 + static_cast<unsigned char>(letter);
     Generator random(seed);
     Inputs inputs;
     if (values == Values::kIntegers || values == Values::kSpecialIntegers) {
@@ -762,12 +744,10 @@ Inputs draw(const Case& p, Values values) {
 // Makes the k-th array of a problem, in some layout.
 using Make = std::function<std::unique_ptr<Array>(size_t, const Shape&, carafepp_dtype)>;
 
-void check_functions(const Case& p, Dtypes dtypes, Values values, carafepp_normalizer normalizer, const char* layout,
-                     const Make& make, const Options& options) {
-    now.name = p.name;
-    now.dtypes = dtypes;
-    now.values = kValueNames[static_cast<int>(values)];
-    now.layout = layout;
+void check_functions(const Case& p, Dtypes dtypes, Values values, carafepp_normalizer normalizer,
+                     const std::string& layout, const Make& make, const Options& options) {
+    INFO(p.name, ", ", name_of(dtypes.features), " with ", name_of(dtypes.masks), " masks, ",
+         kValueNames[static_cast<int>(values)], ", ", layout);
     const bool exact = values == Values::kIntegers || values == Values::kSpecialIntegers;
     const auto bound = [&](Bound inexact) { return exact ? Bound::kExact : inexact; };
     Inputs inputs = draw(p, values);
@@ -849,14 +829,10 @@ Make in_layouts(const std::vector<Layout>& layouts, size_t turn) {
 
 // All settings take turns, and most cases and dtypes have one layout that runs in all of them. Sanitizers see races and
 // wrong addresses in any order and with any values, and are slow.
-TEST(every_case_of_the_table) {
-    size_t turn = 0, number = 0;
-    for (const Case& p : kCases) {
-        if (half != kBoth && number++ % 2 != half) {
-            turn += 1 + std::size(kDtypes);
-            continue;
-        }
-        turn++;  // seven turns for each case: what follows from them is not bound to a dtype
+void check_every_other_case(size_t first) {
+    for (size_t number = first; number < std::size(kCases); number += 2) {
+        const Case& p = kCases[number];
+        size_t turn = number * (std::size(kDtypes) + 1) + 1;  // odd steps: what follows is not bound to a dtype
         for (const Dtypes& dtypes : kDtypes) {
             turn++;
             size_t round = 0;
@@ -900,8 +876,12 @@ TEST(every_case_of_the_table) {
     }
 }
 
+// Two halves, for two processes.
+TEST_CASE("even cases of the table") { check_every_other_case(0); }
+TEST_CASE("odd cases of the table") { check_every_other_case(1); }
+
 // Inputs of which many elements are one in memory: strides of 0.
-TEST(inputs_may_repeat_elements) {
+TEST_CASE("inputs may repeat elements") {
     const Case p = {"repeated elements", 3, 8, 4, 5, 2, 1, 3, 1};
     for (const Dtypes& dtypes : kDtypes) {
         std::vector<std::vector<char>> memory;
@@ -921,12 +901,12 @@ TEST(inputs_may_repeat_elements) {
 }
 
 // All arrays interleaved in 2^36 elements of address space, of which few pages are touched.
-TEST(offsets_beyond_32_bits) {
+TEST_CASE("offsets beyond 32 bits") {
     const size_t bytes = size_t{1} << 38;
     void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
                               0);
     if (memory == MAP_FAILED) {
-        std::printf("skipped offsets_beyond_32_bits: no address space of %zu bytes\n", bytes);
+        MESSAGE("skipped: no address space of ", bytes, " bytes");
         return;
     }
     const Case p = {"far elements", 1, 4, 3, 5, 2, 1, 3, 1};
@@ -943,8 +923,7 @@ TEST(offsets_beyond_32_bits) {
 }
 
 // More of everything than a grid has blocks along y and z.
-TEST(sizes_beyond_65535) {
-    if (kUnderTsan) return;
+TEST_CASE("sizes beyond 65535" * doctest::skip(kUnderTsan)) {
     Options options;
     options.reassemble_only = true;  // or it would take long
     const int64_t many = 65537;
@@ -954,42 +933,42 @@ TEST(sizes_beyond_65535) {
     }
 }
 
-TEST(quotients_of_32_and_64_bits) {
+TEST_CASE("quotients of 32 and 64 bits") {
     const int64_t two_to_32 = int64_t{1} << 32;
     const int64_t numbers[] = {0, 1, 3, 65537, two_to_32 - 1, two_to_32, two_to_32 + 1, 3 * two_to_32 + 5, INT64_MAX};
     for (const int64_t a : numbers) {
         for (const int64_t b : numbers) {
             if (b == 0) continue;
             const carafepp::cuda::Quotient q = carafepp::cuda::divide(a, b);
-            CHECK(q.quotient * b + q.remainder == a && q.remainder >= 0 && q.remainder < b);
+            CHECK(q.quotient * b + q.remainder == a);
+            CHECK(q.remainder >= 0);
+            CHECK(q.remainder < b);
         }
     }
 }
 
-TEST(every_implementation_that_is_listed_has_run) {
-    for (const auto& [name, count] : runs) {
-        std::printf("%8d runs of %s\n", count, name.c_str());
-        if (device == CARAFEPP_CUDA) CHECK(count > 0);
+TEST_CASE("every implementation that is listed has run") {
+    if (device != CARAFEPP_CUDA) return;
+    for (const auto& name_and_count : runs) {
+        CAPTURE(name_and_count.first);
+        CHECK(name_and_count.second > 0);
     }
-    std::printf("%.1f million CUDA threads\n", static_cast<double>(carafepp::emulation::threads_run()) / 1e6);
 }
 
 }  // namespace
 
 int main(int argument_count, char** arguments) {
-    for (int k = 1; k < argument_count; k++) {
-        if (std::strcmp(arguments[k], "cpu") == 0) device = CARAFEPP_CPU;
-        if (std::strcmp(arguments[k], "--stop") == 0) stop_at_first = true;
-        if (std::strcmp(arguments[k], "even") == 0) half = 0;
-        if (std::strcmp(arguments[k], "odd") == 0) half = 1;
-    }
-    if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(print_now);
+    if (argument_count > 1 && std::strcmp(arguments[1], "cpu") == 0) device = CARAFEPP_CPU;
+    if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(print_context);
     for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE}) {
         std::signal(signal, [](int number) {
-            print_now();
+            print_context();
             std::signal(number, SIG_DFL);
             std::raise(number);
         });
     }
-    return run_tests();
+    doctest::Context context;
+    context.setOption("abort-after", 20);
+    context.applyCommandLine(argument_count, arguments);
+    return context.run();
 }
