@@ -22,6 +22,7 @@ import carafepp
 from cases import (
     BROADCAST_AXES,
     CASES,
+    CUDA_CASES,
     DTYPES,
     FEW,
     LAYOUTS,
@@ -104,9 +105,9 @@ def by(implementation, *what):
 
 
 @product(
-    case=CASES,
+    case=CASES | CUDA_CASES,
     function=FUNCTIONS,
-    by_default={"case": FEW} if EMULATED or BUILT_WITHOUT else {},
+    by_default={"case": FEW if EMULATED or BUILT_WITHOUT else CASES},
 )
 def test_every_implementation_is_right_for_every_dtype(case, function, library):
     large_for_an_emulator = EMULATED and case.terms > 10**5

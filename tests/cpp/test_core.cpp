@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <random>
 #include <set>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include "carafepp/carafepp.h"
+#include "definition.h"
 #include "dtypes.h"
 #include "overlap.h"
 
@@ -27,6 +27,7 @@ extern "C" int header_is_c99(void);
 
 namespace {
 
+using namespace definition;
 using doctest::Contains;
 
 doctest::String last_error() { return carafepp_last_error(); }  // not a pointer in a failure's text
@@ -44,10 +45,6 @@ carafepp_params params_of(int up, int down, int kernel_size, int groups, int nor
     return params;
 }
 
-using Shape = std::vector<int64_t>;
-
-int64_t count(const Shape& shape) { return shape[0] * shape[1] * shape[2] * shape[3]; }
-
 carafepp_tensor tensor_of(void* data, const Shape& shape, carafepp_dtype dtype = CARAFEPP_FLOAT32) {
     carafepp_tensor tensor{};
     tensor.data = data;
@@ -63,47 +60,20 @@ carafepp_tensor tensor_of(void* data, const Shape& shape, carafepp_dtype dtype =
     return tensor;
 }
 
-struct Problem {
-    int64_t n, c, h, w;
-    int up, down, kernel_size, groups;
-    int64_t out_h, out_w;  // the output, cropped or natural
+carafepp_params params_of(const Case& p, int normalizer = CARAFEPP_NONE) {
+    carafepp_params params = params_of(p.up, p.down, p.kernel_size, p.groups, normalizer);
+    params.flags = CARAFEPP_SIZE;
+    params.size[0] = p.out_h();
+    params.size[1] = p.out_w();
+    return params;
+}
 
-    int64_t natural(int64_t size) const { return (size * up + down - 1) / down; }
-    Shape features() const { return {n, c, h, w}; }
-    Shape masks() const { return {n, groups * kernel_size * kernel_size, out_h, out_w}; }
-    Shape logits() const {
-        return {n, int64_t{groups} * kernel_size * kernel_size * up * up, (h + down - 1) / down, (w + down - 1) / down};
-    }
-    Shape output() const { return {n, c, out_h, out_w}; }
-    carafepp_params params(int normalizer = CARAFEPP_NONE) const {
-        carafepp_params p = params_of(up, down, kernel_size, groups, normalizer);
-        p.flags = CARAFEPP_SIZE;
-        p.size[0] = out_h;
-        p.size[1] = out_w;
-        return p;
-    }
-};
-
-std::vector<Problem> problems() {
-    std::vector<Problem> all;
-    for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {2, 3}, {4, 6}, {1, 7}}) {
-        for (int kernel_size : {1, 3, 5}) {
-            for (int groups : {1, 3}) {
-                Problem p{2, 6, 7, 5, up, down, kernel_size, groups, 0, 0};
-                p.out_h = p.natural(p.h);
-                p.out_w = p.natural(p.w);
-                all.push_back(p);
-                p.out_h = (p.out_h + 1) / 2;
-                p.out_w = std::max<int64_t>(p.out_w - 1, 1);
-                all.push_back(p);
-            }
-        }
-    }
-    all.push_back({1, 1, 1, 1, 1, 1, 31, 1, 1, 1});
-    all.push_back({1, 2, 3, 400, 2, 1, 3, 1, 6, 800});
-    all.push_back({1, 2, 4, 4, 2, 1, 3, 1, 0, 0});
-    all.push_back({0, 2, 4, 4, 2, 1, 3, 1, 8, 8});
-    return all;
+// Cases that plain loops compute at once.
+std::vector<Case> cases() {
+    std::vector<Case> small;
+    std::copy_if(std::begin(kCases), std::end(kCases), std::back_inserter(small),
+                 [](const Case& p) { return !p.for_cuda && p.terms() <= 150000; });
+    return small;
 }
 
 std::vector<float> integers(int64_t count, unsigned seed) {
@@ -123,61 +93,29 @@ void check_equal(const std::string& what, const std::vector<float>& actual, cons
     }
 }
 
-// Visits every (output element, tap inside the border) of the formula: f(output, mask, feature), as indices of dense
-// arrays.
-void for_each_term(const Problem& p, const std::function<void(size_t, size_t, size_t)>& f) {
-    const int64_t r = p.kernel_size / 2, taps = p.kernel_size * p.kernel_size;
-    for (int64_t n = 0; n < p.n; n++)
-        for (int64_t c = 0; c < p.c; c++)
-            for (int64_t oi = 0; oi < p.out_h; oi++)
-                for (int64_t oj = 0; oj < p.out_w; oj++)
-                    for (int64_t a = -r; a <= r; a++)
-                        for (int64_t b = -r; b <= r; b++) {
-                            const int64_t i = oi * p.down / p.up + a, j = oj * p.down / p.up + b;
-                            if (i < 0 || i >= p.h || j < 0 || j >= p.w) continue;
-                            const int64_t channel = c / (p.c / p.groups) * taps + (a + r) * p.kernel_size + b + r;
-                            f(static_cast<size_t>(((n * p.c + c) * p.out_h + oi) * p.out_w + oj),
-                              static_cast<size_t>(((n * p.groups * taps + channel) * p.out_h + oi) * p.out_w + oj),
-                              static_cast<size_t>(((n * p.c + c) * p.h + i) * p.w + j));
-                        }
-}
-
-// masks[k] = logits[where[k]] of the normaliser "none": pixel shuffle and crop.
-std::vector<size_t> shuffled(const Problem& p) {
-    std::vector<size_t> where;
-    const Shape masks = p.masks(), logits = p.logits();
-    for (int64_t n = 0; n < masks[0]; n++)
-        for (int64_t c = 0; c < masks[1]; c++)
-            for (int64_t i = 0; i < masks[2]; i++)
-                for (int64_t j = 0; j < masks[3]; j++)
-                    where.push_back(static_cast<size_t>(
-                        ((n * logits[1] + (c * p.up + i % p.up) * p.up + j % p.up) * logits[2] + i / p.up) * logits[3] +
-                        j / p.up));
-    return where;
-}
-
 // ---- values ----
 
 TEST_CASE("values are those of the formula") {
-    for (const Problem& p : problems()) {
+    const auto floats = [](const Numbers& numbers) { return std::vector<float>(numbers.begin(), numbers.end()); };
+    const auto numbers = [](const std::vector<float>& floats) { return Numbers(floats.begin(), floats.end()); };
+    for (const Case& p : cases()) {
+        INFO(p.name);
         std::vector<float> features = integers(count(p.features()), 1), logits = integers(count(p.logits()), 2);
-        std::vector<float> grad_output = integers(count(p.output()), 3), masks;
-        const std::vector<size_t> where = shuffled(p);
-        for (size_t k : where) masks.push_back(logits[k]);
-
-        std::vector<float> output(grad_output.size()), grad_features(features.size()), grad_masks(masks.size());
-        for_each_term(p, [&](size_t y, size_t m, size_t x) {
-            output[y] += masks[m] * features[x];
-            grad_masks[m] += grad_output[y] * features[x];
-            grad_features[x] += grad_output[y] * masks[m];
-        });
-        std::vector<float> grad_logits(logits.size());
-        for (size_t k = 0; k < where.size(); k++) grad_logits[where[k]] = grad_masks[k];
+        std::vector<float> grad_output = integers(count(p.output()), 3);
+        const Numbers x_numbers = numbers(features), d_numbers = numbers(grad_output);
+        const Sums masks_of_logits = normalize_masks(p, numbers(logits), CARAFEPP_NONE);
+        const Sums grad_of_masks = definition::grad_masks(p, d_numbers, x_numbers);
+        std::vector<float> masks = floats(masks_of_logits.value), grad_masks = floats(grad_of_masks.value);
+        const std::vector<float> output = floats(reassemble(p, x_numbers, masks_of_logits.value).value);
+        const std::vector<float> grad_features = floats(
+            definition::grad_features(p, d_numbers, masks_of_logits.value).value);
+        const std::vector<float> grad_logits = floats(
+            normalize_masks_backward(p, grad_of_masks, numbers(logits), CARAFEPP_NONE).value);
 
         // Results start as NaN: an element that is not written shows.
         const auto unset = [](const std::vector<float>& like) { return std::vector<float>(like.size(), NAN); };
         const auto reset = [](std::vector<float>& values) { std::fill(values.begin(), values.end(), NAN); };
-        const carafepp_params params = p.params();
+        const carafepp_params params = params_of(p);
         carafepp_tensor x = tensor_of(features.data(), p.features()), m = tensor_of(masks.data(), p.masks());
         carafepp_tensor l = tensor_of(logits.data(), p.logits()), d = tensor_of(grad_output.data(), p.output());
 
@@ -212,12 +150,12 @@ TEST_CASE("values are those of the formula") {
 }
 
 TEST_CASE("channels last is the same arrays told otherwise") {
-    const Problem p{2, 6, 7, 5, 2, 1, 3, 3, 14, 10};
+    const Case p{"three groups", 2, 6, 7, 5, 2, 1, 3, 3};
     std::vector<float> features = integers(count(p.features()), 1), masks = integers(count(p.masks()), 2);
     std::vector<float> output(static_cast<size_t>(count(p.output()))), again(output.size());
     carafepp_tensor x = tensor_of(features.data(), p.features()), m = tensor_of(masks.data(), p.masks());
     carafepp_tensor y = tensor_of(output.data(), p.output());
-    carafepp_params params = p.params();
+    carafepp_params params = params_of(p);
     CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
     y.data = again.data();
     for (carafepp_tensor* tensor : {&x, &m, &y}) {
@@ -266,9 +204,9 @@ std::vector<char> stored(const std::vector<float>& values, carafepp_dtype dtype)
 TEST_CASE("every implementation gives what the reference gives") {
     std::set<std::string> tested;
     for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {3, 1}}) {
-        Problem p{2, 18, 5, 37, up, down, up == 3 ? 5 : 3, 2, 0, 0};
-        p.out_h = p.natural(p.h);
-        p.out_w = p.natural(p.w) - 1;
+        Case p{"a column less", 2, 18, 5, 37, up, down, up == 3 ? 5 : 3, 2};
+        p.crop_h = p.natural(p.h);
+        p.crop_w = p.natural(p.w) - 1;
         for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT64, CARAFEPP_FLOAT16, CARAFEPP_BFLOAT16}) {
             for (bool channels_last : {false, true}) {
                 const auto shape = [&](const Shape& s) { return channels_last ? Shape{s[0], s[2], s[3], s[1]} : s; };
@@ -278,7 +216,7 @@ TEST_CASE("every implementation gives what the reference gives") {
                 const carafepp_tensor x = tensor_of(features.data(), shape(p.features()), dtype);
                 const carafepp_tensor m = tensor_of(masks.data(), shape(p.masks()), dtype);
                 const carafepp_tensor y = tensor_of(output.data(), shape(p.output()), dtype);
-                carafepp_params params = p.params();
+                carafepp_params params = params_of(p);
                 if (channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
                 params.implementation = "reassemble_any_ref";
                 CHECK(carafepp_reassemble(&params, &x, &m, &y, nullptr) == CARAFEPP_OK);
@@ -322,7 +260,8 @@ private:
 };
 
 TEST_CASE("nothing beyond the arrays is touched") {
-    const auto check_problem = [](const Problem& p, bool at_end, bool channels_last, carafepp_dtype dtype) {
+    const auto check_case = [](const Case& p, bool at_end, bool channels_last, carafepp_dtype dtype) {
+        INFO(p.name);
         std::vector<std::unique_ptr<GuardedBytes>> memory;
         const auto guarded = [&](const Shape& s) {
             const std::vector<float> zeros(static_cast<size_t>(count(s)));
@@ -333,7 +272,7 @@ TEST_CASE("nothing beyond the arrays is touched") {
         const carafepp_tensor x = guarded(p.features()), m = guarded(p.masks()), l = guarded(p.logits());
         const carafepp_tensor y = guarded(p.output()), d = guarded(p.output());
         const carafepp_tensor gx = guarded(p.features()), gm = guarded(p.masks()), gl = guarded(p.logits());
-        carafepp_params params = p.params(CARAFEPP_SOFTMAX);
+        carafepp_params params = params_of(p, CARAFEPP_SOFTMAX);
         if (channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
         for (const std::string& name : accepting(params, {&x, &m, &y})) {
             params.implementation = name.c_str();
@@ -346,11 +285,11 @@ TEST_CASE("nothing beyond the arrays is touched") {
         CHECK(carafepp_normalize_masks(&params, &l, &m, nullptr) == CARAFEPP_OK);
         CHECK(carafepp_normalize_masks_backward(&params, &gm, &l, &gl, nullptr) == CARAFEPP_OK);
     };
-    for (const Problem& p : problems()) {
+    for (const Case& p : cases()) {
         for (bool at_end : {false, true}) {
             for (bool channels_last : {false, true}) {
                 for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT16}) {
-                    check_problem(p, at_end, channels_last, dtype);
+                    check_case(p, at_end, channels_last, dtype);
                 }
             }
         }
@@ -623,7 +562,7 @@ TEST_CASE("implementations are listed and forced") {
 // ---- threads ----
 
 struct Large {
-    const Problem p{2, 16, 40, 48, 2, 1, 5, 2, 80, 96};
+    const Case p{"work for several threads", 2, 16, 40, 48, 2, 1, 5, 2};
     std::vector<float> features, logits, grad_output;
 
     Large() {
@@ -638,7 +577,7 @@ struct Large {
 
     // Everything that the functions write, one after the other.
     std::vector<float> results() const {
-        const carafepp_params params = p.params(CARAFEPP_SOFTMAX);
+        const carafepp_params params = params_of(p, CARAFEPP_SOFTMAX);
         std::vector<float> output(grad_output.size()), grad_features(features.size()), grad_logits(logits.size());
         const auto dense = [](const std::vector<float>& values, const Shape& shape) {
             return tensor_of(const_cast<float*>(values.data()), shape);
