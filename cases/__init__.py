@@ -52,22 +52,22 @@ def double(array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-# Values. Small integers make every sum exact in float32 in any order (the largest of the forward
-# pass is 4*2*31*31 = 7688); the result is rounded once, if its dtype has 8 or 11 bits.
+# Values. Small integers make every sum exact in float32, in any order: the largest of the forward
+# pass is 4*2*31*31 = 7688. A result is rounded once, if its dtype has 8 or 11 bits.
 
 
 def integers(rng: np.random.Generator, shape, limit: int, dtype: str = "float32") -> np.ndarray:
-    """Integers in -limit..limit."""
+    """Return random integers in -limit..limit."""
     return rng.integers(-limit, limit, shape, endpoint=True).astype(numpy_dtype(dtype))
 
 
 def normal(rng: np.random.Generator, shape, dtype: str = "float32") -> np.ndarray:
-    """Of mean 0 and variance 1."""
+    """Return normally distributed numbers, of mean 0 and variance 1."""
     return rng.standard_normal(shape).astype(numpy_dtype(dtype))
 
 
 def _arrays(case: Case, dtypes: Dtypes, small: Callable, large: Callable) -> SimpleNamespace:
-    """Every array that the functions take for this problem; read-only, because shared."""
+    """Return every array that the functions take for this problem: read-only, because shared."""
     arrays = {
         "features": large(case.features_shape, dtypes.features),
         "masks": small(case.masks_shape, dtypes.masks),
@@ -86,7 +86,7 @@ def _seeded(case: Case) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=64)
 def integer_arrays(case: Case, dtypes: Dtypes) -> SimpleNamespace:
-    """Small integers: the same values for all dtypes."""
+    """Return arrays of small integers: the same values for all dtypes."""
     draw = functools.partial(integers, _seeded(case))
     return _arrays(
         case,
@@ -103,8 +103,8 @@ def random_arrays(case: Case, dtypes: Dtypes) -> SimpleNamespace:
     return _arrays(case, dtypes, small=draw, large=draw)
 
 
-# Memory layouts of a four-dimensional array: functions from a shape and a dtype to a buffer and its
-# view of that shape. The buffer is larger than the view where the layout leaves gaps.
+# Memory layouts of a four-dimensional array. Each function takes a shape and a dtype, and returns a
+# buffer and its view of that shape. The buffer is larger than the view if the layout leaves gaps.
 
 
 def _contiguous(shape, dtype):

@@ -6,7 +6,8 @@ import carafepp
 
 from . import Case
 
-# The inputs of each function, in the order of its signature, and what its results are shaped like.
+# The inputs of each function, in the order of its signature, and its results by the names of arrays
+# of the same shape.
 INPUTS = {
     "reassemble": ("features", "masks"),
     "reassemble_backward": ("grad_output", "features", "masks"),

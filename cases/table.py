@@ -58,17 +58,17 @@ class Case:
 
     @property
     def factors(self) -> dict[str, int]:
-        """Parameters of reassemble and its backward, in carafepp and in reference.py."""
+        """Return the parameters of reassemble and its backward, in carafepp and in reference.py."""
         return {"up": self.up, "down": self.down, "groups": self.groups}
 
     @property
     def crop(self) -> dict[str, tuple[int, int]]:
-        """`size=` for the functions that take one: only where it is not the natural one."""
+        """Return `size=` for the functions that take one, if it is not the natural one."""
         return {} if self.size is None else {"size": self.size}
 
     @property
     def terms(self) -> int:
-        """Multiplications of one forward pass."""
+        """Return the number of multiplications of one forward pass."""
         return math.prod(self.output_shape) * self.kernel_size**2
 
 
@@ -149,7 +149,7 @@ _TABLE = [
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
     Case("ratio_7_2", "phases of a row are 3 or 4", 1, 3, 40, 40, up=7, down=2, kernel_size=7),
-    # Several vectors of columns, where a row of one is another path
+    # Several vectors of columns; a single one takes another path
     Case("up3_wide", "three phases of several vectors", 1, 9, 5, 37, up=3),
     Case("up4_wide", "four phases of several vectors", 1, 5, 3, 21, up=4),
     Case("down3_wide", "every third of several vectors", 1, 9, 7, 101, down=3, kernel_size=5),

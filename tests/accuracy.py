@@ -1,9 +1,9 @@
-"""How near results come to the definition, and extreme logits: the tables of docs/numbers.md.
+"""Errors of the results, and extreme logits: the tables of docs/numbers.md.
 
     PYTHONPATH=. python tests/accuracy.py [CASE ...]
 
-Every implementation of this build for this processor computes every case (or those named) of
-cases/; minutes for all. tests/test_numbers.py compares the page with what this computes.
+Every implementation of this build for this processor computes every case of cases/, or those named.
+All take minutes. tests/test_numbers.py compares the page with these tables.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def errors(function: str, case: Case, dtypes: Dtypes) -> Iterator[tuple[str, str
             continue
         quantity, exact, magnitude = random_result(function, result, case, dtypes, "softmax")
         dtype = dtype_of(result, dtypes)
-        if quantity == "grad_logits":  # which sums products of features
+        if quantity == "grad_logits":  # a sum of products of features
             dtype = dtypes.features
         error = np.abs(double(actual) - exact)
         error = np.maximum(error - SMALLEST[dtype], 0)[magnitude > 0] / magnitude[magnitude > 0]
@@ -60,7 +60,7 @@ def errors(function: str, case: Case, dtypes: Dtypes) -> Iterator[tuple[str, str
 
 
 def worst_errors(cases: Iterable[Case]) -> dict[tuple[str, str], float]:
-    """By quantity and dtype of the result."""
+    """Return the worst error by quantity and dtype of the result."""
     worst = defaultdict(float)
     for case, function, dtypes in itertools.product(cases, FUNCTIONS, DTYPES):
         if function.startswith("normalize") and dtypes.features != dtypes.masks:
@@ -71,7 +71,7 @@ def worst_errors(cases: Iterable[Case]) -> dict[tuple[str, str], float]:
 
 
 def bound(quantity: str, dtype: str) -> str:
-    """What tolerances.py allows, the rounding of the result included."""
+    """Return the bound of tolerances.py, with the rounding of the result."""
     c, c_per_k, c_of_16_bits = C[quantity]
     if dtype in ("float16", "bfloat16"):
         return f"{c_of_16_bits + 0.5:g}"
@@ -79,7 +79,7 @@ def bound(quantity: str, dtype: str) -> str:
 
 
 def rows(table: list[list[str]]) -> str:
-    """Markdown, the first row being the head."""
+    """Return a table of Markdown. The first row is its head."""
     head, *rest = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([head, "|---" * len(table[0]) + "|", *rest])
 
@@ -93,7 +93,7 @@ def rounding_table(worst: dict[tuple[str, str], float]) -> str:
 
 
 def shown(values: np.ndarray) -> str:
-    """Runs of equal numbers: `1, 0 (8 times)`."""
+    """Return runs of equal numbers: `1, 0 (8 times)`."""
     runs = [(text, len(list(run))) for text, run in itertools.groupby(f"{v:.3g}" for v in values)]
     if len(runs) == 1:
         return f"all {runs[0][0]}"

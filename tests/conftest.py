@@ -13,7 +13,7 @@ import carafepp
 import products
 from skips import import_or_skip
 
-# PyTorch's own threads wait for each other at length where several tests run at once.
+# PyTorch's own threads wait long for each other if several tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile(
@@ -45,7 +45,7 @@ def _part(config) -> tuple[int, int]:
 
 
 def pytest_configure(config):
-    _part(config)  # a wrong one is told at once
+    _part(config)  # an error for a wrong one, at once
 
 
 def pytest_generate_tests(metafunc):
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave what is slow or exhaustive to those who ask for it by -m."""
+    """Deselect exhaustive tests and skip slow ones, unless -m asks for them."""
     asked = config.getoption("-m")
     part, parts = _part(config)
 
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Spare the garbage collector the tests themselves, of which there are very many."""
+    """Hide the very many tests from the garbage collector."""
     gc.freeze()
 
 
@@ -98,5 +98,5 @@ def jax():
 
 @pytest.fixture
 def rng(request) -> np.random.Generator:
-    """Random numbers that depend on nothing but the name of the test."""
+    """Return random numbers that depend on the name of the test alone."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))

@@ -1,4 +1,4 @@
-"""How the tests for CUDA use CuPy and PyTorch, and what they use where CUDA is emulated."""
+"""CuPy, PyTorch and the emulation, by one interface for the tests for CUDA."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ BUILT_WITHOUT = "built without CUDA" in carafepp._core.config()
 
 
 class Missing(Exception):
-    """(what, reason): what a test cannot run without."""
+    """(what, reason): a test cannot run without `what`."""
 
 
 def _require_gpu_build():
@@ -36,7 +36,7 @@ def connected(name):
 
 
 def _laid_out(array: np.ndarray, memory: str):
-    """In host memory: bytes, and a view of them that holds the array in this layout."""
+    """Return bytes in host memory, and a view of them that holds the array in this layout."""
     buffer, view = LAYOUTS[memory](array.shape, array.dtype)
     buffer[...] = 0
     view[...] = array
@@ -85,7 +85,7 @@ class Emulated:
 
 
 class CuPy:
-    """Only copies and views: CuPy's own kernels need a compiler that may not be there."""
+    """CuPy by copies and views alone: its own kernels need a compiler that may be missing."""
 
     negative_strides = True
 
@@ -93,7 +93,7 @@ class CuPy:
         _require_gpu_build()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that no toolkit is installed
+                warnings.simplefilter("ignore")  # no toolkit is installed
                 import cupy
         except ImportError as error:
             raise Missing("cuda", str(error)) from error
@@ -102,7 +102,7 @@ class CuPy:
         self.cupy, self.Array = cupy, cupy.ndarray
 
     def place(self, array, memory="contiguous"):
-        """A copy on the current device, in this memory layout."""
+        """Return a copy on the current device, in this memory layout."""
         data, view, offset = _laid_out(array, memory)
         buffer = self.cupy.empty(max(1, data.size), np.uint8)
         if data.size:
@@ -127,7 +127,7 @@ class CuPy:
         return self.cupy.broadcast_to(array, shape)
 
     def read(self, array):
-        """A copy on the host, of any strides."""
+        """Return a copy on the host, of any strides."""
         if array.size == 0:
             return np.empty(array.shape, array.dtype)
         ends = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
@@ -184,7 +184,7 @@ class CuPy:
         array.data.memset_async(255, array.nbytes)
 
     def capture(self, run):
-        """Capture a graph; return what launches it and what `run` returned."""
+        """Capture a graph. Return a function that launches it, and the result of `run`."""
         stream = self.stream()
         with stream:
             stream.begin_capture()
@@ -195,11 +195,11 @@ class CuPy:
         return graph.launch, results
 
     def allocated_bytes(self):
-        """What the library's allocator has handed out."""
+        """Return the bytes that the library's allocator has handed out."""
         return self.cupy.get_default_memory_pool().used_bytes()
 
     def free_bytes(self):
-        """What is free on the device."""
+        """Return the bytes that are free on the device."""
         return self.cupy.cuda.runtime.memGetInfo()[0]
 
 
@@ -221,7 +221,7 @@ class PyTorch:
     _is_warm = False
 
     def _warm_up(self):
-        """Load what keeps a stream busy, copies and fills: loading waits for busy streams."""
+        """Load kernels that keep a stream busy, copy and fill: loading waits for busy streams."""
         a, b = self.torch.ones(1, device="cuda"), self.torch.ones(1, device="cuda")
         a.copy_(b)
         a.fill_(float("nan"))
@@ -230,7 +230,7 @@ class PyTorch:
         PyTorch._is_warm = True
 
     def place(self, array, memory="contiguous"):
-        """A copy on the current device, in this memory layout."""
+        """Return a copy on the current device, in this memory layout."""
         data, view, offset = _laid_out(array, memory)
         dtype = getattr(self.torch, array.dtype.name)
         strides = [stride // array.itemsize for stride in view.strides]
@@ -252,7 +252,7 @@ class PyTorch:
         return array.expand(shape)
 
     def read(self, tensor):
-        """A copy on the host, of any strides."""
+        """Return a copy on the host, of any strides."""
         tensor = tensor.cpu()
         if tensor.dtype == self.torch.bfloat16:
             return tensor.view(self.torch.int16).numpy().view(numpy_dtype("bfloat16"))
@@ -298,18 +298,18 @@ class PyTorch:
         tensor.fill_(float("nan"))
 
     def capture(self, run):
-        """Capture a graph; return what launches it and what `run` returned."""
+        """Capture a graph. Return a function that launches it, and the result of `run`."""
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph):
             results = run()
         return graph.replay, results
 
     def allocated_bytes(self):
-        """What the library's allocator has handed out."""
+        """Return the bytes that the library's allocator has handed out."""
         return self.torch.cuda.memory_allocated()
 
     def free_bytes(self):
-        """What is free on the device."""
+        """Return the bytes that are free on the device."""
         return self.torch.cuda.mem_get_info()[0]
 
 

@@ -69,7 +69,7 @@ def dtype_of(result: str, dtypes: Dtypes) -> str:
 def assert_result(
     function: str, result: str, case: Case, dtypes: Dtypes, actual, normalizer: str | None
 ) -> None:
-    """Check what integer_arrays gave, without a normaliser (None), or what random_arrays gave."""
+    """Check a result of integer_arrays, if the normaliser is None, or of random_arrays."""
     dtype = dtype_of(result, dtypes)
     assert actual.dtype == numpy_dtype(dtype)
     if normalizer is None:
@@ -77,7 +77,7 @@ def assert_result(
         return
     quantity, expected, magnitude = random_result(function, result, case, dtypes, normalizer)
     assert actual.shape == expected.shape
-    if quantity == "grad_logits":  # which sums products of features
+    if quantity == "grad_logits":  # a sum of products of features
         dtype = dtypes.features
     assert_within_bound(quantity, dtype, case.kernel_size, actual, expected, magnitude)
 

@@ -28,14 +28,14 @@ each_result = pytest.mark.parametrize(("function", "index"), EACH_RESULT.values(
 
 
 def call_into(function: str, inputs, params, outs) -> None:
-    """Call with `out=`, and check that what is returned are the outs themselves."""
+    """Call with `out=`, and check that the call returns the outs themselves."""
     results = call(function, inputs, {**params, "out": tuple(outs) if len(outs) == 2 else outs[0]})
     for given, returned in zip(outs, results, strict=True):
         assert returned is given
 
 
 def names(function: str) -> list[str]:
-    """All implementations of the function in this build, whatever problems they accept."""
+    """Return all implementations of the function in this build."""
     case, dtypes = CASES["up2"], DTYPES[0]
     arrays, params = arguments(function, case, integer_arrays(case, dtypes))
     return [name for name, _ in carafepp.list_implementations(function, *arrays, **params)]
@@ -73,7 +73,7 @@ def takes(function: str, result: str):
 
     def valid(case: Case, layout: str, isa: str) -> bool:
         name = kernel_name(function, result, layout, isa)
-        # A kernel that is in no list, like nhwc_ref.
+        # Some names are in no list, like nhwc_ref.
         return _declines(function, case, layout_of(name)).get(name, "not there") is None
 
     return valid

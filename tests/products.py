@@ -2,7 +2,7 @@
 
     @product(case=CASES, isa=ISAS, turns={"dtypes": DTYPES, "normalizer": NORMALIZERS})
 
-The part has each pair of values of two axes. Axes that hardly depend on these take turns: each row
+The part has each pair of values of two axes. Axes that hardly depend on these take turns: a row
 gets the combination of their values that came least, alone and beside the row's own values.
 """
 
@@ -20,7 +20,7 @@ def product(*, turns=None, by_default=None, valid=lambda *_: True, **axes):
     """Parametrize a test by rows of the axes: lists, or dictionaries from names to values.
 
     by_default has shorter axes, for the part alone. valid(*values) tells whether values of the axes
-    without turns go together.
+    go together. It gets none of turns.
     """
     return pytest.mark.product(axes, turns or {}, by_default or {}, valid)
 

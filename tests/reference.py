@@ -7,10 +7,9 @@ CARAFE++ (Wang et al., arXiv:2012.04733), section 3.3, Eqn. (3), for any factor 
 
     r = K//2,   g(c) = c // (C/G),   src(i') = floor(i' * down / up)
 
-Nothing here is shared with the core. A tap outside the border is left out of the sum, not
-multiplied by zero, so that it contributes exactly 0 even against an Inf or NaN mask or gradient.
-Each result is a sum of products, and rounding bounds rest on the sum of the products' magnitudes:
-the same function of absolute values (`*_magnitude` below).
+Nothing here is shared with the core. The sum leaves out a tap outside the border: it contributes
+0, even against an Inf or NaN mask or gradient. Each result is a sum of products. Rounding
+bounds rest on the sum of their magnitudes: the same function of absolute values (`*_magnitude`).
 """
 
 import itertools
@@ -46,7 +45,7 @@ def _merge_groups(array):
 
 
 def _taps(h, w, out_h, out_w, k, up, down):
-    """For each tap: its number, the outputs for which it lies inside the map, what it reads."""
+    """Yield for each tap: its number, the outputs that have it inside the map, its pixels."""
     r = k // 2
     src_i, src_j = np.arange(out_h) * down // up, np.arange(out_w) * down // up
     for t, (a, b) in enumerate(itertools.product(range(-r, r + 1), repeat=2)):
@@ -58,7 +57,7 @@ def _taps(h, w, out_h, out_w, k, up, down):
 
 @np.errstate(invalid="ignore", over="ignore")
 def reassemble(features, masks, *, up=1, down=1, groups=1):
-    """Y [N, C, H', W'] from X [N, C, H, W] and M [N, G*K*K, H', W'], whose size it takes."""
+    """Y [N, C, H', W'] from X [N, C, H, W] and M [N, G*K*K, H', W']."""
     x, m = _split_groups(_double(features), groups), _split_groups(_double(masks), groups)
     k = _kernel_size(masks.shape[1], groups)
     y = np.zeros(x.shape[:3] + m.shape[3:])
@@ -191,7 +190,7 @@ def reassemble_with_logits_backward(
     return gx, normalize_backward(gm, logits, up=up, groups=groups, normalizer=normalizer)
 
 
-# Sums of magnitudes: what the rounding errors are proportional to.
+# Sums of magnitudes, to which rounding errors are proportional.
 
 
 def reassemble_magnitude(features, masks, **params):

@@ -72,7 +72,7 @@ def test_without_any_term_the_gradients_are_written_as_zeros(case):
 
 @pytest.mark.parametrize("name", ["skips_features", "skips_features_k1", "skips_at_a_ratio"])
 def test_features_that_no_tap_reaches_get_exactly_zero(name):
-    """Even if everything that could be multiplied by them is NaN."""
+    """They are 0 even if all other arrays are NaN."""
     case = CASES[name]
     arrays = integer_arrays(case, DTYPES[0])
     reached = ref.grad_features(

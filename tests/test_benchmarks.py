@@ -71,7 +71,7 @@ def test_every_implementation_is_timed(data, layout):
 
 
 def test_carafepp_is_compared_with_the_best_peers(data):
-    """As the rows themselves tell it."""
+    """The ratios are those of the times in the rows."""
     labels = {"pass": "forward", "weights": "masks"}
     rows = [row for row in data["rows"] if labels.items() <= row.items()]
     best = min(row["seconds"] for row in rows if row["kind"] == "composition")
@@ -160,7 +160,7 @@ def test_without_rich_there_is_a_sentence_and_the_run_on_a_gpu():
 
 
 def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
-    """By a clock that the calls set themselves."""
+    """The calls themselves set the clock."""
     from benchmarks import timing
 
     now = 0.0
@@ -258,7 +258,7 @@ def test_networks_are_compared(tmp_path):
 
 
 def test_operations_of_networks_are_those_of_their_convolutions():
-    """4.09 G multiplications are what is known of ResNet-50; CARAFE++ adds its own in 7 places."""
+    """ResNet-50 is known for 4.09 G multiplications; CARAFE++ adds its own in 7 places."""
     import torch
 
     from benchmarks import modules, networks

@@ -17,7 +17,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_alone_it_tells_what_is_installed():
+def test_alone_it_tells_the_installation():
     done = run("-m", "carafepp", CARAFEPP_NUM_THREADS="3")
     assert (done.returncode, done.stderr) == (0, "")
     facts = dict(line.split(": ", 1) for line in done.stdout.splitlines())

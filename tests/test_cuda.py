@@ -1,6 +1,6 @@
 """CUDA arrays of CuPy and PyTorch: results, streams, graphs, memory, devices.
 
-Where CUDA is emulated, what does not need a GPU runs on host memory that says it is a CUDA array.
+In a build that emulates CUDA, most tests run on host memory that says it is on a GPU.
 CARAFEPP_REQUIRE=cuda (or cuda_emulated) turns skips into failures.
 """
 
@@ -39,7 +39,7 @@ from products import product
 from skips import skip
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
-alone = pytest.mark.alone  # other processes' work and memory would disturb it
+alone = pytest.mark.alone  # the work and memory of other processes would disturb it
 SOME_CASES = ["up2", "down2", "ratio_3_2", "groups_2", "one_pixel_up4", "crop_up", "picture"]
 
 
@@ -81,7 +81,7 @@ def out_of(outs):
 
 
 def accepting(function, arrays, params):
-    """The implementations that take these arrays: nothing but kernels for CUDA."""
+    """Return the implementations that take these arrays. All are kernels for CUDA."""
     if "out" not in params:  # its layout matters too
         params = {**params, "out": out_of(call(function, arrays, params))}
     entries = carafepp.list_implementations(function, *arrays, **params)
@@ -93,7 +93,7 @@ def accepting(function, arrays, params):
 
 @contextlib.contextmanager
 def by(implementation, *what):
-    """Run by this implementation, and name it if the test fails."""
+    """Force this implementation, and name it if the test fails."""
     try:
         with carafepp.force_implementation(implementation):
             yield
@@ -271,7 +271,7 @@ def fast(names):
 
 
 def problems_for_fast_kernels(library):
-    """Each fast kernel takes one or more: (function, NumPy arrays, CUDA arrays, parameters)."""
+    """Return problems for the fast kernels: (function, NumPy arrays, CUDA arrays, parameters)."""
     cases = [CASES[name] for name in ("c32", "c16_down")]  # of up x2 and of down x2
     wanted = itertools.product(RESULTS, cases, (DTYPES[0], DTYPES[2]), ("NCHW", "NHWC"))
     for function, case, dtypes, layout in wanted:
@@ -346,7 +346,7 @@ def test_each_fast_kernel_takes_a_problem(library):
 
 
 def test_the_environment_leaves_only_generic_kernels(library):
-    """Each fast one declines, the results are right all the same, and the log tells why."""
+    """Each fast kernel declines, the results are right, and the log tells why."""
     log = with_kernels("generic", use_generic_kernels, library)
     assert log
     for line in log:
@@ -368,8 +368,8 @@ def test_the_environment_may_not_leave_some_kernels(library):
 
 @alone
 @each_function
-def test_a_call_returns_while_its_own_stream_is_busy_and_sees_what_was_queued(function, gpu):
-    """Nothing is synchronised: neither when called nor between the work queued before and after."""
+def test_a_call_returns_while_its_stream_is_busy_and_sees_the_queued_work(function, gpu):
+    """Nothing is synchronised: neither the call nor the work before and after it."""
     inputs, params = problem(function)
     expected = call(function, inputs, params)
     sources, outs = placed(gpu, inputs), nans_like(gpu, expected)
@@ -424,7 +424,7 @@ def test_arrays_may_be_freed_while_their_work_is_queued(function, gpu):
             call_into(function, on_device, params, outs)
             shapes = [array.shape for array in on_device]
             del on_device
-            for shape in shapes:  # in the memory that has just come free
+            for shape in shapes:  # in memory that has just become free
                 gpu.spoil(gpu.empty(shape))
         stream.synchronize()
         assert_equal(read(gpu, outs), expected)
@@ -650,7 +650,7 @@ def two_devices(gpu):
 
 @each_function
 def test_work_is_done_on_the_device_of_the_arrays(function, two_devices):
-    """Whichever is current, which is then current still."""
+    """The current device stays current."""
     gpu = two_devices
     inputs, params = problem(function)
     with gpu.device(1):

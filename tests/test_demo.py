@@ -1,7 +1,10 @@
 """`python -m carafepp demo`: the figures it promises, the files it writes, its errors."""
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,21 +26,33 @@ def open_png(path):
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory):
-    return demo.upsampling_demo(tmp_path_factory.mktemp("up") / "up.png")
+def sheets(tmp_path_factory):
+    """One run of the demo: the folder it makes, what it prints, and what each sheet measures."""
+    out, measured = tmp_path_factory.mktemp("demo") / "new" / "folder", {}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+
+        def keep(name, draw):
+            patch.setattr(demo, name, lambda *a: measured.setdefault(name, draw(*a)))
+
+        keep("upsampling_demo", demo.upsampling_demo)
+        keep("downsampling_demo", demo.downsampling_demo)
+        assert demo.main(["--out", str(out)]) == 0
+    return SimpleNamespace(out=out, printed=printed.getvalue(), **measured)
 
 
 @pytest.mark.parametrize("rival", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("measure", ["rmse", "mae", "bad"])
-def test_carafepp_beats_every_rival_on_every_measure(scores, rival, measure):
+def test_carafepp_beats_every_rival_on_every_measure(sheets, rival, measure):
+    scores = sheets.upsampling_demo
     assert getattr(scores["carafepp"], measure) < getattr(scores[rival], measure)
 
 
-def test_carafepp_beats_bicubic_by_far(scores):
+def test_carafepp_beats_bicubic_by_far(sheets):
+    scores = sheets.upsampling_demo
     assert scores["carafepp"].mae <= 0.85 * scores["bicubic"].mae
 
 
-def test_small_disparity_is_the_mean_of_what_is_known():
+def test_small_disparity_is_the_mean_of_known_pixels():
     disparity = np.full((8, 32), np.nan)
     disparity[0, 0], disparity[7, 7] = 1, 4
     disparity[3, 31] = 8
@@ -76,22 +91,19 @@ def test_downsampling_keeps_a_thin_line():
     assert demo.downsample_with_masks(photo)[:, 3].max() < 0.55
 
 
-def test_main_writes_both_sheets(tmp_path, capsys):
-    out = tmp_path / "new" / "folder"
-    assert demo.main(["--out", str(out)]) == 0
-    written = sorted(out.iterdir())
+def test_main_writes_both_sheets(sheets):
+    written = sorted(sheets.out.iterdir())
     assert [path.name for path in written] == ["carafepp-disparity.png", "carafepp-photograph.png"]
-    printed = capsys.readouterr().out
     for path in written:
         assert open_png(path).std() > 20
         assert path.stat().st_size < 2_000_000
-        assert str(path) in printed
+        assert str(path) in sheets.printed
     for name in ("nearest", "bilinear", "bicubic", "carafepp", "area averaging", "max pooling"):
-        assert f"  {name} " in printed
+        assert f"  {name} " in sheets.printed
 
 
-def test_photo_keeps_brightness_and_gains_contrast(tmp_path):
-    looks = demo.downsampling_demo(tmp_path / "down.png", demo.load_scene()[0])
+def test_photo_keeps_brightness_and_gains_contrast(sheets):
+    looks = sheets.downsampling_demo
     average, maximum, ours = looks["area averaging"], looks["max pooling"], looks["carafepp"]
     assert ours.contrast > 1.2 * average.contrast
     assert abs(ours.brightness - average.brightness) < 2 < maximum.brightness - average.brightness
@@ -106,9 +118,18 @@ def save(path, mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L", "1", "P", "I;16"])
-def test_own_picture(tmp_path, mode):
-    """37 x 51 pixels: no whole number of blocks."""
+def test_pictures_of_every_mode_are_read(tmp_path, mode):
     save(tmp_path / "mine.png", mode)
+    picture = demo.read_picture(tmp_path / "mine.png")
+    assert (picture.shape, picture.dtype) == ((37, 51, 3), np.float32)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+    assert picture.std() > 0.1
+
+
+def test_own_picture(tmp_path):
+    """37 x 51 pixels: no whole number of blocks."""
+    save(tmp_path / "mine.png", "RGB")
     assert demo.main([str(tmp_path / "mine.png"), "--out", str(tmp_path / "out")]) == 0
     (written,) = (tmp_path / "out").iterdir()
     assert written.name == "carafepp-mine.png"

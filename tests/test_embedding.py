@@ -1,4 +1,4 @@
-"""What a program without Python is built against: header, library and examples of the package."""
+"""Programs without Python: the header, the library and the examples of the package."""
 
 import re
 import shutil
@@ -81,7 +81,7 @@ def test_the_python_examples(name):
     assert "->" in done.stdout
 
 
-def test_the_library_exports_what_the_header_declares():
+def test_the_library_exports_the_functions_of_the_header():
     declared = set(re.findall(r"^CARAFEPP_API .*?(\w+)\(", HEADER.read_text(), re.MULTILINE))
     assert {"carafepp_reassemble", "carafepp_last_error"} < declared
     if shutil.which("nm") is None:

@@ -1,6 +1,6 @@
 """Every sentence that a wrong call gets, and that nothing is written by one.
 
-What only C can get wrong (NULL, struct_size, negative shapes) is tested in cpp/test_core.cpp.
+cpp/test_core.cpp tests mistakes that only C can make: NULL, struct_size, negative shapes.
 """
 
 import ctypes

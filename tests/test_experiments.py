@@ -129,8 +129,8 @@ def test_measures_of_a_picture_by_hand():
     predicted = true.copy()
     predicted[0, 2, 2] = 0
     inside, outside = 15 / 16, 48 / 49
-    # Contours: of the square 12 pixels; without its corner, (3,3) is on the contour as well. Of the
-    # ground the 20 pixels around the square; with the corner, the corner, and (1,1) no more.
+    # Contours: 12 pixels of the square; without its corner, (3,3) is one, too. The ground has the
+    # 20 pixels around the square; with the corner, the corner is one, and (1,1) is none.
     inner, outer = 11 / 13, 19 / 21
     measures = measure(predicted, true)
     assert measures["pixel_accuracy"] == pytest.approx(100 * 63 / 64)
@@ -167,7 +167,7 @@ def test_measures_by_definition(rng, classes):
     assert measure(predicted, true) == pytest.approx(definition(predicted, true))
 
 
-def test_measures_of_what_is_right_are_100(scenes):
+def test_measures_of_right_predictions_are_100(scenes):
     assert measure(scenes.classes, scenes.classes) == pytest.approx(
         dict.fromkeys(("miou", "boundary_iou", "pixel_accuracy"), 100)
     )
@@ -268,7 +268,7 @@ def test_tables_name_all_operators():
     assert [row.arguments["downsampler"] for row in TABLES["downsamplers"].rows] == [*DOWNSAMPLERS]
 
 
-def test_tables_share_what_they_have_in_common():
+def test_tables_share_their_common_rows():
     """CARAFE++ in the FPN is a row of five tables, and is trained once."""
     arguments = [
         {**tables.BASELINES["segmentation"], **row.arguments}
@@ -407,7 +407,7 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     assert "file" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_told(monkeypatch, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "MISSING", ImportError("No module named 'rich'"))
     assert run("all") == 1
     assert 'pip install "carafepp[experiments]"' in capsys.readouterr().err

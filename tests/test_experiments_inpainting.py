@@ -139,7 +139,7 @@ def test_the_same_seed_the_same_result(network, adversarial):
 
 
 @networks
-def test_the_discriminator_changes_what_is_learnt(network):
+def test_the_discriminator_changes_the_training(network):
     with_, without = (train_inpainting(network, adversarial=a, **SMALL) for a in (True, False))
     assert not torch.equal(weights(with_), weights(without))
 

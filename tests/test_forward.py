@@ -50,7 +50,7 @@ def test_output_size_is_computed_in_64_bits():
     ],
 )
 def test_factors_may_be_huge(up, down, kernel_size, rng):
-    """What a call costs is the size of its result: here a crop of at most 4x5."""
+    """A call costs by the size of its result: here a crop of at most 4x5."""
     features = integers(rng, (2, 3, 5, 6), 4)
     size = tuple(min(a, b) for a, b in zip((4, 5), ref.output_size(5, 6, up, down), strict=True))
     masks = integers(rng, (2, kernel_size**2, *size), 2)

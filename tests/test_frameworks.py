@@ -632,7 +632,7 @@ def test_jax_arrays_are_refused_as_out(jax):
 
 
 def test_arrays_of_an_immutable_library_need_another_result():
-    """What a JAX array looks like from here: DLPack, a namespace, and a package named jax."""
+    """A stand-in for a JAX array: DLPack, a namespace, and a package named jax."""
 
     class Array(Bare):
         def __array_namespace__(self, api_version=None):

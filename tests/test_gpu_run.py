@@ -232,7 +232,7 @@ def test_the_profiler_is_called_as_its_stand_in_knows_it(tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 2
 
 
-def test_what_the_profiler_counted_is_read():
+def test_counts_of_the_profiler_are_read():
     us, reads = counters.METRICS["us"], counters.METRICS["dram_read"]
     text = (
         "==PROF== Connected\n==PROF== Profiling\n"

@@ -1,7 +1,7 @@
 """Random problems: shapes, parameters, dtypes and strides that nobody thought of.
 
-HYPOTHESIS_PROFILE=long runs 2,500 examples of each property, 22,500 in all, new ones each time;
-without it 50 of each, the same every time.
+HYPOTHESIS_PROFILE=long runs 2,500 new examples of each property, 22,500 in all. Without it each has
+50 examples, the same every time.
 """
 
 import numpy as np
@@ -224,7 +224,7 @@ def test_normalize_masks_and_its_backward_stay_within_their_bounds(run, normaliz
 
 
 @given(runs("features", "masks"), st.lists(st.integers(0, 2**16), max_size=4), st.booleans())
-def test_special_values_reach_what_the_formula_says(run, places, in_masks):
+def test_special_values_reach_the_elements_of_the_formula(run, places, in_masks):
     case, dtypes, seed, arrays = run
     rng = np.random.default_rng(seed)
     features = draw_integers(rng, arrays["features"], 4).copy()

@@ -44,7 +44,7 @@ def test_the_list_is_the_same_for_every_problem_and_some_reference_accepts_it(
     ("function", "implementation"), [(f, name) for f in FUNCTIONS for name in names(f)]
 )
 def test_every_implementation_accepts_some_problem_of_the_table(function, implementation):
-    """Otherwise no test ever runs it. Those for CUDA are run by the tests for CUDA."""
+    """Otherwise no test ever runs it. test_cuda.py runs the kernels for CUDA."""
     if re.search("_(cuda|sm[0-9]+)", implementation):
         pytest.skip(f"{implementation} takes CUDA arrays")
     for case in CASES.values():
@@ -67,7 +67,7 @@ GRAMMAR = (
 
 @each_function
 def test_names_follow_the_grammar(function):
-    """That of carafepp.h."""
+    """carafepp.h has the grammar."""
     for name in names(function):
         assert re.fullmatch(GRAMMAR, name), name
 

@@ -23,7 +23,7 @@ def seeded():
 
 
 def levels(height, width, n=2):
-    """Of a picture, at strides of 4, 8, 16, 32."""
+    """Return random levels of a picture, at strides of 4, 8, 16, 32."""
     return [
         torch.randn(n, c, -(-height // s), -(-width // s))
         for c, s in zip(CHANNELS, (4, 8, 16, 32), strict=True)

@@ -67,7 +67,7 @@ def partial_convolution(x, valid, weight, bias, stride, dilation):
     ("kernel_size", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (1, 1, 1)]
 )
 def test_partial_convolution_by_its_definition(kernel_size, stride, dilation, channels):
-    """Of small integers, with one rounding, that of the division: exact."""
+    """Small integers give exact sums; the division alone rounds."""
     layer = PartialConv2d(3, 4, kernel_size, stride=stride, dilation=dilation).double()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -266,7 +266,7 @@ def test_a_picture_in_a_picture_out(network, options, resamplers, size):
 
 @resamplers
 @generators
-def test_what_is_in_the_hole_does_not_matter(network, options, resamplers):
+def test_the_content_of_the_hole_does_not_matter(network, options, resamplers):
     """Bit for bit, in training mode, and in the gradients too."""
     image, hole = pictures()
     torch.manual_seed(1)
@@ -315,7 +315,7 @@ def test_a_step_lowers_the_loss(network, options, resamplers):
 
 @pytest.mark.parametrize("depth", [1, 3])
 @generators
-def test_carafe_sits_where_it_replaces(network, options, depth):
+def test_carafe_sits_in_the_place_of_resamplers(network, options, depth):
     """One in each step down and up; all other layers as without, but for the strides."""
     generator = network(width=4, depth=depth, **options, **CARAFES)
     found = {
@@ -375,7 +375,7 @@ def test_parameters_of_global_local():
 
 @pytest.mark.parametrize("skips", [False, True])
 def test_parameters_of_partial_conv(skips):
-    """Those of Global&Local without the hole as a channel, and with 3x3 for the deconvolutions."""
+    """The sum of Global&Local's, without the hole as a channel, with 3x3 for the deconvolutions."""
     beside = (128, 64) if skips else (0, 0)
     without = (
         count(GlobalLocalGenerator(upsampler="nearest"))
@@ -388,7 +388,7 @@ def test_parameters_of_partial_conv(skips):
 
 
 @pytest.mark.parametrize("names", [("strided_conv", "nearest"), ("carafe", "carafe")], ids=str)
-def test_what_nothing_valid_reaches_is_left_empty(names):
+def test_pixels_without_valid_inputs_stay_empty(names):
     """A hole that is larger than the network sees: 0 before the tanh, in its middle."""
     generator = PartialConvUNet(
         width=4, depth=1, dilations=(), downsampler=names[0], upsampler=names[1]

@@ -105,7 +105,7 @@ def test_nearest_and_bilinear_know_their_pixels():
     assert upsampler("bilinear", 1)(x)[0, 0, 0].tolist() == [0, 1, 3, 4]
 
 
-def test_nearest_conv_convolves_what_is_interpolated():
+def test_nearest_conv_convolves_the_interpolation():
     module, x = upsampler("nearest_conv", 3), torch.randn(1, 3, 4, 4)
     expected = F.conv2d(
         x.repeat_interleave(2, 2).repeat_interleave(2, 3),

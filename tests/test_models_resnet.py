@@ -96,7 +96,7 @@ def test_weights_load_beside_downsamplers_too():
     assert all(any(name.startswith(carafe) for carafe in carafes) for name in missing)
 
 
-# Where downsamplers sit
+# Places of downsamplers
 
 
 def down(width):
@@ -138,7 +138,7 @@ def test_seven_carafes_replace_all_strides_but_the_first(make, layers, parameter
 
 
 def test_carafe_is_before_the_convolutions():
-    """Of the main path's 3x3 and of the shortcut's 1x1, as in Figure 4."""
+    """On the main path before the 3x3, on the shortcut before the 1x1, as in Figure 4."""
     network = small(downsampler="carafe")
     inputs = {}
     for name, layer in network.named_modules():
@@ -220,7 +220,7 @@ def test_without_a_classifier():
 
 
 def deform_conv2d(x, offset, weight, *, stride, padding, mask):
-    """What torchvision computes, for one group, by grid_sample."""
+    """Compute torchvision's operator, for one group, by grid_sample."""
     height, width = x.shape[2:]
     k, h, w = weight.shape[-1], offset.shape[-2], offset.shape[-1]
     rows = torch.arange(h).view(h, 1) * stride[0] - padding[0]

@@ -69,14 +69,14 @@ def test_fuse_upsamples_and_concatenates_from_p5_to_p2():
     def enlarged(x, s):
         return x.repeat_interleave(s, 2).repeat_interleave(s, 3)
 
-    # Of nearest neighbours a sequence of upsamplings is exactly one.
+    # A sequence of nearest-neighbour upsamplings is exactly one of them.
     at_once = torch.cat([p2, enlarged(p3, 2), enlarged(p4, 4), enlarged(p5, 8)], 1)
     torch.testing.assert_close(fuse([p2, p3, p4, p5]), fuse.output(at_once))
     with_carafe = FUSE(4)
     assert [carafe.channels for carafe in with_carafe.upsamplers] == [4, 8, 12]
 
 
-# Where CARAFE++ sits
+# Places of CARAFE++
 
 
 def test_ten_carafes_in_the_decoder_and_seven_in_the_backbone():
@@ -92,7 +92,7 @@ def test_ten_carafes_in_the_decoder_and_seven_in_the_backbone():
 
 @pytest.mark.parametrize("component", CARAFES)
 def test_components_can_be_chosen_one_by_one(component):
-    """As Table 9 does."""
+    """Table 9 does so."""
     assert list(carafes(small(upsampler="bilinear"))) == []
     alone = small(upsampler="bilinear", **{component: "carafe"})
     assert list(carafes(alone)) == CARAFES[component]
@@ -103,7 +103,7 @@ def test_components_can_be_chosen_one_by_one(component):
 
 
 def test_parameters():
-    """Of the original, from the sizes of its convolutions; and what ten CARAFE++ add."""
+    """The original has the sizes of its convolutions; ten CARAFE++ add theirs."""
     with torch.device("meta"):
         networks = {
             name: UperNet(ResNet(num_classes=None), upsampler=name)

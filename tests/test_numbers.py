@@ -32,7 +32,7 @@ def by_each_kernel(function, result, **turns):
 
 
 def with_special_values(array, value, rng, count=2):
-    """A copy with the value at a few random places."""
+    """Return a copy with the value at a few random places."""
     array = array.copy()
     array.reshape(-1)[rng.integers(0, array.size, count)] = value
     return array
@@ -322,7 +322,7 @@ def test_every_element_of_a_result_is_written(case, dtypes):
     isa=ISAS,
     valid=lambda *kernel: takes("reassemble", "output")(CASES["crop_up"], *kernel),
 )
-def test_long_doubles_are_what_they_were(layout, isa):
+def test_long_doubles_stay_the_same(layout, isa):
     """They share registers with MMX instructions, which must not be left in them; so does fmod."""
     case = CASES["crop_up"]
     run("reassemble", "output", layout, isa, case, integer_arrays(case, DTYPES[1]))
@@ -336,7 +336,7 @@ page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a sour
 
 
 @page
-def test_the_page_tells_what_extreme_logits_give():
+def test_the_page_has_the_masks_of_extreme_logits():
     assert accuracy.extreme_table() in PAGE.read_text()
 
 

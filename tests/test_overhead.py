@@ -24,7 +24,7 @@ def arrays():
 def counted(function) -> Counter:
     """Count the events of Python's profiler in one call."""
     events: Counter = Counter()
-    function()  # what a first call remembers
+    function()  # a first call remembers some facts
     sys.setprofile(lambda frame, event, argument: events.update([event]))
     try:
         function()
@@ -62,7 +62,7 @@ def test_a_tiny_call_starts_no_thread():
 
 
 def seconds_per_call(function) -> float:
-    """The best of several batches, so that a busy machine has to be busy all the time to matter."""
+    """Return the best time of several batches, so that a busy while does not matter."""
     batches = []
     for _ in range(10):
         begin = time.perf_counter()
@@ -73,7 +73,7 @@ def seconds_per_call(function) -> float:
 
 
 def test_an_operator_costs_little_more_than_an_autograd_function(arrays, torch, capsys):
-    """Which would do nothing but what is needed to run the same kernel and remember it."""
+    """The Function runs the same kernel and remembers its inputs, no more."""
 
     door = PyTorch()
 

@@ -29,7 +29,7 @@ def test_a_single_axis_meets_all_values_of_its_turns():
 
 
 def test_each_kernel_has_many_cases():
-    """Not only one of the instruction sets of a layout."""
+    """A layout has more than one instruction set."""
     valid = takes("reassemble", "output")
     axes = [CASES, {name: name for name in LAYOUTS_OF_KERNELS}, {name: name for name in ISAS}]
     chosen = list(

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""The README's programs and commands run as they stand."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def test_numpy():
     np.testing.assert_allclose(names["output"], fused, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+@pytest.mark.filterwarnings("ignore")  # the compiler's own code warns
 def test_torch(torch):
     names = {}
     exec(BLOCKS["torch"], names)

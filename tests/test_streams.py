@@ -24,7 +24,7 @@ def problem(function):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """The streams that reach the core, which computes as always."""
+    """Record the streams that reach the core, which computes as always."""
     reached = []
 
     def recorded(run):
@@ -41,7 +41,7 @@ def streams(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What reaches the core, for pointers that it must not follow."""
+    """Record the calls of the core, which must not follow these pointers."""
     reached = []
     for name in FUNCTIONS:
         monkeypatch.setattr(carafepp._core, name, lambda *given: reached.append(given))
@@ -62,7 +62,7 @@ def test_numpy_arrays_have_no_stream(function, streams):
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """What carafepp sees of CuPy, in host memory: two devices with a current stream each."""
+    """A stand-in for CuPy in host memory: two devices with a current stream each."""
     module = types.ModuleType("cupy")
     module.current_device = [0]
     module.current_streams = [0, HANDLE]
@@ -164,7 +164,7 @@ def test_torch_cuda_tensors_go_on_the_current_stream_of_their_device(
     inputs, params = problem(function)
     tensors = [torch.from_numpy(array).as_subclass(Tensor) for array in inputs]
     call(function, tensors, params)
-    operators = len(RESULTS[function])  # each gradient is one of its own
+    operators = len(RESULTS[function])  # each gradient is a call
     assert streams == [HANDLE] * operators
     assert asked == [tensors[0].device] * operators
 
@@ -225,7 +225,7 @@ def test_an_error_of_a_dlpack_cuda_export_reaches_the_caller():
 
 @each_function
 def test_read_only_cuda_arrays_are_refused_as_out(function):
-    """Whatever the build, before any pointer is followed."""
+    """Every build checks them before it follows a pointer."""
     inputs, params = problem(function)
     results = call(function, inputs, params)
     outs = tuple(PretendedCUDA(np.zeros_like(result), read_only=True) for result in results)

@@ -98,7 +98,7 @@ def test_a_failing_call_does_not_disturb_concurrent_ones():
 # The number of threads
 
 
-def test_set_num_threads_is_what_get_num_threads_gives(num_threads):
+def test_get_num_threads_returns_the_number_that_was_set(num_threads):
     num_threads(3)
     assert carafepp.get_num_threads() == 3
 
@@ -150,7 +150,7 @@ def checksum(_=0):
 
 
 def run_program(body, *, program=PROGRAM, **environment):
-    """The standard output of the program with this body; a child that hangs, times out."""
+    """Return the standard output of the program with this body. A child that hangs, times out."""
     source = program + textwrap.dedent(body)
     environment = {**os.environ, **environment}
     done = subprocess.run(
@@ -344,7 +344,7 @@ def test_the_gil_is_released_while_computing():
 
 
 def test_the_definition_agrees_with_large_problems(num_threads):
-    """The large cases of this file are tested by bits alone otherwise."""
+    """Other tests compare the large cases of this file by their bits alone."""
     num_threads(7)
     arrays = random_arrays(LARGE, DTYPES[1])
     output = carafepp.reassemble(arrays.features, arrays.masks, **LARGE.factors)
@@ -380,7 +380,7 @@ def test_an_interrupt_comes_after_the_call():
 
 
 def test_a_sub_interpreter_gets_the_right_result_or_an_import_error():
-    """Which of them is up to NumPy and nanobind's runtime; nothing may crash, then or later."""
+    """NumPy and nanobind's runtime decide which. Nothing may crash, then or later."""
     body = """
     try:
         import _interpreters as interpreters  # Python 3.13 and newer

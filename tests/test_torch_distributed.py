@@ -50,7 +50,7 @@ def main(rank, folder):
 
     outcome = {}
     try:
-        if rank == 1:  # where DTensor is there before the operators, elsewhere after them
+        if rank == 1:  # here DTensor is imported before the operators, in rank 0 after them
             import torch.distributed.tensor
         import carafepp.torch  # noqa: F401
 
@@ -72,7 +72,7 @@ def main(rank, folder):
 
 
 def random_tensors(groups, layout="NCHW", batch=3, channels=6, **_):
-    """Small integers, and so exact sums: features, masks, logits, grad_output by name."""
+    """Return small integers by name: features, masks, logits, grad_output. Their sums are exact."""
     import torch
 
     shapes = {
@@ -108,7 +108,7 @@ def call(name, tensors, params):
 
 
 def distribute(mesh, tensor, placement):
-    """The DTensor of what all processes have."""
+    """Return the DTensor of a tensor that all processes have."""
     from torch.distributed.tensor import DTensor
 
     local = tensor
@@ -166,7 +166,7 @@ def results_are_placed_as_their_arguments(mesh):
         return result
 
     batch, channels, last, everywhere = Shard(0), Shard(1), Shard(3), Replicate()
-    three = {"up": 2, "groups": 3}  # which two processes cannot share
+    three = {"up": 2, "groups": 3}  # two processes cannot share three groups
     for name, arguments in OPERATORS.items():
         of_masks = name.startswith("normalize") or name.endswith(("masks", "logits"))
         of_masks = of_masks and name != "reassemble_with_logits"
@@ -310,7 +310,7 @@ def a_fully_sharded_module_trains(mesh):
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
-        return  # PyTorch 2.5 has it elsewhere, and for CUDA alone
+        return  # PyTorch 2.5 has fully_shard elsewhere, and for CUDA alone
 
     network = CARAFE(8, up=2).double()
     sharded = copy.deepcopy(network)
@@ -340,7 +340,7 @@ def arguments_are_named_in_errors(mesh):
     masks = distribute(mesh, random_tensors(2)["masks"], Shard(1))
     with pytest.raises(ValueError, match="divisible by groups=2; got 5"):
         carafepp.reassemble(five, masks, up=2, groups=2)
-    # By both processes, though the shards of one would fit: else it would wait for the other.
+    # Both processes refuse it, though the shards of one fit: else it would wait for the other.
     features = distribute(mesh, whole["features"], Shard(0))
     masks = distribute(mesh, random_tensors(1, batch=4)["masks"], Shard(0))
     with pytest.raises(ValueError, match=r"= \(3, 9, 8, 10\); got \(4, 9, 8, 10\)"):

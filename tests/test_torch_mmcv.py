@@ -81,7 +81,7 @@ def test_a_wrong_kernel_size():
 
 
 def composed(pack, x):
-    """What mmcv's CARAFEPack does, of functions of PyTorch."""
+    """Compute mmcv's CARAFEPack by functions of PyTorch."""
     s, k, g = pack.scale_factor, pack.up_kernel, pack.up_group
     logits = nn.functional.pixel_shuffle(pack.content_encoder(pack.channel_compressor(x)), s)
     n, c, h, w = x.shape
@@ -294,7 +294,7 @@ def test_subclasses_are_swapped_unless_they_override():
     assert type(model["gated"]) is gated
 
 
-def test_what_is_named_like_it_and_differs_stays():
+def test_other_modules_of_the_same_name_stay():
     more = with_attributes(foreign("mine"), mmcv.CARAFEPack(4, 2))
     more.gate = nn.Conv2d(4, 1, 1)
     patched = with_attributes(foreign("mine"), mmcv.CARAFEPack(4, 2))

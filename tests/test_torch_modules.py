@@ -71,7 +71,7 @@ def composed_masks(module, x, size):
     ids=str,
 )
 @factors
-def test_it_is_what_the_paper_composes(factor, options):
+def test_it_is_the_composition_of_the_paper(factor, options):
     module = vivid(CARAFE(6, **factor, **options).double())
     x = torch.randn(2, 6, 7, 10, dtype=torch.float64)
     output = module(x)
@@ -328,7 +328,7 @@ def test_parameters_of_a_synchronised_batch_norm_are_reset():
 
 
 class Decoder(nn.Module):
-    """Goes down, and up to a size that is known from a shape alone."""
+    """A module that goes down, and up to a size that a shape alone tells."""
 
     def __init__(self, up, method="__call__", **down):
         super().__init__()
@@ -418,7 +418,7 @@ def test_a_network_learns_the_same_eager_compiled_and_under_autocast():
     eager = losses()
     assert eager[-1] < 0.9 * eager[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's own code
+        warnings.simplefilter("ignore")  # the compiler's own code warns
         compiled = losses(lambda network: torch.compile(network, fullgraph=True))
     np.testing.assert_allclose(compiled, eager, rtol=1e-5)
     np.testing.assert_allclose(losses(dtype=torch.bfloat16), eager, rtol=0.02)

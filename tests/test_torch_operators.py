@@ -32,7 +32,7 @@ FORWARD = [function for function in FUNCTIONS if not function.endswith("backward
 each_forward = pytest.mark.parametrize("function", FORWARD)
 each_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 
-# A derivative is taken by every element: few of them.
+# Few elements: each takes a derivative.
 TINY = [
     Case("up2", "upsampling", 1, 2, 2, 3, up=2),
     Case("down2", "downsampling, an odd size", 2, 1, 3, 4, down=2),
@@ -45,7 +45,7 @@ each_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 
 
 def operator(function, index=0):
-    """There is one for each result."""
+    """Return the operator for a result."""
     from carafepp.torch import operators
 
     if len(RESULTS[function]) > 1:
@@ -58,7 +58,7 @@ def tensors_of(torch, arrays):
 
 
 def that_require_grad(tensors):
-    """Leaves of the same memory and strides."""
+    """Return leaves of the same memory and strides."""
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
@@ -74,7 +74,7 @@ def integer_problem(torch, function, case=CASE, dtypes=F32):
 
 
 def assert_same(actual, expected):
-    """Bit for bit, of the same dtype and strides."""
+    """Both have the same bits, dtype and strides."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert actual.stride() == expected.stride() or actual.numel() == 0
@@ -88,7 +88,7 @@ def assert_all_same(actual, expected):
 
 @contextlib.contextmanager
 def recorded(torch):
-    """The names of the operators that are called, below autograd."""
+    """Record the names of the operators that are called, below autograd."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     names = []
@@ -167,7 +167,7 @@ def test_opcheck(kind, which, torch):
 
 
 def assert_derivatives_are_right(torch, function, tensors, params):
-    """The first and the second of a forward function, the first of a backward; in both modes."""
+    """In both modes: two derivatives of a forward function, the first of a backward."""
     inputs = that_require_grad(tensors)
     backward = function.endswith("backward")
 
@@ -215,7 +215,7 @@ def test_third_derivatives(function, torch):
 
 
 def gradient_call(function, inputs, params, grad):
-    """The gradients for all inputs of a forward function, by its backward function."""
+    """Return the gradients for all inputs of a forward function, by its backward function."""
     params = {key: value for key, value in params.items() if key != "size"}
     return call(f"{function}_backward", (grad, *inputs), params)
 
@@ -226,7 +226,7 @@ def gradient_call(function, inputs, params, grad):
     turns={"dtypes": DTYPES},
 )
 def test_gradients_are_those_of_the_numpy_functions(function, name, dtypes, torch):
-    """Bit for bit, in the dtype of what they are the gradients of."""
+    """They have the same bits, in the dtype of the arrays that they are gradients of."""
     case = CASES[name]
     arrays = random_arrays(case, dtypes)
     inputs, params = arguments(function, case, arrays)
@@ -265,7 +265,7 @@ def test_nothing_is_recorded_for_tensors_without_grad(function, torch):
 
 
 def test_inference_tensors_cannot_be_saved_for_a_derivative(torch):
-    """As for PyTorch's own operators; without one they are tensors like others."""
+    """PyTorch's own operators refuse it, too. Without a gradient, `out` is a tensor like others."""
     (x, m), params = integer_problem(torch, "reassemble")
     with torch.inference_mode():
         inference = x.clone()
@@ -327,7 +327,7 @@ def write(function, tensors, params, results):
 @pytest.mark.parametrize("view", [lambda out: out, lambda out: out.detach()], ids=["out", "view"])
 @each_result
 def test_a_result_that_was_written_to_since_has_no_gradients(function, index, view, torch):
-    """As with PyTorch's own in-place functions."""
+    """PyTorch's own in-place functions do the same."""
     tensors, params = integer_problem(torch, function)
     results = empty_results(torch, function, tensors, params)
     weight = torch.ones_like(results[index], requires_grad=True)
@@ -375,7 +375,7 @@ def test_parameters_get_gradients(torch):
 
 
 def test_subclasses_are_kept(torch):
-    """As by PyTorch's own operators; so are their gradients."""
+    """PyTorch's own operators do the same, also for gradients."""
 
     class Picture(torch.Tensor):
         pass
@@ -420,8 +420,8 @@ def test_wrappers_that_unwrap_themselves_work(torch):
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 @pytest.mark.parametrize("change", [as_they_are, in_memory("nhwc"), unbatched, in_nhwc_axes])
 @each_function
-def test_tensors_without_data_give_such(function, change, kind, torch):
-    """Of the shape, strides and dtype that the results have, and so do their gradients."""
+def test_tensors_without_data_give_tensors_without_data(function, change, kind, torch):
+    """Results and gradients have the shape, strides and dtype of those with data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode() if kind == "fake" else contextlib.nullcontext()
@@ -445,7 +445,7 @@ def test_tensors_without_data_give_such(function, change, kind, torch):
 
 @pytest.mark.parametrize("index", range(3), ids=INPUTS["reassemble_backward"])
 def test_tensors_of_two_devices_are_refused_where_one_holds_no_data(index, torch):
-    """It would otherwise be a result that nobody has computed."""
+    """Else the result would be memory that nobody has written."""
     tensors, params = integer_problem(torch, "reassemble_backward")
     tensors[index] = tensors[index].to("meta")
     blamed = INPUTS["reassemble_backward"][index or 1]
@@ -535,7 +535,7 @@ def test_an_empty_size_is_a_size(torch):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_tensors_are_no_integers(requires_grad, torch):
-    """Nor in a size, but where PyTorch traces; a tensor of two integers is a size."""
+    """A size takes none either, unless PyTorch traces; a tensor of two integers is a size."""
     x, m = torch.ones(1, 3, 4, 5, requires_grad=requires_grad), torch.ones(1, 9, 8, 10)
     with pytest.raises(TypeError, match=r"^\[reassemble\] up must be an integer; got tensor\(2\)"):
         carafepp.reassemble(x, m, up=torch.tensor(2))
@@ -558,7 +558,7 @@ def test_parameters_have_to_be_named(torch):
 
 
 def bilinear(params):
-    """A scalar of features and masks, nonlinear enough for second derivatives."""
+    """Return a scalar of features and masks, nonlinear enough for second derivatives."""
 
     def loss(x, m):
         return (carafepp.reassemble(x, m, **params) ** 2).sum()
@@ -567,7 +567,7 @@ def bilinear(params):
 
 
 def gradient(function, *inputs, argument=0):
-    """By plain autograd."""
+    """Return them by plain autograd."""
     import torch
 
     inputs = that_require_grad(inputs)
@@ -660,7 +660,7 @@ def test_func_jacrev(function, torch):
 
 
 def test_func_grad_of_grad(torch):
-    """The two levels of torch.func against autograd twice; and one level of each."""
+    """Two levels of torch.func agree with autograd twice, and with one level of each."""
     (x, m), params = integer_problem(torch, "reassemble", dtypes=F64)
     loss = bilinear(params)
 
@@ -692,7 +692,7 @@ def test_func_vmap_of_grad_and_grad_of_vmap(function, torch):
 
 
 def test_per_sample_gradients_of_shared_masks(torch):
-    """What vmap does not batch is the same for all samples."""
+    """Arrays that vmap does not batch are the same for all samples."""
     (x, m), params = integer_problem(torch, "reassemble")
     gradients = torch.vmap(torch.func.grad(bilinear(params), 1), (0, None))(x, m[0])
     for k in range(len(x)):
@@ -700,7 +700,7 @@ def test_per_sample_gradients_of_shared_masks(torch):
 
 
 def test_func_respects_no_grad(torch):
-    """Around grad it concerns what is outside; inside, all levels."""
+    """Around grad it stops the outer level; inside, all levels."""
     (x, m), params = integer_problem(torch, "reassemble")
     loss = bilinear(params)
     expected = gradient(loss, x, m)
@@ -749,7 +749,7 @@ def test_forward_mode(dtypes, torch):
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("function", [f for f in FORWARD if "logits" in INPUTS[f]])
 def test_forward_and_reverse_mode_have_the_same_derivatives(function, normalizer, torch):
-    """The third ones too, whatever is inside of what."""
+    """Third derivatives too, in any order of nesting."""
     case = Case("one", "one picture", 1, 1, 1, 2, down=2, kernel_size=3)
     tensors, params = random_problem(torch, function, case, F64, normalizer)
 
@@ -862,7 +862,7 @@ def test_autocast_on_a_gpu(function, name, torch):
 @each_autocast
 @each_that_casts
 def test_autocast_for_gpus_where_there_is_none(function, name, torch):
-    """Of tensors that say they are on one and hold no data."""
+    """The tensors say that they are on a GPU, and hold no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     given, autocast, computed = AUTOCAST[name]
@@ -885,7 +885,7 @@ def test_autocast_for_gpus_where_there_is_none(function, name, torch):
     assert (output.device.type, output.dtype) == ("cuda", getattr(torch, computed[0]))
 
 
-def test_autocast_leaves_what_is_wrong_without_it(torch):
+def test_autocast_does_not_hide_wrong_arguments(torch):
     (x, m), params = integer_problem(torch, "reassemble")
     with torch.autocast("cpu", torch.bfloat16):
         for inputs in ((x.int(), m), (x, m.int()), (x.double(), m)):
@@ -919,7 +919,7 @@ def all_three(features, logits):
 
 
 def with_gradients(function, inputs):
-    """The results and the gradients of the inputs."""
+    """Return the results and the gradients of the inputs."""
     inputs = that_require_grad(inputs)
     results = function(*inputs)
     sum(((k + result.float()) ** 2).sum() for k, result in enumerate(results)).backward()
@@ -927,8 +927,8 @@ def with_gradients(function, inputs):
 
 
 @each_dtypes
-def test_compiled_functions_give_what_they_give(dtypes, torch, compiled):
-    """Bit for bit, with the same strides: features are channels_last, logits are not."""
+def test_compiled_functions_give_the_same(dtypes, torch, compiled):
+    """Bits and strides are the same: features are channels_last, logits are not."""
     (x, logits), _ = random_problem(torch, "reassemble_with_logits", dtypes=dtypes)
     inputs = [x.contiguous(memory_format=torch.channels_last), logits]
     results = with_gradients(compiled(all_three, backend="aot_eager"), inputs)
@@ -938,7 +938,7 @@ def test_compiled_functions_give_what_they_give(dtypes, torch, compiled):
 
 @pytest.fixture
 def read(torch, monkeypatch):
-    """What the core was given since, by function and name: its address and strides."""
+    """Return the address and strides of each array that reached the core, by function and name."""
     from carafepp._doors.torch import PyTorch
 
     given, view = {}, PyTorch.view
@@ -961,7 +961,7 @@ def without_headers():
 
 @pytest.mark.parametrize("memory", ["contiguous", "nhwc"])
 def test_inductor_keeps_strides(memory, torch, compiled, read):
-    """It likes to choose those of what it computes, of a convolution above all."""
+    """Inductor likes to choose the strides of its results, above all of a convolution."""
     import torch._inductor.config as config
 
     (x, logits), params = integer_problem(torch, "reassemble_with_logits")
@@ -994,13 +994,13 @@ def test_inductor_runs_half_tensors(dtypes, torch, compiled):
     assert_all_same(with_gradients(compiled(function), tensors), with_gradients(function, tensors))
 
 
-# The first have no number in common: what is equal at first is taken to be so for ever.
+# The first sizes have no number in common: PyTorch takes equal ones to be equal for ever.
 SIZES = [(3, 8, 10), (2, 8, 10), (3, 5, 7), (5, 13, 4), (1, 2, 3), (2, 1, 1), (1, 1, 9)]
 
 
 @pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}, {"up": 3, "down": 2}], ids=str)
 def test_one_graph_is_for_many_sizes(factors, torch, compiled):
-    """But for a length of 1, which PyTorch always takes for a constant."""
+    """A length of 1 is an exception: PyTorch takes it for a constant."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -1017,7 +1017,7 @@ def test_one_graph_is_for_many_sizes(factors, torch, compiled):
             assert counter.frame_count == 1
 
 
-def test_a_factor_may_be_an_argument_of_what_is_compiled(torch, compiled):
+def test_a_factor_may_be_an_argument_of_a_compiled_function(torch, compiled):
     x, masks = torch.ones(1, 2, 3, 4), torch.ones(1, 9, 12, 16)
 
     def function(x, masks, up, size):
@@ -1190,7 +1190,7 @@ assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
 
 @pytest.mark.exhaustive
 def test_ahead_of_time_inductor(torch, tmp_path):
-    """Alone, because the threads that it starts must not be forked by other tests."""
+    """It runs in its own process, because other tests must not fork the threads that it starts."""
     if not hasattr(torch._inductor, "aoti_load_package"):
         pytest.skip(f"PyTorch {torch.__version__} has no packages of AOTInductor")
     command = [sys.executable, "-c", AHEAD_OF_TIME, str(tmp_path / "module.pt2")]
@@ -1199,7 +1199,7 @@ def test_ahead_of_time_inductor(torch, tmp_path):
 
 
 def test_a_program_exported_before_parameters_were_positional(torch):
-    """By version 0.1 and PyTorch 2.13. Of this format other versions may know nothing."""
+    """The file comes from version 0.1 and PyTorch 2.13, whose format others may not know."""
     path = Path(__file__).with_name("exported.pt2")
     try:
         program = torch.export.load(path)
@@ -1215,7 +1215,7 @@ def test_a_program_exported_before_parameters_were_positional(torch):
 
 
 def test_torch_jit_traces_go_on_with_other_sizes(torch):
-    """Though they record sizes."""
+    """They do, though they record sizes."""
 
     def crop(x, logits, skip):
         size, how = skip.shape[-2:], {"up": 2, "kernel_size": 3}
@@ -1256,7 +1256,7 @@ def test_graphs_have_output_sizes_of_symbols(record, torch):
 
 @each_function
 def test_torch_fx_traces_the_functions(function, torch):
-    """Each to its operators."""
+    """Each trace calls its operators."""
     tensors, params = integer_problem(torch, function, CASES["crop_up"])
     expected = call(function, tensors, params)
     names = INPUTS[function]
@@ -1275,8 +1275,8 @@ def test_torch_fx_traces_the_functions(function, torch):
     assert_all_same(results if isinstance(results, tuple) else (results,), expected)
 
 
-def test_what_has_a_torch_function_is_asked(torch):
-    """Though it is no tensor."""
+def test_objects_with_a_torch_function_are_asked(torch):
+    """It is no tensor, but has the method."""
 
     class Logged:
         def __init__(self, tensor):
@@ -1332,7 +1332,7 @@ def test_flop_counters_follow_gradients_and_axes(torch):
 
 
 def test_fvcore_counts_with_handles(torch):
-    """It calls them with values of a trace, and counts a multiply-add as one."""
+    """fvcore calls them with values of a trace, and counts a multiply-add as one."""
     from carafepp.torch.flops import fvcore_handles
 
     module, inputs, _ = every_operator(torch)
@@ -1353,7 +1353,7 @@ def test_fvcore_counts_with_handles(torch):
 
 @pytest.mark.exhaustive
 def test_modules_may_be_loaded_again(torch):
-    """As notebooks do, all of them or after they were forgotten; results stay as they are."""
+    """Notebooks do so, with all modules or after an import is forgotten. Results stay the same."""
     subprocess.run([sys.executable, "-c", RELOAD], check=True, timeout=100)
 
 
@@ -1474,7 +1474,7 @@ class Upsampled:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_data_loader_workers(torch):
-    """Forked after the parent has used the threads that they do not have."""
+    """The workers are forked after the parent has used threads, which they do not have."""
     data = Upsampled(torch)
     carafepp.set_num_threads(2)
     try:
@@ -1511,7 +1511,7 @@ def images(torch):
 
 
 def train_step(rank, folder):
-    """One of two processes, with half of the batch."""
+    """Run one of two processes, with half of the batch."""
     import torch
     import torch.distributed as distributed
 
@@ -1542,7 +1542,7 @@ def test_data_parallel_training(torch, tmp_path):
 
 @each_forward
 def test_on_a_gpu(function, torch, compiled):
-    """Integers: the results and gradients of the CPU, eager and compiled."""
+    """Integers give the results and gradients of the CPU, eager and compiled."""
     connected("torch")
     tensors, params = integer_problem(torch, function)
     tensors = in_memory("nhwc")(torch, tensors)

@@ -53,7 +53,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("layer", "factor"), LAYERS, ids=lambda value: str(value).split("\n")[0])
-def test_sizes_stay_what_they_were(layer, factor):
+def test_sizes_stay_the_same(layer, factor):
     network = nn.Sequential(layer)
     before = shapes(network)
     (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32), kernel_size=3)
@@ -107,7 +107,7 @@ STAY += [
 
 
 @pytest.mark.parametrize(("layer", "reason"), STAY, ids=lambda value: str(value).split("\n")[0])
-def test_what_cannot_be_replaced_stays(layer, reason):
+def test_layers_that_cannot_be_replaced_stay(layer, reason):
     network = nn.Sequential(layer)
     (report,) = replace_resampling(network, torch.zeros(1, 4, 32, 32))
     assert network[0] is layer
@@ -116,7 +116,7 @@ def test_what_cannot_be_replaced_stays(layer, reason):
     assert str(report) == f"0: {layer} stays: {report.reason}"
 
 
-def test_what_does_not_resample_is_not_reported():
+def test_layers_that_do_not_resample_are_not_reported():
     network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.MaxPool2d(3, 1, 1), nn.ConvTranspose2d(4, 4, 3))
     assert replace_resampling(network, torch.zeros(1, 4, 8, 8)) == []
 
@@ -208,7 +208,7 @@ def test_a_word_selects_the_layer_of_that_name():
     assert all(type(layer) is nn.Conv2d for layer in network[:10])
 
 
-def test_a_normalisation_folds_into_what_a_convolution_became():
+def test_a_normalisation_folds_into_the_replacement_of_a_convolution():
     network = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)).double()
     network[1].running_var[:] = torch.arange(1, 7)
     replace_resampling(network)
@@ -236,7 +236,7 @@ def test_a_layer_itself_is_refused():
         ([nn.MaxPool2d(2)], dict(kernel_size=4)),
         ([nn.MaxPool2d(2)], dict(unknown=1)),
         ([nn.MaxPool2d(2)], dict(down=3)),
-        ([nn.MaxPool2d(2), nn.Linear(1, 1)], {}),  # where the example fails
+        ([nn.MaxPool2d(2), nn.Linear(1, 1)], {}),  # here the example fails
     ],
     ids=["groups", "kernel_size", "unknown", "down", "example"],
 )
@@ -315,8 +315,8 @@ def test_parameters_under_autocast_have_the_dtype_of_the_network(inside):
 
 
 @pytest.mark.parametrize("layer", [layer for layer, _ in LAYERS[::3]], ids=lambda layer: str(layer))
-def test_what_was_hung_on_a_layer_is_the_new_ones(layer):
-    """Attributes as ultralytics adds them, a hook with its handle, a buffer."""
+def test_attributes_hooks_and_buffers_move_to_the_new_layer(layer):
+    """The old layer has attributes as ultralytics adds them, a hook with its handle, a buffer."""
     network, seen = nn.Sequential(copy.deepcopy(layer)), []
     old = network[0]
     old.f, old.i, old.type, old.np = -1, 7, "torch.nn.Layer", 0
@@ -393,7 +393,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """Where a ResNet downsamples: a stem of two, and four layers, of which three by stride 2."""
+    """The downsampling places of a ResNet: two in the stem, three among four layers."""
 
     def __init__(self):
         super().__init__()

@@ -47,8 +47,8 @@ def parse_model(door, args, ch=(32, 64), f=-1, width=0.25, max_channels=512):
         ([], 64, dict(up=2)),
         ([64], 64, dict(up=2)),
         ([256, 2], 64, dict(up=2)),
-        ([250, 2], 64, dict(up=2)),  # which Conv would round to 64, too
-        ([1024, 2], 128, dict(up=2)),  # which is beyond max_channels
+        ([250, 2], 64, dict(up=2)),  # Conv would round it to 64, too
+        ([1024, 2], 128, dict(up=2)),  # beyond max_channels
         ([None, 3, 7], 64, dict(up=3, kernel_size=7)),
         ([64, 1, 5, {"down": 2, "groups": 4}], 64, dict(down=2, groups=4)),
     ],
@@ -63,7 +63,7 @@ def test_the_row_may_come_from_another_layer(door):
     assert parse_model(door, [32, 2], f=0).channels == 32
 
 
-def test_without_a_parser_channels_are_what_they_are(door):
+def test_without_a_parser_channels_stay_the_same(door):
     assert door.CARAFE(24, 2).channels == 24
     with pytest.raises(TypeError, match=r"^\[CARAFE\] channels must be .*integer.* got None"):
         door.CARAFE()
@@ -93,7 +93,7 @@ def test_a_loaded_layer_registers_its_class(door):
 
 
 class Network(nn.Module):
-    """As DetectionModel of ultralytics, which loads of another network what has its names."""
+    """A stand-in for DetectionModel of ultralytics: it loads the parameters that have its names."""
 
     def __init__(self, classes):
         super().__init__()

@@ -19,7 +19,7 @@ from carafepp.viz import Reassembly, most_weighted, nearest, principal_colours, 
 
 
 def small_integers(rng, size, *, up=1, down=1, groups=1, k=3):
-    """Masks of small integers: sums of their products are exact."""
+    """Return masks of small integers: sums of their products are exact."""
     height, width = (-(-n * up // down) for n in size)
     masks = rng.integers(-3, 4, (groups * k * k, height, width)).astype(np.float32)
     return Reassembly(masks, size, up, down, groups)
@@ -43,7 +43,7 @@ def test_contributions_by_definition(rng, up, down, k, groups):
         np.testing.assert_array_equal(trace([r], (i, j))[0], expected)
 
 
-def test_a_chain_reassembles_what_its_last_source_holds(rng):
+def test_a_chain_reassembles_the_content_of_its_last_source(rng):
     """The contributions are the weights of the last source's units: exact on small integers."""
     coarse = small_integers(rng, (3, 4), up=2)
     fine = small_integers(rng, (6, 8), up=2)
@@ -57,7 +57,7 @@ def test_a_chain_reassembles_what_its_last_source_holds(rng):
 
 
 def test_contributions_are_the_gradient_by_autograd(torch, rng):
-    """Through a chain down and up, by PyTorch's own operations."""
+    """A chain down and up agrees with PyTorch's own operations."""
     down, up = small_integers(rng, (8, 6), down=2), small_integers(rng, (4, 3), up=2)
     x = torch.zeros(1, 1, 8, 6, requires_grad=True)
 
@@ -150,7 +150,7 @@ def test_examples():
     assert doctest.testmod(viz).failed == 0
 
 
-# What is drawn
+# Pictures
 
 
 def test_most_weighted():
@@ -197,7 +197,7 @@ def middles(picture):
     return picture[5::10, 5::10]
 
 
-def test_a_region_is_drawn_where_it_is(tmp_path):
+def test_a_region_is_drawn_in_its_place(tmp_path):
     weights = np.zeros((4, 4))
     weights[1, 2], weights[3, 0] = 1, 0.25
     red = middles(pixels(lambda axes: viz.draw_region(axes, weights, 4), tmp_path))[..., 0]

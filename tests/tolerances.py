@@ -2,11 +2,11 @@
 
     |computed - exact| <= c * eps(dtype) * magnitude + the rounding of the result
 
-`magnitude` is the sum of the magnitudes of the products that the result consists of (reference.py).
-float32 and float64 are summed in their own precision: c covers the sums and the exponential.
-16-bit results are summed in float32: c covers masks rounded to 16 bits after normalisation.
-Through a normaliser c grows with K: the K*K positive exponentials are summed up, and rounding
-errors add up like the steps of a random walk, to the square root of their number.
+`magnitude` sums the magnitudes of the products that the result consists of (reference.py).
+Sums of float32 and float64 keep their precision: c covers them, and the exponential.
+Sums of 16-bit results are float32: c covers masks that are rounded to 16 bits.
+A normaliser makes c grow with K: it sums K*K positive exponentials. Their rounding errors add up
+like the steps of a random walk, to the square root of their number.
 """
 
 import numpy as np

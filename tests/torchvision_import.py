@@ -24,7 +24,9 @@ def import_torchvision():
 
         torchvision.extension._has_ops = lambda: True  # the answer before a call of nms
         roi_align = sys.modules["torchvision.ops.roi_align"]
-        roi_align._roi_align = roi_align._roi_align.__wrapped__  # not compiled, which takes long
+        roi_align._roi_align = (
+            roi_align._roi_align.__wrapped__
+        )  # without compilation, which takes long
     return torchvision
 
 

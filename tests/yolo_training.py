@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 folder, way = Path(sys.argv[1]), sys.argv[2]
-# Nothing of it may ask the network.
+# It must not use the network.
 os.environ |= {"YOLO_CONFIG_DIR": str(folder), "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0"}
 
 import numpy as np
@@ -27,7 +27,7 @@ from ultralytics.utils import YAML
 
 
 def carafes(yolo):
-    """The classes of CARAFE by the place, without an import of it."""
+    """Return the classes of CARAFE by the place, without an import of it."""
     return {
         name: (type(layer).__module__, layer.up, layer.down)
         for name, layer in yolo.model.named_modules()
@@ -36,7 +36,7 @@ def carafes(yolo):
 
 
 def make_pictures():
-    """White squares on noise."""
+    """Write pictures of white squares on noise."""
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for kind in ("images", "labels"):

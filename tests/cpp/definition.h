@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The cases of cases/table.py, and the formulas of carafepp.h as plain loops in double. C++ computes them itself: its
-// tests make arrays while they run. tests/test_definition.py shows that reference.py gives the same numbers.
+// The cases of cases/table.py, and the formulas of carafepp.h as plain loops in double. C++ computes them itself,
+// because its tests make arrays while they run. By tests/test_definition.py, reference.py gives the same numbers.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that cannot be had, at each allocation of a call in turn: the call fails with CARAFEPP_MEMORY_ERROR or gets by
-// without, and the process goes on. Each attempt is made in a forked child, which has no scratch and no threads yet.
+// Each allocation of a call fails in turn. The call then returns CARAFEPP_MEMORY_ERROR or succeeds without that memory,
+// and the process goes on. A forked child makes each attempt: it has no scratch and no threads yet.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <signal.h>
@@ -87,7 +87,7 @@ struct Problem {
     }
 };
 
-// How a call went in a child of its own: its status, or -1 if the child has crashed, or -2 if it is no longer sane;
+// Run a call in a child process. Return its status, or -1 if the child crashes, or -2 if a second call fails there.
 // `count` becomes the number of its allocations.
 int attempt(Problem& problem, int function, int64_t first, int64_t last, int64_t& count) {
     int ends[2];

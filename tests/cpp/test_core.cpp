@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI, tested from outside: values against the formula in plain loops, and what only C can get wrong (NULL,
-// struct_size, memory at the edge of a page, fork). The wide table of cases, dtypes and layouts is tested from Python.
+// The C ABI from outside. Values are compared with the formula in plain loops. Other tests are for C alone: NULL,
+// struct_size, memory at the edge of a page, fork. Python tests the full table of cases, dtypes and layouts.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/mman.h>
@@ -95,7 +95,7 @@ void check_equal(const std::string& what, const std::vector<float>& actual, cons
 
 // ---- values ----
 
-TEST_CASE("values are those of the formula") {
+TEST_CASE("values follow the formula") {
     const auto floats = [](const Numbers& numbers) { return std::vector<float>(numbers.begin(), numbers.end()); };
     const auto numbers = [](const std::vector<float>& floats) { return Numbers(floats.begin(), floats.end()); };
     for (const Case& p : cases()) {
@@ -149,7 +149,7 @@ TEST_CASE("values are those of the formula") {
     }
 }
 
-TEST_CASE("channels last is the same arrays told otherwise") {
+TEST_CASE("channels last describes the same arrays") {
     const Case p{"three groups", 2, 6, 7, 5, 2, 1, 3, 3};
     std::vector<float> features = integers(count(p.features()), 1), masks = integers(count(p.masks()), 2);
     std::vector<float> output(static_cast<size_t>(count(p.output()))), again(output.size());
@@ -201,7 +201,7 @@ std::vector<char> stored(const std::vector<float>& values, carafepp_dtype dtype)
     return bytes;
 }
 
-TEST_CASE("every implementation gives what the reference gives") {
+TEST_CASE("every implementation gives the result of the reference") {
     std::set<std::string> tested;
     for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {3, 1}}) {
         Case p{"a column less", 2, 18, 5, 37, up, down, up == 3 ? 5 : 3, 2};

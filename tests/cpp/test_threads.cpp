@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Concurrent callers and the thread pool behind them: for ThreadSanitizer (the preset tsan), which sees a race also
-// where the results come out right. The first test must be the first call of the process, by all threads at once.
+// Concurrent callers and the thread pool behind them. ThreadSanitizer (the preset tsan) sees a race even if the
+// results are right. The first test must be the first call of the process, by all threads at once.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 

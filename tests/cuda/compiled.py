@@ -1,17 +1,17 @@
 """Compile every CUDA source for some architectures and hold what comes out to a budget.
 
-No spills, no local memory, and no more registers than let so many threads run at once that loads
-are hidden: two blocks of 256 on a multiprocessor, or two or three of 128. And the instructions that
-a kernel was designed around are there: vectors in one access, not in four, and conversions of 16
-bits that are a device's own. On sm_90 an inner loop keeps within its budget of instructions. Needs
+A kernel has no spills and no local memory. It uses so few registers that other threads hide its
+loads: two blocks of 256 threads fit on a multiprocessor, or two or three of 128. It has the
+instructions that it was designed around. A vector takes one access, not four; the device itself
+converts 16 bits. On sm_90 an inner loop keeps within its budget of instructions. Needs
 nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
 With --built it reads the objects of a build instead.
-With --cuda12 the headers and the assembler are those of CUDA 12.9, from the folder `nvidia` that
-nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12 are installed in. These packages have no nvcc, no
-front end and no nv/target: those of NVCC read the sources.
+With --cuda12 the headers and the assembler are those of CUDA 12.9. The folder is `nvidia`, into
+which pip installs nvidia-cuda-nvcc-cu12 and nvidia-cuda-runtime-cu12. These packages have no nvcc,
+no front end and no nv/target: those of NVCC read the sources.
 """
 
 import argparse
@@ -35,9 +35,9 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
     "grad_masks_nchw_kernelILi5Ef": 168,
-    "grad_masks_nchw_kernel": 255,  # of halves
+    "grad_masks_nchw_kernel": 255,  # 16-bit dtypes
 }
-# What there must be, by a part of the mangled name. LDG and STG: global memory, LDS, STS: shared.
+# Required instructions, by a part of the mangled name. LDG, STG: global memory; LDS, STS: shared.
 INSTRUCTIONS = {
     r"(reassemble|grad_features)_nhwc_kernelILi.EfE": (
         r"LDG\S*\.128",
@@ -68,18 +68,18 @@ INSTRUCTIONS = {
     r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
     r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
-# The same by dtype: conversions to floats and from them. Then constants of core/src/dtypes.h, which
-# only conversions in software have. sm_75 has none of bfloat16, and converts that in software.
+# The same by dtype: conversions to floats and from them. sm_75 has none of bfloat16.
 CONVERSIONS = {
     "float16": (r"HADD2\.F32", r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32"),
     "bfloat16": (r"F2FP\.BF16\S*\.PACK_AB",),
 }
+# Constants of core/src/dtypes.h, which only conversions in software have.
 CONVERSIONS_IN_SOFTWARE = {
     "float16": r"\b(0xf800000|0x38800000|0x477fefff|0x477ff000)\b",
     "bfloat16": r"\b0x7fff\b",
 }
-# By source, the most instructions of an inner loop on sm_90: in kernels of a dtype with 5 x 5 taps,
-# or in those of them that have a further word in their names. A change may lower them.
+# The most instructions of an inner loop on sm_90, by source and dtype, for 5 x 5 taps. A second
+# word selects kernels by their names. A change may lower the numbers.
 BUDGETS = {
     "reassemble_nchw.cu": {"float32": 152, "float16": 179, "bfloat16": 179},
     "reassemble_nhwc.cu": {"float32": 241, "float16": 259, "bfloat16": 259},
@@ -118,7 +118,7 @@ BUILT_KERNEL = re.compile(
 
 @dataclass
 class Kernel:
-    """What the tools say of one kernel."""
+    """Facts of one kernel, from the tools."""
 
     source: str
     name: str
@@ -130,7 +130,7 @@ class Kernel:
 
     @property
     def dtype(self) -> str:
-        """The type of its features."""
+        """Return the type of its features."""
         if "8BFloat16" in self.name:
             return "bfloat16"
         return "float16" if "7Float16" in self.name else "float32"
@@ -212,7 +212,7 @@ def over_budget(sources: set[str], kernels: list[Kernel]) -> int:
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    """Run a tool; end the program with what it says if it fails."""
+    """Run a tool. If it fails, end the program with its message."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")

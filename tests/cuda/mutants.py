@@ -1,7 +1,7 @@
 """Seed bugs in the CUDA kernels, one at a time: test_kernels must notice each.
 
-What includes the changed file is compiled again, as a build's compile_commands.json has it, and
-linked before that build's library. Needs a build with CARAFEPP_CUDA=EMULATED.
+The sources that include the changed file are compiled again, by a build's compile_commands.json.
+Their objects are linked before that build's library. Needs a build with CARAFEPP_CUDA=EMULATED.
 
     cmake --preset dev -B build/emulated -DCARAFEPP_CUDA=EMULATED
     cmake --build build/emulated --target test_kernels
@@ -31,7 +31,7 @@ LONGEST = 600  # seconds for one run
 class Mutant:
     """One bug: `text`, which stands once in the file, becomes `replacement`.
 
-    `sanitizer` is "address" or "thread" where nothing else could notice.
+    `sanitizer` is "address" or "thread" if nothing else can notice the bug.
     """
 
     name: str
@@ -419,7 +419,7 @@ MUTANTS = [
 
 
 class Build:
-    """How a build compiles; objects of the unchanged kernels, with a sanitizer made on demand."""
+    """The commands of a build, and objects of the unchanged kernels for each sanitizer."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.work = work
@@ -459,7 +459,7 @@ class Build:
             self.unchanged[sanitizer] = dict(zip(needed, objects, strict=True))
 
     def link(self, changed: dict[str, Path], sanitizer: str, folder: Path) -> Path:
-        """Link test_kernels: an object takes the place of its like in the library."""
+        """Link test_kernels. The objects replace those of the same name in the library."""
         program = folder / "test_kernels"
         objects = {**self.unchanged[sanitizer], **changed}.values()
         command = [self.commands["tests/cuda/test_kernels.cpp"][0], "-o", str(program)]
@@ -471,7 +471,7 @@ class Build:
 
 
 def includers(file: str) -> set[str]:
-    """The kernels' sources that a file is, or that include it."""
+    """Return the kernels' sources that include a file, or the file itself."""
     texts = {path.name: path.read_text() for path in (ROOT / KERNELS).iterdir()}
     found = {file}
     while True:
@@ -482,7 +482,7 @@ def includers(file: str) -> set[str]:
 
 
 def first_failure(program: Path) -> str:
-    """What the test says first, or nothing if it passes."""
+    """Return the first failure of the test, or nothing if it passes."""
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     try:
         done = subprocess.run(
@@ -501,7 +501,7 @@ def first_failure(program: Path) -> str:
 
 
 def run(mutant: Mutant, build: Build) -> str:
-    """What is said of a mutant."""
+    """Return the first failure of a mutant, or nothing."""
     with tempfile.TemporaryDirectory(dir=build.work) as name:
         folder = Path(name)
         shutil.copytree(ROOT / "core/src", folder / "core/src")

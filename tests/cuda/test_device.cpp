@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// device.cu and launch run over a runtime that answers as a test says. The tests count the questions and follow the
-// errors.
+// device.cu and launch call a runtime whose answers a test sets. The tests count the questions and check the errors.
 #define CARAFEPP_CUDA_BUILD "nvcc 13.0, sm 80 90"
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
@@ -133,7 +132,7 @@ TEST_CASE("threads agree") {
     CHECK(questions <= before + 8 * 20);
 }
 
-TEST_CASE("what cannot be kept is asked") {
+TEST_CASE("answers that cannot be kept are asked again") {
     for (int device : {1, kDevices - 2}) {
         const CurrentDevice here(device);
         for (int number = 0; number < 1000; number++) CHECK(architecture_of(kernel_of(number)) == architecture(device));

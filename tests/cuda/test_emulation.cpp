@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulator, tested by small kernels: right ones that must give what they would on a device, and wrong ones that
-// must not go unnoticed.
+// Small kernels test the emulator: right ones must give the results of a device, wrong ones must be noticed.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 #include <sys/wait.h>
@@ -207,7 +206,7 @@ __global__ void shuffle_lanes(int operand, int width, Shuffled* result) {
     mine.wide = __shfl_xor_sync(0xffffffff, lane + 0.1, operand);
 }
 
-TEST_CASE("shuffles are those of the manual") {
+TEST_CASE("shuffles follow the manual") {
     for_each_setting([] {
         for (const int width : {1, 2, 8, 32}) {
             for (const int operand : {0, 1, 3, 7, 16, 31}) {
@@ -227,7 +226,7 @@ TEST_CASE("shuffles are those of the manual") {
     });
 }
 
-// Two halves of a warp on ways of their own; lanes that have ended or do not exist are not waited for.
+// Two halves of a warp take different branches. Nobody waits for lanes that have ended or do not exist.
 __global__ void shuffle_in_halves(int* result) {
     const int lane = static_cast<int>(threadIdx.x);
     if (lane == 30) return;
@@ -238,7 +237,7 @@ __global__ void shuffle_in_halves(int* result) {
     }
 }
 
-TEST_CASE("a mask says which lanes take part") {
+TEST_CASE("a mask names the lanes that take part") {
     for_each_setting([] {
         std::vector<int> result(40, -7);
         launch(shuffle_in_halves, 1, 32, 0, nullptr, result.data());
@@ -398,7 +397,7 @@ void check_product(MmaType type) {
     CHECK(sums == expected);
 }
 
-TEST_CASE("products of matrices are those of the manual") {
+TEST_CASE("products of matrices follow the manual") {
     for_each_setting([] {
         for (const MmaType type : {MmaType::kFloat16, MmaType::kBFloat16}) {
             check_product<8>(type);
@@ -582,7 +581,7 @@ const Mistake kMistakes[] = {
      [] { launch(write_the_same, 2, 1, 0, nullptr, reinterpret_cast<int*>(numbers)); }, "data race"},
 };
 
-// What a process prints that makes this mistake and should not live to its end.
+// Make a mistake in a child process, which should abort. Return what it prints.
 std::string report_of(const Mistake& mistake) {
     int ends[2];
     if (pipe(ends) != 0) return "no pipe";

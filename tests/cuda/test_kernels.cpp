@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels on the emulator, through the C ABI: every implementation that the lists name, forced, on a table of
-// cases, against the formulas of carafepp.h as plain loops in double. Small integers must give the exact result, other
-// numbers one within the bounds of tests/tolerances.py; in every order of threads the same bits.
+// The CUDA kernels on the emulator, through the C ABI. Every implementation of the lists is forced on a table of cases.
+// Small integers must give the exact result of definition.h, other numbers one within the bounds of
+// tests/tolerances.py. Every order of threads must give the same bits.
 //
 //     test_kernels [cpu] [OPTION ...]    on CPU tensors instead; options of doctest
 #define DOCTEST_CONFIG_IMPLEMENT
@@ -29,7 +29,7 @@
 #include "dtypes.h"
 #include "emulation.h"
 
-// Of a sanitizer, if there is one.
+// A function of the sanitizer, if there is one.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
 
 namespace {
@@ -200,7 +200,7 @@ public:
         for_each([&](auto* element, size_t) { std::memset(element, kUnset, sizeof *element); });
     }
 
-    // Whether no byte beside the elements has changed.
+    // True if no byte beside the elements has changed.
     bool is_alone() const {
         if (bytes_.empty()) return true;
         Array elements_unset(*this, bytes_);
@@ -265,7 +265,7 @@ bool within(double actual, double expected, double magnitude, Bound bound, caraf
 
 // ---- calls ----
 
-// What is being run, where doctest has no time to say it: the process is about to die.
+// Print the case and the kernel when the process dies: doctest then has no chance to.
 void print_context() {
     for (int k = 0; k < doctest::IReporter::get_num_active_contexts(); k++) {
         doctest::IReporter::get_active_contexts()[k]->stringify(&std::cout);
@@ -454,7 +454,7 @@ private:
     std::mt19937 random_;
 };
 
-// What no output reads: it must not matter.
+// Fill with NaN and Inf the elements that no output reads: they must not matter.
 void spoil_what_is_not_read(const Case& p, Generator& random, Values values, Inputs& inputs) {
     if (values == Values::kSpecialIntegers) {
         std::vector<bool> read(inputs.masks.size());

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random calls of the C ABI: whatever comes in, a call returns a status, reads and writes nothing but what it was
-// given, writes nothing when it fails, changes no input and computes the same bits on any number of threads.
+// Random calls of the C ABI. A call returns a status, and touches only the memory of its arguments. It changes no
+// input, and writes nothing if it fails. Any number of threads gives the same bits.
 //
-// For libFuzzer, `LLVMFuzzerTestOneInput`, with AddressSanitizer and UndefinedBehaviorSanitizer; -len_control=0, as
-// calls of short inputs are much the same. Built without libFuzzer there is a driver that draws bytes itself: fuzz_abi
-// SECONDS [SEED].
+// For libFuzzer, with AddressSanitizer and UndefinedBehaviorSanitizer: `LLVMFuzzerTestOneInput`. Use -len_control=0,
+// because calls of short inputs are much the same. Without libFuzzer a driver draws the bytes: fuzz_abi SECONDS [SEED].
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

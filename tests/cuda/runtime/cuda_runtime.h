@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of CUDA's runtime that core/src/cuda/device.cu and launchers use. test_device.cpp defines its functions, and
-// so says what a machine with devices would answer.
+// The part of CUDA's runtime that core/src/cuda/device.cu and launchers use. test_device.cpp defines its functions:
+// they give the answers of a machine with devices.
 #pragma once
 
 #include <cstddef>
