@@ -13,6 +13,7 @@ from cases import CASES, DTYPES, FEW, Case, integer_arrays, random_arrays
 from cases.calls import FUNCTIONS, arguments, call, in_layout
 from cuda_libraries import EMULATED
 from foreign import PretendedCUDA
+from functions import ISAS as KERNELS
 from functions import each_function, layout_of, names
 from products import product
 
@@ -108,31 +109,104 @@ def capped(isa: str, program: str) -> subprocess.CompletedProcess:
     )
 
 
-NARROW = Case("narrow", "few columns, many channels", 1, 64, 5, 7, up=2)
+def case(reason, c, w, **params):
+    return Case(reason.replace(" ", "_"), reason, 1, c, 5, w, **params)
 
 
-@pytest.mark.parametrize("function", [f for f in FUNCTIONS if "normalize" not in f])
-def test_a_slower_kernel_can_be_forced(function):
-    """Rows so narrow are transposed to pixels: a choice, which says nothing of what can run."""
-    arrays, params = arguments(function, NARROW, random_arrays(NARROW, DTYPES[0]))
-    expected = call(function, arrays, params)
-    for name, reason in carafepp.list_implementations(function, *arrays, **params):
-        if "_nchw_" not in name or (reason or "").startswith("this processor"):
-            continue
-        assert reason is None
-        with carafepp.force_implementation(name):
-            for result, other in zip(call(function, arrays, params), expected, strict=True):
-                np.testing.assert_allclose(result, other, rtol=1e-4, atol=1e-4)
+FEW_CHANNELS = case("few channels", 3, 21, up=2)
+FEW_COLUMNS = case("few columns", 3, 3, up=2)
+ONE_TAP = case("one tap", 5, 21, kernel_size=1)
+NARROW = case("few columns, many channels", 64, 7, up=2)
+LARGE_TILE = case("a large tile", 5, 5, up=16, kernel_size=7)
+LARGE_CELL = case("a large cell", 5, 2, up=9, kernel_size=5)
+LARGE_ROWS = case("rows of large cells", 5, 3, up=4, kernel_size=9)
+LARGE_BLOCK = case("a block of large cells", 5, 5, up=8, kernel_size=7)
+BOTH = "reassemble", "reassemble_with_logits"
+MASKS = "grad_masks", "grad_logits"
+NORMALIZE = "normalize_masks", "normalize_masks_backward"
+# Reasons for which another kernel is chosen, which say nothing of what can run: a problem, the
+# layout of its arrays and of the kernels, and the results for which the reason holds.
+SLOWER = {
+    "too few channels in a group to fill vectors": [
+        (FEW_CHANNELS, "NHWC", "nhwc", (*BOTH, *MASKS)),
+        (FEW_CHANNELS, "any", "any", MASKS),
+    ],
+    "too few channels in a group to make up for staging masks": [
+        (FEW_CHANNELS, "NHWC", "nhwc", ("grad_features",)),
+    ],
+    "fewer than 4 columns": [
+        (FEW_COLUMNS, "NCHW", "nchw", ("grad_features", *MASKS)),
+        (FEW_COLUMNS, "NCHW", "any", NORMALIZE),
+    ],
+    "kernel_size is 1 and columns are not adjacent": [
+        (ONE_TAP, "any", "nchw", ("grad_features",)),
+    ],
+    "rows so narrow, with so many channels, are better transposed to pixels": [
+        (NARROW, "NCHW", "nchw", (*BOTH, "grad_features", *MASKS)),
+    ],
+    "the masks of a tile take more than 512 KiB": [
+        (LARGE_TILE, "NHWC", "nhwc", BOTH),
+        (LARGE_TILE, "NCHW", "any", NORMALIZE),
+    ],
+    "the masks of a cell are more than 1600": [
+        (LARGE_CELL, "NCHW", "any", MASKS),
+    ],
+    "the masks of the outputs that touch a few rows take more than 768 KiB": [
+        (LARGE_ROWS, "NCHW", "any", ("grad_features",)),
+    ],
+    "the masks of the outputs that touch a few pixels take more than 1 MiB": [
+        (LARGE_BLOCK, "NHWC", "nhwc", ("grad_features",)),
+    ],
+}
 
 
+def problems(reason):
+    """Yield (name without instruction set, function, arrays, params) of each call of a reason."""
+    for case, layout, kernels, results in SLOWER[reason]:
+        for result in results:
+            backward = {"grad_features": "", "grad_masks": "", "grad_logits": "_with_logits"}
+            function = result
+            if result in backward:
+                function = f"reassemble{backward[result]}_backward"
+            arrays, params = arguments(function, case, random_arrays(case, DTYPES[0]))
+            if layout == "any":
+                arrays = tuple(np.repeat(array, 2, axis=-1)[..., ::2] for array in arrays)
+            else:
+                arrays = in_layout(arrays, layout)
+                params["layout"] = layout
+            yield f"{result}_{kernels}", function, arrays, params
+
+
+@pytest.mark.parametrize("isa", [isa for isa in KERNELS if isa != "ref"])
+@pytest.mark.parametrize("reason", SLOWER)
+def test_a_slower_kernel_can_be_forced(reason, isa):
+    for name, function, arrays, params in problems(reason):
+        with carafepp.force_implementation(f"{name.rpartition('_')[0]}_any_ref"):
+            expected = call(function, arrays, params)
+        with carafepp.force_implementation(f"{name}_{isa}"):
+            actual = call(function, arrays, params)
+        for result, other in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(result, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(KERNELS == ["ref"], reason="no kernels for this processor")
 def test_the_log_tells_why_a_kernel_that_can_run_is_not_chosen():
-    program = (
-        "import numpy as np, carafepp\n"
-        'carafepp.reassemble(np.ones((1, 64, 5, 7), "f4"), np.ones((1, 9, 10, 14), "f4"), up=2)'
-    )
-    log = capped("", program).stderr
-    assert re.match(r"carafepp: \[reassemble\] reassemble_any_\w+; ", log)
-    assert re.search(r"reassemble_nchw_\w+ is slower: rows so narrow, with so many channels", log)
+    program = ["import numpy as np, carafepp"]
+    sentences = []
+    for reason in SLOWER:
+        for name, function, arrays, params in problems(reason):
+            views = [
+                f"np.ones({(*a.shape[:-1], 2 * a.shape[-1])}, 'f4')[..., ::2]"
+                if a.strides[-1] != a.itemsize
+                else f"np.ones({a.shape}, 'f4')"
+                for a in arrays
+            ]
+            program.append(f"carafepp.{function}({', '.join(views)}, **{params})")
+            sentences.append(f"{name}_{KERNELS[0]} is slower: {reason}")
+    log = capped("", "\n".join(program)).stderr.splitlines()
+    chosen = [line for line in log if line.startswith("carafepp: [")]
+    for sentence in sentences:
+        assert any(sentence in line for line in chosen), sentence
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -20,27 +20,24 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     return reason ? reason : cannot_run(problem, result);
 }
 
-#define CARAFEPP_ENTRY(name, isa, kernel, slower) \
-    {name "_" #isa, cannot_run_here<isa::unavailable, cannot_run_##kernel>, slower, isa::kernel}
+#define CARAFEPP_ENTRY(name, isa, kernel) \
+    {name "_" #isa, cannot_run_here<isa::unavailable, cannot_run_##kernel>, slower_##kernel, isa::kernel}
 
 // The entries of a kernel: one for each instruction set of the processor that this is built for.
 #if defined(__x86_64__)
-#define CARAFEPP_ENTRIES_OF(name, kernel, slower) \
-    CARAFEPP_ENTRY(name, avx512, kernel, slower), CARAFEPP_ENTRY(name, avx2, kernel, slower)
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, avx512, kernel), CARAFEPP_ENTRY(name, avx2, kernel)
 #elif defined(__aarch64__)
-#define CARAFEPP_ENTRIES_OF(name, kernel, slower) CARAFEPP_ENTRY(name, neon, kernel, slower)
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, neon, kernel)
 #else
-#define CARAFEPP_ENTRIES_OF(name, kernel, slower) CARAFEPP_ENTRY(name, generic, kernel, slower)
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, generic, kernel)
 #endif
-#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRIES_OF(name, kernel, never_slower)
 
 // The list of a result: its kernel for each layout, and the reference.
-#define CARAFEPP_LIST(result, kernel)                                                   \
-    {                                                                                   \
-        CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc),                                \
-            CARAFEPP_ENTRIES_OF(result "_nchw", kernel##_nchw, slower_##kernel##_nchw), \
-            CARAFEPP_ENTRIES(result "_any", kernel##_any),                              \
-            {result "_any_ref", runs_all, never_slower, reference::kernel}, {}          \
+#define CARAFEPP_LIST(result, kernel)                                                                     \
+    {                                                                                                     \
+        CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc), CARAFEPP_ENTRIES(result "_nchw", kernel##_nchw), \
+            CARAFEPP_ENTRIES(result "_any", kernel##_any),                                                \
+            {result "_any_ref", runs_all, never_slower, reference::kernel}, {}                            \
     }
 
 constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble);

@@ -78,68 +78,65 @@ const char* generic::unavailable() { return nullptr; }
 
 #endif
 
-// Small tables of phases, and the masks of a tile in 512 KiB.
-static const char* too_large_for_tiles(const Problem& p) {
-    if (p.factor.up > kMaxFactor) return "up is more than 16";
-    const int64_t lanes = 16, band_rows = ceil_div(p.factor.up, p.factor.down);
-    if (p.taps() * p.factor.up * band_rows * lanes > 128 * 1024) return "the masks of a tile take more than 512 KiB";
-    return nullptr;
+// ---- what a kernel cannot run: strides, tables of phases, and 2 MiB of scratch for each thread ----
+
+// Bytes that staged masks take, of one output in each lane of the widest vectors.
+static constexpr int64_t in_lanes(int64_t masks) { return masks * 64; }
+
+static int64_t size_of_sum(const Problem& p) { return p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4; }
+
+static int64_t masks_of_cell(const Problem& p) { return p.taps() * p.factor.up * p.factor.up; }
+
+// Masks of the outputs of a cell whose rows are centred on one source row.
+static int64_t masks_of_band(const Problem& p) { return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down); }
+
+// The least scratch of a gradient of features: masks around a block of 3 x 4 sources, a tile, the weights of the block.
+static int64_t scratch_of_grad_features(const Problem& p) {
+    const int64_t up = p.factor.up, down = p.factor.down, rows = p.kernel_size + 2, columns = p.kernel_size + 3;
+    const int64_t staged = (ceil_div(rows, down) + 1) * (ceil_div(columns, down) + 1) * masks_of_cell(p);
+    const int64_t weights = (ceil_div(rows * up, down) + 1) * (ceil_div(columns * up, down) + 1) * 12;
+    const int64_t margins = 8 * columns;
+    return (staged + weights + margins) * size_of_sum(p) + in_lanes(masks_of_cell(p));
 }
 
 // ---- channels in lanes ----
 
-static const char* cannot_run_reassemble_in_pixels(const Problem& p) {
-    if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
-    return too_large_for_tiles(p);
-}
-
 const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (!output.empty() && output.stride_c != 1) return "channels of the output are not adjacent";
-    return cannot_run_reassemble_in_pixels(p);
-}
-
-static const char* cannot_run_grad_masks_in_pixels(const Problem& p) {
-    if (p.taps() * p.factor.up * p.factor.up * 16 > 96 * 1024) return "the sums of a tile take more than 384 KiB";
-    if (p.features.c / p.groups < 4) return "too few channels in a group to fill vectors";
-    return too_large_for_tiles(p);
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
+    if (in_lanes(masks_of_band(p)) > kScratchBytes / 2) return "the masks of a tile take more than 1 MiB";
+    return nullptr;
 }
 
 const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
-    return cannot_run_grad_masks_in_pixels(p);
-}
-
-static const char* cannot_run_grad_features_in_pixels(const Problem& p) {
-    if (p.kernel_size == 1) return "kernel_size is 1";
-    if (p.features.c / p.groups < 4) return "too few channels in a group to make up for staging masks";
     if (p.factor.up > kMaxFactor) return "up is more than 16";
-    // The window of a block of 3x4 pixels, and what of a cell it may cut; beside it a vector of cells being staged.
-    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
-    const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
-    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4;
-    if ((rows * columns * size + 64) * p.factor.up * p.factor.up * p.taps() > 1024 * 1024)
-        return "the masks of the outputs that touch a few pixels take more than 1 MiB";
+    if (in_lanes(masks_of_cell(p)) > 384 * 1024) return "the sums of a tile take more than 384 KiB";  // five times
     return nullptr;
 }
+
+// Blocks are wider than a window of one tap.
+constexpr const char* kOneTap = "kernel_size is 1";
 
 const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_features) {
     if (!grad_features.empty() && grad_features.stride_c != 1) return "channels of grad_features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
-    return cannot_run_grad_features_in_pixels(p);
+    if (p.kernel_size == 1) return kOneTap;
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
+    if (scratch_of_grad_features(p) > kScratchBytes)
+        return "the masks of the outputs that touch a few pixels take more than 2 MiB";
+    return nullptr;
 }
 
-// ---- an image at a time ----
-
-// Of scratch memory for its features and output, in pixels.
-constexpr int64_t kImageBytes = 1024 * 1024;
+// ---- an image at a time: half of the scratch for its features and outputs, half for the kernel ----
 
 static int64_t bytes_of_channel(const Problem& p) {
     // An array without elements may have any shape: in numbers that do not overflow.
     const double pixels = static_cast<double>(p.features.h) * static_cast<double>(p.features.w) +
                           static_cast<double>(p.out_h) * static_cast<double>(p.out_w);
-    return static_cast<int64_t>(std::min(pixels * (p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4), 1e15));
+    return static_cast<int64_t>(std::min(pixels * static_cast<double>(size_of_sum(p)), 1e15));
 }
 
 int64_t channels_of_image(const Problem& p) {
@@ -151,67 +148,61 @@ int64_t channels_of_image(const Problem& p) {
 }
 
 static const char* unfit_for_images(const Problem& p) {
-    constexpr int64_t kFewest = 32;  // the padding among them
+    constexpr int64_t kFewest = 32;  // a vector of channels and one of padding
+    if (p.features.c == 0) return "there are no channels";
+    if (p.factor.up > kMaxFactor) return "up is more than 16";
     if (kFewest * bytes_of_channel(p) > kImageBytes) return "some channels of an image take more than 1 MiB";
-    if (p.taps() * p.factor.up * p.factor.up > 1600) return "the masks of a cell are more than 1600";
     return nullptr;
 }
 
 const char* cannot_run_reassemble_any(const Problem& p, const Array&) {
-    const char* reason = cannot_run_reassemble_in_pixels(p);
-    return reason ? reason : unfit_for_images(p);
+    if (in_lanes(masks_of_band(p)) > kImageScratchBytes / 2) return "the masks of a tile take more than 512 KiB";
+    return unfit_for_images(p);
 }
 
 const char* cannot_run_grad_masks_any(const Problem& p, const Array&) {
-    if (const char* reason = cannot_run_grad_masks_in_pixels(p)) return reason;
+    if (in_lanes(masks_of_cell(p)) > 192 * 1024) return "the sums of a tile take more than 192 KiB";  // five times
     if (channels_of_image(p) < p.features.c / p.groups) return "all channels of an image take more than 1 MiB";
     return unfit_for_images(p);
 }
 
 const char* cannot_run_grad_features_any(const Problem& p, const Array&) {
-    if (const char* reason = cannot_run_grad_features_in_pixels(p)) return reason;
-    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4,
-                  rows = ceil_div(p.kernel_size + 2, p.factor.down);
-    const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down);
-    if ((rows + 1) * (cells + 1) * p.factor.up * p.factor.up * p.taps() * size > 768 * 1024)
-        return "the masks of the outputs that touch a few rows take more than 768 KiB";
+    if (p.kernel_size == 1) return kOneTap;
+    if (scratch_of_grad_features(p) > kImageScratchBytes)
+        return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return unfit_for_images(p);
 }
 
 // ---- columns in lanes ----
 
-const char* cannot_run_reassemble_nchw(const Problem& p, const Array&) {
-    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
-    if (p.taps() * p.factor.up * 16 > 128 * 1024) return "the masks of a row of a tile take more than 512 KiB";
-    return nullptr;
+static const char* unfit_for_columns(const Problem& p) {
+    return p.factor.up > kMaxFactor || p.factor.down > kMaxFactor ? "up or down is more than 16" : nullptr;
 }
 
-static const char* unfit_for_columns(const Problem& p) {
-    if (p.factor.up > kMaxFactor || p.factor.down > kMaxFactor) return "up or down is more than 16";
-    if (p.out_w < 4 * p.factor.up) return "fewer than 4 columns";
-    if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
-    return nullptr;
+const char* cannot_run_reassemble_nchw(const Problem& p, const Array&) {
+    if (in_lanes(p.taps() * p.factor.up) > 512 * 1024) return "the masks of a row of a tile take more than 512 KiB";
+    return unfit_for_columns(p);
 }
 
 const char* cannot_run_grad_features_nchw(const Problem& p, const Array&) {
     // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
-    const int64_t size = p.features.dtype == CARAFEPP_FLOAT64 ? 8 : 4, cells_bytes = 3 * 64 + p.kernel_size * size;
+    const int64_t cells_bytes = 3 * 64 + p.kernel_size * size_of_sum(p);
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
         return "the masks of the outputs that touch a row take more than 1920 KiB";
     return unfit_for_columns(p);
 }
 
 const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    const int64_t rows = takes_whole_cells(p, grad_masks) ? p.factor.up : 1;
-    if (p.taps() * p.factor.up * rows * 16 > 128 * 1024) return "the sums of a tile take more than 512 KiB";
+    const int64_t rows = takes_whole_cells(p, grad_masks) ? p.factor.up : 1;  // with those of logits, twice
+    if (in_lanes(p.taps() * p.factor.up * rows) > 512 * 1024) return "the sums of a tile take more than 512 KiB";
     return unfit_for_columns(p);
 }
 
 // ---- normalisers ----
 
 const char* cannot_run_normalize_masks(const Problem& p, const Array&) {
-    if (p.logits.w < 4) return "fewer than 4 columns";
-    if (p.taps() * p.factor.up * p.factor.up * 16 > 128 * 1024) return "the masks of a tile take more than 512 KiB";
+    if (in_lanes(2 * masks_of_cell(p) + p.taps() * p.factor.up) > kScratchBytes)
+        return "the masks and logits of a tile take more than 2 MiB";
     return nullptr;
 }
 
@@ -219,12 +210,60 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
     return cannot_run_normalize_masks(p, grad_logits);
 }
 
-// ---- preference ----
+// ---- preference: all of its constants, and why another kernel is faster ----
+
+constexpr int64_t kFewestChannels = 4;  // of a group
+constexpr int64_t kFewestCells = 4;     // of a row
+constexpr int64_t kTileBytes = 512 * 1024;
+constexpr int64_t kMasksOfCellOfImage = 1600;
+constexpr int64_t kPanelBytes = 1024 * 1024, kPanelBytesOfImage = 768 * 1024;
 
 // Rows that leave most of a vector unused are slower than pixels, to which images are transposed first: where there are
 // at least so many channels for each column. Full vectors leave nothing unused.
 constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
+
+constexpr const char* kNoVectors = "too few channels in a group to fill vectors";
+constexpr const char* kNoReuse = "too few channels in a group to make up for staging masks";
+constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
+constexpr const char* kLargeCell = "the masks of a cell are more than 1600";
+constexpr const char* kFewColumns = "fewer than 4 columns";
+constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
+
+static bool few_channels(const Problem& p) { return p.features.c / p.groups < kFewestChannels; }
+
+const char* slower_reassemble_nhwc(const Problem& p, const Array&) {
+    if (few_channels(p)) return kNoVectors;
+    return in_lanes(masks_of_band(p)) > kTileBytes ? kLargeTile : nullptr;
+}
+
+const char* slower_grad_masks_nhwc(const Problem& p, const Array&) { return few_channels(p) ? kNoVectors : nullptr; }
+
+const char* slower_grad_features_nhwc(const Problem& p, const Array&) {
+    if (few_channels(p)) return kNoReuse;
+    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
+    const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
+    if ((rows * columns * size_of_sum(p) + 64) * masks_of_cell(p) > kPanelBytes)
+        return "the masks of the outputs that touch a few pixels take more than 1 MiB";
+    return nullptr;
+}
+
+static const char* slower_on_images(const Problem& p, const char* few) {
+    if (few_channels(p)) return few;
+    return masks_of_cell(p) > kMasksOfCellOfImage ? kLargeCell : nullptr;
+}
+
+const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
+
+const char* slower_grad_masks_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
+
+const char* slower_grad_features_any(const Problem& p, const Array&) {
+    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
+    const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down) + 1;
+    if (rows * cells * masks_of_cell(p) * size_of_sum(p) > kPanelBytesOfImage)
+        return "the masks of the outputs that touch a few rows take more than 768 KiB";
+    return slower_on_images(p, kNoReuse);
+}
 
 static bool better_in_pixels(const Problem& p) {
     const int64_t columns = ceil_div(p.features.w, p.factor.down), channels = p.features.c / p.groups;
@@ -232,16 +271,35 @@ static bool better_in_pixels(const Problem& p) {
     return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
 }
 
-constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
-
 const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
-    return better_in_pixels(p) && !cannot_run_reassemble_any(p, output) ? kNarrow : nullptr;
+    const bool on_images = !cannot_run_reassemble_any(p, output) && !slower_reassemble_any(p, output);
+    return on_images && better_in_pixels(p) ? kNarrow : nullptr;
 }
+
+static const char* slower_backward_in_columns(const Problem& p) {
+    if (p.out_w < kFewestCells * p.factor.up) return kFewColumns;
+    if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
+    return nullptr;
+}
+
 const char* slower_grad_features_nchw(const Problem& p, const Array& grad_features) {
-    return better_in_pixels(p) && !cannot_run_grad_features_any(p, grad_features) ? kNarrow : nullptr;
+    const bool on_images = !cannot_run_grad_features_any(p, grad_features) &&
+                           !slower_grad_features_any(p, grad_features);
+    return on_images && better_in_pixels(p) ? kNarrow : slower_backward_in_columns(p);
 }
+
 const char* slower_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    return better_in_pixels(p) && !cannot_run_grad_masks_any(p, grad_masks) ? kNarrow : nullptr;
+    const bool on_images = !cannot_run_grad_masks_any(p, grad_masks) && !slower_grad_masks_any(p, grad_masks);
+    return on_images && better_in_pixels(p) ? kNarrow : slower_backward_in_columns(p);
+}
+
+const char* slower_normalize_masks(const Problem& p, const Array&) {
+    if (p.logits.w < kFewestCells) return kFewColumns;
+    return in_lanes(masks_of_cell(p)) > kTileBytes ? kLargeTile : nullptr;
+}
+
+const char* slower_normalize_masks_backward(const Problem& p, const Array& grad_logits) {
+    return slower_normalize_masks(p, grad_logits);
 }
 
 }  // namespace carafepp

@@ -3,6 +3,7 @@
 // of its name, and what they accept.
 #pragma once
 
+#include "cpu/scratch.h"
 #include "problem.h"
 
 #define CARAFEPP_KERNELS_OF(isa)                                                         \
@@ -34,7 +35,10 @@ CARAFEPP_KERNELS_OF(generic)
 
 constexpr int kMaxFactor = 16;  // up and down that the kernels with tables of phases accept
 
-// Of how many channels of a group the kernels for any strides stage an image at once: whole vectors.
+// Scratch of a thread that stages images: for the features and outputs of one, and for the kernel that computes it.
+constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;
+
+// Channels staged for an image at once: a multiple of every vector length.
 int64_t channels_of_image(const Problem& problem);
 
 // Whether a kernel writes all rows of a cell together: the gradients of its logits, where they are adjacent.
@@ -60,8 +64,16 @@ const char* cannot_run_normalize_masks(const Problem& problem, const Array& mask
 const char* cannot_run_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 // Why another kernel that can run a problem is faster than the one of that name, or NULL.
+const char* slower_reassemble_nhwc(const Problem& problem, const Array& output);
 const char* slower_reassemble_nchw(const Problem& problem, const Array& output);
+const char* slower_grad_features_nhwc(const Problem& problem, const Array& grad_features);
+const char* slower_grad_masks_nhwc(const Problem& problem, const Array& grad_masks);
 const char* slower_grad_features_nchw(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
+const char* slower_reassemble_any(const Problem& problem, const Array& output);
+const char* slower_grad_features_any(const Problem& problem, const Array& grad_features);
+const char* slower_grad_masks_any(const Problem& problem, const Array& grad_masks);
+const char* slower_normalize_masks(const Problem& problem, const Array& masks);
+const char* slower_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 }  // namespace carafepp
