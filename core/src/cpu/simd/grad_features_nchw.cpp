@@ -147,7 +147,7 @@ struct GradFeaturesNchw {
         const int64_t all_masks_size = (p.from_logits ? k : std::min(chunk, k)) * k * up * all_masks_pitch;
         grads_size = at_once * ceil_div(up, down) * up * pitch;
         streams = panel == tiles && grad_features.stride_w == 1 && grad_features.stride_h == p.features.w &&
-                  leaves_caches(grad_features);
+                  wants_non_temporal_stores(grad_features);
         rows_size = streams ? ceil_div(chunk * p.features.w, L) * L : 0;
         scratch_size = weights_size + sums_size + rows_size + std::max(grads_size, all_masks_size);
     }
@@ -341,7 +341,7 @@ struct GradFeaturesNchw {
             }
             write_rows(b, c, to, grad_features.stride_h, grad_features.stride_w);
         }
-        if (streams) finish_streams();
+        if (streams) finish_non_temporal_stores();
     }
 
     void write_rows(const Block& b, int64_t c, T* to, int64_t row_stride, int64_t column_stride) const {
@@ -379,7 +379,7 @@ struct GradFeaturesNchw {
 }  // namespace
 
 void grad_features_nchw(const Problem& problem, const Array& grad_features) {
-    run<GradFeaturesNchw>(problem, grad_features);
+    run_kernel<GradFeaturesNchw>(problem, grad_features);
 }
 
 }  // namespace carafepp::CARAFEPP_ISA

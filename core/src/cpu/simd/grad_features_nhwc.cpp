@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of features with adjacent channels, compiled once for each instruction set. A block of source pixels is
-// computed at once from all outputs whose windows touch it: each vector of grad_output that is loaded serves every
-// pixel of the block that the output's window holds. For a panel of columns, going down: stage the masks of the next
+// The gradient of features with adjacent channels, compiled once for each instruction set. A register tile holds a
+// block of sources and sums over all outputs whose windows touch it: a vector of grad_output serves every source of the
+// block that the window holds. The plan; then each item goes down its rows of sources: stage the masks of the next
 // outputs, pack the weights of a block in the order of their use, contract, write out.
 #include <algorithm>
+#include <cassert>
 
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -16,19 +17,121 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 768 *
-                                1024;  // of grad_output that the blocks of a panel's row share, in the level 2 cache
-constexpr int64_t kRingBytes = 1024 * 1024;  // of staged masks
-constexpr int64_t kChunkRows = 24;           // of sources that one item goes down; each begins with staging a window
-
-constexpr int kRows = kVectorRegisters == 32 ? 3 : 2;     // of a block
-constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;  // of a block
+// A block of sources, and the vectors of channels of each that a register tile holds.
+constexpr int kRows = kVectorRegisters == 32 ? 3 : 2;
+constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;
 constexpr int kBlock = kRows * kColumns;
-constexpr int kVectors = 2;  // of channels, of each pixel of a block
+constexpr int kVectors = 2;
 
-// Calls f(begin, end) of a range, the sources of a block of `Most` that a window holds, both known to the compiler. A
-// window is at least as wide as a block less one, so that one end or the other is the block's: the range is numbered by
-// the other one.
+// ---- plan ----
+
+template <class T>
+struct GradFeaturesNhwc {
+    using A = Accumulator<T>;
+    static constexpr int L = kLanes<A>;
+    static constexpr Result kResult = kGradFeatures;
+
+    const Problem& p;
+    const Array& grad_features;
+    MaskTiles<A> masks;
+    int64_t up, down, radius, taps;
+    int64_t height, width;              // of features
+    int64_t channels;                   // of a group
+    int64_t block_rows, block_columns;  // of the outputs whose windows touch a block, at most
+    int64_t ring_rows, ring_columns;    // of staged masks: rows of cells, outputs
+    int64_t item_rows, item_columns;    // of the sources of an item: whole blocks
+    int64_t row_items, column_items;
+    int64_t margin;       // of the ring, which packing reads beyond
+    int64_t ring_size;    // [row of cells][row][output][tap]
+    int64_t tile_size;    // [row][tap][phase][lane]
+    int64_t packed_size;  // [row of outputs][output][row and column of the block]
+    int64_t items, scratch_size;
+    bool non_temporal;
+
+    GradFeaturesNhwc(const Problem& problem, const Array& result, int64_t scratch_bytes = kScratchBytes)
+        : p(problem), grad_features(result), masks{p, std::min(p.factor.up, p.out_w)} {
+        constexpr int64_t kItemBytes = 768 * 1024;  // of grad_output that a row of blocks reads, in the level 2 cache
+        constexpr int64_t kRingBytes = 1024 * 1024;
+        constexpr int64_t kItemRows = 24;  // each item begins with staging the masks of a window's rows
+        up = p.factor.up;
+        down = p.factor.down;
+        radius = p.radius();
+        taps = p.taps();
+        height = p.features.h;
+        width = p.features.w;
+        channels = p.features.c / p.groups;
+        block_rows = outputs_of(2 * radius + kRows);
+        block_columns = outputs_of(2 * radius + kColumns);
+        ring_rows = ceil_div(2 * radius + kRows, down) + 1;
+        margin = kRows * p.kernel_size + kColumns;
+        tile_size = up * masks.row_size(L);
+        packed_size = block_rows * block_columns * kBlock;
+
+        const int64_t outputs = std::min(kItemBytes / (block_rows * channels * int64_t{sizeof(T)}),
+                                         kRingBytes / int64_t{sizeof(A)} / (ring_rows * up * taps));
+        const int64_t most = std::max<int64_t>(outputs * down / up - 2 * radius, kColumns);
+        item_columns = round_up(ceil_div(width, ceil_div(width, most)), kColumns);
+        for (;; item_columns -= kColumns) {
+            ring_columns = (ceil_div(item_columns + 2 * radius, down) + 1) * up;
+            ring_size = round_up(ring_rows * up * ring_columns * taps + 2 * margin, L);
+            scratch_size = ring_size + tile_size + packed_size;
+            if (scratch_size * int64_t{sizeof(A)} <= scratch_bytes || item_columns == kColumns) break;
+        }
+        assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
+        item_rows = round_up(ceil_div(height, ceil_div(height, kItemRows)), kRows);
+        row_items = ceil_div(height, item_rows);
+        column_items = ceil_div(width, item_columns);
+        items = grad_features.n * p.groups * row_items * column_items;
+        // A cache line that is written in two parts, far apart in time, leaves the processor twice.
+        non_temporal = kVectors * L * sizeof(T) >= 64 && takes_non_temporal_stores<T>(grad_features, channels);
+    }
+
+    // At most as many outputs are centred on as many neighbouring sources.
+    int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
+
+    static int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+    void run_item(int64_t item, A* scratch) const;
+};
+
+// One item: sources [top, bottom) x [left, right) of a group, and the cells whose outputs touch its columns.
+template <class A>
+struct GradFeaturesItem {
+    int64_t n, group, top, bottom, left, right, first_cell, end_cell;
+    A *ring, *tile, *packed;
+};
+
+// The first output centred on `source` or behind it; `outputs` if there is none.
+int64_t first_output_inside(const Factor& factor, int64_t source, int64_t outputs) {
+    return source <= 0 ? 0 : std::min(factor.first_output(source), outputs);
+}
+
+// ---- staging ----
+
+template <class T, class A>
+A* staged_row(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t row) {
+    return at.ring + (row / plan.up % plan.ring_rows * plan.up + row % plan.up) * plan.ring_columns * plan.taps;
+}
+
+// The masks of the outputs of one row of cells, into the ring.
+template <class T, class A>
+void stage_cells(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t cell_row) {
+    const Rows rows{cell_row * plan.up, std::min((cell_row + 1) * plan.up, plan.p.out_h)};
+    plan.masks.stage_pixels(at.n, at.group, rows, at.first_cell, at.end_cell - at.first_cell, at.tile,
+                            plan.ring_columns * plan.taps, staged_row(plan, at, rows.begin));
+}
+
+// ---- contraction ----
+
+// The sources of a block that a window holds are its first ones or its last ones, or all: a window is at most one
+// source narrower than a block. So one number tells which of `most` sources they are.
+static_assert(std::max(kRows, kColumns) - 1 <= 3, "windows of 3 hold an end of the block");
+int range_in_block(int64_t begin, int64_t taps, int most) {
+    assert(taps >= most - 1 && begin < most && begin + taps > 0);
+    return static_cast<int>(begin <= 0 ? std::min<int64_t>(begin + taps, most) - 1 : most - 1 + begin);
+}
+
+// Calls f(begin, end) with the sources of a range, both known to the compiler.
 template <int Most, int Range = 2 * Most - 2, class F>
 CARAFEPP_INLINE void with_range(int range, F f) {
     if constexpr (Range > 0) {
@@ -42,7 +145,7 @@ CARAFEPP_INLINE void with_range(int range, F f) {
 }
 
 // Neighbouring outputs of one row whose windows hold the same columns of a block.
-struct Run {
+struct OutputSpan {
     int range, count;
 };
 
@@ -56,37 +159,34 @@ struct OutputRow {
 
 // All outputs whose windows touch a block.
 template <class T>
-struct Outputs {
+struct BlockOutputs {
     const OutputRow<T>* rows;
-    const Run* runs;
-    int row_count, run_count;
+    const OutputSpan* spans;
+    int row_count, span_count;
     int64_t pixel_stride;
-
-    // Of the rows that the block below is the first to need: as many pixels as it has columns of its own.
-    const T* ahead;
-    int64_t ahead_stride;
-    int ahead_rows, ahead_pixels;
+    PixelsAhead<T> ahead;  // rows that the block below is the first to read: its columns
 };
 
-// A block of pixels of the result, of which some may be beyond its borders.
+// A block of the result. Some of its sources may be beyond the borders.
 template <class T>
-struct Pixels {
+struct SourceBlock {
     T* first;
     int64_t row_stride, pixel_stride;
     int rows, columns;
-    bool streaming;  // past the caches
+    bool non_temporal;
 };
 
-// `NV` vectors of channels from `c` on, or the first `tail` lanes of one.
+// A register tile: `NV` vectors of channels from `c` on, or the first `tail` lanes of one.
 template <int NV, bool kTail, class T>
-__attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t c, int tail) {
+__attribute__((noinline)) void sum_over_outputs(const BlockOutputs<T>& outputs, const SourceBlock<T>& block, int64_t c,
+                                                int tail) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sums[kRows][kColumns][NV] = {};
     for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
-        if (row - outputs.rows < outputs.ahead_rows) {
-            const T* ahead = outputs.ahead + (row - outputs.rows) * outputs.ahead_stride + c;
-            for (int q = 0; q < outputs.ahead_pixels; q++, ahead += outputs.pixel_stride) {
+        if (row - outputs.rows < outputs.ahead.rows) {
+            const T* ahead = outputs.ahead.first + (row - outputs.rows) * outputs.ahead.row_stride + c;
+            for (int q = 0; q < outputs.ahead.columns; q++, ahead += outputs.pixel_stride) {
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * L, 0, 2);
             }
@@ -94,9 +194,9 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
         const T* grads = row->grads + c;
         const A* weights = row->weights;
         with_range<kRows>(row->range, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
-            for (const Run* run = outputs.runs; run < outputs.runs + outputs.run_count; run++) {
-                with_range<kColumns>(run->range, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
-                    int left = run->count;
+            for (const OutputSpan* span = outputs.spans; span < outputs.spans + outputs.span_count; span++) {
+                with_range<kColumns>(span->range, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
+                    int left = span->count;
                     do {
                         Vector<A> grad[NV];
                         read_channels<NV, kTail>(grads, tail, grad);
@@ -126,174 +226,105 @@ __attribute__((noinline)) void contract(const Outputs<T>& outputs, const Pixels<
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
         for (int q = 0; q < kColumns; q++) {
-            if (r >= pixels.rows || q >= pixels.columns) continue;
-            write_channels<NV, kTail>(sums[r][q], pixels.first + r * pixels.row_stride + q * pixels.pixel_stride + c,
-                                      tail, pixels.streaming);
+            if (r >= block.rows || q >= block.columns) continue;
+            write_channels<NV, kTail>(sums[r][q], block.first + r * block.row_stride + q * block.pixel_stride + c, tail,
+                                      block.non_temporal);
         }
     }
 }
 
+// All channels of a group: the last vectors overlap those before them, rather than being few.
 template <class T>
-void contract_channels(const Outputs<T>& outputs, const Pixels<T>& pixels, int64_t channels) {
+void sum_channels_over_outputs(const BlockOutputs<T>& outputs, const SourceBlock<T>& block, int64_t channels) {
     constexpr int64_t L = kLanes<Accumulator<T>>, kAtOnce = kVectors * L;
     if (channels < kAtOnce) {
         for (int64_t c = 0; c < channels; c += L)
-            contract<1, true>(outputs, pixels, c, static_cast<int>(std::min(channels - c, L)));
+            sum_over_outputs<1, true>(outputs, block, c, static_cast<int>(std::min(channels - c, L)));
         return;
     }
-    for (int64_t c = 0; c < channels; c += kAtOnce)  // some once more, rather than few at a time
-        contract<kVectors, false>(outputs, pixels, std::min(c, channels - kAtOnce), 0);
+    for (int64_t c = 0; c < channels; c += kAtOnce)
+        sum_over_outputs<kVectors, false>(outputs, block, std::min(c, channels - kAtOnce), 0);
 }
 
-// A call cut into items: a chunk of source rows of a panel of source columns, for one image and group. The masks of the
-// outputs of some rows of cells are staged in a ring, pixel by pixel: [row of cells][row][pixel][tap].
-template <class T>
-struct GradFeaturesNhwc {
-    using A = Accumulator<T>;
-    static constexpr int L = kLanes<A>;
-    static constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // in a row, that touch a block
+// The block of sources with its corner at (i, j): packs the weights of its outputs, and contracts.
+template <class T, class A>
+void grad_features_of_block(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t i, int64_t j) {
+    constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // of a row, that touch a block
+    const Problem& p = plan.p;
+    const Factor& factor = p.factor;
+    const int64_t radius = plan.radius, k = p.kernel_size, channel = at.group * plan.channels;
+    OutputSpan spans[2 * kColumns];
+    int64_t taps_of[kMostOutputs];  // of the output's window, where the block's first source is in its rows
+    OutputRow<T> rows[kMostOutputs];
+    BlockOutputs<T> outputs{rows, spans, 0, 0, p.grad_output.stride_w, {}};
 
-    static constexpr Result kResult = Result::kGradFeatures;
-
-    const Problem& p;
-    const Array& grad_features;
-    const int64_t up = p.factor.up, down = p.factor.down, radius = p.radius(), taps = p.taps();
-    const int64_t height = p.features.h, width = p.features.w, channels = p.features.c / p.groups;
-    const MaskTiles<A> masks{p, std::min(up, p.out_w)};
-
-    const int64_t ring_rows = ceil_div(2 * radius + kRows, down) + 1;  // of cells
-    const int64_t block_outputs = outputs_of(2 * radius + kColumns), block_rows = outputs_of(2 * radius + kRows);
-    const int64_t panel = panel_columns();
-    const int64_t panels = ceil_div(width, panel);
-    const int64_t panel_pixels = (ceil_div(panel + 2 * radius, down) + 1) * up;
-    const int64_t chunk = ceil_div(ceil_div(height, ceil_div(height, kChunkRows)), kRows) * kRows;
-    const int64_t chunks = ceil_div(height, chunk);
-
-    // Packing reads whole rows of a block, also where a window holds less of it.
-    const int64_t margin = kRows * p.kernel_size + kColumns;
-    const int64_t ring_size = ring_rows * up * panel_pixels * taps;
-    const int64_t tile_size = up * masks.row_size(L);
-    const int64_t packed_size = block_rows * block_outputs * kBlock;
-    const int64_t scratch_size = ceil_div(ring_size + 2 * margin, L) * L + tile_size + packed_size;
-    const int64_t items = grad_features.n * p.groups * chunks * panels;
-
-    // A line that is written in two parts, far apart in time, leaves the processor twice.
-    const bool streaming = kVectors * L * int64_t{sizeof(T)} >= 64 && streams<T>(grad_features, channels);
-
-    // At most as many outputs are centred on as many neighbouring sources.
-    int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
-
-    int64_t panel_columns() const {
-        const int64_t pixel_bytes = block_rows * channels * int64_t{sizeof(T)};
-        const int64_t pixels = std::min(kPanelBytes / pixel_bytes,
-                                        kRingBytes / int64_t{sizeof(A)} / (ring_rows * up * taps));
-        const int64_t most = std::max<int64_t>(pixels * down / up - 2 * radius, kColumns);
-        return ceil_div(ceil_div(width, ceil_div(width, most)), kColumns) * kColumns;
+    const int64_t first = first_output_inside(factor, j - radius, p.out_w);
+    const int64_t end = first_output_inside(factor, j + kColumns + radius, p.out_w);
+    int64_t source = factor.source(first), remainder = first * plan.down - source * plan.up;
+    for (int64_t q = first; q < end; q++) {
+        const int range = range_in_block(source - radius - j, k, kColumns);
+        if (outputs.span_count == 0 || spans[outputs.span_count - 1].range != range)
+            spans[outputs.span_count++] = {range, 0};
+        spans[outputs.span_count - 1].count++;
+        taps_of[q - first] = (q - at.first_cell * plan.up) * plan.taps + j - source + radius;
+        for (remainder += plan.down; remainder >= plan.up; remainder -= plan.up) source++;
     }
 
-    struct Item {
-        int64_t n, group, left, right, first_cell, end_cell;
-        A *ring, *tile, *packed;
-    };
-
-    void run_item(int64_t item, A* scratch) const {
-        Item at;
-        at.left = item % panels * panel;
-        at.right = std::min(at.left + panel, width);
-        at.n = item / panels / chunks / p.groups;
-        at.group = item / panels / chunks % p.groups;
-        at.first_cell = first_output_inside(at.left - radius, p.out_w) / up;
-        at.end_cell = ceil_div(first_output_inside(at.left + panel + radius, p.out_w), up);
-        at.ring = scratch + margin;
-        at.tile = at.ring + ceil_div(ring_size + 2 * margin, L) * L - margin;
-        at.packed = at.tile + tile_size;
-        const int64_t top = item / panels % chunks * chunk, bottom = std::min(top + chunk, height);
-        int64_t staged = 0;  // rows of cells before it are
-        for (int64_t i = top; i < bottom; i += kRows) {
-            const int64_t end = ceil_div(first_output_inside(i + kRows + radius, p.out_h), up);
-            staged = std::max(staged, first_output_inside(i - radius, p.out_h) / up);
-            for (; staged < end; staged++) stage(at, staged);
-            for (int64_t j = at.left; j < at.right; j += kColumns) contract_block(at, i, bottom, j);
-        }
-        if (streaming) finish_streams();
-    }
-
-    int64_t first_output_inside(int64_t source, int64_t outputs) const {
-        return source <= 0 ? 0 : std::min(p.factor.first_output(source), outputs);
-    }
-
-    A* staged_row(const Item& at, int64_t out_i) const {
-        return at.ring + (out_i / up % ring_rows * up + out_i % up) * panel_pixels * taps;
-    }
-
-    // The masks of the outputs of one row of cells, into the ring.
-    void stage(const Item& at, int64_t cell_row) const {
-        const Rows rows{cell_row * up, std::min((cell_row + 1) * up, p.out_h)};
-        masks.stage_pixels(at.n, at.group, rows, at.first_cell, at.end_cell - at.first_cell, at.tile,
-                           panel_pixels * taps, staged_row(at, rows.begin));
-    }
-
-    // The block of source pixels with its corner at (i, j).
-    void contract_block(const Item& at, int64_t i, int64_t bottom, int64_t j) const {
-        Run runs[2 * kColumns];
-        int64_t taps_of[kMostOutputs];  // of the output's window, where the block's first pixel is in its rows
-        OutputRow<T> rows[kMostOutputs];
-        const int64_t first = first_output_inside(j - radius, p.out_w);
-        const int64_t end = first_output_inside(j + kColumns + radius, p.out_w);
-        Outputs<T> outputs{};
-        outputs.rows = rows;
-        outputs.runs = runs;
-        outputs.pixel_stride = p.grad_output.stride_w;
-
-        int64_t source = p.factor.source(first), remainder = first * down - source * up;
-        for (int64_t q = first; q < end; q++) {
-            const int range = range_in_block(source - j, kColumns);
-            if (outputs.run_count == 0 || runs[outputs.run_count - 1].range != range)
-                runs[outputs.run_count++] = {range, 0};
-            runs[outputs.run_count - 1].count++;
-            taps_of[q - first] = (q - at.first_cell * up) * taps + j - source + radius;
-            for (remainder += down; remainder >= up; remainder -= up) source++;
-        }
-
-        A* packed = at.packed;
-        const int64_t last_row = first_output_inside(i + kRows + radius, p.out_h);
-        for (int64_t row = first_output_inside(i - radius, p.out_h); row < last_row; row++) {
-            const int64_t source_row = p.factor.source(row);
-            rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, at.group * channels, row, first), packed,
-                                         range_in_block(source_row - i, kRows)};
-            const A* const weights = staged_row(at, row) + (i - source_row + radius) * p.kernel_size;
-            for (int64_t q = 0; q < end - first; q++, packed += kBlock) {
+    A* packed = at.packed;
+    const int64_t end_row = first_output_inside(factor, i + kRows + radius, p.out_h);
+    for (int64_t row = first_output_inside(factor, i - radius, p.out_h); row < end_row; row++) {
+        const int64_t top = factor.source(row) - radius;
+        rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, channel, row, first), packed,
+                                     range_in_block(top - i, k, kRows)};
+        const A* const weights = staged_row(plan, at, row) + (i - top) * k;
+        for (int64_t q = 0; q < end - first; q++, packed += kBlock) {
 #pragma GCC unroll 4
-                for (int b = 0; b < kRows; b++)
-                    std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * p.kernel_size, kColumns * sizeof(A));
-            }
+            for (int b = 0; b < kRows; b++)
+                std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * k, kColumns * sizeof(A));
         }
-        const int64_t next_rows = first_output_inside(i + 2 * kRows + radius, p.out_h);
-        const int64_t own = first_output_inside(j + radius, p.out_w);
-        outputs.ahead = element<const T>(p.grad_output, at.n, at.group * channels, last_row, own);
-        outputs.ahead_stride = p.grad_output.stride_h;
-        outputs.ahead_rows = static_cast<int>(next_rows - last_row);
-        outputs.ahead_pixels = static_cast<int>(first_output_inside(j + radius + kColumns, p.out_w) - own);
-        const Pixels<T> pixels{element<T>(grad_features, at.n, at.group * channels, i, j),
-                               grad_features.stride_h,
-                               grad_features.stride_w,
-                               static_cast<int>(std::min<int64_t>(kRows, bottom - i)),
-                               static_cast<int>(std::min<int64_t>(kColumns, width - j)),
-                               streaming};
-        contract_channels(outputs, pixels, channels);
     }
+    const int64_t next_end = first_output_inside(factor, i + 2 * kRows + radius, p.out_h);
+    const int64_t own = first_output_inside(factor, j + radius, p.out_w);
+    const int64_t own_end = first_output_inside(factor, j + radius + kColumns, p.out_w);
+    outputs.ahead = {element<const T>(p.grad_output, at.n, channel, end_row, own), p.grad_output.stride_h,
+                     p.grad_output.stride_w, static_cast<int>(next_end - end_row), static_cast<int>(own_end - own)};
+    const SourceBlock<T> block{element<T>(plan.grad_features, at.n, channel, i, j),
+                               plan.grad_features.stride_h,
+                               plan.grad_features.stride_w,
+                               static_cast<int>(std::min<int64_t>(kRows, at.bottom - i)),
+                               static_cast<int>(std::min<int64_t>(kColumns, plan.width - j)),
+                               plan.non_temporal};
+    sum_channels_over_outputs(outputs, block, plan.channels);
+}
 
-    // Of a block that begins at 0, what the window of an output centred on `source` holds.
-    int range_in_block(int64_t source, int most) const {
-        const int64_t begin = source - radius, end = source + radius + 1;
-        return static_cast<int>(begin <= 0 ? std::min<int64_t>(end, most) - 1 : most - 1 + begin);
+template <class T>
+void GradFeaturesNhwc<T>::run_item(int64_t item, A* scratch) const {
+    GradFeaturesItem<A> at;
+    at.left = item % column_items * item_columns;
+    at.right = std::min(at.left + item_columns, width);
+    at.top = item / column_items % row_items * item_rows;
+    at.bottom = std::min(at.top + item_rows, height);
+    at.group = item / column_items / row_items % p.groups;
+    at.n = item / column_items / row_items / p.groups;
+    at.first_cell = first_output_inside(p.factor, at.left - radius, p.out_w) / up;
+    at.end_cell = ceil_div(first_output_inside(p.factor, at.left + item_columns + radius, p.out_w), up);
+    at.ring = scratch + margin;
+    at.tile = scratch + ring_size;
+    at.packed = at.tile + tile_size;
+    int64_t staged = 0;  // rows of cells before it are
+    for (int64_t i = at.top; i < at.bottom; i += kRows) {
+        const int64_t end = ceil_div(first_output_inside(p.factor, i + kRows + radius, p.out_h), up);
+        staged = std::max(staged, first_output_inside(p.factor, i - radius, p.out_h) / up);
+        for (; staged < end; staged++) stage_cells(*this, at, staged);
+        for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_block(*this, at, i, j);
     }
-};
+    if (non_temporal) finish_non_temporal_stores();
+}
 
 }  // namespace
 
 void grad_features_nhwc(const Problem& problem, const Array& grad_features) {
-    run<GradFeaturesNhwc>(problem, grad_features);
+    run_kernel<GradFeaturesNhwc>(problem, grad_features);
 }
 
 void grad_features_any(const Problem& problem, const Array& grad_features) {

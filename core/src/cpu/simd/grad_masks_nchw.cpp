@@ -311,6 +311,8 @@ struct GradMasksNchw {
 
 }  // namespace
 
-void grad_masks_nchw(const Problem& problem, const Array& grad_masks) { run<GradMasksNchw>(problem, grad_masks); }
+void grad_masks_nchw(const Problem& problem, const Array& grad_masks) {
+    run_kernel<GradMasksNchw>(problem, grad_masks);
+}
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of masks or logits with adjacent channels, compiled once for each instruction set. For each cell:
-// contract its outputs and their windows over the channels, several taps and outputs at a time, each in a vector of
-// partial sums; sum the lanes of these vectors. For each tile: carry the gradient of the masks through the normaliser,
-// write out.
+// The gradient of masks or logits with adjacent channels, compiled once for each instruction set. A register tile holds
+// sums of some outputs times some taps, each in the lanes of one vector. The plan; then for each tile: contract the
+// windows of its cells over the channels and sum the lanes, carry the gradient of masks through the normaliser, write
+// out.
 #include <algorithm>
+#include <cassert>
 
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -18,20 +19,116 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int kMostSums = kVectorRegisters == 32 ? 20 : 12;  // in registers at once, beside what they are summed from
+// ---- plan ----
 
-// Outputs that share a window, and where the sums of each stand: those of tap t at sums[o] + t * tap_step.
 template <class T>
-struct Outputs {
+struct GradMasksNhwc {
     using A = Accumulator<T>;
+    static constexpr int L = kLanes<A>;
+    static constexpr Result kResult = kGradMasks;
+
+    const Problem& p;
+    const Array& grad_masks;
+    MaskTiles<A> masks;
+    Phases rows, columns;  // of a cell
+    CellMasks<A> cell_masks;
+    int64_t up, taps, radius;
+    int64_t channels;          // of a group
+    int64_t cell_rows, cells;  // with logits also those that a crop leaves no output for: their gradient is 0
+    bool as_masks, as_logits;  // channels of the result are adjacent: sums have their order, else that of a tile
+    Order order;               // of the sums of a cell
+    int64_t sums_of_cell;
+    int64_t line_size;     // the same in whole vectors
+    int64_t partial_size;  // [sum][lane]
+    int64_t lines_size;    // [cell of a tile][sum], or [sum][lane]
+    int64_t items, scratch_size;
+
+    GradMasksNhwc(const Problem& problem, const Array& result, [[maybe_unused]] int64_t scratch_bytes = kScratchBytes)
+        : p(problem),
+          grad_masks(result),
+          masks{p, p.from_logits ? p.factor.up : std::min(p.factor.up, p.out_w)},
+          rows(p.factor, p.factor.up),
+          columns(p.factor, masks.phases),
+          cell_masks(p.normalizer, p.taps(), p.factor.up * p.factor.up) {
+        up = p.factor.up;
+        taps = p.taps();
+        radius = p.radius();
+        channels = p.features.c / p.groups;
+        cell_rows = p.from_logits ? grad_masks.h : ceil_div(p.out_h, up);
+        cells = p.from_logits ? grad_masks.w : ceil_div(p.out_w, up);
+        as_masks = !p.from_logits && grad_masks.stride_c == 1;
+        as_logits = p.from_logits && grad_masks.stride_c == 1 && p.logits.stride_c == 1 && CellMasks<A>::fits(up * up);
+        order = as_logits ? Order{up, 1, up * up} : as_masks ? Order{masks.phases * taps, taps, 1} : masks.order(1);
+        sums_of_cell = up * masks.phases * taps;
+        line_size = ceil_div(sums_of_cell, L) * L;
+        partial_size = line_size * L;
+        lines_size = L * line_size;
+        items = grad_masks.n * p.groups * cell_rows;
+        scratch_size = partial_size + 4 * lines_size;
+        assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
+    }
+
+    void run_item(int64_t item, A* scratch) const;
+};
+
+// One item: a row of cells of a group. `rows` are its rows of outputs.
+template <class A>
+struct GradMasksItem {
+    int64_t n, group, cell_row;
+    Rows rows;
+    A* partial;  // sums of one cell, each in the lanes of a vector
+};
+
+// ---- staging ----
+
+// Each function has room for three more tiles behind the lines of a tile.
+
+// Writes the gradient of masks in the order of logits as that of logits.
+template <class T, class A>
+void write_logits(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, int count, A* lines) {
+    const CellAt first{at.n, at.group * plan.taps * plan.up * plan.up, at.cell_row, cell};
+    A* const staged = lines + plan.lines_size;
+    plan.cell_masks.normalize(plan.p.logits, first, count, staged);
+    plan.cell_masks.normalize_backward(plan.p.logits, first, count, staged, lines);
+    for (int q = 0; q < count; q++)
+        plan.masks.clear_cropped(at.rows, cell + q, 1, plan.order, lines + q * plan.line_size);
+    plan.cell_masks.write(lines, plan.grad_masks, first, count);
+}
+
+// The same by way of a transposed tile, for other strides; also of masks.
+template <class T, class A>
+void write_tile(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, int count, const A* lines,
+                A* tile) {
+    constexpr int L = kLanes<A>;
+    const Problem& p = plan.p;
+    const MaskTiles<A>& masks = plan.masks;
+    load_channels<A>(lines, plan.line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
+                     adjacent_places(tile, L));
+    if (p.from_logits) {
+        A *const logits = tile + plan.lines_size, *const staged = logits + plan.lines_size;
+        masks.load_rows(p.logits, at.n, at.group, at.rows, cell, count, L, logits);
+        for (int64_t row = 0; row < plan.up * masks.row_size(L); row += masks.row_size(L))
+            masks.normalize_row_backward(tile + row, logits + row, staged, L);
+        masks.clear_cropped(at.rows, cell, L, masks.order(L), tile);
+    }
+    masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile, plan.grad_masks);
+}
+
+// ---- contraction ----
+
+constexpr int kMostSums = kVectorRegisters == 32 ? 20 : 12;  // of a register tile, beside what they are summed from
+
+// The outputs that read one window. The sums of tap t of output o stand from sums[o] + t * tap_step on.
+template <class T>
+struct WindowGrads {
     static constexpr int kMost = kMaxFactor * kMaxFactor;
 
     const T* grads[kMost];
-    A* sums[kMost];
+    Accumulator<T>* sums[kMost];
     int count = 0;
 };
 
-// Where a cell has several pixels of features of its own, those that the cell below is the first to read.
+// Pixels of features that the cell below is the first to read, where a cell has several.
 template <class T>
 struct PixelsBelow {
     const T* pixels[kMaxFactor * kMaxFactor];
@@ -41,10 +138,10 @@ struct PixelsBelow {
     const T* take(const T* otherwise) { return count > 0 ? pixels[--count] : otherwise; }
 };
 
-// What is fetched between arithmetic, channel by channel: pixels of the next cell, for the level 1 cache, or two of the
-// cell below, which are longer on their way.
+// Pixels fetched between arithmetic, channel by channel: of the next cell, for the level 1 cache, or two of the cell
+// below, which are longer on their way.
 template <class T>
-struct Next {
+struct NextPixels {
     const T *grad, *pixel, *pixel_below;
 
     template <bool below>
@@ -55,11 +152,11 @@ struct Next {
     }
 };
 
-// `P` outputs times NA x NB pixels from `pixels` on.
+// A register tile: `P` outputs times NA x NB pixels from `pixels` on, over all channels of a group.
 template <int P, int NA, int NB, class T>
-__attribute__((noinline)) void contract(const T* const* grads, const T* pixels, int64_t row_stride,
-                                        int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
-                                        int64_t row_step, int64_t tap_step, const Next<T>& next) {
+__attribute__((noinline)) void sum_over_channels(const T* const* grads, const T* pixels, int64_t row_stride,
+                                                 int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
+                                                 int64_t row_step, int64_t tap_step, const NextPixels<T>& next) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sum[P][NA][NB] = {};
@@ -104,182 +201,134 @@ __attribute__((noinline)) void contract(const T* const* grads, const T* pixels, 
     }
 }
 
-template <class T>
-struct GradMasksNhwc {
+// At most `most` of what is left, which two parts share evenly.
+inline int part_of(int left, int most) {
+    return left > most && left < 2 * most ? (left + 1) / 2 : std::min(most, left);
+}
+
+// All taps of a window for `P` outputs from `first` on, in register tiles of as many rows and columns as there are
+// registers for.
+template <int P, class T>
+void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<const T>& window,
+                            const WindowGrads<T>& outputs, int first, PixelsBelow<T>& below) {
     using A = Accumulator<T>;
-    static constexpr int L = kLanes<A>;
-
-    static constexpr Result kResult = Result::kGradMasks;
-
-    const Problem& p;
-    const Array& grad_masks;
-    const int64_t up = p.factor.up, taps = p.taps();
-    // Logits that a crop leaves no output for have a gradient too, 0.
-    const MaskTiles<A> masks{p, p.from_logits ? up : std::min(up, p.out_w)};
-    const Phases rows{p.factor, up};
-    const Phases columns{p.factor, masks.phases};
-    const int64_t cell_rows = p.from_logits ? grad_masks.h : ceil_div(p.out_h, up);
-    const int64_t cells = p.from_logits ? grad_masks.w : ceil_div(p.out_w, up);
-    const int64_t channels = p.features.c / p.groups;
-
-    // Where channels of the result are adjacent, sums are in their order; else in that of a tile.
-    const bool as_masks = !p.from_logits && grad_masks.stride_c == 1;
-    const bool as_logits = p.from_logits && grad_masks.stride_c == 1 && p.logits.stride_c == 1 &&
-                           CellMasks<A>::fits(up * up);
-    const Order order = as_logits  ? Order{up, 1, up * up}
-                        : as_masks ? Order{masks.phases * taps, taps, 1}
-                                   : masks.order(1);
-    const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
-    const int64_t sums_of_cell = up * masks.phases * taps;
-    const int64_t line_size = ceil_div(sums_of_cell, L) * L;
-
-    const int64_t sums_size = line_size * L, tile_size = line_size * L;
-    const int64_t scratch_size = sums_size + 4 * tile_size;
-    const int64_t items = grad_masks.n * p.groups * cell_rows;
-
-    struct Item {
-        int64_t n, group, cell_row;
-        Rows rows;
-        A* sums;
-    };
-
-    void run_item(int64_t item, A* scratch) const {
-        Item at;
-        at.cell_row = item % cell_rows;
-        at.group = item / cell_rows % p.groups;
-        at.n = item / cell_rows / p.groups;
-        at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
-        if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
-        at.sums = scratch;
-        A* const lines = at.sums + sums_size;
-        std::fill(at.sums + sums_of_cell * L, at.sums + sums_size, A{0});
-        for (int64_t cell = 0; cell < cells; cell += L) {
-            const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
-            for (int q = 0; q < count; q++) {
-                A* const line = lines + q * line_size;
-                contract_cell(at, cell + q, line);
-                if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line, grad_masks);
-            }
-            if (as_logits) write_logits(at, cell, count, lines, lines + tile_size);
-            if (!as_logits && !as_masks) write_tile(at, cell, count, lines, lines + tile_size, tile_size);
-        }
-    }
-
-    // line = the gradient of the masks of one cell.
-    void contract_cell(const Item& at, int64_t cell, A* line) const {
-        PixelsBelow<T> below = pixels_below(at, cell);
-        if (!is_inner(at.cell_row, cell)) std::fill(at.sums, at.sums + sums_of_cell * L, A{0});
-        for (int r = 0; r < rows.count; r++) {
-            for (int q = 0; q < columns.count; q++) contract_window(at, cell, rows.groups[r], columns.groups[q], below);
-        }
-        for (int64_t k = 0; k < line_size; k += L) {
-            Vector<A> partial[L];
-#pragma GCC unroll 16
-            for (int i = 0; i < L; i++) partial[i] = load(at.sums + (k + i) * L);
-            store(sums_of_lanes<A>(partial), line + k);
-        }
-    }
-
-    PixelsBelow<T> pixels_below(const Item& at, int64_t cell) const {
-        PixelsBelow<T> below;
-        if (up >= p.factor.down) return below;
-        const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
-        const int64_t last = (at.cell_row + 1) * down + rows.groups[rows.count - 1].offset + p.radius();
-        for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
-            for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
-                below.pixels[below.count++] = element<const T>(p.features, at.n, at.group * channels, row, column);
-        }
-        return below;
-    }
-
-    // Whether all outputs of a cell are there, and all their windows inside the borders, so that every sum is written.
-    bool is_inner(int64_t cell_row, int64_t cell) const {
-        const int64_t r = p.radius(), i = cell_row * p.factor.down, j = cell * p.factor.down;
-        return masks.phases == up && (cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w && i >= r && j >= r &&
-               i + rows.groups[rows.count - 1].offset + r < p.features.h &&
-               j + columns.groups[columns.count - 1].offset + r < p.features.w;
-    }
-
-    // Lines in the order of the result. `staged` is room for as many.
-    void write_logits(const Item& at, int64_t cell, int count, A* lines, A* staged) const {
-        const CellAt first{at.n, at.group * taps * up * up, at.cell_row, cell};
-        cell_masks.normalize(p.logits, first, count, staged);
-        cell_masks.normalize_backward(p.logits, first, count, staged, lines);
-        for (int q = 0; q < count; q++) masks.clear_cropped(at.rows, cell + q, 1, order, lines + q * line_size);
-        cell_masks.write(lines, grad_masks, first, count);
-    }
-
-    // Lines in the order of a tile, through one.
-    void write_tile(const Item& at, int64_t cell, int count, const A* lines, A* tile, int64_t tile_size) const {
-        load_channels<A>(lines, line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
-                         adjacent_places(tile, L));
-        if (p.from_logits) {
-            A *const logits = tile + tile_size, *const staged = tile + 2 * tile_size;
-            masks.load_rows(p.logits, at.n, at.group, at.rows, cell, count, L, logits);
-            for (int64_t row = 0; row < up; row++)
-                masks.normalize_row_backward(tile + row * masks.row_size(L), logits + row * masks.row_size(L), staged,
-                                             L);
-            masks.clear_cropped(at.rows, cell, L, masks.order(L), tile);
-        }
-        masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile, grad_masks);
-    }
-
-    // The outputs of one cell that read the same window.
-    void contract_window(const Item& at, int64_t cell, Phases::Group r, Phases::Group q, PixelsBelow<T>& below) const {
-        const PixelWindow<const T> window = window_of<const T>(p, p.features, at.n, at.group * channels,
-                                                               at.cell_row * p.factor.down + r.offset,
-                                                               cell * p.factor.down + q.offset);
-        Outputs<T> outputs;
-        for (int64_t row = r.begin; row < std::min<int64_t>(r.end, p.out_h - at.cell_row * up); row++) {
-            for (int64_t phase = q.begin; phase < std::min<int64_t>(q.end, p.out_w - cell * up); phase++) {
-                outputs.grads[outputs.count] = element<const T>(p.grad_output, at.n, at.group * channels,
-                                                                at.cell_row * up + row, cell * up + phase);
-                outputs.sums[outputs.count++] = at.sums + (row * order.row_step + phase * order.phase_step) * L;
-            }
-        }
-        int first = 0;
-        for (; first + 4 <= outputs.count; first += 4) contract_rows<4>(window, outputs, first, below);
-        for (; first + 2 <= outputs.count; first += 2) contract_rows<2>(window, outputs, first, below);
-        if (first < outputs.count) contract_rows<1>(window, outputs, first, below);
-    }
-
-    // At most `most` of what is left, which two parts share evenly.
-    static int part_of(int left, int most) {
-        return left > most && left < 2 * most ? (left + 1) / 2 : std::min(most, left);
-    }
-
-    // All taps of a window, as many rows and columns at a time as there are registers for.
-    template <int P>
-    void contract_rows(const PixelWindow<const T>& window, const Outputs<T>& outputs, int first,
-                       PixelsBelow<T>& below) const {
-        constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
-        const int64_t tap_step = order.tap_step * L, k = p.kernel_size;
-        for (int a = window.a_begin; a < window.a_end;) {
-            const int na = part_of(window.a_end - a, kRows);
-            for (int b = window.b_begin; b < window.b_end;) {
-                const int nb = part_of(window.b_end - b, kColumns);
-                A* sums[P];
-                for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
-                const T* const right = window.pixel(a, b + nb);
-                const Next<T> next{outputs.grads[first + a % P] + up * p.grad_output.stride_w, below.take(right),
-                                   below.take(right)};
-                with_count<kRows>(na, [&](auto rows_here) {
-                    with_count<kColumns>(nb, [&](auto columns_here) {
-                        contract<P, rows_here(), columns_here()>(outputs.grads + first, window.pixel(a, b),
-                                                                 window.row_stride, window.pixel_stride, channels, sums,
-                                                                 k * tap_step, tap_step, next);
-                    });
+    constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
+    const int64_t tap_step = plan.order.tap_step * kLanes<A>, k = plan.p.kernel_size;
+    for (int a = window.a_begin; a < window.a_end;) {
+        const int na = part_of(window.a_end - a, kRows);
+        for (int b = window.b_begin; b < window.b_end;) {
+            const int nb = part_of(window.b_end - b, kColumns);
+            A* sums[P];
+            for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
+            const T* const right = window.pixel(a, b + nb);
+            const NextPixels<T> next{outputs.grads[first + a % P] + plan.up * plan.p.grad_output.stride_w,
+                                     below.take(right), below.take(right)};
+            with_count<kRows>(na, [&](auto rows_here) {
+                with_count<kColumns>(nb, [&](auto columns_here) {
+                    sum_over_channels<P, rows_here(), columns_here()>(
+                        outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride,
+                        plan.channels, sums, k * tap_step, tap_step, next);
                 });
-                b += nb;
-            }
-            a += na;
+            });
+            b += nb;
+        }
+        a += na;
+    }
+}
+
+// The outputs of one cell that read one window.
+template <class T, class A>
+void grad_masks_of_window(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, Phases::Group r,
+                          Phases::Group q, PixelsBelow<T>& below) {
+    const Problem& p = plan.p;
+    const int64_t up = plan.up, channel = at.group * plan.channels;
+    const PixelWindow<const T> window = window_of<const T>(
+        p, p.features, at.n, channel, at.cell_row * p.factor.down + r.offset, cell * p.factor.down + q.offset);
+    WindowGrads<T> outputs;
+    for (int64_t row = r.begin; row < std::min<int64_t>(r.end, p.out_h - at.cell_row * up); row++) {
+        for (int64_t phase = q.begin; phase < std::min<int64_t>(q.end, p.out_w - cell * up); phase++) {
+            outputs.grads[outputs.count] = element<const T>(p.grad_output, at.n, channel, at.cell_row * up + row,
+                                                            cell * up + phase);
+            outputs.sums[outputs.count++] = at.partial +
+                                            (row * plan.order.row_step + phase * plan.order.phase_step) * kLanes<A>;
         }
     }
-};
+    int first = 0;
+    for (; first + 4 <= outputs.count; first += 4) sum_taps_over_channels<4>(plan, window, outputs, first, below);
+    for (; first + 2 <= outputs.count; first += 2) sum_taps_over_channels<2>(plan, window, outputs, first, below);
+    if (first < outputs.count) sum_taps_over_channels<1>(plan, window, outputs, first, below);
+}
+
+template <class T, class A>
+PixelsBelow<T> pixels_below(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell) {
+    const Problem& p = plan.p;
+    const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
+    PixelsBelow<T> below;
+    if (plan.up >= down) return below;
+    const int64_t last = (at.cell_row + 1) * down + plan.rows.groups[plan.rows.count - 1].offset + plan.radius;
+    for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
+        for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
+            below.pixels[below.count++] = element<const T>(p.features, at.n, at.group * plan.channels, row, column);
+    }
+    return below;
+}
+
+// Whether all outputs of a cell are there, and all their windows inside the borders, so that every sum is written.
+template <class T>
+bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
+    const Problem& p = plan.p;
+    const int64_t r = plan.radius, up = plan.up, i = cell_row * p.factor.down, j = cell * p.factor.down;
+    return plan.masks.phases == up && (cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w && i >= r &&
+           j >= r && i + plan.rows.groups[plan.rows.count - 1].offset + r < p.features.h &&
+           j + plan.columns.groups[plan.columns.count - 1].offset + r < p.features.w;
+}
+
+// line = the gradient of the masks of one cell.
+template <class T, class A>
+void grad_masks_of_cell(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, A* line) {
+    constexpr int L = kLanes<A>;
+    PixelsBelow<T> below = pixels_below(plan, at, cell);
+    if (!is_inner(plan, at.cell_row, cell)) std::fill(at.partial, at.partial + plan.sums_of_cell * L, A{0});
+    for (int r = 0; r < plan.rows.count; r++) {
+        for (int q = 0; q < plan.columns.count; q++)
+            grad_masks_of_window(plan, at, cell, plan.rows.groups[r], plan.columns.groups[q], below);
+    }
+    for (int64_t k = 0; k < plan.line_size; k += L) {
+        Vector<A> partial[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) partial[i] = load(at.partial + (k + i) * L);
+        store(sums_of_lanes<A>(partial), line + k);
+    }
+}
+
+template <class T>
+void GradMasksNhwc<T>::run_item(int64_t item, A* scratch) const {
+    GradMasksItem<A> at;
+    at.cell_row = item % cell_rows;
+    at.group = item / cell_rows % p.groups;
+    at.n = item / cell_rows / p.groups;
+    at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
+    if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
+    at.partial = scratch;
+    A* const lines = scratch + partial_size;
+    std::fill(at.partial + sums_of_cell * L, at.partial + partial_size, A{0});
+    for (int64_t cell = 0; cell < cells; cell += L) {
+        const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
+        for (int q = 0; q < count; q++) {
+            A* const line = lines + q * line_size;
+            grad_masks_of_cell(*this, at, cell + q, line);
+            if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line, grad_masks);
+        }
+        if (as_logits) write_logits(*this, at, cell, count, lines);
+        if (!as_logits && !as_masks) write_tile(*this, at, cell, count, lines, lines + lines_size);
+    }
+}
 
 }  // namespace
 
-void grad_masks_nhwc(const Problem& problem, const Array& grad_masks) { run<GradMasksNhwc>(problem, grad_masks); }
+void grad_masks_nhwc(const Problem& problem, const Array& grad_masks) {
+    run_kernel<GradMasksNhwc>(problem, grad_masks);
+}
 
 void grad_masks_any(const Problem& problem, const Array& grad_masks) {
     run_on_images<GradMasksNhwc>(problem, grad_masks);

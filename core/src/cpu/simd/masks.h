@@ -30,8 +30,12 @@ struct MaskTiles {
 
     const Problem& p;
     int64_t phases;
-    bool of_logits = p.from_logits;          // else of masks
-    int64_t first_tap = 0, taps = p.taps();  // of masks, not of logits, also fewer than all
+    bool of_logits;           // else of masks
+    int64_t first_tap, taps;  // of masks also fewer than all
+
+    MaskTiles(const Problem& problem, int64_t phases) : MaskTiles(problem, phases, problem.from_logits) {}
+    MaskTiles(const Problem& problem, int64_t phases, bool of_logits)
+        : p(problem), phases(phases), of_logits(of_logits), first_tap(0), taps(problem.taps()) {}
 
     int64_t row_size(int64_t pitch) const { return taps * phases * pitch; }
     Order order(int64_t pitch) const { return {row_size(pitch), pitch, phases * pitch}; }

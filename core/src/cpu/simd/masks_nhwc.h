@@ -18,8 +18,14 @@ struct CellMasks {
     static constexpr int L = kLanes<A>;
 
     carafepp_normalizer normalizer;
-    int channels, outputs;  // taps*outputs, up*up
-    int size = (channels + L - 1) / L * L;
+    int channels, outputs;  // taps*up*up, up*up
+    int size;               // of a cell: channels in whole vectors
+
+    CellMasks(carafepp_normalizer normalizer, int64_t taps, int64_t outputs)
+        : normalizer(normalizer),
+          channels(static_cast<int>(taps * outputs)),
+          outputs(static_cast<int>(outputs)),
+          size(static_cast<int>(ceil_div(taps * outputs, L) * L)) {}
 
     static bool fits(int64_t outputs) { return outputs <= L && L % outputs == 0; }
 

@@ -7,7 +7,7 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// Calls f(row, columns) for each row of an array, or once for all where they are adjacent.
+// Calls f(row, columns) for each row of an array, or once for all rows if they are adjacent.
 template <class F>
 CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
     if (array.stride_h == array.w * array.stride_w) {
@@ -17,9 +17,8 @@ CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
     }
 }
 
-// As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. The same columns of
-// the channels behind them, which are read next, are fetched meanwhile: each is a page further, beyond the processor's
-// own prefetching.
+// As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. Fetches the same
+// columns of the next channels: each is a page further, which the processor's own prefetching does not cross.
 template <class T>
 CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t columns, Accumulator<T>* to, int64_t pitch) {
     constexpr int L = kLanes<Accumulator<T>>;
@@ -54,7 +53,7 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
 }
 
 template <class T>
-void store_elements(const Array& image, const Array& array, int64_t n, int64_t channel, bool streams,
+void store_elements(const Array& image, const Array& array, int64_t n, int64_t channel, bool non_temporal,
                     Accumulator<T>* planes) {
     using A = Accumulator<T>;
     constexpr int64_t L = kLanes<A>;
@@ -62,14 +61,14 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
         const A* const from = element<const A>(image, 0, 0, row, 0);
         T* to = element<T>(array, n, channel, row, 0);
         if constexpr (std::is_same_v<T, A>) {
-            if (streams) {
+            if (non_temporal) {
                 for (int64_t c = 0; c < image.c; c += L, to += L * columns) {
                     const int64_t count = std::min(L, image.c - c);
                     store_channels<T>(adjacent_places(from + c, image.stride_w), static_cast<int>(count),
                                       static_cast<int>(columns), planes, columns);
                     stream_lines(planes, count * columns, to);
                 }
-                finish_streams();
+                finish_non_temporal_stores();
                 return;
             }
         }
@@ -92,10 +91,10 @@ void load_image(const Array& array, int64_t n, int64_t channel, const Array& ima
     with_type(array.dtype, [&](auto type) { load_elements<typename decltype(type)::type>(array, n, channel, image); });
 }
 
-void store_image(const Array& image, const Array& array, int64_t n, int64_t channel, bool streams, void* planes) {
+void store_image(const Array& image, const Array& array, int64_t n, int64_t channel, bool non_temporal, void* planes) {
     with_type(array.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        store_elements<T>(image, array, n, channel, streams, static_cast<Accumulator<T>*>(planes));
+        store_elements<T>(image, array, n, channel, non_temporal, static_cast<Accumulator<T>*>(planes));
     });
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Windows with adjacent channels, pixel by pixel: what the kernels for NHWC read or write.
+// Windows with adjacent channels, and the pixels that the kernels for them read and write.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 namespace carafepp {
 namespace {
 
-// The window around one source pixel: where it begins (perhaps outside), and which taps of it are inside the borders.
+// The window around a source: its corner, which may be outside, and the taps [a_begin, a_end) x [b_begin, b_end) inside
+// the borders.
 template <class T>
 struct PixelWindow {
     T* corner;
@@ -22,7 +23,7 @@ struct PixelWindow {
     T* pixel(int64_t a, int64_t b) const { return corner + a * row_stride + b * pixel_stride; }
 };
 
-// The window around (i, j), or its union with that `shift` columns behind it.
+// The window around source (i, j), or its union with the window `shift` columns behind it.
 template <class T>
 static inline PixelWindow<T> window_of(const Problem& p, const Array& features, int64_t n, int64_t c, int64_t i,
                                        int64_t j, int64_t shift = 0) {
@@ -36,7 +37,7 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::min(p.kernel_size + shift, features.w - left))};
 }
 
-// `NV` vectors of channels, in any order of lanes that write_channels has too; or of one, the first `tail` lanes.
+// `NV` vectors of channels, in an order of lanes that write_channels undoes; or the first `tail` lanes of one.
 template <int NV, bool kTail, class T>
 CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T>> (&to)[NV]) {
 #pragma GCC unroll 8
@@ -52,9 +53,9 @@ CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T
     }
 }
 
-// The inverse. Past the caches if `streaming`, which is for whole vectors of what streams() says.
+// The inverse. Use non-temporal stores only for whole vectors of what takes_non_temporal_stores() accepts.
 template <int NV, bool kTail, class T>
-CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T* to, int tail, bool streaming) {
+CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T* to, int tail, bool non_temporal) {
     constexpr bool kPairs = std::is_same_v<T, BFloat16> && NV % 2 == 0;
     if constexpr (kTail) {
         store_first(from[0], to, tail);
@@ -64,21 +65,21 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
     for (int v = 0; v < NV; v += kPairs ? 2 : 1) {
         T* const vector = to + v * kLanes<Accumulator<T>>;
         if constexpr (kPairs) {
-            if (streaming) {
-                stream((Vector<float>)alternating(from[v], from[v + 1]), reinterpret_cast<float*>(vector));
+            if (non_temporal) {
+                store_non_temporal((Vector<float>)alternating(from[v], from[v + 1]), reinterpret_cast<float*>(vector));
             } else {
                 store_alternating(from[v], from[v + 1], vector);
             }
         } else if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
-            streaming ? stream(from[v], vector) : store(from[v], vector);
+            non_temporal ? store_non_temporal(from[v], vector) : store(from[v], vector);
         } else {
             store(from[v], vector);
         }
     }
 }
 
-// Pixels that are read some time later. Fetched into the level 2 cache between arithmetic, a few at a time: a burst of
-// fetches would wait for its turn, and some processors drop it.
+// Pixels that are read some time later: fetched into the level 2 cache between arithmetic, a few at a time. A burst of
+// fetches waits for its turn, and some processors drop it.
 template <class T>
 struct PixelsAhead {
     const T* first = nullptr;
@@ -86,7 +87,7 @@ struct PixelsAhead {
     int rows = 0, columns = 0;
 };
 
-// `NV` vectors of channels from `c` on, of all columns of a row.
+// Fetches `NV` vectors of channels from `c` on, of all columns of a row.
 template <int NV, class T>
 CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) {
     constexpr int kBytes = NV * kLanes<Accumulator<T>> * static_cast<int>(sizeof(T));
@@ -98,11 +99,11 @@ CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) 
     }
 }
 
-// Whether pixels of a result, with so many channels in a group, are whole aligned vectors, and the result is large.
-// Half a vector cannot be written past the caches, and no pair of vectors of float16 makes a whole one.
+// Whether a result is large, and its pixels, with `channels` in a group, are whole aligned vectors. Half a vector has
+// no non-temporal store, and no pair of vectors of float16 makes a whole one.
 template <class T>
-bool streams(const Array& result, int64_t channels) {
-    if (std::is_same_v<T, Float16> || !leaves_caches(result)) return false;
+bool takes_non_temporal_stores(const Array& result, int64_t channels) {
+    if (std::is_same_v<T, Float16> || !wants_non_temporal_stores(result)) return false;
     uint64_t offsets = reinterpret_cast<uintptr_t>(result.data);
     for (int64_t stride : {result.stride_n, result.stride_h, result.stride_w, channels})
         offsets |= static_cast<uint64_t>(stride) * sizeof(T);

@@ -162,7 +162,7 @@ __attribute__((noinline)) void contract(const Windows<A>& windows, int64_t chann
             });
         } else if (windows.past_caches) {
             write(sums, windows, outputs,
-                  [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { stream(vector, to); });
+                  [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { store_non_temporal(vector, to); });
         } else {
             write(sums, windows, outputs,
                   [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { store(vector, to); });
@@ -247,10 +247,10 @@ struct ReassembleNchw {
     const int64_t tile_columns = L * masks.phases;
     // Sums are written where they belong or, in other types and strides, by way of a buffer of a tile of two rows.
     const bool adjacent = std::is_same_v<T, A> && output.stride_w == 1;
-    const bool past_caches = adjacent && leaves_caches(output) && writes_lines();
+    const bool past_caches = adjacent && wants_non_temporal_stores(output) && writes_lines();
     // Where their vectors are not whole lines, whole rows are collected before they leave past the caches.
-    const bool by_rows = output.stride_w == 1 && leaves_caches(output) && !past_caches && cut.tiles == tiles &&
-                         2 * cut.channels * p.out_w * int64_t{sizeof(T)} <= kRowsBytes;
+    const bool by_rows = output.stride_w == 1 && wants_non_temporal_stores(output) && !past_caches &&
+                         cut.tiles == tiles && 2 * cut.channels * p.out_w * int64_t{sizeof(T)} <= kRowsBytes;
 
     // Whether each vector of a tile, with the other phases', is a whole line or more.
     bool writes_lines() const {
@@ -296,7 +296,7 @@ struct ReassembleNchw {
         std::fill_n(b.features + cut.channels * cut.channel_size, L, A{0});
         stage_masks(b);
         contract_block(b);
-        if (past_caches || by_rows) finish_streams();
+        if (past_caches || by_rows) finish_non_temporal_stores();
     }
 
     // ---- masks ----
@@ -501,6 +501,6 @@ struct ReassembleNchw {
 
 }  // namespace
 
-void reassemble_nchw(const Problem& problem, const Array& output) { run<ReassembleNchw>(problem, output); }
+void reassemble_nchw(const Problem& problem, const Array& output) { run_kernel<ReassembleNchw>(problem, output); }
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel; the
-// outputs that are centred on one source pixel (up*up of them for up >= down) read the same window, so that each vector
-// of features that is loaded serves all of them; where one output is centred on a pixel, two neighbours share what
-// their windows have in common. Stage the masks of a tile, contract the taps of one source pixel for a block of
-// channels, write out.
+// The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
+// up >= down, up*up outputs are centred on one source and read one window: a vector of features serves them all. Where
+// one output is centred on a source, two neighbours share what their windows have in common. The plan; then for each
+// item: stage the masks of a tile, contract the taps of each window for a register tile of channels, write out.
 #include <algorithm>
+#include <cassert>
 
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
@@ -18,25 +18,119 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// One source pixel, its window and the outputs centred on it. Or a pair of outputs, each centred on a pixel of its own:
-// `window` is then the union of their windows, of which the second begins `shift` columns behind the first.
-template <class T>
-struct Site {
-    using A = Accumulator<T>;
+// ---- plan ----
 
-    PixelWindow<const T> window;
-    int kernel_size, shift;
-    int64_t tap_stride;
-    static constexpr int kMost = kMaxFactor * kMaxFactor;
-    const A* weights[kMost];  // of each output, of the taps in `window`, row by row, `tap_stride` apart
-    T* outputs[kMost];
-    int count = 0;
-    bool streaming;  // past the caches
-    PixelsAhead<T> ahead;
+template <class T>
+struct ReassembleNhwc {
+    using A = Accumulator<T>;
+    static constexpr int64_t L = kLanes<A>;  // cells of a tile
+    static constexpr Result kResult = kReassemble;
+
+    const Problem& p;
+    const Array& output;
+    MaskTiles<A> masks;
+    Phases phases;  // of the columns of a cell
+    int64_t up, down, taps;
+    int64_t channels;          // of a group
+    int64_t cells;             // of a row of outputs
+    int64_t bands, band_rows;  // rows of outputs centred on one source row: how many times, at most how many
+    bool non_temporal;
+    bool in_pairs;         // one output a cell, whose window overlaps the next cell's
+    bool masks_in_place;   // read where they are
+    bool logits_in_place;  // normalised without a transposition
+    int64_t tile_size;     // [row of a band][tap][phase][lane]
+    int64_t pixels_size;   // [cell][row of a band][phase][tap], or in the order of logits
+    int64_t items, scratch_size;
+
+    ReassembleNhwc(const Problem& problem, const Array& result, [[maybe_unused]] int64_t scratch_bytes = kScratchBytes)
+        : p(problem), output(result), masks{p, std::min(p.factor.up, p.out_w)}, phases(p.factor, masks.phases) {
+        up = p.factor.up;
+        down = p.factor.down;
+        taps = p.taps();
+        channels = p.features.c / p.groups;
+        cells = ceil_div(p.out_w, up);
+        bands = bands_in(p.factor, p.out_h);
+        band_rows = ceil_div(up, down);
+        non_temporal = takes_non_temporal_stores<T>(output, channels);
+        in_pairs = up == 1 && down < p.kernel_size;
+        masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
+        logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
+                          CellMasks<A>::fits(up * up);
+        tile_size = band_rows * masks.row_size(L);
+        pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
+        items = output.n * p.groups * bands;
+        scratch_size = tile_size + pixels_size;
+        assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
+    }
+
+    void run_item(int64_t item, A* scratch) const;
 };
 
-// The columns of a row of a window up to `end`, which are taps of the outputs [kFirst, kLast): from column `b` on,
-// where `x` is.
+// One item: the outputs of a band of rows, all channels of a group.
+struct ForwardItem {
+    int64_t n, group;
+    Band rows;
+};
+
+// ---- staging ----
+
+// The weights of a tile: tap t of output (row, phase) of the q-th cell is
+// first[row*row_stride + q*cell_stride + phase*phase_stride + t*tap_stride], with rows from the band's first.
+template <class A>
+struct TileWeights {
+    const A* first;
+    int64_t row_stride, cell_stride, phase_stride, tap_stride;
+};
+
+// The masks of `count` cells from `cell` on, in the cheapest order. Uses all of scratch.
+template <class T>
+TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int count,
+                                       Accumulator<T>* scratch) {
+    using A = Accumulator<T>;
+    constexpr int64_t L = kLanes<A>;
+    const Problem& p = plan.p;
+    const int64_t up = plan.up, taps = plan.taps;
+    A *const tile = scratch, *const pixels = scratch + plan.tile_size;
+    const Rows rows{at.rows.begin, at.rows.end};
+    if (plan.masks_in_place) {
+        return {element<const A>(p.masks, at.n, at.group * taps, rows.begin, cell * up), p.masks.stride_h,
+                up * p.masks.stride_w, p.masks.stride_w, 1};
+    }
+    if (plan.logits_in_place) {
+        const CellMasks<A> cell_masks(p.normalizer, taps, up * up);
+        cell_masks.normalize(p.logits, {at.n, at.group * taps * up * up, rows.begin / up, cell}, count, pixels);
+        return {pixels, up, cell_masks.size, 1, up * up};
+    }
+    // With other strides, a transposition takes longer than reading the taps one vector apart.
+    if ((p.from_logits ? p.logits : p.masks).stride_c != 1) {
+        plan.masks.stage(at.n, at.group, rows, cell, count, L, tile);
+        return {tile, plan.masks.row_size(L), 1, L, plan.masks.phases * L};
+    }
+    const int64_t row_stride = L * up * taps;
+    plan.masks.stage_pixels(at.n, at.group, rows, cell, count, tile, row_stride, pixels);
+    return {pixels, row_stride, up * taps, taps, 1};
+}
+
+// ---- contraction ----
+
+// The outputs centred on one source, and their window. In a pair, each output is centred on a source of its own:
+// `window` is the union of their windows, and the second window begins `shift` columns behind the first.
+template <class T>
+struct WindowOutputs {
+    using A = Accumulator<T>;
+    static constexpr int kMost = kMaxFactor * kMaxFactor;
+
+    PixelWindow<const T> window;
+    PixelsAhead<T> ahead;
+    int kernel_size, shift;
+    int64_t tap_stride;  // of weights
+    bool non_temporal;
+    int count = 0;
+    const A* weights[kMost];  // of each output
+    T* outputs[kMost];
+};
+
+// Adds columns [b, end) of a row of a window to the sums of outputs [kFirst, kLast); `x` is the pixel of column b.
 template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
 CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end, int tail,
                               const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
@@ -53,180 +147,139 @@ CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end
     }
 }
 
-// `P` outputs from `first` on, or a pair with a window each; `NV` vectors of channels from `c` on.
+// A register tile: `P` outputs from `first` on, or a pair; `NV` vectors of channels from `c` on.
 template <int P, bool kPair, int NV, bool kTail, class T>
-CARAFEPP_INLINE void contract(const Site<T>& site, int first, int64_t c, int tail) {
+CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
-    const PixelWindow<const T>& window = site.window;
+    const PixelWindow<const T>& window = at.window;
     for (int a = window.a_begin; a < window.a_end; a++) {
-        if (a - window.a_begin < site.ahead.rows) fetch_row<NV>(site.ahead, a - window.a_begin, c);
+        if (a - window.a_begin < at.ahead.rows) fetch_row<NV>(at.ahead, a - window.a_begin, c);
         const A* weights[P];
 #pragma GCC unroll 4
-        for (int o = 0; o < P; o++) weights[o] = site.weights[first + o] + a * site.kernel_size * site.tap_stride;
+        for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + a * at.kernel_size * at.tap_stride;
         int b = window.b_begin;
         const T* x = window.pixel(a, b) + c;
         if constexpr (kPair) {
-            add_taps<0, 1, kTail>(x, window.pixel_stride, b, std::min(site.shift, window.b_end), tail, weights,
-                                  site.tap_stride, sums);
-            add_taps<0, 2, kTail>(x, window.pixel_stride, b, std::min(site.kernel_size, window.b_end), tail, weights,
-                                  site.tap_stride, sums);
+            add_taps<0, 1, kTail>(x, window.pixel_stride, b, std::min(at.shift, window.b_end), tail, weights,
+                                  at.tap_stride, sums);
+            add_taps<0, 2, kTail>(x, window.pixel_stride, b, std::min(at.kernel_size, window.b_end), tail, weights,
+                                  at.tap_stride, sums);
         }
-        add_taps<kPair ? 1 : 0, P, kTail>(x, window.pixel_stride, b, window.b_end, tail, weights, site.tap_stride,
-                                          sums);
+        add_taps<kPair ? 1 : 0, P, kTail>(x, window.pixel_stride, b, window.b_end, tail, weights, at.tap_stride, sums);
     }
 #pragma GCC unroll 4
-    for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], site.outputs[first + o] + c, tail, site.streaming);
+    for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], at.outputs[first + o] + c, tail, at.non_temporal);
 }
 
-// All channels of a group, for `P` outputs: blocks of as many vectors as the registers hold sums for, then fewer, then
-// a tail.
+// All channels of a group, for `P` outputs: register tiles of as many vectors as there are registers for, then fewer,
+// then a tail.
 template <int P, bool kPair, class T>
-__attribute__((noinline)) void contract_channels(const Site<T>& site, int first, int64_t channels) {
+__attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
     constexpr int kMost = P == 1 || (kPair && kVectorRegisters == 32) ? 8 : kPair || kVectorRegisters == 32 ? 4 : 2;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) contract<P, kPair, kMost, false>(site, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kPair, kMost, false>(at, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        contract<P, kPair, 4, false>(site, first, c, 0);
+        sum_over_taps<P, kPair, 4, false>(at, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        contract<P, kPair, 2, false>(site, first, c, 0);
+        sum_over_taps<P, kPair, 2, false>(at, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        contract<P, kPair, 1, false>(site, first, c, 0);
+        sum_over_taps<P, kPair, 1, false>(at, first, c, 0);
         c += L;
     }
-    if (c < channels) contract<P, kPair, 1, true>(site, first, c, static_cast<int>(channels - c));
+    if (c < channels) sum_over_taps<P, kPair, 1, true>(at, first, c, static_cast<int>(channels - c));
 }
 
 template <class T>
-void contract_site(const Site<T>& site, int64_t channels) {
-    if (site.shift > 0) return contract_channels<2, true>(site, 0, channels);
+void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
+    if (at.shift > 0) return sum_channels_over_taps<2, true>(at, 0, channels);
     int first = 0;
-    for (; first + 4 <= site.count; first += 4) contract_channels<4, false>(site, first, channels);
-    for (; first + 2 <= site.count; first += 2) contract_channels<2, false>(site, first, channels);
-    if (first < site.count) contract_channels<1, false>(site, first, channels);
+    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);
+    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, false>(at, first, channels);
+    if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
+}
+
+// The rows that the windows of the next band are the first to read: as many pixels as the cells have sources.
+template <class T>
+PixelsAhead<T> pixels_ahead(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
+    const Array& features = plan.p.features;
+    const int64_t row = at.rows.source + plan.p.radius() + 1;
+    const int64_t rows = std::min(ceil_div(plan.down, plan.up), features.h - row);
+    return {element<const T>(features, at.n, at.group * plan.channels, row, cell * plan.down), features.stride_h,
+            features.stride_w, static_cast<int>(rows), static_cast<int>(cell_count * plan.down)};
 }
 
 template <class T>
-struct ReassembleNhwc {
-    using A = Accumulator<T>;
-    static constexpr int64_t L = kLanes<A>;  // as many cells are a tile
+void place_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t column, int64_t tap_stride, int shift,
+                  WindowOutputs<T>& at) {
+    at.window = window_of<const T>(plan.p, plan.p.features, item.n, item.group * plan.channels, item.rows.source,
+                                   column, shift);
+    at.kernel_size = static_cast<int>(plan.p.kernel_size);
+    at.shift = shift;
+    at.tap_stride = tap_stride;
+    at.non_temporal = plan.non_temporal;
+}
 
-    static constexpr Result kResult = Result::kOutput;
-
-    const Problem& p;
-    const Array& output;
-    const int64_t up = p.factor.up, down = p.factor.down, taps = p.taps();
-    const MaskTiles<A> masks{p, std::min(up, p.out_w)};
-    const Phases phases{p.factor, masks.phases};
-    const int64_t cells = ceil_div(p.out_w, up);
-    const int64_t channels = p.features.c / p.groups;
-    const bool streaming = streams<T>(output, channels);
-
-    const bool in_pairs = up == 1 && down < p.kernel_size;  // one output a cell, whose windows overlap
-    const int64_t bands = bands_in(p.factor, p.out_h), band_rows = ceil_div(up, down);
-    const int64_t items = output.n * p.groups * bands;
-    const int64_t pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
-    const int64_t tile_size = band_rows * masks.row_size(L);
-    const int64_t scratch_size = pixels_size + tile_size;
-
-    // Where the weight of a tap of output (row, phase) of the q-th cell of a tile is.
-    struct Weights {
-        const A* first;
-        int64_t row_stride, cell_stride, phase_stride, tap_stride;
-    };
-
-    void run_item(int64_t item, A* tile) const {
-        const int64_t n = item / bands / p.groups, group = item / bands % p.groups;
-        const Band rows = band_of(p.factor, item % bands, p.out_h);
-        for (int64_t cell = 0; cell < cells; cell += L) {
-            const int64_t count = std::min(L, cells - cell);
-            const Weights weights = stage(n, group, rows, cell, count, tile, tile + tile_size);
-            int64_t q = 0;
-            if (in_pairs) {
-                for (; q + 2 <= count; q += 2) contract_pair(n, group, rows, cell + q, weights, q);
+// All outputs of one cell, the q-th of its tile, window by window.
+template <class T>
+void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
+                     const TileWeights<Accumulator<T>>& weights, int64_t q) {
+    const Band& rows = item.rows;
+    for (int g = 0; g < plan.phases.count; g++) {
+        const Phases::Group& columns = plan.phases.groups[g];
+        WindowOutputs<T> at;
+        place_window(plan, item, cell * plan.down + columns.offset, weights.tap_stride, 0, at);
+        if (g == 0) at.ahead = pixels_ahead(plan, item, cell, 1);
+        const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            for (int64_t phase = columns.begin; phase < end; phase++) {
+                at.weights[at.count] = weights.first + (row - rows.begin) * weights.row_stride +
+                                       q * weights.cell_stride + phase * weights.phase_stride;
+                at.outputs[at.count++] = element<T>(plan.output, item.n, item.group * plan.channels, row,
+                                                    cell * plan.up + phase);
             }
-            for (; q < count; q++) contract_cell(n, group, rows, cell + q, weights, q);
         }
-        if (streaming) finish_streams();
+        reassemble_window(at, plan.channels);
     }
+}
 
-    // Masks with adjacent channels are read where they are.
-    Weights stage(int64_t n, int64_t group, Band rows, int64_t cell, int64_t count, A* tile, A* pixels) const {
-        if (!p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>) {
-            return {element<const A>(p.masks, n, group * taps, rows.begin, cell * up), p.masks.stride_h,
-                    up * p.masks.stride_w, p.masks.stride_w, 1};
-        }
-        if (p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) && CellMasks<A>::fits(up * up)) {
-            const CellMasks<A> cell_masks{p.normalizer, static_cast<int>(taps * up * up), static_cast<int>(up * up)};
-            cell_masks.normalize(p.logits, {n, group * taps * up * up, rows.begin / up, cell}, static_cast<int>(count),
-                                 pixels);
-            return {pixels, up, cell_masks.size, 1, up * up};
-        }
-        // Of other strides, transposing takes longer than reading them apart.
-        if ((p.from_logits ? p.logits : p.masks).stride_c != 1) {
-            masks.stage(n, group, {rows.begin, rows.end}, cell, static_cast<int>(count), L, tile);
-            return {tile, masks.row_size(L), 1, L, masks.phases * L};
-        }
-        const int64_t row_stride = L * up * taps;
-        masks.stage_pixels(n, group, {rows.begin, rows.end}, cell, count, tile, row_stride, pixels);
-        return {pixels, row_stride, up * taps, taps, 1};
+// The outputs of two neighbouring cells, which have one each.
+template <class T>
+void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
+                     const TileWeights<Accumulator<T>>& weights, int64_t q) {
+    WindowOutputs<T> at;
+    place_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), at);
+    at.ahead = pixels_ahead(plan, item, cell, 2);
+    for (int o = 0; o < 2; o++) {
+        at.weights[o] = weights.first + (q + o) * weights.cell_stride - o * plan.down * weights.tap_stride;
+        at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
     }
+    reassemble_window(at, plan.channels);
+}
 
-    // Of the rows that the windows of the next band are the first to read: as many pixels as cells have of their own.
-    PixelsAhead<T> ahead(int64_t n, int64_t group, int64_t source, int64_t cell, int cell_count) const {
-        const int64_t row = source + p.radius() + 1, rows = std::min(ceil_div(down, up), p.features.h - row);
-        return {element<const T>(p.features, n, group * channels, row, cell * down), p.features.stride_h,
-                p.features.stride_w, static_cast<int>(rows), static_cast<int>(cell_count * down)};
-    }
-
-    void place(Site<T>& site, int64_t n, int64_t group, int64_t i, int64_t j, const Weights& weights, int shift) const {
-        site.window = window_of<const T>(p, p.features, n, group * channels, i, j, shift);
-        site.kernel_size = static_cast<int>(p.kernel_size);
-        site.shift = shift;
-        site.tap_stride = weights.tap_stride;
-        site.streaming = streaming;
-    }
-
-    // All outputs of one cell, the q-th of its tile, window by window.
-    void contract_cell(int64_t n, int64_t group, Band rows, int64_t cell, const Weights& weights, int64_t q) const {
-        for (int g = 0; g < phases.count; g++) {
-            const Phases::Group& columns = phases.groups[g];
-            Site<T> site;
-            place(site, n, group, rows.source, cell * down + columns.offset, weights, 0);
-            if (g == 0) site.ahead = ahead(n, group, rows.source, cell, 1);
-            for (int64_t row = rows.begin; row < rows.end; row++) {
-                for (int64_t phase = columns.begin; phase < std::min<int64_t>(columns.end, p.out_w - cell * up);
-                     phase++) {
-                    site.weights[site.count] = weights.first + (row - rows.begin) * weights.row_stride +
-                                               q * weights.cell_stride + phase * weights.phase_stride;
-                    site.outputs[site.count++] = element<T>(output, n, group * channels, row, cell * up + phase);
-                }
-            }
-            contract_site(site, channels);
+template <class T>
+void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
+    const ForwardItem at{item / bands / p.groups, item / bands % p.groups, band_of(p.factor, item % bands, p.out_h)};
+    for (int64_t cell = 0; cell < cells; cell += L) {
+        const int64_t count = std::min(L, cells - cell);
+        const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
+        int64_t q = 0;
+        if (in_pairs) {
+            for (; q + 2 <= count; q += 2) reassemble_pair(*this, at, cell + q, weights, q);
         }
+        for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
     }
-
-    // The outputs of two neighbouring cells, which have one each.
-    void contract_pair(int64_t n, int64_t group, Band row, int64_t cell, const Weights& weights, int64_t q) const {
-        Site<T> site;
-        place(site, n, group, row.source, cell * down, weights, static_cast<int>(down));
-        site.ahead = ahead(n, group, row.source, cell, 2);
-        for (int o = 0; o < 2; o++) {
-            site.weights[o] = weights.first + (q + o) * weights.cell_stride - o * down * weights.tap_stride;
-            site.outputs[o] = element<T>(output, n, group * channels, row.begin, cell + o);
-        }
-        contract_site(site, channels);
-    }
-};
+    if (non_temporal) finish_non_temporal_stores();
+}
 
 }  // namespace
 
-void reassemble_nhwc(const Problem& problem, const Array& output) { run<ReassembleNhwc>(problem, output); }
+void reassemble_nhwc(const Problem& problem, const Array& output) { run_kernel<ReassembleNhwc>(problem, output); }
 
 void reassemble_any(const Problem& problem, const Array& output) { run_on_images<ReassembleNhwc>(problem, output); }
 

@@ -126,8 +126,8 @@ CARAFEPP_INLINE void stream_lines(const T* from, int64_t count, T* to) {
     std::copy_n(from, k, to);
     for (; k + line <= count; k += line) {
         for (int64_t part = 0; part < 64; part += kVectorBytes) {
-            stream(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + part)),
-                   reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + part));
+            store_non_temporal(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + part)),
+                               reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + part));
         }
     }
     std::copy_n(from + k, count - k, to + k);

@@ -9,7 +9,12 @@
 #pragma once
 
 #if CARAFEPP_VECTOR_BYTES > 16
+// gcc 12 takes the undefined operands of its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -166,8 +171,8 @@ CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
 CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
 }
-CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm512_stream_ps(to, (__m512)value); }
-CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm512_stream_pd(to, (__m512d)value); }
+CARAFEPP_INLINE void store_non_temporal(Vector<float> value, float* to) { _mm512_stream_ps(to, (__m512)value); }
+CARAFEPP_INLINE void store_non_temporal(Vector<double> value, double* to) { _mm512_stream_pd(to, (__m512d)value); }
 
 #elif CARAFEPP_VECTOR_BYTES == 32
 
@@ -182,8 +187,8 @@ CARAFEPP_INLINE void store(Vector<float> value, BFloat16* to) {
 CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
 }
-CARAFEPP_INLINE void stream(Vector<float> value, float* to) { _mm256_stream_ps(to, (__m256)value); }
-CARAFEPP_INLINE void stream(Vector<double> value, double* to) { _mm256_stream_pd(to, (__m256d)value); }
+CARAFEPP_INLINE void store_non_temporal(Vector<float> value, float* to) { _mm256_stream_ps(to, (__m256)value); }
+CARAFEPP_INLINE void store_non_temporal(Vector<double> value, double* to) { _mm256_stream_pd(to, (__m256d)value); }
 
 #else
 
@@ -211,20 +216,20 @@ CARAFEPP_INLINE bool any_is_nan(Vector<float> a, Vector<float> b) {
     return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
 }
 template <class A>
-CARAFEPP_INLINE void stream(Vector<A> value, A* to) {
+CARAFEPP_INLINE void store_non_temporal(Vector<A> value, A* to) {
     store(value, to);
 }
 
 #endif
 
-// Whether a result is so large that it leaves the caches before anybody reads it: then it is written past them.
-CARAFEPP_INLINE bool leaves_caches(const Array& result) {
+// Use non-temporal stores if a result exceeds 4 MiB: it would leave the caches before anybody reads it.
+CARAFEPP_INLINE bool wants_non_temporal_stores(const Array& result) {
     constexpr int64_t kBytes = int64_t{4} << 20;
     return result.n * result.c * result.h * result.w * itemsize(result.dtype) >= kBytes;
 }
 
-// Other threads may read what was streamed once this is done, as they may what was stored.
-CARAFEPP_INLINE void finish_streams() {
+// Makes non-temporal stores visible to other threads in the order of other stores.
+CARAFEPP_INLINE void finish_non_temporal_stores() {
 #if CARAFEPP_VECTOR_BYTES > 16
     _mm_sfence();
 #endif

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel runs: its items one after the other, on as many threads as they are worth, each with a part of the
-// caller's scratch memory. A kernel has `items`, `scratch_size` and run_item(item, scratch). Items may depend on the
-// threads, never what is computed.
+// The run of a kernel, which is a plan made from a problem and its result. The plan has `items`, `scratch_size` and
+// run_item(item, scratch); nothing changes it. Threads take items one after the other, each with a part of the caller's
+// scratch. A plan may depend on the number of threads; what is computed never does.
 #pragma once
+
+#include <cassert>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -20,6 +22,7 @@ int threads_worth(const Problem& p, int64_t items = INT32_MAX) {
 template <class Kernel>
 void run_items(const Kernel& kernel) {
     using A = typename Kernel::A;
+    assert(kernel.scratch_size * int64_t{sizeof(A)} <= kScratchBytes);
     const int threads = threads_worth<A>(kernel.p, kernel.items);
     A* const scratch = static_cast<A*>(scratch_bytes(threads * kernel.scratch_size * int64_t{sizeof(A)}));
     parallel_for(kernel.items, threads, [&](int64_t item, int worker) noexcept {
@@ -27,9 +30,9 @@ void run_items(const Kernel& kernel) {
     });
 }
 
-// A kernel for the storage type of features.
+// Runs a kernel for the storage type of features.
 template <template <class> class Kernel>
-void run(const Problem& problem, const Array& result) {
+void run_kernel(const Problem& problem, const Array& result) {
     with_type(problem.features.dtype,
               [&](auto features) { run_items(Kernel<typename decltype(features)::type>{problem, result}); });
 }
