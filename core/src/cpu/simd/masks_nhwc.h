@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The masks of one cell where its logits are adjacent, and their gradient: [tap][output], so that a vector holds
-// several taps of all the outputs and no transposing is needed. Where the outputs of a cell, up*up, divide a vector.
+// The masks of one cell whose logits are adjacent, and their gradient, as [tap][output]. A vector holds several taps of
+// all the outputs: nothing is transposed. The outputs of a cell, up*up, must divide a vector.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -8,7 +8,7 @@
 
 namespace carafepp::CARAFEPP_ISA {
 
-// Where in an array the channels of a group of a cell begin.
+// The first channel of a group of a cell of an array.
 struct CellAt {
     int64_t n, channel, row, cell;
 };
@@ -29,13 +29,13 @@ struct CellMasks {
 
     static bool fits(int64_t outputs) { return outputs <= L && L % outputs == 0; }
 
-    // The masks of up to L cells, masks[q*size ..) of the q-th; beyond `channels` they are 0 or make no difference.
+    // Normalises cells; the q-th begins at masks[q*size]. Lanes beyond its channels make no difference.
     void normalize(const Array& logits, CellAt at, int count, A* masks) const;
 
-    // The gradient of the masks of cells, grads[q*size ..), to that of their logits, in place. The masks are lost.
+    // Turns the gradient of masks into that of logits. The q-th cell begins at grads[q*size].
     void normalize_backward(const Array& logits, CellAt at, int count, A* masks, A* grads) const;
 
-    // Cells, from[q*size ..), to a result.
+    // Writes cells to a result. The q-th begins at from[q*size].
     void write(const A* from, const Array& result, CellAt at, int count) const;
 };
 

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of the instruction set that a translation unit is compiled for, by the compiler's vector extensions;
-// intrinsics stand only where those have no word: conversions of halves, masked tails, non-temporal stores. Vectors of
-// 16 bytes are there on every processor.
+// Vectors of the instruction set that a translation unit is compiled for, by the compiler's vector extensions.
+// Conversions of halves, masked tails and non-temporal stores are intrinsics. Every processor has vectors of 16 bytes.
 //
-// Everything has internal linkage, and what translation units share is in the namespace of their instruction set: an
-// inline function that two of different instruction sets shared would be linked once, from either, and might then run
-// where it must not.
+// Everything has internal linkage, and what translation units share is in the namespace of their instruction set. An
+// inline function shared by two instruction sets would be linked once, from either. It might then run where it must
+// not.
 #pragma once
 
 #if CARAFEPP_VECTOR_BYTES > 16
-// gcc 12 takes the undefined operands of its own intrinsics for mistakes.
+#if !defined(__clang__)  // gcc 12 takes the undefined operands of its own intrinsics for mistakes
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -26,6 +28,7 @@
 #include "dtypes.h"
 
 #define CARAFEPP_INLINE static inline __attribute__((always_inline))
+#define CARAFEPP_MEMBER inline __attribute__((always_inline))  // of a struct
 
 namespace carafepp {
 namespace {
@@ -149,7 +152,7 @@ CARAFEPP_INLINE void store(Vector<double> value, double* to) {
     *reinterpret_cast<VectorOf<double>::unaligned*>(to) = value;
 }
 
-// The upper halves are bfloat16; `number` is that of no NaN.
+// Rounds to bfloat16, in the upper halves; `number` has no NaN.
 CARAFEPP_INLINE VectorOf<float>::natural round_to_upper_half(Vector<float> number) {
     const VectorOf<float>::natural bits = (VectorOf<float>::natural)number;
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -276,8 +279,8 @@ CARAFEPP_INLINE void store_first(Vector<float> value, float* to, int count) {
 
 #endif
 
-// Of 16-bit elements without masked loads, four at a time as one word: single elements that were stored first would not
-// be there yet when the vector is loaded.
+// Four elements of 16 bits as one word, for processors without masked loads. A vector that is loaded right after its
+// elements were stored one by one would wait for them.
 template <class T>
 CARAFEPP_INLINE uint64_t word_between(const T* from, int begin, int end) {
     uint64_t word = 0;
@@ -289,7 +292,7 @@ CARAFEPP_INLINE uint64_t word_between(const T* from, int begin, int end) {
     return word;
 }
 
-// The others go through memory.
+// Other types go through memory.
 template <class T>
 CARAFEPP_INLINE Vector<Accumulator<T>> load_between(const T* from, int begin, int end) {
     constexpr int L = kLanes<Accumulator<T>>;
@@ -316,7 +319,7 @@ CARAFEPP_INLINE void store_first(Vector<Accumulator<T>> value, T* to, int count)
     std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
-// As many of the lanes as `count` allows: none, some or all.
+// Loads or stores the first `count` lanes: none, some or all.
 template <class T>
 CARAFEPP_INLINE Vector<Accumulator<T>> load_part(const T* from, int64_t count) {
     return count >= kLanes<Accumulator<T>> ? load(from)
@@ -472,7 +475,7 @@ CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
     }
 }
 
-// ---- bfloat16: a vector's bytes hold two vectors of floats, the even and the odd elements, without a shuffle ----
+// ---- bfloat16: a vector's bytes hold the even and the odd elements as two vectors of floats ----
 
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UnalignedBits __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
@@ -531,8 +534,8 @@ CARAFEPP_INLINE Vector<double> scale(Vector<double> value, Vector<double>, Vecto
 
 #endif
 
-// exp of numbers that are not positive: within 2 units in the last place, denormal results included, exp(-inf) = 0,
-// exp(NaN) = NaN. Cephes' polynomial over [-ln2/2, ln2/2].
+// exp of numbers that are not positive, within 2 units in the last place, also for denormal results. exp(-inf) = 0, and
+// exp(NaN) = NaN. The polynomial is Cephes' over [-ln2/2, ln2/2].
 CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     const Vector<float> lowest = splat(-110.0f);  // exp of it is 0
     x = x < lowest ? lowest : x;
