@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * libcarafepp: CARAFE++, content-aware reassembly of features, over raw device pointers.
+ * libcarafepp: CARAFE++, content-aware reassembly of features in two dimensions, over raw device pointers.
  *
  * Source: J. Wang, K. Chen, R. Xu, Z. Liu, C. C. Loy, D. Lin, "CARAFE++: Unified Content-Aware ReAssembly of FEatures",
  * arXiv:2012.04733, sections 3.1 to 3.3. Equation (3) of the paper, for any rational factor up/down:
@@ -8,44 +8,46 @@
  *     output[n,c,i',j'] = sum over a,b in [-r, r] of
  *         masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]
  *
- *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down, src(i') = i'*down/up rounded down;
- *     features are 0 outside their borders: such a tap contributes exactly 0, whatever its mask, without any
- *     renormalisation.
+ *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down, src(i') = i'*down/up rounded down.
  *
- * "masks" are normalised reassembly kernels, one of K*K weights for every output pixel; "logits" are what the content
- * encoder predicts before the kernel normaliser, channel (g*K*K + t)*up*up + dy*up + dx being tap t of the output pixel
- * at the sub-pixel (dy, dx) of a source pixel (the order of pixel shuffle).
+ *          Features are 0 outside their borders. Such a tap contributes exactly 0, whatever its mask: masks are not
+ *          normalised again.
  *
- * Sizes:   H' = ceil(H*up/down), W' = ceil(W*up/down), or smaller (a crop at the bottom and right) with CARAFEPP_SIZE.
- *          Hl = ceil(H/down), Wl = ceil(W/down). Any size from 0 to beyond 2^31 elements. up and down are taken
- *          as given, not reduced. K odd, 1 <= K <= 31; C divisible by groups.
+ *          "masks" are normalised reassembly kernels: K*K weights for every output pixel. "logits" are what the
+ *          content encoder predicts, before the kernel normaliser. Channel (g*K*K + t)*up*up + dy*up + dx of logits
+ *          is tap t of the output pixel at the sub-pixel (dy, dx) of a source pixel: the order of pixel shuffle.
  *
- * Types:   features, output and grad_output share one dtype. masks and logits (and grad_masks, grad_logits) have
- *          that dtype or, with half features, float32. On the CPU, and on CUDA in a build with it:
+ * Sizes:   H' = ceil(H*up/down), W' = ceil(W*up/down) are natural.
+ *          CARAFEPP_SIZE asks for smaller ones: a crop at the bottom and right.
+ *          Hl = ceil(H/down), Wl = ceil(W/down).
+ *          K is odd, 1 <= K <= 31; groups divides C. up and down are taken as given, not reduced.
+ *          Any size is legal, from 0 to beyond 2^31 elements.
+ *
+ * Types:   features, output and grad_output share one dtype. masks, logits, grad_masks and grad_logits have that
+ *          dtype or, with features of 16 bits, float32. The CPU and CUDA, in a build with it, compute:
  *
  *          storage                sums in
  *          float32                float32
  *          float64                float64
  *          float16, bfloat16      float32
  *
- * Memory:  tensors may have any strides, negative and (inputs) zero ones included. A result may not overlap itself,
- *          another result or an input; slices of one buffer that interleave without sharing an element are fine.
- *          Data must be aligned to its element. Every element of a result is written, what no term reaches as exact
- *          0. Nothing is written when a check fails. The library allocates no device memory, and on the CPU at most
+ * Memory:  Tensors may have any strides: negative ones too, and inputs zero ones. Data must be aligned to its element.
+ *          A result must not overlap itself, another result or an input. Slices of one buffer that interleave without
+ *          sharing an element are fine. Every element of a result is written; what no term reaches is exactly 0.
+ *          Nothing is written when a check fails. The library allocates no device memory, and on the CPU at most
  *          2 MB of scratch a thread.
  *
- * Order:   each element of a result is computed by one thread in a fixed order: the same bits at every run and
+ * Order:   One thread computes each element of a result, in a fixed order. The bits are the same at every run and
  *          thread count. NaN and Inf propagate by the formula.
  *
- * Threads: all functions may be called from several threads at once. A forked child may go on calling.
+ * Threads: All functions may be called from several threads at once. A forked child may go on calling.
  *
- *          The best kernels for the processor run; the environment variable CARAFEPP_ISA caps them at an
- *          instruction set: avx512, avx2 or sse2 on x86-64, neon on aarch64. A call fails where it is anything else.
- *          There are no kernels for sse2: it leaves the portable loops, as on a processor without AVX2.
- *          For CUDA arrays, CARAFEPP_CUDA_KERNELS=generic leaves only the generic kernels; all, the default, leaves
- *          the fast ones too. A call on CUDA arrays fails where it is anything else.
+ * Kernels: The best kernels for the processor run. The environment variable CARAFEPP_ISA caps them at an instruction
+ *          set: avx512, avx2 or sse2 on x86-64, neon on aarch64. There are no kernels for sse2: it leaves the portable
+ *          loops, as on a processor without AVX2. For CUDA arrays, CARAFEPP_CUDA_KERNELS=generic leaves only the
+ *          generic kernels; all, the default, leaves the fast ones too. A call fails if its variable is anything else.
  *
- * Errors:  no exception leaves the library; it never aborts and prints only when CARAFEPP_LOG=debug asks for it.
+ * Errors:  No exception leaves the library. It never aborts, and prints only when CARAFEPP_LOG=debug asks for it.
  *
  *          status                      Python exception       when
  *          CARAFEPP_OK                 -
@@ -53,7 +55,7 @@
  *          CARAFEPP_VALUE_ERROR        ValueError             a shape, range, device, layout or overlap
  *          CARAFEPP_NOT_IMPLEMENTED    NotImplementedError    legal, not built
  *          CARAFEPP_RUNTIME_ERROR      RuntimeError           the device failed
- *          CARAFEPP_MEMORY_ERROR       MemoryError            scratch memory could not be had
+ *          CARAFEPP_MEMORY_ERROR       MemoryError            no memory for scratch
  */
 #ifndef CARAFEPP_CARAFEPP_H
 #define CARAFEPP_CARAFEPP_H
@@ -81,7 +83,7 @@ enum {
     CARAFEPP_MEMORY_ERROR = 5
 };
 
-/* The numbers are DLPack's type code * 256 + bits, so that an error can name any DLPack dtype that came instead. */
+/* The numbers are DLPack's type code * 256 + bits: an error can name any DLPack dtype. */
 typedef int32_t carafepp_dtype;
 enum { CARAFEPP_FLOAT16 = 0x0210, CARAFEPP_FLOAT32 = 0x0220, CARAFEPP_FLOAT64 = 0x0240, CARAFEPP_BFLOAT16 = 0x0410 };
 
@@ -100,16 +102,14 @@ enum {
 
 /* Bits of carafepp_params.flags. */
 enum {
-    CARAFEPP_CHANNELS_LAST =
-        1,            /* the axes of every tensor are N, H, W, C (how it lies in memory is told by its strides alone) */
-    CARAFEPP_SIZE = 2 /* params.size holds the output size; otherwise it is the natural one */
+    CARAFEPP_CHANNELS_LAST = 1, /* the axes of every tensor are N, H, W, C; strides alone tell how it lies in memory */
+    CARAFEPP_SIZE = 2           /* params.size holds the output size; otherwise it is the natural one */
 };
 
 /* The functions below, for carafepp_output_shape and carafepp_list_implementations. */
 typedef int32_t carafepp_function;
 enum {
-    CARAFEPP_OUTPUT_SIZE =
-        0, /* for carafepp_output_shape alone: as CARAFEPP_REASSEMBLE, when nothing is to be reassembled */
+    CARAFEPP_OUTPUT_SIZE = 0, /* as CARAFEPP_REASSEMBLE, for carafepp_output_shape alone */
     CARAFEPP_REASSEMBLE = 1,
     CARAFEPP_REASSEMBLE_BACKWARD = 2,
     CARAFEPP_REASSEMBLE_WITH_LOGITS = 3,
@@ -118,8 +118,8 @@ enum {
     CARAFEPP_NORMALIZE_MASKS_BACKWARD = 6
 };
 
-/* A strided array that somebody else owns. Axes: N, C, H, W, or C, H, W when ndim is 3 (one image; then all tensors of
- * a call have three axes); with CARAFEPP_CHANNELS_LAST N, H, W, C or H, W, C. There is room for a depth axis. */
+/* A strided array that somebody else owns: N, C, H, W, or with CARAFEPP_CHANNELS_LAST N, H, W, C. Without N if ndim is
+ * 3: one image; then all tensors of a call have three axes. Entries of shape and strides from ndim on are not read. */
 typedef struct carafepp_tensor {
     void* data; /* the element at index 0, 0, 0, 0; may be NULL where there are no elements */
     carafepp_dtype dtype;
@@ -130,8 +130,8 @@ typedef struct carafepp_tensor {
     int64_t strides[5]; /* in elements */
 } carafepp_tensor;
 
-/* Set struct_size to sizeof(carafepp_params) and everything else that is not used to 0. A smaller struct_size from
- * version 1's on is accepted, the missing fields read as 0; a larger one if its tail is 0. */
+/* Set struct_size to sizeof(carafepp_params), and everything else that is not used to 0. A smaller struct_size is
+ * accepted from that of version 1 on; the missing fields read as 0. A larger one is accepted if its tail is 0. */
 typedef struct carafepp_params {
     size_t struct_size;
     int32_t up, down;               /* at least 1 */
@@ -139,14 +139,13 @@ typedef struct carafepp_params {
     int32_t groups;                 /* at least 1 */
     carafepp_normalizer normalizer; /* read by the functions of logits */
     uint32_t flags;
-    const char* implementation; /* NULL: the best that accepts; else the name of one entry of the list, used wherever it
-                                   applies */
+    const char* implementation; /* NULL: the best. Else the name of a listed one, forced for the result that it gives */
     int64_t size[2];            /* H', W', with CARAFEPP_SIZE */
     int64_t reserved[4];        /* 0 */
 } carafepp_params;
 
-/* `stream` is a cudaStream_t for CUDA tensors (NULL: the legacy default stream; the call does not wait for the work)
- * and ignored for CPU tensors (the call returns when the work is done).
+/* `stream` is a cudaStream_t for CUDA tensors; NULL is the legacy default stream. The call does not wait for the work.
+ * For CPU tensors it is ignored, and the call returns when the work is done.
  *
  * carafepp_reassemble: the formula above.
  *
@@ -158,7 +157,7 @@ CARAFEPP_API carafepp_status carafepp_reassemble(const carafepp_params* params, 
                                                  const carafepp_tensor* masks, const carafepp_tensor* output,
                                                  void* stream);
 
-/* Both gradients of carafepp_reassemble, each in gather form; a NULL result is not computed. The size is that of masks.
+/* Both gradients of carafepp_reassemble, each in gather form. A NULL result is not computed. The size is that of masks.
  *
  *     grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of
  *         grad_output[n,c,i',j'] * features[n,c,src(i')+a_t,src(j')+b_t]
@@ -177,8 +176,8 @@ CARAFEPP_API carafepp_status carafepp_reassemble_backward(const carafepp_params*
                                                           const carafepp_tensor* grad_features,
                                                           const carafepp_tensor* grad_masks, void* stream);
 
-/* carafepp_reassemble with masks = normalizer(pixel_shuffle(logits, up)) cropped to H', W', in one pass: masks are
- * never stored.
+/* carafepp_reassemble with masks = normalizer(pixel_shuffle(logits, up)), cropped to H', W'. One pass computes it:
+ * masks are never stored.
  *
  *     features  (N, C, H, W)                      in
  *     logits    (N, groups*K*K*up*up, Hl, Wl)     in
@@ -189,8 +188,8 @@ CARAFEPP_API carafepp_status carafepp_reassemble_with_logits(const carafepp_para
                                                              const carafepp_tensor* logits,
                                                              const carafepp_tensor* output, void* stream);
 
-/* Both gradients of carafepp_reassemble_with_logits; the masks are computed again. The size is that of grad_output, at
- * most the natural one; logits outside the crop get gradient 0.
+/* Both gradients of carafepp_reassemble_with_logits. The masks are computed again. A NULL result is not computed. The
+ * size is that of grad_output, at most the natural one. Logits outside the crop get gradient 0.
  *
  *     grad_output    (N, C, H', W')               in
  *     features       (N, C, H, W)                 in
@@ -205,8 +204,8 @@ CARAFEPP_API carafepp_status carafepp_reassemble_with_logits_backward(const cara
                                                                       const carafepp_tensor* grad_features,
                                                                       const carafepp_tensor* grad_logits, void* stream);
 
-/* masks = normalizer(pixel_shuffle(logits, up)), cropped to the size. params.down is not used. masks may have the dtype
- * of logits only.
+/* masks = normalizer(pixel_shuffle(logits, up)), cropped to the size. params.down is not used. masks have the dtype of
+ * logits.
  *
  *     logits  (N, groups*K*K*up*up, Hl, Wl)       in
  *     masks   (N, groups*K*K, H', W')             out; natural size (Hl*up, Wl*up), or params.size
@@ -214,7 +213,7 @@ CARAFEPP_API carafepp_status carafepp_reassemble_with_logits_backward(const cara
 CARAFEPP_API carafepp_status carafepp_normalize_masks(const carafepp_params* params, const carafepp_tensor* logits,
                                                       const carafepp_tensor* masks, void* stream);
 
-/* The gradient of carafepp_normalize_masks. The size is that of grad_masks; logits outside the crop get gradient 0.
+/* The gradient of carafepp_normalize_masks. The size is that of grad_masks. Logits outside the crop get gradient 0.
  *
  *     grad_masks   (N, groups*K*K, H', W')        in, dtype of logits
  *     logits       (N, groups*K*K*up*up, Hl, Wl)  in
@@ -225,16 +224,16 @@ CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_pa
                                                                const carafepp_tensor* logits,
                                                                const carafepp_tensor* grad_logits, void* stream);
 
-/* The shape of the first result of a forward `function` (a carafepp_*(..., output or masks)), for its first input:
- * features, or logits for CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. `shape` gets input->ndim
- * numbers, in its axes. */
+/* The shape of the output or masks that a forward `function` gives for its first input: features, or logits for
+ * CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. `shape` gets input->ndim numbers, in the axes of
+ * `input`. */
 CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
                                                    const carafepp_tensor* input, int64_t* shape);
 
-/* Calls visit(user, name, declines) for every implementation of `function`, best first; `declines` is NULL for one that
- * can run the problem, else the reason. `tensors` are the tensors of the function in the order of its signature,
- * results included, which may be NULL while they are not known. Strings live until visit returns. Names
- * follow one grammar:
+/* Calls visit(user, name, declines) for every implementation of `function`, best first. `declines` is NULL for one that
+ * can run the problem, else the reason. One that can run, runs if it is forced, though another may be faster.
+ * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known.
+ * Strings live until visit returns. Names follow one grammar:
  *     <result>[_<factor>]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
  *             normalize_masks_backward
@@ -255,8 +254,8 @@ CARAFEPP_API const char* carafepp_version(void); /* "major.minor.patch" */
 CARAFEPP_API int carafepp_abi_version(void);     /* 1 */
 CARAFEPP_API const char* carafepp_config(void);  /* lines "key: value": version, compiler, instruction sets, CUDA */
 
-/* Threads that one call may use on the CPU. At first CARAFEPP_NUM_THREADS, or else the cores that the process may use;
- * a number below 1 goes back to that, and 1024 is the most. No thread is started before a call has work for it. */
+/* Threads that one call may use on the CPU, 1024 at most. At first they are CARAFEPP_NUM_THREADS, or else the cores
+ * that the process may use; a number below 1 goes back to that. No thread starts before a call has work for it. */
 CARAFEPP_API void carafepp_set_num_threads(int threads);
 CARAFEPP_API int carafepp_get_num_threads(void);
 
