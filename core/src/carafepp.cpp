@@ -52,8 +52,7 @@ const Kernel* find(const Kernel* list, const char* name) {
     return nullptr;
 }
 
-// A forced name counts for the list that it stands in; the other results of a call, and other functions, choose as
-// always.
+// A forced name counts for the list that it stands in. The other results of a call choose as always.
 void check_forced(carafepp_function function, const char* name, const Registry& registry) {
     if (name == nullptr) return;
     for (const Kernel* list : registry) {
@@ -63,7 +62,7 @@ void check_forced(carafepp_function function, const char* name, const Registry& 
          std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
 }
 
-// The first kernel of a list that can run a problem, without a faster one behind it; or the forced one.
+// The forced kernel; or the first of a list that can run a problem and has no faster one behind it.
 const Kernel& choose(carafepp_function function, const Kernel* list, const char* forced_name, const Problem& problem,
                      const Array& result) {
     const Kernel* forced = forced_name ? find(list, forced_name) : nullptr;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The storage types, their conversions to and from the type that sums are kept in, and the step from a run-time dtype
-// to a C++ type.
+// The storage types, their conversions from and to the type that sums are kept in, and C++ types for dtypes.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +41,8 @@ CARAFEPP_HOST_DEVICE inline float widen(float value) { return value; }
 CARAFEPP_HOST_DEVICE inline double widen(double value) { return value; }
 CARAFEPP_HOST_DEVICE inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
-// Without branches, so that a loop of it vectorises, and without denormal floats, so that it holds where they are
-// flushed to 0. A device has an instruction for it, which agrees: every float16 is a float, so that nothing is rounded.
+// A loop of it vectorises, since it has no branches. It holds if denormal floats are flushed to 0, since it has none. A
+// device has an instruction for it, which agrees: every float16 is a float, so nothing is rounded.
 CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 #if defined(__CUDA_ARCH__)
     return __half2float(__ushort_as_half(value.bits));
@@ -59,7 +58,7 @@ CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 }
 
 // Rounds to nearest, ties to even: to Inf beyond the largest number, and to denormals. A device's instructions (cvt.rn)
-// do the same, so that they agree in every bit, but for those of NaN, which stays NaN.
+// agree in every bit, except that NaN may become another NaN.
 template <class T>
 CARAFEPP_HOST_DEVICE T narrow(float value);
 
@@ -107,7 +106,7 @@ CARAFEPP_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
 #endif
 }
 
-// Where an element of an array lies. Inlined wherever it stands, as every instruction set compiles its own
+// The address of an element of an array. Always inlined, since every instruction set compiles its own
 // (cpu/simd/vector.h).
 template <class T>
 CARAFEPP_HOST_DEVICE __attribute__((always_inline)) inline T* element(const Array& array, int64_t n, int64_t c,

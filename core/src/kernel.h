@@ -13,8 +13,8 @@ struct Kernel {
     void (*run)(const Problem&, const Array& result);            // which has elements
 };
 
-// The results that kernels compute. With logits, an output has names of its own but the same kernels. `cannot_run` and
-// `slower` may be asked with an empty result, of which the shape is not known yet.
+// The results that kernels compute. With logits, an output has names of its own but the same kernels. An empty result,
+// whose shape is not known yet, may come to `cannot_run` and `slower`.
 enum Result {
     kReassemble,
     kReassembleWithLogits,

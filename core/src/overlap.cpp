@@ -11,8 +11,8 @@ namespace carafepp {
 namespace {
 
 // Both questions are: has  sum of coefficient[k] * x[k] = target  a solution with 0 <= x[k] <= bound[k], coefficients
-// positive? A search from the largest coefficient down answers it. For slices of dense arrays each coefficient exceeds
-// all that the smaller ones can add up to, so that there are one or two values to try at each step.
+// positive? A search from the largest coefficient down answers it. For slices of dense arrays, each coefficient exceeds
+// all that the smaller ones can add up to. So there are one or two values to try at each step.
 class BoundedSum {
 public:
     void add(int64_t coefficient, int64_t bound) {
@@ -102,8 +102,8 @@ bool share_memory(const Array& array_a, const Array& array_b) {
     const Span a = span_of(array_a), b = span_of(array_b);
     if (a.begin + a.extent + a.itemsize <= b.begin || b.begin + b.extent + b.itemsize <= a.begin) return false;
 
-    // a.begin + sum(a) = b.begin + sum(b) + e with -a.itemsize < e < b.itemsize; counting the steps of b and e from
-    // their ends makes every coefficient positive.
+    // a.begin + sum(a) = b.begin + sum(b) + e with -a.itemsize < e < b.itemsize. The steps of b and e count from their
+    // ends: that makes every coefficient positive.
     BoundedSum sum;
     for (const Axis& axis : a.axes) sum.add(axis.stride, axis.size - 1);
     for (const Axis& axis : b.axes) sum.add(axis.stride, axis.size - 1);
@@ -124,9 +124,9 @@ bool overlaps_itself(const Array& array) {
     }
     if (nested) return false;
 
-    // Two indices collide when a nonzero difference d has sum(stride * d) = 0. Let axis k be the first where d differs
-    // from 0, there positive without loss: d[k] - 1 and the d of later axes, counted from their lowest value, give a
-    // sum of positive terms.
+    // Two indices collide when a nonzero difference d has sum(stride * d) = 0. Let axis k be the first with d not 0,
+    // there positive without loss. Then d[k] - 1 and the d of later axes, counted from their lowest value, give a sum
+    // of positive terms.
     for (int k = 0; k < 4; k++) {
         const Axis& axis = span.axes[k];
         if (axis.size == 1) continue;

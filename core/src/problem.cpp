@@ -366,7 +366,7 @@ private:
     int32_t device_index_ = 0;
 };
 
-// Whether an argument has the channels, and so the dtype, of features; else those of masks or logits.
+// True if an argument has the channels, and so the dtype, of features; else it has those of masks or logits.
 constexpr bool is_pixels(Role role) {
     return role == Role::kFeatures || role == Role::kOutput || role == Role::kGradOutput || role == Role::kGradFeatures;
 }
@@ -374,7 +374,7 @@ constexpr bool is_pixels(Role role) {
 constexpr const char* kNaturalSize = "(ceil(H*up/down), ceil(W*up/down))";
 constexpr const char* kNaturalMasksSize = "(Hl*up, Wl*up)";
 
-// Which array of the problem an input is.
+// The array of the problem that an input is.
 Array& input_of(Problem& problem, Role role) {
     switch (role) {
         case Role::kFeatures: return problem.features;
@@ -446,7 +446,7 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
         arrays[k] = &call.results[r];
     }
 
-    // What the inputs together make of the problem.
+    // The problem that the inputs make together.
     const bool has_features = function <= CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD;
     const bool reads_masks = function <= CARAFEPP_REASSEMBLE_BACKWARD;
     const bool backward = function % 2 == 0;
@@ -486,7 +486,7 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
     const Shape of_output{{"N", "C", "H'", "W'"}, {first.n, first.c, problem.out_h, problem.out_w}};
     const Shape of_masks{{"N", "groups*kernel_size**2", "H'", "W'"},
                          {first.n, check.channels(problem.kernel_size, 1), problem.out_h, problem.out_w}};
-    // Not of a call without logits, whose factor may be larger than logits could have channels for.
+    // A call without logits has none: its factor may be larger than logits could have channels for.
     const Shape of_logits{{"N", "groups*kernel_size**2*up**2", has_features ? "ceil(H/down)" : "Hl",
                            has_features ? "ceil(W/down)" : "Wl"},
                           {first.n, reads_masks ? 0 : check.channels(problem.kernel_size, factor.up),
@@ -512,7 +512,7 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
         }
     }
 
-    // What is written beside everything else.
+    // Results beside everything else.
     for (int k = signature.inputs; k < arguments; k++) {
         if (arrays[k] == nullptr) continue;
         check.check_one_place_each(signature.arguments[k].name, *arrays[k]);

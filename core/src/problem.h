@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a checked call asks for: shapes, index arithmetic (one source for host and device), and the sentences for a call
-// that asks wrongly.
+// A checked call: shapes, index arithmetic (one source for host and device), and the sentences for wrong arguments.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +44,7 @@ struct Factor {
     // src(i'), the source that an output is centred on.
     CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return output * down / up; }
 
-    // The first output centred on `source` or behind it: those with source i in a window of radius r are
+    // The first output centred on `source` or behind it. Source i is in the windows, of radius r, of outputs
     // [first_output(i - r), first_output(i + r + 1)), before any crop.
     CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
 
@@ -70,8 +69,8 @@ struct Problem {
     CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
     CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }
 
-    // What a call costs, about, in multiply-adds: those of the contraction, taps beyond the border included, and what
-    // it takes to stage the masks.
+    // The cost of a call, about, in multiply-adds: the contraction, with taps beyond the border, and the staging of the
+    // masks.
     double cost() const {
         constexpr int64_t kCostOfMask = 8;
         return static_cast<double>(taps()) * static_cast<double>(features.n) *
@@ -80,7 +79,7 @@ struct Problem {
     }
 };
 
-// The public name of a function without its prefix: what stands in brackets before a sentence.
+// The public name of a function without its prefix; it stands in brackets before a sentence.
 const char* function_name(carafepp_function function);
 
 // A checked call: the problem, and the results that its function writes, in the order of its signature.
@@ -92,7 +91,7 @@ struct Call {
 };
 
 // Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
-// signature; without `results_required` those of results may be NULL, for a problem of which they are not known yet.
+// signature. Results may be NULL, while they are not known, without `results_required`.
 Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
                 bool results_required);
 

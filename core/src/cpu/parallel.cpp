@@ -17,8 +17,8 @@
 namespace carafepp {
 namespace {
 
-// Waking a thread, and filling the caches of its core, takes as long as this many multiplications and additions, of
-// numbers or vectors: some 40 microseconds. With less for each thread, fewer are faster.
+// The cost of waking a thread and filling the caches of its core: in multiply-adds, of numbers or vectors; some 40
+// microseconds. With less work for each thread, fewer threads are faster.
 constexpr double kCostWorthAThread = 150e3;
 
 constexpr int kMaxThreads = 1024;
@@ -113,8 +113,7 @@ private:
     std::atomic<int64_t> next_{0};
 };
 
-// A forked child has none of its parent's threads and may have inherited a locked mutex: it gets a new pool, in the
-// place of the old.
+// A forked child has none of its parent's threads, and its mutex may be locked. It gets a new pool in the same place.
 alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
 
 void renew_pool() { new (pool_memory) Pool; }

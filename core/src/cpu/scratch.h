@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch memory of the calling thread, kept for its next call: one block, of which each worker gets a part.
+// Scratch of the calling thread, kept for its next call. Each worker gets a part of it.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace carafepp {
 
-// What a kernel asks for at most, for each worker: about a level 2 cache.
+// The most scratch of a worker, as carafepp.h promises: about a level 2 cache.
 constexpr int64_t kScratchBytes = int64_t{2} << 20;
 
 // At least `bytes`, aligned to 64; valid until this thread's next call. Throws std::bad_alloc.

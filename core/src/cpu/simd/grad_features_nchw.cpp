@@ -366,7 +366,7 @@ struct GradFeaturesNchw {
                 for (int64_t part = 0; part < down; part++) {
                     const int64_t column = (b.first_tile + tile) * L * down + part;
                     const int64_t pixels = std::clamp<int64_t>(ceil_div(p.features.w - column, down), 0, L);
-                    store_channels<T>(adjacent_places<const A>(sums(b, tile, i) + part * at_once * L, L),
+                    store_channels<T>(adjacent_channels<const A>(sums(b, tile, i) + part * at_once * L, L),
                                       static_cast<int>(pixels), count,
                                       element<T>(grad_features, b.n, channel, b.begin + i, column),
                                       down * grad_features.stride_w);

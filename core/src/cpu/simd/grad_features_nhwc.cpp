@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The gradient of features with adjacent channels, compiled once for each instruction set. A register tile holds a
-// block of sources and sums over all outputs whose windows touch it: a vector of grad_output serves every source of the
-// block that the window holds. The plan; then each item goes down its rows of sources: stage the masks of the next
-// outputs, pack the weights of a block in the order of their use, contract, write out.
+// block of sources and sums over all outputs whose windows touch it. A vector of grad_output serves every source of the
+// block that the window holds. First comes the plan. Each item then goes down its rows of sources. It stages the masks
+// of the next outputs, packs the weights of a block in the order of their use, contracts, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -123,8 +123,8 @@ void stage_cells(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at,
 
 // ---- contraction ----
 
-// The sources of a block that a window holds are its first ones or its last ones, or all: a window is at most one
-// source narrower than a block. So one number tells which of `most` sources they are.
+// A window is at most one source narrower than a block. So it holds the first sources of a block, or the last, or all.
+// One number tells which of `most` sources they are.
 static_assert(std::max(kRows, kColumns) - 1 <= 3, "windows of 3 hold an end of the block");
 int range_in_block(int64_t begin, int64_t taps, int most) {
     assert(taps >= most - 1 && begin < most && begin + taps > 0);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The gradient of masks or logits with adjacent channels, compiled once for each instruction set. A register tile holds
-// sums of some outputs times some taps, each in the lanes of one vector. The plan; then for each tile: contract the
-// windows of its cells over the channels and sum the lanes, carry the gradient of masks through the normaliser, write
-// out.
+// sums of some outputs times some taps, each in the lanes of one vector. First comes the plan. Each tile then contracts
+// the windows of its cells over the channels, sums the lanes, carries the gradient of masks through the normaliser, and
+// writes.
 #include <algorithm>
 #include <cassert>
 
@@ -103,7 +103,7 @@ void write_tile(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_
     const Problem& p = plan.p;
     const MaskTiles<A>& masks = plan.masks;
     load_channels<A>(lines, plan.line_size, count, static_cast<int>((at.rows.end - at.rows.begin) * masks.row_size(1)),
-                     adjacent_places(tile, L));
+                     adjacent_channels(tile, L));
     if (p.from_logits) {
         A *const logits = tile + plan.lines_size, *const staged = logits + plan.lines_size;
         masks.load_rows(p.logits, at.n, at.group, at.rows, cell, count, L, logits);
@@ -138,8 +138,8 @@ struct PixelsBelow {
     const T* take(const T* otherwise) { return count > 0 ? pixels[--count] : otherwise; }
 };
 
-// Pixels fetched between arithmetic, channel by channel: of the next cell, for the level 1 cache, or two of the cell
-// below, which are longer on their way.
+// Pixels fetched between arithmetic, channel by channel. They are of the next cell, for the level 1 cache. Or two are
+// of the cell below, which are longer on their way.
 template <class T>
 struct NextPixels {
     const T *grad, *pixel, *pixel_below;
@@ -206,7 +206,7 @@ inline int part_of(int left, int most) {
     return left > most && left < 2 * most ? (left + 1) / 2 : std::min(most, left);
 }
 
-// All taps of a window for `P` outputs from `first` on, in register tiles of as many rows and columns as there are
+// All taps of a window for `P` outputs from `first` on. Register tiles have as many rows and columns as there are
 // registers for.
 template <int P, class T>
 void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<const T>& window,
@@ -273,7 +273,7 @@ PixelsBelow<T> pixels_below(const GradMasksNhwc<T>& plan, const GradMasksItem<A>
     return below;
 }
 
-// Whether all outputs of a cell are there, and all their windows inside the borders, so that every sum is written.
+// True if all outputs of a cell exist and all their windows are inside the borders: then every sum is written.
 template <class T>
 bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
     const Problem& p = plan.p;

@@ -90,7 +90,8 @@ static int64_t masks_of_cell(const Problem& p) { return p.taps() * p.factor.up *
 // Masks of the outputs of a cell whose rows are centred on one source row.
 static int64_t masks_of_band(const Problem& p) { return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down); }
 
-// The least scratch of a gradient of features: masks around a block of 3 x 4 sources, a tile, the weights of the block.
+// The least scratch of a gradient of features. It holds masks around a block of 3 x 4 sources, a tile, and the weights
+// of the block.
 static int64_t scratch_of_grad_features(const Problem& p) {
     const int64_t up = p.factor.up, down = p.factor.down, rows = p.kernel_size + 2, columns = p.kernel_size + 3;
     const int64_t staged = (ceil_div(rows, down) + 1) * (ceil_div(columns, down) + 1) * masks_of_cell(p);
@@ -185,7 +186,7 @@ const char* cannot_run_reassemble_nchw(const Problem& p, const Array&) {
 }
 
 const char* cannot_run_grad_features_nchw(const Problem& p, const Array&) {
-    // A row of them, or of what of it one source row needs, over the cells that a vector of these needs.
+    // A row of masks, or the tap row that one source row needs, over the cells that a vector of sources needs.
     const int64_t cells_bytes = 3 * 64 + p.kernel_size * size_of_sum(p);
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
         return "the masks of the outputs that touch a row take more than 1920 KiB";
@@ -218,8 +219,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int64_t kMasksOfCellOfImage = 1600;
 constexpr int64_t kPanelBytes = 1024 * 1024, kPanelBytesOfImage = 768 * 1024;
 
-// Rows that leave most of a vector unused are slower than pixels, to which images are transposed first: where there are
-// at least so many channels for each column. Full vectors leave nothing unused.
+// Short rows leave most of a vector unused. If there are at least so many channels for each column, pixels are faster,
+// to which images are transposed first. Full vectors leave nothing unused.
 constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
 

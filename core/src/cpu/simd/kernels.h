@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels that are compiled once for each instruction set of the processor that this is built for, in a namespace
-// of its name, and what they accept.
+// The kernels that are compiled once for each instruction set, in a namespace of its name. Then the problems that each
+// cannot run, and the problems for which another one is faster.
 #pragma once
 
 #include "cpu/scratch.h"
@@ -35,19 +35,18 @@ CARAFEPP_KERNELS_OF(generic)
 
 constexpr int kMaxFactor = 16;  // up and down that the kernels with tables of phases accept
 
-// Scratch of a thread that stages images: for the features and outputs of one, and for the kernel that computes it.
+// Scratch of a thread that stages images: for the features and outputs of one, and for its kernel.
 constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;
 
 // Channels staged for an image at once: a multiple of every vector length.
 int64_t channels_of_image(const Problem& problem);
 
-// Whether a kernel writes all rows of a cell together: the gradients of its logits, where they are adjacent.
+// Tells if a kernel writes all rows of a cell together: the gradients of its logits, if they are adjacent.
 inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
     return problem.from_logits && grad_masks.stride_c == 1;
 }
 
-// Why CARAFEPP_ISA, the environment variable that says up to which instruction set kernels may run, cannot be followed,
-// or NULL. Read once.
+// Why the environment variable CARAFEPP_ISA, the cap of instruction sets, cannot be followed; or NULL. Read once.
 const char* wrong_isa_limit();
 
 // Why the kernel of that name cannot run a problem, or NULL.

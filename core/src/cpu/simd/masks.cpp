@@ -10,7 +10,7 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// Up to a vector of elements that lie `stride` apart; lanes beyond `count` are 0.
+// Loads up to a vector of elements that lie `stride` apart; lanes beyond `count` are 0.
 template <class M>
 CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumulator<M>* to) {
     using A = Accumulator<M>;
@@ -27,7 +27,7 @@ CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumu
     for (int q = count; q < kLanes<A>; q++) to[q] = 0;
 }
 
-// `count` columns, those of two phases in turn, to the lanes of each; lanes beyond them are 0.
+// Loads `count` columns, of two phases in turn, to the lanes of each phase; lanes beyond them are 0.
 template <class M>
 CARAFEPP_INLINE void load_pairs(const M* from, int64_t count, Accumulator<M>* even, Accumulator<M>* odd) {
     using A = Accumulator<M>;
@@ -46,7 +46,7 @@ CARAFEPP_INLINE void store_pairs(const Accumulator<M>* even, const Accumulator<M
     store_part(shuffle<AlternatingHigh, A>(low, high), to + kLanes<A>, count - kLanes<A>);
 }
 
-// What moves elements of M.
+// Moves elements of M between an array and staged rows.
 template <class M>
 struct Elements : MaskTiles<Accumulator<M>> {
     using A = Accumulator<M>;
@@ -57,12 +57,12 @@ struct Elements : MaskTiles<Accumulator<M>> {
                    A* to) const {
         if (array.stride_c == 1 && of_logits) {
             load_channels<M>(locate(array, n, group, rows.begin / p.factor.up * p.factor.up, cell, 0).first,
-                             array.stride_w, count, channels_of_logits(), places_of_logits<A>(rows, pitch, to));
+                             array.stride_w, count, channels_of_logits(), order_of_logits<A>(rows, pitch, to));
             return;
         }
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) {
             if (has_pairs(array)) {
-                const Strip from = locate(array, n, group, row, cell, 0);
+                const PhaseRow from = locate(array, n, group, row, cell, 0);
                 for (int64_t t = 0; t < taps; t++) {
                     A* const even = to + 2 * t * pitch;
                     load_pairs(from.first + t * from.tap_stride, columns_of(cell, count), even, even + pitch);
@@ -70,12 +70,12 @@ struct Elements : MaskTiles<Accumulator<M>> {
                 continue;
             }
             for (int64_t phase = 0; phase < phases; phase++) {
-                const Strip from = locate(array, n, group, row, cell, phase);
+                const PhaseRow from = locate(array, n, group, row, cell, phase);
                 const int there = static_cast<int>(std::clamp<int64_t>(from.count, 0, count));
                 A* const first = to + phase * pitch;
                 if (array.stride_c == 1) {
                     load_channels<M>(from.first, from.cell_stride, there, static_cast<int>(taps),
-                                     adjacent_places(first, phases * pitch));
+                                     adjacent_channels(first, phases * pitch));
                     continue;
                 }
                 for (int64_t t = 0; t < taps; t++)
@@ -87,13 +87,13 @@ struct Elements : MaskTiles<Accumulator<M>> {
     void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
                     const Array& array) const {
         if (array.stride_c == 1 && of_logits) {
-            store_channels<M>(places_of_logits<const A>(rows, pitch, from), count, channels_of_logits(),
+            store_channels<M>(order_of_logits<const A>(rows, pitch, from), count, channels_of_logits(),
                               locate(array, n, group, rows.begin, cell, 0).first, array.stride_w);
             return;
         }
         for (int64_t row = rows.begin; row < rows.end; row++, from += row_size(pitch)) {
             if (has_pairs(array)) {
-                const Strip to = locate(array, n, group, row, cell, 0);
+                const PhaseRow to = locate(array, n, group, row, cell, 0);
                 for (int64_t t = 0; t < taps; t++) {
                     const A* const even = from + 2 * t * pitch;
                     store_pairs(even, even + pitch, columns_of(cell, count), to.first + t * to.tap_stride);
@@ -101,11 +101,11 @@ struct Elements : MaskTiles<Accumulator<M>> {
                 continue;
             }
             for (int64_t phase = 0; phase < phases; phase++) {
-                const Strip to = locate(array, n, group, row, cell, phase);
+                const PhaseRow to = locate(array, n, group, row, cell, phase);
                 const int there = static_cast<int>(std::clamp<int64_t>(to.count, 0, count));
                 const A* const first = from + phase * pitch;
                 if (array.stride_c == 1) {
-                    store_channels<M>(adjacent_places(first, phases * pitch), there, static_cast<int>(taps), to.first,
+                    store_channels<M>(adjacent_channels(first, phases * pitch), there, static_cast<int>(taps), to.first,
                                       to.cell_stride);
                     continue;
                 }
@@ -115,7 +115,7 @@ struct Elements : MaskTiles<Accumulator<M>> {
         }
     }
 
-    // The masks of the pixels of `count` cells, whose channels are adjacent.
+    // Copies the masks of the outputs of `count` cells, with adjacent channels.
     void load_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, int64_t row_pitch, A* to) const {
         const int64_t up = p.factor.up;
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_pitch) {
@@ -148,13 +148,14 @@ private:
         });
     }
 
-    // One phase of a row of an array: tap t of the q-th cell is first[t*tap_stride + q*cell_stride]; `count` cells.
-    struct Strip {
+    // One phase of a row of outputs of an array. It has `count` cells; tap t of the q-th is
+    // first[t*tap_stride + q*cell_stride].
+    struct PhaseRow {
         M* first;
         int64_t tap_stride, cell_stride, count;
     };
 
-    Strip locate(const Array& array, int64_t n, int64_t group, int64_t row, int64_t cell, int64_t phase) const {
+    PhaseRow locate(const Array& array, int64_t n, int64_t group, int64_t row, int64_t cell, int64_t phase) const {
         const int64_t up = p.factor.up;
         if (of_logits) {
             const int64_t channel = (group * taps * up + row % up) * up + phase;
@@ -177,7 +178,7 @@ private:
     int channels_of_logits() const { return static_cast<int>(taps * p.factor.up * p.factor.up); }
 
     template <class P>
-    Places<P> places_of_logits(Rows rows, int64_t pitch, P* staged) const {
+    ChannelOrder<P> order_of_logits(Rows rows, int64_t pitch, P* staged) const {
         const int up = static_cast<int>(p.factor.up);
         return {staged,
                 up,
@@ -219,7 +220,7 @@ void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cel
         stage(n, group, rows, cell + q, lanes, L, tile);
         for (int64_t row = 0; row < rows.end - rows.begin; row++) {
             for (int64_t phase = 0; phase < phases; phase++) {
-                store_channels<A>(adjacent_places<const A>(tile + row * row_size(L) + phase * L, phases * L), lanes,
+                store_channels<A>(adjacent_channels<const A>(tile + row * row_size(L) + phase * L, phases * L), lanes,
                                   static_cast<int>(taps), to + row * row_pitch + (q * up + phase) * taps, up * taps);
             }
         }

@@ -18,7 +18,7 @@ CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
 }
 
 // As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. Fetches the same
-// columns of the next channels: each is a page further, which the processor's own prefetching does not cross.
+// columns of the next channels. Each is a page further, which the processor's own prefetching does not cross.
 template <class T>
 CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t columns, Accumulator<T>* to, int64_t pitch) {
     constexpr int L = kLanes<Accumulator<T>>;
@@ -41,7 +41,7 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
                     load_planes(from, array.stride_c, columns, to + c, image.stride_w);
                 } else {
                     load_channels<T>(from, array.stride_c, static_cast<int>(std::min(L, image.c - c)),
-                                     static_cast<int>(columns), adjacent_places(to + c, image.stride_w));
+                                     static_cast<int>(columns), adjacent_channels(to + c, image.stride_w));
                 }
             }
             return;
@@ -64,7 +64,7 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
             if (non_temporal) {
                 for (int64_t c = 0; c < image.c; c += L, to += L * columns) {
                     const int64_t count = std::min(L, image.c - c);
-                    store_channels<T>(adjacent_places(from + c, image.stride_w), static_cast<int>(count),
+                    store_channels<T>(adjacent_channels(from + c, image.stride_w), static_cast<int>(count),
                                       static_cast<int>(columns), planes, columns);
                     stream_lines(planes, count * columns, to);
                 }
@@ -74,8 +74,9 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
         }
         if (array.stride_w == 1) {
             for (int64_t c = 0; c < image.c; c += L, to += L * array.stride_c) {
-                store_channels<T>(adjacent_places(from + c, image.stride_w), static_cast<int>(std::min(L, image.c - c)),
-                                  static_cast<int>(columns), to, array.stride_c);
+                store_channels<T>(adjacent_channels(from + c, image.stride_w),
+                                  static_cast<int>(std::min(L, image.c - c)), static_cast<int>(columns), to,
+                                  array.stride_c);
             }
             return;
         }

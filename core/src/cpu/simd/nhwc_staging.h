@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small images of any strides, computed by the kernels for adjacent channels: their vectors are full however few
-// columns a row has. One image and some channels of a group at a time, features and outputs are staged with adjacent
-// channels; the kernel then runs a problem of that one image; and its result is written to where it belongs.
+// Small images of any strides, for the kernels for adjacent channels: those fill vectors even if rows are short. Takes
+// one image and some channels of a group at a time. Stages features and outputs with adjacent channels, runs the kernel
+// on a problem of that one image, and writes its result.
 #pragma once
 
 #include <algorithm>

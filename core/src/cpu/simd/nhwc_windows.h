@@ -12,8 +12,8 @@
 namespace carafepp {
 namespace {
 
-// The window around a source: its corner, which may be outside, and the taps [a_begin, a_end) x [b_begin, b_end) inside
-// the borders.
+// The window around a source. Its corner may be outside; taps [a_begin, a_end) x [b_begin, b_end) are inside the
+// borders.
 template <class T>
 struct PixelWindow {
     T* corner;
@@ -99,7 +99,7 @@ CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) 
     }
 }
 
-// Whether a result is large, and its pixels, with `channels` in a group, are whole aligned vectors. Half a vector has
+// True if a result is large, and its pixels, with `channels` in a group, are whole aligned vectors. Half a vector has
 // no non-temporal store, and no pair of vectors of float16 makes a whole one.
 template <class T>
 bool takes_non_temporal_stores(const Array& result, int64_t channels) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
-// up >= down, up*up outputs are centred on one source and read one window: a vector of features serves them all. Where
-// one output is centred on a source, two neighbours share what their windows have in common. The plan; then for each
-// item: stage the masks of a tile, contract the taps of each window for a register tile of channels, write out.
+// up >= down, up*up outputs are centred on one source and read one window. A vector of features serves them all. If one
+// output is centred on a source, two neighbours share what their windows have in common. First comes the plan. Each
+// item then stages the masks of a tile, contracts the taps of each window for a register tile of channels, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -74,8 +74,8 @@ struct ForwardItem {
 
 // ---- staging ----
 
-// The weights of a tile: tap t of output (row, phase) of the q-th cell is
-// first[row*row_stride + q*cell_stride + phase*phase_stride + t*tap_stride], with rows from the band's first.
+// The weights of a tile. Rows count from the band's first. Tap t of output (row, phase) of the q-th cell is
+// first[row*row_stride + q*cell_stride + phase*phase_stride + t*tap_stride].
 template <class A>
 struct TileWeights {
     const A* first;
@@ -172,8 +172,8 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
     for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], at.outputs[first + o] + c, tail, at.non_temporal);
 }
 
-// All channels of a group, for `P` outputs: register tiles of as many vectors as there are registers for, then fewer,
-// then a tail.
+// All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
+// ones have fewer, and a tail.
 template <int P, bool kPair, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
@@ -204,7 +204,7 @@ void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
     if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
 }
 
-// The rows that the windows of the next band are the first to read: as many pixels as the cells have sources.
+// The rows that the windows of the next band read first: as many pixels as the cells have sources.
 template <class T>
 PixelsAhead<T> pixels_ahead(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
     const Array& features = plan.p.features;

@@ -90,7 +90,7 @@ void split_pixels(const T* row, int64_t stride, int64_t width, int channels, con
         for (int k = inside.begin; k < inside.end; k += L) {
             const int at = std::min(k, inside.end - L);
             load_channels<T>(first + at * parts * stride, parts * stride, L, channels,
-                             adjacent_places(to + at, split.channel_pitch));
+                             adjacent_channels(to + at, split.channel_pitch));
         }
     }
 }

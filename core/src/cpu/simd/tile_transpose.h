@@ -8,10 +8,10 @@
 
 namespace carafepp::CARAFEPP_ISA {
 
-// Where the adjacent channels of a cell stand in staged rows, in their order: (tap*up + row)*up + phase of logits; of
-// masks, tap, which is the same with an `up` of 1.
+// The order of the adjacent channels of a cell, and where each is staged. Channels of logits are numbered
+// (tap*up + row)*up + phase. Channels of masks are taps: the same with an `up` of 1.
 template <class A>
-struct Places {
+struct ChannelOrder {
     A* staged;  // row 0, phase 0 of tap 0
     int up, first_row, rows, phases;
     int64_t row_size, tap_size, pitch;
@@ -24,10 +24,11 @@ struct Places {
         tap_offset = channel / (up * up) * tap_size;
     }
 
-    // Of the next channel; NULL where its row or phase is not staged.
+    // The next channel; NULL if its row or phase is not staged.
     A* next() {
-        A* const place = row >= 0 && row < rows && phase < phases ? staged + row * row_size + tap_offset + phase * pitch
-                                                                  : nullptr;
+        A* const channel = row >= 0 && row < rows && phase < phases
+                               ? staged + row * row_size + tap_offset + phase * pitch
+                               : nullptr;
         if (++phase == up) {
             phase = 0;
             if (++row == up - first_row) {
@@ -35,31 +36,32 @@ struct Places {
                 tap_offset += tap_size;
             }
         }
-        return place;
+        return channel;
     }
 };
 
-// The places of adjacent channels that are staged `pitch` apart.
+// Channels that are staged in their order, `pitch` apart.
 template <class A>
-CARAFEPP_INLINE Places<A> adjacent_places(A* staged, int64_t pitch) {
+CARAFEPP_INLINE ChannelOrder<A> adjacent_channels(A* staged, int64_t pitch) {
     return {staged, 1, 0, 1, 1, 0, pitch, 0};
 }
 
-// Blocks of channels as wide as a vector that cover `channels`: the last may overlap the one before it.
+// Calls f(begin, size) for blocks of channels as wide as a vector that cover `channels`. The last may overlap the one
+// before it.
 template <int L, class F>
 CARAFEPP_INLINE void for_each_block(int channels, F f) {
     for (int c = 0; c < channels; c += L) f(channels < L ? 0 : std::min(c, channels - L), std::min(channels, L));
 }
 
-// `count` cells of `channels` adjacent elements to the lanes of their places; other lanes become 0.
+// Stages `count` cells of `channels` adjacent elements: a cell is a lane. Other lanes become 0.
 template <class M>
-void load_channels(const M* from, int64_t cell_stride, int count, int channels, Places<Accumulator<M>> places);
+void load_channels(const M* from, int64_t cell_stride, int count, int channels, ChannelOrder<Accumulator<M>> order);
 
-// The inverse; places that are not staged are 0.
+// The inverse. Channels that are not staged are 0.
 template <class M>
-void store_channels(Places<const Accumulator<M>> places, int count, int channels, M* to, int64_t cell_stride);
+void store_channels(ChannelOrder<const Accumulator<M>> order, int count, int channels, M* to, int64_t cell_stride);
 
-// A block of as many rows as a vector has lanes, perhaps in its own place.
+// Transposes a block of as many rows as a vector has lanes, perhaps in place.
 template <class From, class To>
 __attribute__((noinline)) void transpose_block(const From* from, int64_t from_pitch, To* to, int64_t to_pitch) {
     using A = Accumulator<From>;

@@ -19,15 +19,20 @@ int threads_worth(const Problem& p, int64_t items = INT32_MAX) {
     return threads_for(items, p.cost() / kLanes<A>);
 }
 
+// Calls run_item(item, scratch) for each item, with `scratch_size` elements of A.
+template <class A, class F>
+void run_items(int64_t items, int threads, int64_t scratch_size, const F& run_item) {
+    assert(scratch_size * int64_t{sizeof(A)} <= kScratchBytes);
+    A* const scratch = static_cast<A*>(scratch_bytes(threads * scratch_size * int64_t{sizeof(A)}));
+    parallel_for(items, threads,
+                 [&](int64_t item, int worker) noexcept { run_item(item, scratch + worker * scratch_size); });
+}
+
 template <class Kernel>
 void run_items(const Kernel& kernel) {
     using A = typename Kernel::A;
-    assert(kernel.scratch_size * int64_t{sizeof(A)} <= kScratchBytes);
-    const int threads = threads_worth<A>(kernel.p, kernel.items);
-    A* const scratch = static_cast<A*>(scratch_bytes(threads * kernel.scratch_size * int64_t{sizeof(A)}));
-    parallel_for(kernel.items, threads, [&](int64_t item, int worker) noexcept {
-        kernel.run_item(item, scratch + worker * kernel.scratch_size);
-    });
+    run_items<A>(kernel.items, threads_worth<A>(kernel.p, kernel.items), kernel.scratch_size,
+                 [&](int64_t item, A* scratch) { kernel.run_item(item, scratch); });
 }
 
 // Runs a kernel for the storage type of features.
