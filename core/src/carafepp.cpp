@@ -62,7 +62,7 @@ void check_forced(carafepp_function function, const char* name, const Registry& 
          std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
 }
 
-// The forced kernel; or the first of a list that can run a problem and has no faster one behind it.
+// The forced kernel, or the first of a list that can run a problem and is not slower than a later one.
 const Kernel& choose(carafepp_function function, const Kernel* list, const char* forced_name, const Problem& problem,
                      const Array& result) {
     const Kernel* forced = forced_name ? find(list, forced_name) : nullptr;

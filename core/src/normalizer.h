@@ -46,8 +46,8 @@ CARAFEPP_NORMALIZER V log_sigmoid(V logit) {
 //
 //     logit(k), mask(k), grad(k)                load the k-th
 //     store_mask(k, value), store_grad(k, value)
-//     reduce(value, f)      f over all that holds taps of an output: other lanes, or other threads
-//     filled(k, value, x)   the value, but x in lanes without a tap
+//     reduce(value, f)                          f over the lanes or threads that hold taps of an output
+//     filled(k, value, x)                       the value, but x in lanes without a tap
 
 struct Larger {
     template <class V>

@@ -366,7 +366,7 @@ private:
     int32_t device_index_ = 0;
 };
 
-// True if an argument has the channels, and so the dtype, of features; else it has those of masks or logits.
+// True if an argument has the channels and the dtype of features; else it has those of masks or logits.
 constexpr bool is_pixels(Role role) {
     return role == Role::kFeatures || role == Role::kOutput || role == Role::kGradOutput || role == Role::kGradFeatures;
 }

@@ -44,8 +44,8 @@ struct Factor {
     // src(i'), the source that an output is centred on.
     CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return output * down / up; }
 
-    // The first output centred on `source` or behind it. Source i is in the windows, of radius r, of outputs
-    // [first_output(i - r), first_output(i + r + 1)), before any crop.
+    // The first output centred on `source` or behind it. Before any crop, source i is in the windows of the outputs
+    // [first_output(i - r), first_output(i + r + 1)).
     CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
 
     // ceil(n * up / down), the natural size.
@@ -69,8 +69,7 @@ struct Problem {
     CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
     CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }
 
-    // The cost of a call, about, in multiply-adds: the contraction, with taps beyond the border, and the staging of the
-    // masks.
+    // The cost of a call in multiply-adds, about: contraction, with taps beyond the border, and staging of masks.
     double cost() const {
         constexpr int64_t kCostOfMask = 8;
         return static_cast<double>(taps()) * static_cast<double>(features.n) *

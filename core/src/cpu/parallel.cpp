@@ -17,8 +17,8 @@
 namespace carafepp {
 namespace {
 
-// The cost of waking a thread and filling the caches of its core: in multiply-adds, of numbers or vectors; some 40
-// microseconds. With less work for each thread, fewer threads are faster.
+// The cost of waking a thread and filling the caches of its core, in multiply-adds: some 40 microseconds. With less
+// work for each thread, fewer threads are faster.
 constexpr double kCostWorthAThread = 150e3;
 
 constexpr int kMaxThreads = 1024;

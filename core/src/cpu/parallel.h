@@ -22,7 +22,7 @@ void run_on_pool(int64_t items, int threads, Task task);
 // vectors, about.
 int threads_for(int64_t items, double cost_of_all);
 
-// Calls f(item, worker) once for each item in [0, items), on up to `threads` threads; the caller's is one of them. f
+// Calls f(item, worker) once for each item in [0, items), on up to `threads` threads, of which the caller's is one. f
 // must not throw. While another call holds the pool, the caller does all the work itself.
 template <class F>
 void parallel_for(int64_t items, int threads, const F& f) {

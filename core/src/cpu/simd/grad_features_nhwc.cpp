@@ -3,7 +3,7 @@
 // The gradient of features with adjacent channels, compiled once for each instruction set. A register tile holds a
 // block of sources and sums over all outputs whose windows touch it. A vector of grad_output serves every source of the
 // block that the window holds. First comes the plan. Each item then goes down its rows of sources. It stages the masks
-// of the next outputs, packs the weights of a block in the order of their use, contracts, and writes.
+// of the next outputs, packs the weights of a block in their order, contracts, and writes.
 #include <algorithm>
 #include <cassert>
 

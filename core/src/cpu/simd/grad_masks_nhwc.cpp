@@ -2,7 +2,7 @@
 //
 // The gradient of masks or logits with adjacent channels, compiled once for each instruction set. A register tile holds
 // sums of some outputs times some taps, each in the lanes of one vector. First comes the plan. Each tile then contracts
-// the windows of its cells over the channels, sums the lanes, carries the gradient of masks through the normaliser, and
+// the windows of its cells over the channels and sums the lanes. It takes the gradient of masks to that of logits, and
 // writes.
 #include <algorithm>
 #include <cassert>
@@ -273,7 +273,7 @@ PixelsBelow<T> pixels_below(const GradMasksNhwc<T>& plan, const GradMasksItem<A>
     return below;
 }
 
-// True if all outputs of a cell exist and all their windows are inside the borders: then every sum is written.
+// True if all outputs of a cell exist and all windows are inside the borders: then every sum is written.
 template <class T>
 bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
     const Problem& p = plan.p;

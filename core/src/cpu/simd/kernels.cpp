@@ -186,7 +186,7 @@ const char* cannot_run_reassemble_nchw(const Problem& p, const Array&) {
 }
 
 const char* cannot_run_grad_features_nchw(const Problem& p, const Array&) {
-    // A row of masks, or the tap row that one source row needs, over the cells that a vector of sources needs.
+    // A row of masks, or the tap row of one source row, over the cells that a vector of sources needs.
     const int64_t cells_bytes = 3 * 64 + p.kernel_size * size_of_sum(p);
     if ((p.from_logits ? p.taps() : p.kernel_size) * p.factor.up * cells_bytes > 1920 * 1024)
         return "the masks of the outputs that touch a row take more than 1920 KiB";
@@ -215,9 +215,10 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
 
 constexpr int64_t kFewestChannels = 4;  // of a group
 constexpr int64_t kFewestCells = 4;     // of a row
-constexpr int64_t kTileBytes = 512 * 1024;
-constexpr int64_t kMasksOfCellOfImage = 1600;
-constexpr int64_t kPanelBytes = 1024 * 1024, kPanelBytesOfImage = 768 * 1024;
+constexpr int64_t kMostMasksOfCell = 1600;
+constexpr int64_t kTileBytes = 512 * 1024;           // of staged masks, here and below
+constexpr int64_t kMasksOfBlockBytes = 1024 * 1024;  // around a block of sources
+constexpr int64_t kMasksOfRowsBytes = 768 * 1024;    // around rows of sources
 
 // Short rows leave most of a vector unused. If there are at least so many channels for each column, pixels are faster,
 // to which images are transposed first. Full vectors leave nothing unused.
@@ -244,14 +245,14 @@ const char* slower_grad_features_nhwc(const Problem& p, const Array&) {
     if (few_channels(p)) return kNoReuse;
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
-    if ((rows * columns * size_of_sum(p) + 64) * masks_of_cell(p) > kPanelBytes)
+    if ((rows * columns * size_of_sum(p) + 64) * masks_of_cell(p) > kMasksOfBlockBytes)
         return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return nullptr;
 }
 
 static const char* slower_on_images(const Problem& p, const char* few) {
     if (few_channels(p)) return few;
-    return masks_of_cell(p) > kMasksOfCellOfImage ? kLargeCell : nullptr;
+    return masks_of_cell(p) > kMostMasksOfCell ? kLargeCell : nullptr;
 }
 
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
@@ -261,7 +262,7 @@ const char* slower_grad_masks_any(const Problem& p, const Array&) { return slowe
 const char* slower_grad_features_any(const Problem& p, const Array&) {
     const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
     const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down) + 1;
-    if (rows * cells * masks_of_cell(p) * size_of_sum(p) > kPanelBytesOfImage)
+    if (rows * cells * masks_of_cell(p) * size_of_sum(p) > kMasksOfRowsBytes)
         return "the masks of the outputs that touch a few rows take more than 768 KiB";
     return slower_on_images(p, kNoReuse);
 }

@@ -53,7 +53,7 @@ struct MaskTiles {
     void load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
                    A* to) const;
 
-    // Writes staged rows to a result of the shape of masks; or of logits, with all rows and phases of its cells.
+    // Writes staged rows to a result of masks; or of logits, with all rows and phases of its cells.
     void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
                     const Array& result) const;
 

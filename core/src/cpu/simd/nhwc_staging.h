@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small images of any strides, for the kernels for adjacent channels: those fill vectors even if rows are short. Takes
-// one image and some channels of a group at a time. Stages features and outputs with adjacent channels, runs the kernel
-// on a problem of that one image, and writes its result.
+// one image and some channels of a group at a time. Stages its features and outputs, runs the kernel on a problem of
+// that one image, and writes its result.
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
 // up >= down, up*up outputs are centred on one source and read one window. A vector of features serves them all. If one
 // output is centred on a source, two neighbours share what their windows have in common. First comes the plan. Each
-// item then stages the masks of a tile, contracts the taps of each window for a register tile of channels, and writes.
+// item then stages the masks of a tile, contracts the taps of its windows in register tiles, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -215,8 +215,8 @@ PixelsAhead<T> pixels_ahead(const ReassembleNhwc<T>& plan, const ForwardItem& at
 }
 
 template <class T>
-void place_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t column, int64_t tap_stride, int shift,
-                  WindowOutputs<T>& at) {
+void set_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t column, int64_t tap_stride, int shift,
+                WindowOutputs<T>& at) {
     at.window = window_of<const T>(plan.p, plan.p.features, item.n, item.group * plan.channels, item.rows.source,
                                    column, shift);
     at.kernel_size = static_cast<int>(plan.p.kernel_size);
@@ -233,7 +233,7 @@ void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
     for (int g = 0; g < plan.phases.count; g++) {
         const Phases::Group& columns = plan.phases.groups[g];
         WindowOutputs<T> at;
-        place_window(plan, item, cell * plan.down + columns.offset, weights.tap_stride, 0, at);
+        set_window(plan, item, cell * plan.down + columns.offset, weights.tap_stride, 0, at);
         if (g == 0) at.ahead = pixels_ahead(plan, item, cell, 1);
         const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
         for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -253,7 +253,7 @@ template <class T>
 void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
                      const TileWeights<Accumulator<T>>& weights, int64_t q) {
     WindowOutputs<T> at;
-    place_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), at);
+    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), at);
     at.ahead = pixels_ahead(plan, item, cell, 2);
     for (int o = 0; o < 2; o++) {
         at.weights[o] = weights.first + (q + o) * weights.cell_stride - o * plan.down * weights.tap_stride;

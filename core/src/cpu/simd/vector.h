@@ -534,7 +534,7 @@ CARAFEPP_INLINE Vector<double> scale(Vector<double> value, Vector<double>, Vecto
 
 #endif
 
-// exp of numbers that are not positive, within 2 units in the last place, also for denormal results. exp(-inf) = 0, and
+// exp of numbers that are not positive, within 2 units in the last place, also if it is denormal. exp(-inf) = 0, and
 // exp(NaN) = NaN. The polynomial is Cephes' over [-ln2/2, ln2/2].
 CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     const Vector<float> lowest = splat(-110.0f);  // exp of it is 0
