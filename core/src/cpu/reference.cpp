@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every function here works on a row of outputs (grad_features: of sources) at a time and reads as: stage the masks of
-// a tile (copied, or normalised from logits), contract the taps, write out. Staging converts to the type of the sums
-// and removes the strides, so that one contraction serves every dtype and layout.
+// Every function works on one row of outputs at a time, grad_features on one row of sources. It stages the masks of a
+// tile (copies them, or normalises logits), contracts the taps, and writes the result. Staging converts to the type of
+// the sums and removes the strides, so one contraction serves every dtype and layout.
 //
-// Columns. Output column j' = q*up + p (cell q, phase p < up) is centred on source column q*down + source(p). Staged
-// rows of outputs are split by phase, and staged rows of sources by column modulo down (into lanes): then one tap of
-// one phase reads one lane at q + shift, and all inner loops run over q, on adjacent elements, for any up and down. The
-// bounds of these loops leave out taps beyond a border.
+// Staged rows of outputs are sorted by phase, and those of sources by residue (cpu/geometry.h). The bounds of the inner
+// loops leave out taps beyond a border.
 #include "reference.h"
 
 #include <algorithm>
 #include <vector>
 
+#include "cpu/geometry.h"
 #include "dtypes.h"
 #include "normalizer.h"
 #include "parallel.h"
@@ -21,15 +20,10 @@
 namespace carafepp::reference {
 namespace {
 
-constexpr int64_t kTileElements = 32 * 1024;  // of staged masks or sums: 128 KiB of float
-constexpr double kCostOfExp = 20;             // in multiply-adds
+constexpr int64_t kTileElements = 32 * 1024;  // staged masks or sums; 128 KiB of float
+constexpr double kCostOfExp = 20;             // multiply-adds
 
-struct Range {
-    int64_t begin = 0, end = 0;
-    int64_t size() const { return std::max<int64_t>(end - begin, 0); }
-};
-
-// Staged rows, each of the same cells.
+// Staged rows of the same cells.
 template <class A>
 struct Staged {
     A* data;
@@ -60,74 +54,6 @@ void multiply_add(const A* __restrict a, const A* __restrict b, int64_t count, A
     for (int64_t q = 0; q < count; q++) sum[q] += a[q] * b[q];
 }
 
-// The arithmetic of columns told above.
-struct Columns {
-    struct Tap {
-        int64_t remainder;  // modulo down, of the source columns that this tap reads
-        int64_t lane;       // where they are staged
-        int64_t shift;      // cell q reads element q + shift
-    };
-
-    int64_t up, down, kernel_size;
-    int64_t width, out_width;         // W, W'
-    int64_t phases;                   // that outputs are computed for
-    int64_t cells;                    // that have outputs
-    Range shifts;                     // of all taps
-    std::vector<Tap> taps;            // [phase][b]
-    std::vector<int64_t> remainders;  // that some tap reads, one for each lane
-
-    Columns(const Problem& problem, int64_t phases)
-        : up(problem.factor.up),
-          down(problem.factor.down),
-          kernel_size(problem.kernel_size),
-          width(problem.features.w),
-          out_width(problem.out_w),
-          phases(phases),
-          cells(ceil_div(out_width, up)) {
-        for (int64_t phase = 0; phase < phases; phase++) {
-            for (int64_t b = 0; b < kernel_size; b++) {
-                const int64_t column = problem.factor.source(phase) + b - problem.radius();
-                taps.push_back({floor_mod(column, down), 0, floor_div(column, down)});
-                remainders.push_back(taps.back().remainder);
-            }
-        }
-        std::sort(remainders.begin(), remainders.end());
-        remainders.erase(std::unique(remainders.begin(), remainders.end()), remainders.end());
-        for (Tap& tap : taps) {
-            tap.lane = std::lower_bound(remainders.begin(), remainders.end(), tap.remainder) - remainders.begin();
-            shifts = {std::min(shifts.begin, tap.shift), std::max(shifts.end, tap.shift + 1)};
-        }
-    }
-
-    // How many cells have a source column of this remainder, and an output of this phase.
-    int64_t sources(int64_t remainder) const { return remainder < width ? ceil_div(width - remainder, down) : 0; }
-    int64_t outputs(int64_t phase) const { return phase < out_width ? ceil_div(out_width - phase, up) : 0; }
-    Range outputs(Range tile, int64_t phase) const { return {tile.begin, std::min(tile.end, outputs(phase))}; }
-
-    // The cells whose sources some output of a tile may read, and the cells of outputs that may read a tile of sources.
-    Range sources_of(Range tile) const {
-        return {std::max<int64_t>(tile.begin + shifts.begin, 0),
-                std::min(tile.end + shifts.end - 1, ceil_div(width, down))};
-    }
-    Range outputs_of(Range tile) const {
-        return {std::max<int64_t>(tile.begin - shifts.end + 1, 0), std::min(tile.end - shifts.begin, cells)};
-    }
-
-    // Calls f(phase, b, tap, range) for every tap, with the outputs of `tile` for which it reads a source column inside
-    // the border.
-    template <class F>
-    void for_each_tap(Range tile, F f) const {
-        for (int64_t phase = 0; phase < phases; phase++) {
-            for (int64_t b = 0; b < kernel_size; b++) {
-                const Tap& tap = taps[static_cast<size_t>(phase * kernel_size + b)];
-                const Range range = outputs(tile, phase);
-                f(phase, b, tap,
-                  Range{std::max(range.begin, -tap.shift), std::min(range.end, sources(tap.remainder) - tap.shift)});
-            }
-        }
-    }
-};
-
 // One problem: T stores features and outputs, M masks and logits; sums are kept in A.
 template <class T, class M>
 class Reference {
@@ -139,7 +65,15 @@ public:
           taps_(problem.taps()),
           images_(problem.from_logits ? problem.logits.n : problem.masks.n),
           channels_(problem.features.c / problem.groups),
-          columns_(problem, phases) {}
+          columns_(problem, phases) {
+        for (const Columns::Tap& tap : columns_.table) residues_.push_back(tap.residue);
+        std::sort(residues_.begin(), residues_.end());
+        residues_.erase(std::unique(residues_.begin(), residues_.end()), residues_.end());
+        for (const Columns::Tap& tap : columns_.table) {
+            staged_rows_.push_back(std::lower_bound(residues_.begin(), residues_.end(), tap.residue) -
+                                   residues_.begin());
+        }
+    }
 
     void reassemble(const Array& output) const {
         const int64_t cells = tile_of_masks(taps_);
@@ -156,10 +90,11 @@ public:
                 std::fill_n(sums.data, columns_.phases * tile.cells.size(), A{0});
                 for_each_tap_row(tile.row, [&](int64_t a, int64_t i) {
                     const Staged<A> sources = stage_sources(tile.n, c, i, tile.cells, sources_memory);
-                    columns_.for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
+                    for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
                         const int64_t t = a * p_.kernel_size + b;
                         multiply_add(masks.at(t * columns_.phases + phase, q.begin),
-                                     sources.at(tap.lane, q.begin + tap.shift), q.size(), sums.at(phase, q.begin));
+                                     sources.at(staged_row(phase, b), q.begin + tap.shift), q.size(),
+                                     sums.at(phase, q.begin));
                     });
                 });
                 write_outputs<T>(sums, 0, tile.n, c, tile.row, output);
@@ -168,24 +103,24 @@ public:
     }
 
     void grad_features(const Array& grad_features) const {
-        // Tiles are of sources here: sums are [channel of a block][remainder][cell]. At least 32 channels share staged
+        // Tiles hold sources here, and sums are [channel of a block][residue][cell]. At least 32 channels share staged
         // masks.
-        const int64_t lanes = std::min(columns_.down, columns_.width);
+        const int64_t residues = std::min(columns_.down, columns_.width);
         const int64_t source_cells = ceil_div(columns_.width, columns_.down);
         const int64_t staged_taps = p_.from_logits ? taps_ : p_.kernel_size;
-        const int64_t cells = std::clamp<int64_t>(std::min(kTileElements / 32 / lanes, tile_of_masks(staged_taps)), 1,
-                                                  source_cells);
-        const int64_t sums_size = lanes * cells;
+        const int64_t cells = std::clamp<int64_t>(std::min(kTileElements / 32 / residues, tile_of_masks(staged_taps)),
+                                                  1, source_cells);
+        const int64_t sums_size = residues * cells;
         const int64_t block = std::clamp<int64_t>(kTileElements / sums_size, 1, channels_);
         const int64_t blocks = ceil_div(channels_, block);
-        const int64_t row_size = columns_.phases * std::min(cells + columns_.shifts.size(), columns_.cells);
+        const int64_t row_size = columns_.phases * std::min(cells + columns_.halo() + 1, columns_.cells);
         const int64_t masks_size = staged_taps * row_size;
         const double cost = p_.cost() + cost_of_normalizing() * static_cast<double>(p_.kernel_size * blocks);
         for_each_tile(p_.features.h, source_cells, cells, cost, masks_size + 3 * row_size + block * sums_size,
                       [&](const Tile& tile, A* scratch) {
             A* const grads_memory = scratch + masks_size;
-            const Range outputs = columns_.outputs_of(tile.cells);
-            const Range rows = outputs_of_row(tile.row);
+            const Range outputs = cells_reading(tile.cells);
+            const Range rows = outputs_of(p_, {tile.row, tile.row + 1});
             for (int64_t first = tile.group * channels_; first < (tile.group + 1) * channels_; first += block) {
                 const Range channels = {first, std::min(first + block, (tile.group + 1) * channels_)};
                 A* const sums_memory = grads_memory + 3 * row_size;
@@ -197,23 +132,22 @@ public:
                     for (int64_t c = channels.begin; c < channels.end; c++) {
                         const Staged<A> grads = stage_outputs(p_.grad_output, tile.n, c, out_i, outputs, grads_memory);
                         const Staged<A> sums{sums_memory + (c - first) * sums_size, tile.cells};
-                        columns_.for_each_tap(outputs,
-                                              [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range reached) {
+                        for_each_tap(outputs, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range reached) {
                             const Range q = {std::max(reached.begin, tile.cells.begin - tap.shift),
                                              std::min(reached.end, tile.cells.end - tap.shift)};
                             multiply_add(masks.at(b * columns_.phases + phase, q.begin), grads.at(phase, q.begin),
-                                         q.size(), sums.at(tap.remainder, q.begin + tap.shift));
+                                         q.size(), sums.at(tap.residue, q.begin + tap.shift));
                         });
                     }
                 }
                 for (int64_t c = channels.begin; c < channels.end; c++) {
                     const Staged<A> sums{sums_memory + (c - first) * sums_size, tile.cells};
-                    for (int64_t remainder = 0; remainder < lanes; remainder++) {
-                        const int64_t end = std::min(tile.cells.end, columns_.sources(remainder));
-                        store(sums.at(remainder, tile.cells.begin), end - tile.cells.begin,
-                              element<T>(grad_features, tile.n, c, tile.row,
-                                         tile.cells.begin * columns_.down + remainder),
-                              grad_features.stride_w * columns_.down);
+                    for (int64_t residue = 0; residue < residues; residue++) {
+                        const int64_t end = std::min(tile.cells.end, columns_.sources(residue));
+                        store(
+                            sums.at(residue, tile.cells.begin), end - tile.cells.begin,
+                            element<T>(grad_features, tile.n, c, tile.row, tile.cells.begin * columns_.down + residue),
+                            grad_features.stride_w * columns_.down);
                     }
                 }
             }
@@ -248,8 +182,8 @@ private:
         Range cells;
     };
 
-    // Stores the gradient of masks, or of their logits. gradient_of(tile, grad, sources_memory, outputs_memory) puts
-    // that of masks into grad, where it finds zeros. With logits a tile covers all their sub-pixels, cropped ones too.
+    // Stores the gradient of masks or logits. gradient_of(tile, grad, sources_memory, outputs_memory) adds the gradient
+    // of masks to the zeros in `grad`. With logits, tiles cover all outputs of their pixels, cropped ones too.
     template <class F>
     void store_gradient(const Array& result, const F& gradient_of) const {
         const int64_t rows = p_.from_logits ? p_.logits.h * p_.factor.up : p_.out_h;
@@ -278,7 +212,7 @@ private:
         });
     }
 
-    // Calls f(tile, scratch) for all tiles of all rows, on the threads that the cost is worth.
+    // Calls f(tile, scratch) for all tiles of all rows, on as many threads as the cost is worth.
     template <class F>
     void for_each_tile(int64_t rows, int64_t row_cells, int64_t cells, double cost, int64_t scratch_size,
                        const F& f) const {
@@ -296,15 +230,15 @@ private:
         });
     }
 
-    // How many cells make a tile of masks, with as many taps staged.
+    // Cells of a tile whose masks have so many staged taps.
     int64_t tile_of_masks(int64_t staged_taps) const {
         const int64_t cell_size = std::max<int64_t>(staged_taps * columns_.phases, 1);
         return std::clamp<int64_t>(kTileElements / cell_size, 1, std::max<int64_t>(columns_.cells, 1));
     }
 
     int64_t staged_sources(int64_t cells) const {
-        return static_cast<int64_t>(columns_.remainders.size()) *
-               std::min(cells + columns_.shifts.size(), ceil_div(columns_.width, columns_.down));
+        return static_cast<int64_t>(residues_.size()) *
+               std::min(cells + columns_.halo() + 1, ceil_div(columns_.width, columns_.down));
     }
 
     double cost_of_normalizing() const {
@@ -317,14 +251,41 @@ private:
     template <class F>
     void for_each_tap_row(int64_t out_i, F f) const {
         const int64_t top = p_.factor.source(out_i) - p_.radius();
-        for (int64_t a = std::max<int64_t>(-top, 0); a < std::min(p_.kernel_size, p_.features.h - top); a++)
-            f(a, top + a);
+        const Range sources = sources_of(p_, {out_i, out_i + 1});
+        for (int64_t i = sources.begin; i < sources.end; i++) f(i - top, i);
     }
 
-    // The output rows whose windows hold source row i.
-    Range outputs_of_row(int64_t i) const {
-        return {std::max<int64_t>(p_.factor.first_output(i - p_.radius()), 0),
-                std::min(p_.factor.first_output(i + p_.radius() + 1), p_.out_h)};
+    // Calls f(phase, b, tap, range) for every tap. The range has the outputs of `cells` whose source column is inside
+    // the border.
+    template <class F>
+    void for_each_tap(Range cells, F f) const {
+        for (int64_t phase = 0; phase < columns_.phases; phase++) {
+            const Range outputs = outputs_in(cells, phase);
+            for (int64_t b = 0; b < columns_.kernel_size; b++) {
+                const Columns::Tap& tap = columns_.tap(phase, b);
+                f(phase, b, tap,
+                  Range{std::max(outputs.begin, tap.inside.begin), std::min(outputs.end, tap.inside.end)});
+            }
+        }
+    }
+
+    // The row of staged sources that a tap reads.
+    int64_t staged_row(int64_t phase, int64_t b) const {
+        return staged_rows_[static_cast<size_t>(phase * columns_.kernel_size + b)];
+    }
+
+    Range outputs_in(Range cells, int64_t phase) const {
+        return {cells.begin, std::min(cells.end, columns_.outputs(phase))};
+    }
+
+    // The cells of sources that outputs of these cells may read, and the cells of outputs that may read these sources.
+    Range cells_read(Range outputs) const {
+        return {std::max<int64_t>(outputs.begin + columns_.least_shift, 0),
+                std::min(outputs.end + columns_.most_shift, ceil_div(columns_.width, columns_.down))};
+    }
+    Range cells_reading(Range sources) const {
+        return {std::max<int64_t>(sources.begin - columns_.most_shift, 0),
+                std::min(sources.end - columns_.least_shift, columns_.cells)};
     }
 
     // One row of an array of outputs: [phase][cell].
@@ -332,27 +293,26 @@ private:
         const Staged<A> staged{to, cells};
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
             const T* const row = element<const T>(array, n, c, out_i, cells.begin * columns_.up + phase);
-            load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
-                 staged.at(phase, cells.begin));
+            load(row, array.stride_w * columns_.up, outputs_in(cells, phase).size(), staged.at(phase, cells.begin));
         }
         return staged;
     }
 
-    // One row of features, as far as outputs in these cells may read it: [lane][cell].
+    // One row of features, as far as outputs of these cells may read it: [residue that a tap reads][cell].
     Staged<A> stage_sources(int64_t n, int64_t c, int64_t i, Range cells, A* to) const {
-        const Staged<A> staged{to, columns_.sources_of(cells)};
+        const Staged<A> staged{to, cells_read(cells)};
         const Array& features = p_.features;
-        for (size_t lane = 0; lane < columns_.remainders.size(); lane++) {
-            const int64_t remainder = columns_.remainders[lane];
-            const T* const row = element<const T>(features, n, c, i, staged.cells.begin * columns_.down + remainder);
-            const int64_t count = std::min(staged.cells.end, columns_.sources(remainder)) - staged.cells.begin;
-            load(row, features.stride_w * columns_.down, count,
-                 staged.at(static_cast<int64_t>(lane), staged.cells.begin));
+        for (size_t row = 0; row < residues_.size(); row++) {
+            const int64_t residue = residues_[row];
+            const T* const from = element<const T>(features, n, c, i, staged.cells.begin * columns_.down + residue);
+            const int64_t count = std::min(staged.cells.end, columns_.sources(residue)) - staged.cells.begin;
+            load(from, features.stride_w * columns_.down, count,
+                 staged.at(static_cast<int64_t>(row), staged.cells.begin));
         }
         return staged;
     }
 
-    // `count` taps from `first` on of an array of masks: [tap][phase][cell].
+    // Taps [first, first + count) of an array of masks: [tap][phase][cell].
     void stage_taps(const Array& array, const Tile& tile, int64_t out_i, Range cells, int64_t first, int64_t count,
                     A* to) const {
         const Staged<A> staged{to, cells};
@@ -360,7 +320,7 @@ private:
             for (int64_t phase = 0; phase < columns_.phases; phase++) {
                 const int64_t channel = tile.group * taps_ + first + t;
                 const M* const row = element<const M>(array, tile.n, channel, out_i, cells.begin * columns_.up + phase);
-                load(row, array.stride_w * columns_.up, columns_.outputs(cells, phase).size(),
+                load(row, array.stride_w * columns_.up, outputs_in(cells, phase).size(),
                      staged.at(t * columns_.phases + phase, cells.begin));
             }
         }
@@ -383,7 +343,7 @@ private:
         }
     }
 
-    // `count` taps of the masks from `first` on: [tap][phase][cell]. Normalising needs room for all of them.
+    // Taps [first, first + count) of the masks: [tap][phase][cell]. A normaliser needs room for all taps.
     Staged<A> stage_masks(const Tile& tile, int64_t out_i, Range cells, int64_t first, int64_t count, A* to,
                           A* spare) const {
         if (!p_.from_logits) {
@@ -391,9 +351,9 @@ private:
             return {to, cells};
         }
         stage_logits(tile, out_i, cells, to);
-        const int64_t lanes = columns_.phases * cells.size();
-        normalize(p_.normalizer, to, taps_, lanes, lanes, spare);
-        return {to + first * lanes, cells};
+        const int64_t tap_size = columns_.phases * cells.size();
+        normalize(p_.normalizer, to, taps_, tap_size, tap_size, spare);
+        return {to + first * tap_size, cells};
     }
 
     // grad[t] += sum over the channels of a group of grad_output * features at tap t.
@@ -402,35 +362,35 @@ private:
             const Staged<A> outputs = stage_outputs(p_.grad_output, tile.n, c, tile.row, tile.cells, outputs_memory);
             for_each_tap_row(tile.row, [&](int64_t a, int64_t i) {
                 const Staged<A> sources = stage_sources(tile.n, c, i, tile.cells, sources_memory);
-                columns_.for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
+                for_each_tap(tile.cells, [&](int64_t phase, int64_t b, const Columns::Tap& tap, Range q) {
                     const int64_t t = a * p_.kernel_size + b;
-                    multiply_add(outputs.at(phase, q.begin), sources.at(tap.lane, q.begin + tap.shift), q.size(),
-                                 grad.at(t * columns_.phases + phase, q.begin));
+                    multiply_add(outputs.at(phase, q.begin), sources.at(staged_row(phase, b), q.begin + tap.shift),
+                                 q.size(), grad.at(t * columns_.phases + phase, q.begin));
                 });
             });
         }
     }
 
-    // The gradient of the masks of a tile to that of its logits, in place: exactly 0 where a crop leaves no output.
+    // Turns the gradient of the masks of a tile into that of its logits. Cropped outputs give exactly 0.
     void to_logits(const Tile& tile, const Staged<A>& grad, A* logits, A* masks, A* spare) const {
-        const int64_t lanes = columns_.phases * tile.cells.size();
+        const int64_t tap_size = columns_.phases * tile.cells.size();
         stage_logits(tile, tile.row, tile.cells, logits);
-        std::copy_n(logits, taps_ * lanes, masks);
-        normalize(p_.normalizer, masks, taps_, lanes, lanes, spare);
-        normalize_backward(p_.normalizer, grad.data, masks, logits, taps_, lanes, lanes, spare);
+        std::copy_n(logits, taps_ * tap_size, masks);
+        normalize(p_.normalizer, masks, taps_, tap_size, tap_size, spare);
+        normalize_backward(p_.normalizer, grad.data, masks, logits, taps_, tap_size, tap_size, spare);
         for (int64_t row = 0; row < taps_ * columns_.phases; row++) {
-            const int64_t outputs = columns_.outputs(tile.cells, row % columns_.phases).size();
+            const int64_t outputs = outputs_in(tile.cells, row % columns_.phases).size();
             std::fill_n(grad.at(row, tile.cells.begin) + outputs, tile.cells.size() - outputs, A{0});
         }
     }
 
-    // One row of the result, from `phases` staged rows.
+    // Writes one row of the result from `phases` staged rows.
     template <class Out>
     void write_outputs(const Staged<A>& staged, int64_t first_row, int64_t n, int64_t c, int64_t out_i,
                        const Array& result) const {
         for (int64_t phase = 0; phase < columns_.phases; phase++) {
             Out* const row = element<Out>(result, n, c, out_i, staged.cells.begin * columns_.up + phase);
-            store(staged.at(first_row + phase, staged.cells.begin), columns_.outputs(staged.cells, phase).size(), row,
+            store(staged.at(first_row + phase, staged.cells.begin), outputs_in(staged.cells, phase).size(), row,
                   result.stride_w * columns_.up);
         }
     }
@@ -447,6 +407,8 @@ private:
     const int64_t images_;    // N
     const int64_t channels_;  // of a group
     const Columns columns_;
+    std::vector<int64_t> residues_;     // that some tap reads
+    std::vector<int64_t> staged_rows_;  // [phase][b]; where the residue of a tap stands among them
 };
 
 template <class F>

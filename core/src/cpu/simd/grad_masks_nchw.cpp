@@ -1,66 +1,189 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of masks or logits, with columns in lanes, compiled once for each instruction set. Made for adjacent
-// columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells, so that a sum
-// over channels never crosses lanes. For a block of rows of cells, or of outputs if windows are large: for some
-// channels at a time split the rows of grad_output and of features into lanes and add their products to the sums of
-// every tap; then take the sums of masks back to those of logits, and write out.
+// The gradient of masks or logits with columns in lanes, compiled once for each instruction set. Made for adjacent
+// columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells, so a sum over
+// channels never crosses lanes.
+//
+// The kernel computes blocks of rows of outputs. Some channels at a time, it deinterleaves the rows of features and of
+// grad_output, and adds their products to the sums of every tap. Then it turns the gradients of masks into those of
+// logits, if there are any, and writes them.
 #include <algorithm>
 
+#include "cpu/geometry.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/border.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
+#include "cpu/simd/prefetch.h"
 #include "cpu/simd/row_deinterleave.h"
-#include "cpu/simd/shared_windows.h"
 #include "cpu/simd/work_items.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int64_t kSumElements = 32 * 1024;  // of a block: in float 128 KiB, read and written once in `kChannels`
-constexpr int64_t kMostSums = 128 * 1024;    // of a row of cells of a tile
-constexpr int64_t kChannels = 32;            // at a time
-constexpr int kMostOutputs = 4;              // that one loaded vector of features serves
+constexpr int64_t kBlockSums = 32 * 1024;      // elements; 128 KiB of float, read and written once for some channels
+constexpr int64_t kMostCellSums = 128 * 1024;  // elements; all rows of a tile of cells
+constexpr int64_t kMostChannels = 32;          // staged together
+constexpr int64_t kRowsTogether = 8;           // rows of outputs that are contracted together, unless up is large
 
-// Tap columns whose sums are kept in registers at once, beside those of `outputs`.
-constexpr int most_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
+// A register tile: sums of some outputs that read the same features, in some tap columns.
+constexpr int kTileOutputs = 4;
+constexpr int tile_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
 
-// Some outputs that read the same row of features at the same columns.
+// ---- plan ----
+
+// A block is what one item computes: some rows of some tiles of outputs, in all channels of a group. Its rows come in
+// steps of plan.step. It stages and contracts some of these channels at a time.
+struct GradMasksBlockShape {
+    int64_t tiles, steps, channels;
+};
+
+// The sizes of staged arrays for blocks of a shape, in elements of the sums.
+struct GradMasksSizes {
+    int64_t residue_stride, features_channel, features_row;  // [row][channel][residue][cell]
+    int64_t grads_phase;                                     // [row][phase][channel][lane]
+    int64_t sums, grads, features, logits, scratch;
+};
+
+struct GradMasksPlan {
+    // With logits these are rows and cells of the logits' outputs, cropped ones too.
+    int64_t rows, cells, tiles;
+    int64_t step;           // rows that are written together: those of a cell, or a single one if windows are large
+    int64_t rows_together;  // rows that are contracted together
+    int64_t row_size;       // sums of a row of a tile: [tap][phase][lane]
+    GradMasksBlockShape block;
+    int64_t blocks_across, blocks_down, items;
+    GradMasksSizes sizes;
+    int64_t tap_offsets[kMaxFactor][kMaxKernelSize];  // [window][b]
+};
+
+GradMasksSizes sizes_of(const Problem& p, const Columns& columns, const GradMasksPlan& plan,
+                        const GradMasksBlockShape& block, int64_t lanes) {
+    const int64_t up = p.factor.up, down = p.factor.down;
+    GradMasksSizes sizes;
+    sizes.residue_stride = ceil_div(block.tiles * lanes + columns.halo(), lanes) * lanes;
+    sizes.features_channel = down * sizes.residue_stride;
+    // A vector more than needed, so that the rows of all channels do not compete for a few sets of the cache.
+    sizes.features_row = block.channels * sizes.features_channel + lanes;
+    sizes.grads_phase = (block.channels + 1) * lanes;
+    sizes.sums = block.tiles * block.steps * plan.step * plan.row_size;
+    sizes.grads = plan.rows_together * up * sizes.grads_phase;
+    sizes.features = (block.steps * down + p.kernel_size) * sizes.features_row;
+    sizes.logits = p.from_logits ? (plan.step + 1) * plan.row_size : 0;
+    sizes.scratch = sizes.sums + sizes.grads + sizes.features + sizes.logits;
+    return sizes;
+}
+
+GradMasksPlan plan_grad_masks(const Problem& p, const Array& grad_masks, const Columns& columns, const Phases& phases,
+                              int64_t lanes) {
+    const int64_t up = p.factor.up, down = p.factor.down;
+    GradMasksPlan plan;
+    plan.rows = p.from_logits ? p.logits.h * up : p.out_h;
+    plan.cells = p.from_logits ? p.logits.w : columns.cells;
+    plan.tiles = ceil_div(plan.cells, lanes);
+    plan.row_size = p.taps() * up * lanes;
+    plan.step = takes_whole_cells(p, grad_masks) || up * plan.row_size <= kMostCellSums ? up : 1;
+    plan.rows_together = up >= 2 * down ? ceil_div(up, down) : kRowsTogether;
+    const int64_t steps = ceil_div(plan.rows, plan.step), step_size = plan.step * plan.row_size;
+
+    GradMasksBlockShape block;
+    block.tiles = std::clamp<int64_t>(kBlockSums / step_size, 1, plan.tiles);
+    block.steps = std::clamp<int64_t>(kBlockSums / (step_size * block.tiles), 1, steps);
+    block.channels = std::min(p.features.c / p.groups, kMostChannels);
+    const int64_t most = kScratchBytes * lanes / kVectorBytes;
+    while (sizes_of(p, columns, plan, block, lanes).scratch > most) {
+        int64_t& largest = block.steps > 1 ? block.steps : block.tiles > 1 ? block.tiles : block.channels;
+        if (largest <= 1) break;
+        largest = ceil_div(largest, 2);
+    }
+    plan.blocks_across = ceil_div(plan.tiles, block.tiles);
+    const int64_t blocks_of_step = grad_masks.n * p.groups * plan.blocks_across;
+    const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(lanes));
+    while (blocks_of_step * ceil_div(steps, block.steps) < threads && block.steps * down >= 2 * p.kernel_size)
+        block.steps = ceil_div(block.steps, 2);
+    plan.block = block;
+    plan.blocks_down = ceil_div(steps, block.steps);
+    plan.items = blocks_of_step * plan.blocks_down;
+    plan.sizes = sizes_of(p, columns, plan, block, lanes);
+    for (int w = 0; w < phases.count; w++) {
+        for (int b = 0; b < p.kernel_size; b++) {
+            plan.tap_offsets[w][b] = columns.offset(columns.tap(phases.groups[w].begin, b), plan.sizes.residue_stride);
+        }
+    }
+    return plan;
+}
+
 template <class A>
-struct Outputs {
-    const A* grads[kMostOutputs];  // channels a vector apart
-    A* sums[kMostOutputs];         // of column 0 of the tap row of each
+struct GradMasksBlock {
+    int64_t n, group, first_tile, tiles;
+    Range rows;      // that are written
+    Range computed;  // rows of them that are in the output
+    Range sources;   // rows that these read, inside the border
+    A* sums;         // [tile][row][tap][phase][lane]
+    A* grads;        // [row][phase][channel][lane]; rows of a tile that are contracted together
+    A* features;     // [row][channel][residue][cell]
+    A* logits;       // [row][tap][phase][lane]; of a step, and a row of masks
+
+    GradMasksBlock(const GradMasksPlan& plan, const Problem& p, int64_t item, A* scratch) {
+        const int64_t across = item % plan.blocks_across, down = item / plan.blocks_across % plan.blocks_down;
+        const int64_t image_group = item / plan.blocks_across / plan.blocks_down;
+        n = image_group / p.groups;
+        group = image_group % p.groups;
+        first_tile = across * plan.block.tiles;
+        tiles = std::min(plan.block.tiles, plan.tiles - first_tile);
+        rows.begin = down * plan.block.steps * plan.step;
+        rows.end = std::min(rows.begin + plan.block.steps * plan.step, plan.rows);
+        computed = {rows.begin, std::min(rows.end, p.out_h)};
+        sources = sources_of(p, computed);
+        sums = scratch;
+        grads = sums + plan.sizes.sums;
+        features = grads + plan.sizes.grads;
+        logits = features + plan.sizes.features;
+    }
+
+    A* sums_of(const GradMasksPlan& plan, int64_t tile, int64_t row) const {
+        return sums + (tile * rows.size() + row - rows.begin) * plan.row_size;
+    }
+};
+
+// ---- contraction: outputs that read the same row of features at the same columns ----
+
+template <class A>
+struct GradMasksTile {
+    const A* grads[kTileOutputs];  // channels lie a vector apart
+    A* sums[kTileOutputs];         // first tap of a tap row of each output
     int64_t tap_stride;            // of the sums
 };
 
-// What is read next, fetched meanwhile.
+// The rows that the kernel stages next.
 struct NextRows {
-    Ahead outputs, sources;
+    Prefetch grads, features;
 };
 
-// NB tap columns from `b` on, P outputs: sums += grad_output * features, over `channels`.
+// Adds grad_output * features to the sums of P outputs and NB tap columns from `b` on, which stay in registers.
 template <int P, int NB, class A>
-__attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* features, int64_t channel_stride,
-                                        const int64_t* columns, int b, int64_t channels, NextRows& next) {
+__attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile, const A* features,
+                                                    int64_t channel_stride, const int64_t* tap_offsets, int b,
+                                                    int64_t channels, NextRows& next) {
     constexpr int L = kLanes<A>;
     Vector<A> sums[P][NB];
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) {
 #pragma GCC unroll 5
-        for (int k = 0; k < NB; k++) sums[o][k] = load(outputs.sums[o] + (b + k) * outputs.tap_stride);
+        for (int k = 0; k < NB; k++) sums[o][k] = load(tile.sums[o] + (b + k) * tile.tap_stride);
     }
     const A* grads[P];
 #pragma GCC unroll 4
-    for (int o = 0; o < P; o++) grads[o] = outputs.grads[o];
-    int64_t column[NB];
+    for (int o = 0; o < P; o++) grads[o] = tile.grads[o];
+    int64_t offset[NB];
 #pragma GCC unroll 5
-    for (int k = 0; k < NB; k++) column[k] = columns[b + k];
+    for (int k = 0; k < NB; k++) offset[k] = tap_offsets[b + k];
     for (int64_t at = 0; at < channels * L; at += L, features += channel_stride) {
-        next.outputs.fetch_line();
-        next.sources.fetch_line();
+        next.grads.prefetch_line();
+        next.features.prefetch_line();
         Vector<A> read[NB];
 #pragma GCC unroll 5
-        for (int k = 0; k < NB; k++) read[k] = load(features + column[k]);
+        for (int k = 0; k < NB; k++) read[k] = load(features + offset[k]);
 #pragma GCC unroll 4
         for (int o = 0; o < P; o++) {
             const Vector<A> grad = load(grads[o] + at);
@@ -71,240 +194,158 @@ __attribute__((noinline)) void contract(const Outputs<A>& outputs, const A* feat
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) {
 #pragma GCC unroll 5
-        for (int k = 0; k < NB; k++) store(sums[o][k], outputs.sums[o] + (b + k) * outputs.tap_stride);
+        for (int k = 0; k < NB; k++) store(sums[o][k], tile.sums[o] + (b + k) * tile.tap_stride);
     }
 }
 
+// Adds the products of P outputs in all tap columns.
 template <int P, class A>
-void contract_columns(const Outputs<A>& outputs, const A* features, int64_t channel_stride, const int64_t* columns,
-                      int kernel_size, int64_t channels, NextRows& next) {
-    constexpr int kMost = most_columns(P);
-    const int slices = (kernel_size + kMost - 1) / kMost;
-    for (int k = 0; k < slices; k++) {
-        const Slice part = slice(0, kernel_size, k, slices);
-        with_count<kMost>(part.end - part.begin, [&](auto columns_here) {
-            contract<P, columns_here()>(outputs, features, channel_stride, columns, part.begin, channels, next);
+void add_products_of_outputs(const GradMasksTile<A>& tile, const A* features, int64_t channel_stride,
+                             const int64_t* tap_offsets, int kernel_size, int64_t channels, NextRows& next) {
+    constexpr int kMost = tile_columns(P);
+    const int shares = (kernel_size + kMost - 1) / kMost;
+    for (int k = 0; k < shares; k++) {
+        const Share some = share_of(kernel_size, k, shares);
+        with_count<kMost>(some.size(), [&](auto columns) {
+            add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels, next);
         });
     }
 }
 
+// ---- the kernel ----
+
 template <class T>
 struct GradMasksNchw {
     using A = Accumulator<T>;
+    using Block = GradMasksBlock<A>;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
     const Array& grad_masks;
     const MaskTiles<A> masks{p, p.factor.up};
-    const ColumnTaps taps{p};
+    const Columns columns{p, p.factor.up};
+    const Phases phases{p.factor, p.factor.up};
+    const GradMasksPlan plan = plan_grad_masks(p, grad_masks, columns, phases, L);
+    const GradMasksSizes& sizes = plan.sizes;
     const int64_t up = p.factor.up, down = p.factor.down;
     const int64_t channels = p.features.c / p.groups;
-    const int64_t strip = up >= 2 * down ? ceil_div(up, down) : 8;  // rows of outputs that are contracted together
-    const int64_t row_size = masks.row_size(L);
-    // With logits, all their sub-pixels, also where a crop leaves no output.
-    const int64_t rows = p.from_logits ? p.logits.h * up : p.out_h;
-    const int64_t cells = p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
-    // Rows of outputs that are written together: those of a cell, or of a large window each.
-    const int64_t unit = takes_whole_cells(p, grad_masks) || up * row_size <= kMostSums ? up : 1;
-    const int64_t tiles = ceil_div(cells, L), units = ceil_div(rows, unit);
-
-    // Items are `panel` tiles of `block` units, computed `at_once` channels at a time; sizes follow from that.
-    int64_t panel = std::clamp<int64_t>(kSumElements / (unit * row_size), 1, tiles);
-    int64_t block = std::clamp<int64_t>(kSumElements / (unit * row_size * panel), 1, units);
-    int64_t at_once = std::min(channels, kChannels);
-    int64_t pitch;                     // of a part of a row of features
-    int64_t output_size, source_size;  // of a row of one phase of outputs, of a row of features
-    int64_t scratch_size, sums_size, grads_size, features_size;
-    int64_t items, panels, blocks;
-
-    const Phases phases{p.factor, up};
-    int64_t columns[kMaxFactor][kMaxKernelSize];  // where the taps of a group of phases begin in a row of features
-
-    GradMasksNchw(const Problem& problem, const Array& result) : p(problem), grad_masks(result) {
-        for (find_sizes(); scratch_size > kScratchBytes / int64_t{sizeof(A)}; find_sizes()) {
-            int64_t& most = block > 1 ? block : panel > 1 ? panel : at_once;
-            if (most <= 1) break;
-            most = ceil_div(most, 2);
-        }
-        panels = ceil_div(tiles, panel);
-        for (blocks = ceil_div(units, block);; blocks = ceil_div(units, block)) {
-            items = grad_masks.n * p.groups * blocks * panels;
-            if (items >= threads_worth<A>(p) || block * down < 2 * p.kernel_size) break;
-            block = ceil_div(block, 2);
-        }
-        find_sizes();
-        for (int g = 0; g < phases.count; g++) {
-            for (int b = 0; b < taps.kernel_size; b++) {
-                const ColumnTaps::Tap& tap = taps.at(phases.groups[g].begin, b);
-                columns[g][b] = tap.part * pitch + tap.shift - taps.least_shift;
-            }
-        }
-    }
-
-    void find_sizes() {
-        pitch = ceil_div(panel * L + taps.shifts(), L) * L;
-        // A vector more than needed, so that rows of all channels do not compete for a few sets of the cache.
-        output_size = (at_once + 1) * L;
-        source_size = at_once * down * pitch + L;
-        sums_size = panel * block * unit * row_size;
-        grads_size = strip * up * output_size;
-        features_size = (block * down + p.kernel_size) * source_size;
-        scratch_size = sums_size + grads_size + features_size + (p.from_logits ? (unit + 1) * row_size : 0);
-    }
-
-    // What one item is: some rows of cells of some tiles, all channels of a group.
-    struct Block {
-        int64_t n, group, first_tile, tiles;
-        int64_t begin, end, computed_end;  // rows of outputs; those from computed_end on do not exist
-        int64_t source_begin, source_end;  // rows of features, inside the border
-        A* sums;                           // [tile][row][tap][phase][lane]
-        A* grads;                          // of a strip of a tile: [row][phase][channel][lane]
-        A* features;                       // [row][channel][part][cell]
-        A* logits;
-    };
+    const int64_t items = plan.items, scratch_size = plan.sizes.scratch;
 
     void run_item(int64_t item, A* scratch) const {
-        Block b;
-        b.sums = scratch;
-        b.grads = b.sums + sums_size;
-        b.features = b.grads + grads_size;
-        b.logits = b.features + features_size;
-        b.first_tile = item % panels * panel;
-        b.tiles = std::min(panel, tiles - b.first_tile);
-        b.begin = item / panels % blocks * block * unit;
-        b.end = std::min(b.begin + block * unit, rows);
-        b.computed_end = std::min(b.end, p.out_h);
-        b.source_begin = std::max<int64_t>(p.factor.source(b.begin) - p.radius(), 0);
-        b.source_end = std::min(p.factor.source(b.computed_end - 1) + p.radius() + 1, p.features.h);
-        b.group = item / panels / blocks % p.groups;
-        b.n = item / panels / blocks / p.groups;
-        std::fill_n(b.sums, b.tiles * (b.end - b.begin) * row_size, A{0});
-        for (int64_t c = 0; c < channels && b.begin < b.computed_end; c += at_once)
-            contract_channels(b, b.group * channels + c, std::min(at_once, channels - c));
-        for (int64_t tile = 0; tile < b.tiles; tile++) write(b, tile);
+        const Block b(plan, p, item, scratch);
+        std::fill_n(b.sums, b.tiles * b.rows.size() * plan.row_size, A{0});
+        for (int64_t c = 0; c < channels && b.computed.size() > 0; c += plan.block.channels)
+            sweep_rows(b, b.group * channels + c, std::min(plan.block.channels, channels - c));
+        for (int64_t tile = 0; tile < b.tiles; tile++) write_tile(b, tile);
     }
 
-    A* sums(const Block& b, int64_t tile, int64_t row) const {
-        return b.sums + (tile * (b.end - b.begin) + row - b.begin) * row_size;
+    // ---- staging ----
+
+    void stage_features(const Block& b, int64_t channel, int64_t count) const {
+        const Deinterleaved layout{static_cast<int>(down),       b.first_tile * L + columns.least_shift,
+                                   b.tiles * L + columns.halo(), sizes.features_channel,
+                                   sizes.features_row,           sizes.residue_stride};
+        deinterleave_rows(p.features, b.n, channel, count, {b.sources.begin, b.sources.end}, layout, b.features);
     }
 
-    void contract_channels(const Block& b, int64_t channel, int64_t count) const {
-        split_sources(b, channel, count);
-        NextRows next;
-        next.sources = next_sources(b, channel);
-        for (int64_t begin = b.begin; begin < b.computed_end; begin += strip) {
-            const int64_t end = std::min(begin + strip, b.computed_end);
-            next.outputs = next_outputs(b, channel, end);
-            for (int64_t tile = 0; tile < b.tiles; tile++) {
-                split_outputs(b, channel, count, tile, begin, end);
-                contract_strip(b, count, tile, begin, end, next);
-            }
-        }
+    void stage_grads(const Block& b, int64_t channel, int64_t count, int64_t tile, Range rows) const {
+        const Deinterleaved layout{static_cast<int>(up),   (b.first_tile + tile) * L, L, L,
+                                   up * sizes.grads_phase, sizes.grads_phase};
+        deinterleave_rows(p.grad_output, b.n, channel, count, {rows.begin, rows.end}, layout, b.grads);
     }
 
-    // The rows of grad_output behind a strip that ends before `row`: the next strip's, or of the next channels.
-    Ahead next_outputs(const Block& b, int64_t channel, int64_t row) const {
-        const bool last = row == b.computed_end;
-        const int64_t next = last ? b.begin : row, next_channel = last ? channel + at_once : channel;
+    // The rows of grad_output that are staged after those before `row`: the next rows, or those of the next channels.
+    Prefetch next_grads(const Block& b, int64_t channel, int64_t row) const {
+        const bool last = row == b.computed.end;
+        const int64_t next = last ? b.computed.begin : row;
+        const int64_t next_channel = last ? channel + plan.block.channels : channel;
         const int64_t column = b.first_tile * L * up;
         return {p.grad_output, element<const T>(p.grad_output, b.n, next_channel, next, column),
-                std::min(b.tiles * L * up, p.out_w - column), std::min(strip, b.computed_end - next),
-                std::min(at_once, (b.group + 1) * channels - next_channel)};
+                std::min(b.tiles * L * up, p.out_w - column), std::min(plan.rows_together, b.computed.end - next),
+                std::min(plan.block.channels, (b.group + 1) * channels - next_channel)};
     }
 
     // The rows of features of the next channels.
-    Ahead next_sources(const Block& b, int64_t channel) const {
-        const int64_t next = channel + at_once,
-                      column = std::max<int64_t>(b.first_tile * L + taps.least_shift, 0) * down;
-        return {p.features, element<const T>(p.features, b.n, next, b.source_begin, column),
-                std::min((b.tiles * L + taps.shifts()) * down, p.features.w - column), b.source_end - b.source_begin,
-                std::min(at_once, (b.group + 1) * channels - next)};
+    Prefetch next_features(const Block& b, int64_t channel) const {
+        const int64_t next = channel + plan.block.channels;
+        const int64_t column = std::max<int64_t>(b.first_tile * L + columns.least_shift, 0) * down;
+        return {p.features, element<const T>(p.features, b.n, next, b.sources.begin, column),
+                std::min((b.tiles * L + columns.halo()) * down, p.features.w - column), b.sources.end - b.sources.begin,
+                std::min(plan.block.channels, (b.group + 1) * channels - next)};
     }
 
-    void split_sources(const Block& b, int64_t channel, int64_t count) const {
-        const Split split{static_cast<int>(down),
-                          b.first_tile * L + taps.least_shift,
-                          b.tiles * L + taps.shifts(),
-                          down * pitch,
-                          source_size,
-                          pitch};
-        split_rows(p.features, b.n, channel, count, {b.source_begin, b.source_end}, split, b.features);
+    // ---- contraction ----
+
+    // Adds the products of all rows of a block, in `count` channels.
+    void sweep_rows(const Block& b, int64_t channel, int64_t count) const {
+        stage_features(b, channel, count);
+        NextRows next;
+        next.features = next_features(b, channel);
+        for (int64_t begin = b.computed.begin; begin < b.computed.end; begin += plan.rows_together) {
+            const Range rows = {begin, std::min(begin + plan.rows_together, b.computed.end)};
+            next.grads = next_grads(b, channel, rows.end);
+            for (int64_t tile = 0; tile < b.tiles; tile++) {
+                stage_grads(b, channel, count, tile, rows);
+                contract_rows(b, count, tile, rows, next);
+            }
+        }
     }
 
-    void split_outputs(const Block& b, int64_t channel, int64_t count, int64_t tile, int64_t begin, int64_t end) const {
-        const Split split{static_cast<int>(up), (b.first_tile + tile) * L, L, L, up * output_size, output_size};
-        split_rows(p.grad_output, b.n, channel, count, {begin, end}, split, b.grads);
-    }
-
-    // Each row of features, with the outputs of a strip [strip_begin, strip_end) that read it.
-    void contract_strip(const Block& b, int64_t count, int64_t tile, int64_t strip_begin, int64_t strip_end,
-                        NextRows& next) const {
-        const int64_t source_begin = std::max(p.factor.source(strip_begin) - p.radius(), b.source_begin);
-        const int64_t source_end = std::min(p.factor.source(strip_end - 1) + p.radius() + 1, b.source_end);
-        for (int64_t i = source_begin; i < source_end; i++) {
-            const int64_t begin = std::max(p.factor.first_output(i - p.radius()), strip_begin);
-            const int64_t end = std::min(p.factor.first_output(i + p.radius() + 1), strip_end);
-            const A* const features = b.features + (i - b.source_begin) * source_size + tile * L;
-            for (int g = 0; g < phases.count; g++) {
-                const Phases::Group& group = phases.groups[g];
-                const int width = group.end - group.begin;
+    // Contracts each row of features with the outputs of `rows` that read it.
+    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, NextRows& next) const {
+        const Range sources = sources_of(p, rows);
+        for (int64_t i = sources.begin; i < sources.end; i++) {
+            const Range readers = outputs_of(p, {i, i + 1});
+            const int64_t begin = std::max(readers.begin, rows.begin), end = std::min(readers.end, rows.end);
+            const A* const features = b.features + (i - b.sources.begin) * sizes.features_row + tile * L;
+            for (int w = 0; w < phases.count; w++) {
+                const Phases::Group& window = phases.groups[w];
+                const int width = window.end - window.begin;
                 const int outputs = static_cast<int>(end - begin) * width;
-                const int slices = (outputs + kMostOutputs - 1) / kMostOutputs;
-                for (int k = 0; k < slices; k++) {
-                    const Slice part = slice(0, outputs, k, slices);
-                    Outputs<A> some;
-                    some.tap_stride = up * L;
-                    for (int o = part.begin; o < part.end; o++) {
-                        const int64_t row = begin + o / width, phase = group.begin + o % width;
+                const int shares = (outputs + kTileOutputs - 1) / kTileOutputs;
+                for (int k = 0; k < shares; k++) {
+                    const Share some = share_of(outputs, k, shares);
+                    GradMasksTile<A> outputs_of_tile;
+                    outputs_of_tile.tap_stride = up * L;
+                    for (int o = some.begin; o < some.end; o++) {
+                        const int64_t row = begin + o / width, phase = window.begin + o % width;
                         const int64_t a = i - p.factor.source(row) + p.radius();
-                        some.grads[o - part.begin] = b.grads + ((row - strip_begin) * up + phase) * output_size;
-                        some.sums[o - part.begin] = sums(b, tile, row) + (a * p.kernel_size * up + phase) * L;
+                        outputs_of_tile.grads[o - some.begin] = b.grads +
+                                                                ((row - rows.begin) * up + phase) * sizes.grads_phase;
+                        outputs_of_tile.sums[o - some.begin] = b.sums_of(plan, tile, row) +
+                                                               (a * p.kernel_size * up + phase) * L;
                     }
-                    with_count<kMostOutputs>(part.end - part.begin, [&](auto outputs_here) {
-                        contract_columns<outputs_here()>(some, features, down * pitch, columns[g], taps.kernel_size,
-                                                         count, next);
+                    with_count<kTileOutputs>(some.size(), [&](auto outputs_here) {
+                        add_products_of_outputs<outputs_here()>(outputs_of_tile, features, sizes.features_channel,
+                                                                plan.tap_offsets[w], static_cast<int>(p.kernel_size),
+                                                                count, next);
                     });
                 }
             }
         }
     }
 
-    void write(const Block& b, int64_t tile) const {
+    // ---- write out ----
+
+    // Taps beyond the border become 0: their features are 0, but grad_output may be Inf or NaN.
+    void write_tile(const Block& b, int64_t tile) const {
         const int64_t cell = (b.first_tile + tile) * L;
-        const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
-        for (int64_t row = b.begin; row < b.computed_end; row++) clear_outside(cell, sums(b, tile, row));
-        for (int64_t row = b.begin; row < b.end; row += unit) {
-            const Rows together{row, std::min(row + unit, b.end)};
-            if (p.from_logits) to_logits(b, together, cell, count, sums(b, tile, row));
-            masks.store_rows(b.n, b.group, together, cell, count, L, sums(b, tile, row), grad_masks);
+        const int count = static_cast<int>(std::min<int64_t>(L, plan.cells - cell));
+        for (int64_t row = b.computed.begin; row < b.computed.end; row++)
+            zero_taps_outside(columns, cell, b.sums_of(plan, tile, row));
+        for (int64_t row = b.rows.begin; row < b.rows.end; row += plan.step) {
+            const Rows together{row, std::min(row + plan.step, b.rows.end)};
+            if (p.from_logits) turn_into_logits(b, together, cell, count, b.sums_of(plan, tile, row));
+            masks.store_rows(b.n, b.group, together, cell, count, L, b.sums_of(plan, tile, row), grad_masks);
         }
     }
 
-    // Taps beyond a border, where features were 0 but grad_output may have been Inf or NaN.
-    void clear_outside(int64_t cell, A* row) const {
-        const int64_t k = p.kernel_size;
-        if ((cell + taps.least_shift) * down >= 0 && (cell + L + taps.most_shift) * down <= p.features.w) return;
-        for (int phase = 0; phase < up; phase++) {
-            for (int b = 0; b < k; b++) {
-                const ColumnTaps::Tap& tap = taps.at(phase, b);
-                const int64_t first = -tap.shift - cell;
-                const int64_t begin = std::clamp<int64_t>(first, 0, L);
-                const int64_t end = std::clamp<int64_t>(first + ceil_div(p.features.w - tap.part, down), begin, L);
-                for (int64_t a = 0; a < k; a++) {
-                    A* const lanes = row + ((a * k + b) * up + phase) * L;
-                    std::fill(lanes, lanes + begin, A{0});
-                    std::fill(lanes + end, lanes + L, A{0});
-                }
-            }
-        }
-    }
-
-    // The gradient of the masks of a tile to that of its logits, in place.
-    void to_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
-        A* const staged_masks = b.logits + unit * row_size;
+    // Turns the gradient of the masks of a tile into that of its logits.
+    void turn_into_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
+        A* const masks_of_row = b.logits + plan.step * plan.row_size;
         masks.load_rows(p.logits, b.n, b.group, together, cell, count, L, b.logits);
-        for (int64_t at = 0; at < unit * row_size; at += row_size)
-            masks.normalize_row_backward(grad + at, b.logits + at, staged_masks, L);
+        for (int64_t at = 0; at < plan.step * plan.row_size; at += plan.row_size)
+            masks.normalize_row_backward(grad + at, b.logits + at, masks_of_row, L);
         masks.clear_cropped(together, cell, L, masks.order(L), grad);
     }
 };

@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <cassert>
 
+#include "cpu/geometry.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/masks_nhwc.h"
 #include "cpu/simd/nhwc_staging.h"
 #include "cpu/simd/nhwc_windows.h"
-#include "cpu/simd/shared_windows.h"
 #include "cpu/simd/tile_transpose.h"
 #include "cpu/simd/work_items.h"
 

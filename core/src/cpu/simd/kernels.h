@@ -3,6 +3,7 @@
 // cannot run, and the problems for which another one is faster.
 #pragma once
 
+#include "cpu/geometry.h"
 #include "cpu/scratch.h"
 #include "problem.h"
 
@@ -32,8 +33,6 @@ CARAFEPP_KERNELS_OF(neon)
 #else
 CARAFEPP_KERNELS_OF(generic)
 #endif
-
-constexpr int kMaxFactor = 16;  // up and down that the kernels with tables of phases accept
 
 // Scratch of a thread that stages images: for the features and outputs of one, and for its kernel.
 constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;

@@ -66,7 +66,7 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
                     const int64_t count = std::min(L, image.c - c);
                     store_channels<T>(adjacent_channels(from + c, image.stride_w), static_cast<int>(count),
                                       static_cast<int>(columns), planes, columns);
-                    stream_lines(planes, count * columns, to);
+                    copy_non_temporal(planes, count * columns, to);
                 }
                 finish_non_temporal_stores();
                 return;

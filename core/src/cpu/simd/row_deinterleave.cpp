@@ -2,7 +2,9 @@
 #include "cpu/simd/row_deinterleave.h"
 
 #include <algorithm>
+#include <cassert>
 
+#include "cpu/geometry.h"
 #include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
@@ -18,127 +20,132 @@ CARAFEPP_INLINE Vector<Accumulator<T>> load_columns(const T* row, int64_t column
                         static_cast<int>(std::min<int64_t>(width - column, L)));
 }
 
-// to[part*pitch + k] = row[(cell + k)*parts + part], or 0 outside the row, for as many k as whole vectors hold `count`.
-template <int Parts, class T>
-CARAFEPP_INLINE void split_row(const T* row, int64_t width, int64_t cell, int64_t count, Accumulator<T>* to,
-                               int64_t pitch) {
+// Deinterleaves a row of adjacent columns.
+template <int Factor, class T>
+CARAFEPP_INLINE void deinterleave_row(const T* row, int64_t width, int64_t cell, int64_t count, Accumulator<T>* to,
+                                      int64_t residue_stride) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
-    const auto split_vectors = [&](int64_t k, auto load_at) __attribute__((always_inline)) {
-        const int64_t column = (cell + k) * Parts;
-        Vector<A> parts[Parts];
+    const auto deinterleave_vectors = [&](int64_t k, auto load_at) __attribute__((always_inline)) {
+        const int64_t column = (cell + k) * Factor;
+        Vector<A> vectors[Factor];
 #pragma GCC unroll 4
-        for (int part = 0; part < Parts; part++) parts[part] = load_at(column + part * L);
-        deinterleave<A, Parts>(parts);
+        for (int v = 0; v < Factor; v++) vectors[v] = load_at(column + v * L);
+        deinterleave<A, Factor>(vectors);
 #pragma GCC unroll 4
-        for (int part = 0; part < Parts; part++) store(parts[part], to + k + part * pitch);
+        for (int residue = 0; residue < Factor; residue++) store(vectors[residue], to + k + residue * residue_stride);
     };
-    const int64_t end_inside = std::min(count, width / Parts - cell - L + 1);
+    const int64_t end_inside = std::min(count, width / Factor - cell - L + 1);
     for (int64_t k = 0; k < count; k += L) {
         for (; k >= -cell && k < end_inside; k += L) {
-            if constexpr (Parts == 2 && std::is_same_v<T, BFloat16>) {
-                store(load_even(row + (cell + k) * Parts), to + k);
-                store(load_odd(row + (cell + k) * Parts), to + k + pitch);
+            if constexpr (Factor == 2 && std::is_same_v<T, BFloat16>) {
+                store(load_even(row + (cell + k) * Factor), to + k);
+                store(load_odd(row + (cell + k) * Factor), to + k + residue_stride);
             } else {
-                split_vectors(k, [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
+                deinterleave_vectors(k,
+                                     [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
             }
         }
         if (k >= count) break;
-        split_vectors(k,
-                      [=](int64_t column) __attribute__((always_inline)) { return load_columns(row, column, width); });
+        deinterleave_vectors(
+            k, [=](int64_t column) __attribute__((always_inline)) { return load_columns(row, column, width); });
     }
 }
 
-// Of the lanes [0, lanes) of a part, those that are columns of the row.
-CARAFEPP_INLINE Slice lanes_inside(int64_t width, int parts, int part, int64_t cell, int64_t lanes) {
-    const int64_t begin = std::clamp<int64_t>(-cell, 0, lanes);
-    return {static_cast<int>(begin), static_cast<int>(std::clamp(ceil_div(width - part, parts) - cell, begin, lanes))};
+// The lanes of a residue, of [0, lanes), that hold columns of the row.
+CARAFEPP_INLINE Share lanes_inside(int64_t width, const Deinterleaved& layout, int residue, int64_t lanes) {
+    const int64_t begin = std::clamp<int64_t>(-layout.cell, 0, lanes);
+    const int64_t end = std::clamp(columns_of(width, layout.factor, residue) - layout.cell, begin, lanes);
+    return {static_cast<int>(begin), static_cast<int>(end)};
 }
 
-// The same as split_row of columns that lie `stride` apart, into any number of parts.
+// Deinterleaves a row of columns that lie `stride` apart, by any factor.
 template <class T>
-CARAFEPP_INLINE void split_strided(const T* row, int64_t stride, int64_t width, const Split& split,
-                                   Accumulator<T>* to) {
+CARAFEPP_INLINE void deinterleave_strided(const T* row, int64_t stride, int64_t width, const Deinterleaved& layout,
+                                          Accumulator<T>* to) {
     using A = Accumulator<T>;
-    const int parts = split.parts;
-    const int64_t lanes = split.lanes<A>();
-    for (int part = 0; part < parts; part++, to += split.part_pitch) {
-        const Slice inside = lanes_inside(width, parts, part, split.cell, lanes);
-        const T* const first = row + (split.cell * parts + part) * stride;
+    const int factor = layout.factor;
+    const int64_t lanes = layout.lanes<A>();
+    for (int residue = 0; residue < factor; residue++, to += layout.residue_stride) {
+        const Share inside = lanes_inside(width, layout, residue, lanes);
+        const T* const first = row + (layout.cell * factor + residue) * stride;
         std::fill(to, to + inside.begin, A{0});
-        for (int64_t k = inside.begin; k < inside.end; k++) to[k] = widen(first[k * parts * stride]);
+        for (int64_t k = inside.begin; k < inside.end; k++) to[k] = widen(first[k * factor * stride]);
         std::fill(to + inside.end, to + lanes, A{0});
     }
 }
 
-// The same of all channels of a row at once, adjacent in pixels that lie `stride` apart: a vector of pixels is
-// transposed. No part has fewer columns than that.
+// Deinterleaves all channels of a row together, adjacent in columns that lie `stride` apart. It transposes a vector of
+// cells at a time, so each residue has that many inside the row.
 template <class T>
-void split_pixels(const T* row, int64_t stride, int64_t width, int channels, const Split& split, Accumulator<T>* to) {
+void deinterleave_adjacent_channels(const T* row, int64_t stride, int64_t width, int channels,
+                                    const Deinterleaved& layout, Accumulator<T>* to) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
-    const int parts = split.parts;
-    const int64_t lanes = split.lanes<A>();
-    for (int part = 0; part < parts; part++, to += split.part_pitch) {
-        const Slice inside = lanes_inside(width, parts, part, split.cell, lanes);
-        const T* const first = row + (split.cell * parts + part) * stride;
+    const int factor = layout.factor;
+    const int64_t lanes = layout.lanes<A>();
+    for (int residue = 0; residue < factor; residue++, to += layout.residue_stride) {
+        const Share inside = lanes_inside(width, layout, residue, lanes);
+        assert(inside.size() >= L);
+        const T* const first = row + (layout.cell * factor + residue) * stride;
         for (int c = 0; c < channels; c++) {
-            A* const of_channel = to + c * split.channel_pitch;
+            A* const of_channel = to + c * layout.channel_stride;
             std::fill(of_channel, of_channel + inside.begin, A{0});
             std::fill(of_channel + inside.end, of_channel + lanes, A{0});
         }
         for (int k = inside.begin; k < inside.end; k += L) {
             const int at = std::min(k, inside.end - L);
-            load_channels<T>(first + at * parts * stride, parts * stride, L, channels,
-                             adjacent_channels(to + at, split.channel_pitch));
+            load_channels<T>(first + at * factor * stride, factor * stride, L, channels,
+                             adjacent_channels(to + at, layout.channel_stride));
         }
     }
 }
 
 template <class T>
-void split_rows_of(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows, const Split& split,
-                   Accumulator<T>* to) {
+void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
+                          const Deinterleaved& layout, Accumulator<T>* to) {
     using A = Accumulator<T>;
-    const Slice fewest = lanes_inside(array.w, split.parts, split.parts - 1, split.cell, split.lanes<A>());
-    if (as_pixels(array, channels) && fewest.end - fewest.begin >= kLanes<A>) {
-        for (int64_t row = rows.begin; row < rows.end; row++, to += split.row_pitch) {
-            split_pixels(element<const T>(array, n, channel, row, 0), array.stride_w, array.w,
-                         static_cast<int>(channels), split, to);
+    const Share fewest = lanes_inside(array.w, layout, layout.factor - 1, layout.lanes<A>());
+    if (worth_transposing(array, channels) && fewest.size() >= kLanes<A>) {
+        for (int64_t row = rows.begin; row < rows.end; row++, to += layout.row_stride) {
+            deinterleave_adjacent_channels(element<const T>(array, n, channel, row, 0), array.stride_w, array.w,
+                                           static_cast<int>(channels), layout, to);
         }
         return;
     }
-    const int64_t cell = split.cell, count = split.count, pitch = split.part_pitch, width = array.w;
-    const auto split_each = [&](auto split_one) __attribute__((always_inline)) {
+    const int64_t cell = layout.cell, count = layout.count, residue_stride = layout.residue_stride, width = array.w;
+    const auto for_each_row = [&](auto deinterleave_one) __attribute__((always_inline)) {
         for (int64_t c = 0; c < channels; c++) {
             const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
-            A* of_row = to + c * split.channel_pitch;
-            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += split.row_pitch)
-                split_one(from, of_row);
+            A* of_row = to + c * layout.channel_stride;
+            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
+                deinterleave_one(from, of_row);
         }
     };
-    if (array.stride_w == 1 && split.parts <= 4) {
-        with_count<4>(split.parts, [&](auto parts) __attribute__((always_inline)) {
-            split_each([=](const T* from, A* of_row) __attribute__((always_inline)) {
-                split_row<decltype(parts)::value>(from, width, cell, count, of_row, pitch);
+    if (array.stride_w == 1 && layout.factor <= 4) {
+        with_count<4>(layout.factor, [&](auto factor) __attribute__((always_inline)) {
+            for_each_row([=](const T* from, A* of_row) __attribute__((always_inline)) {
+                deinterleave_row<decltype(factor)::value>(from, width, cell, count, of_row, residue_stride);
             });
         });
     } else {
-        split_each([&](const T* from, A* of_row)
-                       __attribute__((always_inline)) { split_strided(from, array.stride_w, width, split, of_row); });
+        for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
+            deinterleave_strided(from, array.stride_w, width, layout, of_row);
+        });
     }
 }
 
 }  // namespace
 
 template <class A>
-void split_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows, const Split& split,
-                A* to) {
+void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
+                       const Deinterleaved& layout, A* to) {
     with_type_of<A>(array.dtype, [&](auto type) {
-        split_rows_of<typename decltype(type)::type>(array, n, channel, channels, rows, split, to);
+        deinterleave_rows_of<typename decltype(type)::type>(array, n, channel, channels, rows, layout, to);
     });
 }
 
-template void split_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Split&, float*);
-template void split_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Split&, double*);
+template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Deinterleaved&, float*);
+template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Deinterleaved&, double*);
 
 }  // namespace carafepp::CARAFEPP_ISA

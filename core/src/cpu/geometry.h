@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Index arithmetic of the CPU kernels: which sources an output reads, and which outputs read a source.
+//
+// Column q*up + phase of the outputs lies in cell q. It is centred on source column q*down + source(phase). The kernels
+// stage a row of sources by residue, the column modulo down, and a row of outputs by phase. A tap of a phase then reads
+// one residue, `shift` cells on, for any up and down. So all inner loops run over neighbouring cells.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "problem.h"
+
+namespace carafepp {
+
+constexpr int kMaxFactor = 16;  // up and down of the kernels with tables of phases
+
+struct Range {
+    int64_t begin = 0, end = 0;
+    constexpr int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
+// How many columns of a row are `residue` modulo `factor`.
+constexpr int64_t columns_of(int64_t width, int64_t factor, int64_t residue) {
+    return residue < width ? ceil_div(width - residue, factor) : 0;
+}
+
+// Which residue each tap of each phase reads, and how many cells on.
+struct Columns {
+    struct Tap {
+        int residue, shift;
+        Range inside;  // cells in which the tap reads a column of the row
+    };
+
+    const int64_t up, down, kernel_size, phases;
+    const int64_t width, out_width;  // W, W'
+    const int64_t cells;             // of a row of outputs
+    const int least_shift, most_shift;
+    Range inside;            // cells whose taps all read columns of the row
+    std::vector<Tap> table;  // [phase][b]
+
+    Columns(const Problem& problem, int64_t phases);
+    ~Columns();  // compiled once, for any processor
+
+    const Tap& tap(int64_t phase, int64_t b) const { return table.data()[phase * kernel_size + b]; }
+
+    // The cells, from 0 on, with a source column of a residue or an output of a phase.
+    int64_t sources(int64_t residue) const { return columns_of(width, down, residue); }
+    int64_t outputs(int64_t phase) const { return columns_of(out_width, up, phase); }
+
+    // The cells around a tile that its windows reach, those of both sides together.
+    int halo() const { return most_shift - least_shift; }
+
+    // The element that the tap reads for the first staged cell, in rows [residue][cell] staged from `least_shift` on.
+    int64_t offset(const Tap& tap, int64_t residue_stride) const {
+        return tap.residue * residue_stride + tap.shift - least_shift;
+    }
+};
+
+namespace {  // each instruction set has its own copies
+
+// The size of even shares of `all`, none larger than `most`.
+static inline int64_t share_size(int64_t all, int64_t most) {
+    return ceil_div(all, ceil_div(all, std::max<int64_t>(most, 1)));
+}
+
+// Share `index` of [0, size) in `count` shares that differ by 1 at most.
+struct Share {
+    int begin, end;
+    int size() const { return end - begin; }
+};
+static inline Share share_of(int size, int index, int count) {
+    return {size * index / count, size * (index + 1) / count};
+}
+
+// Rows of sources, inside the border, that the windows of rows of outputs hold.
+static inline Range sources_of(const Problem& p, Range outputs) {
+    return {std::max<int64_t>(p.factor.source(outputs.begin) - p.radius(), 0),
+            std::min(p.factor.source(outputs.end - 1) + p.radius() + 1, p.features.h)};
+}
+
+// Rows of outputs whose windows hold some of these rows of sources.
+static inline Range outputs_of(const Problem& p, Range sources) {
+    return {std::max<int64_t>(p.factor.first_output(sources.begin - p.radius()), 0),
+            std::min(p.factor.first_output(sources.end + p.radius()), p.out_h)};
+}
+
+// The output rows [begin, end) centred on the source row `source`.
+struct Band {
+    int64_t begin, end, source;
+};
+
+// How many bands `outputs` rows make; the longest has ceil(up/down) of them.
+static inline int64_t bands_in(const Factor& factor, int64_t outputs) {
+    return factor.up < factor.down ? outputs : factor.source(outputs - 1) + 1;
+}
+
+static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) {
+    if (factor.up < factor.down) return {band, band + 1, factor.source(band)};
+    const int64_t end = factor.first_output(band + 1);
+    return {factor.first_output(band), end < outputs ? end : outputs, band};
+}
+
+// Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
+struct Phases {
+    struct Group {
+        int begin, end, offset;
+    };
+    Group groups[kMaxFactor];
+    int count = 0;
+
+    Phases(const Factor& factor, int64_t phases) {
+        for (int phase = 0; phase < phases; phase++) {
+            const int offset = static_cast<int>(factor.source(phase));
+            if (count == 0 || groups[count - 1].offset != offset) groups[count++] = {phase, phase, offset};
+            groups[count - 1].end = phase + 1;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace carafepp

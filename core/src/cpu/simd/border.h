@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Taps beyond the border of a tile of neighbouring cells.
+#pragma once
+
+#include "cpu/geometry.h"
+#include "cpu/simd/vector.h"
+
+namespace carafepp::CARAFEPP_ISA {
+
+// Sets the lanes of a row of taps, [tap][phase][lane] from `cell` on, to 0 if the tap reads beyond the border there.
+template <class A>
+CARAFEPP_INLINE void zero_taps_outside(const Columns& columns, int64_t cell, A* row) {
+    constexpr int64_t L = kLanes<A>;
+    if (cell >= columns.inside.begin && cell + L <= columns.inside.end) return;
+    const int64_t k = columns.kernel_size, phases = columns.phases;
+    for (int64_t phase = 0; phase < phases; phase++) {
+        for (int64_t b = 0; b < k; b++) {
+            const Range& inside = columns.tap(phase, b).inside;
+            const int64_t begin = std::clamp<int64_t>(inside.begin - cell, 0, L);
+            const int64_t end = std::clamp<int64_t>(inside.end - cell, begin, L);
+            if (begin == 0 && end == L) continue;
+            for (int64_t a = 0; a < k; a++) {
+                A* const lanes = row + ((a * k + b) * phases + phase) * L;
+                store(load_between(lanes, static_cast<int>(begin), static_cast<int>(end)), lanes);
+            }
+        }
+    }
+}
+
+}  // namespace carafepp::CARAFEPP_ISA

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Prefetching of the rows that a kernel stages next, a line at a time between its arithmetic, which hides the wait.
+#pragma once
+
+#include "cpu/simd/vector.h"
+
+namespace carafepp::CARAFEPP_ISA {
+
+// Rows of some channels, for the level 2 cache. A processor's own prefetching does not follow from one page to the
+// next.
+struct Prefetch {
+    const char* row = nullptr;  // the current one
+    int64_t at = 0, row_bytes = 0;
+    int64_t row_stride = 0, channel_stride = 0;  // bytes; from the last row of a channel to the next one's first
+    int rows = 0, channels = 0;                  // rows of a channel, channels that are left
+    int row_index = 0;
+
+    Prefetch() = default;
+
+    template <class T>
+    Prefetch(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
+        : row(reinterpret_cast<const char*>(first)),
+          row_bytes(columns * array.stride_w * int64_t{sizeof(T)}),
+          row_stride(array.stride_h * int64_t{sizeof(T)}),
+          rows(static_cast<int>(rows_of_channel)),
+          channels(static_cast<int>(channel_count)) {
+        channel_stride = array.stride_c * int64_t{sizeof(T)} - (rows - 1) * row_stride;
+        if (rows <= 0 || columns <= 0) channels = 0;
+        if (row_stride == row_bytes) {  // adjacent rows are one row
+            row_bytes *= rows;
+            channel_stride += (rows - 1) * row_stride;
+            rows = 1;
+        }
+    }
+
+    int64_t lines() const { return int64_t{channels} * rows * ((row_bytes + 63) / 64); }
+
+    __attribute__((always_inline)) void prefetch_line() {
+        if (channels <= 0) return;
+        __builtin_prefetch(row + at, 0, 2);
+        at += 64;
+        if (at < row_bytes) return;
+        at = 0;
+        if (++row_index < rows) {
+            row += row_stride;
+        } else {
+            row_index = 0;
+            row += channel_stride;
+            channels--;
+        }
+    }
+};
+
+}  // namespace carafepp::CARAFEPP_ISA
