@@ -28,4 +28,9 @@ Columns::Columns(const Problem& problem, int64_t all_phases)
 
 Columns::~Columns() = default;
 
+CellWindows::CellWindows(const Factor& factor, int64_t phases)
+    : count(static_cast<int>(shared_windows_in(factor, phases))) {
+    for (int w = 0; w < count; w++) windows[w] = shared_window(factor, w, phases);
+}
+
 }  // namespace carafepp

@@ -57,6 +57,11 @@ struct Columns {
     }
 };
 
+// Neighbouring outputs [begin, end) of one axis that are centred on one source: they share a window.
+struct SharedWindow {
+    int64_t begin, end, source;
+};
+
 namespace {  // each instruction set has its own copies
 
 // The size of even shares of `all`, none larger than `most`.
@@ -85,38 +90,24 @@ static inline Range outputs_of(const Problem& p, Range sources) {
             std::min(p.factor.first_output(sources.end + p.radius()), p.out_h)};
 }
 
-// The output rows [begin, end) centred on the source row `source`.
-struct Band {
-    int64_t begin, end, source;
-};
-
-// How many bands `outputs` rows make; the longest has ceil(up/down) of them.
-static inline int64_t bands_in(const Factor& factor, int64_t outputs) {
+// How many shared windows `outputs` neighbours have. At most ceil(up/down) outputs share one.
+static inline int64_t shared_windows_in(const Factor& factor, int64_t outputs) {
     return factor.up < factor.down ? outputs : factor.source(outputs - 1) + 1;
 }
 
-static inline Band band_of(const Factor& factor, int64_t band, int64_t outputs) {
-    if (factor.up < factor.down) return {band, band + 1, factor.source(band)};
-    const int64_t end = factor.first_output(band + 1);
-    return {factor.first_output(band), end < outputs ? end : outputs, band};
+static inline SharedWindow shared_window(const Factor& factor, int64_t index, int64_t outputs) {
+    if (factor.up < factor.down) return {index, index + 1, factor.source(index)};
+    return {factor.first_output(index), std::min(factor.first_output(index + 1), outputs), index};
 }
 
-// Of the phases of a cell (or of its rows), those centred on one source: `offset` behind the cell's first.
-struct Phases {
-    struct Group {
-        int begin, end, offset;
-    };
-    Group groups[kMaxFactor];
-    int count = 0;
+}  // namespace
 
-    Phases(const Factor& factor, int64_t phases) {
-        for (int phase = 0; phase < phases; phase++) {
-            const int offset = static_cast<int>(factor.source(phase));
-            if (count == 0 || groups[count - 1].offset != offset) groups[count++] = {phase, phase, offset};
-            groups[count - 1].end = phase + 1;
-        }
-    }
+// The shared windows of a cell along one axis: a table, as the divisions cost as much as a tap.
+struct CellWindows {
+    SharedWindow windows[kMaxFactor];
+    int count;
+
+    CellWindows(const Factor& factor, int64_t phases);
 };
 
-}  // namespace
 }  // namespace carafepp

@@ -54,6 +54,20 @@ void multiply_add(const A* __restrict a, const A* __restrict b, int64_t count, A
     for (int64_t q = 0; q < count; q++) sum[q] += a[q] * b[q];
 }
 
+// The residues that some tap reads, each of which is a staged row of sources.
+struct StagedResidues {
+    std::vector<int64_t> residues;
+    std::vector<int64_t> rows;  // [phase][b]; the row of a tap
+
+    StagedResidues(const Columns& columns) {
+        for (const Columns::Tap& tap : columns.table) residues.push_back(tap.residue);
+        std::sort(residues.begin(), residues.end());
+        residues.erase(std::unique(residues.begin(), residues.end()), residues.end());
+        for (const Columns::Tap& tap : columns.table)
+            rows.push_back(std::lower_bound(residues.begin(), residues.end(), tap.residue) - residues.begin());
+    }
+};
+
 // One problem: T stores features and outputs, M masks and logits; sums are kept in A.
 template <class T, class M>
 class Reference {
@@ -65,15 +79,8 @@ public:
           taps_(problem.taps()),
           images_(problem.from_logits ? problem.logits.n : problem.masks.n),
           channels_(problem.features.c / problem.groups),
-          columns_(problem, phases) {
-        for (const Columns::Tap& tap : columns_.table) residues_.push_back(tap.residue);
-        std::sort(residues_.begin(), residues_.end());
-        residues_.erase(std::unique(residues_.begin(), residues_.end()), residues_.end());
-        for (const Columns::Tap& tap : columns_.table) {
-            staged_rows_.push_back(std::lower_bound(residues_.begin(), residues_.end(), tap.residue) -
-                                   residues_.begin());
-        }
-    }
+          columns_(problem, phases),
+          staged_(columns_) {}
 
     void reassemble(const Array& output) const {
         const int64_t cells = tile_of_masks(taps_);
@@ -182,8 +189,8 @@ private:
         Range cells;
     };
 
-    // Stores the gradient of masks or logits. gradient_of(tile, grad, sources_memory, outputs_memory) adds the gradient
-    // of masks to the zeros in `grad`. With logits, tiles cover all outputs of their pixels, cropped ones too.
+    // Stores the gradient of masks or logits. The gradient of masks comes from gradient_of(tile, grad, sources_memory,
+    // outputs_memory), which finds zeros in `grad`. With logits, tiles cover cropped outputs too.
     template <class F>
     void store_gradient(const Array& result, const F& gradient_of) const {
         const int64_t rows = p_.from_logits ? p_.logits.h * p_.factor.up : p_.out_h;
@@ -237,7 +244,7 @@ private:
     }
 
     int64_t staged_sources(int64_t cells) const {
-        return static_cast<int64_t>(residues_.size()) *
+        return static_cast<int64_t>(staged_.residues.size()) *
                std::min(cells + columns_.halo() + 1, ceil_div(columns_.width, columns_.down));
     }
 
@@ -247,7 +254,7 @@ private:
                static_cast<double>(p_.out_h) * static_cast<double>(p_.out_w);
     }
 
-    // Calls f(a, i) for the tap rows a of output row out_i whose source row i is inside the border.
+    // Calls f(a, i) for the tap rows `a` of an output row. Their source rows i are inside the border.
     template <class F>
     void for_each_tap_row(int64_t out_i, F f) const {
         const int64_t top = p_.factor.source(out_i) - p_.radius();
@@ -271,14 +278,14 @@ private:
 
     // The row of staged sources that a tap reads.
     int64_t staged_row(int64_t phase, int64_t b) const {
-        return staged_rows_[static_cast<size_t>(phase * columns_.kernel_size + b)];
+        return staged_.rows[static_cast<size_t>(phase * columns_.kernel_size + b)];
     }
 
     Range outputs_in(Range cells, int64_t phase) const {
         return {cells.begin, std::min(cells.end, columns_.outputs(phase))};
     }
 
-    // The cells of sources that outputs of these cells may read, and the cells of outputs that may read these sources.
+    // The cells of sources that these cells of outputs may read, and the reverse.
     Range cells_read(Range outputs) const {
         return {std::max<int64_t>(outputs.begin + columns_.least_shift, 0),
                 std::min(outputs.end + columns_.most_shift, ceil_div(columns_.width, columns_.down))};
@@ -302,8 +309,8 @@ private:
     Staged<A> stage_sources(int64_t n, int64_t c, int64_t i, Range cells, A* to) const {
         const Staged<A> staged{to, cells_read(cells)};
         const Array& features = p_.features;
-        for (size_t row = 0; row < residues_.size(); row++) {
-            const int64_t residue = residues_[row];
+        for (size_t row = 0; row < staged_.residues.size(); row++) {
+            const int64_t residue = staged_.residues[row];
             const T* const from = element<const T>(features, n, c, i, staged.cells.begin * columns_.down + residue);
             const int64_t count = std::min(staged.cells.end, columns_.sources(residue)) - staged.cells.begin;
             load(from, features.stride_w * columns_.down, count,
@@ -407,8 +414,7 @@ private:
     const int64_t images_;    // N
     const int64_t channels_;  // of a group
     const Columns columns_;
-    std::vector<int64_t> residues_;     // that some tap reads
-    std::vector<int64_t> staged_rows_;  // [phase][b]; where the residue of a tap stands among them
+    const StagedResidues staged_;
 };
 
 template <class F>

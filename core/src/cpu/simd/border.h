@@ -7,7 +7,7 @@
 
 namespace carafepp::CARAFEPP_ISA {
 
-// Sets the lanes of a row of taps, [tap][phase][lane] from `cell` on, to 0 if the tap reads beyond the border there.
+// Zeroes the lanes of a row of a tile, [tap][phase][lane], whose tap reads beyond the border. Lane 0 is `cell`.
 template <class A>
 CARAFEPP_INLINE void zero_taps_outside(const Columns& columns, int64_t cell, A* row) {
     constexpr int64_t L = kLanes<A>;

@@ -4,10 +4,10 @@
 // takes any strides. A vector holds one source (row, residue) of neighbouring cells. One item gathers its whole sum, in
 // one order, however many threads there are.
 //
-// For a block of rows of sources, the kernel stages the masks of all rows of outputs that read them. Then it walks down
+// For a block of sources, the kernel stages the masks of all outputs that read them. Then it sweeps down the rows of
 // these outputs, some channels at a time. It deinterleaves each row of grad_output, and adds its products to the sums
-// of the sources that it reads. At last it writes the sums. Masks of large windows would leave the caches: the kernel
-// stages those on the way down, for as many channels as have room.
+// of the sources that it reads. At last it writes the sums. Masks of large windows would leave the caches. The kernel
+// stages those during the sweep, for many channels at a time.
 #include <algorithm>
 
 #include "cpu/geometry.h"
@@ -27,19 +27,19 @@ constexpr int64_t kFewestRows = 8;           // of a block, if fewer tiles make 
 constexpr int64_t kFewChannels = 16;         // their rows of grad_output stay in the level 1 cache
 constexpr int64_t kManyChannels = 128;       // if the masks are staged again for each of these blocks
 
-// A register tile: sums of some rows of sources, in some channels.
+// A register tile has sums of some rows of sources, in some channels.
 constexpr int kTileRows = kVectorRegisters == 32 ? 5 : 3;
 constexpr int kTileChannels = 4;
 
 // ---- plan ----
 
-// Where a tap reads staged outputs and staged masks.
+// The places of a tap in staged outputs and staged masks.
 struct TapOffsets {
     int64_t grads, masks;
 };
 
-// A block is what one item computes: some rows of some tiles of sources, in all channels of a group. It stages and
-// contracts some of these channels at a time.
+// One item computes a block: some rows of some tiles of sources, in all channels of a group. It stages and contracts
+// some of these channels at a time.
 struct GradFeaturesBlockShape {
     int64_t tiles, rows, channels;
 };
@@ -180,7 +180,7 @@ struct GradFeaturesBlock {
         masks = scratch;
         sums = masks + plan.sizes.masks;
         rows = reinterpret_cast<T*>(sums + plan.sizes.sums);
-        grads = all_masks = sums + plan.sizes.sums + plan.sizes.rows;  // never in use together
+        grads = all_masks = sums + plan.sizes.sums + plan.sizes.rows;  // one after the other
     }
 
     // Masks of a row of outputs; `first` is the first row that is staged with it.
@@ -281,8 +281,8 @@ struct GradFeaturesNchw {
                 static_cast<int>(std::min(b.sources.end - top, k))};
     }
 
-    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Cells without
-    // an output have 0. `first` is the first row that is staged with this one.
+    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Cells
+    // without an output have 0. `first` is the first row that is staged with this one.
     void stage_masks(const Block& b, int64_t row, int64_t first) const {
         const Share inside = tap_rows(b, row);
         const int64_t stride = sizes.all_masks_stride;
@@ -331,7 +331,7 @@ struct GradFeaturesNchw {
         deinterleave_rows(p.grad_output, b.n, channel, count, {rows.begin, rows.end}, layout, b.grads);
     }
 
-    // The rows of grad_output that are staged after these: the next rows, or the first ones of the next channels.
+    // The rows of grad_output that are staged after these: the next ones, or the first of the next channels.
     Prefetch next_grads(const Block& b, int64_t channel, Range rows) const {
         const bool last = rows.end == b.outputs.end;
         const int64_t row = last ? b.outputs.begin : rows.end;

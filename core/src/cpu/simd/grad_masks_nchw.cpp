@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The gradient of masks or logits with columns in lanes, compiled once for each instruction set. Made for adjacent
-// columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells, so a sum over
+// columns, it takes any strides. A vector holds one tap of one output (row, phase) of neighbouring cells. So a sum over
 // channels never crosses lanes.
 //
-// The kernel computes blocks of rows of outputs. Some channels at a time, it deinterleaves the rows of features and of
-// grad_output, and adds their products to the sums of every tap. Then it turns the gradients of masks into those of
-// logits, if there are any, and writes them.
+// For a block of outputs, the kernel deinterleaves rows of features and of grad_output, some channels at a time. It
+// adds their products to the sums of all taps. At last it turns gradients of masks into those of logits, and writes
+// them.
 #include <algorithm>
 
 #include "cpu/geometry.h"
@@ -26,16 +26,16 @@ constexpr int64_t kMostCellSums = 128 * 1024;  // elements; all rows of a tile o
 constexpr int64_t kMostChannels = 32;          // staged together
 constexpr int64_t kRowsTogether = 8;           // rows of outputs that are contracted together, unless up is large
 
-// A register tile: sums of some outputs that read the same features, in some tap columns.
+// A register tile has sums of some outputs that read the same features, in some tap columns.
 constexpr int kTileOutputs = 4;
 constexpr int tile_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
 
 // ---- plan ----
 
-// A block is what one item computes: some rows of some tiles of outputs, in all channels of a group. Its rows come in
-// steps of plan.step. It stages and contracts some of these channels at a time.
+// One item computes a block: some rows of some tiles of outputs, in all channels of a group. Its rows come in steps of
+// plan.row_step. It stages and contracts some of its channels at a time.
 struct GradMasksBlockShape {
-    int64_t tiles, steps, channels;
+    int64_t tiles, row_steps, channels;
 };
 
 // The sizes of staged arrays for blocks of a shape, in elements of the sums.
@@ -48,7 +48,7 @@ struct GradMasksSizes {
 struct GradMasksPlan {
     // With logits these are rows and cells of the logits' outputs, cropped ones too.
     int64_t rows, cells, tiles;
-    int64_t step;           // rows that are written together: those of a cell, or a single one if windows are large
+    int64_t row_step;       // rows that are written together: those of a cell, or one if windows are large
     int64_t rows_together;  // rows that are contracted together
     int64_t row_size;       // sums of a row of a tile: [tap][phase][lane]
     GradMasksBlockShape block;
@@ -63,51 +63,53 @@ GradMasksSizes sizes_of(const Problem& p, const Columns& columns, const GradMask
     GradMasksSizes sizes;
     sizes.residue_stride = ceil_div(block.tiles * lanes + columns.halo(), lanes) * lanes;
     sizes.features_channel = down * sizes.residue_stride;
-    // A vector more than needed, so that the rows of all channels do not compete for a few sets of the cache.
+    // A vector more keeps the rows of all channels from competing for a few sets of the cache.
     sizes.features_row = block.channels * sizes.features_channel + lanes;
     sizes.grads_phase = (block.channels + 1) * lanes;
-    sizes.sums = block.tiles * block.steps * plan.step * plan.row_size;
+    sizes.sums = block.tiles * block.row_steps * plan.row_step * plan.row_size;
     sizes.grads = plan.rows_together * up * sizes.grads_phase;
-    sizes.features = (block.steps * down + p.kernel_size) * sizes.features_row;
-    sizes.logits = p.from_logits ? (plan.step + 1) * plan.row_size : 0;
+    sizes.features = (block.row_steps * down + p.kernel_size) * sizes.features_row;
+    sizes.logits = p.from_logits ? (plan.row_step + 1) * plan.row_size : 0;
     sizes.scratch = sizes.sums + sizes.grads + sizes.features + sizes.logits;
     return sizes;
 }
 
-GradMasksPlan plan_grad_masks(const Problem& p, const Array& grad_masks, const Columns& columns, const Phases& phases,
-                              int64_t lanes) {
+GradMasksPlan plan_grad_masks(const Problem& p, const Array& grad_masks, const Columns& columns,
+                              const CellWindows& windows, int64_t lanes) {
     const int64_t up = p.factor.up, down = p.factor.down;
     GradMasksPlan plan;
     plan.rows = p.from_logits ? p.logits.h * up : p.out_h;
     plan.cells = p.from_logits ? p.logits.w : columns.cells;
     plan.tiles = ceil_div(plan.cells, lanes);
     plan.row_size = p.taps() * up * lanes;
-    plan.step = takes_whole_cells(p, grad_masks) || up * plan.row_size <= kMostCellSums ? up : 1;
+    plan.row_step = takes_whole_cells(p, grad_masks) || up * plan.row_size <= kMostCellSums ? up : 1;
     plan.rows_together = up >= 2 * down ? ceil_div(up, down) : kRowsTogether;
-    const int64_t steps = ceil_div(plan.rows, plan.step), step_size = plan.step * plan.row_size;
+    const int64_t row_steps = ceil_div(plan.rows, plan.row_step), step_size = plan.row_step * plan.row_size;
 
     GradMasksBlockShape block;
     block.tiles = std::clamp<int64_t>(kBlockSums / step_size, 1, plan.tiles);
-    block.steps = std::clamp<int64_t>(kBlockSums / (step_size * block.tiles), 1, steps);
+    block.row_steps = std::clamp<int64_t>(kBlockSums / (step_size * block.tiles), 1, row_steps);
     block.channels = std::min(p.features.c / p.groups, kMostChannels);
     const int64_t most = kScratchBytes * lanes / kVectorBytes;
     while (sizes_of(p, columns, plan, block, lanes).scratch > most) {
-        int64_t& largest = block.steps > 1 ? block.steps : block.tiles > 1 ? block.tiles : block.channels;
+        int64_t& largest = block.row_steps > 1 ? block.row_steps : block.tiles > 1 ? block.tiles : block.channels;
         if (largest <= 1) break;
         largest = ceil_div(largest, 2);
     }
     plan.blocks_across = ceil_div(plan.tiles, block.tiles);
     const int64_t blocks_of_step = grad_masks.n * p.groups * plan.blocks_across;
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(lanes));
-    while (blocks_of_step * ceil_div(steps, block.steps) < threads && block.steps * down >= 2 * p.kernel_size)
-        block.steps = ceil_div(block.steps, 2);
+    while (blocks_of_step * ceil_div(row_steps, block.row_steps) < threads &&
+           block.row_steps * down >= 2 * p.kernel_size)
+        block.row_steps = ceil_div(block.row_steps, 2);
     plan.block = block;
-    plan.blocks_down = ceil_div(steps, block.steps);
+    plan.blocks_down = ceil_div(row_steps, block.row_steps);
     plan.items = blocks_of_step * plan.blocks_down;
     plan.sizes = sizes_of(p, columns, plan, block, lanes);
-    for (int w = 0; w < phases.count; w++) {
+    for (int w = 0; w < windows.count; w++) {
         for (int b = 0; b < p.kernel_size; b++) {
-            plan.tap_offsets[w][b] = columns.offset(columns.tap(phases.groups[w].begin, b), plan.sizes.residue_stride);
+            plan.tap_offsets[w][b] = columns.offset(columns.tap(windows.windows[w].begin, b),
+                                                    plan.sizes.residue_stride);
         }
     }
     return plan;
@@ -131,8 +133,8 @@ struct GradMasksBlock {
         group = image_group % p.groups;
         first_tile = across * plan.block.tiles;
         tiles = std::min(plan.block.tiles, plan.tiles - first_tile);
-        rows.begin = down * plan.block.steps * plan.step;
-        rows.end = std::min(rows.begin + plan.block.steps * plan.step, plan.rows);
+        rows.begin = down * plan.block.row_steps * plan.row_step;
+        rows.end = std::min(rows.begin + plan.block.row_steps * plan.row_step, plan.rows);
         computed = {rows.begin, std::min(rows.end, p.out_h)};
         sources = sources_of(p, computed);
         sums = scratch;
@@ -155,12 +157,12 @@ struct GradMasksTile {
     int64_t tap_stride;            // of the sums
 };
 
-// The rows that the kernel stages next.
+// The rows that are staged next.
 struct NextRows {
     Prefetch grads, features;
 };
 
-// Adds grad_output * features to the sums of P outputs and NB tap columns from `b` on, which stay in registers.
+// Adds grad_output * features to the sums of P outputs and of NB tap columns from `b` on. The sums stay in registers.
 template <int P, int NB, class A>
 __attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile, const A* features,
                                                     int64_t channel_stride, const int64_t* tap_offsets, int b,
@@ -224,8 +226,8 @@ struct GradMasksNchw {
     const Array& grad_masks;
     const MaskTiles<A> masks{p, p.factor.up};
     const Columns columns{p, p.factor.up};
-    const Phases phases{p.factor, p.factor.up};
-    const GradMasksPlan plan = plan_grad_masks(p, grad_masks, columns, phases, L);
+    const CellWindows windows{p.factor, p.factor.up};
+    const GradMasksPlan plan = plan_grad_masks(p, grad_masks, columns, windows, L);
     const GradMasksSizes& sizes = plan.sizes;
     const int64_t up = p.factor.up, down = p.factor.down;
     const int64_t channels = p.features.c / p.groups;
@@ -254,7 +256,7 @@ struct GradMasksNchw {
         deinterleave_rows(p.grad_output, b.n, channel, count, {rows.begin, rows.end}, layout, b.grads);
     }
 
-    // The rows of grad_output that are staged after those before `row`: the next rows, or those of the next channels.
+    // The rows of grad_output that are staged next: those from `row` on, or the first of the next channels.
     Prefetch next_grads(const Block& b, int64_t channel, int64_t row) const {
         const bool last = row == b.computed.end;
         const int64_t next = last ? b.computed.begin : row;
@@ -298,8 +300,8 @@ struct GradMasksNchw {
             const Range readers = outputs_of(p, {i, i + 1});
             const int64_t begin = std::max(readers.begin, rows.begin), end = std::min(readers.end, rows.end);
             const A* const features = b.features + (i - b.sources.begin) * sizes.features_row + tile * L;
-            for (int w = 0; w < phases.count; w++) {
-                const Phases::Group& window = phases.groups[w];
+            for (int w = 0; w < windows.count; w++) {
+                const SharedWindow& window = windows.windows[w];
                 const int width = window.end - window.begin;
                 const int outputs = static_cast<int>(end - begin) * width;
                 const int shares = (outputs + kTileOutputs - 1) / kTileOutputs;
@@ -333,8 +335,8 @@ struct GradMasksNchw {
         const int count = static_cast<int>(std::min<int64_t>(L, plan.cells - cell));
         for (int64_t row = b.computed.begin; row < b.computed.end; row++)
             zero_taps_outside(columns, cell, b.sums_of(plan, tile, row));
-        for (int64_t row = b.rows.begin; row < b.rows.end; row += plan.step) {
-            const Rows together{row, std::min(row + plan.step, b.rows.end)};
+        for (int64_t row = b.rows.begin; row < b.rows.end; row += plan.row_step) {
+            const Rows together{row, std::min(row + plan.row_step, b.rows.end)};
             if (p.from_logits) turn_into_logits(b, together, cell, count, b.sums_of(plan, tile, row));
             masks.store_rows(b.n, b.group, together, cell, count, L, b.sums_of(plan, tile, row), grad_masks);
         }
@@ -342,9 +344,9 @@ struct GradMasksNchw {
 
     // Turns the gradient of the masks of a tile into that of its logits.
     void turn_into_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
-        A* const masks_of_row = b.logits + plan.step * plan.row_size;
+        A* const masks_of_row = b.logits + plan.row_step * plan.row_size;
         masks.load_rows(p.logits, b.n, b.group, together, cell, count, L, b.logits);
-        for (int64_t at = 0; at < plan.step * plan.row_size; at += plan.row_size)
+        for (int64_t at = 0; at < plan.row_step * plan.row_size; at += plan.row_size)
             masks.normalize_row_backward(grad + at, b.logits + at, masks_of_row, L);
         masks.clear_cropped(together, cell, L, masks.order(L), grad);
     }

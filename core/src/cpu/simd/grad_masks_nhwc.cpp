@@ -30,7 +30,7 @@ struct GradMasksNhwc {
     const Problem& p;
     const Array& grad_masks;
     MaskTiles<A> masks;
-    Phases rows, columns;  // of a cell
+    CellWindows rows, columns;  // of a cell
     CellMasks<A> cell_masks;
     int64_t up, taps, radius;
     int64_t channels;          // of a group
@@ -238,12 +238,12 @@ void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<cons
 
 // The outputs of one cell that read one window.
 template <class T, class A>
-void grad_masks_of_window(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, Phases::Group r,
-                          Phases::Group q, PixelsBelow<T>& below) {
+void grad_masks_of_window(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, SharedWindow r,
+                          SharedWindow q, PixelsBelow<T>& below) {
     const Problem& p = plan.p;
     const int64_t up = plan.up, channel = at.group * plan.channels;
     const PixelWindow<const T> window = window_of<const T>(
-        p, p.features, at.n, channel, at.cell_row * p.factor.down + r.offset, cell * p.factor.down + q.offset);
+        p, p.features, at.n, channel, at.cell_row * p.factor.down + r.source, cell * p.factor.down + q.source);
     WindowGrads<T> outputs;
     for (int64_t row = r.begin; row < std::min<int64_t>(r.end, p.out_h - at.cell_row * up); row++) {
         for (int64_t phase = q.begin; phase < std::min<int64_t>(q.end, p.out_w - cell * up); phase++) {
@@ -265,7 +265,7 @@ PixelsBelow<T> pixels_below(const GradMasksNhwc<T>& plan, const GradMasksItem<A>
     const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
     PixelsBelow<T> below;
     if (plan.up >= down) return below;
-    const int64_t last = (at.cell_row + 1) * down + plan.rows.groups[plan.rows.count - 1].offset + plan.radius;
+    const int64_t last = (at.cell_row + 1) * down + plan.rows.windows[plan.rows.count - 1].source + plan.radius;
     for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
         for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
             below.pixels[below.count++] = element<const T>(p.features, at.n, at.group * plan.channels, row, column);
@@ -279,8 +279,8 @@ bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
     const Problem& p = plan.p;
     const int64_t r = plan.radius, up = plan.up, i = cell_row * p.factor.down, j = cell * p.factor.down;
     return plan.masks.phases == up && (cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w && i >= r &&
-           j >= r && i + plan.rows.groups[plan.rows.count - 1].offset + r < p.features.h &&
-           j + plan.columns.groups[plan.columns.count - 1].offset + r < p.features.w;
+           j >= r && i + plan.rows.windows[plan.rows.count - 1].source + r < p.features.h &&
+           j + plan.columns.windows[plan.columns.count - 1].source + r < p.features.w;
 }
 
 // line = the gradient of the masks of one cell.
@@ -291,7 +291,7 @@ void grad_masks_of_cell(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at
     if (!is_inner(plan, at.cell_row, cell)) std::fill(at.partial, at.partial + plan.sums_of_cell * L, A{0});
     for (int r = 0; r < plan.rows.count; r++) {
         for (int q = 0; q < plan.columns.count; q++)
-            grad_masks_of_window(plan, at, cell, plan.rows.groups[r], plan.columns.groups[q], below);
+            grad_masks_of_window(plan, at, cell, plan.rows.windows[r], plan.columns.windows[q], below);
     }
     for (int64_t k = 0; k < plan.line_size; k += L) {
         Vector<A> partial[L];

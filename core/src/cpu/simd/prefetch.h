@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefetching of the rows that a kernel stages next, a line at a time between its arithmetic, which hides the wait.
+// Prefetches the rows that a kernel stages next, a line at a time. Its arithmetic in between hides the wait.
 #pragma once
 
 #include "cpu/simd/vector.h"
 
 namespace carafepp::CARAFEPP_ISA {
 
-// Rows of some channels, for the level 2 cache. A processor's own prefetching does not follow from one page to the
-// next.
+// Rows of some channels, for the level 2 cache. The processor's own prefetching ends with a page.
 struct Prefetch {
     const char* row = nullptr;  // the current one
     int64_t at = 0, row_bytes = 0;

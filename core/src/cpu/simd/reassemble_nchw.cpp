@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward with columns in lanes, compiled once for each instruction set. A vector holds the same output (row,
-// phase) of neighbouring cells, and multiplies the masks as they are staged. The kernel stages the masks of a block of
-// outputs. Then it sweeps down the rows of the block, some channels at a time and two rows at a time. It stages the
-// rows of features that come into the windows, contracts the taps tile by tile, and writes the outputs.
+// phase) of neighbouring cells, and staged masks have the same order.
+//
+// For a block of outputs, the kernel stages the masks. Then it sweeps down the rows, some channels at a time and two
+// rows at a time. It stages the rows of features that the windows reach, contracts the taps of each tile, and writes
+// the outputs.
 #include <algorithm>
 #include <cassert>
 
@@ -23,7 +25,7 @@ constexpr int64_t kBlockFeatures = 24 * 1024 / kVectorBytes;   // vectors; part 
 constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;  // vectors, for wide rows
 constexpr int64_t kNonTemporalBytes = 64 * 1024;               // outputs collected for non-temporal stores
 
-// A register tile: sums of one row of outputs, or of two rows if there are at most two phases.
+// A register tile has sums of one row of outputs, or of two rows with at most two phases.
 constexpr int kTilePhases = 4;
 constexpr int kTileChannelsOfOnePhase = kVectorRegisters == 32 ? 8 : 4;
 constexpr int kTileChannelsOfPhases = kVectorRegisters == 32 ? 4 : 3;
@@ -35,8 +37,8 @@ struct TilePhases {
     int first, count, window;
 };
 
-// The sizes of a call, in elements of the sums unless a comment says otherwise. A block is what one item computes: some
-// rows of some tiles, in all channels of a group. It stages and contracts some of these channels at a time.
+// The sizes of a call, in elements of the sums unless a comment says otherwise. One item computes a block: some rows of
+// some tiles, in all channels of a group. It stages and contracts some of these channels at a time.
 struct ReassemblePlan {
     int64_t tiles, tile_columns;  // tiles of a row, columns of a tile
     int64_t block_rows, block_tiles, block_channels;
@@ -51,7 +53,7 @@ struct ReassemblePlan {
 
     bool stores_sums;           // into the output; otherwise first into `sums`, of a tile of two rows
     bool non_temporal_vectors;  // each vector of sums is a non-temporal store
-    bool non_temporal_rows;     // whole rows are collected first, since their vectors are not whole cache lines
+    bool non_temporal_rows;     // rows are collected first, as their vectors are not whole cache lines
 
     int64_t masks_size, features_size, sums_size, rows_size, scratch_size;
 };
@@ -65,8 +67,8 @@ bool tiles_are_lines(const Array& output, int64_t tile_columns) {
     return reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
 }
 
-ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Columns& columns, const Phases& phases,
-                               int64_t lanes) {
+ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Columns& columns,
+                               const CellWindows& windows, int64_t lanes) {
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, channels = p.features.c / p.groups;
     ReassemblePlan plan;
     plan.tiles = ceil_div(columns.cells, lanes);
@@ -77,18 +79,19 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     const int64_t register_channels = up == 1 ? kTileChannelsOfOnePhase : kTileChannelsOfPhases;
     const int64_t most_cells = kMostFeatures * lanes / (register_channels * plan.ring * down) - columns.halo();
 
-    // A block has whole cells if their masks have room, else pairs of rows. A thread gets at least four blocks, so that
-    // none waits long for another.
-    const int64_t step = up > 1 && up * plan.mask_row_size <= kBlockMasks * lanes ? up : 2;
-    const int64_t steps = ceil_div(p.out_h, step), masks_of_step = step * plan.mask_row_size;
+    // A block has whole cells if their masks have room, else pairs of rows. A thread gets about four blocks, so no
+    // thread waits long for the others.
+    const int64_t row_step = up > 1 && up * plan.mask_row_size <= kBlockMasks * lanes ? up : 2;
+    const int64_t row_steps = ceil_div(p.out_h, row_step), masks_of_step = row_step * plan.mask_row_size;
     plan.block_tiles = share_size(plan.tiles, std::min(kBlockMasks * lanes / masks_of_step, most_cells / lanes));
     plan.blocks_across = ceil_div(plan.tiles, plan.block_tiles);
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(lanes));
     const int64_t fewest_blocks_down = threads > 1 ? ceil_div(4 * threads, p.features.n * p.groups * plan.blocks_across)
                                                    : 1;
-    const int64_t most_steps = std::max(steps / fewest_blocks_down, std::min<int64_t>(4, steps));
-    plan.block_rows = step *
-                      share_size(steps, std::min(kBlockMasks * lanes / (masks_of_step * plan.block_tiles), most_steps));
+    const int64_t most_steps = std::max(row_steps / fewest_blocks_down, std::min<int64_t>(4, row_steps));
+    plan.block_rows = row_step *
+                      share_size(row_steps,
+                                 std::min(kBlockMasks * lanes / (masks_of_step * plan.block_tiles), most_steps));
     plan.blocks_down = ceil_div(p.out_h, plan.block_rows);
     plan.items = output.n * p.groups * plan.blocks_down * plan.blocks_across;
 
@@ -101,10 +104,11 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
         channels, std::max(most_channels / register_channels * register_channels, register_channels));
 
     plan.register_tiles_count = 0;
-    for (int w = 0; w < phases.count; w++) {
-        const Phases::Group& window = phases.groups[w];
-        for (int first = window.begin; first < window.end; first += kTilePhases) {
-            plan.register_tiles[plan.register_tiles_count++] = {first, std::min(window.end - first, kTilePhases), w};
+    for (int w = 0; w < windows.count; w++) {
+        const SharedWindow& window = windows.windows[w];
+        for (int first = static_cast<int>(window.begin); first < window.end; first += kTilePhases) {
+            plan.register_tiles[plan.register_tiles_count++] = {
+                first, static_cast<int>(std::min<int64_t>(window.end - first, kTilePhases)), w};
         }
         for (int b = 0; b < k; b++) {
             plan.tap_offsets[w][b] = static_cast<int>(
@@ -161,7 +165,7 @@ struct ReassembleBlock {
 
 // ---- contraction: a tile of one or two rows of outputs ----
 
-// The windows of the second row begin `step` rows of features after those of the first.
+// The windows of the second row begin `window_step` rows of features after those of the first.
 template <class A>
 struct ReassembleTile {
     const A* features;  // staged, at the tile's first cell
@@ -170,7 +174,7 @@ struct ReassembleTile {
     const int* tap_offsets;
     int kernel_size;
     int begin, end;  // rows of features inside the border
-    int step;
+    int window_step;
     const A* masks[2];  // first tap of each row of outputs
     int64_t tap_stride;
     A* outputs;  // first row of the first channel
@@ -183,8 +187,8 @@ struct ReassembleTile {
 };
 
 // Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
-// kernel size, or 0 if the compiler does not know it. If it does, the masks of neighbouring taps are adjacent. Address
-// arithmetic takes the place of multiplications here, hence so few addresses.
+// kernel size, or 0 if the compiler does not know it. If it does, the masks of neighbouring taps are adjacent. There
+// are few addresses, since their arithmetic takes the place of multiplications.
 template <int K, int First, int Last, int R, int Q, int NC, class A>
 CARAFEPP_INLINE void add_taps(const ReassembleTile<A>& tile, const A* channel, int begin, int end,
                               Vector<A> (&sums)[R][Q][NC]) {
@@ -196,7 +200,8 @@ CARAFEPP_INLINE void add_taps(const ReassembleTile<A>& tile, const A* channel, i
         const A* const row = channel + tile.row_offsets[y];
         const A* masks[R];
 #pragma GCC unroll 2
-        for (int r = First; r < Last; r++) masks[r] = tile.masks[r] + (y - r * tile.step) * kernel_size * tap_stride;
+        for (int r = First; r < Last; r++)
+            masks[r] = tile.masks[r] + (y - r * tile.window_step) * kernel_size * tap_stride;
         for (int k = 0; k < tile.prefetch_lines; k++) tile.prefetch->prefetch_line();
         const auto add_tap = [&](int b) __attribute__((always_inline)) {
             Vector<A> features[NC];
@@ -228,7 +233,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleTile<A>& tile, const A* channel, i
     }
 }
 
-// Interleaves the sums of all phases of a cell, and calls store_vector(vector, to, q) for each vector of outputs.
+// Interleaves the sums of all phases, and calls store_vector(vector, to, q) for each vector of outputs.
 template <int R, int Q, int NC, class A, class F>
 CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const ReassembleTile<A>& tile, A* outputs,
                                  F store_vector) {
@@ -267,7 +272,7 @@ template <int K, int R, int Q, int NC, class A>
 __attribute__((noinline)) void reassemble_channels(const ReassembleTile<A>& tile, int64_t channels) {
     constexpr int L = kLanes<A>;
     assert(channels >= NC);
-    const int begin = tile.begin, end = tile.end, k = tile.kernel_size, step = tile.step;
+    const int begin = tile.begin, end = tile.end, k = tile.kernel_size, step = tile.window_step;
     for (int64_t c = 0; c < channels; c += NC) {
         if (c + NC > channels) c = channels - NC;  // rather some channels twice than few at a time
         const A* const features = tile.features + c * tile.channel_stride;
@@ -323,9 +328,9 @@ template <int K, int Q, int NC, class A>
 void reassemble_rows_in_turn(const ReassembleTile<A>& both, int64_t channels, int64_t rows) {
     for (int r = 0; r < rows; r++) {
         ReassembleTile<A> tile = both;
-        tile.row_offsets += r * tile.step;
-        tile.begin = std::max(both.begin - r * tile.step, 0);
-        tile.end = std::min(both.end - r * tile.step, tile.kernel_size);
+        tile.row_offsets += r * tile.window_step;
+        tile.begin = std::max(both.begin - r * tile.window_step, 0);
+        tile.end = std::min(both.end - r * tile.window_step, tile.kernel_size);
         tile.masks[0] = both.masks[r];
         tile.outputs += r * tile.output_row_stride;
         channels >= NC ? reassemble_channels<K, 1, Q, NC>(tile, channels)
@@ -344,7 +349,7 @@ void reassemble_phases(const ReassembleTile<A>& tile, int phases, int64_t channe
     }
 }
 
-// Contracts one or two rows of a tile, in some phases. Only floats have code for known kernel sizes, to keep it small.
+// Contracts one or two rows of a tile, in some phases. Only floats have code for known kernel sizes, for its size.
 template <class A>
 void reassemble_tile(const ReassembleTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     if constexpr (std::is_same_v<A, float>) {
@@ -368,7 +373,7 @@ struct ReassembleNchw {
     const Array& output;
     const MaskTiles<A> masks{p, std::min(p.factor.up, p.out_w)};
     const Columns columns{p, masks.phases};
-    const ReassemblePlan plan = plan_reassemble(p, output, columns, Phases(p.factor, masks.phases), L);
+    const ReassemblePlan plan = plan_reassemble(p, output, columns, CellWindows(p.factor, masks.phases), L);
     const int64_t channels = p.features.c / p.groups;
     const int64_t items = plan.items, scratch_size = plan.scratch_size;
 
@@ -408,7 +413,8 @@ struct ReassembleNchw {
         deinterleave_rows(p.features, b.n, channel, count, {i, i + 1}, layout, b.features + row_offset(i));
     }
 
-    // The features that are staged after those of rows before `end`, in the windows of outputs up to row `last`.
+    // The features that are staged next, after the rows before `end`. The windows of outputs up to row `last` are
+    // staged.
     Prefetch next_features(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
         const bool below = last + 1 < b.rows.end;
         const int64_t first = below ? end : std::max<int64_t>(p.factor.source(b.rows.begin) - p.radius(), 0);
@@ -445,26 +451,26 @@ struct ReassembleNchw {
         for (int64_t y = window.begin; y < window.end; y++) row_offsets[y - window.begin] = row_offset(y);
         const int64_t channel_stride = plan.non_temporal_rows ? 2 * p.out_w : output.stride_c;
         const int64_t row_stride = plan.non_temporal_rows ? p.out_w : output.stride_h;
-        ReassembleTile<A> w;
-        w.channel_stride = plan.channel_stride;
-        w.row_offsets = row_offsets;
-        w.kernel_size = static_cast<int>(p.kernel_size);
-        w.begin = static_cast<int>(std::max<int64_t>(-window.begin, 0));
-        w.end = static_cast<int>(std::min(window.end, p.features.h) - window.begin);
-        w.step = static_cast<int>(window.size() - p.kernel_size);
-        w.tap_stride = columns.phases * L;
-        w.output_channel_stride = plan.stores_sums ? channel_stride : 2 * plan.tile_columns;
-        w.output_row_stride = plan.stores_sums ? row_stride : plan.tile_columns;
-        w.phases = columns.phases;
-        w.non_temporal = plan.non_temporal_vectors;
-        w.prefetch = &prefetch;
+        ReassembleTile<A> tile;
+        tile.channel_stride = plan.channel_stride;
+        tile.row_offsets = row_offsets;
+        tile.kernel_size = static_cast<int>(p.kernel_size);
+        tile.begin = static_cast<int>(std::max<int64_t>(-window.begin, 0));
+        tile.end = static_cast<int>(std::min(window.end, p.features.h) - window.begin);
+        tile.window_step = static_cast<int>(window.size() - p.kernel_size);
+        tile.tap_stride = columns.phases * L;
+        tile.output_channel_stride = plan.stores_sums ? channel_stride : 2 * plan.tile_columns;
+        tile.output_row_stride = plan.stores_sums ? row_stride : plan.tile_columns;
+        tile.phases = columns.phases;
+        tile.non_temporal = plan.non_temporal_vectors;
+        tile.prefetch = &prefetch;
         const int64_t register_channels = plan.register_tiles[0].count == 1 ? kTileChannelsOfOnePhase
                                                                             : kTileChannelsOfPhases;
-        w.prefetch_lines = static_cast<int>(
+        tile.prefetch_lines = static_cast<int>(
             ceil_div(prefetch.lines(),
                      b.tiles * plan.register_tiles_count * ceil_div(count, register_channels) * p.kernel_size));
-        for (int64_t tile = 0; tile < b.tiles; tile++) {
-            const int64_t column = (b.first_cell + tile * L) * p.factor.up;
+        for (int64_t t = 0; t < b.tiles; t++) {
+            const int64_t column = (b.first_cell + t * L) * p.factor.up;
             const int64_t tile_columns = std::min(plan.tile_columns, p.out_w - column);
             T* const result = plan.non_temporal_rows ? b.outputs + column
                                                      : element<T>(output, b.n, channel, rows.begin, column);
@@ -472,15 +478,15 @@ struct ReassembleNchw {
             if constexpr (std::is_same_v<T, A>) {
                 if (plan.stores_sums) sums = result;
             }
-            w.features = b.features + tile * L;
+            tile.features = b.features + t * L;
             for (int k = 0; k < plan.register_tiles_count; k++) {
                 const TilePhases& some = plan.register_tiles[k];
-                w.tap_offsets = plan.tap_offsets[some.window];
+                tile.tap_offsets = plan.tap_offsets[some.window];
                 for (int64_t r = 0; r < rows.size(); r++)
-                    w.masks[r] = b.masks_of(plan, rows.begin + r, tile) + some.first * L;
-                w.outputs = sums + some.first;
-                w.columns = (plan.stores_sums ? tile_columns : plan.tile_columns) - some.first;
-                reassemble_tile(w, some.count, count, rows.size());
+                    tile.masks[r] = b.masks_of(plan, rows.begin + r, t) + some.first * L;
+                tile.outputs = sums + some.first;
+                tile.columns = (plan.stores_sums ? tile_columns : plan.tile_columns) - some.first;
+                reassemble_tile(tile, some.count, count, rows.size());
             }
             if (!plan.stores_sums)
                 write_sums(b.sums, count, rows.size(), tile_columns, result, channel_stride, row_stride);

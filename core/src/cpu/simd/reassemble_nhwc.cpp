@@ -29,7 +29,7 @@ struct ReassembleNhwc {
     const Problem& p;
     const Array& output;
     MaskTiles<A> masks;
-    Phases phases;  // of the columns of a cell
+    CellWindows phases;  // of the columns of a cell
     int64_t up, down, taps;
     int64_t channels;          // of a group
     int64_t cells;             // of a row of outputs
@@ -49,7 +49,7 @@ struct ReassembleNhwc {
         taps = p.taps();
         channels = p.features.c / p.groups;
         cells = ceil_div(p.out_w, up);
-        bands = bands_in(p.factor, p.out_h);
+        bands = shared_windows_in(p.factor, p.out_h);
         band_rows = ceil_div(up, down);
         non_temporal = takes_non_temporal_stores<T>(output, channels);
         in_pairs = up == 1 && down < p.kernel_size;
@@ -69,7 +69,7 @@ struct ReassembleNhwc {
 // One item: the outputs of a band of rows, all channels of a group.
 struct ForwardItem {
     int64_t n, group;
-    Band rows;
+    SharedWindow rows;
 };
 
 // ---- staging ----
@@ -229,11 +229,11 @@ void set_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t 
 template <class T>
 void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
                      const TileWeights<Accumulator<T>>& weights, int64_t q) {
-    const Band& rows = item.rows;
+    const SharedWindow& rows = item.rows;
     for (int g = 0; g < plan.phases.count; g++) {
-        const Phases::Group& columns = plan.phases.groups[g];
+        const SharedWindow& columns = plan.phases.windows[g];
         WindowOutputs<T> at;
-        set_window(plan, item, cell * plan.down + columns.offset, weights.tap_stride, 0, at);
+        set_window(plan, item, cell * plan.down + columns.source, weights.tap_stride, 0, at);
         if (g == 0) at.ahead = pixels_ahead(plan, item, cell, 1);
         const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
         for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -264,7 +264,8 @@ void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
 
 template <class T>
 void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
-    const ForwardItem at{item / bands / p.groups, item / bands % p.groups, band_of(p.factor, item % bands, p.out_h)};
+    const ForwardItem at{item / bands / p.groups, item / bands % p.groups,
+                         shared_window(p.factor, item % bands, p.out_h)};
     for (int64_t cell = 0; cell < cells; cell += L) {
         const int64_t count = std::min(L, cells - cell);
         const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);

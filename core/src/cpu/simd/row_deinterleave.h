@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of an array to rows of lanes by column modulo a factor, and back: outputs by phase, sources by residue
-// (cpu/geometry.h). Both are called residues here.
+// Rows of an array to rows of lanes, by column modulo a factor, and back. For outputs the factor is `up`, and this
+// residue is the phase. For sources the factor is `down` (cpu/geometry.h).
 #pragma once
 
 #include <algorithm>
@@ -27,9 +27,9 @@ CARAFEPP_INLINE bool worth_transposing(const Array& array, int64_t channels) {
     return array.stride_c == 1 && array.stride_w != 1 && channels >= 4;
 }
 
-// Stages rows of some channels of an array, of any dtype whose sums are kept in A. Element
-// r*row_stride + c*channel_stride + residue*residue_stride + k of `to` becomes column (cell + k)*factor + residue of
-// row r and channel c, or 0 outside the row.
+// Stages rows of some channels of an array, of any dtype whose sums are kept in A. Row r of channel c goes to `to +
+// r*row_stride + c*channel_stride`. Its element [residue*residue_stride + k] is column `(cell + k)*factor + residue`,
+// or 0 outside the row.
 template <class A>
 void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
                        const Deinterleaved& layout, A* to);
