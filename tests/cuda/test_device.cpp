@@ -71,7 +71,7 @@ namespace {
 using namespace carafepp;
 using namespace carafepp::cuda;
 
-void kernel(Problem, int) {}
+void kernel(Arguments, int) {}
 
 // A kernel by number: its address is never followed.
 const void* kernel_of(int number) {
@@ -146,7 +146,7 @@ TEST_CASE("a device without code is told how to get it") {
             ": carafepp has no code for this device of architecture 75; it was built by nvcc 13.0, sm 80 90. "
             "Build it for the device: by pip with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=75, "
             "by CMake with -DCMAKE_CUDA_ARCHITECTURES=75";
-        const std::string failure = failure_of([] { launch(kernel, 1, 32, 0, Problem(), 1); });
+        const std::string failure = failure_of([] { launch(kernel, 1, 32, 0, Problem(), Array(), 1); });
         CHECK(failure == cudaGetErrorName(error) + text);
         CHECK(cudaGetLastError() == cudaSuccess);
         refusal = cudaSuccess;
@@ -155,7 +155,7 @@ TEST_CASE("a device without code is told how to get it") {
 
 TEST_CASE("another refusal is told by its name") {
     refusal = cudaErrorInvalidDevice;
-    CHECK(failure_of([] { launch(kernel, 1, 32, 0, Problem(), 1); }) == "cudaErrorOther: in words");
+    CHECK(failure_of([] { launch(kernel, 1, 32, 0, Problem(), Array(), 1); }) == "cudaErrorOther: in words");
     CHECK(cudaGetLastError() == cudaSuccess);
     refusal = cudaSuccess;
 }

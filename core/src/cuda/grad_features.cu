@@ -28,7 +28,9 @@ __device__ __forceinline__ Range outputs_of(const Problem& p, int64_t first_sour
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Problem p, Array grad_features, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     using A = Accumulator<T>;
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
     const int64_t staged_taps = p.from_logits ? p.taps() : k;

@@ -101,7 +101,9 @@ __device__ void stage(const Problem& p, int64_t n, int64_t group, int64_t top, i
 }
 
 template <class Layout, int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Problem p, Array grad_features, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_down2_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     using R = Reach<K>;
     using S = Staged<Layout, K>;
     constexpr int kCells = Layout::kRows * Layout::kColumns, kSharers = kThreads / kCells;

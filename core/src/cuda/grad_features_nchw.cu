@@ -44,7 +44,9 @@ __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t 
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Problem p, Array grad_features, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     constexpr int kRadius = K / 2;
     using S = Staged<K>;
     float* const masks = shared_memory<float>();

@@ -17,8 +17,9 @@ using TileCut = Cut<kTile, kTileRows>;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are channels, columns pixels of a row of a tile, and what
 // is summed over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    grad_features_nchw_mma_kernel(Problem p, Array grad_features, TileCut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Arguments arguments, TileCut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     constexpr int kSteps = (kReach + 3) / 4;                               // of four of them
     float* const staged = shared_memory<float>();

@@ -14,7 +14,9 @@ struct Cut {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Problem p, Array grad_features, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     constexpr int kTaps = K * K, kRadius = K / 2;
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes,

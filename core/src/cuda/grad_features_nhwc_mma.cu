@@ -16,8 +16,9 @@ using TileCut = Cut<kTile, kTile>;
 // The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
 // over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    grad_features_nhwc_mma_kernel(Problem p, Array grad_features, TileCut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Arguments arguments, TileCut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_features = arguments.result;
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

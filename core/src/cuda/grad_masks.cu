@@ -30,7 +30,9 @@ __device__ Accumulator<T> contract(const Problem& p, int64_t n, int64_t group, O
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Problem p, Array grad_masks, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     using A = Accumulator<T>;
     const int64_t tile_size = p.taps() * cut.outputs;
     A* const grads = shared_memory<A>();

@@ -27,7 +27,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Problem p, Array grad_masks, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Arguments arguments, int64_t tiles) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
     const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;

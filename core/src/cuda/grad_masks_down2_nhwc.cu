@@ -69,7 +69,9 @@ __device__ __forceinline__ void add_up(int lane, float (&sums)[Count]) {
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Problem p, Array grad_masks, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Arguments arguments, int64_t tiles) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     const int lane = static_cast<int>(threadIdx.x) % kThreadsOfPair;
     const int64_t channels_in_group = p.features.c / p.groups;
     const int64_t items = grad_masks.n * p.groups * tiles;

@@ -33,7 +33,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 // Conversions of halves take registers that a third block would miss.
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_nchw_kernel(Problem p, Array grad_masks, int64_t tiles) {
+    grad_masks_nchw_kernel(Arguments arguments, int64_t tiles) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;

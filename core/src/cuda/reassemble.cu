@@ -17,7 +17,9 @@ struct Cut {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     using A = Accumulator<T>;
     A* const masks = shared_memory<A>();
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;

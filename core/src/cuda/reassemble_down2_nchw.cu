@@ -34,7 +34,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 4) reassemble_down2_nchw_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     const int64_t channels_in_group = p.features.c / p.groups;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int64_t items = output.n * p.groups * cut.tiles * cut.chunks;

@@ -33,7 +33,9 @@ __device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_down2_nhwc_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes, own = static_cast<int>(threadIdx.x) / cut.lanes * kOwn;
     const int64_t channels_in_group = p.features.c / p.groups;

@@ -48,7 +48,9 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
                        image = divide(tile.quotient, p.groups);

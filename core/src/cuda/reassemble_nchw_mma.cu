@@ -25,7 +25,9 @@ struct Cut {
 // The fragments of PTX's mma.m16n8k8: of the products, rows are channels, columns outputs beside each other, and what
 // is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nchw_mma_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     constexpr int kOfSource = K * K * kOutputs;
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -18,7 +18,9 @@ struct Cut {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
     const int lane = static_cast<int>(threadIdx.x) % cut.lanes,

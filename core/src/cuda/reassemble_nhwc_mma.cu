@@ -22,7 +22,9 @@ struct Cut {
 // The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
 // channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Problem p, Array output, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Arguments arguments, Cut cut) {
+    const Problem& p = arguments.problem;
+    const Array& output = arguments.result;
     constexpr int kTaps = K * K;
     float* const staged = shared_memory<float>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
