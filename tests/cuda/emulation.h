@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs CUDA kernels on the host. core/src/cuda/platform.h includes this instead of the CUDA headers where
-// CARAFEPP_EMULATION is defined; the same kernel sources then compile as C++ and are tested without a GPU.
+// Runs CUDA kernels on the host. With tests/cuda/emulated first on the include path, <cuda_runtime.h> is this, and the
+// sources of kernels compile as C++ without a change.
 //
 // Every CUDA thread of a block is a fibre, blocks run one after the other, and a launch returns when its kernel has
 // ended. Launches of several host threads wait for each other. A mistake that is found is reported on stderr and
@@ -78,7 +78,7 @@ struct Settings {
     Order order = Order::kForward;    // of blocks, and of threads: the first that can run does
     uint64_t seed = 0;                // of the random order, which changes at each barrier
     bool deferred_copies = false;     // copy_async: data arrive when waited for, or else at once
-    int64_t most_blocks = INT32_MAX;  // for launchers whose blocks go on to further items: that they launch
+    int64_t most_blocks = INT32_MAX;  // of a grid launched by cudaLaunchKernel; blocks go on to further items
 };
 Settings& settings();
 
@@ -90,11 +90,16 @@ void* shared_memory();
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* kernel);
 
+template <class... Parameters>
+constexpr void check_parameters() {
+    static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernel parameters are copied as bytes");
+    static_assert((size_t{0} + ... + sizeof(Parameters)) <= 4096, "kernel parameters are at most 4 KiB");
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             Arguments&&... arguments) {
-    static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernel parameters are copied as bytes");
-    static_assert((size_t{0} + ... + sizeof(Parameters)) <= 4096, "kernel parameters are at most 4 KiB");
+    check_parameters<Parameters...>();
     const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
     const auto thread = [&] { std::apply(kernel, values); };
     run(grid, block, shared_bytes, [](const void* f) { (*static_cast<decltype(&thread)>(f))(); }, &thread);

@@ -5,15 +5,6 @@
 
 namespace carafepp::cuda {
 
-#if defined(CARAFEPP_EMULATION)
-
-Availability availability() { return {CARAFEPP_OK, ""}; }
-const char* description() { return ", cuda (emulated)"; }
-CurrentDevice::CurrentDevice(int) {}
-CurrentDevice::~CurrentDevice() = default;
-
-#else
-
 static std::string text_of(cudaError_t error) {
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
@@ -98,7 +89,5 @@ CurrentDevice::CurrentDevice(int device) {
 CurrentDevice::~CurrentDevice() {
     if (device_ != callers_) cudaSetDevice(callers_);
 }
-
-#endif
 
 }  // namespace carafepp::cuda

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of CUDA that core/src/cuda uses, first on the include path where kernels are emulated: the language from
+// emulation.h, and these functions of the runtime. runtime.cpp defines them for a machine with emulated devices;
+// test_device.cpp defines them itself, and so says what the runtime answers.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+
+#include "../emulation.h"
+
+using std::max, std::min;
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+};
+
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+
+// C++ cannot call a kernel by its address and untyped parameters, so `thread` is a std::function that runs one thread.
+cudaError_t cudaLaunchKernel(const void* thread, dim3 grid, dim3 block, void** parameters, size_t shared_bytes,
+                             cudaStream_t stream);
+
+template <class... Parameters, size_t... k>
+void run_thread(void (*kernel)(Parameters...), void** parameters, std::index_sequence<k...>) {
+    kernel(*static_cast<Parameters*>(parameters[k])...);
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** parameters,
+                             size_t shared_bytes, cudaStream_t stream) {
+    carafepp::emulation::check_parameters<Parameters...>();
+    const std::function<void()> thread = [=] {
+        run_thread(kernel, parameters, std::index_sequence_for<Parameters...>());
+    };
+    return cudaLaunchKernel(&thread, grid, block, parameters, shared_bytes, stream);
+}
