@@ -136,7 +136,7 @@ class Kernel:
         return "float16" if "7Float16" in self.name else "float32"
 
     def missing(self) -> list[str]:
-        """Return what its instructions lack, or should not have."""
+        """Return the instructions that are missing, and conversions in software."""
         in_software = self.dtype == "bfloat16" and self.architecture == "sm_75"
         if not self.code or (in_software and "_mma_" in self.name):  # which only traps
             return []
@@ -151,10 +151,10 @@ class Kernel:
         return found
 
     def inner_loop(self) -> int:
-        """Return how many instructions the loop has that multiplies most, 0 if there is none.
+        """Return the number of instructions of the inner loop, 0 if there is none.
 
-        It is the shortest of the loops with the most HMMA or, if there are none, FFMA. A loop
-        with MUFU or a call stages masks, by divisions and normalisers, and does not count.
+        The inner loop is the shortest of those with the most HMMA or, without HMMA, FFMA. A loop
+        with MUFU or a call stages masks and does not count.
         """
         code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
         index = {at: k for k, (at, _) in enumerate(code)}
@@ -173,7 +173,7 @@ class Kernel:
         return size if products else 0
 
     def faults(self) -> list[str]:
-        """Return what is wrong with it."""
+        """Return its faults."""
         found = []
         most = next(
             (n for part, n in MOST_REGISTERS_OF.items() if part in self.name), MOST_REGISTERS
@@ -186,7 +186,7 @@ class Kernel:
 
 
 def over_budget(sources: set[str], kernels: list[Kernel]) -> int:
-    """Print the table of inner loops; return how many are beyond their budgets, or not there."""
+    """Print the table of inner loops; return how many are over budget or missing."""
     wrong = 0
     for source, budgets in BUDGETS.items():
         of_source = [k for k in kernels if k.source == source and "Li5E" in k.name]
@@ -283,7 +283,7 @@ def compile_one(
 
 
 def demangled(name: str) -> str:
-    """Return a kernel's name with its template arguments, if there is a tool that knows."""
+    """Return a kernel's name with its template arguments, or as it is without c++filt."""
     tool = shutil.which("c++filt")
     if tool is None:
         return name

@@ -22,7 +22,7 @@
 #error "compile this file with -fno-sanitize=thread"
 #endif
 
-// Of the sanitizers that the program may be linked with: NULL without them.
+// Functions of the sanitizers, NULL if the program is linked without them.
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* stack, size_t bytes);
 __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** stack, size_t* bytes);
@@ -63,7 +63,7 @@ char* map(size_t bytes) {
 
 // ---- fibres ----
 
-// What runs on a stack of its own. The host, which starts the fibres and gets back control, is one too.
+// Code with a stack of its own. The host, which starts the fibres and gets back control, is one too.
 struct Fibre {
     const void* stack = nullptr;  // its lowest address, of the host known once a fibre has begun
     size_t stack_bytes = 0;
@@ -175,16 +175,16 @@ struct Warp {
     unsigned phases = 0;   // for the clocks
 };
 
-// What orders the accesses of threads, for TSan. A barrier has two clocks that alternate: a thread that runs ahead to
-// the next one must not be ordered before one that still leaves this one. Parts of a warp, each known by its first
-// lane, may wait apart.
+// Order the accesses of threads, for TSan. A barrier has two clocks that alternate. A thread that is ahead at the next
+// barrier must not be ordered before one that still leaves this one. Parts of a warp, each known by its first lane, may
+// wait apart.
 struct Clocks {
     char block[2];
     char warps[kMaxThreads / kWarpSize][kWarpSize][2];
 };
 
-// Shared memory between two margins, and clocks. All of it is new in each block under TSan, which would otherwise see
-// races of a block with the one before.
+// Shared memory between two margins, and clocks. Under TSan each block has new ones, or TSan sees races of a block with
+// the one before.
 struct BlockMemory {
     static constexpr size_t kMargin = 1024 + 16;  // so that memory is aligned to 16 bytes and not by chance to more
     static constexpr size_t kBytes = kPageBytes + kMargin + kMaxSharedBytes + kMargin;
@@ -318,7 +318,7 @@ void complete_mma(Thread* lanes);
 
 Thread* lanes_of(unsigned warp) { return machine.block + warp * kWarpSize; }
 
-// Ends the wait of the lanes in the collective of `thread`, if all of them have come that have not ended.
+// Ends the wait of the lanes in the collective of `thread`, once all that run have come.
 void complete_collective(const Thread& thread) {
     Warp& warp = machine.warps[thread.number / kWarpSize];
     Thread* const lanes = lanes_of(thread.number / kWarpSize);
@@ -406,7 +406,7 @@ void end_thread() {
 
 // ---- blocks ----
 
-// Where every fibre begins.
+// The entry of every fibre.
 void run_thread() {
     if (under_asan()) __sanitizer_finish_switch_fiber(nullptr, &machine.host.stack, &machine.host.stack_bytes);
     if (under_tsan()) __tsan_acquire(&start_of_block);
@@ -518,7 +518,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), 
     make_threads();
     machine.memory.begin_launch(shared_bytes);
     if (under_tsan()) machine.host.tsan_fibre = __tsan_get_current_fiber();
-    // Blocks in the order of threads; at random they are a step apart that has no divisor in common with their number.
+    // Blocks run in the order of threads. At random they are a step apart, coprime to their number.
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     uint64_t first = 0, step = 1;
     if (machine.settings.order == Order::kReverse) {
@@ -569,8 +569,7 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int operand, int wi
     if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
         fail("the width of a shuffle must be a power of two up to 32; got %d at %s:%d", width, place.file, place.line);
     }
-    // As the PTX manual has it: lanes of a part of the warp, from which up and down, but not xor, stay out of those
-    // before.
+    // Follow the PTX manual: up and down, but not xor, stay out of the parts of the warp before a lane's own.
     const int lane = static_cast<int>(thread.number % kWarpSize), first = lane & -width, last = first + width - 1;
     operand &= 31;
     int source = lane;

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs CUDA kernels on the host. With tests/cuda/emulated first on the include path, <cuda_runtime.h> is this, and the
-// sources of kernels compile as C++ without a change.
+// Runs CUDA kernels on the host. A build with tests/cuda/emulated first on its include path compiles their sources as
+// C++, unchanged: <cuda_runtime.h> there includes this.
 //
-// Every CUDA thread of a block is a fibre, blocks run one after the other, and a launch returns when its kernel has
-// ended. Launches of several host threads wait for each other. A mistake that is found is reported on stderr and
-// aborts:
+// Every CUDA thread of a block is a fibre, and blocks run one after the other. A launch returns when its kernel has
+// ended. Launches of several host threads wait for each other. It reports these mistakes on stderr and aborts:
 //
-//     a launch beyond the limits; __syncthreads() that not all threads of a block reach at the same place; a warp
-//     collective whose lanes differ in place or mask; threads that wait for each other; copies and vector accesses that
-//     are not aligned; a store into the margins of the shared memory
+//     - a launch beyond the limits
+//     - a __syncthreads() that not all threads of a block reach at the same line
+//     - a warp collective whose lanes differ in line or mask
+//     - threads that wait for each other
+//     - copies and vector accesses that are not aligned
+//     - a store into the margins of the shared memory
 //
 // Shared memory has exactly the size asked for and is filled with NaN before each block. AddressSanitizer sees its
-// ends; ThreadSanitizer sees every CUDA thread as a thread of its own, ordered by barriers alone, and so reports races
-// in shared and in global memory (emulation.cpp itself must then be compiled with -fno-sanitize=thread).
+// ends; ThreadSanitizer sees every CUDA thread as a thread of its own, ordered by barriers alone. So it reports races
+// in shared and in global memory. It must not see emulation.cpp itself (-fno-sanitize=thread).
 //
-// What it cannot show: speed, limits of registers, bank conflicts, a weak order of memory accesses, the accuracy of the
-// device's own functions, streams.
+// It cannot show speed, limits of registers, bank conflicts, a weak order of memory accesses or streams. Nor does it
+// show the accuracy of a device's own functions.
 #pragma once
 
 #include <cstddef>
@@ -85,7 +87,7 @@ Settings& settings();
 // CUDA threads that have run so far.
 uint64_t threads_run();
 
-// Of the running block: at least 16-byte aligned, as on a device.
+// Shared memory of the running block, at least 16-byte aligned as on a device.
 void* shared_memory();
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* kernel);
@@ -105,7 +107,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     run(grid, block, shared_bytes, [](const void* f) { (*static_cast<decltype(&thread)>(f))(); }, &thread);
 }
 
-// Where a kernel waits. As a default argument, the place of the call.
+// The line where a kernel waits. As a default argument it is the line of the call.
 struct Place {
     const char* file;
     int line;

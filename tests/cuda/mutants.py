@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "shared memory is a byte short",
         "normalize_masks.cu",
-        "p.taps() * outputs * int64_t{sizeof(A)}",
-        "p.taps() * outputs * int64_t{sizeof(A)} - 1",
+        "shared_bytes = outputs * p.taps() * accumulator_bytes;",
+        "shared_bytes = outputs * p.taps() * accumulator_bytes - 1;",
     ),
     Mutant(
         "the last output of a window's columns is left out",
@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant(
         "an infinite gradient meets a tap beyond a border",
         "grad_masks.h",
-        "clear_outside<K>(p, i, j, grad);",
-        "clear_outside<K>(p, i < K ? K : i, j, grad);",
+        "clear_taps_outside<K>(p, i, j, grad);",
+        "clear_taps_outside<K>(p, i < K ? K : i, j, grad);",
     ),
     Mutant(
         "a warp has a channel of another's",
@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "the next channels are staged over others that are still read",
         "grad_masks_nhwc.cu",
-        "contract<K>(shared, lane, warp, sums);\n            __syncthreads();",
-        "contract<K>(shared, lane, warp, sums);",
+        "sum_staged<K>(shared, lane, warp, sums);\n            __syncthreads();",
+        "sum_staged<K>(shared, lane, warp, sums);",
     ),
     Mutant(
         "channels beyond the last are staged",
@@ -217,8 +217,8 @@ MUTANTS = [
     Mutant(
         "gradients are written over logits that are still read",
         "grad_masks_nhwc.cu",
-        "Lines<K>::place(p, 0, warp);",
-        "Lines<K>::place(p, 0, warp / 2);",
+        "Lines<K>::index(p, 0, warp);",
+        "Lines<K>::index(p, 0, warp / 2);",
     ),
     Mutant(
         "a zero of the band makes NaN of an infinite feature",
@@ -327,14 +327,14 @@ MUTANTS = [
     Mutant(
         "gradients of masks are read before all are there",
         "grad_masks_up2.h",
-        "logits[place] = from[0]; });\n    }\n    __syncthreads();",
-        "logits[place] = from[0]; });\n    }",
+        "logits[index] = from[0]; });\n    }\n    __syncthreads();",
+        "logits[index] = from[0]; });\n    }",
     ),
     Mutant(
         "a mask leads to a pixel beside its own",
         "grad_features_nhwc_mma.cu",
-        "const int a = top + row / kTile + half * 2 - i + kRadius;",
-        "const int a = top + row / kTile + half - i + kRadius;",
+        "const int a = top + row / kTileSize + half * 2 - i + kRadius;",
+        "const int a = top + row / kTileSize + half - i + kRadius;",
     ),
     Mutant(
         "warps of other channels read the masks of the next row",
@@ -413,7 +413,7 @@ MUTANTS = [
         "the lower output, which a crop leaves out, meets an infinite feature",
         "grad_masks_down2_nhwc.cu",
         "computed ? sums[o][k] : 0;",
-        "taps > 0 ? sums[o][k] : 0;",
+        "taps.count > 0 ? sums[o][k] : 0;",
     ),
 ]
 

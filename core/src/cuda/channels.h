@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels with adjacent channels share: four channels of a pixel in a thread, loaded and stored as one.
+// Kernels with adjacent channels: a thread loads and stores four channels of a pixel as one vector.
 #pragma once
 
 #include "cuda/masks.h"

@@ -8,20 +8,20 @@
 
 namespace carafepp::cuda {
 
-// CARAFEPP_OK, or the status and the reason why no CUDA tensor can be computed on: not built, or no driver, no device.
+// CARAFEPP_OK, or the status and the reason: CUDA is not built, or finds no driver or device.
 struct Availability {
     carafepp_status status;
     std::string reason;
 };
 Availability availability();
 
-// What was built: the end of carafepp_config's line "devices: cpu".
+// The build, as the end of carafepp_config's line "devices: cpu".
 const char* description();
 
-// Why CARAFEPP_CUDA_KERNELS, the environment variable that says which kernels may run, cannot be followed, or NULL.
+// Why the value of the environment variable CARAFEPP_CUDA_KERNELS is wrong, or NULL. It says which kernels may run.
 const char* wrong_environment();
 
-// What CUDA refused, and its name and text for it.
+// A refusal of CUDA, with its name and text.
 struct Failure {
     std::string text;
 };

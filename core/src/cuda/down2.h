@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for down x2 share: output (i, j) is centred on source (2i, 2j).
+// Geometry of the kernels for down x2: output (i, j) is centred on source (2i, 2j).
 #pragma once
 
 #include "cuda/columns.h"
@@ -29,7 +29,7 @@ struct Windows {
     static constexpr int kBefore = (kRadius + 1) / 2 * 2, kColumns = (kBefore + kRadius + 2) / 2 * 2;  // whole pairs
 };
 
-// What is loaded of the windows of a pair in one channel: from where on, and whether all of it is inside the borders.
+// The first element that is loaded of the windows of a pair in one channel. Then: is all of it inside the borders?
 template <int K, class T>
 __device__ __forceinline__ const T* windows_at(const Problem& p, int64_t n, int64_t c, int out_i, int out_j) {
     return element<const T>(p.features, n, c, out_i * kDown - Windows<K>::kRadius, out_j * kDown - Windows<K>::kBefore);

@@ -1,19 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The gradient of features for any strides, factor and kernel size, in gather form. A block has some neighbouring
-// sources of a row in some channels, a thread one source in one channel. For each row of outputs that reads the row of
-// sources, and some columns of it at a time: stage the masks of these outputs (of the one row of taps that reaches the
-// sources; all taps, if they come from logits), contract them with grad_output. Write out.
+// The gradient of features for any strides, factor and kernel size, in gather form. A block has neighbouring sources of
+// a row in some channels, a thread one source in one channel. It goes through the rows of outputs that read these
+// sources, some columns at a time. It stages their masks: one row of taps, or all taps of logits. Then each thread adds
+// the products with grad_output.
 #include "cuda/masks.h"
 
 namespace carafepp::cuda {
 namespace {
 
-struct Cut {
-    int sources, channels;  // of a block: kThreads together
-    int64_t outputs;        // staged at a time
-    int64_t tiles, chunks;  // of sources in a row, of channels in a group
+struct GradFeaturesPlan {
     bool channels_adjacent;
+    int sources, channels;   // of a block, kThreads together
+    int64_t staged_taps;     // of an output
+    int64_t outputs;         // staged at a time
+    int64_t tiles;           // of a row of sources
+    int64_t channel_blocks;  // of a group
+    int64_t items;
+    int64_t shared_bytes;
+
+    GradFeaturesPlan(const Problem& p, const Array& grad_features, int64_t accumulator_bytes) {
+        channels_adjacent = grad_features.stride_c < grad_features.stride_w;
+        sources = channels_adjacent ? 8 : 32;
+        channels = kThreads / sources;
+        staged_taps = p.from_logits ? p.taps() : p.kernel_size;
+        outputs = outputs_in_shared((staged_taps + 1) * accumulator_bytes, 128);
+        tiles = ceil_div(grad_features.w, sources);
+        channel_blocks = ceil_div(p.features.c / p.groups, channels);
+        items = grad_features.n * p.groups * channel_blocks * grad_features.h * tiles;
+        shared_bytes = (staged_taps + 1) * outputs * accumulator_bytes;
+    }
 };
 
 // The outputs of a row or column whose windows hold a source.
@@ -28,48 +43,48 @@ __device__ __forceinline__ Range outputs_of(const Problem& p, int64_t first_sour
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments arguments, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments arguments, GradFeaturesPlan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;
+    const Array& grad_features = arguments.result;  // [N, C, H, W]
     using A = Accumulator<T>;
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
-    const int64_t staged_taps = p.from_logits ? p.taps() : k;
-    A* const masks = shared_memory<A>();
+    A* const masks = shared_memory<A>();  // [tap][output]
     int* const sources = reinterpret_cast<int*>(masks +
-                                                staged_taps * cut.outputs);  // of outputs, from the tile's first
+                                                plan.staged_taps * plan.outputs);  // of outputs, from the tile's first
     const int lane = static_cast<int>(threadIdx.x);
-    const int source = cut.channels_adjacent ? lane / cut.channels : lane % cut.sources;
-    const int channel = cut.channels_adjacent ? lane % cut.channels : lane / cut.sources;
-    const int64_t items = grad_features.n * p.groups * cut.chunks * grad_features.h * cut.tiles;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, cut.tiles), row = divide(tile.quotient, grad_features.h),
-                       chunk = divide(row.quotient, cut.chunks), image = divide(chunk.quotient, p.groups);
+    const int source = plan.channels_adjacent ? lane / plan.channels : lane % plan.sources;
+    const int channel = plan.channels_adjacent ? lane % plan.channels : lane / plan.sources;
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), row = divide(tile.quotient, grad_features.h),
+                       channel_block = divide(row.quotient, plan.channel_blocks),
+                       image = divide(channel_block.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, i = row.remainder;
-        const int64_t first = tile.remainder * cut.sources, j = first + source;
-        const int64_t in_group = chunk.remainder * cut.channels + channel, c = group * channels_in_group + in_group;
+        const int64_t first = tile.remainder * plan.sources, j = first + source;
+        const int64_t in_group = channel_block.remainder * plan.channels + channel,
+                      c = group * channels_in_group + in_group;
         const bool exists = j < grad_features.w && in_group < channels_in_group;
         const Range rows = outputs_of(p, i, i + 1, p.out_h);
-        const Range columns = outputs_of(p, first, min(first + cut.sources, grad_features.w), p.out_w);
+        const Range columns = outputs_of(p, first, min(first + plan.sources, grad_features.w), p.out_w);
         A sum = 0;
         for (int64_t out_i = rows.begin; out_i < rows.end; out_i++) {
             const int64_t a = i - p.factor.source(out_i) + p.radius();
-            for (int64_t begin = columns.begin; begin < columns.end; begin += cut.outputs) {
-                const int64_t outputs = min(cut.outputs, columns.end - begin), number = out_i * p.out_w + begin;
+            for (int64_t begin = columns.begin; begin < columns.end; begin += plan.outputs) {
+                const int64_t outputs = min(plan.outputs, columns.end - begin), number = out_i * p.out_w + begin;
                 for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
                     sources[q] = static_cast<int>(p.factor.source(begin + q) - first);
                 if (p.from_logits) {
-                    stage_masks<T>(p, n, group, number, outputs, p.out_w, masks, cut.outputs);
+                    stage_masks<T>(p, n, group, number, outputs, p.out_w, masks, plan.outputs);
                 } else {
-                    load_masks<T>(p, p.masks, n, group, a * k, k, number, outputs, p.out_w, masks, cut.outputs);
+                    load_masks<T>(p, p.masks, n, group, a * k, k, number, outputs, p.out_w, masks, plan.outputs);
                     __syncthreads();
                 }
                 if (exists) {
-                    const A* const weights = masks + (p.from_logits ? a * k : 0) * cut.outputs;
+                    const A* const weights = masks + (p.from_logits ? a * k : 0) * plan.outputs;
                     const T* const grads = element<const T>(p.grad_output, n, c, out_i, begin);
                     for (int64_t q = 0; q < outputs; q++) {
                         const int64_t b = source - sources[q] + p.radius();
                         if (b < 0 || b >= k) continue;
-                        sum += weights[b * cut.outputs + q] * widen(grads[q * p.grad_output.stride_w]);
+                        sum += weights[b * plan.outputs + q] * widen(grads[q * p.grad_output.stride_w]);
                     }
                 }
                 __syncthreads();
@@ -84,17 +99,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments ar
 void grad_features(const Problem& p, const Array& grad_features) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        using A = Accumulator<T>;
-        const int64_t staged_taps = p.from_logits ? p.taps() : p.kernel_size;
-        Cut cut;
-        cut.channels_adjacent = grad_features.stride_c < grad_features.stride_w;
-        cut.sources = cut.channels_adjacent ? 8 : 32;
-        cut.channels = kThreads / cut.sources;
-        cut.outputs = outputs_in_shared<A>(staged_taps + 1, 1, 128);
-        cut.tiles = ceil_div(grad_features.w, cut.sources);
-        cut.chunks = ceil_div(p.features.c / p.groups, cut.channels);
-        launch(grad_features_kernel<T>, grad_features.n * p.groups * cut.chunks * grad_features.h * cut.tiles, kThreads,
-               (staged_taps + 1) * cut.outputs * int64_t{sizeof(A)}, p, grad_features, cut);
+        const GradFeaturesPlan plan(p, grad_features, sizeof(Accumulator<T>));
+        launch(grad_features_kernel<T>, plan.items, kThreads, plan.shared_bytes, p, grad_features, plan);
     });
 }
 

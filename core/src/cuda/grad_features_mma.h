@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the gradients of features on tensor cores cut a call into items: a block has some strips beside each other, each
-// a tile wide, and as many chunks of channels as it has warps for; with few channels more strips.
+// The plan of the gradients of features on tensor cores. Each warp of a block has a tile, in 64 channels. Some warps
+// stand beside each other in a row; the others have the next channels. Fewer channels leave more warps for the row.
 #pragma once
 
 #include "cuda/grad_features_up2.h"
@@ -8,45 +8,47 @@
 
 namespace carafepp::cuda {
 
-constexpr int kChannels = 64;          // of a warp
+constexpr int kChannelsOfWarp = 64;
 constexpr int kWarps = kThreads / 32;  // of a block
 
-// What a warp has of an item: a tile with its corner at (top, left) in some channels, fewer than one where it has none.
+// The part of an item that a warp has: a tile in some channels.
 struct TileOfWarp {
     int64_t n, group;
-    int first;  // column of the block
-    int left, top, strip;
-    int64_t in_group;  // its first channel
-    int channels;
+    int first;         // column of the block
+    int left, top;     // corner of the tile
+    int warp_in_row;   // number of the tile in the block
+    int64_t in_group;  // first channel
+    int channels;      // none or fewer if the warp has no tile
 };
 
 template <int kTileColumns, int kTileRows>
-struct Cut {
-    int strips;                    // of a block
-    int64_t panels, runs, chunks;  // of strips in a row, of rows in an image, of channels in a group
+struct GradFeaturesMmaPlan {
+    int warps_in_row;            // of a block; the others have the next channels
+    int64_t block_rows, blocks;  // of an image, of a row
+    int64_t channel_blocks;      // of a group
     int64_t items;
 
-    explicit Cut(const Problem& p) {
+    explicit GradFeaturesMmaPlan(const Problem& p) {
         const int64_t channels = p.features.c / p.groups;
-        strips = channels > 2 * kChannels ? 2 : channels > kChannels ? 4 : 8;
-        panels = ceil_div(p.features.w, strips * kTileColumns);
-        runs = ceil_div(p.features.h, kTileRows);
-        chunks = ceil_div(channels, kWarps / strips * kChannels);
-        items = p.features.n * p.groups * runs * panels * chunks;
+        warps_in_row = channels > 2 * kChannelsOfWarp ? 2 : channels > kChannelsOfWarp ? 4 : 8;
+        block_rows = ceil_div(p.features.h, kTileRows);
+        blocks = ceil_div(p.features.w, warps_in_row * kTileColumns);
+        channel_blocks = ceil_div(channels, kWarps / warps_in_row * kChannelsOfWarp);
+        items = p.features.n * p.groups * block_rows * blocks * channel_blocks;
     }
 
     __device__ TileOfWarp tile(const Problem& p, int64_t item, int warp) const {
-        const Quotient chunk = divide(item, chunks), panel = divide(chunk.quotient, panels),
-                       run = divide(panel.quotient, runs), image = divide(run.quotient, p.groups);
+        const Quotient channel_block = divide(item, channel_blocks), block = divide(channel_block.quotient, blocks),
+                       block_row = divide(block.quotient, block_rows), image = divide(block_row.quotient, p.groups);
         TileOfWarp at;
         at.n = image.quotient;
         at.group = image.remainder;
-        at.strip = warp % strips;
-        at.first = static_cast<int>(panel.remainder) * strips * kTileColumns;
-        at.left = at.first + at.strip * kTileColumns;
-        at.top = static_cast<int>(run.remainder) * kTileRows;
-        at.in_group = (chunk.remainder * (kWarps / strips) + warp / strips) * kChannels;
-        at.channels = static_cast<int>(min(p.features.c / p.groups - at.in_group, int64_t{kChannels}));
+        at.warp_in_row = warp % warps_in_row;
+        at.first = static_cast<int>(block.remainder) * warps_in_row * kTileColumns;
+        at.left = at.first + at.warp_in_row * kTileColumns;
+        at.top = static_cast<int>(block_row.remainder) * kTileRows;
+        at.in_group = (channel_block.remainder * (kWarps / warps_in_row) + warp / warps_in_row) * kChannelsOfWarp;
+        at.channels = static_cast<int>(min(p.features.c / p.groups - at.in_group, int64_t{kChannelsOfWarp}));
         return at;
     }
 };

@@ -1,27 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The gradient of features for up x2 with adjacent columns. Of a row of sources: stage the masks of its outputs as
-// [source][tap][output]; then of each of its two rows of outputs transpose grad_output into shared memory, channels
-// adjacent, and contract; write out the row that is complete.
+// The gradient of features for up x2 with adjacent columns. For each row of sources, a block stages the masks of its
+// outputs as [source][tap][output]. It transposes both rows of grad_output into shared memory, channels adjacent, and
+// adds the products. The uppermost row is then complete, and is written.
 #include "cuda/grad_features_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kLanes = 16, kChannels = kLanes * kVector;  // of a block: threads along channels
-constexpr int kPanel = kThreads / kLanes * kColumns;      // columns of sources of a block
+constexpr int kLanes = 16, kChannelsOfBlock = kLanes * kVector;        // of a block: threads along channels
+constexpr int kColumnsOfBlock = kThreads / kLanes * kColumnsOfThread;  // columns of sources of a block
 
-// What is staged for a row of sources: with those beside the panel, whose windows reach into it.
+// The staged part of a row of sources: the tile, and the halo whose windows reach into it.
 template <int K>
 struct Staged {
-    static constexpr int kSources = kPanel + K - 1, kMasks = kSources * K * K * kOutputs;
+    static constexpr int kSources = kColumnsOfBlock + K - 1, kMasks = kSources * K * K * kOutputs;
     static constexpr int kOutputColumns = kSources * kUp;
-    static constexpr int kPixel = kChannels + 4;  // so that neighbouring pixels are written to different banks
+    static constexpr int kPixel = kChannelsOfBlock + 4;  // so that neighbouring pixels are written to different banks
     static constexpr int64_t kBytes = (kMasks + kOutputColumns * kPixel) * int64_t{sizeof(float)};
 };
 
-struct Cut {
-    int64_t panels, runs, chunks;  // of columns in a row, of rows in an image, of channels in a group
+struct GradFeaturesNchwPlan {
+    int64_t tile_rows, tiles;  // of an image, of a row
+    int64_t channel_blocks;    // of a group
+    int64_t items;
+
+    GradFeaturesNchwPlan(const Problem& p, const Array& grad_features) {
+        tile_rows = ceil_div(p.features.h, kRowsOfBlock);
+        tiles = ceil_div(p.features.w, kColumnsOfBlock);
+        channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfBlock);
+        items = grad_features.n * p.groups * tile_rows * tiles * channel_blocks;
+    }
 };
 
 // grads[column][channel] = grad_output of row out_i, columns out_left and on; 0 where there is none. Ends with a
@@ -44,26 +52,27 @@ __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t 
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Arguments arguments, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_features_nchw_kernel(Arguments arguments, GradFeaturesNchwPlan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;
+    const Array& grad_features = arguments.result;  // [N, C, H, W]
     constexpr int kRadius = K / 2;
     using S = Staged<K>;
-    float* const masks = shared_memory<float>();
-    float* const grads = masks + S::kMasks;
+    float* const masks = shared_memory<float>();  // [source][tap][output]
+    float* const grads = masks + S::kMasks;       // [column][channel]
     const int channel = static_cast<int>(threadIdx.x) % kLanes * kVector,
-              own = static_cast<int>(threadIdx.x) / kLanes * kColumns;
+              own = static_cast<int>(threadIdx.x) / kLanes * kColumnsOfThread;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient chunk = divide(item, cut.chunks), panel = divide(chunk.quotient, cut.panels),
-                       run = divide(panel.quotient, cut.runs), image = divide(run.quotient, p.groups);
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient channel_block = divide(item, plan.channel_blocks),
+                       tile = divide(channel_block.quotient, plan.tiles),
+                       tile_row = divide(tile.quotient, plan.tile_rows), image = divide(tile_row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const int first = static_cast<int>(panel.remainder) * kPanel, j = first + own;
-        const int64_t in_group = chunk.remainder * kChannels, c = group * channels_in_group + in_group;
-        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannels}));
+        const int first = static_cast<int>(tile.remainder) * kColumnsOfBlock, j = first + own;
+        const int64_t in_group = channel_block.remainder * kChannelsOfBlock, c = group * channels_in_group + in_group;
+        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannelsOfBlock}));
         const bool exists = channel < channels && j < p.features.w;
-        const auto add = [&](int i, float4(&sums)[K][kColumns]) {
+        const auto add = [&](int i, float4(&sums)[K][kColumnsOfThread]) {
             stage_sources<K, T>(p, n, group, i, first - kRadius, S::kSources, masks);
             clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
             for (int row = 0; row < kUp; row++) {
@@ -74,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Argumen
                     const auto load = [&](int x, int q) {
                         return *reinterpret_cast<const float4*>(pixels + (x * kUp + q) * S::kPixel);
                     };
-                    contract<K>(weights, kUp, load, sums);
+                    add_outputs<K>(weights, kUp, load, sums);
                 }
                 __syncthreads();
             }
         };
-        go_down<K>(p, static_cast<int>(run.remainder) * kRows, add, [&](int i, int s, float4 sum) {
+        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add, [&](int i, int s, float4 sum) {
             if (!exists || j + s >= p.features.w) return;
             T* const to = element<T>(grad_features, n, c + channel, i, j + s);
             const float own_sums[kVector] = {sum.x, sum.y, sum.z, sum.w};
@@ -91,19 +100,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_kernel(Argumen
     }
 }
 
-template <int K>
-void run(const Problem& p, const Array& grad_features) {
-    Cut cut;
-    cut.panels = ceil_div(p.features.w, kPanel);
-    cut.runs = ceil_div(p.features.h, kRows);
-    cut.chunks = ceil_div(p.features.c / p.groups, kChannels);
-    with_floats(p, [&](auto feature) {
-        launch(grad_features_nchw_kernel<K, decltype(feature)>,
-               grad_features.n * p.groups * cut.runs * cut.panels * cut.chunks, kThreads, Staged<K>::kBytes, p,
-               grad_features, cut);
-    });
-}
-
 }  // namespace
 
 const char* cannot_run_grad_features_nchw(const Problem& p, const Array& grad_features) {
@@ -111,7 +107,11 @@ const char* cannot_run_grad_features_nchw(const Problem& p, const Array& grad_fe
 }
 
 void grad_features_nchw(const Problem& p, const Array& grad_features) {
-    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+    with_floats<3, 5>(p, [&](auto k, auto feature) {
+        const GradFeaturesNchwPlan plan(p, grad_features);
+        launch(grad_features_nchw_kernel<k, decltype(feature)>, plan.items, kThreads, Staged<k>::kBytes, p,
+               grad_features, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

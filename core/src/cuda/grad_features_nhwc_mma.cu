@@ -1,36 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//
 // The gradient of features for up x2 with adjacent channels of 16 bits, on tensor cores, in gather form. A warp has a
-// tile of 4 x 4 pixels of the result in 64 channels. Of each row of sources whose windows reach them: stage the masks
-// of its outputs; multiply those that lead from an output to a pixel, a band matrix, with grad_output, four sources of
-// one row of outputs at a time. What of the band is 0 would make NaN of an infinite gradient: where a sum is not finite
-// it is computed anew, tap by tap.
+// tile of 4 x 4 pixels of the result in 64 channels. It goes through the rows of sources whose windows reach the tile,
+// and the block stages their masks. The masks that lead from outputs to pixels are a band matrix. The warp multiplies
+// it by grad_output, four sources of one row of outputs at a time. A zero of the band makes NaN of an infinite
+// gradient. Sums that are not finite are computed again, tap by tap.
 #include "cuda/grad_features_mma.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kTile = 4;  // columns, and rows, of a tile
-using TileCut = Cut<kTile, kTile>;
+constexpr int kTileSize = 4;  // columns, and rows, of a tile
+using Plan = GradFeaturesMmaPlan<kTileSize, kTileSize>;
 
-// The fragments of PTX's mma.m16n8k8: of the products, rows are pixels of a tile, columns channels, and what is summed
-// over are the two outputs in a row of four sources; lane / 4 is `row` here, lane % 4 is `pair`.
+// In the products of mma.m16n8k8 rows are pixels of the tile, columns are channels. The sum is over the two outputs in
+// a row of four sources.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Arguments arguments, TileCut cut) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Arguments arguments, Plan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;
-    constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTile + K - 1;  // sources of a row that reach a tile
-    float* const staged = shared_memory<float>();
+    const Array& grad_features = arguments.result;                             // [N, C, H, W]
+    constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTileSize + K - 1;  // sources of a row that reach a tile
+    float* const staged = shared_memory<float>();                              // [source][tap][output]
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int height = static_cast<int>(p.features.h), sources = cut.strips * kTile + K - 1;
+    const int height = static_cast<int>(p.features.h), sources = plan.warps_in_row * kTileSize + K - 1;
     const float scale = scale_of_masks<T>(p);
-    for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
-        const TileOfWarp tile = cut.tile(p, item, warp);
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const TileOfWarp tile = plan.tile(p, item, warp);
         const int64_t n = tile.n, group = tile.group;
-        const int first = tile.first, left = tile.left, strip = tile.strip, channels = tile.channels;
-        const int top = tile.top, bottom = min(top + kTile, height);
+        const int first = tile.first, left = tile.left, warp_in_row = tile.warp_in_row, channels = tile.channels;
+        const int top = tile.top, bottom = min(top + kTileSize, height);
         const int64_t c = group * channels_in_group + tile.in_group;
         const bool exists = channels > 0 && left < p.features.w;
         float sums[kWide][4] = {};
@@ -49,12 +48,12 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Arg
                     return load_words(element<const T>(p.grad_output, n, c + loaded, out_i, out_j + q), there);
                 };
                 const Words even = grads(0), odd = grads(1);
-                const float* const masks = staged + (strip * kTile + source) * kTaps * kOutputs + r * kUp;
-                const int b = row % kTile - source + K - 1;  // the tap that leads to this lane's column of a tile
+                const float* const masks = staged + (warp_in_row * kTileSize + source) * kTaps * kOutputs + r * kUp;
+                const int b = row % kTileSize - source + K - 1;  // the tap that leads to this lane's column of a tile
                 uint32_t band[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int a = top + row / kTile + half * 2 - i + kRadius;
+                    const int a = top + row / kTileSize + half * 2 - i + kRadius;
                     const bool leads = a >= 0 && a < K && b >= 0 && b < K;
                     const float* const weight = masks + (a * K + b) * kOutputs;
                     band[half] = leads ? pair_of<T>(scale * weight[0], scale * weight[1]) : 0;
@@ -64,40 +63,31 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nhwc_mma_kernel(Arg
             __syncthreads();
         }
         if (!exists) continue;
-        // Where pixel and channels of a lane's sums are.
-        struct Place {
+        // A lane's vectors of sums: pixel and first channel.
+        struct Store {
             int y, x, channel;
         };
-        const auto place = [&](int number) {
-            return Place{top + row / kTile + number / 2 * 2, left + row % kTile,
+        const auto store_at = [&](int number) {
+            return Store{top + row / kTileSize + number / 2 * 2, left + row % kTileSize,
                          channel_of_column(2 * pair + number % 2)};
         };
         unsigned not_finite = 0;
 #pragma unroll
         for (int number = 0; number < 4; number++) {
-            const Place at = place(number);
+            const Store at = store_at(number);
             if (at.y >= height || at.x >= p.features.w || at.channel >= channels) continue;
             T* const to = element<T>(grad_features, n, c + at.channel, at.y, at.x);
             if (!store_sums<T>(sums, number, 1 / scale, to)) not_finite |= 1u << number;
         }
 #pragma unroll 1
         for (int number = 0; not_finite >> number != 0; number++) {
-            const Place at = place(number);
+            const Store at = store_at(number);
             for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
                 *element<T>(grad_features, n, c + at.channel + q, at.y,
                             at.x) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
             }
         }
     }
-}
-
-template <int K>
-void run(const Problem& p, const Array& grad_features) {
-    const TileCut cut(p);
-    with_halves(p, [&](auto feature) {
-        launch(grad_features_nhwc_mma_kernel<K, decltype(feature)>, cut.items, kThreads,
-               (cut.strips * kTile + K - 1) * K * K * kBytesOfTap, p, grad_features, cut);
-    });
 }
 
 }  // namespace
@@ -110,7 +100,11 @@ const char* cannot_run_grad_features_nhwc_mma(const Problem& p, const Array& gra
 }
 
 void grad_features_nhwc_mma(const Problem& p, const Array& grad_features) {
-    p.kernel_size == 3 ? run<3>(p, grad_features) : run<5>(p, grad_features);
+    with_halves<3, 5>(p, [&](auto k, auto feature) {
+        const Plan plan(p);
+        launch(grad_features_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+               (plan.warps_in_row * kTileSize + k - 1) * k * k * kBytesOfTap, p, grad_features, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the gradients of features for up x2 share, in gather form: a block goes down the rows of some columns of
-// sources, a thread has four channels of two columns. What the outputs of a row of sources give to all K rows that
-// their windows reach is summed in registers; the uppermost of these rows is then complete.
+// The gradients of features for up x2, in gather form. A block goes down the rows of some columns of sources; a thread
+// has four channels of two columns. It sums in registers for all K rows that the windows of a row of sources reach. The
+// uppermost of them is then complete.
 #pragma once
 
 #include "cuda/channels.h"
@@ -9,10 +9,10 @@
 
 namespace carafepp::cuda {
 
-constexpr int kColumns = 2;  // of a thread
-constexpr int kRows = 16;    // that a block goes down, with a window more
+constexpr int kColumnsOfThread = 2;  // of a thread
+constexpr int kRowsOfBlock = 16;     // that a block goes down, with a window more
 
-// The masks of outputs that a crop leaves out become 0, as the gradient is read as 0 there. Ends with a barrier.
+// Clears the masks of outputs that a crop leaves out, as the gradient is 0 there. Ends with a barrier.
 template <int K>
 __device__ void clear_cropped(const Problem& p, int i, int first, int sources, float* staged) {
     if ((i + 1) * kUp <= p.out_h && (first + sources) * kUp <= p.out_w) return;
@@ -23,7 +23,7 @@ __device__ void clear_cropped(const Problem& p, int i, int first, int sources, f
     __syncthreads();
 }
 
-// The weights of the outputs of a source that are contracted at once.
+// The products of the outputs of a source that are contracted at once.
 __device__ __forceinline__ void add_products(float2 weight, const float4 (&grad)[2], float4& sum) {
     add_products(weight.x, grad[0], sum);
     add_products(weight.y, grad[1], sum);
@@ -35,19 +35,20 @@ __device__ __forceinline__ void add_products(float4 weight, const float4 (&grad)
     add_products(weight.w, grad[3], sum);
 }
 
-// sums[a][column] += what the outputs of a row of sources give, from the source K/2 to the left of column 0 on:
-// `weights` are its, those of taps `apart`; load(x, output) are the gradients of the x-th.
+// sums[a][column] += the products of a row of outputs, from the source K/2 to the left of column 0 on. `weights` are
+// this source's, `apart` from tap to tap. load(x, output) is the gradient of the x-th source's output.
 template <int K, class Weights, class Load>
-__device__ __forceinline__ void contract(const Weights* weights, int apart, Load load, float4 (&sums)[K][kColumns]) {
+__device__ __forceinline__ void add_outputs(const Weights* weights, int apart, Load load,
+                                            float4 (&sums)[K][kColumnsOfThread]) {
     constexpr int kCount = sizeof(Weights) / sizeof(float);
     weights += (K - 1) * apart;  // of the tap that reaches column 0
 #pragma unroll 1
-    for (int x = 0; x < K + kColumns - 1; x++, weights += (K * K - 1) * apart) {
+    for (int x = 0; x < K + kColumnsOfThread - 1; x++, weights += (K * K - 1) * apart) {
         float4 grad[kCount];
 #pragma unroll
         for (int o = 0; o < kCount; o++) grad[o] = load(x, o);
 #pragma unroll
-        for (int s = 0; s < kColumns; s++) {
+        for (int s = 0; s < kColumnsOfThread; s++) {
             if (x < s || x >= s + K) continue;
 #pragma unroll
             for (int a = 0; a < K; a++) add_products(weights[(a * K + s) * apart], grad, sums[a][s]);
@@ -55,16 +56,16 @@ __device__ __forceinline__ void contract(const Weights* weights, int apart, Load
     }
 }
 
-// Goes down the rows of sources from `top` on: add(i, sums) adds what the outputs of row i give to the rows that their
-// windows reach, the first of which is then complete: store(row, s, sum) for each column.
+// Goes down the rows of sources from `top` on. A call add(i, sums) adds the products of row i to all rows that they
+// reach. The first of these is then complete, and store(row, s, sum) gets it for each column.
 template <int K, class Add, class Store>
 __device__ __forceinline__ void go_down(const Problem& p, int top, Add add, Store store) {
-    const int height = static_cast<int>(p.features.h), bottom = min(top + kRows, height);
-    float4 sums[K][kColumns] = {};  // of rows i - K / 2 and on
+    const int height = static_cast<int>(p.features.h), bottom = min(top + kRowsOfBlock, height);
+    float4 sums[K][kColumnsOfThread] = {};  // of rows i - K / 2 and on
     for (int i = top - K / 2; i < bottom + K / 2; i++) {
         if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) add(i, sums);
 #pragma unroll
-        for (int s = 0; s < kColumns; s++) {
+        for (int s = 0; s < kColumnsOfThread; s++) {
             if (i - K / 2 >= top) store(i - K / 2, s, sums[0][s]);
 #pragma unroll
             for (int a = 0; a < K; a++) sums[a][s] = a + 1 < K ? sums[a + 1][s] : make_float4(0, 0, 0, 0);

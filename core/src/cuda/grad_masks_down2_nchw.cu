@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The gradient of masks or logits for down x2 with adjacent columns. The warps of a block have the same pairs of
-// outputs, one below the other, a lane one pair, and a part of the channels each: contract both windows with their
-// gradients, all sums in registers; add the warps' sums, always in the same order, so that two of the warps hold one
-// output of each pair; carry that through the normaliser, whose masks are computed anew, and write it.
+// The gradient of masks or logits for down x2 with adjacent columns. All warps of a block have the same pairs of
+// outputs, one below the other. A lane has one pair, a warp a part of the channels. A thread contracts both windows
+// with their gradients, with all sums in registers. Then the warps' sums are added, always in the same order. Each of
+// two warps holds one output of the pair. It carries that through the normaliser and writes it.
 #include "cuda/down2.h"
 #include "cuda/grad_masks.h"
 
 namespace carafepp::cuda {
 namespace {
 
+static_assert(kWarps >= kPair, "a warp for each output of a pair");
+
 // sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
 template <int K, bool Inside, class T>
-__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_j,
+__device__ __forceinline__ void sum_pair(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_j,
                                          float (&sums)[kPair][K * K]) {
     if (channels <= 0) return;  // perhaps there is no array
     const T* windows = windows_at<K, T>(p, n, c, out_i, out_j);
-    const T* grads = element<const T>(p.grad_output, n, c, out_i, out_j);
+    const T* grads = element<const T>(p.grad_output, n, c, out_i, out_j);  // [C, H', W']
     const bool two_rows = out_i + 1 < p.out_h;
 #pragma unroll 1
     for (; channels > 0; channels--, windows += p.features.stride_c, grads += p.grad_output.stride_c) {
@@ -27,17 +28,17 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Arguments arguments, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_masks = arguments.result;
+    const Array& grad_masks = arguments.result;    // of the shape of masks or logits
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
-    const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
+    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
+              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
     const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
-    const int64_t items = grad_masks.n * p.groups * tiles;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kSources + lane, grad_masks.w);
+        const Output pair = output_at(tile.remainder * kSourcesOfBlock + lane, grad_masks.w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
         const bool exists = out_i < p.out_h && out_j < p.out_w;
 
@@ -45,9 +46,9 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Argume
         const int64_t first = warp * share, c = group * channels_in_group + first;
         const int64_t channels = min(share, channels_in_group - first);
         if (exists && windows_inside<K>(p, out_i, out_j)) {
-            contract<K, true, T>(p, n, c, channels, out_i, out_j, sums);
+            sum_pair<K, true, T>(p, n, c, channels, out_i, out_j, sums);
         } else if (exists) {
-            contract<K, false, T>(p, n, c, channels, out_i, out_j, sums);
+            sum_pair<K, false, T>(p, n, c, channels, out_i, out_j, sums);
         }
 
         float grad[K * K];  // of output `warp`
@@ -56,15 +57,6 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Argume
         if (warp < kPair && output.i < grad_masks.h)
             write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad, grad_masks);
     }
-}
-
-template <int K>
-void run(const Problem& p, const Array& grad_masks) {
-    const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kSources);
-    with_floats(p, [&](auto feature) {
-        launch(grad_masks_down2_nchw_kernel<K, decltype(feature)>, grad_masks.n * p.groups * tiles, kBlock,
-               kBlock * K * K * int64_t{sizeof(float)}, p, grad_masks, tiles);
-    });
 }
 
 }  // namespace
@@ -76,7 +68,12 @@ const char* cannot_run_grad_masks_down2_nchw(const Problem& p, const Array&) {
 }
 
 void grad_masks_down2_nchw(const Problem& p, const Array& grad_masks) {
-    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+    with_floats<3, 5>(p, [&](auto k, auto feature) {
+        const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kSourcesOfBlock);
+        const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
+        launch(grad_masks_down2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
+               kBlock * k * k * int64_t{sizeof(float)}, p, grad_masks, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

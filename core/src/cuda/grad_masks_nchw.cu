@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The gradient of masks or logits for up x2 with adjacent columns. The warps of a block have the same sources, a lane
-// one, and a part of the channels each: contract the window of a source with the gradients of its four outputs, all
-// sums in registers; add the warps' sums, always in the same order, so that each warp holds one of the four outputs;
-// carry that through the normaliser, whose masks are computed anew, and write it.
+// The gradient of masks or logits for up x2 with adjacent columns. All warps of a block have the same sources, a lane
+// one source, a warp a part of the channels. A thread contracts the window with the gradients of the four outputs, with
+// all sums in registers. Then the warps' sums are added, always in the same order, and each warp holds one output. It
+// carries that through the normaliser and writes it.
 #include "cuda/grad_masks.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
+static_assert(kWarps == kOutputs, "each warp gets one of the outputs of a source");
+
 // sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
 template <int K, bool Inside, class T>
-__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
-                                         float (&sums)[kOutputs][K * K]) {
-    if (channels <= 0) return;  // perhaps there is no array
-    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
-    const T* grads = element<const T>(p.grad_output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
+__device__ __forceinline__ void sum_source(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
+                                           float (&sums)[kOutputs][K * K]) {
+    if (channels <= 0) return;                                                   // perhaps there is no array
+    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);  // [C, H, W]
+    const T* grads = element<const T>(p.grad_output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);  // [C, H', W']
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
 #pragma unroll 1
     for (int64_t end = c + channels; c < end; c++, window += p.features.stride_c, grads += p.grad_output.stride_c) {
@@ -33,19 +34,18 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 // Conversions of halves take registers that a third block would miss.
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_nchw_kernel(Arguments arguments, int64_t tiles) {
+    grad_masks_nchw_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_masks = arguments.result;
+    const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
-    const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
+    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
+              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
     const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
-    static_assert(kWarps == kOutputs, "each warp has an output in the end");
-    const int64_t items = grad_masks.n * p.groups * tiles;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output source = output_at(tile.remainder * kSources + lane, p.features.w);
+        const Output source = output_at(tile.remainder * kSourcesOfBlock + lane, p.features.w);
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         const bool exists = i < p.features.h && i * kUp < p.out_h && j * kUp < p.out_w;
         const bool inside = window_inside<K>(p, i, j);
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         const int64_t first = warp * share, c = group * channels_in_group + first;
         const int64_t channels = min(share, channels_in_group - first);
         if (exists && inside) {
-            contract<K, true, T>(p, n, c, channels, i, j, sums);
+            sum_source<K, true, T>(p, n, c, channels, i, j, sums);
         } else if (exists) {
-            contract<K, false, T>(p, n, c, channels, i, j, sums);
+            sum_source<K, false, T>(p, n, c, channels, i, j, sums);
         }
 
         float grad[kTaps];  // of output `warp`
@@ -67,15 +67,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
     }
 }
 
-template <int K>
-void run(const Problem& p, const Array& grad_masks) {
-    with_floats(p, [&](auto feature) {
-        const int64_t tiles = ceil_div(p.features.h * p.features.w, kSources);
-        launch(grad_masks_nchw_kernel<K, decltype(feature)>, grad_masks.n * p.groups * tiles, kBlock,
-               kBlock * K * K * int64_t{sizeof(float)}, p, grad_masks, tiles);
-    });
-}
-
 }  // namespace
 
 const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) {
@@ -83,7 +74,12 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) {
 }
 
 void grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+    with_floats<3, 5>(p, [&](auto k, auto feature) {
+        const int64_t tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
+        const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
+        launch(grad_masks_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
+               kBlock * k * k * int64_t{sizeof(float)}, p, grad_masks, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

@@ -1,43 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. Of some
-// channels at a time: transpose the features that the tile's windows hold and the gradients of its outputs into shared
-// memory, pixels adjacent; contract the window of a source with its four outputs, all sums in registers. Add the warps'
-// sums; carry that through the normaliser, whose masks are computed anew; write it out by way of shared memory, so that
-// adjacent taps leave together.
+// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. It transposes
+// features and gradients into shared memory, 16 channels at a time, so that pixels are adjacent. A thread contracts the
+// window of a source with its four outputs, with all sums in registers. Then the warps' sums are added and carried
+// through the normaliser. Adjacent taps leave together by way of shared memory.
 #include "cuda/channels.h"
 #include "cuda/grad_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kColumns = 8, kRows = kSources / kColumns;  // of a tile
-constexpr int kChannels = 16;                             // staged at a time
-constexpr int kOwn = kChannels / kOutputs;                // of these, of a warp
+constexpr int kColumns = 8, kRows = kSourcesOfBlock / kColumns;  // of a tile
+static_assert(kWarps == kOutputs, "each warp gets one of the outputs of a source");
+constexpr int kChannelsStaged = 16;                          // staged at a time
+constexpr int kChannelsOfWarp = kChannelsStaged / kOutputs;  // of these, of a warp
 
-// How features and gradients are staged: rows, outputs and channels so far apart that neither the transposing threads
-// nor the contracting ones meet in a bank.
+// The layout of staged features and gradients. Rows, outputs and channels are so far apart that neither the transposing
+// nor the contracting threads meet in a bank.
 template <int K>
 struct Staged {
     static constexpr int kColumns = cuda::kColumns + K - 1, kRows = cuda::kRows + K - 1;
     static constexpr int kRow = 24, kChannel = kRow * kRows + 2;
-    static constexpr int kOutput = kSources + 4, kGradChannel = kOutput * kOutputs + 2;
-    static constexpr int kGrads = kChannels * kChannel, kSize = kGrads + kChannels * kGradChannel;
+    static constexpr int kOutput = kSourcesOfBlock + 4, kGradChannel = kOutput * kOutputs + 2;
+    static constexpr int kGrads = kChannelsStaged * kChannel, kSize = kGrads + kChannelsStaged * kGradChannel;
 
     static constexpr int64_t bytes() {
-        const int sums = kBlock * K * K, lines = kSources * Lines<K>::kSize;
+        const int sums = kBlock * K * K, lines = kSourcesOfBlock * Lines<K>::kSize;
         return std::max({kSize, sums, lines}) * int64_t{sizeof(float)};
     }
 };
 
-struct Cut {
-    int64_t rows, columns;  // of tiles in an image
+struct GradMasksNhwcPlan {
+    int64_t tile_rows, tiles;  // of an image, of a row
+    int64_t items;
+
+    GradMasksNhwcPlan(const Problem& p, const Array& grad_masks) {
+        tile_rows = ceil_div(p.features.h, kRows);
+        tiles = ceil_div(p.features.w, kColumns);
+        items = grad_masks.n * p.groups * tile_rows * tiles;
+    }
 };
 
-// Calls f(row, column, channel) for the first of four channels of each pixel, spread over the threads of a block.
+// Calls f(row, column, channel) for each pixel and every fourth channel, spread over the threads of a block.
 template <class F>
 __device__ __forceinline__ void for_each_vector(int rows, int columns, F f) {
-    constexpr int kVectors = kChannels / kVector;
+    constexpr int kVectors = kChannelsStaged / kVector;
     for (int k = static_cast<int>(threadIdx.x); k < rows * columns * kVectors; k += kBlock) {
         const int pixel = k / kVectors;
         f(pixel / columns, pixel % columns, k % kVectors * kVector);
@@ -51,7 +57,7 @@ __device__ __forceinline__ void store_apart(float4 value, float* to, int channel
     to[3 * channel] = value.w;
 }
 
-// Of the tile with its corner at source (i, j): what does not exist is 0. Ends with a barrier.
+// Stages the tile with its corner at source (i, j), with 0 outside the arrays. Ends with a barrier.
 template <int K, class T>
 __device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j, float* staged) {
     using S = Staged<K>;
@@ -73,12 +79,12 @@ __device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, 
 
 // sums[output][tap] += grad_output * features, over the channels that are staged for this warp.
 template <int K>
-__device__ __forceinline__ void contract(const float* staged, int lane, int warp, float (&sums)[kOutputs][K * K]) {
+__device__ __forceinline__ void sum_staged(const float* staged, int lane, int warp, float (&sums)[kOutputs][K * K]) {
     using S = Staged<K>;
-    const float* window = staged + warp * kOwn * S::kChannel + lane / kColumns * S::kRow + lane % kColumns;
-    const float* grads = staged + S::kGrads + warp * kOwn * S::kGradChannel + lane;
+    const float* window = staged + warp * kChannelsOfWarp * S::kChannel + lane / kColumns * S::kRow + lane % kColumns;
+    const float* grads = staged + S::kGrads + warp * kChannelsOfWarp * S::kGradChannel + lane;
 #pragma unroll 1
-    for (int c = 0; c < kOwn; c++, window += S::kChannel, grads += S::kGradChannel) {
+    for (int c = 0; c < kChannelsOfWarp; c++, window += S::kChannel, grads += S::kGradChannel) {
         float grad[kOutputs];
 #pragma unroll
         for (int o = 0; o < kOutputs; o++) grad[o] = grads[o * S::kOutput];
@@ -92,24 +98,24 @@ __device__ __forceinline__ void contract(const float* staged, int lane, int warp
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments arguments, Cut cut) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments arguments, GradMasksNhwcPlan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_masks = arguments.result;
+    const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     constexpr int kTaps = K * K;
     float* const shared = shared_memory<float>();
-    const int lane = static_cast<int>(threadIdx.x) % kSources, warp = static_cast<int>(threadIdx.x) / kSources;
+    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
+              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
     const int64_t channels_in_group = p.features.c / p.groups;
-    const int64_t items = grad_masks.n * p.groups * cut.rows * cut.columns;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient column = divide(item, cut.columns), row = divide(column.quotient, cut.rows),
-                       image = divide(row.quotient, p.groups);
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), tile_row = divide(tile.quotient, plan.tile_rows),
+                       image = divide(tile_row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const int i = static_cast<int>(row.remainder) * kRows, j = static_cast<int>(column.remainder) * kColumns;
+        const int i = static_cast<int>(tile_row.remainder) * kRows, j = static_cast<int>(tile.remainder) * kColumns;
 
         float sums[kOutputs][kTaps] = {};
-        for (int64_t c = 0; c < channels_in_group; c += kChannels) {
+        for (int64_t c = 0; c < channels_in_group; c += kChannelsStaged) {
             stage<K, T>(p, n, group * channels_in_group + c, channels_in_group - c, i, j, shared);
-            contract<K>(shared, lane, warp, sums);
+            sum_staged<K>(shared, lane, warp, sums);
             __syncthreads();
         }
         float grad[kTaps];  // of output `warp`
@@ -117,31 +123,22 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments ar
 
         const int own_i = i + lane / kColumns, own_j = j + lane % kColumns;
         const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
-        if (computed) clear_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
+        if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
         if (p.from_logits) {
             for_each_of_lines<K, kColumns, kBlock, T>(p, p.logits, n, group, i, j,
-                                                      [&](MaskPointer<T> from, int place) { shared[place] = from[0]; });
+                                                      [&](MaskPointer<T> from, int index) { shared[index] = from[0]; });
             __syncthreads();
         }
-        float* const line = shared + lane * Lines<K>::kSize + Lines<K>::place(p, 0, warp);
-        const int step = Lines<K>::place(p, 1, 0);
+        float* const line = shared + lane * Lines<K>::kSize + Lines<K>::index(p, 0, warp);
+        const int step = Lines<K>::index(p, 1, 0);
         if (computed && p.from_logits) through_normalizer<K>(line, kOutputs, p.normalizer, grad);
 #pragma unroll
         for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
         __syncthreads();
         for_each_of_lines<K, kColumns, kBlock, T>(p, grad_masks, n, group, i, j,
-                                                  [&](MaskPointer<T> to, int place) { to.store(0, shared[place]); });
+                                                  [&](MaskPointer<T> to, int index) { to.store(0, shared[index]); });
         __syncthreads();
     }
-}
-
-template <int K>
-void run(const Problem& p, const Array& grad_masks) {
-    with_floats(p, [&](auto feature) {
-        const Cut cut{ceil_div(p.features.h, kRows), ceil_div(p.features.w, kColumns)};
-        launch(grad_masks_nhwc_kernel<K, decltype(feature)>, grad_masks.n * p.groups * cut.rows * cut.columns, kBlock,
-               Staged<K>::bytes(), p, grad_masks, cut);
-    });
 }
 
 }  // namespace
@@ -153,7 +150,11 @@ const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
 }
 
 void grad_masks_nhwc(const Problem& p, const Array& grad_masks) {
-    p.kernel_size == 3 ? run<3>(p, grad_masks) : run<5>(p, grad_masks);
+    with_floats<3, 5>(p, [&](auto k, auto feature) {
+        const GradMasksNhwcPlan plan(p, grad_masks);
+        launch(grad_masks_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, Staged<k>::bytes(), p, grad_masks,
+               plan);
+    });
 }
 
 }  // namespace carafepp::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Masks, copied or normalised from logits: of some outputs in shared memory, or of one in the registers of a thread. It
-// is what every kernel begins with. Outputs are numbered row by row, `width` in a row: those of the result or, of
-// logits, all their sub-pixels.
+// Masks, copied or normalised from logits. Every kernel begins so: with some outputs in shared memory, or with one in
+// the registers of a thread. Outputs have numbers, row by row, `width` in a row. They are the outputs of the result or,
+// for logits, all their sub-pixels.
 #pragma once
 
 #include "cuda/platform.h"
@@ -18,8 +18,8 @@ __device__ __forceinline__ Output output_at(int64_t number, int64_t width) {
     return {rows.quotient, rows.remainder};
 }
 
-// Where a mask or a logit is. With features of T it is of T or, where that has 16 bits, of float: no inner loop reads
-// or writes masks, so this is asked when one is, and not compiled for each.
+// Points to masks or logits. With features T they are of T, or of float if T has 16 bits. Each access asks for the
+// type, since no inner loop reads or writes masks.
 template <class T>
 struct MaskPointer {
     void* address;
@@ -45,7 +45,7 @@ __device__ __forceinline__ MaskPointer<T> mask_element(const Array& array, int64
     return {element<T>(array, n, c, h, w), of_float};
 }
 
-// Where tap t of an output is in an array of the shape of masks or, `from_logits`, of logits.
+// Points to tap t of an output in an array of the shape of masks or, `from_logits`, of logits.
 template <class T>
 __device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array& array, int64_t n, int64_t group,
                                                   int64_t t, Output output) {
@@ -56,17 +56,17 @@ __device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array&
     return mask_element<T>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
 }
 
-// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over the threads of a block so that what is adjacent in
-// memory is adjacent in threads.
+// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over the threads of a block. Adjacent threads get adjacent
+// elements.
 template <class F>
 __device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, int64_t outputs, F f) {
     const bool taps_adjacent = array.stride_c < array.stride_w;
     for (int64_t k = threadIdx.x; k < taps * outputs; k += kThreads) {
-        const Quotient place = divide(k, taps_adjacent ? taps : outputs);
+        const Quotient split = divide(k, taps_adjacent ? taps : outputs);
         if (taps_adjacent) {
-            f(place.remainder, place.quotient);
+            f(split.remainder, split.quotient);
         } else {
-            f(place.quotient, place.remainder);
+            f(split.quotient, split.remainder);
         }
     }
 }
@@ -80,8 +80,8 @@ __device__ void load_masks(const Problem& p, const Array& array, int64_t n, int6
     });
 }
 
-// What is staged so, all taps of `outputs` outputs, becomes masks if it is logits. All threads of a block call it;
-// begins and ends with a barrier.
+// Turns staged logits, all taps of `outputs` outputs, into masks. All threads of a block call it. Begins and ends with
+// a barrier.
 template <class A>
 __device__ void finish_staging(const Problem& p, int64_t outputs, A* staged, int64_t pitch) {
     __syncthreads();
@@ -100,7 +100,8 @@ __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t 
     finish_staging(p, outputs, to, pitch);
 }
 
-// One mask, normalised if it is from logits.
+// One mask, normalised if it is from logits. It reads the other taps again in each pass, so it needs no memory for
+// them. Only elements that tensor cores cannot compute need it.
 template <class T>
 __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Output output) {
     const Array& array = p.from_logits ? p.logits : p.masks;
@@ -119,6 +120,69 @@ __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, 
     return expf(tap(t) - largest) / sum;
 }
 
+// ---- logits to masks in registers: the taps of an output in one thread, or in eight of a warp ----
+
+// All taps in one thread: each(f) calls f(register, tap).
+template <int K>
+struct TapsOfThread {
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+#pragma unroll
+        for (int t = 0; t < K * K; t++) f(t, t);
+    }
+    template <class F>
+    __device__ __forceinline__ float over_threads(float value, F) const {
+        return value;
+    }
+};
+
+constexpr int kNormalizers = 8;  // neighbouring threads
+static_assert(32 % kNormalizers == 0, "they are of one warp");
+template <int K>
+constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
+
+// Every eighth of `count` taps in each of eight threads; `lane` numbers these. All lanes of a warp call it.
+template <int K>
+struct TapsOfEight {
+    int lane, count;
+
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+#pragma unroll
+        for (int k = 0; k < kOwnTaps<K>; k++) {
+            const int tap = k * kNormalizers + lane;
+            if (tap < count) f(k, tap);
+        }
+    }
+    template <class F>
+    __device__ __forceinline__ float over_threads(float value, F f) const {
+#pragma unroll
+        for (int distance = 1; distance < kNormalizers; distance *= 2)
+            value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
+        return value;
+    }
+};
+
+// The formulas of normalizer.h once more, for registers: with its loops over memory, taps would leave the registers.
+template <class Taps, int Count>
+__device__ __forceinline__ void normalize_registers(carafepp_normalizer normalizer, Taps own, float (&taps)[Count]) {
+    if (normalizer == CARAFEPP_NONE) return;
+    if (normalizer != CARAFEPP_SOFTMAX) {
+        own.each(
+            [&](int k, int) { taps[k] = normalizer == CARAFEPP_SIGMOID ? sigmoid(taps[k]) : log_sigmoid(taps[k]); });
+        if (normalizer == CARAFEPP_SIGMOID) return;
+    }
+    float largest = -INFINITY, sum = 0;
+    own.each([&](int k, int) { largest = taps[k] > largest ? taps[k] : largest; });
+    largest = own.over_threads(largest, [](float a, float b) { return a > b ? a : b; });
+    own.each([&](int k, int) {
+        taps[k] = expf(taps[k] - largest);
+        sum += taps[k];
+    });
+    const float scale = 1 / own.over_threads(sum, [](float a, float b) { return a + b; });
+    own.each([&](int k, int) { taps[k] *= scale; });
+}
+
 // taps[t] = from[t * step].
 template <int Count>
 __device__ __forceinline__ void load_each(const float* from, int64_t step, float (&taps)[Count]) {
@@ -133,86 +197,18 @@ __device__ __forceinline__ void load_each(MaskPointer<T> from, int64_t step, flo
     for (int t = 0; t < Count; t++, tap += step) taps[t] = widen(*tap);
 }
 
-// The masks of one output, `step` apart: loaded, and normalised if they are logits, in registers. From a MaskPointer,
-// or from floats that are staged.
+// Loads the masks of one output, `step` apart, and normalises them if they are logits. `from` is a MaskPointer, or
+// points to staged floats.
 template <int K, class Pointer>
 __device__ __forceinline__ void load_taps(Pointer from, int64_t step, bool from_logits, carafepp_normalizer normalizer,
                                           float (&taps)[K * K]) {
     load_each(from, step, taps);
-    if (!from_logits || normalizer == CARAFEPP_NONE) return;
-    if (normalizer != CARAFEPP_SOFTMAX) {
-#pragma unroll
-        for (int t = 0; t < K * K; t++)
-            taps[t] = normalizer == CARAFEPP_SIGMOID ? sigmoid(taps[t]) : log_sigmoid(taps[t]);
-        if (normalizer == CARAFEPP_SIGMOID) return;
-    }
-    float largest = -INFINITY, sum = 0;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) largest = taps[t] > largest ? taps[t] : largest;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        taps[t] = expf(taps[t] - largest);
-        sum += taps[t];
-    }
-    const float scale = 1 / sum;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) taps[t] *= scale;
+    if (from_logits) normalize_registers(normalizer, TapsOfThread<K>(), taps);
 }
 
-// ---- the taps of an output in eight threads, each of which has every eighth ----
-
-constexpr int kNormalizers = 8;
-template <int K>
-constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
-
-// Calls f(k, tap) for the taps of thread `lane` of the eight, of `taps`.
-template <int K, class F>
-__device__ __forceinline__ void for_each_own_tap(int lane, int taps, F f) {
-#pragma unroll
-    for (int k = 0; k < kOwnTaps<K>; k++) {
-        const int tap = k * kNormalizers + lane;
-        if (tap < taps) f(k, tap);
-    }
-}
-
-// All lanes of a warp call it.
-template <class F>
-__device__ __forceinline__ float over_taps(float value, F f) {
-#pragma unroll
-    for (int distance = 1; distance < kNormalizers; distance *= 2)
-        value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
-    return value;
-}
-__device__ __forceinline__ float sum_over_taps(float value) {
-    return over_taps(value, [](float a, float b) { return a + b; });
-}
-
-// Logits to masks. All lanes of a warp call it.
-template <int K>
-__device__ __forceinline__ void normalize_together(carafepp_normalizer normalizer, int lane, int taps,
-                                                   float (&own)[kOwnTaps<K>]) {
-    if (normalizer == CARAFEPP_NONE) return;
-    float largest = -INFINITY, sum = 0;
-    for_each_own_tap<K>(lane, taps, [&](int k, int) {
-        own[k] = normalizer == CARAFEPP_SIGMOID              ? sigmoid(own[k])
-                 : normalizer == CARAFEPP_SIGMOID_NORMALIZED ? log_sigmoid(own[k])
-                                                             : own[k];
-        largest = own[k] > largest ? own[k] : largest;
-    });
-    if (normalizer == CARAFEPP_SIGMOID) return;
-    largest = over_taps(largest, [](float a, float b) { return a > b ? a : b; });
-    for_each_own_tap<K>(lane, taps, [&](int k, int) {
-        own[k] = expf(own[k] - largest);
-        sum += own[k];
-    });
-    const float scale = 1 / sum_over_taps(sum);
-    for_each_own_tap<K>(lane, taps, [&](int k, int) { own[k] *= scale; });
-}
-
-// How many outputs' masks fit into shared memory, `tiles` times.
-template <class A>
-int64_t outputs_in_shared(int64_t taps, int64_t tiles, int64_t most) {
-    return std::clamp<int64_t>(kSharedBytes / (tiles * taps * int64_t{sizeof(A)}), 1, most);
+// The number of outputs whose masks fit into shared memory.
+inline int64_t outputs_in_shared(int64_t bytes_of_output, int64_t most) {
+    return std::clamp<int64_t>(kSharedBytes / bytes_of_output, 1, most);
 }
 
 }  // namespace carafepp::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for up x2 with arrays of 16 bits share, on tensor cores: PTX's mma.m16n8k8, whose fragments give
-// each lane pairs of elements.
+// Kernels for up x2 on tensor cores, for arrays of 16 bits. In the fragments of PTX's mma.m16n8k8 a lane holds pairs of
+// elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows `row` and `row` + 8, columns 2 * pair
+// and 2 * pair + 1.
 #pragma once
 
 #include <initializer_list>
@@ -43,7 +44,7 @@ __device__ __forceinline__ void multiply_add(float (&sums)[kWide][4], const uint
     }
 }
 
-// Writes element k of each of eight channels' sums; whether all of them are finite.
+// Writes element k of each of eight channels' sums; returns if all of them are finite.
 template <class T>
 __device__ __forceinline__ bool store_sums(const float (&sums)[kWide][4], int k, float scale, T* to) {
     float values[kWide];
@@ -67,8 +68,8 @@ __device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
     return exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
 }
 
-// Writes two columns' sums; whether they are finite as far as the band's zeros go: an infinite factor meets the band of
-// both columns, so that the first tells of both.
+// Writes two columns' sums; returns if they are finite. The first tells of both: an infinite factor meets the band of
+// both columns.
 template <class T>
 __device__ __forceinline__ bool store_sums(const float* sums, float scale, T* to) {
     const float2 values = make_float2(sums[0] * scale, sums[1] * scale);
@@ -78,22 +79,22 @@ __device__ __forceinline__ bool store_sums(const float* sums, float scale, T* to
 
 // ---- masks ----
 
-// What masks are multiplied by: of float16, those that are normalised, at most 1 and perhaps small, would lose bits.
+// The scale of masks. Normalised masks are at most 1 and perhaps small, so as float16 they would lose bits.
 template <class T>
 __device__ __forceinline__ float scale_of_masks(const Problem& p) {
     return std::is_same_v<T, Float16> && p.from_logits && p.normalizer != CARAFEPP_NONE ? 0x1p15f : 1.0f;
 }
 
-// For the forward, a lane's pair of a row of the band matrix that leads from pixels to an output: taps b and b + 1 of
-// row a, 0 where there are none. `weights` are the output's masks as stage_masks_up2.h stages them.
+// A lane's pair in the forward's band matrix: taps b and b + 1 of a window's row a, 0 outside the window. `weights`
+// are the output's masks as stage_masks_up2.h stages them.
 template <int K, class T>
 __device__ __forceinline__ uint32_t pair_of_band(const float* weights, int a, int b, float scale) {
     const auto weight = [&](int tap) { return tap >= 0 && tap < K ? scale * weights[(a * K + tap) * kOutputs] : 0.0f; };
     return pair_of<T>(weight(b), weight(b + 1));
 }
 
-// The same output, of the window around (i, j), in one channel without tensor cores: what of the band is 0 makes NaN of
-// an infinite feature.
+// The same output in one channel without tensor cores, with the window around (i, j). A zero of the band makes NaN of
+// an infinite feature; here no zero is multiplied.
 template <int K, class T>
 __device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights) {
     float sum = 0;

@@ -1,28 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The normaliser by itself: stage the masks of some outputs, write them.
+// The normaliser by itself: a block stages the masks of some outputs and writes them.
 #include "cuda/masks.h"
 
 namespace carafepp::cuda {
 namespace {
 
+struct NormalizeMasksPlan {
+    int64_t outputs;  // of a block
+    int64_t tiles;    // of an image
+    int64_t items;
+    int64_t shared_bytes;
+
+    NormalizeMasksPlan(const Problem& p, const Array& masks, int64_t accumulator_bytes) {
+        outputs = outputs_in_shared(p.taps() * accumulator_bytes, 128);
+        tiles = ceil_div(p.out_h * p.out_w, outputs);
+        items = masks.n * p.groups * tiles;
+        shared_bytes = outputs * p.taps() * accumulator_bytes;
+    }
+};
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    normalize_masks_kernel(Arguments arguments, int64_t outputs_of_block, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 2) normalize_masks_kernel(Arguments arguments, NormalizeMasksPlan plan) {
     const Problem& p = arguments.problem;
-    const Array& masks = arguments.result;
+    const Array& masks = arguments.result;  // [N, groups * K * K, H', W']
     using A = Accumulator<T>;
-    A* const staged = shared_memory<A>();
-    const int64_t items = masks.n * p.groups * tiles;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, tiles), image = divide(tile.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * outputs_of_block;
-        const int64_t outputs = min(outputs_of_block, p.out_h * p.out_w - first);
-        stage_masks<T>(p, n, group, first, outputs, p.out_w, staged, outputs_of_block);
+    A* const staged = shared_memory<A>();  // [tap][output]
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
+        const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * plan.outputs;
+        const int64_t outputs = min(plan.outputs, p.out_h * p.out_w - first);
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, staged, plan.outputs);
         for_each_mask(masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
             const Output output = output_at(first + q, p.out_w);
-            mask_element<T>(masks, n, group * p.taps() + t, output.i, output.j)
-                .store(0, staged[t * outputs_of_block + q]);
+            mask_element<T>(masks, n, group * p.taps() + t, output.i, output.j).store(0, staged[t * plan.outputs + q]);
         });
         __syncthreads();
     }
@@ -33,11 +43,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 void normalize_masks(const Problem& p, const Array& masks) {
     with_types(p, [&](auto storage, auto) {
         using T = typename decltype(storage)::type;
-        using A = Accumulator<T>;
-        const int64_t outputs = outputs_in_shared<A>(p.taps(), 1, 128);
-        const int64_t tiles = ceil_div(p.out_h * p.out_w, outputs);
-        launch(normalize_masks_kernel<T>, masks.n * p.groups * tiles, kThreads, p.taps() * outputs * int64_t{sizeof(A)},
-               p, masks, outputs, tiles);
+        const NormalizeMasksPlan plan(p, masks, sizeof(Accumulator<T>));
+        launch(normalize_masks_kernel<T>, plan.items, kThreads, plan.shared_bytes, p, masks, plan);
     });
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels and their launches share: limits of a block, launches, conversions and quotients.
+// Launches, limits of a block, quotients and conversions, for all kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,37 +22,46 @@ constexpr int64_t kSharedBytes = 40 * 1024;  // that every device gives to every
 void check(cudaError_t error);            // throws Failure for an error, which it clears for the caller
 int architecture_of(const void* kernel);  // the current device runs code for this one: 80 is 8.0
 
-// The first parameter of every kernel. nvcc keeps a problem in fewer registers if its result comes in the same
-// parameter: inner loops are up to 8% shorter than with two.
+// The first parameter of every kernel; its plan is the second. Problem and result are one parameter, as nvcc needs
+// fewer registers so. Inner loops are up to 8% shorter than with two. Shapes: features [N, C, H, W], grad_output
+// [N, C, H', W'], masks [N, groups * K * K, H', W'], logits [N, groups * K * K * up * up, H, W].
 struct Arguments {
     Problem problem;
     Array result;
 };
 
+// The plan of a kernel that counts its tiles and no more.
+struct TilePlan {
+    int64_t tiles;  // of an image or, where a kernel says so, of a row
+    int64_t items;  // all tiles of all groups
+};
+
 // Queues blocks of `threads` on the stream of a problem. They go on to the next item when there are more items than a
 // grid can have blocks.
-template <class... Plan>
-void launch(void (*kernel)(Arguments, Plan...), int64_t items, int threads, int64_t shared_bytes,
-            const Problem& problem, const Array& result, std::common_type_t<Plan>... plan) {
+template <class Plan>
+void launch(void (*kernel)(Arguments, Plan), int64_t items, int threads, int64_t shared_bytes, const Problem& problem,
+            const Array& result, std::common_type_t<Plan> plan) {
     Arguments arguments{problem, result};
-    void* parameters[] = {&arguments, &plan...};
+    void* parameters[] = {&arguments, &plan};
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX)));
     check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters,
                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(problem.stream)));
 }
 
-// Call f(T()) with the storage type of features, for kernels of 32 bits at most, and of 16 bits.
-template <class F>
+// Call f(k, T()) with the kernel size of a problem as a constant and the type of its features. The size is one of
+// `Sizes`. The first is for types of 32 bits at most, the second for 16 bits.
+template <int... Sizes, class F>
 void with_floats(const Problem& p, F f) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        if constexpr (sizeof(T) <= sizeof(float)) f(T());
+        if constexpr (sizeof(T) <= sizeof(float))
+            ((p.kernel_size == Sizes ? f(std::integral_constant<int, Sizes>(), T()) : void()), ...);
     });
 }
-template <class F>
+template <int... Sizes, class F>
 void with_halves(const Problem& p, F f) {
-    with_floats(p, [&](auto feature) {
-        if constexpr (sizeof feature == 2) f(feature);
+    with_floats<Sizes...>(p, [&](auto k, auto feature) {
+        if constexpr (sizeof feature == 2) f(k, feature);
     });
 }
 
@@ -91,8 +100,8 @@ __device__ __forceinline__ float2 widen_pair(uint32_t pair) {
     return make_float2(widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)}));
 }
 
-// Tells if the code that the current device would run is for this architecture (80 is 8.0) or a newer one. Devices that
-// the build does not know translate code for an old one.
+// Is the code that the current device would run for this architecture (80 is 8.0) or a newer one? A device that the
+// build does not know translates code for an older one.
 template <class... Parameters>
 bool is_compiled_for(int architecture, void (*kernel)(Parameters...)) {
     return architecture_of(reinterpret_cast<const void*>(kernel)) >= architecture;

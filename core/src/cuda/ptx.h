@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only nvcc compiles: dynamic shared memory and PTX. An emulated build finds tests/cuda/emulated/cuda/ptx.h first
-// on its include path, and <cuda_runtime.h> beside it. These two files are all in which it differs.
+// Dynamic shared memory and PTX, which only nvcc compiles. An emulated build has tests/cuda/emulated first on its
+// include path. The files cuda/ptx.h and cuda_runtime.h there take the place of this one and of CUDA's. Nothing else
+// differs.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,32 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The forward for up x2 with adjacent columns. A thread has one source and some channels: the masks of the source's
-// four outputs stay in its registers (normalised there: the logits of a source are its own masks and nobody else's);
-// then, a channel at a time, each feature of the window that is loaded serves all four outputs. Sources are numbered
-// through, so that small maps fill blocks.
+// The forward for up x2 with adjacent columns. A thread has one source in some channels. It keeps the masks of the four
+// outputs in registers and normalises them there, as no other thread needs them. A feature serves all four outputs.
+// Blocks take sources by number, so that small images fill them.
 #include "cuda/columns.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSources = 128;  // of a block, one of a thread
-constexpr int kChannels = 64;  // of a thread
+constexpr int kSourcesOfBlock = 128;   // of a block, one of a thread
+constexpr int kChannelsOfThread = 64;  // of a thread
 
-struct Cut {
-    int64_t channels;       // of a group
-    int64_t tiles, chunks;  // of sources in an image, of channels in a group
+struct ReassembleNchwPlan {
+    int64_t channels;        // of a group
+    int64_t tiles;           // of sources in an image
+    int64_t channel_blocks;  // of a group
     int64_t items;
-    bool pairs;  // whether the two outputs of a row are stored at once
+    bool pairs;  // store the two outputs of a row at once
+
+    ReassembleNchwPlan(const Problem& p, const Array& output) {
+        channels = p.features.c / p.groups;
+        tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
+        channel_blocks = ceil_div(channels, kChannelsOfThread);
+        items = output.n * p.groups * tiles * channel_blocks;
+        pairs = not_for_columns(output) == nullptr;
+    }
 };
 
 // One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `pairs`
 // the two outputs of a row are stored at once, as neighbouring lanes then fill whole sectors.
 template <int K, bool Inside, class T>
-__device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
-                                         const float (&masks)[kOutputs][K * K], bool pairs, const Array& output) {
-    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);
-    T* outputs = element<T>(output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);
+__device__ __forceinline__ void reassemble_source(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
+                                                  const float (&masks)[kOutputs][K * K], bool pairs,
+                                                  const Array& output) {
+    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);  // [C, H, W]
+    T* outputs = element<T>(output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);   // [C, H', W']
     const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
 #pragma unroll 1
     for (; channels > 0; channels--, window += p.features.stride_c, outputs += output.stride_c) {
@@ -48,14 +56,15 @@ __device__ __forceinline__ void contract(const Problem& p, int64_t n, int64_t c,
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Arguments arguments, Cut cut) {
+__global__ void __launch_bounds__(kSourcesOfBlock, 3)
+    reassemble_nchw_kernel(Arguments arguments, ReassembleNchwPlan plan) {
     const Problem& p = arguments.problem;
-    const Array& output = arguments.result;
-    for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
-        const Quotient chunk = divide(item, cut.chunks), tile = divide(chunk.quotient, cut.tiles),
-                       image = divide(tile.quotient, p.groups);
+    const Array& output = arguments.result;  // [N, C, H', W']
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient channel_block = divide(item, plan.channel_blocks),
+                       tile = divide(channel_block.quotient, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output source = output_at(tile.remainder * kSources + threadIdx.x, p.features.w);
+        const Output source = output_at(tile.remainder * kSourcesOfBlock + threadIdx.x, p.features.w);
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         if (source.i * kUp >= p.out_h || source.j * kUp >= p.out_w) continue;
 
@@ -69,7 +78,7 @@ __global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Arguments 
             float own[K * K] = {};  // 0 where a crop leaves the output out
             if (p.from_logits || (output.i < p.out_h && output.j < p.out_w)) {
                 load_taps<K>(mask_at<T>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, own);
-                if (!inside) clear_outside<K>(p, i, j, own);  // 0 * 0 is 0 even where a mask is Inf
+                if (!inside) clear_taps_outside<K>(p, i, j, own);  // as 0 * Inf is NaN
             }
 #pragma unroll
             for (int t = 0; t < K * K; t++) {
@@ -78,29 +87,16 @@ __global__ void __launch_bounds__(kSources, 3) reassemble_nchw_kernel(Arguments 
                 masks[kOutputs - 1][t] = own[t];
             }
         }
-        const int64_t first = chunk.remainder * kChannels, c = group * cut.channels + first;
-        const int channels = static_cast<int>(min(int64_t{kChannels}, cut.channels - first));
+        const int64_t first = channel_block.remainder * kChannelsOfThread, c = group * plan.channels + first;
+        const int channels = static_cast<int>(min(int64_t{kChannelsOfThread}, plan.channels - first));
         if (!inside) {  // not twice: a fourth loop would take the registers of a third block
-            contract<K, false, T>(p, n, c, channels, i, j, masks, cut.pairs, output);
-        } else if (cut.pairs) {
-            contract<K, true, T>(p, n, c, channels, i, j, masks, true, output);
+            reassemble_source<K, false, T>(p, n, c, channels, i, j, masks, plan.pairs, output);
+        } else if (plan.pairs) {
+            reassemble_source<K, true, T>(p, n, c, channels, i, j, masks, true, output);
         } else {
-            contract<K, true, T>(p, n, c, channels, i, j, masks, false, output);
+            reassemble_source<K, true, T>(p, n, c, channels, i, j, masks, false, output);
         }
     }
-}
-
-template <int K>
-void run(const Problem& p, const Array& output) {
-    with_floats(p, [&](auto feature) {
-        Cut cut;
-        cut.channels = p.features.c / p.groups;
-        cut.tiles = ceil_div(p.features.h * p.features.w, kSources);
-        cut.chunks = ceil_div(cut.channels, kChannels);
-        cut.items = output.n * p.groups * cut.tiles * cut.chunks;
-        cut.pairs = not_for_columns(output) == nullptr;
-        launch(reassemble_nchw_kernel<K, decltype(feature)>, cut.items, kSources, 0, p, output, cut);
-    });
 }
 
 }  // namespace
@@ -110,7 +106,10 @@ const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) {
 }
 
 void reassemble_nchw(const Problem& p, const Array& output) {
-    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+    with_floats<3, 5>(p, [&](auto k, auto feature) {
+        const ReassembleNchwPlan plan(p, output);
+        launch(reassemble_nchw_kernel<k, decltype(feature)>, plan.items, kSourcesOfBlock, 0, p, output, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

@@ -1,47 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-//
 // The forward for up x2 with adjacent channels of 16 bits, on tensor cores. A warp has four neighbouring sources of a
-// row, whose windows together are K rows of at most eight pixels. For each of these rows it multiplies the masks of the
-// 16 outputs, a band matrix that is built once from those staged, with the features of the eight pixels, 64 channels at
-// a time. What of the band is 0 would make NaN of an infinite feature: where a sum is not finite it is computed anew,
-// tap by tap.
+// row, with windows of K rows of at most eight pixels. Once it builds a band matrix from the staged masks of the 16
+// outputs. Then it multiplies the matrix by each row of pixels, 64 channels at a time. A zero of the band makes NaN of
+// an infinite feature. Sums that are not finite are computed again, tap by tap.
 #include "cuda/mma.h"
 #include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSources = 4;                                // of a warp
-constexpr int kChannels = 64;                              // of a warp at a time
-constexpr int kSourcesOfBlock = kThreads / 32 * kSources;  // neighbours in a row
+constexpr int kSourcesOfWarp = 4;
+static_assert(kSourcesOfWarp + 5 - 1 <= 8, "a product has eight pixels");
+constexpr int kChannelsOfStep = 64;                              // of a warp at a time
+constexpr int kSourcesOfBlock = kThreads / 32 * kSourcesOfWarp;  // neighbours in a row
 
-struct Cut {
-    int64_t tiles;  // of sources in a row
-};
-
-// The fragments of PTX's mma.m16n8k8: of the products, rows are outputs (those of the upper row first), columns
-// channels, and what is summed over pixels; lane / 4 is `row` here, lane % 4 is `pair`.
+// In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are channels. The sum is
+// over pixels.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Arguments arguments, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
-    const Array& output = arguments.result;
+    const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
-    float* const staged = shared_memory<float>();
+    float* const staged = shared_memory<float>();  // [source][tap][output]
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
     const int64_t channels_in_group = p.features.c / p.groups;
     const float scale = scale_of_masks<T>(p);
-    const int64_t items = output.n * p.groups * p.features.h * cut.tiles;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient tile = divide(item, cut.tiles), source_row = divide(tile.quotient, p.features.h),
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const Quotient tile = divide(item, plan.tiles), source_row = divide(tile.quotient, p.features.h),
                        image = divide(source_row.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, i = source_row.remainder;
-        const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSources;
+        const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSourcesOfWarp;
         stage_sources<K, T>(p, n, group, i, first, kSourcesOfBlock, staged);
-        clear_outside<K>(p, first, kSourcesOfBlock, staged);
+        clear_staged_outside<K>(p, first, kSourcesOfBlock, staged);
         if (j < p.features.w) {
             const int source = row / kUp;  // of this lane's outputs
-            const float* const weights = staged + (warp * kSources + source) * kTaps * kOutputs + row % kUp;
+            const float* const weights = staged + (warp * kSourcesOfWarp + source) * kTaps * kOutputs + row % kUp;
             uint32_t band[K][2];
 #pragma unroll
             for (int a = 0; a < K; a++) {
@@ -51,15 +45,16 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Argume
             }
             // Two pixels of the first row in this lane's first channels.
             const int64_t x = j + 2 * pair - K / 2;
-            const bool in_windows = 2 * pair < kSources + K - 1;
+            const bool in_windows = 2 * pair < kSourcesOfWarp + K - 1;
             const bool even_exists = in_windows && x >= 0 && x < p.features.w;
             const bool odd_exists = in_windows && x + 1 >= 0 && x + 1 < p.features.w;
-            const T* features = element<const T>(p.features, n, group * channels_in_group + loaded, i - K / 2, x);
+            const T* features = element<const T>(p.features, n, group * channels_in_group + loaded, i - K / 2,
+                                                 x);  // [H, W, C]
 #pragma unroll 1
             for (int64_t first_channel = 0; first_channel < channels_in_group;
-                 first_channel += kChannels, features += kChannels) {
+                 first_channel += kChannelsOfStep, features += kChannelsOfStep) {
                 const int64_t c = group * channels_in_group + first_channel;
-                const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{kChannels}));
+                const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{kChannelsOfStep}));
                 float sums[kWide][4] = {};
                 const T* pixels = features;
 #pragma unroll
@@ -68,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Argume
                     multiply_add<T>(sums, band[a], load_words(pixels, even_exists && loaded < channels),
                                     load_words(pixels + p.features.stride_w, odd_exists && loaded < channels));
                 }
-                // The four pieces of a lane's sums: of two rows of outputs, each eight channels twice.
+                // A lane's four stores: two of eight channels in both rows of outputs.
                 const int64_t out_j = j * kUp + row;
                 const auto channel_of = [&](int k) { return channel_of_column(2 * pair + k % 2); };
                 unsigned not_finite = 0;
@@ -93,15 +88,6 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Argume
     }
 }
 
-template <int K>
-void run(const Problem& p, const Array& output) {
-    const Cut cut{ceil_div(p.features.w, kSourcesOfBlock)};
-    with_halves(p, [&](auto feature) {
-        launch(reassemble_nhwc_mma_kernel<K, decltype(feature)>, output.n * p.groups * p.features.h * cut.tiles,
-               kThreads, kSourcesOfBlock * K * K * kBytesOfTap, p, output, cut);
-    });
-}
-
 }  // namespace
 
 const char* cannot_run_reassemble_nhwc_mma(const Problem& p, const Array& output) {
@@ -112,7 +98,12 @@ const char* cannot_run_reassemble_nhwc_mma(const Problem& p, const Array& output
 }
 
 void reassemble_nhwc_mma(const Problem& p, const Array& output) {
-    p.kernel_size == 3 ? run<3>(p, output) : run<5>(p, output);
+    with_halves<3, 5>(p, [&](auto k, auto feature) {
+        const int64_t tiles = ceil_div(p.features.w, kSourcesOfBlock);  // of a row
+        const TilePlan plan{tiles, output.n * p.groups * p.features.h * tiles};
+        launch(reassemble_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+               kSourcesOfBlock * k * k * kBytesOfTap, p, output, plan);
+    });
 }
 
 }  // namespace carafepp::cuda

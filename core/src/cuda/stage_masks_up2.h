@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// For up x2, the masks of the outputs of sources (i, first .. first + sources) in shared memory, as
-// [source][tap][output].
+// Masks for up x2 in shared memory, as [source][tap][output], for neighbouring sources of a row.
 #pragma once
 
 #include "cuda/up2.h"
@@ -9,23 +8,23 @@ namespace carafepp::cuda {
 
 constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
 
-// Logits that are staged, `outputs` of them, to masks. All threads of a block call it.
+// Turns staged logits of `outputs` outputs into masks. All threads of a block call it.
 template <int K>
 __device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs) {
     constexpr int kTaps = K * K;
     const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
     for (int first = 0; first < outputs; first += kThreads / kNormalizers) {
         const int output = first + static_cast<int>(threadIdx.x) / kNormalizers;
-        const int taps_here = output < outputs ? kTaps : 0;
-        float* const taps = staged + output / kOutputs * kTaps * kOutputs + output % kOutputs;
+        const TapsOfEight<K> taps{lane, output < outputs ? kTaps : 0};
+        float* const masks = staged + output / kOutputs * kTaps * kOutputs + output % kOutputs;
         float own[kOwnTaps<K>] = {};
-        for_each_own_tap<K>(lane, taps_here, [&](int k, int tap) { own[k] = taps[tap * kOutputs]; });
-        normalize_together<K>(normalizer, lane, taps_here, own);
-        for_each_own_tap<K>(lane, taps_here, [&](int k, int tap) { taps[tap * kOutputs] = own[k]; });
+        taps.each([&](int k, int tap) { own[k] = masks[tap * kOutputs]; });
+        normalize_registers(normalizer, taps, own);
+        taps.each([&](int k, int tap) { masks[tap * kOutputs] = own[k]; });
     }
 }
 
-// Where there is no source the masks, or the logits that become masks, are 0. Ends with a barrier.
+// Stages masks, or logits that become masks; they are 0 outside the row. Ends with a barrier.
 template <int K, class T>
 __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
                               float* staged) {
@@ -45,10 +44,10 @@ __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_
     __syncthreads();
 }
 
-// For the forward: masks of taps beyond a border become 0, as features are read as 0 there, and 0 * 0 is 0 even where a
-// mask is Inf. Ends with a barrier.
+// Clears masks of taps beyond the ends of the row, for the forward. Features are 0 there, but 0 * Inf is NaN. Ends with
+// a barrier.
 template <int K>
-__device__ void clear_outside(const Problem& p, int64_t first, int sources, float* staged) {
+__device__ void clear_staged_outside(const Problem& p, int64_t first, int sources, float* staged) {
     if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;
     for (int k = static_cast<int>(threadIdx.x); k < sources * K * K; k += kThreads) {
         const int64_t j = first + k / (K * K) + k % K - K / 2;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for up x2 share: the window of a source serves its four outputs.
+// Geometry of the kernels for up x2: the window of a source serves its four outputs.
 #pragma once
 
 #include "cuda/masks.h"

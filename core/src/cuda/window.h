@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which taps of the window around source (i, j) are inside the borders.
+// The taps of the window around source (i, j) that are inside the borders.
 #pragma once
 
 #include "cuda/platform.h"
 
 namespace carafepp::cuda {
 
-// Tells of tap t, then of all taps, if they are inside. Inner loops ask, so it counts in 32 bits.
+// Is tap t inside, and are all taps? Inner loops ask, so it counts in 32 bits.
 template <int K>
 __device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {
     const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w);
@@ -18,9 +18,9 @@ __device__ __forceinline__ bool window_inside(const Problem& p, int i, int j) {
     return i >= K / 2 && j >= K / 2 && i + K / 2 < p.features.h && j + K / 2 < p.features.w;
 }
 
-// Of one output's taps those beyond the borders become 0.
+// Clears the taps of one output that are beyond the borders.
 template <int K>
-__device__ __forceinline__ void clear_outside(const Problem& p, int i, int j, float (&taps)[K * K]) {
+__device__ __forceinline__ void clear_taps_outside(const Problem& p, int i, int j, float (&taps)[K * K]) {
 #pragma unroll
     for (int t = 0; t < K * K; t++) {
         if (!tap_inside<K>(p, i, j, t)) taps[t] = 0;

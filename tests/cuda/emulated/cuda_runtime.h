@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of CUDA that core/src/cuda uses, first on the include path where kernels are emulated: the language from
-// emulation.h, and these functions of the runtime. runtime.cpp defines them for a machine with emulated devices;
-// test_device.cpp defines them itself, and so says what the runtime answers.
+// The part of CUDA that core/src/cuda uses, for builds that emulate kernels. emulation.h is the language; here are the
+// functions of the runtime. runtime.cpp defines them for emulated devices. test_device.cpp defines them itself, and so
+// chooses the runtime's answers.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 
-// C++ cannot call a kernel by its address and untyped parameters, so `thread` is a std::function that runs one thread.
+// `thread` is a std::function that runs one thread: C++ cannot call a kernel by its address alone.
 cudaError_t cudaLaunchKernel(const void* thread, dim3 grid, dim3 block, void** parameters, size_t shared_bytes,
                              cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every number is that of a device, which runs code for 9.0, refuses nothing and has done its work when a launch
-// returns.
+// The runtime of emulated devices. Every number is one; it runs code for 9.0 and refuses nothing. A launch returns when
+// its kernel has ended.
 #include <cuda_runtime.h>
 
 static thread_local int current_device = 0;
