@@ -100,7 +100,7 @@ Call check(carafepp_function function, const carafepp_params* params, const cara
             fail(cuda.status, function, "CUDA arrays cannot be computed on: " + cuda.reason + ".");
     }
     check_forced(function, call.params.implementation, registry_of(call.problem.device));
-    if (const char* wrong = on_cuda ? cuda::wrong_environment() : wrong_isa_limit())
+    if (const char* wrong = on_cuda ? cuda::wrong_environment() : wrong_isa_cap())
         fail(CARAFEPP_VALUE_ERROR, function, wrong);
     return call;
 }

@@ -11,47 +11,47 @@ namespace {
 
 // A kernel runs where the processor has its instruction set. Numbers beyond these, which arrays without elements may
 // have, would overflow in the kernels' arithmetic.
-template <const char* (*unavailable)(), const char* (*cannot_run)(const Problem&, const Array&)>
+template <Isa isa, const char* (*cannot_run)(const Problem&, const Array&)>
 const char* cannot_run_here(const Problem& problem, const Array& result) {
     constexpr int64_t most = int64_t{1} << 36;
     if (std::max(problem.factor.up, problem.factor.down) > 1024) return "up or down is more than 1024";
     if (std::max(problem.features.h, problem.features.w) > most) return "a map is higher or wider than 2^36";
-    const char* reason = unavailable();
+    const char* reason = unavailable(isa);
     return reason ? reason : cannot_run(problem, result);
 }
 
-#define CARAFEPP_ENTRY(name, isa, kernel) \
-    {name "_" #isa, cannot_run_here<isa::unavailable, cannot_run_##kernel>, slower_##kernel, isa::kernel}
+// The entries of a kernel, one for each instruction set.
+#define CARAFEPP_ENTRY(isa, supported, unsupported, name, kernel) \
+    {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel},
+#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ISAS(CARAFEPP_ENTRY, name, kernel)
 
-// The entries of a kernel: one for each instruction set of the processor that this is built for.
-#if defined(__x86_64__)
-#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, avx512, kernel), CARAFEPP_ENTRY(name, avx2, kernel)
-#elif defined(__aarch64__)
-#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, neon, kernel)
-#else
-#define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ENTRY(name, generic, kernel)
-#endif
-
+// clang-format off
 // The list of a result: its kernel for each layout, and the reference.
-#define CARAFEPP_LIST(result, kernel)                                                                     \
-    {                                                                                                     \
-        CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc), CARAFEPP_ENTRIES(result "_nchw", kernel##_nchw), \
-            CARAFEPP_ENTRIES(result "_any", kernel##_any),                                                \
-            {result "_any_ref", runs_all, never_slower, reference::kernel}, {}                            \
+#define CARAFEPP_LIST(result, kernel)                                   \
+    {                                                                   \
+        CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc)                 \
+        CARAFEPP_ENTRIES(result "_nchw", kernel##_nchw)                 \
+        CARAFEPP_ENTRIES(result "_any", kernel##_any)                   \
+        {result "_any_ref", runs_all, never_slower, reference::kernel}, \
+        {}                                                              \
     }
+
+// The list of a normaliser, whose kernel takes any layout.
+#define CARAFEPP_NORMALIZER_LIST(result)                                \
+    {                                                                   \
+        CARAFEPP_ENTRIES(#result "_any", result)                        \
+        {#result "_any_ref", runs_all, never_slower, reference::result}, \
+        {}                                                              \
+    }
+// clang-format on
 
 constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble);
 constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble);
 constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features);
 constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks);
 constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks);
-constexpr Kernel kOfNormalizeMasks[] = {CARAFEPP_ENTRIES("normalize_masks_any", normalize_masks),
-                                        {"normalize_masks_any_ref", runs_all, never_slower, reference::normalize_masks},
-                                        {}};
-constexpr Kernel kOfNormalizeMasksBackward[] = {
-    CARAFEPP_ENTRIES("normalize_masks_backward_any", normalize_masks_backward),
-    {"normalize_masks_backward_any_ref", runs_all, never_slower, reference::normalize_masks_backward},
-    {}};
+constexpr Kernel kOfNormalizeMasks[] = CARAFEPP_NORMALIZER_LIST(normalize_masks);
+constexpr Kernel kOfNormalizeMasksBackward[] = CARAFEPP_NORMALIZER_LIST(normalize_masks_backward);
 
 }  // namespace
 

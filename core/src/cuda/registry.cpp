@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels for CUDA.
+// The kernels for CUDA. Each queues its work on problem.stream of the current device, and throws Failure. grad_masks
+// stands for grad_logits where problem.from_logits.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +9,44 @@
 #include "kernel.h"
 
 namespace carafepp::cuda {
+
+// Kernels for one factor, faster ones first. The file of its name defines each, and why it cannot run a problem.
+#define CARAFEPP_REASSEMBLE_KERNELS(X, result)     \
+    X(result "_up2_nhwc_mma", reassemble_nhwc_mma) \
+    X(result "_up2_nhwc", reassemble_nhwc)         \
+    X(result "_up2_nchw_mma", reassemble_nchw_mma) \
+    X(result "_up2_nchw", reassemble_nchw)         \
+    X(result "_down2_nhwc", reassemble_down2_nhwc) \
+    X(result "_down2_nchw", reassemble_down2_nchw)
+#define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)     \
+    X(result "_up2_nhwc_mma", grad_features_nhwc_mma) \
+    X(result "_up2_nhwc", grad_features_nhwc)         \
+    X(result "_up2_nchw_mma", grad_features_nchw_mma) \
+    X(result "_up2_nchw", grad_features_nchw)         \
+    X(result "_down2_nhwc", grad_features_down2_nhwc) \
+    X(result "_down2_nchw", grad_features_down2_nchw)
+#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)     \
+    X(result "_up2_nhwc_mma", grad_masks_nhwc_mma) \
+    X(result "_up2_nhwc", grad_masks_nhwc)         \
+    X(result "_up2_nchw_mma", grad_masks_nchw_mma) \
+    X(result "_up2_nchw", grad_masks_nchw)         \
+    X(result "_down2_nhwc", grad_masks_down2_nhwc) \
+    X(result "_down2_nchw", grad_masks_down2_nchw)
+
+#define CARAFEPP_DECLARE(name, kernel)                                            \
+    const char* cannot_run_##kernel(const Problem& problem, const Array& result); \
+    void kernel(const Problem& problem, const Array& result);
+CARAFEPP_REASSEMBLE_KERNELS(CARAFEPP_DECLARE, )
+CARAFEPP_GRAD_FEATURES_KERNELS(CARAFEPP_DECLARE, )
+CARAFEPP_GRAD_MASKS_KERNELS(CARAFEPP_DECLARE, )
+
+// Generic kernels run every problem.
+void reassemble(const Problem& problem, const Array& output);
+void grad_features(const Problem& problem, const Array& grad_features);
+void grad_masks(const Problem& problem, const Array& grad_masks);
+void normalize_masks(const Problem& problem, const Array& masks);
+void normalize_masks_backward(const Problem& problem, const Array& grad_logits);
+
 namespace {
 
 // The environment variable CARAFEPP_CUDA_KERNELS says which CUDA kernels may run. It is read once.
@@ -38,25 +77,24 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
 }
 
 // An entry of a kernel for one factor.
-#define CARAFEPP_CUDA_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel}
+#define CARAFEPP_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel},
 
-// The list of a result: its kernels for each factor and layout, and the generic one.
-#define CARAFEPP_CUDA_LIST(result, kernel)                                  \
-    {                                                                       \
-        CARAFEPP_CUDA_ENTRY(result "_up2_nhwc_mma", kernel##_nhwc_mma),     \
-            CARAFEPP_CUDA_ENTRY(result "_up2_nhwc", kernel##_nhwc),         \
-            CARAFEPP_CUDA_ENTRY(result "_up2_nchw_mma", kernel##_nchw_mma), \
-            CARAFEPP_CUDA_ENTRY(result "_up2_nchw", kernel##_nchw),         \
-            CARAFEPP_CUDA_ENTRY(result "_down2_nhwc", kernel##_down2_nhwc), \
-            CARAFEPP_CUDA_ENTRY(result "_down2_nchw", kernel##_down2_nchw), \
-            {result "_any_cuda", runs_all, never_slower, kernel}, {}        \
+// clang-format off
+// The list of a result: its kernels for one factor, and the generic one.
+#define CARAFEPP_LIST(result, kernel, kernels_for_one_factor)   \
+    {                                                           \
+        kernels_for_one_factor(CARAFEPP_ENTRY, result)          \
+        {result "_any_cuda", runs_all, never_slower, kernel},   \
+        {}                                                      \
     }
+// clang-format on
 
-constexpr Kernel kOfReassemble[] = CARAFEPP_CUDA_LIST("reassemble", reassemble);
-constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_CUDA_LIST("reassemble_with_logits", reassemble);
-constexpr Kernel kOfGradFeatures[] = CARAFEPP_CUDA_LIST("grad_features", grad_features);
-constexpr Kernel kOfGradMasks[] = CARAFEPP_CUDA_LIST("grad_masks", grad_masks);
-constexpr Kernel kOfGradLogits[] = CARAFEPP_CUDA_LIST("grad_logits", grad_masks);
+constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble, CARAFEPP_REASSEMBLE_KERNELS);
+constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble,
+                                                           CARAFEPP_REASSEMBLE_KERNELS);
+constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features, CARAFEPP_GRAD_FEATURES_KERNELS);
+constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks, CARAFEPP_GRAD_MASKS_KERNELS);
+constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks, CARAFEPP_GRAD_MASKS_KERNELS);
 constexpr Kernel kOfNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, never_slower, normalize_masks}, {}};
 constexpr Kernel kOfNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_cuda", runs_all, never_slower, normalize_masks_backward}, {}};

@@ -2,81 +2,8 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 namespace carafepp {
-
-namespace {
-
-// Each includes the one before it. There are no kernels for sse2: the reference runs.
-#if defined(__x86_64__)
-constexpr const char* kIsas[] = {"sse2", "avx2", "avx512"};
-#define CARAFEPP_ISAS "sse2, avx2 or avx512"
-#elif defined(__aarch64__)
-constexpr const char* kIsas[] = {"neon"};
-#define CARAFEPP_ISAS "neon"
-#else
-constexpr const char* kIsas[] = {"generic"};
-#define CARAFEPP_ISAS "generic"
-#endif
-constexpr int kIsaCount = sizeof kIsas / sizeof *kIsas;
-
-// Up to which one kernels may run.
-struct Limit {
-    int isa = kIsaCount - 1;
-    char reason[64] = "";  // why those above it may not
-    char wrong[160] = "";
-
-    Limit() {
-        const char* text = std::getenv("CARAFEPP_ISA");
-        if (text == nullptr || *text == '\0') return;
-        for (isa = 0; isa < kIsaCount && std::strcmp(text, kIsas[isa]) != 0; isa++) {
-        }
-        if (isa < kIsaCount) {
-            std::snprintf(reason, sizeof reason, "CARAFEPP_ISA allows no more than %s", text);
-        } else {
-            std::snprintf(wrong, sizeof wrong,
-                          "the environment variable CARAFEPP_ISA must be " CARAFEPP_ISAS "; got %.64s.", text);
-        }
-    }
-};
-
-const Limit& limit() {
-    static const Limit of_environment;
-    return of_environment;
-}
-
-[[maybe_unused]] const char* beyond_limit(int isa) { return isa > limit().isa ? limit().reason : nullptr; }
-
-}  // namespace
-
-const char* wrong_isa_limit() { return *limit().wrong ? limit().wrong : nullptr; }
-
-#if defined(__x86_64__)
-
-const char* avx2::unavailable() {
-    // No processor has AVX2 without F16C, which clang 14 has no name for.
-    const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return has ? beyond_limit(1) : "this processor has no AVX2 with FMA";
-}
-
-const char* avx512::unavailable() {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return has ? beyond_limit(2) : "this processor has no AVX-512 (F, BW, DQ, VL)";
-}
-
-#elif defined(__aarch64__)
-
-const char* neon::unavailable() { return nullptr; }
-
-#else
-
-const char* generic::unavailable() { return nullptr; }
-
-#endif
 
 // ---- what a kernel cannot run: strides, tables of phases, and 2 MiB of scratch for each thread ----
 

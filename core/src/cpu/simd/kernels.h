@@ -4,35 +4,28 @@
 #pragma once
 
 #include "cpu/geometry.h"
+#include "cpu/isas.h"
 #include "cpu/scratch.h"
 #include "problem.h"
 
-#define CARAFEPP_KERNELS_OF(isa)                                                         \
-    namespace isa {                                                                      \
-    const char* unavailable(); /* why it cannot run on the processor at hand, or NULL */ \
-    void reassemble_nhwc(const Problem& problem, const Array& output);                   \
-    void reassemble_nchw(const Problem& problem, const Array& output);                   \
-    void grad_features_nhwc(const Problem& problem, const Array& grad_features);         \
-    void grad_masks_nhwc(const Problem& problem, const Array& grad_masks);               \
-    void grad_features_nchw(const Problem& problem, const Array& grad_features);         \
-    void grad_masks_nchw(const Problem& problem, const Array& grad_masks);               \
-    void reassemble_any(const Problem& problem, const Array& output);                    \
-    void grad_features_any(const Problem& problem, const Array& grad_features);          \
-    void grad_masks_any(const Problem& problem, const Array& grad_masks);                \
-    void normalize_masks(const Problem& problem, const Array& masks);                    \
-    void normalize_masks_backward(const Problem& problem, const Array& grad_logits);     \
+#define CARAFEPP_KERNELS_OF(isa, supported, unsupported, a, b)                       \
+    namespace isa {                                                                  \
+    void reassemble_nhwc(const Problem& problem, const Array& output);               \
+    void reassemble_nchw(const Problem& problem, const Array& output);               \
+    void grad_features_nhwc(const Problem& problem, const Array& grad_features);     \
+    void grad_masks_nhwc(const Problem& problem, const Array& grad_masks);           \
+    void grad_features_nchw(const Problem& problem, const Array& grad_features);     \
+    void grad_masks_nchw(const Problem& problem, const Array& grad_masks);           \
+    void reassemble_any(const Problem& problem, const Array& output);                \
+    void grad_features_any(const Problem& problem, const Array& grad_features);      \
+    void grad_masks_any(const Problem& problem, const Array& grad_masks);            \
+    void normalize_masks(const Problem& problem, const Array& masks);                \
+    void normalize_masks_backward(const Problem& problem, const Array& grad_logits); \
     }
 
 namespace carafepp {
 
-#if defined(__x86_64__)
-CARAFEPP_KERNELS_OF(avx2)
-CARAFEPP_KERNELS_OF(avx512)
-#elif defined(__aarch64__)
-CARAFEPP_KERNELS_OF(neon)
-#else
-CARAFEPP_KERNELS_OF(generic)
-#endif
+CARAFEPP_ISAS(CARAFEPP_KERNELS_OF, , )
 
 // Scratch of a thread that stages images: for the features and outputs of one, and for its kernel.
 constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;
@@ -44,9 +37,6 @@ int64_t channels_of_image(const Problem& problem);
 inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
     return problem.from_logits && grad_masks.stride_c == 1;
 }
-
-// Why the environment variable CARAFEPP_ISA, the cap of instruction sets, cannot be followed; or NULL. Read once.
-const char* wrong_isa_limit();
 
 // Why the kernel of that name cannot run a problem, or NULL.
 const char* cannot_run_reassemble_nhwc(const Problem& problem, const Array& output);

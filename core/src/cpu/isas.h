@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction sets that kernels are compiled for, and the cap that the environment variable CARAFEPP_ISA sets.
+#pragma once
+
+// X(isa, supported, unsupported, a, b) for each instruction set, best first: each includes the next one. `supported`
+// asks the processor, `unsupported` is the reason where it says no. CMakeLists.txt has the compiler's flags.
+#if defined(__x86_64__)
+// A processor with AVX2 has F16C too; clang 14 has no name for it.
+#define CARAFEPP_ISAS(X, a, b)                                                                                         \
+    X(avx512,                                                                                                          \
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
+          __builtin_cpu_supports("avx512vl"),                                                                          \
+      "this processor has no AVX-512 (F, BW, DQ, VL)", a, b)                                                           \
+    X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), "this processor has no AVX2 with FMA", a, \
+      b)
+#elif defined(__aarch64__)
+#define CARAFEPP_ISAS(X, a, b) X(neon, true, "", a, b)
+#else
+#define CARAFEPP_ISAS(X, a, b) X(generic, true, "", a, b)
+#endif
+
+namespace carafepp {
+
+#define CARAFEPP_ENUMERATOR(isa, supported, unsupported, a, b) isa,
+enum class Isa { CARAFEPP_ISAS(CARAFEPP_ENUMERATOR, , ) };
+#undef CARAFEPP_ENUMERATOR
+
+// Why kernels of an instruction set cannot run, or NULL.
+const char* unavailable(Isa isa);
+
+// Why CARAFEPP_ISA cannot be followed, or NULL. Read once.
+const char* wrong_isa_cap();
+
+}  // namespace carafepp
