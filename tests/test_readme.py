@@ -70,3 +70,11 @@ def test_the_link_line_gives_a_program_that_starts(tmp_path):
         ["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == carafepp.__version__, done.stderr
+
+
+def test_the_files_that_contributing_names_exist():
+    root = Path(__file__).parent.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:core|python|bindings|tests|cases|docs)/[\w./]+)`", text)
+    assert named
+    assert not [name for name in named if not (root / name).exists()]

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel normalisers (section 3.2 and Table 14 of the paper) and their gradients, one source for host and device.
 //
-// normalize_taps() serves all who tell it how to load, reduce and store taps, as numbers or vectors.
+// normalize_taps() serves the kernels that tell it how to load, reduce and store taps, as numbers or vectors. Copies of
+// its formulas stay, each for a reason:
 //
-// normalize() stays beside it, for the reference and the generic kernels of a device. It takes tiles of any number of
-// lanes: tap t of lane q is tile[t*pitch + q]. Its loops over lanes are innermost, which compilers make vectors of
-// without vector types. It divides by the sum, as the definition does; a product with the reciprocal rounds apart.
+//     normalize()            tiles of any number of lanes, for the reference and the generic CUDA kernels: tap t of
+//     lane
+//                            q is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by
+//                            the sum, as the definition does; a product with the reciprocal rounds otherwise.
+//     normalize_registers()  CUDA kernels keep taps in registers (cuda/masks.h, cuda/grad_masks.h).
+//     mask_of()              one mask without memory for the other taps (cuda/masks.h).
 #pragma once
 
 #include <cmath>
@@ -69,7 +73,7 @@ CARAFEPP_NORMALIZER void softmax_taps(const Taps& taps, Load load) {
     using V = typename Taps::Value;
     using Number = typename Arithmetic<V>::Number;
     constexpr Number kInfinity = static_cast<Number>(INFINITY);
-    V largest = taps.filled(0, load(0), -kInfinity), other = largest;  // two chains, as one would wait for itself
+    V largest = taps.filled(0, load(0), -kInfinity), other = largest;  // two dependency chains, to hide latency
     int64_t k = 1;
     for (; k + 1 < taps.count; k += 2) {
         other = Larger()(load(k), other);

@@ -28,45 +28,45 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
-    "reassemble_nchw_kernel": 168,
-    "grad_masks_nhwc_kernel": 168,
-    "grad_masks_nchw_mma_kernel": 168,
-    "grad_masks_nhwc_mma_kernel": 168,
+    "reassemble_up2_nchw_kernel": 168,
+    "grad_masks_up2_nhwc_kernel": 168,
+    "grad_masks_up2_nchw_mma_kernel": 168,
+    "grad_masks_up2_nhwc_mma_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
-    "grad_masks_nchw_kernelILi5Ef": 168,
-    "grad_masks_nchw_kernel": 255,  # 16-bit dtypes
+    "grad_masks_up2_nchw_kernelILi5Ef": 168,
+    "grad_masks_up2_nchw_kernel": 255,  # 16-bit dtypes
 }
 # Required instructions, by a part of the mangled name. LDG, STG: global memory; LDS, STS: shared.
 INSTRUCTIONS = {
-    r"(reassemble|grad_features)_nhwc_kernelILi.EfE": (
+    r"(reassemble|grad_features)_up2_nhwc_kernelILi.EfE": (
         r"LDG\S*\.128",
         r"STG\S*\.128",
         r"LDS\S*\.128",
     ),
-    r"(reassemble|grad_features)_nhwc_kernelILi.E\w*Float16": (
+    r"(reassemble|grad_features)_up2_nhwc_kernelILi.E\w*Float16": (
         r"LDG\S*\.64",
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
     r"grad_masks_(down2_)?nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
     r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
-    r"reassemble_nchw_kernelILi.EfE": (r"STG\S*\.64",),
-    r"reassemble_nchw_kernelILi.E\w*Float16": (r"STG\.E\.EF(\.SYS)? ",),
-    r"(reassemble|grad_features)_nhwc_mma_kernelILi.E\w*Float16": (
+    r"reassemble_up2_nchw_kernelILi.EfE": (r"STG\S*\.64",),
+    r"reassemble_up2_nchw_kernelILi.E\w*Float16": (r"STG\.E\.EF(\.SYS)? ",),
+    r"(reassemble|grad_features)_up2_nhwc_mma_kernelILi.E\w*Float16": (
         r"HMMA",
         r"LDG\S*\.128",
         r"STG\S*\.128",
     ),
-    r"(reassemble|grad_features)_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
-    r"grad_masks_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
-    r"grad_masks_nhwc_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\S*\.128"),
+    r"(reassemble|grad_features)_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
     r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
     r"grad_features_down2_kernelI\w*OfChannelsELi.E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
     r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
-    r"grad_features_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
+    r"grad_features_up2_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
 }
 # The same by dtype: conversions to floats and from them. sm_75 has none of bfloat16.
 CONVERSIONS = {
@@ -81,15 +81,15 @@ CONVERSIONS_IN_SOFTWARE = {
 # The most instructions of an inner loop on sm_90, by source and dtype, for 5 x 5 taps. A second
 # word selects kernels by their names. A change may lower the numbers.
 BUDGETS = {
-    "reassemble_nchw.cu": {"float32": 152, "float16": 179, "bfloat16": 179},
-    "reassemble_nhwc.cu": {"float32": 241, "float16": 259, "bfloat16": 259},
-    "reassemble_nchw_mma.cu": {"float16": 551, "bfloat16": 536},
-    "reassemble_nhwc_mma.cu": {"float16": 651, "bfloat16": 666},
+    "reassemble_up2_nchw.cu": {"float32": 152, "float16": 179, "bfloat16": 179},
+    "reassemble_up2_nhwc.cu": {"float32": 241, "float16": 259, "bfloat16": 259},
+    "reassemble_up2_nchw_mma.cu": {"float16": 551, "bfloat16": 536},
+    "reassemble_up2_nhwc_mma.cu": {"float16": 651, "bfloat16": 666},
     "reassemble_down2_nchw.cu": {"float32": 100, "float16": 139, "bfloat16": 140},
     "reassemble_down2_nhwc.cu": {"float32": 225, "float16": 225, "bfloat16": 225},
-    "grad_features_nhwc.cu": {"float32": 242, "float16": 248, "bfloat16": 266},
-    "grad_features_nchw_mma.cu": {"float16": 128, "bfloat16": 118},
-    "grad_features_nhwc_mma.cu": {"float16": 131, "bfloat16": 123},
+    "grad_features_up2_nhwc.cu": {"float32": 242, "float16": 248, "bfloat16": 266},
+    "grad_features_up2_nchw_mma.cu": {"float16": 128, "bfloat16": 118},
+    "grad_features_up2_nhwc_mma.cu": {"float16": 131, "bfloat16": 123},
     "grad_features_down2.cu": {
         "float32 OfChannels": 188,
         "float16 OfChannels": 226,

@@ -37,8 +37,8 @@
  *          Nothing is written when a check fails. The library allocates no device memory, and on the CPU at most
  *          2 MB of scratch a thread.
  *
- * Order:   One thread computes each element of a result, in a fixed order. The bits are the same at every run and
- *          thread count. NaN and Inf propagate by the formula.
+ * Order:   Each element of a result is summed in a fixed order. The bits are the same at every run and thread count.
+ *          NaN and Inf propagate by the formula.
  *
  * Threads: All functions may be called from several threads at once. A forked child may go on calling.
  *

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class Layout>
 void launch_for(const Problem& p, const Array& grad_features) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const GradFeaturesDown2Plan<Layout> plan(p, grad_features);
         launch(grad_features_down2_kernel<Layout, k, decltype(feature)>, plan.items, kThreads,
                Staged<Layout, k>::kBytes, p, grad_features, plan);

@@ -9,12 +9,13 @@
 
 namespace carafepp::cuda {
 
-constexpr int kColumnsOfThread = 2;  // of a thread
-constexpr int kRowsOfBlock = 16;     // that a block goes down, with a window more
+constexpr int kColumnsOfThread = 2;
+constexpr int kRowsOfBlock = 16;  // that a block goes down, with a window more
 
-// Clears the masks of outputs that a crop leaves out, as the gradient is 0 there. Ends with a barrier.
+// Clears the masks of outputs that a crop leaves out, as the gradient is 0 there, in a block of kThreads. Ends with a
+// barrier.
 template <int K>
-__device__ void clear_cropped(const Problem& p, int i, int first, int sources, float* staged) {
+__device__ void clear_cropped_masks(const Problem& p, int i, int first, int sources, float* staged) {
     if ((i + 1) * kUp <= p.out_h && (first + sources) * kUp <= p.out_w) return;
     for (int k = static_cast<int>(threadIdx.x); k < sources * K * K * kOutputs; k += kThreads) {
         const int output = k % kOutputs, j = first + k / (K * K * kOutputs);

@@ -28,8 +28,7 @@ struct GradMasksPlan {
 
 // 0 for a tap beyond the border, whatever the gradient there.
 template <class T>
-__device__ Accumulator<T> grad_of_mask(const Problem& p, int64_t n, int64_t group, Output output, int64_t a,
-                                       int64_t b) {
+__device__ Accumulator<T> grad_of_mask(const Problem& p, int64_t n, int64_t group, Pixel output, int64_t a, int64_t b) {
     const int64_t i = p.factor.source(output.i) + a - p.radius(), j = p.factor.source(output.j) + b - p.radius();
     if (i < 0 || j < 0 || i >= p.features.h || j >= p.features.w) return 0;
     const int64_t channels = p.features.c / p.groups;
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
         const int64_t outputs = min(plan.outputs, plan.height * plan.width - first);
 
         for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            const Output output = output_at(first + q, plan.width);
+            const Pixel output = pixel_at(first + q, plan.width);
             A grad = 0;  // of a sub-pixel that a crop leaves out
             if (output.i < p.out_h && output.j < p.out_w) {
                 const Quotient tap = divide(t, p.kernel_size);
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
             load_masks<T>(p, p.logits, n, group, 0, p.taps(), first, outputs, plan.width, logits, plan.outputs);
             __syncthreads();
             for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
-                const Output output = output_at(first + q, plan.width);
+                const Pixel output = pixel_at(first + q, plan.width);
                 if (output.i >= p.out_h || output.j >= p.out_w) continue;
                 for (int64_t t = 0; t < p.taps(); t++) masks[t * plan.outputs + q] = logits[t * plan.outputs + q];
                 A scratch[2];
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
         }
         __syncthreads();
         for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            mask_at<T>(p, grad_masks, n, group, t, output_at(first + q, plan.width))
+            mask_at<T>(p, grad_masks, n, group, t, pixel_at(first + q, plan.width))
                 .store(0, grads[t * plan.outputs + q]);
         });
         __syncthreads();

@@ -67,7 +67,7 @@ __device__ __forceinline__ void through_normalizer(Pointer logits, int64_t step,
 
 // The same with the taps of an output in eight threads. All lanes of a warp call it.
 template <int K, class T, int Count>
-__device__ __forceinline__ void through_normalizer(const Problem& p, int64_t n, int64_t group, Output output,
+__device__ __forceinline__ void through_normalizer(const Problem& p, int64_t n, int64_t group, Pixel output,
                                                    TapsOfEight<K> taps, float (&grad)[Count]) {
     if (p.normalizer == CARAFEPP_NONE) return;
     float logits[kOwnTaps<K>] = {}, masks[kOwnTaps<K>] = {};
@@ -79,7 +79,7 @@ __device__ __forceinline__ void through_normalizer(const Problem& p, int64_t n, 
 // Writes the gradient of masks or logits of an output with the window around source (i, j), with adjacent columns. It
 // is 0 for a logit that a crop leaves out.
 template <int K, class T>
-__device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_t group, Output output, int i, int j,
+__device__ __forceinline__ void write_output(const Problem& p, int64_t n, int64_t group, Pixel output, int i, int j,
                                              int logits_apart, float (&grad)[K * K], const Array& grad_masks) {
     const bool computed = output.i < p.out_h && output.j < p.out_w;
     if (!computed && !p.from_logits) return;

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Argume
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kSourcesOfBlock + lane, grad_masks.w);
+        const Pixel pair = pixel_at(tile.remainder * kSourcesOfBlock + lane, grad_masks.w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
         const bool exists = out_i < p.out_h && out_j < p.out_w;
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Argume
 
         float grad[K * K];  // of output `warp`
         sum_of_warps<K>(sums, shared, grad);
-        const Output output{out_i + warp, out_j};
+        const Pixel output{out_i + warp, out_j};
         if (warp < kPair && output.i < grad_masks.h)
             write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad, grad_masks);
     }
@@ -68,7 +68,7 @@ const char* cannot_run_grad_masks_down2_nchw(const Problem& p, const Array&) {
 }
 
 void grad_masks_down2_nchw(const Problem& p, const Array& grad_masks) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kSourcesOfBlock);
         const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
         launch(grad_masks_down2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Argume
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kPairs + threadIdx.x / kThreadsOfPair, grad_masks.w);
+        const Pixel pair = pixel_at(tile.remainder * kPairs + threadIdx.x / kThreadsOfPair, grad_masks.w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
 
         float sums[kPair][kSums<K>] = {};
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_kernel(Argume
 
 #pragma unroll
         for (int o = 0; o < kPair; o++) {
-            const Output output{out_i + o, out_j};
+            const Pixel output{out_i + o, out_j};
             const TapsOfEight<K> taps{lane, output.i < grad_masks.h ? K * K : 0};
             const bool computed = output.i < p.out_h && output.j < p.out_w;  // or a crop leaves it out
             add_up(lane, sums[o]);
@@ -112,7 +112,7 @@ const char* cannot_run_grad_masks_down2_nhwc(const Problem& p, const Array&) {
 }
 
 void grad_masks_down2_nhwc(const Problem& p, const Array& grad_masks) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kPairs);
         const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
         launch(grad_masks_down2_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, 0, p, grad_masks, plan);

@@ -30,7 +30,7 @@ __device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array&
         const int tap = p.from_logits ? index / kOutputs : index % (K * K),
                   o = p.from_logits ? index % kOutputs : index / (K * K);
         const int row = i + source / Columns, column = j + source % Columns;
-        const Output output{row * kUp + o / kUp, column * kUp + o % kUp};
+        const Pixel output{row * kUp + o / kUp, column * kUp + o % kUp};
         if (row >= p.features.h || column >= p.features.w) continue;
         if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) continue;
         f(mask_at<T>(p, array, n, group, tap, output), source * Lines<K>::kSize + index);

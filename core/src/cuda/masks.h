@@ -9,11 +9,12 @@
 
 namespace carafepp::cuda {
 
-struct Output {
+// A pixel of the output, or of the features.
+struct Pixel {
     int64_t i, j;
 };
 
-__device__ __forceinline__ Output output_at(int64_t number, int64_t width) {
+__device__ __forceinline__ Pixel pixel_at(int64_t number, int64_t width) {
     const Quotient rows = divide(number, width);
     return {rows.quotient, rows.remainder};
 }
@@ -48,7 +49,7 @@ __device__ __forceinline__ MaskPointer<T> mask_element(const Array& array, int64
 // Points to tap t of an output in an array of the shape of masks or, `from_logits`, of logits.
 template <class T>
 __device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array& array, int64_t n, int64_t group,
-                                                  int64_t t, Output output) {
+                                                  int64_t t, Pixel output) {
     const int64_t tap = group * p.taps() + t;
     if (!p.from_logits) return mask_element<T>(array, n, tap, output.i, output.j);
     const int64_t up = p.factor.up;
@@ -56,7 +57,7 @@ __device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array&
     return mask_element<T>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
 }
 
-// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over the threads of a block. Adjacent threads get adjacent
+// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over a block of kThreads. Adjacent threads get adjacent
 // elements.
 template <class F>
 __device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, int64_t outputs, F f) {
@@ -76,12 +77,12 @@ template <class T, class A>
 __device__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t first_tap,
                            int64_t taps, int64_t first, int64_t outputs, int64_t width, A* to, int64_t pitch) {
     for_each_mask(array, taps, outputs, [&](int64_t t, int64_t q) {
-        to[t * pitch + q] = mask_at<T>(p, array, n, group, first_tap + t, output_at(first + q, width))[0];
+        to[t * pitch + q] = mask_at<T>(p, array, n, group, first_tap + t, pixel_at(first + q, width))[0];
     });
 }
 
-// Turns staged logits, all taps of `outputs` outputs, into masks. All threads of a block call it. Begins and ends with
-// a barrier.
+// Turns staged logits, all taps of `outputs` outputs, into masks, in a block of kThreads. Begins and ends with a
+// barrier.
 template <class A>
 __device__ void finish_staging(const Problem& p, int64_t outputs, A* staged, int64_t pitch) {
     __syncthreads();
@@ -103,7 +104,7 @@ __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t 
 // One mask, normalised if it is from logits. It reads the other taps again in each pass, so it needs no memory for
 // them. Only elements that tensor cores cannot compute need it.
 template <class T>
-__device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Output output) {
+__device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Pixel output) {
     const Array& array = p.from_logits ? p.logits : p.masks;
     const MaskPointer<T> taps = mask_at<T>(p, array, n, group, 0, output);
     const int64_t step = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);

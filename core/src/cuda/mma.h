@@ -118,7 +118,7 @@ __device__ float feature_tap_by_tap(const Problem& p, int64_t n, int64_t group, 
         if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
 #pragma unroll 1
         for (int o = 0; o < kOutputs; o++) {
-            const Output output{i * kUp + o / kUp, j * kUp + o % kUp};
+            const Pixel output{i * kUp + o / kUp, j * kUp + o % kUp};
             if (output.i < p.out_h && output.j < p.out_w) {
                 sum += mask_of<T>(p, n, group, t, output) *
                        widen(*element<const T>(p.grad_output, n, c, output.i, output.j));

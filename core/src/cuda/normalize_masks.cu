@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalize_masks_kernel(Arguments 
         const int64_t outputs = min(plan.outputs, p.out_h * p.out_w - first);
         stage_masks<T>(p, n, group, first, outputs, p.out_w, staged, plan.outputs);
         for_each_mask(masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            const Output output = output_at(first + q, p.out_w);
+            const Pixel output = pixel_at(first + q, p.out_w);
             mask_element<T>(masks, n, group * p.taps() + t, output.i, output.j).store(0, staged[t * plan.outputs + q]);
         });
         __syncthreads();

@@ -24,7 +24,8 @@ int architecture_of(const void* kernel);  // the current device runs code for th
 
 // The first parameter of every kernel; its plan is the second. Problem and result are one parameter, as nvcc needs
 // fewer registers so. Inner loops are up to 8% shorter than with two. Shapes: features [N, C, H, W], grad_output
-// [N, C, H', W'], masks [N, groups * K * K, H', W'], logits [N, groups * K * K * up * up, H, W].
+// [N, C, H', W'], masks [N, groups * K * K, H', W'], logits
+// [N, groups * K * K * up * up, ceil(H/down), ceil(W/down)].
 struct Arguments {
     Problem problem;
     Array result;
@@ -48,21 +49,17 @@ void launch(void (*kernel)(Arguments, Plan), int64_t items, int threads, int64_t
                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(problem.stream)));
 }
 
-// Call f(k, T()) with the kernel size of a problem as a constant and the type of its features. The size is one of
-// `Sizes`. The first is for types of 32 bits at most, the second for 16 bits.
-template <int... Sizes, class F>
-void with_floats(const Problem& p, F f) {
+// Calls f(k, T()) with the kernel size of a problem, one of `Sizes`, as a constant and with the type T of its features.
+// T has at most `MostBytes`, and 2 at least.
+template <int MostBytes, int... Sizes, class F>
+void with_kernel_size(const Problem& p, F f) {
+    bool found = false;
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
-        if constexpr (sizeof(T) <= sizeof(float))
-            ((p.kernel_size == Sizes ? f(std::integral_constant<int, Sizes>(), T()) : void()), ...);
+        if constexpr (sizeof(T) <= MostBytes)
+            ((p.kernel_size == Sizes && (f(std::integral_constant<int, Sizes>(), T()), found = true)) || ...);
     });
-}
-template <int... Sizes, class F>
-void with_halves(const Problem& p, F f) {
-    with_floats<Sizes...>(p, [&](auto k, auto feature) {
-        if constexpr (sizeof feature == 2) f(k, feature);
-    });
+    if (!found) throw Failure{"no kernel for this kernel_size and dtype"};
 }
 
 // Quotients of numbers that are not negative: in 32 bits where those do, as 64 take ten times as long.

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments argum
             const int64_t q = channels_adjacent ? at.quotient : at.remainder;
             const int64_t c = group * channels_in_group + first_channel +
                               (channels_adjacent ? at.remainder : at.quotient);
-            const Output pixel = output_at(first + q, p.out_w);
+            const Pixel pixel = pixel_at(first + q, p.out_w);
             const int64_t top = p.factor.source(pixel.i) - p.radius(), left = p.factor.source(pixel.j) - p.radius();
             const int64_t b_begin = max(-left, int64_t{0}), b_end = min(k, p.features.w - left);
             A sum = 0;

@@ -7,8 +7,8 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kBlock = 128;            // threads
-constexpr int kChannelsOfThread = 64;  // of a thread
+constexpr int kBlock = 128;  // threads
+constexpr int kChannelsOfThread = 64;
 
 struct ReassembleDown2NchwPlan {
     int64_t tiles;           // of pairs of outputs in an image
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kBlock, 4)
         const Quotient channel_block = divide(item, plan.channel_blocks),
                        tile = divide(channel_block.quotient, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output pair = output_at(tile.remainder * kBlock + threadIdx.x, p.out_w);
+        const Pixel pair = pixel_at(tile.remainder * kBlock + threadIdx.x, p.out_w);
         const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
         if (pair.i * kPair >= p.out_h) continue;
 
@@ -92,7 +92,7 @@ const char* cannot_run_reassemble_down2_nchw(const Problem& p, const Array& outp
 }
 
 void reassemble_down2_nchw(const Problem& p, const Array& output) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const ReassembleDown2NchwPlan plan(p, output);
         launch(reassemble_down2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock, 0, p, output, plan);
     });

@@ -8,7 +8,7 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kOutputsOfThread = 4;  // outputs of a thread
+constexpr int kOutputsOfThread = 4;
 
 struct ReassembleDown2NhwcPlan {
     int lanes, outputs;      // of a block: threads along channels, outputs along a row
@@ -106,7 +106,7 @@ const char* cannot_run_reassemble_down2_nhwc(const Problem& p, const Array& outp
 }
 
 void reassemble_down2_nhwc(const Problem& p, const Array& output) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const ReassembleDown2NhwcPlan plan(p, output, k);
         launch(reassemble_down2_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p, output,
                plan);

@@ -10,27 +10,27 @@
 
 namespace carafepp::cuda {
 
-// Kernels for one factor, faster ones first. The file of its name defines each, and why it cannot run a problem.
-#define CARAFEPP_REASSEMBLE_KERNELS(X, result)     \
-    X(result "_up2_nhwc_mma", reassemble_nhwc_mma) \
-    X(result "_up2_nhwc", reassemble_nhwc)         \
-    X(result "_up2_nchw_mma", reassemble_nchw_mma) \
-    X(result "_up2_nchw", reassemble_nchw)         \
-    X(result "_down2_nhwc", reassemble_down2_nhwc) \
+// Kernels for one factor, faster ones first. A .cu file defines each, and why it cannot run a problem.
+#define CARAFEPP_REASSEMBLE_KERNELS(X, result)         \
+    X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma) \
+    X(result "_up2_nhwc", reassemble_up2_nhwc)         \
+    X(result "_up2_nchw_mma", reassemble_up2_nchw_mma) \
+    X(result "_up2_nchw", reassemble_up2_nchw)         \
+    X(result "_down2_nhwc", reassemble_down2_nhwc)     \
     X(result "_down2_nchw", reassemble_down2_nchw)
-#define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)     \
-    X(result "_up2_nhwc_mma", grad_features_nhwc_mma) \
-    X(result "_up2_nhwc", grad_features_nhwc)         \
-    X(result "_up2_nchw_mma", grad_features_nchw_mma) \
-    X(result "_up2_nchw", grad_features_nchw)         \
-    X(result "_down2_nhwc", grad_features_down2_nhwc) \
+#define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
+    X(result "_up2_nhwc_mma", grad_features_up2_nhwc_mma) \
+    X(result "_up2_nhwc", grad_features_up2_nhwc)         \
+    X(result "_up2_nchw_mma", grad_features_up2_nchw_mma) \
+    X(result "_up2_nchw", grad_features_up2_nchw)         \
+    X(result "_down2_nhwc", grad_features_down2_nhwc)     \
     X(result "_down2_nchw", grad_features_down2_nchw)
-#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)     \
-    X(result "_up2_nhwc_mma", grad_masks_nhwc_mma) \
-    X(result "_up2_nhwc", grad_masks_nhwc)         \
-    X(result "_up2_nchw_mma", grad_masks_nchw_mma) \
-    X(result "_up2_nchw", grad_masks_nchw)         \
-    X(result "_down2_nhwc", grad_masks_down2_nhwc) \
+#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)         \
+    X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma) \
+    X(result "_up2_nhwc", grad_masks_up2_nhwc)         \
+    X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma) \
+    X(result "_up2_nchw", grad_masks_up2_nchw)         \
+    X(result "_down2_nhwc", grad_masks_down2_nhwc)     \
     X(result "_down2_nchw", grad_masks_down2_nchw)
 
 #define CARAFEPP_DECLARE(name, kernel)                                            \

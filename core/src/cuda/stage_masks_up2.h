@@ -8,7 +8,7 @@ namespace carafepp::cuda {
 
 constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
 
-// Turns staged logits of `outputs` outputs into masks. All threads of a block call it.
+// Turns staged logits of `outputs` outputs into masks, in a block of kThreads.
 template <int K>
 __device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs) {
     constexpr int kTaps = K * K;
@@ -32,7 +32,7 @@ __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_
     const Array& array = p.from_logits ? p.logits : p.masks;
     for_each_mask(array, kTaps, sources * kOutputs, [&](int64_t tap, int64_t k) {
         const int64_t j = first + k / kOutputs, output = k % kOutputs;
-        const Output at{i * kUp + output / kUp, j * kUp + output % kUp};
+        const Pixel at{i * kUp + output / kUp, j * kUp + output % kUp};
         float weight = 0;
         if (j >= 0 && j < p.features.w && (p.from_logits || (at.i < p.out_h && at.j < p.out_w)))
             weight = mask_at<T>(p, array, n, group, tap, at)[0];
@@ -44,8 +44,8 @@ __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_
     __syncthreads();
 }
 
-// Clears masks of taps beyond the ends of the row, for the forward. Features are 0 there, but 0 * Inf is NaN. Ends with
-// a barrier.
+// Clears masks of taps beyond the ends of the row, for the forward, in a block of kThreads. Features are 0 there, but
+// 0 * Inf is NaN. Ends with a barrier.
 template <int K>
 __device__ void clear_staged_outside(const Problem& p, int64_t first, int sources, float* staged) {
     if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;

@@ -3,8 +3,8 @@
 To add a library, write a file with its door here, and add the door to `DOORS`. No library is
 imported before an array of it comes in.
 
-A call does not wait for its work on a GPU. An array may be freed while the work is queued: the
-library orders its memory by the same stream.
+A call does not wait for its work on a GPU. An array may be freed while the work is queued, as its
+library orders memory by the same stream. With DLPack alone the caller keeps arrays until then.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Door:
             raise
         return tuple(results)
 
-    call = compute
+    call = compute  # a library with operators of its own overrides call
 
     def _check_inputs(
         self, function: str, inputs: tuple[Any, ...], core_params: _core.Params

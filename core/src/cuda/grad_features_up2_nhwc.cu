@@ -7,14 +7,14 @@
 namespace carafepp::cuda {
 namespace {
 
-struct GradFeaturesNhwcPlan {
+struct GradFeaturesUp2NhwcPlan {
     int lanes, columns;        // of a block: threads along channels, columns of sources
     int64_t tile_rows, tiles;  // of an image, of a row
     int64_t channel_blocks;    // of a group
     int64_t items;
     int64_t shared_bytes;
 
-    GradFeaturesNhwcPlan(const Problem& p, const Array& grad_features, int k) {
+    GradFeaturesUp2NhwcPlan(const Problem& p, const Array& grad_features, int k) {
         const int64_t channels_in_group = p.features.c / p.groups;
         const Lanes block(channels_in_group, kColumnsOfThread, k * k * kBytesOfTap, k - 1);
         lanes = block.lanes;
@@ -29,7 +29,7 @@ struct GradFeaturesNhwcPlan {
 
 template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    grad_features_nhwc_kernel(Arguments arguments, GradFeaturesNhwcPlan plan) {
+    grad_features_up2_nhwc_kernel(Arguments arguments, GradFeaturesUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     constexpr int kTaps = K * K, kRadius = K / 2;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const bool exists = in_group < channels_in_group && j < p.features.w;
         const auto add = [&](int i, float4(&sums)[K][kColumnsOfThread]) {
             stage_sources<K, T>(p, n, group, i, first - kRadius, plan.columns + K - 1, staged);
-            clear_cropped<K>(p, i, first - kRadius, plan.columns + K - 1, staged);
+            clear_cropped_masks<K>(p, i, first - kRadius, plan.columns + K - 1, staged);
             if (exists) {
                 const bool two_rows = i * kUp + 1 < p.out_h;
                 const T* const grads = element<const T>(p.grad_output, n, c, i * kUp, left * kUp);  // [H', W', C]
@@ -69,16 +69,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_features) {
+const char* cannot_run_grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
     return not_for_vectors(p, grad_features);
 }
 
-void grad_features_nhwc(const Problem& p, const Array& grad_features) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
-        const GradFeaturesNhwcPlan plan(p, grad_features, k);
-        launch(grad_features_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p,
+void grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+        const GradFeaturesUp2NhwcPlan plan(p, grad_features, k);
+        launch(grad_features_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p,
                grad_features, plan);
     });
 }

@@ -16,7 +16,7 @@ using Plan = GradFeaturesMmaPlan<kTileColumns, kTileRows>;
 // In the products of mma.m16n8k8 rows are channels, columns are pixels of a row of the tile. The sum is over the two
 // outputs in a row of four sources.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Arguments arguments, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) grad_features_up2_nchw_mma_kernel(Arguments arguments, Plan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;                                // [N, C, H, W]
     constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTileColumns + K - 1;  // sources of a row that reach a tile
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Arg
         for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
             if (i * kUp >= p.out_h || p.out_w == 0) break;
             stage_sources<K, T>(p, n, group, i, first - kRadius, sources, staged);
-            clear_cropped<K>(p, i, first - kRadius, sources, staged);
+            clear_cropped_masks<K>(p, i, first - kRadius, sources, staged);
 #pragma unroll 1
             for (int step = 0; step < kUp * kSteps && exists; step++) {
                 const int r = step / kSteps, out_i = i * kUp + r;  // row of outputs
@@ -101,17 +101,18 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_nchw_mma_kernel(Arg
 
 }  // namespace
 
-const char* cannot_run_grad_features_nchw_mma(const Problem& p, const Array& grad_features) {
+const char* cannot_run_grad_features_up2_nchw_mma(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_features_nchw_mma_kernel<5, BFloat16>)
-                                                 : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(grad_features_up2_nchw_mma_kernel<5, BFloat16>)
+               : nullptr;
 }
 
-void grad_features_nchw_mma(const Problem& p, const Array& grad_features) {
-    with_halves<3, 5>(p, [&](auto k, auto feature) {
+void grad_features_up2_nchw_mma(const Problem& p, const Array& grad_features) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         const Plan plan(p);
-        launch(grad_features_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+        launch(grad_features_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
                (plan.warps_in_row * kTileColumns + k - 1) * k * k * kBytesOfTap, p, grad_features, plan);
     });
 }

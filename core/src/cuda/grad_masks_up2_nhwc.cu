@@ -29,11 +29,11 @@ struct Staged {
     }
 };
 
-struct GradMasksNhwcPlan {
+struct GradMasksUp2NhwcPlan {
     int64_t tile_rows, tiles;  // of an image, of a row
     int64_t items;
 
-    GradMasksNhwcPlan(const Problem& p, const Array& grad_masks) {
+    GradMasksUp2NhwcPlan(const Problem& p, const Array& grad_masks) {
         tile_rows = ceil_div(p.features.h, kRows);
         tiles = ceil_div(p.features.w, kColumns);
         items = grad_masks.n * p.groups * tile_rows * tiles;
@@ -98,7 +98,8 @@ __device__ __forceinline__ void sum_staged(const float* staged, int lane, int wa
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments arguments, GradMasksNhwcPlan plan) {
+__global__ void __launch_bounds__(kBlock, 3)
+    grad_masks_up2_nhwc_kernel(Arguments arguments, GradMasksUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     constexpr int kTaps = K * K;
@@ -143,16 +144,16 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_nhwc_kernel(Arguments ar
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
+const char* cannot_run_grad_masks_up2_nhwc(const Problem& p, const Array&) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.grad_output);
 }
 
-void grad_masks_nhwc(const Problem& p, const Array& grad_masks) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
-        const GradMasksNhwcPlan plan(p, grad_masks);
-        launch(grad_masks_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, Staged<k>::bytes(), p, grad_masks,
+void grad_masks_up2_nhwc(const Problem& p, const Array& grad_masks) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+        const GradMasksUp2NhwcPlan plan(p, grad_masks);
+        launch(grad_masks_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, Staged<k>::bytes(), p, grad_masks,
                plan);
     });
 }

@@ -19,12 +19,12 @@ struct Staged {
     static constexpr int64_t kBytes = (kMasks + kOutputColumns * kPixel) * int64_t{sizeof(float)};
 };
 
-struct GradFeaturesNchwPlan {
+struct GradFeaturesUp2NchwPlan {
     int64_t tile_rows, tiles;  // of an image, of a row
     int64_t channel_blocks;    // of a group
     int64_t items;
 
-    GradFeaturesNchwPlan(const Problem& p, const Array& grad_features) {
+    GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features) {
         tile_rows = ceil_div(p.features.h, kRowsOfBlock);
         tiles = ceil_div(p.features.w, kColumnsOfBlock);
         channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfBlock);
@@ -53,7 +53,7 @@ __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t 
 
 template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    grad_features_nchw_kernel(Arguments arguments, GradFeaturesNchwPlan plan) {
+    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     constexpr int kRadius = K / 2;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const bool exists = channel < channels && j < p.features.w;
         const auto add = [&](int i, float4(&sums)[K][kColumnsOfThread]) {
             stage_sources<K, T>(p, n, group, i, first - kRadius, S::kSources, masks);
-            clear_cropped<K>(p, i, first - kRadius, S::kSources, masks);
+            clear_cropped_masks<K>(p, i, first - kRadius, S::kSources, masks);
             for (int row = 0; row < kUp; row++) {
                 stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
                 if (exists) {
@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-const char* cannot_run_grad_features_nchw(const Problem& p, const Array& grad_features) {
+const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     return not_for_columns_of_up2(p, p.grad_output, grad_features);
 }
 
-void grad_features_nchw(const Problem& p, const Array& grad_features) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
-        const GradFeaturesNchwPlan plan(p, grad_features);
-        launch(grad_features_nchw_kernel<k, decltype(feature)>, plan.items, kThreads, Staged<k>::kBytes, p,
+void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+        const GradFeaturesUp2NchwPlan plan(p, grad_features);
+        launch(grad_features_up2_nchw_kernel<k, decltype(feature)>, plan.items, kThreads, Staged<k>::kBytes, p,
                grad_features, plan);
     });
 }

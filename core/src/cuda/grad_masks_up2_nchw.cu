@@ -34,7 +34,7 @@ __device__ __forceinline__ void sum_source(const Problem& p, int64_t n, int64_t 
 // Conversions of halves take registers that a third block would miss.
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_nchw_kernel(Arguments arguments, TilePlan plan) {
+    grad_masks_up2_nchw_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     constexpr int kTaps = K * K;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output source = output_at(tile.remainder * kSourcesOfBlock + lane, p.features.w);
+        const Pixel source = pixel_at(tile.remainder * kSourcesOfBlock + lane, p.features.w);
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         const bool exists = i < p.features.h && i * kUp < p.out_h && j * kUp < p.out_w;
         const bool inside = window_inside<K>(p, i, j);
@@ -62,22 +62,22 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
         float grad[kTaps];  // of output `warp`
         sum_of_warps<K>(sums, shared, grad);
 
-        const Output output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
+        const Pixel output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
         if (i < p.features.h) write_output<K, T>(p, n, group, output, i, j, kOutputs, grad, grad_masks);
     }
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) {
+const char* cannot_run_grad_masks_up2_nchw(const Problem& p, const Array&) {
     return not_for_columns_of_up2(p, p.features, p.grad_output);
 }
 
-void grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
+void grad_masks_up2_nchw(const Problem& p, const Array& grad_masks) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         const int64_t tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
         const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
-        launch(grad_masks_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
+        launch(grad_masks_up2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
                kBlock * k * k * int64_t{sizeof(float)}, p, grad_masks, plan);
     });
 }

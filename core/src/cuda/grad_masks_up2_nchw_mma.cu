@@ -17,11 +17,11 @@ static_assert(kBefore % 2 == 0 && kBefore >= 5 / 2, "loads are of pairs of colum
 static_assert(kBefore + kColumnsOfWarp + 5 / 2 <= 8, "a product has eight pixels");
 static_assert(kColumnsOfBlock * kRowsOfWarp == kSourcesOfBlock, "a block has as many sources as there are lines");
 
-struct GradMasksNchwMmaPlan {
+struct GradMasksUp2NchwMmaPlan {
     int64_t tile_rows, tiles;  // of an image, of a row
     int64_t items;
 
-    GradMasksNchwMmaPlan(const Problem& p, const Array& grad_masks) {
+    GradMasksUp2NchwMmaPlan(const Problem& p, const Array& grad_masks) {
         tile_rows = ceil_div(p.features.h, kRowsOfWarp);
         tiles = ceil_div(p.features.w, kColumnsOfBlock);
         items = grad_masks.n * p.groups * tile_rows * tiles;
@@ -40,7 +40,7 @@ __device__ __forceinline__ uint32_t right_of(const uint32_t (&words)[2]) {
 // products.
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3)
-    grad_masks_nchw_mma_kernel(Arguments arguments, GradMasksNchwMmaPlan plan) {
+    grad_masks_up2_nchw_mma_kernel(Arguments arguments, GradMasksUp2NchwMmaPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;           // of the shape of masks or logits
     constexpr int kRowPairs = (K + kRowsOfWarp - 1) / 2;  // of pixels
@@ -121,16 +121,17 @@ __global__ void __launch_bounds__(kBlock, 3)
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nchw_mma(const Problem& p, const Array&) {
+const char* cannot_run_grad_masks_up2_nchw_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nchw_mma_kernel<5, BFloat16>)
-                                                 : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(grad_masks_up2_nchw_mma_kernel<5, BFloat16>)
+               : nullptr;
 }
 
-void grad_masks_nchw_mma(const Problem& p, const Array& grad_masks) {
-    with_halves<3, 5>(p, [&](auto k, auto feature) {
-        const GradMasksNchwMmaPlan plan(p, grad_masks);
-        launch(grad_masks_nchw_mma_kernel<k, decltype(feature)>, plan.items, kBlock,
+void grad_masks_up2_nchw_mma(const Problem& p, const Array& grad_masks) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
+        const GradMasksUp2NchwMmaPlan plan(p, grad_masks);
+        launch(grad_masks_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kBlock,
                2 * kSourcesOfBlock * Lines<k>::kSize * int64_t{sizeof(float)}, p, grad_masks, plan);
     });
 }

@@ -8,16 +8,16 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSourcesOfThread = 2;  // of a thread
+constexpr int kSourcesOfThread = 2;
 
-struct ReassembleNhwcPlan {
+struct ReassembleUp2NhwcPlan {
     int lanes, sources;      // of a block: threads along channels, sources along a row
     int64_t tiles;           // of a row
     int64_t channel_blocks;  // of a group
     int64_t items;
     int64_t shared_bytes;
 
-    ReassembleNhwcPlan(const Problem& p, const Array& output, int k) {
+    ReassembleUp2NhwcPlan(const Problem& p, const Array& output, int k) {
         const int64_t channels_in_group = p.features.c / p.groups;
         const Lanes block(channels_in_group, kSourcesOfThread, k * k * kBytesOfTap);
         lanes = block.lanes;
@@ -30,7 +30,8 @@ struct ReassembleNhwcPlan {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Arguments arguments, ReassembleNhwcPlan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    reassemble_up2_nhwc_kernel(Arguments arguments, ReassembleUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
@@ -88,16 +89,17 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_kernel(Arguments 
 
 }  // namespace
 
-const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
+const char* cannot_run_reassemble_up2_nhwc(const Problem& p, const Array& output) {
     if (const char* reason = not_for_up2(p, 7)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, output);
 }
 
-void reassemble_nhwc(const Problem& p, const Array& output) {
-    with_floats<3, 5, 7>(p, [&](auto k, auto feature) {
-        const ReassembleNhwcPlan plan(p, output, k);
-        launch(reassemble_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p, output, plan);
+void reassemble_up2_nhwc(const Problem& p, const Array& output) {
+    with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
+        const ReassembleUp2NhwcPlan plan(p, output, k);
+        launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p, output,
+               plan);
     });
 }
 

@@ -24,7 +24,8 @@ static_assert(kThreads / 32 * kSourcesOfWarp == kSourcesOfBlock, "a block has as
 // In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are pixels. The sum is
 // over channels, in any order: each lane has eight adjacent ones, for four products.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    grad_masks_up2_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;   // of the shape of masks or logits
     float* const lines = shared_memory<float>();  // [source][channel of masks]
@@ -91,17 +92,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grad_masks_nhwc_mma_kernel(
 
 }  // namespace
 
-const char* cannot_run_grad_masks_nhwc_mma(const Problem& p, const Array&) {
+const char* cannot_run_grad_masks_up2_nhwc_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(grad_masks_nhwc_mma_kernel<5, BFloat16>)
-                                                 : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(grad_masks_up2_nhwc_mma_kernel<5, BFloat16>)
+               : nullptr;
 }
 
-void grad_masks_nhwc_mma(const Problem& p, const Array& grad_masks) {
-    with_halves<3, 5>(p, [&](auto k, auto feature) {
+void grad_masks_up2_nhwc_mma(const Problem& p, const Array& grad_masks) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         const int64_t tiles = ceil_div(p.features.w, kSourcesOfBlock);  // of a row
         const TilePlan plan{tiles, grad_masks.n * p.groups * p.features.h * tiles};
-        launch(grad_masks_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+        launch(grad_masks_up2_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
                2 * kSourcesOfBlock * Lines<k>::kSize * int64_t{sizeof(float)}, p, grad_masks, plan);
     });
 }

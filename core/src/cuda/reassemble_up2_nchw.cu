@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward for up x2 with adjacent columns. A thread has one source in some channels. It keeps the masks of the four
 // outputs in registers and normalises them there, as no other thread needs them. A feature serves all four outputs.
-// Blocks take sources by number, so that small images fill them.
+// A block takes consecutive sources across rows, so that small images fill it.
 #include "cuda/columns.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSourcesOfBlock = 128;   // of a block, one of a thread
-constexpr int kChannelsOfThread = 64;  // of a thread
+constexpr int kSourcesOfBlock = 128;  // one a thread
+constexpr int kChannelsOfThread = 64;
 
-struct ReassembleNchwPlan {
+struct ReassembleUp2NchwPlan {
     int64_t channels;        // of a group
     int64_t tiles;           // of sources in an image
     int64_t channel_blocks;  // of a group
     int64_t items;
     bool pairs;  // store the two outputs of a row at once
 
-    ReassembleNchwPlan(const Problem& p, const Array& output) {
+    ReassembleUp2NchwPlan(const Problem& p, const Array& output) {
         channels = p.features.c / p.groups;
         tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
         channel_blocks = ceil_div(channels, kChannelsOfThread);
@@ -57,14 +57,14 @@ __device__ __forceinline__ void reassemble_source(const Problem& p, int64_t n, i
 
 template <int K, class T>
 __global__ void __launch_bounds__(kSourcesOfBlock, 3)
-    reassemble_nchw_kernel(Arguments arguments, ReassembleNchwPlan plan) {
+    reassemble_up2_nchw_kernel(Arguments arguments, ReassembleUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient channel_block = divide(item, plan.channel_blocks),
                        tile = divide(channel_block.quotient, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder;
-        const Output source = output_at(tile.remainder * kSourcesOfBlock + threadIdx.x, p.features.w);
+        const Pixel source = pixel_at(tile.remainder * kSourcesOfBlock + threadIdx.x, p.features.w);
         const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
         if (source.i * kUp >= p.out_h || source.j * kUp >= p.out_w) continue;
 
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kSourcesOfBlock, 3)
         const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
         const bool inside = window_inside<K>(p, i, j);
 #pragma unroll 1
-        for (int o = 0; o < kOutputs; o++) {  // those there are move up: the normaliser's code stands once
-            const Output output{int64_t{i} * kUp + o / kUp, int64_t{j} * kUp + o % kUp};
+        for (int o = 0; o < kOutputs; o++) {  // not unrolled, so the normaliser is compiled once
+            const Pixel output{int64_t{i} * kUp + o / kUp, int64_t{j} * kUp + o % kUp};
             float own[K * K] = {};  // 0 where a crop leaves the output out
             if (p.from_logits || (output.i < p.out_h && output.j < p.out_w)) {
                 load_taps<K>(mask_at<T>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, own);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kSourcesOfBlock, 3)
         }
         const int64_t first = channel_block.remainder * kChannelsOfThread, c = group * plan.channels + first;
         const int channels = static_cast<int>(min(int64_t{kChannelsOfThread}, plan.channels - first));
-        if (!inside) {  // not twice: a fourth loop would take the registers of a third block
+        if (!inside) {  // one copy: with a fourth loop, two blocks fit instead of three
             reassemble_source<K, false, T>(p, n, c, channels, i, j, masks, plan.pairs, output);
         } else if (plan.pairs) {
             reassemble_source<K, true, T>(p, n, c, channels, i, j, masks, true, output);
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kSourcesOfBlock, 3)
 
 }  // namespace
 
-const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) {
+const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output) {
     return not_for_columns_of_up2(p, p.features, output);
 }
 
-void reassemble_nchw(const Problem& p, const Array& output) {
-    with_floats<3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleNchwPlan plan(p, output);
-        launch(reassemble_nchw_kernel<k, decltype(feature)>, plan.items, kSourcesOfBlock, 0, p, output, plan);
+void reassemble_up2_nchw(const Problem& p, const Array& output) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+        const ReassembleUp2NchwPlan plan(p, output);
+        launch(reassemble_up2_nchw_kernel<k, decltype(feature)>, plan.items, kSourcesOfBlock, 0, p, output, plan);
     });
 }
 

@@ -17,13 +17,13 @@ constexpr int kBefore = 2;  // pixels before the first source, from which on a w
 static_assert(kBefore % 2 == 0 && kBefore >= 5 / 2, "loads are of pairs of columns and reach all taps");
 static_assert(kBefore + kColumnsOfWarp + 5 / 2 <= 8, "a product has eight pixels");
 
-struct ReassembleNchwMmaPlan {
+struct ReassembleUp2NchwMmaPlan {
     int warps_in_row;            // of a block; the others have the rows below
     int64_t block_rows, blocks;  // of an image, of a row
     int64_t channel_blocks;      // of a group
     int64_t items;
 
-    ReassembleNchwMmaPlan(const Problem& p, const Array& output) {
+    ReassembleUp2NchwMmaPlan(const Problem& p, const Array& output) {
         warps_in_row = kWarps;  // or fewer, if rows are short
         while (warps_in_row > 1 && warps_in_row / 2 * kColumnsOfWarp >= p.features.w) warps_in_row /= 2;
         const int width = warps_in_row * kColumnsOfWarp;
@@ -37,7 +37,7 @@ struct ReassembleNchwMmaPlan {
 // In the products of mma.m16n8k8 rows are channels, columns are neighbouring outputs; the sum is over pixels.
 template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    reassemble_nchw_mma_kernel(Arguments arguments, ReassembleNchwMmaPlan plan) {
+    reassemble_up2_nchw_mma_kernel(Arguments arguments, ReassembleUp2NchwMmaPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kOfSource = K * K * kOutputs;
@@ -140,17 +140,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-const char* cannot_run_reassemble_nchw_mma(const Problem& p, const Array& output) {
+const char* cannot_run_reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nchw_mma_kernel<5, BFloat16>)
-                                                 : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(reassemble_up2_nchw_mma_kernel<5, BFloat16>)
+               : nullptr;
 }
 
-void reassemble_nchw_mma(const Problem& p, const Array& output) {
-    with_halves<3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleNchwMmaPlan plan(p, output);
-        launch(reassemble_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+void reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
+        const ReassembleUp2NchwMmaPlan plan(p, output);
+        launch(reassemble_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
                kSourcesOfBlock * k * k * kBytesOfTap, p, output, plan);
     });
 }

@@ -17,7 +17,7 @@ constexpr int kSourcesOfBlock = kThreads / 32 * kSourcesOfWarp;  // neighbours i
 // In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are channels. The sum is
 // over pixels.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
@@ -90,18 +90,19 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_nhwc_mma_kernel(Argume
 
 }  // namespace
 
-const char* cannot_run_reassemble_nhwc_mma(const Problem& p, const Array& output) {
+const char* cannot_run_reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16 ? not_compiled_for_bfloat16(reassemble_nhwc_mma_kernel<5, BFloat16>)
-                                                 : nullptr;
+    return p.features.dtype == CARAFEPP_BFLOAT16
+               ? not_compiled_for_bfloat16(reassemble_up2_nhwc_mma_kernel<5, BFloat16>)
+               : nullptr;
 }
 
-void reassemble_nhwc_mma(const Problem& p, const Array& output) {
-    with_halves<3, 5>(p, [&](auto k, auto feature) {
+void reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         const int64_t tiles = ceil_div(p.features.w, kSourcesOfBlock);  // of a row
         const TilePlan plan{tiles, output.n * p.groups * p.features.h * tiles};
-        launch(reassemble_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
+        launch(reassemble_up2_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
                kSourcesOfBlock * k * k * kBytesOfTap, p, output, plan);
     });
 }
