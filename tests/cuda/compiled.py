@@ -58,7 +58,10 @@ INSTRUCTIONS = {
         r"LDG\S*\.128",
         r"STG\S*\.128",
     ),
-    r"(reassemble|grad_features)_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"(reassemble|grad_features)_up2_nchw_mma_kernelILi.E\w*Float16": (
+        r"HMMA",
+        r"LDG\.E\.CONSTANT",
+    ),
     r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
     r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
