@@ -138,7 +138,7 @@ _TABLE = [
     Case("ratio_3_2", "upsampling by a fraction", 2, 9, 5, 6, up=3, down=2),
     Case("ratio_2_3", "downsampling by a fraction", 2, 9, 7, 8, up=2, down=3),
     Case("ratio_4_6", "a fraction that is not reduced", 2, 9, 7, 8, up=4, down=6),
-    Case("ratio_2_2", "1, not reduced: half of the logits are cropped", 2, 9, 5, 7, up=2, down=2),
+    Case("ratio_2_2", "1, not reduced: some of the logits are cropped", 2, 9, 5, 7, up=2, down=2),
     Case("ratio_7_5", "a fraction of larger numbers", 1, 9, 6, 11, up=7, down=5, kernel_size=5),
     Case("many_phases", "more phases than there are taps", 1, 2, 2, 3, up=13),
     Case("down_to_one", "a factor beyond the map: one output", 2, 3, 5, 6, down=1000),
@@ -148,7 +148,7 @@ _TABLE = [
         "skips_features_k1", "only every fourth feature is read", 2, 3, 9, 10, down=4, kernel_size=1
     ),
     Case("skips_at_a_ratio", "down/up > K: gaps of changing width", 1, 5, 19, 23, up=2, down=9),
-    Case("ratio_7_2", "phases of a row are 3 or 4", 1, 3, 40, 40, up=7, down=2, kernel_size=7),
+    Case("ratio_7_2", "3 or 4 phases on a source", 1, 3, 40, 40, up=7, down=2, kernel_size=7),
     # Several vectors of columns; a single one takes another path
     Case("up3_wide", "three phases of several vectors", 1, 9, 5, 37, up=3),
     Case("up4_wide", "four phases of several vectors", 1, 5, 3, 21, up=4),
@@ -160,9 +160,9 @@ _TABLE = [
     Case("ratio_7_5_wide", "seven phases of five source columns", 1, 4, 6, 52, up=7, down=5),
     Case("up13_wide", "thirteen phases of several vectors", 1, 4, 3, 19, up=13),
     Case("down13_wide", "every thirteenth of several vectors", 1, 9, 14, 235, down=13),
-    Case("past_caches", "a result that is written past the caches", 1, 33, 101, 173, up=2),
-    Case("features_past_caches", "so is a gradient of 16 bits", 1, 33, 260, 270, down=2),
-    Case("images_past_caches", "the same, image by image in two parts", 8, 130, 30, 37),
+    Case("non_temporal", "a result written by non-temporal stores", 1, 33, 101, 173, up=2),
+    Case("non_temporal_gradient", "so is a gradient of 16 bits", 1, 33, 260, 270, down=2),
+    Case("non_temporal_images", "the same, image by image in two parts", 8, 130, 30, 37),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),
@@ -198,8 +198,8 @@ _CUDA_TABLE = [
     Case("up3_c3", "any factor, three channels", 1, 3, 4, 5, up=3, kernel_size=5),
     Case("down3_c17", "any factor, 17 channels", 1, 17, 10, 11, down=3, kernel_size=5),
     Case("up4_c3", "a larger factor, three channels", 1, 3, 3, 4, up=4, kernel_size=5),
-    Case("up5", "25 phases", 1, 3, 3, 3, up=5),
-    Case("up9", "more phases than a warp has lanes", 1, 1, 2, 3, up=9),
+    Case("up5", "25 outputs in a cell", 1, 3, 3, 3, up=5),
+    Case("up9", "more outputs in a cell than a warp has lanes", 1, 1, 2, 3, up=9),
     Case("down9", "gaps between windows", 1, 3, 20, 19, down=9),
     Case("down9_k13", "windows that overlap a little", 1, 1, 20, 19, down=9, kernel_size=13),
     Case("k7_c3", "a halo of three", 1, 3, 5, 8, up=2, kernel_size=7),
@@ -216,7 +216,9 @@ _CUDA_TABLE = [
     Case("pairs", "pairs of columns", 1, 20, 5, 38, up=2, kernel_size=5, groups=2),
     Case("pairs_k3", "the same, an odd number of channels", 2, 19, 3, 10, up=2),
     Case("vectors_crop", "a crop", 1, 24, 5, 18, up=2, kernel_size=5, groups=2, size=(9, 33)),
-    Case("vectors_crop_rows", "a row less", 1, 136, 3, 14, up=2, kernel_size=5, size=(5, 28)),
+    Case(
+        "vectors_crop_rows", "a crop of one row", 1, 136, 3, 14, up=2, kernel_size=5, size=(5, 28)
+    ),
     Case("groups_3_of_17", "three groups of 17 channels", 1, 51, 2, 3, up=2, groups=3),
     Case("groups_2_of_17", "two groups of 17, downsampling", 1, 34, 5, 6, down=2, groups=2),
     Case("one_channel", "a single channel", 2, 1, 4, 5, up=2, kernel_size=5),

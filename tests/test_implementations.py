@@ -114,7 +114,7 @@ def case(reason, c, w, **params):
 
 
 FEW_CHANNELS = case("few channels", 3, 21, up=2)
-FEW_COLUMNS = case("few columns", 3, 3, up=2)
+FEW_CELLS = case("few cells", 3, 3, up=2)
 ONE_TAP = case("one tap", 5, 21, kernel_size=1)
 NARROW = case("few columns, many channels", 64, 7, up=2)
 LARGE_TILE = case("a large tile", 5, 5, up=16, kernel_size=7)
@@ -134,9 +134,9 @@ SLOWER = {
     "too few channels in a group to make up for staging masks": [
         (FEW_CHANNELS, "NHWC", "nhwc", ("grad_features",)),
     ],
-    "fewer than 4 columns": [
-        (FEW_COLUMNS, "NCHW", "nchw", ("grad_features", *MASKS)),
-        (FEW_COLUMNS, "NCHW", "any", NORMALIZE),
+    "fewer than 4 cells in a row": [
+        (FEW_CELLS, "NCHW", "nchw", ("grad_features", *MASKS)),
+        (FEW_CELLS, "NCHW", "any", NORMALIZE),
     ],
     "kernel_size is 1 and columns are not adjacent": [
         (ONE_TAP, "any", "nchw", ("grad_features",)),

@@ -18,8 +18,8 @@ namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 // A block of sources, and the vectors of channels of each that a register tile holds.
-constexpr int kRows = kVectorRegisters == 32 ? 3 : 2;
-constexpr int kColumns = kVectorRegisters == 32 ? 4 : 3;
+constexpr int kRows = kVectorRegisters == 32 ? kMostSourceRows : 2;
+constexpr int kColumns = kVectorRegisters == 32 ? kMostSourceColumns : 3;
 constexpr int kBlock = kRows * kColumns;
 constexpr int kVectors = 2;
 

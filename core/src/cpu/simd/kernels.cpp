@@ -14,15 +14,23 @@ static int64_t size_of_sum(const Problem& p) { return p.features.dtype == CARAFE
 
 static int64_t masks_of_cell(const Problem& p) { return p.taps() * p.factor.up * p.factor.up; }
 
-// Masks of the outputs of a cell whose rows are centred on one source row.
-static int64_t masks_of_band(const Problem& p) { return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down); }
+// Masks of the outputs of a cell whose rows are centred on one source row: they share a row of windows.
+static int64_t masks_of_window_rows(const Problem& p) {
+    return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down);
+}
 
-// The least scratch of a gradient of features. It holds masks around a block of 3 x 4 sources, a tile, and the weights
-// of the block.
+// Rows and columns of sources whose outputs may read a source tile.
+static int64_t rows_around_source_tile(const Problem& p) { return p.kernel_size - 1 + kMostSourceRows; }
+static int64_t columns_around_source_tile(const Problem& p) { return p.kernel_size - 1 + kMostSourceColumns; }
+
+// The least scratch of a gradient of features. It holds masks around a source tile, a tile, and the weights of the
+// source tile.
 static int64_t scratch_of_grad_features(const Problem& p) {
-    const int64_t up = p.factor.up, down = p.factor.down, rows = p.kernel_size + 2, columns = p.kernel_size + 3;
+    const int64_t up = p.factor.up, down = p.factor.down;
+    const int64_t rows = rows_around_source_tile(p), columns = columns_around_source_tile(p);
     const int64_t staged = (ceil_div(rows, down) + 1) * (ceil_div(columns, down) + 1) * masks_of_cell(p);
-    const int64_t weights = (ceil_div(rows * up, down) + 1) * (ceil_div(columns * up, down) + 1) * 12;
+    const int64_t weights = (ceil_div(rows * up, down) + 1) * (ceil_div(columns * up, down) + 1) * kMostSourceRows *
+                            kMostSourceColumns;
     const int64_t margins = 8 * columns;
     return (staged + weights + margins) * size_of_sum(p) + in_lanes(masks_of_cell(p));
 }
@@ -33,7 +41,7 @@ const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (!output.empty() && output.stride_c != 1) return "channels of the output are not adjacent";
     if (p.factor.up > kMaxFactor) return "up is more than 16";
-    if (in_lanes(masks_of_band(p)) > kScratchBytes / 2) return "the masks of a tile take more than 1 MiB";
+    if (in_lanes(masks_of_window_rows(p)) > kScratchBytes / 2) return "the masks of a tile take more than 1 MiB";
     return nullptr;
 }
 
@@ -41,11 +49,12 @@ const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
     if (p.features.stride_c != 1) return "channels of features are not adjacent";
     if (p.grad_output.stride_c != 1) return "channels of grad_output are not adjacent";
     if (p.factor.up > kMaxFactor) return "up is more than 16";
-    if (in_lanes(masks_of_cell(p)) > 384 * 1024) return "the sums of a tile take more than 384 KiB";  // five times
+    // The kernel holds five such arrays.
+    if (in_lanes(masks_of_cell(p)) > 384 * 1024) return "the sums of a tile take more than 384 KiB";
     return nullptr;
 }
 
-// Blocks are wider than a window of one tap.
+// Source tiles are wider than a window of one tap.
 constexpr const char* kOneTap = "kernel_size is 1";
 
 const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_features) {
@@ -84,12 +93,13 @@ static const char* unfit_for_images(const Problem& p) {
 }
 
 const char* cannot_run_reassemble_any(const Problem& p, const Array&) {
-    if (in_lanes(masks_of_band(p)) > kImageScratchBytes / 2) return "the masks of a tile take more than 512 KiB";
+    if (in_lanes(masks_of_window_rows(p)) > kImageScratchBytes / 2) return "the masks of a tile take more than 512 KiB";
     return unfit_for_images(p);
 }
 
 const char* cannot_run_grad_masks_any(const Problem& p, const Array&) {
-    if (in_lanes(masks_of_cell(p)) > 192 * 1024) return "the sums of a tile take more than 192 KiB";  // five times
+    // The kernel holds five such arrays.
+    if (in_lanes(masks_of_cell(p)) > 192 * 1024) return "the sums of a tile take more than 192 KiB";
     if (channels_of_image(p) < p.features.c / p.groups) return "all channels of an image take more than 1 MiB";
     return unfit_for_images(p);
 }
@@ -143,9 +153,11 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
 constexpr int64_t kFewestChannels = 4;  // of a group
 constexpr int64_t kFewestCells = 4;     // of a row
 constexpr int64_t kMostMasksOfCell = 1600;
-constexpr int64_t kTileBytes = 512 * 1024;           // of staged masks, here and below
-constexpr int64_t kMasksOfBlockBytes = 1024 * 1024;  // around a block of sources
-constexpr int64_t kMasksOfRowsBytes = 768 * 1024;    // around rows of sources
+
+// The most bytes of staged masks: of a tile, around a source tile, around rows of sources.
+constexpr int64_t kMasksOfTileBytes = 512 * 1024;
+constexpr int64_t kMasksOfSourceTileBytes = 1024 * 1024;
+constexpr int64_t kMasksOfRowsBytes = 768 * 1024;
 
 // Short rows leave most of a vector unused. If there are at least so many channels for each column, pixels are faster,
 // to which images are transposed first. Full vectors leave nothing unused.
@@ -156,23 +168,23 @@ constexpr const char* kNoVectors = "too few channels in a group to fill vectors"
 constexpr const char* kNoReuse = "too few channels in a group to make up for staging masks";
 constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
 constexpr const char* kLargeCell = "the masks of a cell are more than 1600";
-constexpr const char* kFewColumns = "fewer than 4 columns";
+constexpr const char* kFewCells = "fewer than 4 cells in a row";
 constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
 
 static bool few_channels(const Problem& p) { return p.features.c / p.groups < kFewestChannels; }
 
 const char* slower_reassemble_nhwc(const Problem& p, const Array&) {
     if (few_channels(p)) return kNoVectors;
-    return in_lanes(masks_of_band(p)) > kTileBytes ? kLargeTile : nullptr;
+    return in_lanes(masks_of_window_rows(p)) > kMasksOfTileBytes ? kLargeTile : nullptr;
 }
 
 const char* slower_grad_masks_nhwc(const Problem& p, const Array&) { return few_channels(p) ? kNoVectors : nullptr; }
 
 const char* slower_grad_features_nhwc(const Problem& p, const Array&) {
     if (few_channels(p)) return kNoReuse;
-    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
-    const int64_t columns = ceil_div(p.kernel_size + 3, p.factor.down) + 1;
-    if ((rows * columns * size_of_sum(p) + 64) * masks_of_cell(p) > kMasksOfBlockBytes)
+    const int64_t rows = ceil_div(rows_around_source_tile(p), p.factor.down) + 1;
+    const int64_t columns = ceil_div(columns_around_source_tile(p), p.factor.down) + 1;
+    if ((rows * columns * size_of_sum(p) + 64) * masks_of_cell(p) > kMasksOfSourceTileBytes)
         return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return nullptr;
 }
@@ -187,7 +199,7 @@ const char* slower_reassemble_any(const Problem& p, const Array&) { return slowe
 const char* slower_grad_masks_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 
 const char* slower_grad_features_any(const Problem& p, const Array&) {
-    const int64_t rows = ceil_div(p.kernel_size + 2, p.factor.down) + 1;
+    const int64_t rows = ceil_div(rows_around_source_tile(p), p.factor.down) + 1;
     const int64_t cells = ceil_div(p.features.w + p.kernel_size, p.factor.down) + 1;
     if (rows * cells * masks_of_cell(p) * size_of_sum(p) > kMasksOfRowsBytes)
         return "the masks of the outputs that touch a few rows take more than 768 KiB";
@@ -206,7 +218,7 @@ const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
 }
 
 static const char* slower_backward_in_columns(const Problem& p) {
-    if (p.out_w < kFewestCells * p.factor.up) return kFewColumns;
+    if (p.out_w < kFewestCells * p.factor.up) return kFewCells;
     if (p.kernel_size == 1 && p.grad_output.stride_w != 1) return "kernel_size is 1 and columns are not adjacent";
     return nullptr;
 }
@@ -223,8 +235,8 @@ const char* slower_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
 }
 
 const char* slower_normalize_masks(const Problem& p, const Array&) {
-    if (p.logits.w < kFewestCells) return kFewColumns;
-    return in_lanes(masks_of_cell(p)) > kTileBytes ? kLargeTile : nullptr;
+    if (p.logits.w < kFewestCells) return kFewCells;
+    return in_lanes(masks_of_cell(p)) > kMasksOfTileBytes ? kLargeTile : nullptr;
 }
 
 const char* slower_normalize_masks_backward(const Problem& p, const Array& grad_logits) {

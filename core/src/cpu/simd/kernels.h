@@ -30,6 +30,9 @@ CARAFEPP_ISAS(CARAFEPP_KERNELS_OF, , )
 // Scratch of a thread that stages images: for the features and outputs of one, and for its kernel.
 constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;
 
+// Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.
+constexpr int kMostSourceRows = 3, kMostSourceColumns = 4;
+
 // Channels staged for an image at once: a multiple of every vector length.
 int64_t channels_of_image(const Problem& problem);
 
