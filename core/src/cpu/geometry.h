@@ -15,6 +15,7 @@ namespace carafepp {
 
 constexpr int kMaxFactor = 16;  // up and down of the kernels with tables of phases
 
+// The half-open range [begin, end).
 struct Range {
     int64_t begin = 0, end = 0;
     constexpr int64_t size() const { return end > begin ? end - begin : 0; }
@@ -40,7 +41,7 @@ struct Columns {
     std::vector<Tap> table;  // [phase][b]
 
     Columns(const Problem& problem, int64_t phases);
-    ~Columns();  // compiled once, for any processor
+    ~Columns();  // out of line: compiled once, without vector instructions
 
     const Tap& tap(int64_t phase, int64_t b) const { return table.data()[phase * kernel_size + b]; }
 
@@ -70,11 +71,7 @@ static inline int64_t share_size(int64_t all, int64_t most) {
 }
 
 // Share `index` of [0, size) in `count` shares that differ by 1 at most.
-struct Share {
-    int begin, end;
-    int size() const { return end - begin; }
-};
-static inline Share share_of(int size, int index, int count) {
+static inline Range share_of(int size, int index, int count) {
     return {size * index / count, size * (index + 1) / count};
 }
 

@@ -275,16 +275,15 @@ struct GradFeaturesNchw {
     // ---- staging ----
 
     // The tap rows of a row of outputs that read the block.
-    Share tap_rows(const Block& b, int64_t row) const {
+    Range tap_rows(const Block& b, int64_t row) const {
         const int64_t top = p.factor.source(row) - p.radius();
-        return {static_cast<int>(std::max<int64_t>(b.sources.begin - top, 0)),
-                static_cast<int>(std::min(b.sources.end - top, k))};
+        return {std::max<int64_t>(b.sources.begin - top, 0), std::min(b.sources.end - top, k)};
     }
 
     // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Cells
     // without an output have 0. `first` is the first row that is staged with this one.
     void stage_masks(const Block& b, int64_t row, int64_t first) const {
-        const Share inside = tap_rows(b, row);
+        const Range inside = tap_rows(b, row);
         const int64_t stride = sizes.all_masks_stride;
         MaskTiles<A> masks{p, up};
         if (!p.from_logits) {  // a normaliser takes all taps together
@@ -328,7 +327,7 @@ struct GradFeaturesNchw {
         const int64_t row_stride = up * sizes.cell_stride;
         const Deinterleaved layout{static_cast<int>(up),     b.first_cell, b.tiles * L + columns.halo(),
                                    rows.size() * row_stride, row_stride,   sizes.cell_stride};
-        deinterleave_rows(p.grad_output, b.n, channel, count, {rows.begin, rows.end}, layout, b.grads);
+        deinterleave_rows(p.grad_output, b.n, channel, count, rows, layout, b.grads);
     }
 
     // The rows of grad_output that are staged after these: the next ones, or the first of the next channels.
@@ -361,9 +360,10 @@ struct GradFeaturesNchw {
 
     // Adds rows of outputs that are centred on one row of sources.
     void contract_outputs(const Block& b, int64_t channel, int64_t count, Range rows) const {
-        const Share inside = tap_rows(b, rows.begin);
+        const Range inside = tap_rows(b, rows.begin);
         const int64_t first_source = p.factor.source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
-        const int tiles_down = (inside.size() + kTileRows - 1) / kTileRows;
+        const int rows_inside = static_cast<int>(inside.size());
+        const int tiles_down = (rows_inside + kTileRows - 1) / kTileRows;
         GradFeaturesTile<A> tile;
         tile.sums_row = sizes.sums_row;
         tile.masks_tap_row = sizes.masks_tap_row;
@@ -375,7 +375,7 @@ struct GradFeaturesNchw {
         for (int64_t t = 0; t < b.tiles; t++) {
             const A* const masks = b.masks_of(plan, t, rows.begin, plan.keeps_masks ? b.outputs.begin : rows.begin);
             for (int s = 0; s < tiles_down; s++) {
-                const Share some = share_of(inside.size(), s, tiles_down);
+                const Range some = share_of(rows_inside, s, tiles_down);
                 tile.masks = masks + some.begin * sizes.masks_tap_row;
                 for (int residue = 0; residue < down; residue++) {
                     tile.taps = plan.taps + plan.taps_of[residue];
@@ -384,7 +384,7 @@ struct GradFeaturesNchw {
                     for (int64_t c = 0; c < count; c += kTileChannels) {
                         tile.sums = sums + c * L;
                         tile.grads = b.grads + c * tile.grads_channel + t * L;
-                        with_count<kTileRows>(some.size(), [&](auto tile_rows) {
+                        with_count<kTileRows>(static_cast<int>(some.size()), [&](auto tile_rows) {
                             with_count<kTileChannels>(static_cast<int>(count - c), [&](auto tile_channels) {
                                 add_grads_to_sources<tile_rows(), tile_channels()>(tile, prefetch);
                             });

@@ -116,7 +116,7 @@ A* staged_row(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, in
 // The masks of the outputs of one row of cells, into the ring.
 template <class T, class A>
 void stage_cells(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t cell_row) {
-    const Rows rows{cell_row * plan.up, std::min((cell_row + 1) * plan.up, plan.p.out_h)};
+    const Range rows{cell_row * plan.up, std::min((cell_row + 1) * plan.up, plan.p.out_h)};
     plan.masks.stage_pixels(at.n, at.group, rows, at.first_cell, at.end_cell - at.first_cell, at.tile,
                             plan.ring_columns * plan.taps, staged_row(plan, at, rows.begin));
 }

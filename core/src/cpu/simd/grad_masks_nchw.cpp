@@ -165,7 +165,7 @@ struct NextRows {
 // Adds grad_output * features to the sums of P outputs and of NB tap columns from `b` on. The sums stay in registers.
 template <int P, int NB, class A>
 __attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile, const A* features,
-                                                    int64_t channel_stride, const int64_t* tap_offsets, int b,
+                                                    int64_t channel_stride, const int64_t* tap_offsets, int64_t b,
                                                     int64_t channels, NextRows& next) {
     constexpr int L = kLanes<A>;
     Vector<A> sums[P][NB];
@@ -207,8 +207,8 @@ void add_products_of_outputs(const GradMasksTile<A>& tile, const A* features, in
     constexpr int kMost = tile_columns(P);
     const int shares = (kernel_size + kMost - 1) / kMost;
     for (int k = 0; k < shares; k++) {
-        const Share some = share_of(kernel_size, k, shares);
-        with_count<kMost>(some.size(), [&](auto columns) {
+        const Range some = share_of(kernel_size, k, shares);
+        with_count<kMost>(static_cast<int>(some.size()), [&](auto columns) {
             add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels, next);
         });
     }
@@ -247,13 +247,13 @@ struct GradMasksNchw {
         const Deinterleaved layout{static_cast<int>(down),       b.first_tile * L + columns.least_shift,
                                    b.tiles * L + columns.halo(), sizes.features_channel,
                                    sizes.features_row,           sizes.residue_stride};
-        deinterleave_rows(p.features, b.n, channel, count, {b.sources.begin, b.sources.end}, layout, b.features);
+        deinterleave_rows(p.features, b.n, channel, count, b.sources, layout, b.features);
     }
 
     void stage_grads(const Block& b, int64_t channel, int64_t count, int64_t tile, Range rows) const {
         const Deinterleaved layout{static_cast<int>(up),   (b.first_tile + tile) * L, L, L,
                                    up * sizes.grads_phase, sizes.grads_phase};
-        deinterleave_rows(p.grad_output, b.n, channel, count, {rows.begin, rows.end}, layout, b.grads);
+        deinterleave_rows(p.grad_output, b.n, channel, count, rows, layout, b.grads);
     }
 
     // The rows of grad_output that are staged next: those from `row` on, or the first of the next channels.
@@ -306,21 +306,20 @@ struct GradMasksNchw {
                 const int outputs = static_cast<int>(end - begin) * width;
                 const int shares = (outputs + kTileOutputs - 1) / kTileOutputs;
                 for (int k = 0; k < shares; k++) {
-                    const Share some = share_of(outputs, k, shares);
+                    const Range some = share_of(outputs, k, shares);
                     GradMasksTile<A> outputs_of_tile;
                     outputs_of_tile.tap_stride = up * L;
-                    for (int o = some.begin; o < some.end; o++) {
-                        const int64_t row = begin + o / width, phase = window.begin + o % width;
+                    const int first = static_cast<int>(some.begin), outputs_here = static_cast<int>(some.size());
+                    for (int o = 0; o < outputs_here; o++) {
+                        const int64_t row = begin + (first + o) / width, phase = window.begin + (first + o) % width;
                         const int64_t a = i - p.factor.source(row) + p.radius();
-                        outputs_of_tile.grads[o - some.begin] = b.grads +
-                                                                ((row - rows.begin) * up + phase) * sizes.grads_phase;
-                        outputs_of_tile.sums[o - some.begin] = b.sums_of(plan, tile, row) +
-                                                               (a * p.kernel_size * up + phase) * L;
+                        outputs_of_tile.grads[o] = b.grads + ((row - rows.begin) * up + phase) * sizes.grads_phase;
+                        outputs_of_tile.sums[o] = b.sums_of(plan, tile, row) + (a * p.kernel_size * up + phase) * L;
                     }
-                    with_count<kTileOutputs>(some.size(), [&](auto outputs_here) {
-                        add_products_of_outputs<outputs_here()>(outputs_of_tile, features, sizes.features_channel,
-                                                                plan.tap_offsets[w], static_cast<int>(p.kernel_size),
-                                                                count, next);
+                    with_count<kTileOutputs>(outputs_here, [&](auto known_outputs) {
+                        add_products_of_outputs<known_outputs()>(outputs_of_tile, features, sizes.features_channel,
+                                                                 plan.tap_offsets[w], static_cast<int>(p.kernel_size),
+                                                                 count, next);
                     });
                 }
             }
@@ -336,19 +335,19 @@ struct GradMasksNchw {
         for (int64_t row = b.computed.begin; row < b.computed.end; row++)
             zero_taps_outside(columns, cell, b.sums_of(plan, tile, row));
         for (int64_t row = b.rows.begin; row < b.rows.end; row += plan.row_step) {
-            const Rows together{row, std::min(row + plan.row_step, b.rows.end)};
+            const Range together{row, std::min(row + plan.row_step, b.rows.end)};
             if (p.from_logits) turn_into_logits(b, together, cell, count, b.sums_of(plan, tile, row));
             masks.store_rows(b.n, b.group, together, cell, count, L, b.sums_of(plan, tile, row), grad_masks);
         }
     }
 
     // Turns the gradient of the masks of a tile into that of its logits.
-    void turn_into_logits(const Block& b, Rows together, int64_t cell, int count, A* grad) const {
+    void turn_into_logits(const Block& b, Range together, int64_t cell, int count, A* grad) const {
         A* const masks_of_row = b.logits + plan.row_step * plan.row_size;
         masks.load_rows(p.logits, b.n, b.group, together, cell, count, L, b.logits);
         for (int64_t at = 0; at < plan.row_step * plan.row_size; at += plan.row_size)
             masks.normalize_row_backward(grad + at, b.logits + at, masks_of_row, L);
-        masks.clear_cropped(together, cell, L, masks.order(L), grad);
+        masks.zero_cropped_grads(together, cell, L, masks.order(L), grad);
     }
 };
 

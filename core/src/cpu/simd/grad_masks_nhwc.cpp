@@ -75,7 +75,7 @@ struct GradMasksNhwc {
 template <class A>
 struct GradMasksItem {
     int64_t n, group, cell_row;
-    Rows rows;
+    Range rows;
     A* partial;  // sums of one cell, each in the lanes of a vector
 };
 
@@ -91,7 +91,7 @@ void write_logits(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int6
     plan.cell_masks.normalize(plan.p.logits, first, count, staged);
     plan.cell_masks.normalize_backward(plan.p.logits, first, count, staged, lines);
     for (int q = 0; q < count; q++)
-        plan.masks.clear_cropped(at.rows, cell + q, 1, plan.order, lines + q * plan.line_size);
+        plan.masks.zero_cropped_grads(at.rows, cell + q, 1, plan.order, lines + q * plan.line_size);
     plan.cell_masks.write(lines, plan.grad_masks, first, count);
 }
 
@@ -109,7 +109,7 @@ void write_tile(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_
         masks.load_rows(p.logits, at.n, at.group, at.rows, cell, count, L, logits);
         for (int64_t row = 0; row < plan.up * masks.row_size(L); row += masks.row_size(L))
             masks.normalize_row_backward(tile + row, logits + row, staged, L);
-        masks.clear_cropped(at.rows, cell, L, masks.order(L), tile);
+        masks.zero_cropped_grads(at.rows, cell, L, masks.order(L), tile);
     }
     masks.store_rows(at.n, at.group, at.rows, cell, count, L, tile, plan.grad_masks);
 }

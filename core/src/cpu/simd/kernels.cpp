@@ -19,7 +19,7 @@ static int64_t masks_of_window_rows(const Problem& p) {
     return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down);
 }
 
-// Rows and columns of sources whose outputs may read a source tile.
+// The outputs that read a source tile are centred on at most so many rows and columns of sources.
 static int64_t rows_around_source_tile(const Problem& p) { return p.kernel_size - 1 + kMostSourceRows; }
 static int64_t columns_around_source_tile(const Problem& p) { return p.kernel_size - 1 + kMostSourceColumns; }
 

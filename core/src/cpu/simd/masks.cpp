@@ -53,7 +53,7 @@ struct Elements : MaskTiles<Accumulator<M>> {
     using MaskTiles<A>::L, MaskTiles<A>::p, MaskTiles<A>::phases, MaskTiles<A>::of_logits, MaskTiles<A>::first_tap,
         MaskTiles<A>::taps, MaskTiles<A>::row_size;
 
-    void load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
+    void load_rows(const Array& array, int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch,
                    A* to) const {
         if (array.stride_c == 1 && of_logits) {
             load_channels<M>(locate(array, n, group, rows.begin / p.factor.up * p.factor.up, cell, 0).first,
@@ -84,7 +84,7 @@ struct Elements : MaskTiles<Accumulator<M>> {
         }
     }
 
-    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
+    void store_rows(int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch, const A* from,
                     const Array& array) const {
         if (array.stride_c == 1 && of_logits) {
             store_channels<M>(order_of_logits<const A>(rows, pitch, from), count, channels_of_logits(),
@@ -116,7 +116,8 @@ struct Elements : MaskTiles<Accumulator<M>> {
     }
 
     // Copies the masks of the outputs of `count` cells, with adjacent channels.
-    void load_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, int64_t row_pitch, A* to) const {
+    void load_pixels(int64_t n, int64_t group, Range rows, int64_t cell, int64_t count, int64_t row_pitch,
+                     A* to) const {
         const int64_t up = p.factor.up;
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_pitch) {
             const int64_t begin = cell * up, end = std::min((cell + count) * up, p.out_w);
@@ -130,7 +131,7 @@ struct Elements : MaskTiles<Accumulator<M>> {
         }
     }
 
-    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from, const Array& result) const {
+    void store_cell(int64_t n, int64_t group, Range rows, int64_t cell, const A* from, const Array& result) const {
         for (int64_t row = rows.begin; row < rows.end; row++) {
             const int64_t columns = std::min(phases, p.out_w - cell * p.factor.up);
             const A* of_row = from + (row - rows.begin) * phases * taps;
@@ -178,7 +179,7 @@ private:
     int channels_of_logits() const { return static_cast<int>(taps * p.factor.up * p.factor.up); }
 
     template <class P>
-    ChannelOrder<P> order_of_logits(Rows rows, int64_t pitch, P* staged) const {
+    ChannelOrder<P> order_of_logits(Range rows, int64_t pitch, P* staged) const {
         const int up = static_cast<int>(p.factor.up);
         return {staged,
                 up,
@@ -200,14 +201,14 @@ void with_elements(const MaskTiles<A>& tiles, const Array& array, F f) {
 }  // namespace
 
 template <class A>
-void MaskTiles<A>::stage(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const {
+void MaskTiles<A>::stage(int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch, A* to) const {
     load_rows(of_logits ? p.logits : p.masks, n, group, rows, cell, count, pitch, to);
     if (!of_logits) return;
     for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) normalize_row(to, pitch);
 }
 
 template <class A>
-void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, A* tile,
+void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Range rows, int64_t cell, int64_t count, A* tile,
                                 int64_t row_pitch, A* to) const {
     if (!of_logits && p.masks.stride_c == 1) {
         with_elements(*this, p.masks,
@@ -228,21 +229,21 @@ void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cel
 }
 
 template <class A>
-void MaskTiles<A>::load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count,
+void MaskTiles<A>::load_rows(const Array& array, int64_t n, int64_t group, Range rows, int64_t cell, int count,
                              int64_t pitch, A* to) const {
     with_elements(*this, array,
                   [&](const auto& inputs) { inputs.load_rows(array, n, group, rows, cell, count, pitch, to); });
 }
 
 template <class A>
-void MaskTiles<A>::store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
+void MaskTiles<A>::store_rows(int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch,
                               const A* from, const Array& result) const {
     with_elements(*this, result,
                   [&](const auto& results) { results.store_rows(n, group, rows, cell, count, pitch, from, result); });
 }
 
 template <class A>
-void MaskTiles<A>::store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from,
+void MaskTiles<A>::store_cell(int64_t n, int64_t group, Range rows, int64_t cell, const A* from,
                               const Array& result) const {
     with_elements(*this, result, [&](const auto& results) { results.store_cell(n, group, rows, cell, from, result); });
 }
@@ -260,7 +261,7 @@ void MaskTiles<A>::normalize_row_backward(A* grad, const A* logits, A* masks, in
 }
 
 template <class A>
-void MaskTiles<A>::clear_cropped(Rows rows, int64_t cell, int count, Order order, A* grad) const {
+void MaskTiles<A>::zero_cropped_grads(Range rows, int64_t cell, int count, Order order, A* grad) const {
     const int64_t up = p.factor.up;
     if (rows.end <= p.out_h && (cell + count) * up <= p.out_w) return;
     for (int64_t row = rows.begin; row < rows.end; row++, grad += order.row_step) {

@@ -7,15 +7,11 @@
 // [tap][phase] lie `pitch` apart: the lanes of a tile, or of several.
 #pragma once
 
+#include "cpu/geometry.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
 
 namespace carafepp::CARAFEPP_ISA {
-
-// Output rows [begin, end) of one row of cells.
-struct Rows {
-    int64_t begin, end;
-};
 
 // The order of the masks of a cell. Tap t of output (row, phase) is at row*row_step + phase*phase_step + t*tap_step.
 struct Order {
@@ -24,7 +20,8 @@ struct Order {
 
 // Tiles of an array, of any dtype whose sums are kept in A:
 //     masks   [N, groups*taps, H', W']
-//     logits  [N, groups*taps*up*up, ceil(H'/up), ceil(W'/up)]
+//     logits  [N, groups*taps*up*up, ceil(H/down), ceil(W/down)]
+// `rows` are rows of outputs of one row of cells.
 template <class A>
 struct MaskTiles {
     static constexpr int L = kLanes<A>;
@@ -42,23 +39,23 @@ struct MaskTiles {
     Order order(int64_t pitch) const { return {row_size(pitch), pitch, phases * pitch}; }
 
     // Stages the masks of `count` cells from `cell` on, as [row][tap][phase][lane]. Lanes beyond them are finite.
-    void stage(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, A* to) const;
+    void stage(int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch, A* to) const;
 
     // Stages them output by output, each with its taps adjacent. Output (row, (cell + q)*up + phase) begins at
     // to + (row - rows.begin)*row_pitch + (q*up + phase)*taps. `tile` is room for the rows of a tile.
-    void stage_pixels(int64_t n, int64_t group, Rows rows, int64_t cell, int64_t count, A* tile, int64_t row_pitch,
+    void stage_pixels(int64_t n, int64_t group, Range rows, int64_t cell, int64_t count, A* tile, int64_t row_pitch,
                       A* to) const;
 
     // Stages an array of such tiles as it is: masks or logits.
-    void load_rows(const Array& array, int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch,
+    void load_rows(const Array& array, int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch,
                    A* to) const;
 
     // Writes staged rows to a result of masks; or of logits, with all rows and phases of its cells.
-    void store_rows(int64_t n, int64_t group, Rows rows, int64_t cell, int count, int64_t pitch, const A* from,
+    void store_rows(int64_t n, int64_t group, Range rows, int64_t cell, int count, int64_t pitch, const A* from,
                     const Array& result) const;
 
     // Writes [row][phase][tap] of one cell to masks with adjacent channels. Reads whole vectors of taps.
-    void store_cell(int64_t n, int64_t group, Rows rows, int64_t cell, const A* from, const Array& result) const;
+    void store_cell(int64_t n, int64_t group, Range rows, int64_t cell, const A* from, const Array& result) const;
 
     // Turns a staged row of logits into masks.
     void normalize_row(A* row, int64_t pitch) const;
@@ -66,8 +63,8 @@ struct MaskTiles {
     // Turns the gradient of a staged row of masks into that of its logits. `masks` is room for a row.
     void normalize_row_backward(A* grad, const A* logits, A* masks, int64_t pitch) const;
 
-    // Makes exactly 0 what belongs to outputs that a crop leaves out, of `count` cells.
-    void clear_cropped(Rows rows, int64_t cell, int count, Order order, A* grad) const;
+    // Zeroes the gradients of outputs that a crop leaves out, of `count` cells.
+    void zero_cropped_grads(Range rows, int64_t cell, int count, Order order, A* grad) const;
 };
 
 }  // namespace carafepp::CARAFEPP_ISA

@@ -43,7 +43,7 @@ struct NormalizePlan {
 struct Tile {
     int64_t n, group, cell;
     int count;
-    Rows rows, outputs;
+    Range rows, outputs;
 };
 
 // Calls f(tile, scratch) for all tiles.
@@ -85,7 +85,7 @@ void normalize_tiles_backward(const Problem& p, const Array& grad_logits) {
         plan.masks.load_rows(p.grad_masks, at.n, at.group, at.outputs, at.cell, at.count, L, grad);
         for (int64_t row = 0; row < (at.outputs.end - at.outputs.begin) * plan.row_size; row += plan.row_size)
             plan.logits.normalize_row_backward(grad + row, logits + row, masks, L);
-        plan.logits.clear_cropped(at.rows, at.cell, L, plan.logits.order(L), grad);
+        plan.logits.zero_cropped_grads(at.rows, at.cell, L, plan.logits.order(L), grad);
         plan.logits.store_rows(at.n, at.group, at.rows, at.cell, at.count, L, grad, grad_logits);
     });
 }

@@ -91,7 +91,7 @@ TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const Forw
     const Problem& p = plan.p;
     const int64_t up = plan.up, taps = plan.taps;
     A *const tile = scratch, *const pixels = scratch + plan.tile_size;
-    const Rows rows{at.rows.begin, at.rows.end};
+    const Range rows{at.rows.begin, at.rows.end};
     if (plan.masks_in_place) {
         return {element<const A>(p.masks, at.n, at.group * taps, rows.begin, cell * up), p.masks.stride_h,
                 up * p.masks.stride_w, p.masks.stride_w, 1};

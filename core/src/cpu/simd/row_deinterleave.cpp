@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cassert>
 
-#include "cpu/geometry.h"
 #include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
@@ -53,10 +52,10 @@ CARAFEPP_INLINE void deinterleave_row(const T* row, int64_t width, int64_t cell,
 }
 
 // The lanes of a residue, of [0, lanes), that hold columns of the row.
-CARAFEPP_INLINE Share lanes_inside(int64_t width, const Deinterleaved& layout, int residue, int64_t lanes) {
+CARAFEPP_INLINE Range lanes_inside(int64_t width, const Deinterleaved& layout, int residue, int64_t lanes) {
     const int64_t begin = std::clamp<int64_t>(-layout.cell, 0, lanes);
     const int64_t end = std::clamp(columns_of(width, layout.factor, residue) - layout.cell, begin, lanes);
-    return {static_cast<int>(begin), static_cast<int>(end)};
+    return {begin, end};
 }
 
 // Deinterleaves a row of columns that lie `stride` apart, by any factor.
@@ -67,7 +66,7 @@ CARAFEPP_INLINE void deinterleave_strided(const T* row, int64_t stride, int64_t 
     const int factor = layout.factor;
     const int64_t lanes = layout.lanes<A>();
     for (int residue = 0; residue < factor; residue++, to += layout.residue_stride) {
-        const Share inside = lanes_inside(width, layout, residue, lanes);
+        const Range inside = lanes_inside(width, layout, residue, lanes);
         const T* const first = row + (layout.cell * factor + residue) * stride;
         std::fill(to, to + inside.begin, A{0});
         for (int64_t k = inside.begin; k < inside.end; k++) to[k] = widen(first[k * factor * stride]);
@@ -85,7 +84,7 @@ void deinterleave_adjacent_channels(const T* row, int64_t stride, int64_t width,
     const int factor = layout.factor;
     const int64_t lanes = layout.lanes<A>();
     for (int residue = 0; residue < factor; residue++, to += layout.residue_stride) {
-        const Share inside = lanes_inside(width, layout, residue, lanes);
+        const Range inside = lanes_inside(width, layout, residue, lanes);
         assert(inside.size() >= L);
         const T* const first = row + (layout.cell * factor + residue) * stride;
         for (int c = 0; c < channels; c++) {
@@ -93,8 +92,8 @@ void deinterleave_adjacent_channels(const T* row, int64_t stride, int64_t width,
             std::fill(of_channel, of_channel + inside.begin, A{0});
             std::fill(of_channel + inside.end, of_channel + lanes, A{0});
         }
-        for (int k = inside.begin; k < inside.end; k += L) {
-            const int at = std::min(k, inside.end - L);
+        for (int64_t k = inside.begin; k < inside.end; k += L) {
+            const int64_t at = std::min(k, inside.end - L);
             load_channels<T>(first + at * factor * stride, factor * stride, L, channels,
                              adjacent_channels(to + at, layout.channel_stride));
         }
@@ -102,10 +101,10 @@ void deinterleave_adjacent_channels(const T* row, int64_t stride, int64_t width,
 }
 
 template <class T>
-void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
+void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_t channels, Range rows,
                           const Deinterleaved& layout, Accumulator<T>* to) {
     using A = Accumulator<T>;
-    const Share fewest = lanes_inside(array.w, layout, layout.factor - 1, layout.lanes<A>());
+    const Range fewest = lanes_inside(array.w, layout, layout.factor - 1, layout.lanes<A>());
     if (worth_transposing(array, channels) && fewest.size() >= kLanes<A>) {
         for (int64_t row = rows.begin; row < rows.end; row++, to += layout.row_stride) {
             deinterleave_adjacent_channels(element<const T>(array, n, channel, row, 0), array.stride_w, array.w,
@@ -138,14 +137,14 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
 }  // namespace
 
 template <class A>
-void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
+void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Range rows,
                        const Deinterleaved& layout, A* to) {
     with_type_of<A>(array.dtype, [&](auto type) {
         deinterleave_rows_of<typename decltype(type)::type>(array, n, channel, channels, rows, layout, to);
     });
 }
 
-template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Deinterleaved&, float*);
-template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Rows, const Deinterleaved&, double*);
+template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, float*);
+template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, double*);
 
 }  // namespace carafepp::CARAFEPP_ISA

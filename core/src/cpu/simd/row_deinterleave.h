@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/simd/masks.h"
+#include "cpu/geometry.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
 
@@ -31,7 +31,7 @@ CARAFEPP_INLINE bool worth_transposing(const Array& array, int64_t channels) {
 // r*row_stride + c*channel_stride`. Its element [residue*residue_stride + k] is column `(cell + k)*factor + residue`,
 // or 0 outside the row.
 template <class A>
-void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Rows rows,
+void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Range rows,
                        const Deinterleaved& layout, A* to);
 
 // Stores `count` lanes to elements that lie `stride` apart.
