@@ -48,7 +48,7 @@ struct GradFeaturesBlockShape {
 struct GradFeaturesSizes {
     int64_t mask_rows;                             // of outputs whose masks are staged together
     int64_t masks_tap_row, masks_row, masks_tile;  // [tile][row of outputs][tap row][b][phase][lane]
-    int64_t cells, cell_stride, all_masks_stride;  // of outputs that a block reads, and their halo
+    int64_t cells, cell_stride, all_masks_stride;  // of outputs that read a block, with halo
     int64_t sums_row;                              // [residue][channel][lane]
     int64_t masks, sums, rows, grads_or_masks, scratch;
 };
@@ -197,7 +197,7 @@ struct GradFeaturesBlock {
 // ---- contraction: neighbouring rows of sources, and the outputs centred on one row that read them ----
 
 template <class A>
-struct GradFeaturesTile {
+struct GradFeaturesRegisterTile {
     A* sums;  // first row; channels lie a vector apart
     int64_t sums_row;
     const A* masks;  // first tap row
@@ -210,7 +210,7 @@ struct GradFeaturesTile {
 
 // Adds masks * grad_output to the sums of NR rows of sources and NC channels, which stay in registers.
 template <int NR, int NC, class A>
-__attribute__((noinline)) void add_grads_to_sources(const GradFeaturesTile<A>& tile, Prefetch& prefetch) {
+__attribute__((noinline)) void add_grads_to_sources(const GradFeaturesRegisterTile<A>& tile, RowPrefetch& prefetch) {
     constexpr int L = kLanes<A>;
     Vector<A> sums[NR][NC];
 #pragma GCC unroll 5
@@ -331,15 +331,15 @@ struct GradFeaturesNchw {
     }
 
     // The rows of grad_output that are staged after these: the next ones, or the first of the next channels.
-    Prefetch next_grads(const Block& b, int64_t channel, Range rows) const {
+    RowPrefetch grads_prefetch(const Block& b, int64_t channel, Range rows) const {
         const bool last = rows.end == b.outputs.end;
         const int64_t row = last ? b.outputs.begin : rows.end;
         const int64_t next_channel = last ? channel + plan.block.channels : channel;
         const int64_t left = (b.group + 1) * channels - next_channel;
         const int64_t column = std::max<int64_t>(b.first_cell * up, 0);
-        return Prefetch(p.grad_output, element<const T>(p.grad_output, b.n, next_channel, row, column),
-                        std::min(sizes.cells * up, p.out_w), std::min(rows.size(), b.outputs.end - row),
-                        std::min(plan.block.channels, left));
+        return RowPrefetch(p.grad_output, element<const T>(p.grad_output, b.n, next_channel, row, column),
+                           std::min(sizes.cells * up, p.out_w), std::min(rows.size(), b.outputs.end - row),
+                           std::min(plan.block.channels, left));
     }
 
     // ---- contraction ----
@@ -364,14 +364,14 @@ struct GradFeaturesNchw {
         const int64_t first_source = p.factor.source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
         const int rows_inside = static_cast<int>(inside.size());
         const int tiles_down = (rows_inside + kTileRows - 1) / kTileRows;
-        GradFeaturesTile<A> tile;
+        GradFeaturesRegisterTile<A> tile;
         tile.sums_row = sizes.sums_row;
         tile.masks_tap_row = sizes.masks_tap_row;
         tile.masks_row = sizes.masks_row;
         tile.grads_row = up * sizes.cell_stride;
         tile.grads_channel = rows.size() * tile.grads_row;
         tile.outputs = rows.size();
-        Prefetch prefetch = next_grads(b, channel, rows);
+        RowPrefetch prefetch = grads_prefetch(b, channel, rows);
         for (int64_t t = 0; t < b.tiles; t++) {
             const A* const masks = b.masks_of(plan, t, rows.begin, plan.keeps_masks ? b.outputs.begin : rows.begin);
             for (int s = 0; s < tiles_down; s++) {

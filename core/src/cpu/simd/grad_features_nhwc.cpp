@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The gradient of features with adjacent channels, compiled once for each instruction set. A register tile holds a
-// block of sources and sums over all outputs whose windows touch it. A vector of grad_output serves every source of the
-// block that the window holds. First comes the plan. Each item then goes down its rows of sources. It stages the masks
-// of the next outputs, packs the weights of a block in their order, contracts, and writes.
+// source tile and sums over all outputs whose windows touch it. A vector of grad_output serves every source of the tile
+// that the window holds. First comes the plan. Each item then goes down its rows of sources. It stages the masks
+// of the next outputs, packs the weights of a source tile in their order, contracts, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -17,10 +17,10 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// A block of sources, and the vectors of channels of each that a register tile holds.
+// The source tile: the sources of a register tile, and the vectors of channels of each.
 constexpr int kRows = kVectorRegisters == 32 ? kMostSourceRows : 2;
 constexpr int kColumns = kVectorRegisters == 32 ? kMostSourceColumns : 3;
-constexpr int kBlock = kRows * kColumns;
+constexpr int kSources = kRows * kColumns;
 constexpr int kVectors = 2;
 
 // ---- plan ----
@@ -35,22 +35,23 @@ struct GradFeaturesNhwc {
     const Array& grad_features;
     MaskTiles<A> masks;
     int64_t up, down, radius, taps;
-    int64_t height, width;              // of features
-    int64_t channels;                   // of a group
-    int64_t block_rows, block_columns;  // of the outputs whose windows touch a block, at most
-    int64_t ring_rows, ring_columns;    // of staged masks: rows of cells, outputs
-    int64_t item_rows, item_columns;    // of the sources of an item: whole blocks
+    int64_t height, width;                // of features
+    int64_t channels;                     // of a group
+    int64_t output_rows, output_columns;  // whose windows touch a source tile, at most
+    int64_t ring_rows, ring_columns;      // of staged masks: rows of cells, outputs
+    int64_t item_rows, item_columns;      // sources: whole source tiles
     int64_t row_items, column_items;
     int64_t margin;       // of the ring, which packing reads beyond
     int64_t ring_size;    // [row of cells][row][output][tap]
     int64_t tile_size;    // [row][tap][phase][lane]
-    int64_t packed_size;  // [row of outputs][output][row and column of the block]
+    int64_t packed_size;  // [row of outputs][output][row and column of the source tile]
     int64_t items, scratch_size;
     bool non_temporal;
 
     GradFeaturesNhwc(const Problem& problem, const Array& result, int64_t scratch_bytes = kScratchBytes)
         : p(problem), grad_features(result), masks{p, std::min(p.factor.up, p.out_w)} {
-        constexpr int64_t kItemBytes = 768 * 1024;  // of grad_output that a row of blocks reads, in the level 2 cache
+        constexpr int64_t kItemBytes = 768 *
+                                       1024;  // of grad_output that a row of source tiles reads, in the level 2 cache
         constexpr int64_t kRingBytes = 1024 * 1024;
         constexpr int64_t kItemRows = 24;  // each item begins with staging the masks of a window's rows
         up = p.factor.up;
@@ -60,14 +61,14 @@ struct GradFeaturesNhwc {
         height = p.features.h;
         width = p.features.w;
         channels = p.features.c / p.groups;
-        block_rows = outputs_of(2 * radius + kRows);
-        block_columns = outputs_of(2 * radius + kColumns);
+        output_rows = most_outputs_on(2 * radius + kRows);
+        output_columns = most_outputs_on(2 * radius + kColumns);
         ring_rows = ceil_div(2 * radius + kRows, down) + 1;
         margin = kRows * p.kernel_size + kColumns;
         tile_size = up * masks.row_size(L);
-        packed_size = block_rows * block_columns * kBlock;
+        packed_size = output_rows * output_columns * kSources;
 
-        const int64_t outputs = std::min(kItemBytes / (block_rows * channels * int64_t{sizeof(T)}),
+        const int64_t outputs = std::min(kItemBytes / (output_rows * channels * int64_t{sizeof(T)}),
                                          kRingBytes / int64_t{sizeof(A)} / (ring_rows * up * taps));
         const int64_t most = std::max<int64_t>(outputs * down / up - 2 * radius, kColumns);
         item_columns = round_up(ceil_div(width, ceil_div(width, most)), kColumns);
@@ -86,8 +87,8 @@ struct GradFeaturesNhwc {
         non_temporal = kVectors * L * sizeof(T) >= 64 && takes_non_temporal_stores<T>(grad_features, channels);
     }
 
-    // At most as many outputs are centred on as many neighbouring sources.
-    int64_t outputs_of(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
+    // How many outputs are centred on so many neighbouring sources, at most.
+    int64_t most_outputs_on(int64_t sources) const { return ceil_div(sources * up, down) + 1; }
 
     static int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
@@ -123,53 +124,53 @@ void stage_cells(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at,
 
 // ---- contraction ----
 
-// A window is at most one source narrower than a block. So it holds the first sources of a block, or the last, or all.
-// One number tells which of `most` sources they are.
-static_assert(std::max(kRows, kColumns) - 1 <= 3, "windows of 3 hold an end of the block");
-int range_in_block(int64_t begin, int64_t taps, int most) {
+// A window is at most one source narrower than a source tile. So it holds the first sources of a tile, or the last, or
+// all. One number, the range code, tells which of `most` sources they are.
+static_assert(std::max(kRows, kColumns) - 1 <= 3, "windows of 3 hold an end of the source tile");
+int range_code_in_tile(int64_t begin, int64_t taps, int most) {
     assert(taps >= most - 1 && begin < most && begin + taps > 0);
     return static_cast<int>(begin <= 0 ? std::min<int64_t>(begin + taps, most) - 1 : most - 1 + begin);
 }
 
-// Calls f(begin, end) with the sources of a range, both known to the compiler.
-template <int Most, int Range = 2 * Most - 2, class F>
-CARAFEPP_INLINE void with_range(int range, F f) {
-    if constexpr (Range > 0) {
-        if (range != Range) {
-            with_range<Most, Range - 1>(range, f);
+// Calls f(begin, end) with the sources of a range code, both known to the compiler.
+template <int Most, int Code = 2 * Most - 2, class F>
+CARAFEPP_INLINE void with_range(int range_code, F f) {
+    if constexpr (Code > 0) {
+        if (range_code != Code) {
+            with_range<Most, Code - 1>(range_code, f);
             return;
         }
     }
-    constexpr int kBegin = Range < Most ? 0 : Range - Most + 1, kEnd = Range < Most ? Range + 1 : Most;
+    constexpr int kBegin = Code < Most ? 0 : Code - Most + 1, kEnd = Code < Most ? Code + 1 : Most;
     f(std::integral_constant<int, kBegin>(), std::integral_constant<int, kEnd>());
 }
 
-// Neighbouring outputs of one row whose windows hold the same columns of a block.
+// Neighbouring outputs of one row whose windows hold the same columns of a source tile.
 struct OutputSpan {
-    int range, count;
+    int range_code, count;
 };
 
-// One row of outputs whose windows touch a block: its first, and the weights [output][row][column of the block].
+// One row of outputs whose windows touch a source tile: its first, and the weights [output][row][column of the tile].
 template <class T>
 struct OutputRow {
     const T* grads;
     const Accumulator<T>* weights;
-    int range;  // of the block's rows
+    int range_code;  // of the source tile's rows
 };
 
-// All outputs whose windows touch a block.
+// All outputs whose windows touch a source tile.
 template <class T>
-struct BlockOutputs {
+struct TileOutputs {
     const OutputRow<T>* rows;
     const OutputSpan* spans;
     int row_count, span_count;
     int64_t pixel_stride;
-    PixelsAhead<T> ahead;  // rows that the block below is the first to read: its columns
+    PixelPrefetch<T> prefetch;  // rows that the tile below is the first to read: its columns
 };
 
-// A block of the result. Some of its sources may be beyond the borders.
+// A source tile of the result. Some of its sources may be beyond the borders.
 template <class T>
-struct SourceBlock {
+struct SourceTile {
     T* first;
     int64_t row_stride, pixel_stride;
     int rows, columns;
@@ -178,24 +179,24 @@ struct SourceBlock {
 
 // A register tile: `NV` vectors of channels from `c` on, or the first `tail` lanes of one.
 template <int NV, bool kTail, class T>
-__attribute__((noinline)) void sum_over_outputs(const BlockOutputs<T>& outputs, const SourceBlock<T>& block, int64_t c,
+__attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, const SourceTile<T>& sources, int64_t c,
                                                 int tail) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sums[kRows][kColumns][NV] = {};
     for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
-        if (row - outputs.rows < outputs.ahead.rows) {
-            const T* ahead = outputs.ahead.first + (row - outputs.rows) * outputs.ahead.row_stride + c;
-            for (int q = 0; q < outputs.ahead.columns; q++, ahead += outputs.pixel_stride) {
+        if (row - outputs.rows < outputs.prefetch.rows) {
+            const T* pixel = outputs.prefetch.first + (row - outputs.rows) * outputs.prefetch.row_stride + c;
+            for (int q = 0; q < outputs.prefetch.columns; q++, pixel += outputs.pixel_stride) {
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) __builtin_prefetch(ahead + v * L, 0, 2);
+                for (int v = 0; v < NV; v++) __builtin_prefetch(pixel + v * L, 0, 2);
             }
         }
         const T* grads = row->grads + c;
         const A* weights = row->weights;
-        with_range<kRows>(row->range, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
+        with_range<kRows>(row->range_code, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
             for (const OutputSpan* span = outputs.spans; span < outputs.spans + outputs.span_count; span++) {
-                with_range<kColumns>(span->range, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
+                with_range<kColumns>(span->range_code, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
                     int left = span->count;
                     do {
                         Vector<A> grad[NV];
@@ -216,7 +217,7 @@ __attribute__((noinline)) void sum_over_outputs(const BlockOutputs<T>& outputs, 
                             }
                         }
                         grads += outputs.pixel_stride;
-                        weights += kBlock;
+                        weights += kSources;
                     } while (--left > 0);
                 });
             }
@@ -226,45 +227,46 @@ __attribute__((noinline)) void sum_over_outputs(const BlockOutputs<T>& outputs, 
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
         for (int q = 0; q < kColumns; q++) {
-            if (r >= block.rows || q >= block.columns) continue;
-            write_channels<NV, kTail>(sums[r][q], block.first + r * block.row_stride + q * block.pixel_stride + c, tail,
-                                      block.non_temporal);
+            if (r >= sources.rows || q >= sources.columns) continue;
+            write_channels<NV, kTail>(sums[r][q], sources.first + r * sources.row_stride + q * sources.pixel_stride + c,
+                                      tail, sources.non_temporal);
         }
     }
 }
 
 // All channels of a group: the last vectors overlap those before them, rather than being few.
 template <class T>
-void sum_channels_over_outputs(const BlockOutputs<T>& outputs, const SourceBlock<T>& block, int64_t channels) {
+void sum_channels_over_outputs(const TileOutputs<T>& outputs, const SourceTile<T>& sources, int64_t channels) {
     constexpr int64_t L = kLanes<Accumulator<T>>, kAtOnce = kVectors * L;
     if (channels < kAtOnce) {
         for (int64_t c = 0; c < channels; c += L)
-            sum_over_outputs<1, true>(outputs, block, c, static_cast<int>(std::min(channels - c, L)));
+            sum_over_outputs<1, true>(outputs, sources, c, static_cast<int>(std::min(channels - c, L)));
         return;
     }
     for (int64_t c = 0; c < channels; c += kAtOnce)
-        sum_over_outputs<kVectors, false>(outputs, block, std::min(c, channels - kAtOnce), 0);
+        sum_over_outputs<kVectors, false>(outputs, sources, std::min(c, channels - kAtOnce), 0);
 }
 
-// The block of sources with its corner at (i, j): packs the weights of its outputs, and contracts.
+// The source tile with its corner at (i, j): packs the weights of its outputs, and contracts.
 template <class T, class A>
-void grad_features_of_block(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t i, int64_t j) {
-    constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // of a row, that touch a block
+void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t i,
+                                  int64_t j) {
+    constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // of a row, that touch a source tile
     const Problem& p = plan.p;
     const Factor& factor = p.factor;
     const int64_t radius = plan.radius, k = p.kernel_size, channel = at.group * plan.channels;
     OutputSpan spans[2 * kColumns];
-    int64_t taps_of[kMostOutputs];  // of the output's window, where the block's first source is in its rows
+    int64_t taps_of[kMostOutputs];  // of the output's window, where the tile's first source is in its rows
     OutputRow<T> rows[kMostOutputs];
-    BlockOutputs<T> outputs{rows, spans, 0, 0, p.grad_output.stride_w, {}};
+    TileOutputs<T> outputs{rows, spans, 0, 0, p.grad_output.stride_w, {}};
 
     const int64_t first = first_output_inside(factor, j - radius, p.out_w);
     const int64_t end = first_output_inside(factor, j + kColumns + radius, p.out_w);
     int64_t source = factor.source(first), remainder = first * plan.down - source * plan.up;
     for (int64_t q = first; q < end; q++) {
-        const int range = range_in_block(source - radius - j, k, kColumns);
-        if (outputs.span_count == 0 || spans[outputs.span_count - 1].range != range)
-            spans[outputs.span_count++] = {range, 0};
+        const int range_code = range_code_in_tile(source - radius - j, k, kColumns);
+        if (outputs.span_count == 0 || spans[outputs.span_count - 1].range_code != range_code)
+            spans[outputs.span_count++] = {range_code, 0};
         spans[outputs.span_count - 1].count++;
         taps_of[q - first] = (q - at.first_cell * plan.up) * plan.taps + j - source + radius;
         for (remainder += plan.down; remainder >= plan.up; remainder -= plan.up) source++;
@@ -275,9 +277,9 @@ void grad_features_of_block(const GradFeaturesNhwc<T>& plan, const GradFeaturesI
     for (int64_t row = first_output_inside(factor, i - radius, p.out_h); row < end_row; row++) {
         const int64_t top = factor.source(row) - radius;
         rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, channel, row, first), packed,
-                                     range_in_block(top - i, k, kRows)};
+                                     range_code_in_tile(top - i, k, kRows)};
         const A* const weights = staged_row(plan, at, row) + (i - top) * k;
-        for (int64_t q = 0; q < end - first; q++, packed += kBlock) {
+        for (int64_t q = 0; q < end - first; q++, packed += kSources) {
 #pragma GCC unroll 4
             for (int b = 0; b < kRows; b++)
                 std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * k, kColumns * sizeof(A));
@@ -286,15 +288,15 @@ void grad_features_of_block(const GradFeaturesNhwc<T>& plan, const GradFeaturesI
     const int64_t next_end = first_output_inside(factor, i + 2 * kRows + radius, p.out_h);
     const int64_t own = first_output_inside(factor, j + radius, p.out_w);
     const int64_t own_end = first_output_inside(factor, j + radius + kColumns, p.out_w);
-    outputs.ahead = {element<const T>(p.grad_output, at.n, channel, end_row, own), p.grad_output.stride_h,
-                     p.grad_output.stride_w, static_cast<int>(next_end - end_row), static_cast<int>(own_end - own)};
-    const SourceBlock<T> block{element<T>(plan.grad_features, at.n, channel, i, j),
-                               plan.grad_features.stride_h,
-                               plan.grad_features.stride_w,
-                               static_cast<int>(std::min<int64_t>(kRows, at.bottom - i)),
-                               static_cast<int>(std::min<int64_t>(kColumns, plan.width - j)),
-                               plan.non_temporal};
-    sum_channels_over_outputs(outputs, block, plan.channels);
+    outputs.prefetch = {element<const T>(p.grad_output, at.n, channel, end_row, own), p.grad_output.stride_h,
+                        p.grad_output.stride_w, static_cast<int>(next_end - end_row), static_cast<int>(own_end - own)};
+    const SourceTile<T> sources{element<T>(plan.grad_features, at.n, channel, i, j),
+                                plan.grad_features.stride_h,
+                                plan.grad_features.stride_w,
+                                static_cast<int>(std::min<int64_t>(kRows, at.bottom - i)),
+                                static_cast<int>(std::min<int64_t>(kColumns, plan.width - j)),
+                                plan.non_temporal};
+    sum_channels_over_outputs(outputs, sources, plan.channels);
 }
 
 template <class T>
@@ -316,7 +318,7 @@ void GradFeaturesNhwc<T>::run_item(int64_t item, A* scratch) const {
         const int64_t end = ceil_div(first_output_inside(p.factor, i + kRows + radius, p.out_h), up);
         staged = std::max(staged, first_output_inside(p.factor, i - radius, p.out_h) / up);
         for (; staged < end; staged++) stage_cells(*this, at, staged);
-        for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_block(*this, at, i, j);
+        for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_source_tile(*this, at, i, j);
     }
     if (non_temporal) finish_non_temporal_stores();
 }

@@ -28,7 +28,7 @@ constexpr int64_t kRowsTogether = 8;           // rows of outputs that are contr
 
 // A register tile has sums of some outputs that read the same features, in some tap columns.
 constexpr int kTileOutputs = 4;
-constexpr int tile_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
+constexpr int most_tap_columns(int outputs) { return kVectorRegisters == 32 || outputs <= 2 ? 5 : 3; }
 
 // ---- plan ----
 
@@ -151,22 +151,22 @@ struct GradMasksBlock {
 // ---- contraction: outputs that read the same row of features at the same columns ----
 
 template <class A>
-struct GradMasksTile {
+struct GradMasksRegisterTile {
     const A* grads[kTileOutputs];  // channels lie a vector apart
     A* sums[kTileOutputs];         // first tap of a tap row of each output
     int64_t tap_stride;            // of the sums
 };
 
 // The rows that are staged next.
-struct NextRows {
-    Prefetch grads, features;
+struct RowPrefetches {
+    RowPrefetch grads, features;
 };
 
 // Adds grad_output * features to the sums of P outputs and of NB tap columns from `b` on. The sums stay in registers.
 template <int P, int NB, class A>
-__attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile, const A* features,
+__attribute__((noinline)) void add_products_to_taps(const GradMasksRegisterTile<A>& tile, const A* features,
                                                     int64_t channel_stride, const int64_t* tap_offsets, int64_t b,
-                                                    int64_t channels, NextRows& next) {
+                                                    int64_t channels, RowPrefetches& prefetch) {
     constexpr int L = kLanes<A>;
     Vector<A> sums[P][NB];
 #pragma GCC unroll 4
@@ -181,8 +181,8 @@ __attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile
 #pragma GCC unroll 5
     for (int k = 0; k < NB; k++) offset[k] = tap_offsets[b + k];
     for (int64_t at = 0; at < channels * L; at += L, features += channel_stride) {
-        next.grads.prefetch_line();
-        next.features.prefetch_line();
+        prefetch.grads.prefetch_line();
+        prefetch.features.prefetch_line();
         Vector<A> read[NB];
 #pragma GCC unroll 5
         for (int k = 0; k < NB; k++) read[k] = load(features + offset[k]);
@@ -202,14 +202,15 @@ __attribute__((noinline)) void add_products_to_taps(const GradMasksTile<A>& tile
 
 // Adds the products of P outputs in all tap columns.
 template <int P, class A>
-void add_products_of_outputs(const GradMasksTile<A>& tile, const A* features, int64_t channel_stride,
-                             const int64_t* tap_offsets, int kernel_size, int64_t channels, NextRows& next) {
-    constexpr int kMost = tile_columns(P);
+void add_products_of_outputs(const GradMasksRegisterTile<A>& tile, const A* features, int64_t channel_stride,
+                             const int64_t* tap_offsets, int kernel_size, int64_t channels, RowPrefetches& prefetch) {
+    constexpr int kMost = most_tap_columns(P);
     const int shares = (kernel_size + kMost - 1) / kMost;
     for (int k = 0; k < shares; k++) {
         const Range some = share_of(kernel_size, k, shares);
         with_count<kMost>(static_cast<int>(some.size()), [&](auto columns) {
-            add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels, next);
+            add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels,
+                                               prefetch);
         });
     }
 }
@@ -257,7 +258,7 @@ struct GradMasksNchw {
     }
 
     // The rows of grad_output that are staged next: those from `row` on, or the first of the next channels.
-    Prefetch next_grads(const Block& b, int64_t channel, int64_t row) const {
+    RowPrefetch grads_prefetch(const Block& b, int64_t channel, int64_t row) const {
         const bool last = row == b.computed.end;
         const int64_t next = last ? b.computed.begin : row;
         const int64_t next_channel = last ? channel + plan.block.channels : channel;
@@ -268,7 +269,7 @@ struct GradMasksNchw {
     }
 
     // The rows of features of the next channels.
-    Prefetch next_features(const Block& b, int64_t channel) const {
+    RowPrefetch features_prefetch(const Block& b, int64_t channel) const {
         const int64_t next = channel + plan.block.channels;
         const int64_t column = std::max<int64_t>(b.first_tile * L + columns.least_shift, 0) * down;
         return {p.features, element<const T>(p.features, b.n, next, b.sources.begin, column),
@@ -281,20 +282,20 @@ struct GradMasksNchw {
     // Adds the products of all rows of a block, in `count` channels.
     void sweep_rows(const Block& b, int64_t channel, int64_t count) const {
         stage_features(b, channel, count);
-        NextRows next;
-        next.features = next_features(b, channel);
+        RowPrefetches prefetch;
+        prefetch.features = features_prefetch(b, channel);
         for (int64_t begin = b.computed.begin; begin < b.computed.end; begin += plan.rows_together) {
             const Range rows = {begin, std::min(begin + plan.rows_together, b.computed.end)};
-            next.grads = next_grads(b, channel, rows.end);
+            prefetch.grads = grads_prefetch(b, channel, rows.end);
             for (int64_t tile = 0; tile < b.tiles; tile++) {
                 stage_grads(b, channel, count, tile, rows);
-                contract_rows(b, count, tile, rows, next);
+                contract_rows(b, count, tile, rows, prefetch);
             }
         }
     }
 
     // Contracts each row of features with the outputs of `rows` that read it.
-    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, NextRows& next) const {
+    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, RowPrefetches& prefetch) const {
         const Range sources = sources_of(p, rows);
         for (int64_t i = sources.begin; i < sources.end; i++) {
             const Range readers = outputs_of(p, {i, i + 1});
@@ -307,19 +308,19 @@ struct GradMasksNchw {
                 const int shares = (outputs + kTileOutputs - 1) / kTileOutputs;
                 for (int k = 0; k < shares; k++) {
                     const Range some = share_of(outputs, k, shares);
-                    GradMasksTile<A> outputs_of_tile;
-                    outputs_of_tile.tap_stride = up * L;
+                    GradMasksRegisterTile<A> register_tile;
+                    register_tile.tap_stride = up * L;
                     const int first = static_cast<int>(some.begin), outputs_here = static_cast<int>(some.size());
                     for (int o = 0; o < outputs_here; o++) {
                         const int64_t row = begin + (first + o) / width, phase = window.begin + (first + o) % width;
                         const int64_t a = i - p.factor.source(row) + p.radius();
-                        outputs_of_tile.grads[o] = b.grads + ((row - rows.begin) * up + phase) * sizes.grads_phase;
-                        outputs_of_tile.sums[o] = b.sums_of(plan, tile, row) + (a * p.kernel_size * up + phase) * L;
+                        register_tile.grads[o] = b.grads + ((row - rows.begin) * up + phase) * sizes.grads_phase;
+                        register_tile.sums[o] = b.sums_of(plan, tile, row) + (a * p.kernel_size * up + phase) * L;
                     }
                     with_count<kTileOutputs>(outputs_here, [&](auto known_outputs) {
-                        add_products_of_outputs<known_outputs()>(outputs_of_tile, features, sizes.features_channel,
+                        add_products_of_outputs<known_outputs()>(register_tile, features, sizes.features_channel,
                                                                  plan.tap_offsets[w], static_cast<int>(p.kernel_size),
-                                                                 count, next);
+                                                                 count, prefetch);
                     });
                 }
             }

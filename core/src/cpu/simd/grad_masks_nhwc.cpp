@@ -128,9 +128,9 @@ struct WindowGrads {
     int count = 0;
 };
 
-// Pixels of features that the cell below is the first to read, where a cell has several.
+// Pixels of features to prefetch that the cell below is the first to read, where a cell has several.
 template <class T>
-struct PixelsBelow {
+struct PrefetchQueue {
     const T* pixels[kMaxFactor * kMaxFactor];
     int count = 0;
 
@@ -138,14 +138,14 @@ struct PixelsBelow {
     const T* take(const T* otherwise) { return count > 0 ? pixels[--count] : otherwise; }
 };
 
-// Pixels fetched between arithmetic, channel by channel. They are of the next cell, for the level 1 cache. Or two are
-// of the cell below, which are longer on their way.
+// Pixels that are prefetched between arithmetic, channel by channel. They are of the next cell, for the level 1 cache.
+// Or two are of the cell below, which are longer on their way.
 template <class T>
-struct NextPixels {
+struct ChannelPrefetch {
     const T *grad, *pixel, *pixel_below;
 
     template <bool below>
-    __attribute__((always_inline)) void fetch(int64_t c) const {
+    __attribute__((always_inline)) void prefetch_channels(int64_t c) const {
         __builtin_prefetch(grad + c);
         __builtin_prefetch(pixel + c, 0, below ? 2 : 3);
         if (below) __builtin_prefetch(pixel_below + c, 0, 2);
@@ -156,7 +156,8 @@ struct NextPixels {
 template <int P, int NA, int NB, class T>
 __attribute__((noinline)) void sum_over_channels(const T* const* grads, const T* pixels, int64_t row_stride,
                                                  int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
-                                                 int64_t row_step, int64_t tap_step, const NextPixels<T>& next) {
+                                                 int64_t row_step, int64_t tap_step,
+                                                 const ChannelPrefetch<T>& prefetch) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sum[P][NA][NB] = {};
@@ -178,13 +179,13 @@ __attribute__((noinline)) void sum_over_channels(const T* const* grads, const T*
     int64_t c = 0;
     if constexpr (kPairs) {
         for (; c + 2 * L <= channels; c += 2 * L) {
-            next.template fetch<P == 1>(c);
+            prefetch.template prefetch_channels<P == 1>(c);
             add([c](const T* from) __attribute__((always_inline)) { return load_even(from + c); });
             add([c](const T* from) __attribute__((always_inline)) { return load_odd(from + c); });
         }
     }
     for (; !kPairs && c + L <= channels; c += L) {
-        next.template fetch<P == 1>(c);
+        prefetch.template prefetch_channels<P == 1>(c);
         add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
     }
     for (; c < channels; c += L) {
@@ -210,7 +211,7 @@ inline int part_of(int left, int most) {
 // registers for.
 template <int P, class T>
 void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<const T>& window,
-                            const WindowGrads<T>& outputs, int first, PixelsBelow<T>& below) {
+                            const WindowGrads<T>& outputs, int first, PrefetchQueue<T>& queue) {
     using A = Accumulator<T>;
     constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
     const int64_t tap_step = plan.order.tap_step * kLanes<A>, k = plan.p.kernel_size;
@@ -221,13 +222,13 @@ void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<cons
             A* sums[P];
             for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
             const T* const right = window.pixel(a, b + nb);
-            const NextPixels<T> next{outputs.grads[first + a % P] + plan.up * plan.p.grad_output.stride_w,
-                                     below.take(right), below.take(right)};
+            const ChannelPrefetch<T> prefetch{outputs.grads[first + a % P] + plan.up * plan.p.grad_output.stride_w,
+                                              queue.take(right), queue.take(right)};
             with_count<kRows>(na, [&](auto rows_here) {
                 with_count<kColumns>(nb, [&](auto columns_here) {
                     sum_over_channels<P, rows_here(), columns_here()>(
                         outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride,
-                        plan.channels, sums, k * tap_step, tap_step, next);
+                        plan.channels, sums, k * tap_step, tap_step, prefetch);
                 });
             });
             b += nb;
@@ -239,7 +240,7 @@ void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<cons
 // The outputs of one cell that read one window.
 template <class T, class A>
 void grad_masks_of_window(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, SharedWindow r,
-                          SharedWindow q, PixelsBelow<T>& below) {
+                          SharedWindow q, PrefetchQueue<T>& queue) {
     const Problem& p = plan.p;
     const int64_t up = plan.up, channel = at.group * plan.channels;
     const PixelWindow<const T> window = window_of<const T>(
@@ -254,23 +255,23 @@ void grad_masks_of_window(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& 
         }
     }
     int first = 0;
-    for (; first + 4 <= outputs.count; first += 4) sum_taps_over_channels<4>(plan, window, outputs, first, below);
-    for (; first + 2 <= outputs.count; first += 2) sum_taps_over_channels<2>(plan, window, outputs, first, below);
-    if (first < outputs.count) sum_taps_over_channels<1>(plan, window, outputs, first, below);
+    for (; first + 4 <= outputs.count; first += 4) sum_taps_over_channels<4>(plan, window, outputs, first, queue);
+    for (; first + 2 <= outputs.count; first += 2) sum_taps_over_channels<2>(plan, window, outputs, first, queue);
+    if (first < outputs.count) sum_taps_over_channels<1>(plan, window, outputs, first, queue);
 }
 
 template <class T, class A>
-PixelsBelow<T> pixels_below(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell) {
+PrefetchQueue<T> prefetch_queue(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell) {
     const Problem& p = plan.p;
     const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
-    PixelsBelow<T> below;
-    if (plan.up >= down) return below;
+    PrefetchQueue<T> queue;
+    if (plan.up >= down) return queue;
     const int64_t last = (at.cell_row + 1) * down + plan.rows.windows[plan.rows.count - 1].source + plan.radius;
     for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
         for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
-            below.pixels[below.count++] = element<const T>(p.features, at.n, at.group * plan.channels, row, column);
+            queue.pixels[queue.count++] = element<const T>(p.features, at.n, at.group * plan.channels, row, column);
     }
-    return below;
+    return queue;
 }
 
 // True if all outputs of a cell exist and all windows are inside the borders: then every sum is written.
@@ -287,11 +288,11 @@ bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
 template <class T, class A>
 void grad_masks_of_cell(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, A* line) {
     constexpr int L = kLanes<A>;
-    PixelsBelow<T> below = pixels_below(plan, at, cell);
+    PrefetchQueue<T> queue = prefetch_queue(plan, at, cell);
     if (!is_inner(plan, at.cell_row, cell)) std::fill(at.partial, at.partial + plan.sums_of_cell * L, A{0});
     for (int r = 0; r < plan.rows.count; r++) {
         for (int q = 0; q < plan.columns.count; q++)
-            grad_masks_of_window(plan, at, cell, plan.rows.windows[r], plan.columns.windows[q], below);
+            grad_masks_of_window(plan, at, cell, plan.rows.windows[r], plan.columns.windows[q], queue);
     }
     for (int64_t k = 0; k < plan.line_size; k += L) {
         Vector<A> partial[L];

@@ -17,7 +17,7 @@ CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
     }
 }
 
-// As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. Fetches the same
+// As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. Prefetches the same
 // columns of the next channels. Each is a page further, which the processor's own prefetching does not cross.
 template <class T>
 CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t columns, Accumulator<T>* to, int64_t pitch) {

@@ -30,7 +30,7 @@ struct OnImages {
     const Problem& p;
     const Array& result;
     int64_t channels;                     // of a group
-    int64_t at_once, parts;               // channels of an image: how many, how many times
+    int64_t at_once, parts;               // channels staged at once; number of such parts
     int64_t pitch;                        // of pixels
     int64_t features_size, outputs_size;  // [row][column][channel]
     int64_t items, scratch_size;

@@ -78,21 +78,21 @@ CARAFEPP_INLINE void write_channels(const Vector<Accumulator<T>> (&from)[NV], T*
     }
 }
 
-// Pixels that are read some time later: fetched into the level 2 cache between arithmetic, a few at a time. A burst of
-// fetches waits for its turn, and some processors drop it.
+// Pixels that are read some time later: prefetched into the level 2 cache between arithmetic, a few at a time. A burst
+// of prefetches waits for its turn, and some processors drop it.
 template <class T>
-struct PixelsAhead {
+struct PixelPrefetch {
     const T* first = nullptr;
     int64_t row_stride = 0, pixel_stride = 0;
     int rows = 0, columns = 0;
 };
 
-// Fetches `NV` vectors of channels from `c` on, of all columns of a row.
+// Prefetches `NV` vectors of channels from `c` on, of all columns of a row.
 template <int NV, class T>
-CARAFEPP_INLINE void fetch_row(const PixelsAhead<T>& ahead, int row, int64_t c) {
+CARAFEPP_INLINE void prefetch_row(const PixelPrefetch<T>& prefetch, int row, int64_t c) {
     constexpr int kBytes = NV * kLanes<Accumulator<T>> * static_cast<int>(sizeof(T));
-    const T* pixel = ahead.first + row * ahead.row_stride + c;
-    for (int q = 0; q < ahead.columns; q++, pixel += ahead.pixel_stride) {
+    const T* pixel = prefetch.first + row * prefetch.row_stride + c;
+    for (int q = 0; q < prefetch.columns; q++, pixel += prefetch.pixel_stride) {
 #pragma GCC unroll 8
         for (int line = 0; line < kBytes; line += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(pixel) + line, 0, 2);

@@ -7,17 +7,17 @@
 namespace carafepp::CARAFEPP_ISA {
 
 // Rows of some channels, for the level 2 cache. The processor's own prefetching ends with a page.
-struct Prefetch {
+struct RowPrefetch {
     const char* row = nullptr;  // the current one
     int64_t at = 0, row_bytes = 0;
     int64_t row_stride = 0, channel_stride = 0;  // bytes; from the last row of a channel to the next one's first
     int rows = 0, channels = 0;                  // rows of a channel, channels that are left
     int row_index = 0;
 
-    Prefetch() = default;
+    RowPrefetch() = default;
 
     template <class T>
-    Prefetch(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
+    RowPrefetch(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
         : row(reinterpret_cast<const char*>(first)),
           row_bytes(columns * array.stride_w * int64_t{sizeof(T)}),
           row_stride(array.stride_h * int64_t{sizeof(T)}),

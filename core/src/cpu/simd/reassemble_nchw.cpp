@@ -20,10 +20,10 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int64_t kBlockMasks = 384 * 1024 / kVectorBytes;     // vectors; part of a level 2 cache
-constexpr int64_t kBlockFeatures = 24 * 1024 / kVectorBytes;   // vectors; part of a level 1 cache
-constexpr int64_t kMostFeatures = 1024 * 1024 / kVectorBytes;  // vectors, for wide rows
-constexpr int64_t kNonTemporalBytes = 64 * 1024;               // outputs collected for non-temporal stores
+constexpr int64_t kBlockMaskVectors = 384 * 1024 / kVectorBytes;     // part of a level 2 cache
+constexpr int64_t kBlockFeatureVectors = 24 * 1024 / kVectorBytes;   // part of a level 1 cache
+constexpr int64_t kMostFeatureVectors = 1024 * 1024 / kVectorBytes;  // for wide rows
+constexpr int64_t kNonTemporalBytes = 64 * 1024;                     // outputs collected for non-temporal stores
 
 // A register tile has sums of one row of outputs, or of two rows with at most two phases.
 constexpr int kTilePhases = 4;
@@ -45,8 +45,8 @@ struct ReassemblePlan {
     int64_t blocks_down, blocks_across, items;
     int64_t mask_row_size;  // masks of a row of a tile: [tap][phase][lane]
 
-    // Features are staged as [channel][row modulo ring][residue][cell]. The ring holds the windows of two rows.
-    int64_t ring, residue_stride, row_stride, channel_stride;
+    // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of two rows.
+    int64_t ring_rows, residue_stride, row_stride, channel_stride;
     int tap_offsets[kMaxFactor][kMaxKernelSize];  // [window][b]
     TilePhases register_tiles[kMaxFactor];
     int register_tiles_count;
@@ -58,7 +58,7 @@ struct ReassemblePlan {
     int64_t masks_size, features_size, sums_size, rows_size, scratch_size;
 };
 
-// Each vector of a tile is a whole cache line, or with the other phases some lines.
+// Tells if the outputs of a tile fill whole cache lines.
 bool tiles_are_lines(const Array& output, int64_t tile_columns) {
     const int64_t line = 64 / itemsize(output.dtype);
     for (int64_t stride : {output.stride_n, output.stride_c, output.stride_h, tile_columns}) {
@@ -75,15 +75,16 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     plan.tile_columns = lanes * columns.phases;
     plan.mask_row_size = p.taps() * columns.phases * lanes;
 
-    plan.ring = k + ceil_div(down, up);
+    plan.ring_rows = k + ceil_div(down, up);
     const int64_t register_channels = up == 1 ? kTileChannelsOfOnePhase : kTileChannelsOfPhases;
-    const int64_t most_cells = kMostFeatures * lanes / (register_channels * plan.ring * down) - columns.halo();
+    const int64_t most_cells = kMostFeatureVectors * lanes / (register_channels * plan.ring_rows * down) -
+                               columns.halo();
 
     // A block has whole cells if their masks have room, else pairs of rows. A thread gets about four blocks, so no
     // thread waits long for the others.
-    const int64_t row_step = up > 1 && up * plan.mask_row_size <= kBlockMasks * lanes ? up : 2;
+    const int64_t row_step = up > 1 && up * plan.mask_row_size <= kBlockMaskVectors * lanes ? up : 2;
     const int64_t row_steps = ceil_div(p.out_h, row_step), masks_of_step = row_step * plan.mask_row_size;
-    plan.block_tiles = share_size(plan.tiles, std::min(kBlockMasks * lanes / masks_of_step, most_cells / lanes));
+    plan.block_tiles = share_size(plan.tiles, std::min(kBlockMaskVectors * lanes / masks_of_step, most_cells / lanes));
     plan.blocks_across = ceil_div(plan.tiles, plan.block_tiles);
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(lanes));
     const int64_t fewest_blocks_down = threads > 1 ? ceil_div(4 * threads, p.features.n * p.groups * plan.blocks_across)
@@ -91,15 +92,15 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     const int64_t most_steps = std::max(row_steps / fewest_blocks_down, std::min<int64_t>(4, row_steps));
     plan.block_rows = row_step *
                       share_size(row_steps,
-                                 std::min(kBlockMasks * lanes / (masks_of_step * plan.block_tiles), most_steps));
+                                 std::min(kBlockMaskVectors * lanes / (masks_of_step * plan.block_tiles), most_steps));
     plan.blocks_down = ceil_div(p.out_h, plan.block_rows);
     plan.items = output.n * p.groups * plan.blocks_down * plan.blocks_across;
 
     const int64_t block_cells = std::min(plan.block_tiles * lanes, columns.cells);
     plan.residue_stride = ceil_div(block_cells + columns.halo(), lanes) * lanes;
     plan.row_stride = down * plan.residue_stride;
-    plan.channel_stride = plan.ring * plan.row_stride;
-    const int64_t most_channels = kBlockFeatures * lanes / plan.channel_stride;
+    plan.channel_stride = plan.ring_rows * plan.row_stride;
+    const int64_t most_channels = kBlockFeatureVectors * lanes / plan.channel_stride;
     plan.block_channels = share_size(
         channels, std::max(most_channels / register_channels * register_channels, register_channels));
 
@@ -137,7 +138,7 @@ struct ReassembleBlock {
     int64_t n, group, first_tile, tiles, first_cell, cells;
     Range rows;
     A* masks;     // [row][tile][tap][phase][lane]
-    A* features;  // [channel][row modulo ring][residue][cell]
+    A* features;  // [channel][row modulo ring_rows][residue][cell]
     A* sums;      // [channel][row][column]; two rows of a tile
     T* outputs;   // [channel][row][column]; two whole rows
 
@@ -167,7 +168,7 @@ struct ReassembleBlock {
 
 // The windows of the second row begin `window_step` rows of features after those of the first.
 template <class A>
-struct ReassembleTile {
+struct ReassembleRegisterTile {
     const A* features;  // staged, at the tile's first cell
     int64_t channel_stride;
     const int* row_offsets;  // from the first row of the first window on
@@ -182,15 +183,15 @@ struct ReassembleTile {
     int64_t columns;  // of the output
     int64_t phases;   // of a cell
     bool non_temporal;
-    Prefetch* prefetch;
+    RowPrefetch* prefetch;
     int prefetch_lines;  // for each row of taps
 };
 
 // Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
-// kernel size, or 0 if the compiler does not know it. If it does, the masks of neighbouring taps are adjacent. There
-// are few addresses, since their arithmetic takes the place of multiplications.
+// kernel size, or 0 if the compiler does not know it. If it does, the masks of neighbouring taps are adjacent. The
+// code keeps few addresses: address arithmetic takes issue slots from multiplications.
 template <int K, int First, int Last, int R, int Q, int NC, class A>
-CARAFEPP_INLINE void add_taps(const ReassembleTile<A>& tile, const A* channel, int begin, int end,
+CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* channel, int begin, int end,
                               Vector<A> (&sums)[R][Q][NC]) {
     constexpr int L = kLanes<A>;
     const int kernel_size = K > 0 ? K : tile.kernel_size;
@@ -235,7 +236,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleTile<A>& tile, const A* channel, i
 
 // Interleaves the sums of all phases, and calls store_vector(vector, to, q) for each vector of outputs.
 template <int R, int Q, int NC, class A, class F>
-CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const ReassembleTile<A>& tile, A* outputs,
+CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const ReassembleRegisterTile<A>& tile, A* outputs,
                                  F store_vector) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
@@ -255,7 +256,7 @@ CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const Reasse
 // Writes the sums, [row][phase][channel][lane], of some phases of a cell between those of the others.
 template <class A>
 __attribute__((noinline)) void write_phases(const A* sums, int rows, int phases, int channels,
-                                            const ReassembleTile<A>& tile, A* outputs) {
+                                            const ReassembleRegisterTile<A>& tile, A* outputs) {
     for (int r = 0; r < rows; r++) {
         for (int q = 0; q < phases; q++) {
             for (int c = 0; c < channels; c++) {
@@ -269,12 +270,13 @@ __attribute__((noinline)) void write_phases(const A* sums, int rows, int phases,
 
 // Contracts R rows and Q phases that share a window, NC channels at a time. Their sums stay in registers.
 template <int K, int R, int Q, int NC, class A>
-__attribute__((noinline)) void reassemble_channels(const ReassembleTile<A>& tile, int64_t channels) {
+__attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<A>& tile, int64_t channels) {
     constexpr int L = kLanes<A>;
     assert(channels >= NC);
     const int begin = tile.begin, end = tile.end, k = tile.kernel_size, step = tile.window_step;
     for (int64_t c = 0; c < channels; c += NC) {
-        if (c + NC > channels) c = channels - NC;  // rather some channels twice than few at a time
+        // The last channels overlap those before: a full register tile is faster.
+        if (c + NC > channels) c = channels - NC;
         const A* const features = tile.features + c * tile.channel_stride;
         A* const outputs = tile.outputs + c * tile.output_channel_stride;
         Vector<A> sums[R][Q][NC] = {};
@@ -313,7 +315,7 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleTile<A>& tile
 }
 
 template <int K, int Q, int NC, class A>
-void reassemble_rows_together(const ReassembleTile<A>& tile, int64_t channels, int64_t rows) {
+void reassemble_rows_together(const ReassembleRegisterTile<A>& tile, int64_t channels, int64_t rows) {
     if (rows == 2) {
         channels >= NC ? reassemble_channels<K, 2, Q, NC>(tile, channels)
                        : reassemble_channels<0, 2, Q, 1>(tile, channels);
@@ -325,9 +327,9 @@ void reassemble_rows_together(const ReassembleTile<A>& tile, int64_t channels, i
 
 // One row after the other, as the registers do not hold the sums of both.
 template <int K, int Q, int NC, class A>
-void reassemble_rows_in_turn(const ReassembleTile<A>& both, int64_t channels, int64_t rows) {
+void reassemble_rows_in_turn(const ReassembleRegisterTile<A>& both, int64_t channels, int64_t rows) {
     for (int r = 0; r < rows; r++) {
-        ReassembleTile<A> tile = both;
+        ReassembleRegisterTile<A> tile = both;
         tile.row_offsets += r * tile.window_step;
         tile.begin = std::max(both.begin - r * tile.window_step, 0);
         tile.end = std::min(both.end - r * tile.window_step, tile.kernel_size);
@@ -339,7 +341,7 @@ void reassemble_rows_in_turn(const ReassembleTile<A>& both, int64_t channels, in
 }
 
 template <int K, class A>
-void reassemble_phases(const ReassembleTile<A>& tile, int phases, int64_t channels, int64_t rows) {
+void reassemble_phases(const ReassembleRegisterTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     static_assert(kTilePhases == 4, "a case for each number of phases");
     switch (phases) {
         case 1: reassemble_rows_together<K, 1, kTileChannelsOfOnePhase>(tile, channels, rows); break;
@@ -351,7 +353,7 @@ void reassemble_phases(const ReassembleTile<A>& tile, int phases, int64_t channe
 
 // Contracts one or two rows of a tile, in some phases. Only floats have code for known kernel sizes, for its size.
 template <class A>
-void reassemble_tile(const ReassembleTile<A>& tile, int phases, int64_t channels, int64_t rows) {
+void reassemble_tile(const ReassembleRegisterTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     if constexpr (std::is_same_v<A, float>) {
         switch (phases == tile.phases ? tile.kernel_size : 0) {
             case 3: return reassemble_phases<3>(tile, phases, channels, rows);
@@ -401,7 +403,7 @@ struct ReassembleNchw {
         }
     }
 
-    int row_offset(int64_t i) const { return static_cast<int>(floor_mod(i, plan.ring) * plan.row_stride); }
+    int row_offset(int64_t i) const { return static_cast<int>(floor_mod(i, plan.ring_rows) * plan.row_stride); }
 
     void stage_features(const Block& b, int64_t channel, int64_t count, int64_t i) const {
         const Deinterleaved layout{static_cast<int>(p.factor.down),
@@ -415,7 +417,7 @@ struct ReassembleNchw {
 
     // The features that are staged next, after the rows before `end`. The windows of outputs up to row `last` are
     // staged.
-    Prefetch next_features(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
+    RowPrefetch features_prefetch(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
         const bool below = last + 1 < b.rows.end;
         const int64_t first = below ? end : std::max<int64_t>(p.factor.source(b.rows.begin) - p.radius(), 0);
         const int64_t next_last = std::min(below ? last + 2 : b.rows.begin + 1, b.rows.end - 1);
@@ -424,8 +426,8 @@ struct ReassembleNchw {
         const int64_t left = (b.group + 1) * channels - next;
         const int64_t column = std::max<int64_t>((b.first_cell + columns.least_shift) * p.factor.down, 0);
         const int64_t count_columns = std::min((b.cells + columns.halo()) * p.factor.down, p.features.w - column);
-        return Prefetch(p.features, element<const T>(p.features, b.n, next, first, column), count_columns,
-                        next_end - first, std::min(below ? count : plan.block_channels, left));
+        return RowPrefetch(p.features, element<const T>(p.features, b.n, next, first, column), count_columns,
+                           next_end - first, std::min(below ? count : plan.block_channels, left));
     }
 
     // ---- contraction ----
@@ -436,22 +438,22 @@ struct ReassembleNchw {
         for (int64_t i = b.rows.begin; i < b.rows.end; i += 2) {
             const Range rows = {i, std::min(i + 2, b.rows.end)};
             const Range window = {p.factor.source(i) - p.radius(), p.factor.source(rows.end - 1) + p.radius() + 1};
-            assert(window.size() <= plan.ring);
+            assert(window.size() <= plan.ring_rows);
             for (staged = std::max(staged, window.begin); staged < std::min(window.end, p.features.h); staged++)
                 stage_features(b, channel, count, staged);
-            Prefetch prefetch = next_features(b, channel, count, rows.end - 1, window.end);
+            RowPrefetch prefetch = features_prefetch(b, channel, count, rows.end - 1, window.end);
             contract_rows(b, channel, count, rows, window, prefetch);
         }
     }
 
     // Contracts one or two rows of outputs, whose windows together are the rows `window` of features.
     void contract_rows(const Block& b, int64_t channel, int64_t count, Range rows, Range window,
-                       Prefetch& prefetch) const {
+                       RowPrefetch& prefetch) const {
         int row_offsets[kMaxKernelSize + kMaxFactor];
         for (int64_t y = window.begin; y < window.end; y++) row_offsets[y - window.begin] = row_offset(y);
         const int64_t channel_stride = plan.non_temporal_rows ? 2 * p.out_w : output.stride_c;
         const int64_t row_stride = plan.non_temporal_rows ? p.out_w : output.stride_h;
-        ReassembleTile<A> tile;
+        ReassembleRegisterTile<A> tile;
         tile.channel_stride = plan.channel_stride;
         tile.row_offsets = row_offsets;
         tile.kernel_size = static_cast<int>(p.kernel_size);

@@ -29,36 +29,37 @@ struct ReassembleNhwc {
     const Problem& p;
     const Array& output;
     MaskTiles<A> masks;
-    CellWindows phases;  // of the columns of a cell
+    CellWindows column_windows;  // of a cell
     int64_t up, down, taps;
-    int64_t channels;          // of a group
-    int64_t cells;             // of a row of outputs
-    int64_t bands, band_rows;  // rows of outputs centred on one source row: how many times, at most how many
+    int64_t channels;     // of a group
+    int64_t cells;        // of a row of outputs
+    int64_t row_windows;  // of an image: rows of windows
+    int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
     bool in_pairs;         // one output a cell, whose window overlaps the next cell's
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
-    int64_t tile_size;     // [row of a band][tap][phase][lane]
-    int64_t pixels_size;   // [cell][row of a band][phase][tap], or in the order of logits
+    int64_t tile_size;     // [row][tap][phase][lane]
+    int64_t pixels_size;   // [cell][row][phase][tap], or in the order of logits
     int64_t items, scratch_size;
 
     ReassembleNhwc(const Problem& problem, const Array& result, [[maybe_unused]] int64_t scratch_bytes = kScratchBytes)
-        : p(problem), output(result), masks{p, std::min(p.factor.up, p.out_w)}, phases(p.factor, masks.phases) {
+        : p(problem), output(result), masks{p, std::min(p.factor.up, p.out_w)}, column_windows(p.factor, masks.phases) {
         up = p.factor.up;
         down = p.factor.down;
         taps = p.taps();
         channels = p.features.c / p.groups;
         cells = ceil_div(p.out_w, up);
-        bands = shared_windows_in(p.factor, p.out_h);
-        band_rows = ceil_div(up, down);
+        row_windows = shared_windows_in(p.factor, p.out_h);
+        window_rows = ceil_div(up, down);
         non_temporal = takes_non_temporal_stores<T>(output, channels);
         in_pairs = up == 1 && down < p.kernel_size;
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
-        tile_size = band_rows * masks.row_size(L);
-        pixels_size = L * ceil_div(band_rows * up * taps, L) * L;
-        items = output.n * p.groups * bands;
+        tile_size = window_rows * masks.row_size(L);
+        pixels_size = L * ceil_div(window_rows * up * taps, L) * L;
+        items = output.n * p.groups * row_windows;
         scratch_size = tile_size + pixels_size;
         assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
     }
@@ -66,7 +67,7 @@ struct ReassembleNhwc {
     void run_item(int64_t item, A* scratch) const;
 };
 
-// One item: the outputs of a band of rows, all channels of a group.
+// One item: the rows of outputs that share a row of windows, in all channels of a group.
 struct ForwardItem {
     int64_t n, group;
     SharedWindow rows;
@@ -74,7 +75,7 @@ struct ForwardItem {
 
 // ---- staging ----
 
-// The weights of a tile. Rows count from the band's first. Tap t of output (row, phase) of the q-th cell is
+// The weights of a tile. Rows count from the item's first. Tap t of output (row, phase) of the q-th cell is
 // first[row*row_stride + q*cell_stride + phase*phase_stride + t*tap_stride].
 template <class A>
 struct TileWeights {
@@ -121,7 +122,7 @@ struct WindowOutputs {
     static constexpr int kMost = kMaxFactor * kMaxFactor;
 
     PixelWindow<const T> window;
-    PixelsAhead<T> ahead;
+    PixelPrefetch<T> prefetch;
     int kernel_size, shift;
     int64_t tap_stride;  // of weights
     bool non_temporal;
@@ -154,7 +155,7 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
     Vector<A> sums[P][NV] = {};
     const PixelWindow<const T>& window = at.window;
     for (int a = window.a_begin; a < window.a_end; a++) {
-        if (a - window.a_begin < at.ahead.rows) fetch_row<NV>(at.ahead, a - window.a_begin, c);
+        if (a - window.a_begin < at.prefetch.rows) prefetch_row<NV>(at.prefetch, a - window.a_begin, c);
         const A* weights[P];
 #pragma GCC unroll 4
         for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + a * at.kernel_size * at.tap_stride;
@@ -204,9 +205,9 @@ void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
     if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
 }
 
-// The rows that the windows of the next band read first: as many pixels as the cells have sources.
+// The rows that the next row of windows is the first to read: as many pixels as the cells have sources.
 template <class T>
-PixelsAhead<T> pixels_ahead(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
+PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
     const Array& features = plan.p.features;
     const int64_t row = at.rows.source + plan.p.radius() + 1;
     const int64_t rows = std::min(ceil_div(plan.down, plan.up), features.h - row);
@@ -230,11 +231,11 @@ template <class T>
 void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
                      const TileWeights<Accumulator<T>>& weights, int64_t q) {
     const SharedWindow& rows = item.rows;
-    for (int g = 0; g < plan.phases.count; g++) {
-        const SharedWindow& columns = plan.phases.windows[g];
+    for (int g = 0; g < plan.column_windows.count; g++) {
+        const SharedWindow& columns = plan.column_windows.windows[g];
         WindowOutputs<T> at;
         set_window(plan, item, cell * plan.down + columns.source, weights.tap_stride, 0, at);
-        if (g == 0) at.ahead = pixels_ahead(plan, item, cell, 1);
+        if (g == 0) at.prefetch = pixel_prefetch(plan, item, cell, 1);
         const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
         for (int64_t row = rows.begin; row < rows.end; row++) {
             for (int64_t phase = columns.begin; phase < end; phase++) {
@@ -254,7 +255,7 @@ void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
                      const TileWeights<Accumulator<T>>& weights, int64_t q) {
     WindowOutputs<T> at;
     set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), at);
-    at.ahead = pixels_ahead(plan, item, cell, 2);
+    at.prefetch = pixel_prefetch(plan, item, cell, 2);
     for (int o = 0; o < 2; o++) {
         at.weights[o] = weights.first + (q + o) * weights.cell_stride - o * plan.down * weights.tap_stride;
         at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
@@ -264,8 +265,8 @@ void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
 
 template <class T>
 void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
-    const ForwardItem at{item / bands / p.groups, item / bands % p.groups,
-                         shared_window(p.factor, item % bands, p.out_h)};
+    const ForwardItem at{item / row_windows / p.groups, item / row_windows % p.groups,
+                         shared_window(p.factor, item % row_windows, p.out_h)};
     for (int64_t cell = 0; cell < cells; cell += L) {
         const int64_t count = std::min(L, cells - cell);
         const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
