@@ -3,7 +3,7 @@
 // The gradient of features with adjacent channels, compiled once for each instruction set. A register tile holds a
 // source tile and sums over all outputs whose windows touch it. A vector of grad_output serves every source of the tile
 // that the window holds. First comes the plan. Each item then goes down its rows of sources. It stages the masks
-// of the next outputs, packs the weights of a source tile in their order, contracts, and writes.
+// of the next outputs. For each source tile it packs the weights in their order, contracts, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -50,8 +50,8 @@ struct GradFeaturesNhwc {
 
     GradFeaturesNhwc(const Problem& problem, const Array& result, int64_t scratch_bytes = kScratchBytes)
         : p(problem), grad_features(result), masks{p, std::min(p.factor.up, p.out_w)} {
-        constexpr int64_t kItemBytes = 768 *
-                                       1024;  // of grad_output that a row of source tiles reads, in the level 2 cache
+        // Bytes of grad_output that a row of source tiles reads, in the level 2 cache.
+        constexpr int64_t kItemBytes = 768 * 1024;
         constexpr int64_t kRingBytes = 1024 * 1024;
         constexpr int64_t kItemRows = 24;  // each item begins with staging the masks of a window's rows
         up = p.factor.up;
@@ -150,10 +150,10 @@ struct OutputSpan {
     int range_code, count;
 };
 
-// One row of outputs whose windows touch a source tile: its first, and the weights [output][row][column of the tile].
+// One row of outputs whose windows touch a source tile. The weights are [output][row][column of the tile].
 template <class T>
 struct OutputRow {
-    const T* grads;
+    const T* grads;  // of the first
     const Accumulator<T>* weights;
     int range_code;  // of the source tile's rows
 };

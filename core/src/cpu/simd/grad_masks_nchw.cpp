@@ -49,7 +49,7 @@ struct GradMasksPlan {
     // With logits these are rows and cells of the logits' outputs, cropped ones too.
     int64_t rows, cells, tiles;
     int64_t row_step;       // rows that are written together: those of a cell, or one if windows are large
-    int64_t rows_together;  // rows that are contracted together
+    int64_t rows_together;  // in one contraction
     int64_t row_size;       // sums of a row of a tile: [tap][phase][lane]
     GradMasksBlockShape block;
     int64_t blocks_across, blocks_down, items;

@@ -14,7 +14,7 @@ static int64_t size_of_sum(const Problem& p) { return p.features.dtype == CARAFE
 
 static int64_t masks_of_cell(const Problem& p) { return p.taps() * p.factor.up * p.factor.up; }
 
-// Masks of the outputs of a cell whose rows are centred on one source row: they share a row of windows.
+// Masks of the outputs of a cell that share a row of windows: they are centred on one source row.
 static int64_t masks_of_window_rows(const Problem& p) {
     return p.taps() * p.factor.up * ceil_div(p.factor.up, p.factor.down);
 }

@@ -18,10 +18,10 @@ struct Order {
     int64_t row_step, phase_step, tap_step;
 };
 
-// Tiles of an array, of any dtype whose sums are kept in A:
+// Tiles of an array, of any dtype whose sums are kept in A. `rows` are rows of outputs of one row of cells.
+//
 //     masks   [N, groups*taps, H', W']
 //     logits  [N, groups*taps*up*up, ceil(H/down), ceil(W/down)]
-// `rows` are rows of outputs of one row of cells.
 template <class A>
 struct MaskTiles {
     static constexpr int L = kLanes<A>;

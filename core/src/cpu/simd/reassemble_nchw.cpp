@@ -40,10 +40,10 @@ struct TilePhases {
 // The sizes of a call, in elements of the sums unless a comment says otherwise. One item computes a block: some rows of
 // some tiles, in all channels of a group. It stages and contracts some of these channels at a time.
 struct ReassemblePlan {
-    int64_t tiles, tile_columns;  // tiles of a row, columns of a tile
+    int64_t tiles, tile_columns;  // of a row, of a tile
     int64_t block_rows, block_tiles, block_channels;
     int64_t blocks_down, blocks_across, items;
-    int64_t mask_row_size;  // masks of a row of a tile: [tap][phase][lane]
+    int64_t mask_row_size;  // [tap][phase][lane]; of a row of a tile
 
     // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of two rows.
     int64_t ring_rows, residue_stride, row_stride, channel_stride;

@@ -33,7 +33,7 @@ struct ReassembleNhwc {
     int64_t up, down, taps;
     int64_t channels;     // of a group
     int64_t cells;        // of a row of outputs
-    int64_t row_windows;  // of an image: rows of windows
+    int64_t row_windows;  // rows of windows in an image
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
     bool in_pairs;         // one output a cell, whose window overlaps the next cell's
@@ -205,7 +205,7 @@ void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
     if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
 }
 
-// The rows that the next row of windows is the first to read: as many pixels as the cells have sources.
+// The rows that the next row of windows reads first: as many pixels as the cells have sources.
 template <class T>
 PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
     const Array& features = plan.p.features;
