@@ -701,7 +701,9 @@ def list_implementations(
     layout: Layout = "NCHW",
     out: Any = None,
 ) -> list[tuple[str, str | None]]:
-    """Return the implementations of a function for a problem, best first.
+    """Return the implementations of a function for a problem, in the order of preference.
+
+    The first without a reason runs, unless it is slower here (``CARAFEPP_LOG=debug`` tells).
 
     Parameters
     ----------
@@ -733,7 +735,7 @@ def list_implementations(
     >>> list_implementations("reassemble", features, masks)[-1]
     ('reassemble_any_ref', None)
     """
-    if function not in FUNCTIONS:
+    if not isinstance(function, str) or function not in FUNCTIONS:
         raise ValueError(f"[list_implementations] {function!r} has no implementations to list.")
     spec = FUNCTIONS[function]
     if len(arrays) != len(spec.inputs):
@@ -766,11 +768,15 @@ def force_implementation(name: str) -> Iterator[None]:
 
     Raises
     ------
+    TypeError
+        The name is no string.
     ValueError
         A call inside the context raises it if no list has that name.
     NotImplementedError
         A call inside the context raises it, with the reason, if the implementation declines.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"[force_implementation] name must be a string; got {name!r}.")
     token = forced_implementation.set(name)
     try:
         yield

@@ -230,8 +230,9 @@ CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_pa
 CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
                                                    const carafepp_tensor* input, int64_t* shape);
 
-/* Calls visit(user, name, declines) for every implementation of `function`, best first. `declines` is NULL for one that
- * can run the problem, else the reason. One that can run, runs if it is forced, though another may be faster.
+/* Calls visit(user, name, declines) for every implementation of `function`, in the order of preference. `declines` is
+ * NULL for one that can run the problem, else the reason. One that can run, runs if it is forced. Otherwise the first
+ * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which).
  * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known.
  * Strings live until visit returns. Names follow one grammar:
  *     <result>[_<factor>]_<layout>[_mma]_<target>

@@ -15,10 +15,12 @@ class PyTorch(Door):
 
     def recognise(self, array: Any) -> str | None:
         """Return "torch" for a tensor and for all that PyTorch takes for one, as in traces."""
-        if hasattr(array, "__torch_function__"):
+        if type(array).__module__.partition(".")[0] == "torch":
             return "torch"
-        # PyTorch 2.5 compiles the first condition as False.
-        return "torch" if type(array).__module__.partition(".")[0] == "torch" else None
+        if not hasattr(array, "__torch_function__"):
+            return None
+        # An array of another library may have both protocols.
+        return "torch" if is_tensor(array) or not hasattr(type(array), "__dlpack__") else None
 
     def view(self, function: str, name: str, array: Any) -> Any:
         """Return a capsule: it costs less than the tensor's `__dlpack__`."""

@@ -68,12 +68,13 @@ struct GradFeaturesNhwc {
         tile_size = up * masks.row_size(L);
         packed_size = output_rows * output_columns * kSources;
 
+        const int64_t cells = std::max<int64_t>(ceil_div(p.out_w, up), 1);
         const int64_t outputs = std::min(kItemBytes / (output_rows * channels * int64_t{sizeof(T)}),
                                          kRingBytes / int64_t{sizeof(A)} / (ring_rows * up * taps));
         const int64_t most = std::max<int64_t>(outputs * down / up - 2 * radius, kColumns);
         item_columns = round_up(ceil_div(width, ceil_div(width, most)), kColumns);
         for (;; item_columns -= kColumns) {
-            ring_columns = (ceil_div(item_columns + 2 * radius, down) + 1) * up;
+            ring_columns = std::min(ceil_div(item_columns + 2 * radius, down) + 1, cells) * up;
             ring_size = round_up(ring_rows * up * ring_columns * taps + 2 * margin, L);
             scratch_size = ring_size + tile_size + packed_size;
             if (scratch_size * int64_t{sizeof(A)} <= scratch_bytes || item_columns == kColumns) break;

@@ -28,7 +28,8 @@ static int64_t columns_around_source_tile(const Problem& p) { return p.kernel_si
 static int64_t scratch_of_grad_features(const Problem& p) {
     const int64_t up = p.factor.up, down = p.factor.down;
     const int64_t rows = rows_around_source_tile(p), columns = columns_around_source_tile(p);
-    const int64_t staged = (ceil_div(rows, down) + 1) * (ceil_div(columns, down) + 1) * masks_of_cell(p);
+    const int64_t cells = std::min(ceil_div(columns, down) + 1, std::max<int64_t>(ceil_div(p.out_w, up), 1));
+    const int64_t staged = (ceil_div(rows, down) + 1) * cells * masks_of_cell(p);
     const int64_t weights = (ceil_div(rows * up, down) + 1) * (ceil_div(columns * up, down) + 1) * kMostSourceRows *
                             kMostSourceColumns;
     const int64_t margins = 8 * columns;
