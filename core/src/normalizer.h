@@ -4,12 +4,11 @@
 // normalize_taps() serves the kernels that tell it how to load, reduce and store taps, as numbers or vectors. Copies of
 // its formulas stay, each for a reason:
 //
-//     normalize()            tiles of any number of lanes, for the reference and the generic CUDA kernels: tap t of
-//     lane
-//                            q is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by
-//                            the sum, as the definition does; a product with the reciprocal rounds otherwise.
-//     normalize_registers()  CUDA kernels keep taps in registers (cuda/masks.h, cuda/grad_masks.h).
-//     mask_of()              one mask without memory for the other taps (cuda/masks.h).
+//   - normalize() serves the reference and the generic CUDA kernels, on tiles of any number of lanes: tap t of lane q
+//     is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by the sum, as the
+//     definition does; a product with the reciprocal rounds otherwise.
+//   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h).
+//   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
 
 #include <cmath>

@@ -95,9 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_up2_nhwc_mma_kernel
 const char* cannot_run_grad_features_up2_nhwc_mma(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_features_up2_nhwc_mma_kernel<5, BFloat16>)
-               : nullptr;
+    return not_compiled_for_bfloat16(p, grad_features_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 
 void grad_features_up2_nhwc_mma(const Problem& p, const Array& grad_features) {

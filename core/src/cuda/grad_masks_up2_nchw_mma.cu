@@ -123,9 +123,7 @@ __global__ void __launch_bounds__(kBlock, 3)
 
 const char* cannot_run_grad_masks_up2_nchw_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_masks_up2_nchw_mma_kernel<5, BFloat16>)
-               : nullptr;
+    return not_compiled_for_bfloat16(p, grad_masks_up2_nchw_mma_kernel<5, BFloat16>);
 }
 
 void grad_masks_up2_nchw_mma(const Problem& p, const Array& grad_masks) {

@@ -94,9 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 const char* cannot_run_grad_masks_up2_nhwc_mma(const Problem& p, const Array&) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(grad_masks_up2_nhwc_mma_kernel<5, BFloat16>)
-               : nullptr;
+    return not_compiled_for_bfloat16(p, grad_masks_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 
 void grad_masks_up2_nhwc_mma(const Problem& p, const Array& grad_masks) {

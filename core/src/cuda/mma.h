@@ -157,10 +157,11 @@ inline const char* masks_too_large_for_mma(const Problem& p) {
     return normalized || dtype == p.features.dtype ? nullptr : "masks are of 32 bits and may be too large for 16";
 }
 
+// Only bfloat16 needs more than every device has: code for sm_80. `kernel` is one for bfloat16.
 template <class... Parameters>
-const char* not_compiled_for_bfloat16(void (*kernel)(Parameters...)) {
-    return is_compiled_for(80, kernel) ? nullptr
-                                       : "the device has no tensor cores for bfloat16, or this build no code for them";
+const char* not_compiled_for_bfloat16(const Problem& p, void (*kernel)(Parameters...)) {
+    if (p.features.dtype != CARAFEPP_BFLOAT16 || is_compiled_for(80, kernel)) return nullptr;
+    return "the device has no tensor cores for bfloat16, or this build no code for them";
 }
 
 }  // namespace carafepp::cuda

@@ -143,9 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 const char* cannot_run_reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(reassemble_up2_nchw_mma_kernel<5, BFloat16>)
-               : nullptr;
+    return not_compiled_for_bfloat16(p, reassemble_up2_nchw_mma_kernel<5, BFloat16>);
 }
 
 void reassemble_up2_nchw_mma(const Problem& p, const Array& output) {

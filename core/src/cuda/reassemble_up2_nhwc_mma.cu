@@ -93,9 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
 const char* cannot_run_reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return p.features.dtype == CARAFEPP_BFLOAT16
-               ? not_compiled_for_bfloat16(reassemble_up2_nhwc_mma_kernel<5, BFloat16>)
-               : nullptr;
+    return not_compiled_for_bfloat16(p, reassemble_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 
 void reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {

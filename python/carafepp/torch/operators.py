@@ -96,7 +96,7 @@ def _define(
         For each tensor, ``push(tangent, *tensors, **params)`` returns the tangent of the result;
         None if the operator is linear in that tensor.
     cast
-        Whether autocast casts the two tensors.
+        If true, autocast casts the two tensors.
     """
     names = tensors.split()
     keys = params.split()

@@ -213,9 +213,14 @@ static bool better_in_pixels(const Problem& p) {
     return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
 }
 
+// Tells if a kernel that stages images takes a narrow problem, by its answers to the two questions.
+using Question = const char* (*)(const Problem&, const Array& result);
+static bool better_on_images(Question cannot_run, Question slower, const Problem& p, const Array& result) {
+    return better_in_pixels(p) && !cannot_run(p, result) && !slower(p, result);
+}
+
 const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
-    const bool on_images = !cannot_run_reassemble_any(p, output) && !slower_reassemble_any(p, output);
-    return on_images && better_in_pixels(p) ? kNarrow : nullptr;
+    return better_on_images(cannot_run_reassemble_any, slower_reassemble_any, p, output) ? kNarrow : nullptr;
 }
 
 static const char* slower_backward_in_columns(const Problem& p) {
@@ -225,14 +230,13 @@ static const char* slower_backward_in_columns(const Problem& p) {
 }
 
 const char* slower_grad_features_nchw(const Problem& p, const Array& grad_features) {
-    const bool on_images = !cannot_run_grad_features_any(p, grad_features) &&
-                           !slower_grad_features_any(p, grad_features);
-    return on_images && better_in_pixels(p) ? kNarrow : slower_backward_in_columns(p);
+    const bool narrow = better_on_images(cannot_run_grad_features_any, slower_grad_features_any, p, grad_features);
+    return narrow ? kNarrow : slower_backward_in_columns(p);
 }
 
 const char* slower_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    const bool on_images = !cannot_run_grad_masks_any(p, grad_masks) && !slower_grad_masks_any(p, grad_masks);
-    return on_images && better_in_pixels(p) ? kNarrow : slower_backward_in_columns(p);
+    const bool narrow = better_on_images(cannot_run_grad_masks_any, slower_grad_masks_any, p, grad_masks);
+    return narrow ? kNarrow : slower_backward_in_columns(p);
 }
 
 const char* slower_normalize_masks(const Problem& p, const Array&) {
