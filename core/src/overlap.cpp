@@ -69,14 +69,14 @@ private:
     int steps_ = 0;
 };
 
-struct Axis {
+struct Dimension {
     int64_t size, stride;
 };
 
 struct Span {
-    Axis axes[4];    // strides in bytes, made positive by starting each axis from its lowest address
-    intptr_t begin;  // lowest address of an element
-    int64_t extent;  // from there to the highest
+    Dimension axes[4];  // strides in bytes, made positive by starting each axis from its lowest address
+    intptr_t begin;     // lowest address of an element
+    int64_t extent;     // from there to the highest
     int64_t itemsize;
 };
 
@@ -86,7 +86,7 @@ Span span_of(const Array& a) {
               reinterpret_cast<intptr_t>(a.data),
               0,
               size};
-    for (Axis& axis : span.axes) {
+    for (Dimension& axis : span.axes) {
         const int64_t length = (axis.size - 1) * axis.stride;
         if (length < 0) span.begin += length;
         axis.stride = std::abs(axis.stride);
@@ -105,8 +105,8 @@ bool share_memory(const Array& array_a, const Array& array_b) {
     // a.begin + sum(a) = b.begin + sum(b) + e with -a.itemsize < e < b.itemsize. The steps of b and e count from their
     // ends: that makes every coefficient positive.
     BoundedSum sum;
-    for (const Axis& axis : a.axes) sum.add(axis.stride, axis.size - 1);
-    for (const Axis& axis : b.axes) sum.add(axis.stride, axis.size - 1);
+    for (const Dimension& axis : a.axes) sum.add(axis.stride, axis.size - 1);
+    for (const Dimension& axis : b.axes) sum.add(axis.stride, axis.size - 1);
     sum.add(1, a.itemsize + b.itemsize - 2);
     return sum.reaches(b.begin - a.begin + b.extent + b.itemsize - 1);
 }
@@ -114,10 +114,10 @@ bool share_memory(const Array& array_a, const Array& array_b) {
 bool overlaps_itself(const Array& array) {
     if (array.empty()) return false;
     Span span = span_of(array);
-    std::sort(span.axes, span.axes + 4, [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
+    std::sort(span.axes, span.axes + 4, [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
     bool nested = true;  // each stride steps over all that the smaller ones reach
     int64_t reach = 0;
-    for (const Axis& axis : span.axes) {
+    for (const Dimension& axis : span.axes) {
         if (axis.size == 1) continue;
         nested = nested && axis.stride > reach;
         reach += (axis.size - 1) * axis.stride;
@@ -128,7 +128,7 @@ bool overlaps_itself(const Array& array) {
     // there positive without loss. Then d[k] - 1 and the d of later axes, counted from their lowest value, give a sum
     // of positive terms.
     for (int k = 0; k < 4; k++) {
-        const Axis& axis = span.axes[k];
+        const Dimension& axis = span.axes[k];
         if (axis.size == 1) continue;
         if (axis.stride == 0) return true;
         BoundedSum sum;

@@ -107,9 +107,13 @@ carafepp_params read_params(carafepp_function function, const carafepp_params* g
     for (int64_t reserved : params.reserved) {
         if (reserved != 0) fail(CARAFEPP_VALUE_ERROR, function, "params.reserved must be 0; got ", reserved, ".");
     }
-    if (params.flags & ~uint32_t{CARAFEPP_CHANNELS_LAST | CARAFEPP_SIZE}) {
+    if (params.flags & ~uint32_t{CARAFEPP_CHANNELS_LAST | CARAFEPP_SIZE | CARAFEPP_PADDING}) {
         fail(CARAFEPP_VALUE_ERROR, function,
-             "params.flags must be a sum of CARAFEPP_CHANNELS_LAST and CARAFEPP_SIZE; got ", params.flags, ".");
+             "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE and CARAFEPP_PADDING; got ",
+             params.flags, ".");
+    }
+    if ((params.flags & CARAFEPP_PADDING) && function >= CARAFEPP_NORMALIZE_MASKS) {
+        fail(CARAFEPP_VALUE_ERROR, function, "params.flags must not have CARAFEPP_PADDING: there are no features.");
     }
     if (params.up < 1) fail(CARAFEPP_VALUE_ERROR, function, "up must be at least 1; got ", params.up, ".");
     if (params.down < 1) fail(CARAFEPP_VALUE_ERROR, function, "down must be at least 1; got ", params.down, ".");
@@ -130,6 +134,7 @@ carafepp_params read_params(carafepp_function function, const carafepp_params* g
 struct Shape {
     const char* symbols[4];
     int64_t numbers[4];
+    const char* hint = "";
 };
 
 class Checker {
@@ -197,7 +202,7 @@ public:
         const int64_t got[4] = {array.n, array.c, array.h, array.w};
         if (std::equal(got, got + 4, shape.numbers)) return;
         fail_value(name, " must have shape ", in_callers_axes(shape.symbols), " = ", in_callers_axes(shape.numbers),
-                   "; got ", in_callers_axes(got), ".");
+                   "; got ", in_callers_axes(got), ".", shape.hint);
     }
 
     void check_groups(const Array& features) const {
@@ -235,6 +240,24 @@ public:
                    "; got ", masks.c, " channels, groups=", params_.groups, ".", hint);
     }
 
+    // kernel_size/2 - padding of an axis: 0 rows, 1 columns.
+    int64_t offset(int axis, int64_t kernel_size) const {
+        if (!padded()) return 0;
+        const int64_t radius = kernel_size / 2, *padding = params_.padding;
+        if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > radius) {
+            fail_value("padding must be from 0 to kernel_size // 2 = ", radius, "; got ", tuple_of(padding, 2), ".");
+        }
+        return radius - padding[axis];
+    }
+
+    // The formula of the natural size, of what the axes of features are without and with padding.
+    const char* natural_size() const {
+        return padded() ? "(ceil(h*up/down), ceil(w*up/down))" : "(ceil(H*up/down), ceil(W*up/down))";
+    }
+    const char* padding_hint() const {
+        return padded() ? " Here h = max(0, H + 2*padding - 2*(kernel_size//2)), and w likewise." : "";
+    }
+
     // G*K*K, or G*K*K*up*up.
     int64_t channels(int64_t kernel_size, int64_t subpixels_per_axis) const {
         int64_t product = params_.groups * kernel_size * kernel_size;
@@ -266,7 +289,7 @@ public:
         if (h <= natural_h && w <= natural_w) return;
         const int64_t natural[2] = {natural_h, natural_w}, got[2] = {h, w};
         fail_value(name, " must be at most the natural size (H', W') = ", formula, " = ", tuple_of(natural, 2),
-                   "; got ", tuple_of(got, 2), ".");
+                   "; got ", tuple_of(got, 2), ".", padding_hint());
     }
 
     void check_same_dtype(const char* name, const Array& array, const char* other_name, const Array& other) const {
@@ -300,6 +323,7 @@ public:
         fail(CARAFEPP_VALUE_ERROR, function_, parts...);
     }
 
+    bool padded() const { return params_.flags & CARAFEPP_PADDING; }
     carafepp_device device() const { return device_; }
     int32_t device_index() const { return device_index_; }
 
@@ -371,7 +395,6 @@ constexpr bool is_pixels(Role role) {
     return role == Role::kFeatures || role == Role::kOutput || role == Role::kGradOutput || role == Role::kGradFeatures;
 }
 
-constexpr const char* kNaturalSize = "(ceil(H*up/down), ceil(W*up/down))";
 constexpr const char* kNaturalMasksSize = "(Hl*up, Wl*up)";
 
 // The array of the problem that an input is.
@@ -401,19 +424,22 @@ void output_shape(carafepp_function function, const carafepp_params* given, cons
     }
     const carafepp_params params = read_params(function, given);
     Checker check(function, params);
+    if (check.padded() && params.kernel_size == 0)
+        check.fail_value("kernel_size must be given with padding: the output size depends on it; got 0.");
     const char* name = normalizes ? "logits" : "features";
     if (input == nullptr || shape == nullptr) check.fail_value(input == nullptr ? name : "shape", " must not be NULL.");
     check.check_rank(name, *input);
     const Array array = check.logical(*input);
     check.check_reach(name, array);
 
-    const Factor factor{params.up, params.down};
     int64_t h = 0, w = 0, c = array.c;
     if (normalizes) {
-        check.forward_size(kNaturalMasksSize, array.h * factor.up, array.w * factor.up, &h, &w);
+        check.forward_size(kNaturalMasksSize, array.h * params.up, array.w * params.up, &h, &w);
         c = check.channels(params.kernel_size, 1);
     } else {
-        check.forward_size(kNaturalSize, factor.natural_size(array.h), factor.natural_size(array.w), &h, &w);
+        const Axis rows{{params.up, params.down}, check.offset(0, params.kernel_size)};
+        const Axis columns{{params.up, params.down}, check.offset(1, params.kernel_size)};
+        check.forward_size(check.natural_size(), rows.natural_size(array.h), columns.natural_size(array.w), &h, &w);
     }
     const bool last = params.flags & CARAFEPP_CHANNELS_LAST;
     const int64_t axes[4] = {array.n, last ? h : c, last ? w : h, last ? c : w};
@@ -466,11 +492,14 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
     }
     check.check_reach(anchor.name, first);
     problem.kernel_size = reads_masks ? check.kernel_size_of_masks(masks) : call.params.kernel_size;
+    problem.offset_h = check.offset(0, problem.kernel_size);
+    problem.offset_w = check.offset(1, problem.kernel_size);
 
-    const Factor& factor = problem.factor;
-    const char* formula = has_features ? kNaturalSize : kNaturalMasksSize;
-    const int64_t natural_h = has_features ? factor.natural_size(first.h) : first.h * factor.up;
-    const int64_t natural_w = has_features ? factor.natural_size(first.w) : first.w * factor.up;
+    const int64_t up = problem.factor.up, down = problem.factor.down;
+    const Axis rows = problem.rows(), columns = problem.columns();
+    const char* formula = has_features ? check.natural_size() : kNaturalMasksSize;
+    const int64_t natural_h = has_features ? rows.natural_size(first.h) : first.h * up;
+    const int64_t natural_w = has_features ? columns.natural_size(first.w) : first.w * up;
     if (backward) {
         const Argument& sized_argument = reads_masks ? kMasks : has_features ? kGradOutput : kGradMasks;
         const Array& sized = input_of(problem, sized_argument.role);
@@ -487,11 +516,18 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
     const Shape of_masks{{"N", "groups*kernel_size**2", "H'", "W'"},
                          {first.n, check.channels(problem.kernel_size, 1), problem.out_h, problem.out_w}};
     // A call without logits has none: its factor may be larger than logits could have channels for.
-    const Shape of_logits{{"N", "groups*kernel_size**2*up**2", has_features ? "ceil(H/down)" : "Hl",
-                           has_features ? "ceil(W/down)" : "Wl"},
-                          {first.n, reads_masks ? 0 : check.channels(problem.kernel_size, factor.up),
-                           has_features ? ceil_div(first.h, factor.down) : first.h,
-                           has_features ? ceil_div(first.w, factor.down) : first.w}};
+    const bool padded = check.padded();
+    const Shape of_logits{{"N", "groups*kernel_size**2*up**2",
+                           !has_features ? "Hl"
+                           : padded      ? "ceil(h/down)"
+                                         : "ceil(H/down)",
+                           !has_features ? "Wl"
+                           : padded      ? "ceil(w/down)"
+                                         : "ceil(W/down)"},
+                          {first.n, reads_masks ? 0 : check.channels(problem.kernel_size, up),
+                           has_features ? ceil_div(rows.centres(first.h), down) : first.h,
+                           has_features ? ceil_div(columns.centres(first.w), down) : first.w},
+                          check.padding_hint()};
     for (int k = 0; k < arguments; k++) {
         if (arrays[k] == nullptr) continue;
         const Argument& argument = signature.arguments[k];

@@ -41,15 +41,34 @@ CARAFEPP_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return -
 struct Factor {
     int64_t up = 1, down = 1;
 
-    // src(i'), the source that an output is centred on.
+    // The source that an output is centred on, with the default padding.
     CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return output * down / up; }
+
+    // The first output centred on `source` or behind it: as many are centred on the sources before it.
+    CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
+};
+
+// Rows or columns: which source an output is centred on, and the reverse.
+struct Axis {
+    Factor factor;
+    int64_t offset;  // kernel_size/2 - padding, the source of output 0
+
+    // src(i')
+    CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return factor.source(output) + offset; }
 
     // The first output centred on `source` or behind it. Before any crop, source i is in the windows of the outputs
     // [first_output(i - r), first_output(i + r + 1)).
-    CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
+    CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const {
+        return factor.first_output(source - offset);
+    }
 
-    // ceil(n * up / down), the natural size.
-    CARAFEPP_HOST_DEVICE constexpr int64_t natural_size(int64_t n) const { return ceil_div(n * up, down); }
+    // How many of `sources` windows may be centred on, and how many outputs are: the natural size.
+    CARAFEPP_HOST_DEVICE constexpr int64_t centres(int64_t sources) const {
+        return sources > 2 * offset ? sources - 2 * offset : 0;
+    }
+    CARAFEPP_HOST_DEVICE constexpr int64_t natural_size(int64_t sources) const {
+        return factor.first_output(centres(sources));
+    }
 };
 
 // A call whose arguments were found right. Arrays that its function does not have are empty.
@@ -60,14 +79,17 @@ struct Problem {
     carafepp_normalizer normalizer = CARAFEPP_NONE;
     carafepp_device device = CARAFEPP_CPU;
     int32_t device_index = 0;
-    void* stream = nullptr;        // of CUDA
-    bool from_logits = false;      // masks come from `logits`, normalised while they are read
-    int64_t out_h = 0, out_w = 0;  // H', W'
+    void* stream = nullptr;              // of CUDA
+    bool from_logits = false;            // masks come from `logits`, normalised while they are read
+    int64_t offset_h = 0, offset_w = 0;  // kernel_size/2 - padding
+    int64_t out_h = 0, out_w = 0;        // H', W'
 
     Array features, masks, logits, grad_output, grad_masks;  // the inputs
 
     CARAFEPP_HOST_DEVICE int64_t taps() const { return kernel_size * kernel_size; }
     CARAFEPP_HOST_DEVICE int64_t radius() const { return kernel_size / 2; }
+    CARAFEPP_HOST_DEVICE Axis rows() const { return {factor, offset_h}; }
+    CARAFEPP_HOST_DEVICE Axis columns() const { return {factor, offset_w}; }
 
     // The cost of a call in multiply-adds, about: contraction, with taps beyond the border, and staging of masks.
     double cost() const {

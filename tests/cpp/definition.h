@@ -23,14 +23,19 @@ struct Case {
     std::string name;
     int64_t n, c, h, w;
     int up, down, kernel_size, groups;
-    int64_t crop_h = -1, crop_w = -1;  // no crop
-    bool for_cuda = false;             // a shape around the tiles of CUDA kernels
+    int64_t crop_h = -1, crop_w = -1;        // no crop
+    bool for_cuda = false;                   // a shape around the tiles of CUDA kernels
+    int64_t padding_h = -1, padding_w = -1;  // kernel_size/2
 
-    int64_t natural(int64_t size) const { return (size * up + down - 1) / down; }
-    int64_t out_h() const { return crop_h < 0 ? natural(h) : crop_h; }
-    int64_t out_w() const { return crop_w < 0 ? natural(w) : crop_w; }
-    int64_t cells_h() const { return (h + down - 1) / down; }
-    int64_t cells_w() const { return (w + down - 1) / down; }
+    bool padded() const { return padding_h >= 0; }
+    int64_t offset_h() const { return padded() ? kernel_size / 2 - padding_h : 0; }
+    int64_t offset_w() const { return padded() ? kernel_size / 2 - padding_w : 0; }
+    int64_t centres_h() const { return std::max<int64_t>(h - 2 * offset_h(), 0); }
+    int64_t centres_w() const { return std::max<int64_t>(w - 2 * offset_w(), 0); }
+    int64_t out_h() const { return crop_h < 0 ? (centres_h() * up + down - 1) / down : crop_h; }
+    int64_t out_w() const { return crop_w < 0 ? (centres_w() * up + down - 1) / down : crop_w; }
+    int64_t cells_h() const { return (centres_h() + down - 1) / down; }
+    int64_t cells_w() const { return (centres_w() + down - 1) / down; }
     int64_t taps() const { return int64_t{kernel_size} * kernel_size; }
 
     int64_t terms() const { return n * c * out_h() * out_w() * taps(); }  // of one forward pass
@@ -66,7 +71,8 @@ void for_each_term(const Case& p, F f) {
                 for (int64_t oj = 0; oj < p.out_w(); oj++)
                     for (int64_t a = -r; a <= r; a++)
                         for (int64_t b = -r; b <= r; b++) {
-                            const int64_t i = oi * p.down / p.up + a, j = oj * p.down / p.up + b;
+                            const int64_t i = oi * p.down / p.up + p.offset_h() + a,
+                                          j = oj * p.down / p.up + p.offset_w() + b;
                             if (i < 0 || i >= p.h || j < 0 || j >= p.w) continue;
                             const int64_t g = c / (p.c / p.groups);
                             const int64_t channel = n * p.groups * p.taps() + g * p.taps() + (a + r) * k + b + r;

@@ -16,6 +16,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "carafepp/carafepp.h"
@@ -65,6 +66,9 @@ carafepp_params params_of(const Case& p, int normalizer = CARAFEPP_NONE) {
     params.flags = CARAFEPP_SIZE;
     params.size[0] = p.out_h();
     params.size[1] = p.out_w();
+    if (p.padded()) params.flags |= CARAFEPP_PADDING;
+    params.padding[0] = p.padding_h;
+    params.padding[1] = p.padding_w;
     return params;
 }
 
@@ -140,11 +144,13 @@ TEST_CASE("values follow the formula") {
         check_equal("grad_logits", result_l, grad_logits);
 
         reset(result_m);
-        CHECK(carafepp_normalize_masks(&params, &l, &gm, nullptr) == CARAFEPP_OK);
+        carafepp_params without_features = params;
+        without_features.flags &= ~uint32_t{CARAFEPP_PADDING};
+        CHECK(carafepp_normalize_masks(&without_features, &l, &gm, nullptr) == CARAFEPP_OK);
         check_equal("masks", result_m, masks);
         reset(result_l);
         carafepp_tensor dm = tensor_of(grad_masks.data(), p.masks());
-        CHECK(carafepp_normalize_masks_backward(&params, &dm, &l, &gl, nullptr) == CARAFEPP_OK);
+        CHECK(carafepp_normalize_masks_backward(&without_features, &dm, &l, &gl, nullptr) == CARAFEPP_OK);
         check_equal("grad_logits", result_l, grad_logits);
     }
 }
@@ -203,10 +209,14 @@ std::vector<char> stored(const std::vector<float>& values, carafepp_dtype dtype)
 
 TEST_CASE("every implementation gives the result of the reference") {
     std::set<std::string> tested;
-    for (const auto& [up, down] : {std::pair(1, 1), {2, 1}, {1, 2}, {3, 2}, {3, 1}}) {
+    const std::tuple<int, int, std::pair<int, int>> variants[] = {
+        {1, 1, {-1, -1}}, {2, 1, {-1, -1}}, {1, 2, {-1, -1}}, {3, 2, {-1, -1}}, {3, 1, {-1, -1}},
+        {1, 1, {0, 0}},   {2, 1, {0, 1}},   {1, 2, {0, 0}},   {3, 2, {1, 0}},   {2, 3, {0, 0}}};
+    for (const auto& [up, down, padding] : variants) {
         Case p{"a column less", 2, 18, 5, 37, up, down, up == 3 ? 5 : 3, 2};
-        p.crop_h = p.natural(p.h);
-        p.crop_w = p.natural(p.w) - 1;
+        std::tie(p.padding_h, p.padding_w) = padding;
+        p.crop_w = p.out_w() - 1;
+        p.crop_h = p.out_h();
         for (carafepp_dtype dtype : {CARAFEPP_FLOAT32, CARAFEPP_FLOAT64, CARAFEPP_FLOAT16, CARAFEPP_BFLOAT16}) {
             for (bool channels_last : {false, true}) {
                 const auto shape = [&](const Shape& s) { return channels_last ? Shape{s[0], s[2], s[3], s[1]} : s; };
@@ -442,14 +452,38 @@ TEST_CASE("struct size rules") {
     CHECK(last_error() == Contains("params must be 0 beyond the 88 bytes that this version knows; byte 88 is not."));
 
     Small u;
-    u.params.reserved[3] = 5;
+    u.params.reserved[1] = 5;
     u.refused(CARAFEPP_VALUE_ERROR, "params.reserved must be 0; got 5.");
     Small v;
     v.params.flags = 8;
-    v.refused(CARAFEPP_VALUE_ERROR, "params.flags must be a sum of CARAFEPP_CHANNELS_LAST and CARAFEPP_SIZE; got 8.");
+    v.refused(CARAFEPP_VALUE_ERROR,
+              "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE and CARAFEPP_PADDING; got 8.");
     Small w;
     w.params.normalizer = 4;
     w.refused(CARAFEPP_VALUE_ERROR, "normalizer must be a number from 0 to 3; got 4.");
+}
+
+TEST_CASE("padding") {
+    Small unread;
+    unread.params.padding[0] = 7;  // without the flag
+    CHECK(unread.run() == CARAFEPP_OK);
+    Small s;
+    s.params.flags = CARAFEPP_PADDING;
+    s.params.padding[1] = 2;
+    s.refused(CARAFEPP_VALUE_ERROR, "padding must be from 0 to kernel_size // 2 = 1; got (0, 2).");
+    s.params.padding[1] = -1;
+    s.refused(CARAFEPP_VALUE_ERROR, "padding must be from 0 to kernel_size // 2 = 1; got (0, -1).");
+    s.params.padding[1] = 1;
+    int64_t shape[4];
+    CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, &s.x, shape) == CARAFEPP_OK);
+    CHECK(Shape(shape, shape + 4) == Shape{1, 2, 4, 8});  // two of four rows are centres
+    s.refused(CARAFEPP_VALUE_ERROR, "masks must have shape");
+    s.params.kernel_size = 0;
+    CHECK(carafepp_output_shape(&s.params, CARAFEPP_REASSEMBLE, &s.x, shape) == CARAFEPP_VALUE_ERROR);
+    CHECK(last_error() == Contains("kernel_size must be given with padding"));
+    s.params.kernel_size = 3;
+    CHECK(carafepp_normalize_masks(&s.params, &s.m, &s.m, nullptr) == CARAFEPP_VALUE_ERROR);
+    CHECK(last_error() == Contains("params.flags must not have CARAFEPP_PADDING: there are no features."));
 }
 
 // carafepp_params as version 1 of the ABI has it: this copy does not grow with the header's.

@@ -372,6 +372,11 @@ void check_call(const Case& p, carafepp_function function, carafepp_normalizer n
         params.size[0] = (*size)[0];
         params.size[1] = (*size)[1];
     }
+    if (p.padded() && function < CARAFEPP_NORMALIZE_MASKS) {
+        params.flags |= CARAFEPP_PADDING;
+        params.padding[0] = p.padding_h;
+        params.padding[1] = p.padding_w;
+    }
     std::vector<carafepp_tensor> tensors;
     for (const Array* array : inputs) tensors.push_back(array->tensor(options.channels_last));
     for (const Result* result : results) tensors.push_back(result->array->tensor(options.channels_last));

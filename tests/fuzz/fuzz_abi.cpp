@@ -120,7 +120,7 @@ public:
         if (last_) p.flags |= CARAFEPP_CHANNELS_LAST;
         batched_ = choices_.below(4) != 1;
         if (choices_.rarely()) p.implementation = choices_.of({"", "reassemble_any_ref", "grad_masks_any_ref", "none"});
-        if (choices_.rarely()) p.reserved[choices_.below(4)] = choices_.any();
+        if (choices_.rarely()) p.reserved[choices_.below(2)] = choices_.any();
         shapes();
         if (choices_.rarely()) call_.present[choices_.below(5)] = !call_.present[choices_.below(5)];
         return std::move(call_);
@@ -136,8 +136,17 @@ private:
         const int64_t up = sane(p.up), down = sane(p.down), k = sane(p.kernel_size), groups = sane(p.groups);
         const int64_t n = batched_ ? choices_.below(3) : 1, c = groups * choices_.below(6);
         const int64_t h = choices_.below(9), w = choices_.below(20);
-        const int64_t cells_h = (h + down - 1) / down, cells_w = (w + down - 1) / down;
-        int64_t out_h = (h * up + down - 1) / down, out_w = (w * up + down - 1) / down;
+        int64_t centres[2] = {h, w};
+        if (call_.function < 4 && choices_.below(3) == 1) {
+            call_.params.flags |= CARAFEPP_PADDING;
+            for (int axis = 0; axis < 2; axis++) {
+                const int64_t padding = choices_.below(k / 2 + 1);
+                call_.params.padding[axis] = choices_.rarely() ? choices_.any() : padding;
+                centres[axis] = std::max<int64_t>(centres[axis] - 2 * (k / 2 - padding), 0);
+            }
+        }
+        const int64_t cells_h = (centres[0] + down - 1) / down, cells_w = (centres[1] + down - 1) / down;
+        int64_t out_h = (centres[0] * up + down - 1) / down, out_w = (centres[1] * up + down - 1) / down;
         if (call_.function >= 4) {
             out_h = cells_h * up;
             out_w = cells_w * up;

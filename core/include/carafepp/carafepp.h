@@ -8,7 +8,8 @@
  *     output[n,c,i',j'] = sum over a,b in [-r, r] of
  *         masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]
  *
- *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down, src(i') = i'*down/up rounded down.
+ *     K = kernel_size, r = K/2 rounded down, g(c) = c / (C/groups) rounded down,
+ *     src(i') = (i'*down/up rounded down) + r - padding.
  *
  *          Features are 0 outside their borders. Such a tap contributes exactly 0, whatever its mask: masks are not
  *          normalised again.
@@ -17,9 +18,11 @@
  *          content encoder predicts, before the kernel normaliser. Channel (g*K*K + t)*up*up + dy*up + dx of logits
  *          is tap t of the output pixel at the sub-pixel (dy, dx) of a source pixel: the order of pixel shuffle.
  *
- * Sizes:   H' = ceil(H*up/down), W' = ceil(W*up/down) are natural.
+ * Sizes:   H' = ceil(h*up/down), W' = ceil(w*up/down) are natural, with h = max(0, H + 2*padding - 2*r), w likewise.
  *          CARAFEPP_SIZE asks for smaller ones: a crop at the bottom and right.
- *          Hl = ceil(H/down), Wl = ceil(W/down).
+ *          Hl = ceil(h/down), Wl = ceil(w/down).
+ *          padding, from 0 to r, is how many rows or columns of zeros count as features beyond each border, as in a
+ *          convolution. It is r, so that h = H, unless CARAFEPP_PADDING is set. With 0 the caller pads.
  *          K is odd, 1 <= K <= 31; groups divides C. up and down are taken as given, not reduced.
  *          Any size is legal, from 0 to beyond 2^31 elements.
  *
@@ -103,7 +106,8 @@ enum {
 /* Bits of carafepp_params.flags. */
 enum {
     CARAFEPP_CHANNELS_LAST = 1, /* the axes of every tensor are N, H, W, C; strides alone tell how it lies in memory */
-    CARAFEPP_SIZE = 2           /* params.size holds the output size; otherwise it is the natural one */
+    CARAFEPP_SIZE = 2,          /* params.size holds the output size; otherwise it is the natural one */
+    CARAFEPP_PADDING = 4        /* params.padding holds the padding; otherwise it is kernel_size/2 */
 };
 
 /* The functions below, for carafepp_output_shape and carafepp_list_implementations. */
@@ -141,7 +145,8 @@ typedef struct carafepp_params {
     uint32_t flags;
     const char* implementation; /* NULL: the best. Else the name of a listed one, forced for the result that it gives */
     int64_t size[2];            /* H', W', with CARAFEPP_SIZE */
-    int64_t reserved[4];        /* 0 */
+    int64_t padding[2];         /* of rows, of columns, with CARAFEPP_PADDING; not for masks of logits alone */
+    int64_t reserved[2];        /* 0 */
 } carafepp_params;
 
 /* `stream` is a cudaStream_t for CUDA tensors; NULL is the legacy default stream. The call does not wait for the work.
@@ -225,8 +230,8 @@ CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_pa
                                                                const carafepp_tensor* grad_logits, void* stream);
 
 /* The shape of the output or masks that a forward `function` gives for its first input: features, or logits for
- * CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. `shape` gets input->ndim numbers, in the axes of
- * `input`. */
+ * CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. Padding needs kernel_size. `shape` gets
+ * input->ndim numbers, in the axes of `input`. */
 CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
                                                    const carafepp_tensor* input, int64_t* shape);
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Index arithmetic of the CPU kernels: which sources an output reads, and which outputs read a source.
 //
-// Column q*up + phase of the outputs lies in cell q. It is centred on source column q*down + source(phase). The kernels
-// stage a row of sources by residue, the column modulo down, and a row of outputs by phase. A tap of a phase then reads
-// one residue, `shift` cells on, for any up and down. So all inner loops run over neighbouring cells.
+// Column q*up + phase of the outputs lies in cell q. It is centred on source column q*down + source(phase) + offset.
+// The kernels stage a row of sources by residue, the column modulo down, and a row of outputs by phase. A tap of a
+// phase then reads one residue, `shift` cells on, for any up and down. So all inner loops run over neighbouring cells.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +58,8 @@ struct Columns {
     }
 };
 
-// Neighbouring outputs [begin, end) of one axis that are centred on one source: they share a window.
+// Neighbouring outputs [begin, end) of one axis that are centred on one source: they share a window. The source counts
+// from that of output 0.
 struct SharedWindow {
     int64_t begin, end, source;
 };
@@ -77,14 +78,14 @@ static inline Range share_of(int size, int index, int count) {
 
 // Rows of sources, inside the border, that the windows of rows of outputs hold.
 static inline Range sources_of(const Problem& p, Range outputs) {
-    return {std::max<int64_t>(p.factor.source(outputs.begin) - p.radius(), 0),
-            std::min(p.factor.source(outputs.end - 1) + p.radius() + 1, p.features.h)};
+    return {std::max<int64_t>(p.rows().source(outputs.begin) - p.radius(), 0),
+            std::min(p.rows().source(outputs.end - 1) + p.radius() + 1, p.features.h)};
 }
 
 // Rows of outputs whose windows hold some of these rows of sources.
 static inline Range outputs_of(const Problem& p, Range sources) {
-    return {std::max<int64_t>(p.factor.first_output(sources.begin - p.radius()), 0),
-            std::min(p.factor.first_output(sources.end + p.radius()), p.out_h)};
+    return {std::max<int64_t>(p.rows().first_output(sources.begin - p.radius()), 0),
+            std::min(p.rows().first_output(sources.end + p.radius()), p.out_h)};
 }
 
 // How many shared windows `outputs` neighbours have. At most ceil(up/down) outputs share one.

@@ -133,7 +133,7 @@ public:
                 A* const sums_memory = grads_memory + 3 * row_size;
                 std::fill_n(sums_memory, block * sums_size, A{0});
                 for (int64_t out_i = rows.begin; out_i < rows.end && outputs.size() > 0; out_i++) {
-                    const int64_t a = tile.row - p_.factor.source(out_i) + p_.radius();
+                    const int64_t a = tile.row - p_.rows().source(out_i) + p_.radius();
                     const Staged<A> masks = stage_masks(tile, out_i, outputs, a * p_.kernel_size, p_.kernel_size,
                                                         scratch, grads_memory);
                     for (int64_t c = channels.begin; c < channels.end; c++) {
@@ -257,7 +257,7 @@ private:
     // Calls f(a, i) for the tap rows `a` of an output row. Their source rows i are inside the border.
     template <class F>
     void for_each_tap_row(int64_t out_i, F f) const {
-        const int64_t top = p_.factor.source(out_i) - p_.radius();
+        const int64_t top = p_.rows().source(out_i) - p_.radius();
         const Range sources = sources_of(p_, {out_i, out_i + 1});
         for (int64_t i = sources.begin; i < sources.end; i++) f(i - top, i);
     }

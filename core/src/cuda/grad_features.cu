@@ -35,10 +35,9 @@ struct GradFeaturesPlan {
 struct Range {
     int64_t begin, end;
 };
-__device__ __forceinline__ Range outputs_of(const Problem& p, int64_t first_source, int64_t end_source,
+__device__ __forceinline__ Range outputs_of(const Axis& axis, int64_t radius, int64_t first_source, int64_t end_source,
                                             int64_t outputs) {
-    const int64_t begin = p.factor.first_output(first_source - p.radius());
-    const int64_t end = p.factor.first_output(end_source + p.radius());
+    const int64_t begin = axis.first_output(first_source - radius), end = axis.first_output(end_source + radius);
     return {max(begin, int64_t{0}), min(end, outputs)};
 }
 
@@ -63,15 +62,16 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments ar
         const int64_t in_group = channel_block.remainder * plan.channels + channel,
                       c = group * channels_in_group + in_group;
         const bool exists = j < grad_features.w && in_group < channels_in_group;
-        const Range rows = outputs_of(p, i, i + 1, p.out_h);
-        const Range columns = outputs_of(p, first, min(first + plan.sources, grad_features.w), p.out_w);
+        const Range rows = outputs_of(p.rows(), p.radius(), i, i + 1, p.out_h);
+        const Range columns = outputs_of(p.columns(), p.radius(), first, min(first + plan.sources, grad_features.w),
+                                         p.out_w);
         A sum = 0;
         for (int64_t out_i = rows.begin; out_i < rows.end; out_i++) {
-            const int64_t a = i - p.factor.source(out_i) + p.radius();
+            const int64_t a = i - p.rows().source(out_i) + p.radius();
             for (int64_t begin = columns.begin; begin < columns.end; begin += plan.outputs) {
                 const int64_t outputs = min(plan.outputs, columns.end - begin), number = out_i * p.out_w + begin;
                 for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
-                    sources[q] = static_cast<int>(p.factor.source(begin + q) - first);
+                    sources[q] = static_cast<int>(p.columns().source(begin + q) - first);
                 if (p.from_logits) {
                     stage_masks<T>(p, n, group, number, outputs, p.out_w, masks, plan.outputs);
                 } else {

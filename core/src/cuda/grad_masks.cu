@@ -29,7 +29,7 @@ struct GradMasksPlan {
 // 0 for a tap beyond the border, whatever the gradient there.
 template <class T>
 __device__ Accumulator<T> grad_of_mask(const Problem& p, int64_t n, int64_t group, Pixel output, int64_t a, int64_t b) {
-    const int64_t i = p.factor.source(output.i) + a - p.radius(), j = p.factor.source(output.j) + b - p.radius();
+    const int64_t i = p.rows().source(output.i) + a - p.radius(), j = p.columns().source(output.j) + b - p.radius();
     if (i < 0 || j < 0 || i >= p.features.h || j >= p.features.w) return 0;
     const int64_t channels = p.features.c / p.groups;
     if (channels == 0) return 0;  // perhaps there is no array

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments argum
             const int64_t c = group * channels_in_group + first_channel +
                               (channels_adjacent ? at.remainder : at.quotient);
             const Pixel pixel = pixel_at(first + q, p.out_w);
-            const int64_t top = p.factor.source(pixel.i) - p.radius(), left = p.factor.source(pixel.j) - p.radius();
+            const int64_t top = p.rows().source(pixel.i) - p.radius(), left = p.columns().source(pixel.j) - p.radius();
             const int64_t b_begin = max(-left, int64_t{0}), b_end = min(k, p.features.w - left);
             A sum = 0;
             for (int64_t a = max(-top, int64_t{0}); a < min(k, p.features.h - top); a++) {

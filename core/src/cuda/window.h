@@ -6,6 +6,9 @@
 
 namespace carafepp::cuda {
 
+// Why the kernels for one factor do not take a problem: output 0 is not centred on source 0.
+constexpr const char* kLittlePadding = "padding is less than kernel_size / 2";
+
 // Is tap t inside, and are all taps? Inner loops ask, so it counts in 32 bits.
 template <int K>
 __device__ __forceinline__ bool tap_inside(const Problem& p, int i, int j, int t) {

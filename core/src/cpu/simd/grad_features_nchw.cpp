@@ -66,7 +66,7 @@ struct GradFeaturesPlan {
 
 // The masks that a tile stages for a block of `rows` rows of sources.
 int64_t masks_of_tile(const Problem& p, int64_t rows, int64_t lanes) {
-    return p.factor.natural_size(rows + p.kernel_size - 1) * std::min(rows, p.kernel_size) * p.kernel_size *
+    return p.factor.first_output(rows + p.kernel_size - 1) * std::min(rows, p.kernel_size) * p.kernel_size *
            p.factor.up * lanes;
 }
 
@@ -80,7 +80,7 @@ GradFeaturesSizes sizes_of(const Problem& p, const Columns& columns, const GradF
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size;
     const int64_t rows_of_source = ceil_div(up, down), tap_rows = std::min(block.rows, k);
     GradFeaturesSizes sizes;
-    sizes.mask_rows = keeps_masks ? p.factor.natural_size(block.rows + k - 1) : rows_of_source;
+    sizes.mask_rows = keeps_masks ? p.factor.first_output(block.rows + k - 1) : rows_of_source;
     sizes.masks_tap_row = k * up * lanes;
     sizes.masks_row = tap_rows * sizes.masks_tap_row;
     sizes.masks_tile = sizes.mask_rows * sizes.masks_row;
@@ -276,7 +276,7 @@ struct GradFeaturesNchw {
 
     // The tap rows of a row of outputs that read the block.
     Range tap_rows(const Block& b, int64_t row) const {
-        const int64_t top = p.factor.source(row) - p.radius();
+        const int64_t top = p.rows().source(row) - p.radius();
         return {std::max<int64_t>(b.sources.begin - top, 0), std::min(b.sources.end - top, k)};
     }
 
@@ -349,7 +349,7 @@ struct GradFeaturesNchw {
         std::fill_n(b.sums, b.tiles * plan.block.rows * sizes.sums_row, A{0});
         Range rows = {b.outputs.begin, b.outputs.begin};  // centred on one row of sources
         for (; rows.begin < b.outputs.end; rows.begin = rows.end) {
-            rows.end = std::min(p.factor.first_output(p.factor.source(rows.begin) + 1), b.outputs.end);
+            rows.end = std::min(p.rows().first_output(p.rows().source(rows.begin) + 1), b.outputs.end);
             if (!plan.keeps_masks) {
                 for (int64_t row = rows.begin; row < rows.end; row++) stage_masks(b, row, rows.begin);
             }
@@ -361,7 +361,7 @@ struct GradFeaturesNchw {
     // Adds rows of outputs that are centred on one row of sources.
     void contract_outputs(const Block& b, int64_t channel, int64_t count, Range rows) const {
         const Range inside = tap_rows(b, rows.begin);
-        const int64_t first_source = p.factor.source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
+        const int64_t first_source = p.rows().source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
         const int rows_inside = static_cast<int>(inside.size());
         const int tiles_down = (rows_inside + kTileRows - 1) / kTileRows;
         GradFeaturesRegisterTile<A> tile;

@@ -104,8 +104,8 @@ struct GradFeaturesItem {
 };
 
 // The first output centred on `source` or behind it; `outputs` if there is none.
-int64_t first_output_inside(const Factor& factor, int64_t source, int64_t outputs) {
-    return source <= 0 ? 0 : std::min(factor.first_output(source), outputs);
+int64_t first_output_inside(const Axis& axis, int64_t source, int64_t outputs) {
+    return std::clamp<int64_t>(axis.first_output(source), 0, outputs);
 }
 
 // ---- staging ----
@@ -254,16 +254,16 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
                                   int64_t j) {
     constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // of a row, that touch a source tile
     const Problem& p = plan.p;
-    const Factor& factor = p.factor;
+    const Axis in_rows = p.rows(), in_columns = p.columns();
     const int64_t radius = plan.radius, k = p.kernel_size, channel = at.group * plan.channels;
     OutputSpan spans[2 * kColumns];
     int64_t taps_of[kMostOutputs];  // of the output's window, where the tile's first source is in its rows
     OutputRow<T> rows[kMostOutputs];
     TileOutputs<T> outputs{rows, spans, 0, 0, p.grad_output.stride_w, {}};
 
-    const int64_t first = first_output_inside(factor, j - radius, p.out_w);
-    const int64_t end = first_output_inside(factor, j + kColumns + radius, p.out_w);
-    int64_t source = factor.source(first), remainder = first * plan.down - source * plan.up;
+    const int64_t first = first_output_inside(in_columns, j - radius, p.out_w);
+    const int64_t end = first_output_inside(in_columns, j + kColumns + radius, p.out_w);
+    int64_t source = in_columns.source(first), remainder = first * plan.down % plan.up;
     for (int64_t q = first; q < end; q++) {
         const int range_code = range_code_in_tile(source - radius - j, k, kColumns);
         if (outputs.span_count == 0 || spans[outputs.span_count - 1].range_code != range_code)
@@ -274,9 +274,9 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
     }
 
     A* packed = at.packed;
-    const int64_t end_row = first_output_inside(factor, i + kRows + radius, p.out_h);
-    for (int64_t row = first_output_inside(factor, i - radius, p.out_h); row < end_row; row++) {
-        const int64_t top = factor.source(row) - radius;
+    const int64_t end_row = first_output_inside(in_rows, i + kRows + radius, p.out_h);
+    for (int64_t row = first_output_inside(in_rows, i - radius, p.out_h); row < end_row; row++) {
+        const int64_t top = in_rows.source(row) - radius;
         rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, channel, row, first), packed,
                                      range_code_in_tile(top - i, k, kRows)};
         const A* const weights = staged_row(plan, at, row) + (i - top) * k;
@@ -286,9 +286,9 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
                 std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * k, kColumns * sizeof(A));
         }
     }
-    const int64_t next_end = first_output_inside(factor, i + 2 * kRows + radius, p.out_h);
-    const int64_t own = first_output_inside(factor, j + radius, p.out_w);
-    const int64_t own_end = first_output_inside(factor, j + radius + kColumns, p.out_w);
+    const int64_t next_end = first_output_inside(in_rows, i + 2 * kRows + radius, p.out_h);
+    const int64_t own = first_output_inside(in_columns, j + radius, p.out_w);
+    const int64_t own_end = first_output_inside(in_columns, j + radius + kColumns, p.out_w);
     outputs.prefetch = {element<const T>(p.grad_output, at.n, channel, end_row, own), p.grad_output.stride_h,
                         p.grad_output.stride_w, static_cast<int>(next_end - end_row), static_cast<int>(own_end - own)};
     const SourceTile<T> sources{element<T>(plan.grad_features, at.n, channel, i, j),
@@ -309,15 +309,15 @@ void GradFeaturesNhwc<T>::run_item(int64_t item, A* scratch) const {
     at.bottom = std::min(at.top + item_rows, height);
     at.group = item / column_items / row_items % p.groups;
     at.n = item / column_items / row_items / p.groups;
-    at.first_cell = first_output_inside(p.factor, at.left - radius, p.out_w) / up;
-    at.end_cell = ceil_div(first_output_inside(p.factor, at.left + item_columns + radius, p.out_w), up);
+    at.first_cell = first_output_inside(p.columns(), at.left - radius, p.out_w) / up;
+    at.end_cell = ceil_div(first_output_inside(p.columns(), at.left + item_columns + radius, p.out_w), up);
     at.ring = scratch + margin;
     at.tile = scratch + ring_size;
     at.packed = at.tile + tile_size;
     int64_t staged = 0;  // rows of cells before it are
     for (int64_t i = at.top; i < at.bottom; i += kRows) {
-        const int64_t end = ceil_div(first_output_inside(p.factor, i + kRows + radius, p.out_h), up);
-        staged = std::max(staged, first_output_inside(p.factor, i - radius, p.out_h) / up);
+        const int64_t end = ceil_div(first_output_inside(p.rows(), i + kRows + radius, p.out_h), up);
+        staged = std::max(staged, first_output_inside(p.rows(), i - radius, p.out_h) / up);
         for (; staged < end; staged++) stage_cells(*this, at, staged);
         for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_source_tile(*this, at, i, j);
     }

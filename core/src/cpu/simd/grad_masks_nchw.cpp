@@ -313,7 +313,7 @@ struct GradMasksNchw {
                     const int first = static_cast<int>(some.begin), outputs_here = static_cast<int>(some.size());
                     for (int o = 0; o < outputs_here; o++) {
                         const int64_t row = begin + (first + o) / width, phase = window.begin + (first + o) % width;
-                        const int64_t a = i - p.factor.source(row) + p.radius();
+                        const int64_t a = i - p.rows().source(row) + p.radius();
                         register_tile.grads[o] = b.grads + ((row - rows.begin) * up + phase) * sizes.grads_phase;
                         register_tile.sums[o] = b.sums_of(plan, tile, row) + (a * p.kernel_size * up + phase) * L;
                     }

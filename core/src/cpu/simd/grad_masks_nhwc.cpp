@@ -266,7 +266,8 @@ PrefetchQueue<T> prefetch_queue(const GradMasksNhwc<T>& plan, const GradMasksIte
     const int64_t down = p.factor.down, most = std::min<int64_t>(down, kMaxFactor);
     PrefetchQueue<T> queue;
     if (plan.up >= down) return queue;
-    const int64_t last = (at.cell_row + 1) * down + plan.rows.windows[plan.rows.count - 1].source + plan.radius;
+    const int64_t last = (at.cell_row + 1) * down + plan.rows.windows[plan.rows.count - 1].source + p.offset_h +
+                         plan.radius;
     for (int64_t row = last + 1 - most; row < std::min(last + 1, p.features.h); row++) {
         for (int64_t column = cell * down; column < std::min(cell * down + most, p.features.w); column++)
             queue.pixels[queue.count++] = element<const T>(p.features, at.n, at.group * plan.channels, row, column);
@@ -278,7 +279,8 @@ PrefetchQueue<T> prefetch_queue(const GradMasksNhwc<T>& plan, const GradMasksIte
 template <class T>
 bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
     const Problem& p = plan.p;
-    const int64_t r = plan.radius, up = plan.up, i = cell_row * p.factor.down, j = cell * p.factor.down;
+    const int64_t r = plan.radius, up = plan.up;
+    const int64_t i = cell_row * p.factor.down + p.offset_h, j = cell * p.factor.down + p.offset_w;
     return plan.masks.phases == up && (cell_row + 1) * up <= p.out_h && (cell + 1) * up <= p.out_w && i >= r &&
            j >= r && i + plan.rows.windows[plan.rows.count - 1].source + r < p.features.h &&
            j + plan.columns.windows[plan.columns.count - 1].source + r < p.features.w;

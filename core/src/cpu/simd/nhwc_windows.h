@@ -23,11 +23,12 @@ struct PixelWindow {
     T* pixel(int64_t a, int64_t b) const { return corner + a * row_stride + b * pixel_stride; }
 };
 
-// The window around source (i, j), or its union with the window `shift` columns behind it.
+// The window around source (i, j), counted from that of the first output, or its union with the window `shift` columns
+// behind it.
 template <class T>
 static inline PixelWindow<T> window_of(const Problem& p, const Array& features, int64_t n, int64_t c, int64_t i,
                                        int64_t j, int64_t shift = 0) {
-    const int64_t top = i - p.radius(), left = j - p.radius();
+    const int64_t top = i + p.offset_h - p.radius(), left = j + p.offset_w - p.radius();
     return {element<T>(features, n, c, top, left),
             features.stride_h,
             features.stride_w,

@@ -419,9 +419,9 @@ struct ReassembleNchw {
     // staged.
     RowPrefetch features_prefetch(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
         const bool below = last + 1 < b.rows.end;
-        const int64_t first = below ? end : std::max<int64_t>(p.factor.source(b.rows.begin) - p.radius(), 0);
+        const int64_t first = below ? end : std::max<int64_t>(p.rows().source(b.rows.begin) - p.radius(), 0);
         const int64_t next_last = std::min(below ? last + 2 : b.rows.begin + 1, b.rows.end - 1);
-        const int64_t next_end = std::min(p.factor.source(next_last) + p.radius() + 1, p.features.h);
+        const int64_t next_end = std::min(p.rows().source(next_last) + p.radius() + 1, p.features.h);
         const int64_t next = below ? channel : channel + count;
         const int64_t left = (b.group + 1) * channels - next;
         const int64_t column = std::max<int64_t>((b.first_cell + columns.least_shift) * p.factor.down, 0);
@@ -437,7 +437,7 @@ struct ReassembleNchw {
         int64_t staged = 0;  // rows of features before it are staged
         for (int64_t i = b.rows.begin; i < b.rows.end; i += 2) {
             const Range rows = {i, std::min(i + 2, b.rows.end)};
-            const Range window = {p.factor.source(i) - p.radius(), p.factor.source(rows.end - 1) + p.radius() + 1};
+            const Range window = {p.rows().source(i) - p.radius(), p.rows().source(rows.end - 1) + p.radius() + 1};
             assert(window.size() <= plan.ring_rows);
             for (staged = std::max(staged, window.begin); staged < std::min(window.end, p.features.h); staged++)
                 stage_features(b, channel, count, staged);

@@ -209,7 +209,7 @@ void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
 template <class T>
 PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
     const Array& features = plan.p.features;
-    const int64_t row = at.rows.source + plan.p.radius() + 1;
+    const int64_t row = at.rows.source + plan.p.offset_h + plan.p.radius() + 1;
     const int64_t rows = std::min(ceil_div(plan.down, plan.up), features.h - row);
     return {element<const T>(features, at.n, at.group * plan.channels, row, cell * plan.down), features.stride_h,
             features.stride_w, static_cast<int>(rows), static_cast<int>(cell_count * plan.down)};
