@@ -55,6 +55,30 @@ MUTANTS = [
         "a < min(k - 1, p.features.h - top)",
     ),
     Mutant(
+        "outputs ignore the padding of columns",
+        "reassemble.cu",
+        "left = p.columns().source(pixel.j)",
+        "left = p.factor.source(pixel.j)",
+    ),
+    Mutant(
+        "the gradient of masks ignores the padding of rows",
+        "grad_masks.cu",
+        "p.rows().source(output.i)",
+        "p.factor.source(output.i)",
+    ),
+    Mutant(
+        "a tile of sources ignores the padding of columns",
+        "grad_features.cu",
+        "p.columns().source(begin + q)",
+        "p.factor.source(begin + q)",
+    ),
+    Mutant(
+        "kernels for up x2 take any padding",
+        "up2.h",
+        "if (p.offset_h != 0 || p.offset_w != 0) return kLittlePadding;",
+        "",
+    ),
+    Mutant(
         "masks are staged over others that are still read",
         "reassemble.cu",
         "narrow<T>(sum);\n        }\n        __syncthreads();",
@@ -69,8 +93,8 @@ MUTANTS = [
     Mutant(
         "the last output of a window's columns is left out",
         "grad_features.cu",
-        "p.factor.first_output(end_source + p.radius())",
-        "p.factor.first_output(end_source + p.radius() - 1)",
+        "axis.first_output(end_source + radius)",
+        "axis.first_output(end_source + radius - 1)",
     ),
     Mutant(
         "the masks of the next outputs come too early",
