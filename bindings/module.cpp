@@ -69,8 +69,19 @@ struct Params {
         return static_cast<int32_t>(integer(name, object, std::numeric_limits<int32_t>::max()));
     }
 
+    void pair(const char* name, const char* names, nb::handle object, int64_t (&numbers)[2]) const {
+        if (!PySequence_Check(object.ptr()) || PySequence_Size(object.ptr()) != 2) {
+            PyErr_Clear();
+            raise(PyExc_TypeError,
+                  sentence(std::string(name) + " must be a pair " + names + " of integers; got " + show(object) + "."));
+        }
+        for (int k = 0; k < 2; k++) {
+            numbers[k] = integer(name, nb::object(object[k]), std::numeric_limits<int64_t>::max());
+        }
+    }
+
     Params(const char* function, carafepp_function number, nb::handle up, nb::handle down, nb::handle kernel_size,
-           nb::handle groups, int normalizer, nb::handle size, bool channels_last,
+           nb::handle groups, int normalizer, nb::handle size, nb::handle padding, bool channels_last,
            std::optional<std::string> implementation)
         : function(function), number(number), implementation(std::move(implementation)) {
         values.struct_size = sizeof values;
@@ -83,13 +94,11 @@ struct Params {
         if (this->implementation) values.implementation = this->implementation->c_str();
         if (!size.is_none()) {
             values.flags |= CARAFEPP_SIZE;
-            if (!PySequence_Check(size.ptr()) || PySequence_Size(size.ptr()) != 2) {
-                PyErr_Clear();
-                raise(PyExc_TypeError, sentence("size must be a pair (H', W') of integers; got " + show(size) + "."));
-            }
-            for (int k = 0; k < 2; k++) {
-                values.size[k] = integer("size", nb::object(size[k]), std::numeric_limits<int64_t>::max());
-            }
+            pair("size", "(H', W')", size, values.size);
+        }
+        if (!padding.is_none()) {
+            values.flags |= CARAFEPP_PADDING;
+            pair("padding", "(rows, columns)", padding, values.padding);
         }
     }
 
@@ -277,10 +286,10 @@ NB_MODULE(_core, m) {
     m.attr("CUDA_MANAGED") = CARAFEPP_CUDA_MANAGED + 0;
 
     nb::class_<Params>(m, "Params", "The carafepp_params of one function.")
-        .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, bool,
-                      std::optional<std::string>>(),
+        .def(nb::init<const char*, int, nb::handle, nb::handle, nb::handle, nb::handle, int, nb::handle, nb::handle,
+                      bool, std::optional<std::string>>(),
              "function"_a, "number"_a, "up"_a.none(), "down"_a.none(), "kernel_size"_a.none(), "groups"_a.none(),
-             "normalizer"_a, "size"_a.none(), "channels_last"_a, "implementation"_a.none());
+             "normalizer"_a, "size"_a.none(), "padding"_a.none(), "channels_last"_a, "implementation"_a.none());
 
     m.def("reassemble", reassemble, "params"_a, "features"_a, "masks"_a, "output"_a, "stream"_a);
     m.def("reassemble_backward", reassemble_backward, "params"_a, "grad_output"_a, "features"_a, "masks"_a,

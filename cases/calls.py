@@ -30,14 +30,16 @@ FUNCTIONS = tuple(INPUTS)
 def arguments(function: str, case: Case, arrays, normalizer: str = "softmax"):
     """Return the inputs and the parameters of a call of this function for this problem."""
     logits_params = {**case.factors, "kernel_size": case.kernel_size, "normalizer": normalizer}
-    without_down = {key: value for key, value in logits_params.items() if key != "down"}
+    masks_params = {
+        key: value for key, value in logits_params.items() if key not in ("down", "padding")
+    }
     params = {
         "reassemble": {**case.factors, **case.crop},
         "reassemble_backward": case.factors,
         "reassemble_with_logits": {**logits_params, **case.crop},
         "reassemble_with_logits_backward": logits_params,
-        "normalize_masks": {**without_down, "size": case.output_size},
-        "normalize_masks_backward": without_down,
+        "normalize_masks": {**masks_params, "size": case.output_size},
+        "normalize_masks_backward": masks_params,
     }[function]
     return tuple(getattr(arrays, name) for name in INPUTS[function]), dict(params)
 

@@ -7,6 +7,7 @@ It needs no packages, so that the core's tests build without NumPy.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,20 @@ class Case:
     kernel_size: int = 3
     groups: int = 1
     size: tuple[int, int] | None = None  # a crop of the natural output size
+    padding: tuple[int, int] | None = None  # rows, columns; kernel_size // 2 by default
+
+    @property
+    def centres(self) -> tuple[int, int]:
+        """Return the numbers of rows and columns that outputs are centred on: (H, W) by default."""
+        radius = self.kernel_size // 2
+        pads = (radius, radius) if self.padding is None else self.padding
+        return max(0, self.h + 2 * (pads[0] - radius)), max(0, self.w + 2 * (pads[1] - radius))
 
     @property
     def natural_size(self) -> tuple[int, int]:
         """Return (H', W') without a crop."""
-        return -(-self.h * self.up // self.down), -(-self.w * self.up // self.down)
+        h, w = self.centres
+        return -(-h * self.up // self.down), -(-w * self.up // self.down)
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -52,14 +62,16 @@ class Case:
 
     @property
     def logits_shape(self) -> tuple[int, int, int, int]:
-        """Return (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))."""
+        """Return (N, groups*K*K*up*up, ceil(h/down), ceil(w/down)) with h and w of `centres`."""
         channels = self.groups * self.kernel_size**2 * self.up**2
-        return self.n, channels, -(-self.h // self.down), -(-self.w // self.down)
+        h, w = self.centres
+        return self.n, channels, -(-h // self.down), -(-w // self.down)
 
     @property
-    def factors(self) -> dict[str, int]:
+    def factors(self) -> dict[str, Any]:
         """Return the parameters of reassemble and its backward, in carafepp and in reference.py."""
-        return {"up": self.up, "down": self.down, "groups": self.groups}
+        padding = {} if self.padding is None else {"padding": self.padding}
+        return {"up": self.up, "down": self.down, "groups": self.groups, **padding}
 
     @property
     def crop(self) -> dict[str, tuple[int, int]]:
@@ -171,6 +183,25 @@ _TABLE = [
     Case("crop_rows", "features below the crop get no gradient", 1, 9, 9, 4, up=2, size=(2, 8)),
     Case("up_beyond_crop", "a factor larger than the output", 1, 2, 2, 3, up=40, size=(3, 50)),
     Case("natural_size_given", "size= equal to the natural one", 1, 3, 4, 5, up=2, size=(8, 10)),
+    # Padding
+    Case("valid", "the caller pads", 2, 9, 8, 9, kernel_size=5, padding=(0, 0)),
+    Case("valid_up2", "the same, upsampling", 2, 9, 7, 8, up=2, kernel_size=5, padding=(0, 0)),
+    Case("valid_down2", "the same, downsampling", 2, 9, 13, 12, down=2, padding=(0, 0)),
+    Case("valid_k1", "one tap needs no padding", 1, 9, 5, 6, up=2, kernel_size=1, padding=(0, 0)),
+    Case("full_padding", "the default, given", 1, 9, 5, 6, up=2, kernel_size=5, padding=(2, 2)),
+    Case("padded_rows", "rows alone are padded", 1, 9, 5, 21, up=2, padding=(1, 0)),
+    Case("padded_columns", "columns alone are padded", 1, 9, 9, 37, down=2, padding=(0, 1)),
+    Case("padding_half", "half of the default", 1, 9, 8, 40, kernel_size=5, padding=(1, 1)),
+    Case("padding_k31", "the largest kernel", 1, 5, 19, 37, kernel_size=31, padding=(7, 14)),
+    Case("padding_ratio", "fraction, groups", 2, 9, 9, 25, up=3, down=2, groups=3, padding=(1, 0)),
+    Case("padding_down3", "an odd factor", 1, 9, 14, 50, down=3, kernel_size=7, padding=(2, 0)),
+    Case("padding_up4", "phases, groups", 1, 8, 6, 13, up=4, groups=4, padding=(0, 0)),
+    Case("padding_skips", "features that no tap reaches", 1, 9, 17, 37, down=5, padding=(1, 0)),
+    Case("padding_crop", "a crop", 2, 9, 6, 10, up=2, size=(7, 17), padding=(0, 1)),
+    Case("padding_picture", "three channels of rows", 2, 3, 9, 41, kernel_size=7, padding=(0, 1)),
+    Case("padding_one", "one window, the whole map", 2, 9, 5, 5, kernel_size=5, padding=(0, 0)),
+    Case("padding_of_too_few", "no window fits", 2, 9, 4, 6, kernel_size=5, padding=(0, 1)),
+    Case("padding_of_far_too_few", "none by far", 1, 9, 2, 3, up=2, kernel_size=7, padding=(0, 0)),
     # Nothing to do
     Case("empty_batch", "no images", 0, 4, 5, 6, up=2),
     Case("zero_channels", "no channels: the gradient of the masks is 0", 2, 0, 4, 5, up=2),
@@ -247,6 +278,7 @@ FEW = [
     CASES[name]
     for name in (
         *("up2", "down2", "ratio_3_2", "groups_2", "one_pixel", "w17", "crop_up", "skips_features"),
+        *("valid_up2", "padding_ratio", "padding_of_too_few"),
         *("empty_batch", "zero_channels", "zero_height", "zero_width", "empty_crop"),
     )
 ]
@@ -257,7 +289,8 @@ def _row_for_cpp(case: Case) -> str:
     sizes = [case.n, case.c, case.h, case.w, case.up, case.down, case.kernel_size, case.groups]
     crop = (-1, -1) if case.size is None else case.size
     for_cuda = str(case.name in CUDA_CASES).lower()
-    return f'{{"{case.name}", {", ".join(map(str, [*sizes, *crop]))}, {for_cuda}}},'
+    padding = "" if case.padding is None else "".join(f", {number}" for number in case.padding)
+    return f'{{"{case.name}", {", ".join(map(str, [*sizes, *crop]))}, {for_cuda}{padding}}},'
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The definition of every operator in float64 NumPy: obviously right rather than fast.
 
-CARAFE++ (Wang et al., arXiv:2012.04733), section 3.3, Eqn. (3), for any factor up/down and groups:
+CARAFE++ (Wang et al., arXiv:2012.04733), section 3.3, Eqn. (3), for any factor up/down, groups and
+padding:
 
     Y[n,c,i',j'] = sum over a,b in [-r,r] of
                    M[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * X[n, c, src(i')+a, src(j')+b]
 
-    r = K//2,   g(c) = c // (C/G),   src(i') = floor(i' * down / up)
+    r = K//2,   g(c) = c // (C/G),   src(i') = floor(i' * down / up) + r - padding
 
 Nothing here is shared with the core. The sum leaves out a tap outside the border: it contributes
 0, even against an Inf or NaN mask or gradient. Each result is a sum of products. Rounding
@@ -20,8 +21,11 @@ import numpy as np
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized", "none")
 
 
-def output_size(h, w, up, down):
-    """Natural size of the result: ceil(H*up/down), ceil(W*up/down)."""
+def output_size(h, w, up, down, kernel_size=1, padding=None):
+    """Natural size of the result: up/down for each window that fits into the padded map."""
+    r = kernel_size // 2
+    pad_h, pad_w = (r, r) if padding is None else padding
+    h, w = max(0, h + 2 * pad_h - 2 * r), max(0, w + 2 * pad_w - 2 * r)
     return -(-h * up // down), -(-w * up // down)
 
 
@@ -44,10 +48,12 @@ def _merge_groups(array):
     return array.reshape(n, groups * per_group, h, w)
 
 
-def _taps(h, w, out_h, out_w, k, up, down):
+def _taps(h, w, out_h, out_w, k, up, down, padding):
     """Yield for each tap: its number, the outputs that have it inside the map, its pixels."""
     r = k // 2
-    src_i, src_j = np.arange(out_h) * down // up, np.arange(out_w) * down // up
+    pad_h, pad_w = (r, r) if padding is None else padding
+    src_i = np.arange(out_h) * down // up + r - pad_h
+    src_j = np.arange(out_w) * down // up + r - pad_w
     for t, (a, b) in enumerate(itertools.product(range(-r, r + 1), repeat=2)):
         i = np.flatnonzero((src_i + a >= 0) & (src_i + a < h))
         j = np.flatnonzero((src_j + b >= 0) & (src_j + b < w))
@@ -56,33 +62,34 @@ def _taps(h, w, out_h, out_w, k, up, down):
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def reassemble(features, masks, *, up=1, down=1, groups=1):
+def reassemble(features, masks, *, up=1, down=1, groups=1, padding=None):
     """Y [N, C, H', W'] from X [N, C, H, W] and M [N, G*K*K, H', W']."""
     x, m = _split_groups(_double(features), groups), _split_groups(_double(masks), groups)
     k = _kernel_size(masks.shape[1], groups)
     y = np.zeros(x.shape[:3] + m.shape[3:])
-    for t, (oi, oj), (si, sj) in _taps(*x.shape[3:], *m.shape[3:], k, up, down):
+    for t, (oi, oj), (si, sj) in _taps(*x.shape[3:], *m.shape[3:], k, up, down, padding):
         y[..., oi, oj] += m[:, :, t, None][..., oi, oj] * x[..., si, sj]
     return _merge_groups(y)
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def grad_features(grad_output, masks, size, *, up=1, down=1, groups=1):
+def grad_features(grad_output, masks, size, *, up=1, down=1, groups=1, padding=None):
     """Gradient of <D, Y> with respect to X [N, C, H, W], where (H, W) = size."""
     d, m = _split_groups(_double(grad_output), groups), _split_groups(_double(masks), groups)
     k = _kernel_size(masks.shape[1], groups)
     gx = np.zeros(d.shape[:3] + tuple(size))
-    for t, (oi, oj), (si, sj) in _taps(*size, *m.shape[3:], k, up, down):
+    for t, (oi, oj), (si, sj) in _taps(*size, *m.shape[3:], k, up, down, padding):
         np.add.at(gx, (..., si, sj), d[..., oi, oj] * m[:, :, t, None][..., oi, oj])
     return _merge_groups(gx)
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def grad_masks(grad_output, features, kernel_size, *, up=1, down=1, groups=1):
+def grad_masks(grad_output, features, kernel_size, *, up=1, down=1, groups=1, padding=None):
     """Gradient of <D, Y> with respect to M [N, G*K*K, H', W']."""
     d, x = _split_groups(_double(grad_output), groups), _split_groups(_double(features), groups)
     gm = np.zeros((*d.shape[:2], kernel_size**2, *d.shape[3:]))
-    for t, (oi, oj), (si, sj) in _taps(*x.shape[3:], *d.shape[3:], kernel_size, up, down):
+    sizes = *x.shape[3:], *d.shape[3:]
+    for t, (oi, oj), (si, sj) in _taps(*sizes, kernel_size, up, down, padding):
         gm[:, :, t][..., oi, oj] = (d[..., oi, oj] * x[..., si, sj]).sum(axis=2)
     return _merge_groups(gm)
 
@@ -170,23 +177,25 @@ def normalize_backward(grad_masks, logits, *, up=1, groups=1, normalizer="softma
 
 
 def reassemble_with_logits(
-    features, logits, *, up=1, down=1, groups=1, normalizer="softmax", size=None
+    features, logits, *, up=1, down=1, groups=1, normalizer="softmax", size=None, padding=None
 ):
     """Y from X and L: reassemble with the normalised masks."""
-    size = output_size(*features.shape[2:], up, down) if size is None else size
+    k = _kernel_size(logits.shape[1] // up**2, groups)
+    size = output_size(*features.shape[2:], up, down, k, padding) if size is None else size
     masks = normalize(logits, up=up, groups=groups, normalizer=normalizer, size=size)
-    return reassemble(features, masks, up=up, down=down, groups=groups)
+    return reassemble(features, masks, up=up, down=down, groups=groups, padding=padding)
 
 
 def reassemble_with_logits_backward(
-    grad_output, features, logits, *, up=1, down=1, groups=1, normalizer="softmax"
+    grad_output, features, logits, *, up=1, down=1, groups=1, normalizer="softmax", padding=None
 ):
     """Gradients of <D, Y> with respect to X and to L; the size is that of grad_output."""
     size = grad_output.shape[2:]
     masks = normalize(logits, up=up, groups=groups, normalizer=normalizer, size=size)
     k = _kernel_size(masks.shape[1], groups)
-    gx = grad_features(grad_output, masks, features.shape[2:], up=up, down=down, groups=groups)
-    gm = grad_masks(grad_output, features, k, up=up, down=down, groups=groups)
+    params = {"up": up, "down": down, "groups": groups, "padding": padding}
+    gx = grad_features(grad_output, masks, features.shape[2:], **params)
+    gm = grad_masks(grad_output, features, k, **params)
     return gx, normalize_backward(gm, logits, up=up, groups=groups, normalizer=normalizer)
 
 

@@ -244,6 +244,36 @@ WRONG = {
                     "size must be a pair (H', W') of integers; got 6 (int)."),
     "size triple": ("reassemble", {"size": (1, 2, 3)}, TypeError,
                     "size must be a pair (H', W') of integers; got (1, 2, 3) (tuple)."),
+    "padding too large": ("reassemble", {"padding": 2}, ValueError,
+                          "padding must be from 0 to kernel_size // 2 = 1; got (2, 2)."),
+    "padding negative": ("reassemble_with_logits_backward", {"padding": (0, -1)}, ValueError,
+                         "padding must be from 0 to kernel_size // 2 = 1; got (0, -1)."),
+    "padding beyond 64 bits": ("reassemble", {"padding": 2**63}, ValueError,
+                               "padding must be within 9223372036854775807 of 0; "
+                               "got 9223372036854775808 (int)."),
+    "padding 0.5": ("reassemble_backward", {"padding": 0.5}, TypeError,
+                    "padding must be an integer or a pair (rows, columns) of integers, from 0 to "
+                    "kernel_size // 2; got 0.5 (float)."),
+    "padding True": ("reassemble_with_logits", {"padding": (0, True)}, TypeError,
+                     "padding must be an integer or a pair (rows, columns) of integers, from 0 to "
+                     "kernel_size // 2; got (0, True) (tuple)."),
+    "padding triple": ("reassemble", {"padding": [1, 0, 1]}, TypeError,
+                       "padding must be an integer or a pair (rows, columns) of integers, from 0 "
+                       "to kernel_size // 2; got [1, 0, 1] (list)."),
+    "masks of another padding": ("reassemble", {"padding": 0}, ValueError,
+                                 "masks must have shape (N, groups*kernel_size**2, H', W') = "
+                                 "(2, 9, 2, 6); got (2, 9, 6, 10)."),
+    "logits of another padding": ("reassemble_with_logits", {"padding": (1, 0)}, ValueError,
+                                  "logits must have shape (N, groups*kernel_size**2*up**2, "
+                                  "ceil(h/down), ceil(w/down)) = (2, 36, 3, 3); got (2, 36, 3, 5). "
+                                  "Here h = max(0, H + 2*padding - 2*(kernel_size//2)), and w "
+                                  "likewise."),
+    "size too large for its padding": ("reassemble", {"size": (6, 10), "padding": (1, 0)},
+                                       ValueError,
+                                       "size must be at most the natural size (H', W') = "
+                                       "(ceil(h*up/down), ceil(w*up/down)) = (6, 6); "
+                                       "got (6, 10). Here h = max(0, H + 2*padding - "
+                                       "2*(kernel_size//2)), and w likewise."),
     "size empty, masks not": ("reassemble", {"size": (0, 10)}, ValueError,
                               "masks must have shape (N, groups*kernel_size**2, H', W') = "
                               "(2, 9, 0, 10); got (2, 9, 6, 10)."),
@@ -414,6 +444,20 @@ def test_output_size():
         carafepp.output_size((3.5, 3))
     with refused(TypeError, "[output_size] size must be a pair (H, W)"):
         carafepp.output_size(3)
+    with refused(ValueError, "[output_size] kernel_size must be odd, from 1 to 31; got 4."):
+        carafepp.output_size((3, 3), kernel_size=4)
+    with refused(
+        TypeError,
+        "[output_size] kernel_size must be given with padding: the output size depends on it; "
+        "got None.",
+    ):
+        carafepp.output_size((3, 3), padding=1)
+    with refused(
+        ValueError, "[output_size] padding must be from 0 to kernel_size // 2 = 2; got (3, 3)."
+    ):
+        carafepp.output_size((3, 3), kernel_size=5, padding=3)
+    with refused(TypeError, "[output_size] padding must be an integer or a pair (rows, columns)"):
+        carafepp.output_size((3, 3), kernel_size=5, padding="1")
 
 
 # ---- libraries and devices ----

@@ -24,9 +24,10 @@ def test_output_is_a_new_c_ordered_array_of_the_features_dtype(case, dtypes):
 
 def test_output_size_is_the_natural_one():
     for case in CASES.values():
-        size = carafepp.output_size((case.h, case.w), up=case.up, down=case.down)
+        factors = case.up, case.down, case.kernel_size, case.padding
+        size = carafepp.output_size((case.h, case.w), *factors)
         assert tuple(size) == case.natural_size
-        assert tuple(size) == ref.output_size(case.h, case.w, case.up, case.down)
+        assert tuple(size) == ref.output_size(case.h, case.w, *factors)
 
 
 def test_output_size_by_default_is_that_of_the_map():
@@ -35,6 +36,8 @@ def test_output_size_by_default_is_that_of_the_map():
 
 def test_output_size_is_computed_in_64_bits():
     assert tuple(carafepp.output_size((2**40, 3), up=3, down=2)) == (3 * 2**39, 5)
+    padded = {"kernel_size": 3, "padding": (1, 0)}
+    assert tuple(carafepp.output_size((2**40, 3), up=3, down=2, **padded)) == (3 * 2**39, 2)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ def problems(draw):
         groups=groups,
     )
     if draw(st.booleans()):
+        largest = case.kernel_size // 2
+        padding = draw(st.tuples(st.integers(0, largest), st.integers(0, largest)))
+        case = Case(**{**vars(case), "padding": padding})
+    if draw(st.booleans()):
         smallest = 0 if empty else 1
         size = tuple(
             draw(st.integers(min(smallest, extent), extent)) for extent in case.natural_size

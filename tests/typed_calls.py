@@ -20,6 +20,8 @@ Array = npt.NDArray[np.float32]
 def forward(x: Array, m: Array) -> None:
     assert_type(carafepp.reassemble(x, m, up=2, layout="NHWC"), Array)
     assert_type(carafepp.reassemble_with_logits(x, m, normalizer="sigmoid"), Array)
+    assert_type(carafepp.reassemble(x, m, padding=(1, 0)), Array)
+    assert_type(carafepp.output_size((5, 7), kernel_size=3, padding=0), tuple[int, int])
     assert_type(carafepp.normalize_masks(m, normalizer="none", layout="NCHW"), Array)
     assert_type(carafepp.normalize_masks_backward(m, m), Array)
 
@@ -28,7 +30,7 @@ def backward(d: Array, x: Array, m: Array, needed: bool) -> None:
     functions = carafepp.reassemble_backward, carafepp.reassemble_with_logits_backward
     masks, logits = functions
     assert_type(masks(d, x, m), tuple[Array, Array])
-    assert_type(masks(d, x, m, need_masks=False), tuple[Array, None])
+    assert_type(masks(d, x, m, padding=0, need_masks=False), tuple[Array, None])
     assert_type(masks(d, x, m, need_features=False), tuple[None, Array])
     assert_type(masks(d, x, m, need_masks=needed), tuple[Array | None, Array | None])
     assert_type(logits(d, x, m, kernel_size=3), tuple[Array, Array])
@@ -49,6 +51,8 @@ def mistyped(d: Array, x: Array, m: Array, params: dict[str, Any]) -> None:
     carafepp.list_implementations("reassemble", x, m, layout="NCWH")  # type: ignore[arg-type]
     carafepp.reassemble(x, m, up=1.5)  # type: ignore[arg-type]
     carafepp.reassemble(x, m, size=6)  # type: ignore[arg-type]
+    carafepp.reassemble(x, m, padding=(1, 0, 1))  # type: ignore[arg-type]
+    carafepp.normalize_masks(m, padding=0)  # type: ignore[call-arg]
 
 
 def mistyped_for_modules(layer: torch.nn.Module, options: dict[str, Any]) -> None:

@@ -97,6 +97,18 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def padding_pair(where: str, padding: Any) -> tuple[int, int]:
+    """Return (rows, columns) of a padding, which is a pair or one integer for both."""
+    number = None if isinstance(padding, (tuple, list)) else index_of(padding)
+    numbers = _read(padding, index_of) if number is None else (number, number)
+    if numbers is None or len(numbers) != 2:
+        raise TypeError(
+            f"[{where}] padding must be an integer or a pair (rows, columns) of integers, from 0 "
+            f"to kernel_size // 2; {_got(padding)}."
+        )
+    return numbers[0], numbers[1]
+
+
 def check_normalizer(function: str, normalizer: str) -> None:
     """Raise a ValueError if there is no such normaliser."""
     if not isinstance(normalizer, str) or normalizer not in NORMALIZERS:
@@ -106,9 +118,20 @@ def check_normalizer(function: str, normalizer: str) -> None:
         )
 
 
-def natural_size(size: tuple[int, int], up: int = 1, down: int = 1, **_: Any) -> tuple[int, int]:
+def natural_size(
+    size: tuple[int, int],
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int = 5,
+    padding: tuple[int, int] | None = None,
+    **_: Any,
+) -> tuple[int, int]:
     """Return `output_size` without checks."""
     height, width = size
+    if padding is not None:
+        rows, columns = padding
+        height = _not_negative(height + 2 * (rows - kernel_size // 2))
+        width = _not_negative(width + 2 * (columns - kernel_size // 2))
     return (height * up + down - 1) // down, (width * up + down - 1) // down
 
 
@@ -147,6 +170,15 @@ def _length(value: Any) -> Any:
     if type(value) is imported_class("torch", "SymInt") or is_proxy(value):
         return value
     return index_of(value)
+
+
+def _not_negative(length: Any) -> Any:
+    """Return max(0, length) of an integer, or of a symbol of a graph."""
+    if type(length) is int:
+        return max(0, length)
+    if is_tensor(length):
+        return length.clamp(min=0)
+    return sys.modules["torch"].sym_max(length, 0)
 
 
 def _is_traced(value: Any) -> bool:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 from . import _core
-from ._arguments import integer, natural_size, pair, positive
+from ._arguments import integer, natural_size, odd, padding_pair, pair, positive
 from ._doors import call, door_of
 from ._doors.door import FUNCTIONS, forced_implementation, params_of
 
@@ -33,6 +33,7 @@ class Array(Protocol):
 ArrayT = TypeVar("ArrayT", bound=Array)
 
 Layout = Literal["NCHW", "NHWC"]
+Padding = int | tuple[int, int]
 Normalizer = Literal["softmax", "sigmoid", "sigmoid_normalized", "none"]
 
 
@@ -45,14 +46,15 @@ def reassemble(
     groups: int = 1,
     size: tuple[int, int] | None = None,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Rescale features by a weighted sum over a window for every output pixel.
 
     ``output[n,c,i',j'] = sum over a,b in [-r,r] of
     masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]``
-    with ``r = K//2``, ``g(c) = c // (C//groups)``, ``src(i') = i'*down // up``. Features are 0
-    outside their borders: such a tap contributes exactly 0.
+    with ``r = K//2``, ``g(c) = c // (C//groups)``, ``src(i') = i'*down // up + r - padding``.
+    Features are 0 outside their borders: such a tap contributes exactly 0.
 
     Parameters
     ----------
@@ -68,10 +70,17 @@ def reassemble(
         The number of groups of channels; each group has its own kernels. C is divisible by it.
         (mmcv calls this number ``group_size``.)
     size : (int, int), optional
-        A smaller (H', W') than (ceil(H*up/down), ceil(W*up/down)): a crop at the bottom and right.
+        A smaller (H', W') than the natural size: a crop at the bottom and right. The natural size
+        is (ceil(h*up/down), ceil(w*up/down)), with ``h = max(0, H + 2*padding - 2*r)`` and w
+        likewise. By default h is H.
     layout : "NCHW" or "NHWC", default "NCHW"
         The order of the axes of every array. Strides tell the order in memory: a PyTorch tensor in
         channels_last memory format has the axes "NCHW".
+    padding : int or (int, int), default K//2
+        The numbers of rows and columns of zeros that count as features beyond each border, as in a
+        convolution: from 0 ("valid") to K//2. With 0 the caller pads the features, for example by
+        reflection, replication or periodically. A tile with a halo of K//2 gives exactly its part
+        of the whole.
     out : array, optional
         The array for the result. It has any strides and shares no element with an input.
 
@@ -107,20 +116,32 @@ def reassemble(
 
     Examples
     --------
-    A 3x3 box filter, and nearest-neighbour upsampling:
+    A 3x3 box filter, with zeros and with replicated features beyond the borders, and
+    nearest-neighbour upsampling:
 
     >>> import numpy as np
     >>> features = np.arange(4.0, dtype=np.float32).reshape(1, 1, 2, 2)
     >>> reassemble(features, np.full((1, 9, 2, 2), 1 / 9, np.float32))
     array([[[[0.6666667, 0.6666667],
              [0.6666667, 0.6666667]]]], dtype=float32)
+    >>> padded = np.pad(features, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    >>> reassemble(padded, np.full((1, 9, 2, 2), 1 / 9, np.float32), padding=0)
+    array([[[[1.       , 1.3333334],
+             [1.6666667, 2.       ]]]], dtype=float32)
     >>> reassemble(features, np.ones((1, 1, 4, 4), np.float32), up=2)[0, 0]
     array([[0., 0., 1., 1.],
            [0., 0., 1., 1.],
            [2., 2., 3., 3.],
            [2., 2., 3., 3.]], dtype=float32)
     """
-    params = {"up": up, "down": down, "groups": groups, "size": size, "layout": layout}
+    params = {
+        "up": up,
+        "down": down,
+        "groups": groups,
+        "size": size,
+        "layout": layout,
+        "padding": padding,
+    }
     results: tuple[ArrayT] = call("reassemble", (features, masks), params, (out,))
     return results[0]
 
@@ -135,6 +156,7 @@ def reassemble_backward(
     down: int = 1,
     groups: int = 1,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[True] = True,
     need_masks: Literal[True] = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -149,6 +171,7 @@ def reassemble_backward(
     down: int = 1,
     groups: int = 1,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[True] = True,
     need_masks: Literal[False],
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -163,6 +186,7 @@ def reassemble_backward(
     down: int = 1,
     groups: int = 1,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[False],
     need_masks: Literal[True] = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -177,6 +201,7 @@ def reassemble_backward(
     down: int = 1,
     groups: int = 1,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: bool = True,
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -190,6 +215,7 @@ def reassemble_backward(
     down: int = 1,
     groups: int = 1,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: bool = True,
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -209,7 +235,7 @@ def reassemble_backward(
     features : array, (N, C, H, W)
     masks : array, (N, groups*K*K, H', W')
         The size is the size of the output.
-    up, down, groups, layout
+    up, down, groups, layout, padding
         As for `reassemble`.
     need_features, need_masks : bool, default True
         The gradients to compute. The other one is None.
@@ -251,7 +277,13 @@ def reassemble_backward(
     array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
-    params = {"up": up, "down": down, "groups": groups, "layout": layout}
+    params = {
+        "up": up,
+        "down": down,
+        "groups": groups,
+        "layout": layout,
+        "padding": padding,
+    }
     return _backward(
         "reassemble_backward",
         (grad_output, features, masks),
@@ -272,6 +304,7 @@ def reassemble_with_logits(
     normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Normalise logits to masks and reassemble features with them, in one pass.
@@ -284,11 +317,12 @@ def reassemble_with_logits(
     ----------
     features : array, (N, C, H, W) or (C, H, W)
         As for `reassemble`.
-    logits : array, (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))
-        The prediction of the content encoder. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t
+    logits : array, (N, groups*K*K*up*up, ceil(h/down), ceil(w/down))
+        The prediction of the content encoder. By default h is H and w is W; `reassemble` tells how
+        they depend on padding. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t
         of the output pixel at sub-pixel (dy, dx): the order of ``torch.pixel_shuffle``. The dtype
         of features or, with half features, float32.
-    up, down, groups, size, layout, out
+    up, down, groups, size, layout, padding, out
         As for `reassemble`.
     kernel_size : int, default 5
         K: odd, 1 to 31.
@@ -335,6 +369,7 @@ def reassemble_with_logits(
         "normalizer": normalizer,
         "size": size,
         "layout": layout,
+        "padding": padding,
     }
     results: tuple[ArrayT] = call("reassemble_with_logits", (features, logits), params, (out,))
     return results[0]
@@ -352,6 +387,7 @@ def reassemble_with_logits_backward(
     groups: int = 1,
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[True] = True,
     need_logits: Literal[True] = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -368,6 +404,7 @@ def reassemble_with_logits_backward(
     groups: int = 1,
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[True] = True,
     need_logits: Literal[False],
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -384,6 +421,7 @@ def reassemble_with_logits_backward(
     groups: int = 1,
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: Literal[False],
     need_logits: Literal[True] = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -400,6 +438,7 @@ def reassemble_with_logits_backward(
     groups: int = 1,
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: bool = True,
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -415,6 +454,7 @@ def reassemble_with_logits_backward(
     groups: int = 1,
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     need_features: bool = True,
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
@@ -428,11 +468,10 @@ def reassemble_with_logits_backward(
     Parameters
     ----------
     grad_output : array, (N, C, H', W')
-        The gradient of the output, in the dtype of features. The size is at most
-        (ceil(H*up/down), ceil(W*up/down)).
+        The gradient of the output, in the dtype of features. The size is at most the natural one.
     features : array, (N, C, H, W)
-    logits : array, (N, groups*K*K*up*up, ceil(H/down), ceil(W/down))
-    up, down, kernel_size, groups, normalizer, layout
+    logits : array, (N, groups*K*K*up*up, ceil(h/down), ceil(w/down))
+    up, down, kernel_size, groups, normalizer, layout, padding
         As for `reassemble_with_logits`.
     need_features, need_logits : bool, default True
         The gradients to compute. The other one is None.
@@ -479,6 +518,7 @@ def reassemble_with_logits_backward(
         "kernel_size": kernel_size,
         "normalizer": normalizer,
         "layout": layout,
+        "padding": padding,
     }
     return _backward(
         "reassemble_with_logits_backward",
@@ -617,14 +657,27 @@ def normalize_masks_backward(
     return results[0]
 
 
-def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int, int]:
-    """Return the natural size of an output: ``(ceil(H*up/down), ceil(W*up/down))``.
+def output_size(
+    size: tuple[int, int],
+    up: int = 1,
+    down: int = 1,
+    kernel_size: int | None = None,
+    padding: Padding | None = None,
+) -> tuple[int, int]:
+    """Return the natural size of an output: ``(ceil(h*up/down), ceil(w*up/down))``.
+
+    By default ``(h, w) = (H, W)``. With padding ``h = max(0, H + 2*padding - 2*(kernel_size//2))``,
+    and w likewise.
 
     Parameters
     ----------
     size : (int, int)
         (H, W) of the features. Symbols of PyTorch's graphs are allowed.
     up, down : int, default 1
+    kernel_size : int, optional
+        K: odd, 1 to 31. With padding it must be given.
+    padding : int or (int, int), default K//2
+        As for `reassemble`.
 
     Returns
     -------
@@ -634,14 +687,18 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
     Raises
     ------
     TypeError
-        size is not a pair of integers.
+        size is not a pair of integers, padding is neither that nor an integer, or kernel_size is
+        missing.
     ValueError
-        size is negative, up or down is not from 1 to 2**31 - 1, or the result is 2**63 or more.
+        size is negative, up or down is not from 1 to 2**31 - 1, kernel_size is not odd from 1 to
+        31, padding is not from 0 to kernel_size//2, or the result is 2**63 or more.
 
     Examples
     --------
     >>> output_size((7, 8), up=3, down=2)
     (11, 12)
+    >>> output_size((7, 8), kernel_size=5, padding=0)
+    (3, 4)
     """
     size = pair("output_size", size, "(H, W)")
     up, down = positive("output_size", up=up, down=down)
@@ -652,7 +709,22 @@ def output_size(size: tuple[int, int], up: int = 1, down: int = 1) -> tuple[int,
             f"[output_size] size is too large for up={up}: positions in the result must stay below "
             f"2**63; got {size}."
         )
-    return natural_size(size, up, down)
+    if padding is None and kernel_size is None:
+        return natural_size(size, up, down)
+    if kernel_size is None:
+        raise TypeError(
+            "[output_size] kernel_size must be given with padding: the output size depends on it; "
+            "got None."
+        )
+    kernel_size = odd("output_size", "kernel_size", kernel_size)
+    if padding is not None:
+        padding = padding_pair("output_size", padding)
+        if min(padding) < 0 or max(padding) > kernel_size // 2:
+            raise ValueError(
+                f"[output_size] padding must be from 0 to kernel_size // 2 = {kernel_size // 2}; "
+                f"got {padding}."
+            )
+    return natural_size(size, up, down, kernel_size, padding)
 
 
 def set_num_threads(threads: int) -> None:
@@ -699,6 +771,7 @@ def list_implementations(
     normalizer: Normalizer = "softmax",
     size: tuple[int, int] | None = None,
     layout: Layout = "NCHW",
+    padding: Padding | None = None,
     out: Any = None,
 ) -> list[tuple[str, str | None]]:
     """Return the implementations of a function for a problem, in the order of preference.
@@ -711,7 +784,7 @@ def list_implementations(
         The name of a function.
     *arrays
         The input arrays, in the order of its signature.
-    up, down, kernel_size, groups, normalizer, size, layout
+    up, down, kernel_size, groups, normalizer, size, layout, padding
         As for that function.
     out : array or pair of arrays, optional
         As for that function. Without it, the reasons do not consider the layout of results.
@@ -752,6 +825,7 @@ def list_implementations(
         normalizer=normalizer,
         size=size,
         layout=layout,
+        padding=padding,
     )
     results = (out,) if len(spec.out) == 1 else tuple(out or (None, None))
     door = door_of(function, arrays, results)

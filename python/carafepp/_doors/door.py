@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from .. import _core
-from .._arguments import NORMALIZERS, check_normalizer, integer, pair
+from .._arguments import NORMALIZERS, check_normalizer, integer, padding_pair, pair
 
 _LAYOUTS = {"NCHW": False, "NHWC": True}
 
@@ -120,7 +120,12 @@ class Door:
             if result is None and needed[k]:
                 like = inputs[spec.like[k]]
                 shape = like.shape
-                if not spec.same_shape:
+                if function == "reassemble" and params.get("padding") is not None:
+                    # The natural size depends on kernel_size, which only the masks tell.
+                    axes = slice(-3, -1) if params.get("layout") == "NHWC" else slice(-2, None)
+                    shape = [*shape]
+                    shape[axes] = inputs[1].shape[axes]
+                elif not spec.same_shape:
                     shape = _core.output_shape(core_params, shape)
                 try:
                     result = self.empty(function, like, shape)
@@ -165,6 +170,7 @@ def params_of(
     normalizer: str = "none",
     size: tuple[int, int] | None = None,
     layout: str = "NCHW",
+    padding: int | tuple[int, int] | None = None,
 ) -> _core.Params:
     """Return the parameters as the core takes them: words become numbers."""
     if not (type(up) is type(down) is type(groups) is type(kernel_size) is int):
@@ -174,6 +180,8 @@ def params_of(
         ]
     if size is not None:
         size = pair(function, size)
+    if padding is not None:
+        padding = padding_pair(function, padding)
     if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise ValueError(f"[{function}] layout must be 'NCHW' or 'NHWC'; got {layout!r}.")
     check_normalizer(function, normalizer)
@@ -186,6 +194,7 @@ def params_of(
         groups,
         NORMALIZERS[normalizer],
         size,
+        padding,
         _LAYOUTS[layout],
         forced_implementation.get(),
     )

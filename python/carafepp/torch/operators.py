@@ -13,8 +13,10 @@ of sigmoid_normalized is not symmetric: the derivative treats it as the softmax 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from .._arguments import integer, is_proxy, natural_size, pair
+from .._arguments import integer, is_proxy, natural_size, padding_pair, pair
 from .._doors.door import FUNCTIONS, not_an_array
 from .._doors.torch import PyTorch
 from . import dtensor
@@ -64,6 +66,7 @@ _PARAMS: dict[str, tuple[str, Any]] = {
     "normalizer": ("str", "softmax"),
     "size": ("SymInt[2]?", None),
     "layout": ("str", "NCHW"),
+    "padding": ("int[2]?", None),
 }
 
 
@@ -308,6 +311,9 @@ def call(
     size = params.get("size")
     if size is not None:
         changed["size"] = size = pair(function, size)
+    padding = params.get("padding")
+    if padding is not None and not is_proxy(padding):
+        changed["padding"] = padding_pair(function, padding)
     try:
         if size is not None and (isinstance(size[0], Tensor) or isinstance(size[1], Tensor)):
             return (_crop(function, tensors, **changed),)
@@ -338,7 +344,13 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
     nhwc = params.get("layout") == "NHWC"
     if name == "reassemble":
         features, masks = tensors
-        rows, columns = natural_size(_size(features, **params), **params)
+        more: dict[str, Any] = {}
+        if "padding" in params:
+            with warnings.catch_warnings():  # kernel_size is a constant of the trace
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                taps = int(masks.shape[-1 if nhwc else -3]) // params.get("groups", 1)
+            more["kernel_size"] = isqrt(taps)
+        rows, columns = natural_size(_size(features, **params), **params, **more)
         missing = (0, columns - width, 0, rows - height)
         tensors = features, F.pad(masks, (0, 0, *missing) if nhwc else missing)
     output: Tensor = _operators[name](*tensors, **params)
@@ -376,7 +388,17 @@ def _resized(
     return _door.empty("", like, (*like.shape[:-3], *size, like.shape[-1] // shrink))
 
 
-def _reassembled(features: Tensor, masks: Tensor, *, size: Any = None, **params: Any) -> Tensor:
+def _reassembled(
+    features: Tensor, masks: Tensor, *, size: Any = None, padding: Any = None, **params: Any
+) -> Tensor:
+    if padding is not None:  # the natural size depends on kernel_size, which only the masks tell
+        size = _size(masks, **params)
+    return _reassembled_with_logits(features, masks, size=size, **params)
+
+
+def _reassembled_with_logits(
+    features: Tensor, logits: Tensor, *, size: Any = None, **params: Any
+) -> Tensor:
     return _resized(features, size or natural_size(_size(features, **params), **params), **params)
 
 
@@ -471,7 +493,7 @@ def _unchanged(direction: Tensor, *_: Tensor, **__: Any) -> Tensor:
 
 
 def _normalizer(params: dict[str, Any]) -> dict[str, Any]:
-    return {key: params[key] for key in params if key != "down"}
+    return {key: params[key] for key in params if key not in ("down", "padding")}
 
 
 def _factors(params: dict[str, Any]) -> dict[str, Any]:
@@ -568,7 +590,7 @@ def _push_grad_logits(
 reassemble = _define(
     "reassemble",
     "features masks",
-    "up down groups size layout",
+    "up down groups size layout padding",
     ("reassemble", 0),
     _reassembled,
     _derive_output("reassemble", "masks"),
@@ -579,7 +601,7 @@ reassemble = _define(
 reassemble_grad_features = _define(
     "reassemble_grad_features",
     "grad_output features masks",
-    "up down groups layout",
+    "up down groups layout padding",
     ("reassemble_backward", 0),
     _like(1),
     _derive_grad_features("reassemble", "masks"),
@@ -589,7 +611,7 @@ reassemble_grad_features = _define(
 reassemble_grad_masks = _define(
     "reassemble_grad_masks",
     "grad_output features masks",
-    "up down groups layout",
+    "up down groups layout padding",
     ("reassemble_backward", 1),
     _like(2),
     _derive_grad_masks,
@@ -599,9 +621,9 @@ reassemble_grad_masks = _define(
 reassemble_with_logits = _define(
     "reassemble_with_logits",
     "features logits",
-    "up down groups kernel_size normalizer size layout",
+    "up down groups kernel_size normalizer size layout padding",
     ("reassemble_with_logits", 0),
-    _reassembled,
+    _reassembled_with_logits,
     _derive_output("reassemble_with_logits", "logits"),
     pushes=(None, _push_output),
     flops=count_reassemble_with_logits,
@@ -610,7 +632,7 @@ reassemble_with_logits = _define(
 reassemble_with_logits_grad_features = _define(
     "reassemble_with_logits_grad_features",
     "grad_output features logits",
-    "up down groups kernel_size normalizer layout",
+    "up down groups kernel_size normalizer layout padding",
     ("reassemble_with_logits_backward", 0),
     _like(1),
     _derive_grad_features("reassemble_with_logits", "logits"),
@@ -620,7 +642,7 @@ reassemble_with_logits_grad_features = _define(
 reassemble_with_logits_grad_logits = _define(
     "reassemble_with_logits_grad_logits",
     "grad_output features logits",
-    "up down groups kernel_size normalizer layout",
+    "up down groups kernel_size normalizer layout padding",
     ("reassemble_with_logits_backward", 1),
     _like(2),
     _derive_grad_logits,
