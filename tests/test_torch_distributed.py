@@ -71,15 +71,16 @@ def main(rank, folder):
         (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
-def random_tensors(groups, layout="NCHW", batch=3, channels=6, **_):
+def random_tensors(groups, layout="NCHW", batch=3, channels=6, padding=(1, 1), **_):
     """Return small integers by name: features, masks, logits, grad_output. Their sums are exact."""
     import torch
 
+    h, w = 2 + 2 * padding[0], 3 + 2 * padding[1]  # windows in a map of 4 rows and 5 columns
     shapes = {
         "features": (batch, channels, 4, 5),
-        "masks": (batch, groups * 9, 8, 10),
-        "logits": (batch, groups * 36, 4, 5),
-        "grad_output": (batch, channels, 8, 10),
+        "masks": (batch, groups * 9, 2 * h, 2 * w),
+        "logits": (batch, groups * 36, h, w),
+        "grad_output": (batch, channels, 2 * h, 2 * w),
     }
     tensors = {name: torch.randint(-3, 4, shape).double() for name, shape in shapes.items()}
     if layout == "NHWC":
@@ -263,7 +264,9 @@ def functions_are_differentiable(mesh):
 
     for groups in (1, 2):
         gradients(carafepp.reassemble, "masks", up=2, groups=groups)
-        gradients(carafepp.reassemble_with_logits, "logits", up=2, groups=groups, kernel_size=3)
+        logits = {"kernel_size": 3, "padding": (0, 1)}
+        gradients(carafepp.reassemble_with_logits, "logits", up=2, groups=groups, **logits)
+        gradients(carafepp.reassemble, "masks", up=2, groups=groups, padding=(1, 0))
 
 
 @check

@@ -40,6 +40,7 @@ TINY = [
     Case("groups", "groups", 1, 4, 2, 2, up=2, groups=2),
     Case("crop", "a crop", 1, 2, 2, 3, up=2, size=(3, 5)),
     Case("skips", "features that no tap reaches", 1, 2, 3, 3, down=2, kernel_size=1),
+    Case("padding", "rows alone are padded", 1, 2, 2, 4, up=2, padding=(1, 0)),
 ]
 each_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 
@@ -144,6 +145,8 @@ OPCHECKS = {
     "no images": ("empty_batch", as_they_are, {}),
     "no channels": ("zero_channels_groups", in_memory("nhwc"), {}),
     "no output": ("empty_crop", as_they_are, {}),
+    "padding": ("padding_ratio", in_memory("nhwc"), {}),
+    "no window": ("padding_of_too_few", as_they_are, {}),
 }
 
 
@@ -156,7 +159,8 @@ def test_opcheck(kind, which, torch):
     tensors, params = random_problem(torch, function, CASES[name])
     tensors = that_require_grad(change(torch, tensors))
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if kind in ("channels_last crop", "no images"):  # the others would take a second each
+    # The others would take a second each.
+    if kind in ("channels_last crop", "no images", "padding"):
         utils.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(
         operator(function, index), tuple(tensors), {**params, **more}, test_utils=utils
@@ -222,7 +226,7 @@ def gradient_call(function, inputs, params, grad):
 
 @product(
     function=FORWARD,
-    name=["groups_2", "crop_ratio", "down2", "empty_crop"],
+    name=["groups_2", "crop_ratio", "down2", "empty_crop", "padding_ratio"],
     turns={"dtypes": DTYPES},
 )
 def test_gradients_are_those_of_the_numpy_functions(function, name, dtypes, torch):
@@ -483,6 +487,13 @@ WRONG = {
     "triple for a size": {"size": (3, 4, 5)},
     "values of a dict for a size": {"size": {0: 3, 1: 4}.values()},
     "type for a size": {"size": list},
+    "float for a padding": {"padding": 1.0},
+    "bool in a padding": {"padding": (0, True)},
+    "triple for a padding": {"padding": (0, 1, 0)},
+    "text for a padding": {"padding": "01"},
+    "dict for a padding": {"padding": {0: 1}},
+    "too large a padding": {"padding": (0, 2)},
+    "far too large a padding": {"padding": 2**63},
     "number for a layout": {"layout": 0},
     "list for a layout": {"layout": ["NCHW"]},
     "range": {"up": 0},
@@ -504,24 +515,25 @@ def test_wrong_arguments_are_refused_as_those_of_numpy_arrays(function, name, to
         assert str(error.value) == str(expected.value)
 
 
-# Integers of every kind, each for an `up` of 2 and a `size` of (8, 10).
+# Integers of every kind, each for an `up` of 2, a `size` of (8, 10) and a `padding` of (1, 1).
 RIGHT = {
-    "integer of numpy": (np.int32(2), (np.int64(8), np.uint8(10))),
-    "array without axes": (np.array(2), (np.array(8), 10)),
-    "array of two integers": (2, np.array([8, 10])),
-    "list": (2, [8, 10]),
-    "range": (2, range(8, 11, 2)),
+    "integer of numpy": (np.int32(2), (np.int64(8), np.uint8(10)), (np.int8(1), 1)),
+    "array without axes": (np.array(2), (np.array(8), 10), np.array(1)),
+    "array of two integers": (2, np.array([8, 10]), np.array([1, 1])),
+    "list": (2, [8, 10], [1, 1]),
+    "range": (2, range(8, 11, 2), np.uint8(1)),
 }
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_integers_of_every_kind_are_taken(name, torch):
-    up, size = RIGHT[name]
+    up, size, padding = RIGHT[name]
+    params = {"up": up, "size": size, "padding": padding}
     arrays = np.ones((1, 3, 4, 5), np.float32), np.ones((1, 9, 8, 10), np.float32)
     expected = carafepp.reassemble(*arrays, up=2)
-    np.testing.assert_array_equal(carafepp.reassemble(*arrays, up=up, size=size), expected)
+    np.testing.assert_array_equal(carafepp.reassemble(*arrays, **params), expected)
     for tensors in (tensors_of(torch, arrays), that_require_grad(tensors_of(torch, arrays))):
-        result = carafepp.reassemble(*tensors, up=up, size=size)
+        result = carafepp.reassemble(*tensors, **params)
         np.testing.assert_array_equal(result.detach(), expected)
 
 
@@ -998,7 +1010,11 @@ def test_inductor_runs_half_tensors(dtypes, torch, compiled):
 SIZES = [(3, 8, 10), (2, 8, 10), (3, 5, 7), (5, 13, 4), (1, 2, 3), (2, 1, 1), (1, 1, 9)]
 
 
-@pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}, {"up": 3, "down": 2}], ids=str)
+@pytest.mark.parametrize(
+    "factors",
+    [{"up": 2}, {"down": 2}, {"up": 3, "down": 2}, {"up": 2, "padding": (0, 1)}],
+    ids=str,
+)
 def test_one_graph_is_for_many_sizes(factors, torch, compiled):
     """A length of 1 is an exception: PyTorch takes it for a constant."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -1132,15 +1148,18 @@ def test_export(function, strict, torch):
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}], ids=str)
+@pytest.mark.parametrize("factors", [{"up": 2}, {"down": 2}, {"padding": 0}], ids=str)
 def test_export_of_any_batch_height_and_width(factors, strict, torch):
     def inputs(n, h, w):
-        case = Case("", "", n, 5, h, w, **factors)
+        more = {"padding": (0, 0)} if "padding" in factors else {}
+        case = Case("", "", n, 5, h, w, **{**factors, **more})
         return tuple(random_problem(torch, "reassemble_with_logits", case)[0])
 
     n, h, w = (torch.export.Dim(name, min=2, max=64) for name in "nhw")
     down = factors.get("down", 1)
     shapes = {0: n, 2: h * down, 3: w * down}, {0: n, 2: h, 3: w}
+    if "padding" in factors:
+        shapes = {0: n, 2: h + 2, 3: w + 2}, {0: n, 2: h, 3: w}
     reassembly = module(torch, "reassemble_with_logits", **factors, kernel_size=3)
     exported = torch.export.export(
         reassembly, inputs(3, 8, 6), dynamic_shapes=(shapes,), strict=strict
@@ -1221,7 +1240,10 @@ def test_torch_jit_traces_go_on_with_other_sizes(torch):
         size, how = skip.shape[-2:], {"up": 2, "kernel_size": 3}
         masks = carafepp.normalize_masks(logits, size=size, **how)
         direct = carafepp.reassemble_with_logits(x, logits, size=size, **how)
-        return masks, carafepp.reassemble(x, masks, up=2, size=size), direct
+        whole = carafepp.reassemble(x, masks, up=2, size=size)
+        h, w = size[0] - 4, size[1] - 4
+        valid = carafepp.reassemble(x, masks[..., :h, :w], up=2, size=(h, w), padding=0)
+        return masks, whole, direct, valid
 
     def inputs(n, h, w, height, width):
         return torch.randn(n, 3, h, w), torch.randn(n, 36, h, w), torch.ones(n, 1, height, width)
@@ -1237,7 +1259,11 @@ def test_torch_jit_traces_go_on_with_other_sizes(torch):
 def test_graphs_have_output_sizes_of_symbols(record, torch):
     class Module(torch.nn.Module):
         def forward(self, x):
-            return x.new_ones(carafepp.output_size(x.shape[-2:], up=2, down=3))
+            size = x.shape[-2:]
+            return x.new_ones(
+                *carafepp.output_size(size, up=2, down=3),
+                *carafepp.output_size(size, kernel_size=5, padding=(1, 2)),
+            )
 
     module, x = Module(), torch.randn(1, 3, 8, 9)
     if record == "trace":
@@ -1249,7 +1275,8 @@ def test_graphs_have_output_sizes_of_symbols(record, torch):
         graph = torch.fx.symbolic_trace(module)
     else:
         graph = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
-    for size in [(8, 9), (5, 7), (12, 6)]:
+    too_small = [] if record == "export" else [(1, 4)]  # no window fits
+    for size in [(8, 9), (5, 7), (12, 6), *too_small]:
         x = torch.randn(1, 3, *size)
         torch.testing.assert_close(graph(x), module(x))
 
