@@ -1281,6 +1281,22 @@ def test_graphs_have_output_sizes_of_symbols(record, torch):
         torch.testing.assert_close(graph(x), module(x))
 
 
+@pytest.mark.parametrize("record", ["compile", "fx"])
+def test_padding_may_be_an_argument_of_a_graph(record, torch):
+    def function(x, m, padding, rows):
+        whole = carafepp.reassemble(x, m, padding=padding)
+        return whole, carafepp.reassemble(x, m, padding=(rows, 1))
+
+    if record == "fx":
+        graph = torch.fx.symbolic_trace(function)
+    else:
+        graph = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    x = torch.randn(1, 2, 5, 6)
+    for padding, rows, height in ((1, 1, 5), ((0, 1), 0, 3), ([1, 1], 1, 5)):
+        m = torch.randn(1, 9, height, 6)
+        assert_all_same(graph(x, m, padding, rows), function(x, m, padding, rows))
+
+
 @each_function
 def test_torch_fx_traces_the_functions(function, torch):
     """Each trace calls its operators."""

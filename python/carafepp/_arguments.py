@@ -100,7 +100,7 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
 def padding_pair(where: str, padding: Any) -> tuple[int, int]:
     """Return (rows, columns) of a padding, which is a pair or one integer for both."""
     number = None if isinstance(padding, (tuple, list)) else index_of(padding)
-    numbers = _read(padding, index_of) if number is None else (number, number)
+    numbers = _read(padding, _index_or_proxy) if number is None else (number, number)
     if numbers is None or len(numbers) != 2:
         raise TypeError(
             f"[{where}] padding must be an integer or a pair (rows, columns) of integers, from 0 "
@@ -157,6 +157,11 @@ def _is_row(values: Any) -> bool:
         return False
     ordered = hasattr(type(values), "__len__") and hasattr(type(values), "__getitem__")
     return ordered and getattr(values, "ndim", 1) == 1
+
+
+def _index_or_proxy(value: Any) -> Any:
+    number = index_of(value)
+    return value if number is None and is_proxy(value) else number
 
 
 def _length(value: Any) -> Any:
