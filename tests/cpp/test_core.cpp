@@ -292,6 +292,7 @@ TEST_CASE("nothing beyond the arrays is touched") {
         CHECK(carafepp_reassemble_with_logits(&params, &x, &l, &y, nullptr) == CARAFEPP_OK);
         CHECK(carafepp_reassemble_backward(&params, &d, &x, &m, &gx, &gm, nullptr) == CARAFEPP_OK);
         CHECK(carafepp_reassemble_with_logits_backward(&params, &d, &x, &l, &gx, &gl, nullptr) == CARAFEPP_OK);
+        params.flags &= ~uint32_t{CARAFEPP_PADDING};  // there are no features
         CHECK(carafepp_normalize_masks(&params, &l, &m, nullptr) == CARAFEPP_OK);
         CHECK(carafepp_normalize_masks_backward(&params, &gm, &l, &gl, nullptr) == CARAFEPP_OK);
     };
