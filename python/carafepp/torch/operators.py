@@ -312,8 +312,8 @@ def call(
     if size is not None:
         changed["size"] = size = pair(function, size)
     padding = params.get("padding")
-    # torch.compile cannot ask whether an integer of its graph is a proxy
-    if isinstance(padding, (int, tuple, list)) or not (padding is None or is_proxy(padding)):
+    # torch.compile cannot ask an integer of its graph whether it is a proxy.
+    if padding is not None and (isinstance(padding, (int, tuple, list)) or not is_proxy(padding)):
         changed["padding"] = padding_pair(function, padding)
     try:
         if size is not None and (isinstance(size[0], Tensor) or isinstance(size[1], Tensor)):
