@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     end = time.monotonic() + QUICK_SECONDS
     peaks = machine.measure(asked.threads) if asked.seconds else {}
-    pages = report.Report(**FACTS, **dict(map(_peaks, peaks.values())))
+    limits = {f"peaks, threads: {count}": str(peak) for count, peak in peaks.items()}
+    pages = report.Report(**FACTS, **limits)
     calls = one_call(min(asked.seconds, 1)) if asked.seconds else []
     rows: list[report.Row] = []
     if calls:
@@ -119,12 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any((row["error"] or "").startswith("wrong") for row in rows) else 0
 
 
-def _peaks(peaks: machine.Peaks) -> tuple[str, str]:
-    rates = [f"{size / 2**20:.3g} MiB {rate / 1e9:.0f}" for size, rate in peaks.copy.items()]
-    text = f"FMA in registers {peaks.flops / 1e9:.0f} GFLOP/s; copy, GB/s read plus written: "
-    return f"peaks, threads: {peaks.threads}", text + ", ".join(rates)
-
-
 def _labels(row: report.Row) -> str:
     keys = ("name", "pass", "weights", "layout", "dtype", "threads")
     return " ".join(str(row[key]) for key in keys)
@@ -136,33 +131,25 @@ def _order(row: report.Row) -> tuple:
     return *problem, kind, row["layout"], not row["chosen"], row.get("seconds", 0)
 
 
-def _number(key: str, scale: float = 1, form: str = ".3g") -> Callable[[report.Row], str]:
-    return lambda row: "-" if row.get(key) is None else format(row[key] / scale, form)
-
-
-def _ms(row: report.Row) -> str:
-    return f"{row['seconds'] * 1e3:.4g}" if "seconds" in row else row["error"] or "right"
-
-
 COLUMNS = {
     **{key: lambda row, key=key: str(row[key]) for key in ("pass", "dtype", "threads", "layout")},
     "implementation": lambda row: row["name"],
-    "ms": _ms,
+    "ms": report.milliseconds,
     "p10-p90": lambda row: report.interval(row) if "seconds" in row else "-",
     "n": lambda row: str(row["samples"]),
-    "GFLOP/s": _number("flops", 1e9, ".1f"),
-    "roofline": _number("share", 1, ".0%"),
-    "x best composition": _number("x_composition"),
-    "in its layout": _number("x_same_layout"),
-    "x nearest or avg_pool": _number("x_operator"),
-    "extra MB": _number("memory", 1e6, ".1f"),
+    "GFLOP/s": report.number("flops", 1e9, ".1f"),
+    "roofline": report.number("share", 1, ".0%"),
+    "x best composition": report.number("x_composition"),
+    "in its layout": report.number("x_same_layout"),
+    "x nearest or avg_pool": report.number("x_operator"),
+    "extra MB": report.number("memory", 1e6, ".1f"),
 }
 CALL_COLUMNS = {
     "arrays": lambda row: row["arrays"],
     "call": lambda row: row["name"],
-    "us": _number("seconds", 1e-6),
+    "us": report.number("seconds", 1e-6),
     "p10-p90": lambda row: report.interval(row, 1e-6),
-    "carafepp's time / this one's": _number("ratio"),
+    "carafepp's time / this one's": report.number("ratio"),
 }
 
 

@@ -51,7 +51,7 @@ def compare(
     def check(candidate: Candidate) -> None:
         labels = candidate.labels
         try:
-            results = _answer(candidate, arrays[labels["dtype"]])
+            results = answer(candidate, arrays[labels["dtype"]])
             slack = 1 if labels["kind"] == "carafepp" else SLACK[labels["dtype"]]
             truths[labels["dtype"]].check(results, slack)
             first_row = (labels["dtype"], candidate.threads) == (asked.dtype[0], asked.threads[0])
@@ -78,13 +78,15 @@ def compare(
             if candidate.warm_up > timing.SLOW:
                 timing.warm_up(candidate)  # again: ratios need a warm best composition
         timing.measure([candidate for candidate in found if candidate not in errors], seconds)
-    rows = [_row(case, candidate, peaks) | {"error": errors.get(candidate)} for candidate in found]
+    rows = [
+        described(case, candidate, peaks) | {"error": errors.get(candidate)} for candidate in found
+    ]
     for row in rows:
         row |= _ratios(row, rows)
     return rows
 
 
-def _answer(candidate: Candidate, arrays: Arrays) -> dict[str, Any]:
+def answer(candidate: Candidate, arrays: Arrays) -> dict[str, Any]:
     """Return the results by name, axes N, C, H, W; recycled results are NaN before the call."""
     layout = candidate.labels["layout"]
     if candidate.labels["outputs"] == "recycled":
@@ -118,7 +120,7 @@ def _compiled(arrays: Arrays, right: list[Candidate], layouts, weights, pass_, t
             yield peers.composition(name, *how, compiled=True)
 
 
-def _row(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict[str, Any]:
+def described(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict[str, Any]:
     """Return a row with its rates; operators compute something else and have none."""
     shapes = {"shape": case.features_shape, "output_shape": case.output_shape}
     row = {"case": case.name, **shapes, **candidate.row()}

@@ -30,12 +30,13 @@ def candidates(arrays: Arrays, weights: str, pass_: str, asked) -> Iterator[Cand
                     continue
                 every = name == CHOICE or not asked.quick
                 for threads in asked.threads if every else asked.threads[:1]:
-                    yield _candidate(one, arrays, layout, name, threads, asked.fresh)
+                    yield candidate(one, arrays, layout, name, threads, asked.fresh)
 
 
-def _candidate(
+def candidate(
     pass_: Pass, arrays: Arrays, layout: str, name: str, threads: int, fresh: bool
 ) -> Candidate:
+    """Return carafepp's candidate for one pass; `name` is CHOICE or an implementation."""
     labels = {
         "kind": "carafepp",
         "pass": pass_.name,
@@ -68,6 +69,6 @@ def _memory(case: str, name: str, threads: int, labels: dict) -> int | None:
     arrays = Arrays(PROBLEMS[case], labels["dtype"], constant=True)
     pass_ = Pass(arrays.case, labels["weights"], labels["pass"])
     fresh = labels["outputs"] == "fresh"
-    candidate = _candidate(pass_, arrays, labels["layout"], name, threads, fresh)
-    with candidate.settings():
-        return peak(candidate.call)[1]
+    first = candidate(pass_, arrays, labels["layout"], name, threads, fresh)
+    with first.settings():
+        return peak(first.call)[1]

@@ -1,7 +1,9 @@
-"""The machine's peaks, measured once in a run: arithmetic and copies, by a few lines of C.
+"""The machine's peaks, measured once in a run: arithmetic and copies, by a few lines of C; exp.
 
 Arithmetic: independent fused multiply-adds in registers, on the widest vectors. Copies of several
 sizes: bytes read plus bytes written, by memcpy or by non-temporal stores, whichever is faster.
+Exponentials: of the C library's vectors, glibc's libmvec, or of NumPy, whichever is faster, on an
+array in the level 1 cache.
 """
 
 import ctypes
@@ -64,16 +66,39 @@ void copy_non_temporal(float* to, const float* from, long floats, long rounds) {
 #endif
     }
 }
+
+#if defined(__GLIBC__) && defined(__x86_64__) && !defined(__clang__)
+__attribute__((simd("notinbranch")))
+#endif
+float expf(float);
+
+void exponentials(float* restrict to, const float* restrict from, long floats, long rounds) {
+    for (; rounds > 0; rounds--) {
+        for (long k = 0; k < floats; k++) to[k] = expf(from[k]);
+        __asm__ volatile("" ::: "memory");  /* else one round is enough */
+    }
+}
 """
 
 
 @dataclass
 class Peaks:
-    """Peaks of some threads: float32 operations a second; bytes a second for each copy size."""
+    """Peaks of some threads: float32 operations a second; bytes a second for each copy size.
+
+    `exponentials` are those of one thread in a second.
+    """
 
     threads: int
     flops: float
     copy: dict[int, float]
+    exponentials: float
+
+    def __str__(self) -> str:  # noqa: D105
+        rates = [f"{size / 2**20:.3g} MiB {rate / 1e9:.0f}" for size, rate in self.copy.items()]
+        return (
+            f"FMA in registers {self.flops / 1e9:.0f} GFLOP/s; exp "
+            f"{self.exponentials / 1e9:.2f} G/s; copy, GB/s read plus written: {', '.join(rates)}"
+        )
 
     def ceiling(self, flops: int, traffic: int, dtype: str) -> float:
         """Return the operations a second that the roofline allows.
@@ -88,9 +113,13 @@ class Peaks:
 def measure(threads: list[int]) -> dict[int, Peaks]:
     """Return the peaks for each number of threads."""
     code = _compile()
+    exponentials = _exponentials(code)
     return {
         count: Peaks(
-            count, _flops(code, count), {size: _copy(code, size, count) for size in TRAFFIC}
+            count,
+            _flops(code, count),
+            {size: _copy(code, size, count) for size in TRAFFIC},
+            exponentials,
         )
         for count in threads
     }
@@ -101,7 +130,8 @@ def _compile() -> ctypes.CDLL:
     compiler = os.environ.get("CC", "cc")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "peaks.so")
-        options = ["-O3", "-march=native", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        options = ["-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno"]
+        options += ["-x", "c", "-", "-o", str(library), "-lm"]
         try:
             subprocess.run([compiler, *options], input=_SOURCE.encode(), check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -111,7 +141,7 @@ def _compile() -> ctypes.CDLL:
         code = ctypes.CDLL(str(library))
     code.multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
     code.multiply_add.restype = ctypes.c_float
-    for function in (code.copy, code.copy_non_temporal):
+    for function in (code.copy, code.copy_non_temporal, code.exponentials):
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
     return code
 
@@ -150,6 +180,21 @@ def _copy(code: ctypes.CDLL, traffic: int, threads: int) -> float:
 
     functions = [partial(copy, function) for function in (code.copy, code.copy_non_temporal)]
     return max(_best_rate(function, threads * floats * 8, threads) for function in functions)
+
+
+def _exponentials(code: ctypes.CDLL) -> float:
+    """Return the float32 exponentials that one thread computes in a second."""
+    floats = 2048
+    logits, result = _aligned(floats), _aligned(floats)
+
+    def of_c(_: int, rounds: int) -> None:
+        code.exponentials(result.ctypes.data, logits.ctypes.data, floats, rounds)
+
+    def of_numpy(_: int, rounds: int) -> None:
+        for _ in range(rounds):
+            np.exp(logits, out=result)
+
+    return max(_best_rate(function, floats, 1) for function in (of_c, of_numpy))
 
 
 def _aligned(floats: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import carafepp
 from cases import Case, numpy_dtype
 
 FLOPS = "2 K^2 N C H' W' for the output and for each gradient; taps beyond the border count too"
+MIXED = "NCHW, masks NHWC"  # axes N, C, H, W; the memory of masks is channels last
 BYTES = "each input and each result of a pass once; forward+backward: the sum of the two passes"
 
 
@@ -99,7 +100,7 @@ class Pass:
 
     def _function(self, layout: str) -> tuple[str, dict[str, Any]]:
         """Return the name of the forward function, and the parameters of both passes."""
-        params = {**self.case.factors, "layout": layout}
+        params = {**self.case.factors, "layout": "NHWC" if layout == "NHWC" else "NCHW"}
         if self.weights == "masks":
             return "reassemble", params
         return "reassemble_with_logits", {**params, "kernel_size": self.case.kernel_size}
@@ -112,9 +113,9 @@ def shape(case: Case, name: str) -> tuple[int, int, int, int]:
 
 def as_nchw(array: Any, layout: str) -> Any:
     """Return a view with the axes N, C, H, W of an array or a tensor in the layout."""
-    return array if layout == "NCHW" else array.swapaxes(2, 3).swapaxes(1, 2)
+    return array.swapaxes(2, 3).swapaxes(1, 2) if layout == "NHWC" else array
 
 
 def in_layout(array: Any, layout: str) -> Any:
     """Return a view with the axes of the layout of an array or a tensor N, C, H, W."""
-    return array if layout == "NCHW" else array.swapaxes(1, 2).swapaxes(2, 3)
+    return array.swapaxes(1, 2).swapaxes(2, 3) if layout == "NHWC" else array

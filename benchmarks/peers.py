@@ -1,8 +1,9 @@
 """PyTorch's candidates: compositions of the same computation, and other operators.
 
 A composition takes features and masks, axes N, C, H, W, contiguous or channels_last. Its factor is
-an integer, up or down. From logits, it begins with pixel_shuffle and softmax. Without autograd, its
-last step writes into the recycled `out`; temporary tensors come from PyTorch's allocator.
+an integer, up or down; `gathered` takes every factor and groups. From logits, it begins with
+pixel_shuffle and softmax. Without autograd, its last step writes into the recycled `out`; temporary
+tensors come from PyTorch's allocator.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,11 +62,12 @@ def _add_product(total, x, mask):
 def unfold(features, masks, case: Case, out=None):
     """Contract a tensor of all windows, (N, C, t, H or h, W or w), over t."""
     (n, c, h, w), k = features.shape, case.kernel_size
-    if case.down > 1:
+    if case.up == 1:
         out_h, out_w = masks.shape[2:]
         windows = F.unfold(features, k, padding=k // 2, stride=case.down)
-        windows = windows.view(n, c, k * k, out_h, out_w)
-        return _finish((windows * masks.unsqueeze(1)).sum(2), case, out)
+        windows = windows.view(n, case.groups, -1, k * k, out_h, out_w)
+        masks = masks.unflatten(1, (case.groups, 1, k * k))
+        return _finish((windows * masks).sum(3).flatten(1, 2), case, out)
     windows = F.unfold(features, k, padding=k // 2).view(n, c, k * k, h, w)
     masks = _phases(masks, case).permute(0, 3, 5, 1, 2, 4).reshape(n, case.up**2, k * k, h, w)
     output = torch.einsum("nskhw,nckhw->ncshw", masks, windows)
@@ -124,20 +126,47 @@ def bmm(features, masks, case: Case, out=None):
     return _finish(output.reshape(n, c, h * s, w * s), case, out)
 
 
+def gathered(features, masks, case: Case, out=None):
+    """Loop over taps: add gathered features times one channel of each group's masks."""
+    (out_h, out_w), k = masks.shape[2:], case.kernel_size
+    rows = (torch.arange(out_h) * case.down // case.up).unsqueeze(1)
+    columns = torch.arange(out_w) * case.down // case.up
+    padded, output = _padded(features, case), None
+    masks = masks.unflatten(1, (case.groups, 1, k * k))
+    for tap in range(k * k):
+        a, b = divmod(tap, k)
+        x = padded[:, :, rows + a, columns + b].unflatten(1, (case.groups, -1))
+        output = _add_product(output, x, masks[:, :, :, tap])
+    return _finish(output.flatten(1, 2), case, out)
+
+
+def convex(features, logits, case: Case, out=None):
+    """Contract all windows with normalised logits, then shuffle, as RAFT does; up only."""
+    (n, c, h, w), k, s = features.shape, case.kernel_size, case.up
+    masks = F.softmax(logits.view(n, 1, k * k, s, s, h, w), 2)
+    windows = F.unfold(features, k, padding=k // 2).view(n, c, k * k, 1, 1, h, w)
+    output = (masks * windows).sum(2).permute(0, 1, 4, 2, 5, 3)
+    return _finish(output.reshape(n, c, s * h, s * w), case, out)
+
+
 COMPOSITIONS: dict[str, Callable] = {
     "unfold": unfold,
     "taps": taps,
     "taps per phase": taps_per_phase,
     "bmm": bmm,
+    "gathered": gathered,
 }
 COMPILED = "compiled"  # prefix of the best composition and of taps, by torch.compile
 
 
 def compositions(case: Case) -> list[str]:
-    """Return the names of the compositions for this problem; a fraction and groups have none."""
-    if case.groups != 1 or (case.up > 1 and case.down > 1):
-        return []
-    return [name for name in COMPOSITIONS if case.up > 1 or name != "taps per phase"]
+    """Return the names of the compositions for this problem."""
+    if case.up > 1 and case.down > 1:
+        return ["gathered"]
+    if case.groups > 1:
+        return ["gathered", "unfold"] if case.up == 1 else ["gathered"]
+    names = [name for name in COMPOSITIONS if name != "gathered"]  # slower than slices
+    return [name for name in names if case.up > 1 or name != "taps per phase"]
 
 
 def _masks(values, case: Case, weights: str):
@@ -150,6 +179,8 @@ def _masks(values, case: Case, weights: str):
 
 def composed(name: str, case: Case, weights: str, features, values, out=None):
     """Compute the output by one composition, from masks or from logits."""
+    if name == "convex":
+        return convex(features, values, case, out)
     return COMPOSITIONS[name](features, _masks(values, case, weights), case, out)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cases import Case, numpy_dtype
 
-from .passes import in_layout, shape
+from .passes import MIXED, as_nchw, in_layout, shape
 
 _TABLE = [
     # The paper's networks
@@ -36,9 +36,45 @@ _TABLE = [
 ]
 PROBLEMS = {case.name: case for case in _TABLE}
 
+# Operators of other papers, and other factors and kernel sizes: `python -m benchmarks.relatives`.
+_CONVEX = [
+    Case("convex_flow", "RAFT's upsampling of flow", 1, 2, 55, 128, up=8),
+    Case("convex_disparity", "RAFT-Stereo's upsampling of disparity", 1, 1, 120, 184, up=4),
+    Case("convex_small", "RAFT's upsampling of flow, a small image", 1, 2, 46, 62, up=8),
+]
+_ROOFLINE = [
+    Case("involution", "RedNet's third stage", 1, 256, 28, 28, kernel_size=7, groups=16),
+    Case("involution_s2", "a stride", 1, 256, 28, 28, down=2, kernel_size=7, groups=16),
+    Case("adaptive_conv", "FeatUp's upsampler", 1, 384, 56, 56, kernel_size=7),
+    Case("depthwise", "a kernel for every channel", 1, 32, 100, 152, kernel_size=5, groups=32),
+    Case("depthwise_up2", "the same, up", 1, 32, 100, 152, up=2, kernel_size=5, groups=32),
+]
+_FPN, _PICTURE = (1, 256, 50, 76), (1, 64, 100, 152)
+_FACTORS = [
+    Case("up2", "the bar of this map", *_FPN, up=2, kernel_size=5),
+    Case("up2_k3", "a small kernel", *_FPN, up=2, kernel_size=3),
+    Case("up2_k7", "a large kernel", *_FPN, up=2, kernel_size=7),
+    Case("up3", "a larger factor", *_FPN, up=3, kernel_size=5),
+    Case("up4", "a larger factor", *_FPN, up=4, kernel_size=5),
+    Case("same_k3", "a filter, a small kernel", *_FPN, kernel_size=3),
+    Case("same", "a filter", *_FPN, kernel_size=5),
+    Case("same_k7", "a filter, a large kernel", *_FPN, kernel_size=7),
+    Case("down3", "a larger factor, down", *_FPN, down=3, kernel_size=5),
+    Case("down4", "a larger factor, down", *_FPN, down=4, kernel_size=5),
+    Case("ratio_3_2", "a fraction", *_FPN, up=3, down=2, kernel_size=5),
+    Case("ratio_4_3", "a fraction", *_FPN, up=4, down=3, kernel_size=5),
+    Case("large_up2", "the bar of this map", *_PICTURE, up=2, kernel_size=5),
+    Case("large_ratio_3_2", "a fraction", *_PICTURE, up=3, down=2, kernel_size=5),
+]
+CONVEX, ROOFLINE, FACTORS = (
+    {case.name: case for case in table} for table in (_CONVEX, _ROOFLINE, _FACTORS)
+)
+
 
 class Arrays:
     """Arrays of one problem and dtype, contiguous in either layout, each made once.
+
+    MIXED has NCHW's axes: its masks and logits are views of NHWC's memory.
 
     Inputs (features, masks, logits, grad_output) are normally distributed; both layouts have the
     same values. Results (output, grad_features, grad_masks, grad_logits) are NaN.
@@ -58,6 +94,9 @@ class Arrays:
     def __call__(self, name: str, layout: str) -> np.ndarray:
         """Return an array by its name."""
         key = name, layout
+        if layout == MIXED:
+            by_taps = name.removeprefix("grad_") in ("masks", "logits")
+            return as_nchw(self(name, "NHWC"), "NHWC") if by_taps else self(name, "NCHW")
         if key not in self._made:
             values = in_layout(self._values(name), layout)
             self._made[key] = np.ascontiguousarray(values, numpy_dtype(self.dtype))

@@ -119,6 +119,16 @@ def multiple(rows: list[Row], key: str, scale: float = 1, unit: str = "") -> Cal
     return text
 
 
+def number(key: str, scale: float = 1, form: str = ".3g") -> Callable[[Row], str]:
+    """Return a column: an amount in units of `scale`."""
+    return lambda row: "-" if row.get(key) is None else format(row[key] / scale, form)
+
+
+def milliseconds(row: Row) -> str:
+    """Return the time, or else what the check of the answer found."""
+    return f"{row['seconds'] * 1e3:.4g}" if "seconds" in row else row["error"] or "right"
+
+
 def interval(row: Row, scale: float = 1e-3) -> str:
     """Return the 10th and the 90th percentile, in milliseconds."""
     return f"{row['seconds_p10'] / scale:.4g}-{row['seconds_p90'] / scale:.4g}"

@@ -41,7 +41,6 @@ class Truth:
     Parameters
     ----------
     case : Case
-        Up or down by an integer, without groups.
     weights : "masks" or "logits"
     dtype : str
         The dtype of the results that are checked.
@@ -63,7 +62,7 @@ class Truth:
             features, masks, grad_output = map(crop, ("features", weights, "grad_output"))
             h, w = features.shape[2:]
             small = replace(case, n=1, h=h, w=w, size=tuple(grad_output.shape[2:]))
-            function = partial(peers.composed, "unfold", small, weights)
+            function = partial(peers.composed, "gathered", small, weights)
             leaves = [features.requires_grad_(), masks.requires_grad_()]
             values = peers.forward_backward(function, leaves, grad_output)
             expected = {}
