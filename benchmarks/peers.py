@@ -1,9 +1,9 @@
 """PyTorch's candidates: compositions of the same computation, and other operators.
 
 A composition takes features and masks, axes N, C, H, W, contiguous or channels_last. Its factor is
-an integer, up or down; `gathered` takes every factor and groups. From logits, it begins with
-pixel_shuffle and softmax. Without autograd, its last step writes into the recycled `out`; temporary
-tensors come from PyTorch's allocator.
+an integer, up or down; `gathered` takes every factor, and groups with masks. From logits, it begins
+with pixel_shuffle and softmax. Without autograd, its last step writes into the recycled `out`;
+temporary tensors come from PyTorch's allocator.
 """
 
 from collections.abc import Callable, Iterator
@@ -129,13 +129,13 @@ def bmm(features, masks, case: Case, out=None):
 def gathered(features, masks, case: Case, out=None):
     """Loop over taps: add gathered features times one channel of each group's masks."""
     (out_h, out_w), k = masks.shape[2:], case.kernel_size
-    rows = (torch.arange(out_h) * case.down // case.up).unsqueeze(1)
-    columns = torch.arange(out_w) * case.down // case.up
+    rows, columns = (torch.arange(size) * case.down // case.up for size in (out_h, out_w))
     padded, output = _padded(features, case), None
     masks = masks.unflatten(1, (case.groups, 1, k * k))
     for tap in range(k * k):
         a, b = divmod(tap, k)
-        x = padded[:, :, rows + a, columns + b].unflatten(1, (case.groups, -1))
+        x = padded.index_select(2, rows + a).index_select(3, columns + b)
+        x = x.unflatten(1, (case.groups, -1))
         output = _add_product(output, x, masks[:, :, :, tap])
     return _finish(output.flatten(1, 2), case, out)
 
@@ -171,9 +171,9 @@ def compositions(case: Case) -> list[str]:
 
 def _masks(values, case: Case, weights: str):
     """Return masks of the natural size, from logits by pixel_shuffle and softmax."""
-    if weights == "logits":
-        return F.softmax(F.pixel_shuffle(values, case.up), 1)
     (h, w), (full_h, full_w) = case.output_size, case.natural_size
+    if weights == "logits":
+        return F.softmax(F.pixel_shuffle(values, case.up), 1)[:, :, :full_h, :full_w]
     return values if (h, w) == (full_h, full_w) else F.pad(values, (0, full_w - w, 0, full_h - h))
 
 
