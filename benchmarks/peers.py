@@ -36,8 +36,14 @@ def tensor(array: np.ndarray, layout: str) -> torch.Tensor:
 # before a crop, s is the factor, and t = K*K counts taps.
 
 
+def _padding(case: Case) -> tuple[int, int]:
+    """Return the rows and the columns of zeros beyond each border."""
+    return case.padding or (case.kernel_size // 2,) * 2
+
+
 def _padded(features, case: Case):
-    return F.pad(features, [case.kernel_size // 2] * 4)
+    rows, columns = _padding(case)
+    return F.pad(features, [columns, columns, rows, rows])
 
 
 def _phases(masks, case: Case):
@@ -61,14 +67,14 @@ def _add_product(total, x, mask):
 
 def unfold(features, masks, case: Case, out=None):
     """Contract a tensor of all windows, (N, C, t, H or h, W or w), over t."""
-    (n, c, h, w), k = features.shape, case.kernel_size
+    (n, c), (h, w), k = features.shape[:2], case.centres, case.kernel_size
     if case.up == 1:
         out_h, out_w = masks.shape[2:]
-        windows = F.unfold(features, k, padding=k // 2, stride=case.down)
+        windows = F.unfold(features, k, padding=_padding(case), stride=case.down)
         windows = windows.view(n, case.groups, -1, k * k, out_h, out_w)
         masks = masks.unflatten(1, (case.groups, 1, k * k))
         return _finish((windows * masks).sum(3).flatten(1, 2), case, out)
-    windows = F.unfold(features, k, padding=k // 2).view(n, c, k * k, h, w)
+    windows = F.unfold(features, k, padding=_padding(case)).view(n, c, k * k, h, w)
     masks = _phases(masks, case).permute(0, 3, 5, 1, 2, 4).reshape(n, case.up**2, k * k, h, w)
     output = torch.einsum("nskhw,nckhw->ncshw", masks, windows)
     return _finish(F.pixel_shuffle(output.reshape(n, -1, h, w), case.up), case, out)
@@ -76,7 +82,7 @@ def unfold(features, masks, case: Case, out=None):
 
 def taps(features, masks, case: Case, out=None):
     """Loop over taps: add shifted features times one channel of masks."""
-    (n, c, h, w), k, s = features.shape, case.kernel_size, case.up
+    (n, c), (h, w), k, s = features.shape[:2], case.centres, case.kernel_size, case.up
     out_h, out_w = masks.shape[2:]
     padded, down, output = _padded(features, case), case.down, None
     in_place = out is not None and out.shape[2:] == masks.shape[2:]  # no crop
@@ -98,7 +104,7 @@ def taps(features, masks, case: Case, out=None):
 
 def taps_per_phase(features, masks, case: Case, out=None):
     """Loop over phases and taps, at the size of the features; up only."""
-    (n, _, h, w), k, s = features.shape, case.kernel_size, case.up
+    n, (h, w), k, s = len(features), case.centres, case.kernel_size, case.up
     padded = _padded(features, case)
     masks = _phases(masks, case).permute(3, 5, 0, 1, 2, 4).contiguous()
     phases = []
@@ -115,11 +121,10 @@ def taps_per_phase(features, masks, case: Case, out=None):
 
 def bmm(features, masks, case: Case, out=None):
     """Multiply the s*s masks of each source pixel by its window: (s*s, t) @ (t, C)."""
-    (n, c, h, w), k, s, d = features.shape, case.kernel_size, case.up, case.down
-    h, w = -(-h // d), -(-w // d)
-    margin = (0, 0, *[k // 2] * 4)
-    rows = F.pad(features.permute(0, 2, 3, 1), margin).contiguous()
-    windows = rows.unfold(1, k, d).unfold(2, k, d).permute(0, 1, 2, 4, 5, 3)
+    (n, c), k, s, d = features.shape[:2], case.kernel_size, case.up, case.down
+    h, w = (-(-size // d) for size in case.centres)
+    pixels = _padded(features, case).permute(0, 2, 3, 1).contiguous()
+    windows = pixels.unfold(1, k, d).unfold(2, k, d).permute(0, 1, 2, 4, 5, 3)
     windows = windows.reshape(n * h * w, k * k, c)
     masks = _phases(masks, case).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, s * s, k * k)
     output = torch.bmm(masks, windows).view(n, h, w, s, s, c).permute(0, 5, 1, 3, 2, 4)
@@ -142,9 +147,9 @@ def gathered(features, masks, case: Case, out=None):
 
 def convex(features, logits, case: Case, out=None):
     """Contract all windows with normalised logits, then shuffle, as RAFT does; up only."""
-    (n, c, h, w), k, s = features.shape, case.kernel_size, case.up
+    (n, c), (h, w), k, s = features.shape[:2], case.centres, case.kernel_size, case.up
     masks = F.softmax(logits.view(n, 1, k * k, s, s, h, w), 2)
-    windows = F.unfold(features, k, padding=k // 2).view(n, c, k * k, 1, 1, h, w)
+    windows = F.unfold(features, k, padding=_padding(case)).view(n, c, k * k, 1, 1, h, w)
     output = (masks * windows).sum(2).permute(0, 1, 4, 2, 5, 3)
     return _finish(output.reshape(n, c, s * h, s * w), case, out)
 

@@ -45,7 +45,7 @@ _CONVEX = [
 _ROOFLINE = [
     Case("involution", "RedNet's third stage", 1, 256, 28, 28, kernel_size=7, groups=16),
     Case("involution_s2", "a stride", 1, 256, 28, 28, down=2, kernel_size=7, groups=16),
-    Case("adaptive_conv", "FeatUp's upsampler", 1, 384, 56, 56, kernel_size=7),
+    Case("adaptive_conv", "FeatUp's filter", 1, 384, 62, 62, kernel_size=7, padding=(0, 0)),
     Case("depthwise", "a kernel for every channel", 1, 32, 100, 152, kernel_size=5, groups=32),
     Case("depthwise_up2", "the same, up", 1, 32, 100, 152, up=2, kernel_size=5, groups=32),
 ]

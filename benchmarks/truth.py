@@ -93,14 +93,15 @@ def _double(array: Any) -> torch.Tensor:
 def _blocks(case: Case) -> Iterator[tuple[int, dict[str, tuple[Extent, Extent]]]]:
     """Yield an image, and the rows and columns of its block in each array."""
     for image, corner in [(0, "first"), (case.n // 2, "middle"), (case.n - 1, "last")]:
-        rows = _extents(case, case.h, case.output_size[0], corner)
-        columns = _extents(case, case.w, case.output_size[1], corner)
+        rows, columns = (_extents(case, axis, corner) for axis in (0, 1))
         yield image, {name: (rows[name], columns[name]) for name in rows}
 
 
-def _extents(case: Case, length: int, out_length: int, corner: str) -> dict[str, Extent]:
+def _extents(case: Case, axis: int, corner: str) -> dict[str, Extent]:
     """Return the block along one axis; it begins at a multiple of down."""
     up, down, r = case.up, case.down, case.kernel_size // 2
+    length, out_length = case.centres[axis], case.output_size[axis]
+    beyond = case.features_shape[2 + axis] - length  # features that only windows reach
     block = -(-_BLOCK // down) * down
     halo = -(-r // down) * down
     last = max(0, (length - block) // down * down)
@@ -113,7 +114,9 @@ def _extents(case: Case, length: int, out_length: int, corner: str) -> dict[str,
         return Extent(slice(low, high), slice(begin, end))
 
     return {
-        "features": extent(1, 1, length),
+        "features": Extent(
+            slice(ends[0], ends[1] + beyond), slice(begin + beyond // 2, end + beyond // 2)
+        ),
         "output": extent(up, down, out_length),
         "masks": extent(up, down, out_length),
         "logits": extent(1, down, -(-length // down)),
