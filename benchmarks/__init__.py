@@ -7,8 +7,9 @@
 | implementations.py, peers.py | carafepp's candidates; PyTorch's candidates |
 | compare.py | one comparison: checks, times, ratios |
 | truth.py, check.py | the right results on three blocks; the tolerance |
-| machine.py | the machine's peaks: arithmetic and copies |
+| machine.py | the machine's peaks: arithmetic, copies, exponentials |
 | report.py, plot.py | tables, progress and files; the picture |
+| relatives.py | operators of other papers, other factors and kernel sizes, beside their bars |
 | overhead.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
 | gpu/ | everything that needs a GPU: `python -m benchmarks.gpu` |
 """

@@ -134,7 +134,9 @@ def bmm(features, masks, case: Case, out=None):
 def gathered(features, masks, case: Case, out=None):
     """Loop over taps: add gathered features times one channel of each group's masks."""
     (out_h, out_w), k = masks.shape[2:], case.kernel_size
-    rows, columns = (torch.arange(size) * case.down // case.up for size in (out_h, out_w))
+    rows, columns = (
+        torch.arange(size, device=features.device) * case.down // case.up for size in (out_h, out_w)
+    )
     padded, output = _padded(features, case), None
     masks = masks.unflatten(1, (case.groups, 1, k * k))
     for tap in range(k * k):

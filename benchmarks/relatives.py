@@ -91,9 +91,10 @@ def _arrays(cases: Iterable[Case]) -> Iterator[Arrays]:
 
 
 def _title(case: Case) -> str:
-    factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
-    text = f"{case.name}: {case.reason}, {case.features_shape}, {factor}, K={case.kernel_size}"
-    return text + (f", groups={case.groups}" if case.groups > 1 else "")
+    words = [f"{case.name}: {case.reason}", str(case.features_shape)]
+    params = {**case.factors, "kernel_size": case.kernel_size}
+    words += [f"{name}={value}" for name, value in params.items() if value != 1]
+    return ", ".join(words)
 
 
 # Candidates

@@ -287,3 +287,114 @@ def test_unknown_networks_and_passes_are_refused(capsys, option, known):
     with pytest.raises(SystemExit, match="2"):
         networks.main([option, "none"])
     assert f"{option}: 'none' is none of {known}" in capsys.readouterr().err
+
+
+# Relatives
+
+
+def small(case):
+    """Return the problem on a map of 8 x 9 centres and few channels."""
+    h, w = (8 + length - n for length, n in zip((case.h, case.w), case.centres, strict=True))
+    groups = min(case.groups, 2)
+    channels = {1: min(case.c, 3), 2: 4}[groups]
+    return dataclasses.replace(case, c=channels, h=h, w=w + 1, groups=groups)
+
+
+@pytest.fixture
+def relatives(monkeypatch):
+    """The command, on small maps."""
+    from benchmarks import problems, relatives
+
+    tables = problems.CONVEX, problems.ROOFLINE, problems.FACTORS
+    for table in (*tables, relatives.PROBLEMS):
+        for name, case in table.items():
+            monkeypatch.setitem(table, name, small(case))
+    return relatives
+
+
+def test_relatives_are_right(relatives):
+    cases = "convex_disparity,involution_s2,adaptive_conv,depthwise_up2,down3,large_ratio_3_2"
+    assert relatives.main(["--cases", cases, "--layout", "NHWC", "--seconds", "0"]) == 0
+
+
+def test_bars_of_relatives_compare_the_times_of_their_table(relatives, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    cases = "convex_flow,adaptive_conv,depthwise,ratio_3_2"
+    asked = ["--cases", cases, "--layout", "NCHW", "--seconds", "0.05", "--json", str(path)]
+    assert relatives.main(asked) == 0
+    data = json.loads(path.read_text())
+    rows = {(row["case"], row["name"], row["pass"], row["weights"]): row for row in data["rows"]}
+    barred = {key: row for key, row in rows.items() if "bar" in row}
+    assert {key[0] for key in barred} == set(cases.split(","))
+
+    copied = rows["convex_flow", "logits and output", "copy", "logits"]["seconds"]
+    for pass_, limit in [("forward", 2), ("forward+backward", 5)]:
+        row = barred["convex_flow", "carafepp", pass_, "logits"]
+        copies = row["seconds"] / copied
+        assert (row["reached"], row["met"]) == (f"{copies:.2f} copies", copies <= limit)
+    for name in ("adaptive_conv", "depthwise"):
+        row = barred[name, "carafepp", "forward", "masks"]
+        assert row["met"] == (row["share"] >= 0.6)
+    for weights in ("masks", "logits"):
+        base, row = (rows[name, "carafepp", "forward", weights] for name in ("up2", "ratio_3_2"))
+        times = base["share"] / row["share"]
+        assert (row["reached"], row["met"]) == (f"{times:.2f} times below up2", times <= 1.5)
+
+    logits = 9 * 8 * 8 * 8 * 9
+    row = barred["convex_flow", "carafepp", "forward", "logits"]
+    peak = data["limits"]["1"]["exponentials"]
+    assert row["exp"] == pytest.approx(logits / row["seconds"] / peak)
+    assert f"### Bars: {sum(row['met'] for row in barred.values())} of 6 are met" in (
+        capsys.readouterr().out
+    )
+
+
+def test_masks_of_adaptive_conv_have_featups_memory(relatives):
+    from benchmarks.passes import MIXED
+    from benchmarks.problems import Arrays
+
+    arrays = Arrays(relatives.PROBLEMS["adaptive_conv"], "float32")
+    features, masks = (arrays(name, MIXED) for name in ("features", "masks"))
+    assert features.flags.c_contiguous
+    assert masks.transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", ["ratio_3_2", "padding_ratio", "groups_down", "valid_down2"])
+def test_a_gathered_composition_computes_the_definition(name):
+    import torch
+
+    from benchmarks import peers
+    from cases import CASES
+
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-3, 4, s).astype("f8") for s in (case.features_shape, case.masks_shape)]
+    expected = ref.reassemble(*arrays, **case.factors)
+    for composition in {"gathered", *peers.compositions(case)}:
+        result = peers.composed(composition, case, "masks", *map(torch.from_numpy, arrays))
+        np.testing.assert_array_equal(result.numpy(), expected, err_msg=composition)
+
+
+def test_convex_upsampling_is_rafts():
+    import torch
+
+    from benchmarks import peers
+    from cases import CASES
+
+    case = CASES["k3"]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s) for s in (case.features_shape, case.logits_shape)]
+    result = peers.composed("convex", case, "logits", *map(torch.from_numpy, arrays))
+    expected = ref.reassemble_with_logits(*arrays, up=2)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_relative_has_no_bar(relatives, monkeypatch, capsys):
+    from benchmarks import peers
+
+    right = peers.convex
+    monkeypatch.setattr(peers, "convex", lambda *args: right(*args) * 1.001)
+    assert relatives.main(["--cases", "convex_small", "--seconds", "0.01"]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong: " in printed
+    assert "Bars" not in printed
