@@ -3,6 +3,7 @@
 `carafepp.reassemble` and the other functions are differentiable on tensors. This package adds:
 
 - `CARAFE`, the module, and `replace_resampling`, which puts it into a network;
+- `convex_upsample`, `adaptive_conv`, `AdaptiveConv` and `Involution2d`, other papers' operators;
 - `carafepp.torch.mmcv`, a replacement for mmcv's CARAFE;
 - `carafepp.torch.ultralytics`, for Ultralytics YOLO;
 - `carafepp.torch.models`, the paper's networks.
@@ -12,6 +13,15 @@ Import it before you load an exported program with the operators ``torch.ops.car
 
 from . import operators  # noqa: F401  # registers them
 from .modules import CARAFE
+from .relatives import AdaptiveConv, Involution2d, adaptive_conv, convex_upsample
 from .replacement import Replacement, replace_resampling
 
-__all__ = ["CARAFE", "Replacement", "replace_resampling"]
+__all__ = [
+    "CARAFE",
+    "AdaptiveConv",
+    "Involution2d",
+    "Replacement",
+    "adaptive_conv",
+    "convex_upsample",
+    "replace_resampling",
+]

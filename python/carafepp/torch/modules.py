@@ -1,7 +1,7 @@
 """The CARAFE++ module predicts kernels from features and reassembles the features by them."""
 
 import inspect
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _arguments, ops
 
 Size = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
@@ -28,25 +29,53 @@ def reset_as_authors(module: nn.Module, content_encoder: nn.Conv2d) -> None:
 
 
 def reassemble_to(
-    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
+    x: Tensor,
+    logits: Tensor,
+    size: Any,
+    up: int,
+    down: int,
+    ceil_mode: bool,
+    kernel_size: int,
+    padding: Size | None = None,
+    padding_mode: str = "zeros",
+    **how: Any,
 ) -> Tensor:
     """Return x rescaled to a size, as described in `CARAFE`."""
-    x, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
-    output: Tensor = ops.reassemble_with_logits(x, logits, up=up, down=down, size=size, **how)
+    window = {"kernel_size": kernel_size, "padding": padding}
+    beyond, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode, **window)
+    if padding_mode == "zeros":
+        x = pad_beyond(x, *beyond, down)
+    else:
+        rows, columns = padding or (kernel_size // 2, kernel_size // 2)
+        bottom, right = rows + down * beyond[0], columns + down * beyond[1]
+        x, padding = _pad(x, (columns, right, rows, bottom), padding_mode), (0, 0)
+    output: Tensor = ops.reassemble_with_logits(
+        x, logits, up=up, down=down, kernel_size=kernel_size, padding=padding, size=size, **how
+    )
     return output if crop is None else output[..., : crop[0], : crop[1]]
 
 
 def masks_of(
-    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **how: Any
+    x: Tensor,
+    logits: Tensor,
+    size: Any,
+    up: int,
+    down: int,
+    ceil_mode: bool,
+    kernel_size: int,
+    padding: Size | None = None,
+    padding_mode: str = "zeros",
+    **how: Any,
 ) -> Tensor:
     """Return the masks that `reassemble_to` uses."""
-    natural = _arguments.natural_size(x.shape[-2:], up, down)
-    _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode)
+    window = {"kernel_size": kernel_size, "padding": padding}
+    natural = _arguments.natural_size(x.shape[-2:], up, down, **window)
+    _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode, **window)
     if torch.jit.is_tracing():
         crop = crop or natural
     else:
         size = size or natural
-    masks: Tensor = ops.normalize_masks(logits, up=up, size=size, **how)
+    masks: Tensor = ops.normalize_masks(logits, up=up, kernel_size=kernel_size, size=size, **how)
     return masks if crop is None else masks[..., : crop[0], : crop[1]]
 
 
@@ -55,35 +84,36 @@ torch.fx.wrap("masks_of")
 
 
 def _fit(
-    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
-) -> tuple[Tensor, Tensor, Size | None, Size | None]:
-    """Return x and logits, extended if the size is beyond the natural one, a size and a crop.
+    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **window: Any
+) -> tuple[tuple[bool, bool], Tensor, Size | None, Size | None]:
+    """Return where the size exceeds the natural one, logits extended there, a size and a crop.
 
     Call the operator with the size, and crop its result. In a trace of PyTorch, sizes are tensors.
     No operator takes them, and the crop must be valid for other sizes too.
     """
+    beyond = False, False
     if size is not None:
         size = _arguments.pair("CARAFE", size)
-        rows, columns = exceeds("CARAFE", x, size, up, down)
-        x = pad_beyond(x, rows, columns, down)
-        if rows:
+        beyond = exceeds("CARAFE", x, size, up, down, **window)
+        if beyond[0]:
             logits = torch.cat((logits, logits[..., -1:, :]), -2)
-        if columns:
+        if beyond[1]:
             logits = torch.cat((logits, logits[..., -1:]), -1)
-        return (x, logits, None, size) if torch.jit.is_tracing() else (x, logits, size, None)
-    if ceil_mode:
-        return x, logits, None, None
-    height, width = x.shape[-2:]
-    size = height * up // down, width * up // down
-    return (x, logits, None, size) if torch.jit.is_tracing() else (x, logits, size, None)
+    elif not ceil_mode:
+        rows, columns = _arguments.natural_size(x.shape[-2:], **window)
+        size = rows * up // down, columns * up // down
+    return (beyond, logits, None, size) if torch.jit.is_tracing() else (beyond, logits, size, None)
 
 
-def exceeds(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool, bool]:
+def exceeds(
+    where: str, x: Tensor, size: Size, up: int, down: int, **window: Any
+) -> tuple[bool, bool]:
     """Tell for rows and columns whether a size exceeds the natural size of features.
 
-    Raise a ValueError if it exceeds that size by `up` or more.
+    `window` has the kernel_size and the padding. Raise a ValueError if the size exceeds the natural
+    one by `up` or more.
     """
-    natural = _arguments.natural_size(x.shape[-2:], up, down)
+    natural = _arguments.natural_size(x.shape[-2:], up, down, **window)
     if not torch.jit.is_tracing() and not _is_exporting():
         most = natural[0] + up - 1, natural[1] + up - 1
         if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
@@ -98,6 +128,19 @@ def exceeds(where: str, x: Tensor, size: Size, up: int, down: int) -> tuple[bool
 def pad_beyond(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
     """Return features padded with the zeros that windows beyond the natural size reach."""
     return F.pad(x, (0, down * columns, 0, down * rows)) if rows or columns else x
+
+
+def _pad(x: Tensor, widths: tuple[int, ...], mode: str) -> Tensor:
+    """Return x padded in a mode of `torch.nn.functional.pad`, in its memory format."""
+    padded = F.pad(x, widths, mode=mode)
+    if mode == "circular" and _is_channels_last(x):  # F.pad returns NCHW
+        padded = padded.contiguous(memory_format=torch.channels_last)
+    return padded
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return is_last and not x.is_contiguous()
 
 
 def _is_exporting() -> bool:
@@ -147,6 +190,12 @@ class CARAFE(nn.Module):
         k_encoder in the paper: odd, 1 to 31.
     encoder_dilation : int, default 1
         The dilation of the content encoder.
+    padding : int or (int, int), default kernel_size//2
+        How many rows and columns beyond each border windows reach, from 0 ("valid"), as in a
+        convolution.
+    padding_mode : {"zeros", "reflect", "replicate", "circular"}, default "zeros"
+        The features that windows find beyond the borders, as in `torch.nn.Conv2d`. The content
+        encoder always pads with zeros.
     batch_norm : bool, default False
         Whether BatchNorm and ReLU follow the compressor (section 5.1, image classification).
     normalizer : {"softmax", "sigmoid", "sigmoid_normalized", "none"}, default "softmax"
@@ -170,10 +219,14 @@ class CARAFE(nn.Module):
     memory format of the input. Its size is (ceil(H*up/down), ceil(W*up/down)) or, with
     ceil_mode=False, (H*up//down, W*up//down).
 
+    With a padding, H in these formulas is H + 2*padding - 2*(kernel_size//2), and so is W. The
+    encoder then sees the compressed features without the kernel_size//2 - padding rows and columns
+    at each border, so that its centres are those of the windows.
+
     A call may ask for another `size`. A smaller size is a crop at the bottom and right. A larger
     size, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
-    and back to 27). The formula then continues: features are 0 outside their borders, and the
-    extra rows and columns repeat the last logits. The pixels within the natural size do not
+    and back to 27). The formula then continues: features outside their borders are what
+    `padding_mode` says, and the extra rows and columns repeat the last logits. The pixels within the natural size do not
     change.
 
     A module traced by ``torch.jit.trace`` also works with other sizes. ``torch.fx`` traces through
@@ -200,6 +253,10 @@ class CARAFE(nn.Module):
     torch.Size([2, 32, 8, 10])
     """
 
+    # A module that was pickled before these parameters has no attributes of its own for them.
+    padding: Size | None = None
+    padding_mode: str = "zeros"
+
     def __init__(
         self,
         channels: int,
@@ -211,6 +268,8 @@ class CARAFE(nn.Module):
         compressed_channels: int | Literal["auto"] | None = "auto",
         encoder_kernel_size: int = 3,
         encoder_dilation: int = 1,
+        padding: ops.Padding | None = None,
+        padding_mode: PaddingMode = "zeros",
         batch_norm: bool = False,
         normalizer: ops.Normalizer = "softmax",
         ceil_mode: bool = True,
@@ -236,6 +295,19 @@ class CARAFE(nn.Module):
             "CARAFE", "encoder_kernel_size", encoder_kernel_size
         )
         self.encoder_dilation = encoder_dilation = positive("encoder_dilation", encoder_dilation)
+        if padding is not None:
+            self.padding = padding = _arguments.padding_pair("CARAFE", padding)
+            if min(padding) < 0 or max(padding) > kernel_size // 2:
+                raise ValueError(
+                    f"[CARAFE] padding must be from 0 to kernel_size // 2 = {kernel_size // 2}; "
+                    f"got {padding}."
+                )
+        if padding_mode not in get_args(PaddingMode):
+            raise ValueError(
+                "[CARAFE] padding_mode must be one of "
+                f"{', '.join(map(repr, get_args(PaddingMode)))}; got {padding_mode!r}."
+            )
+        self.padding_mode = padding_mode
         self.batch_norm = batch_norm
         self.normalizer = normalizer
         self.ceil_mode = ceil_mode
@@ -296,11 +368,16 @@ class CARAFE(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the kernels before the normaliser and the pixel shuffle."""
-        logits: Tensor = self.content_encoder(self.channel_compressor(x))
+        compressed = self.channel_compressor(x)
+        if self.padding is not None:  # the outputs are centred on sources that the crop keeps
+            rows, columns = (self.kernel_size // 2 - width for width in self.padding)
+            compressed = compressed[..., rows : -rows or None, columns : -columns or None]
+        logits: Tensor = self.content_encoder(compressed)
         return logits
 
     def _how(self) -> dict[str, Any]:
         names = ("up", "down", "ceil_mode", "kernel_size", "groups", "normalizer")
+        names += ("padding", "padding_mode")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:

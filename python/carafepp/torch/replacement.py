@@ -131,7 +131,7 @@ def replace_resampling(
     >>> report.name, report.new.down
     ('1', 2)
     """
-    for option in ("up", "down", "ceil_mode"):
+    for option in ("up", "down", "ceil_mode", "padding"):
         if option in options:
             raise TypeError(
                 f"[replace_resampling] options must not have {option}, which a layer decides; "
