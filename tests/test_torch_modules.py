@@ -87,6 +87,99 @@ def test_it_is_the_composition_of_the_paper(factor, options):
     np.testing.assert_allclose(output.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
+# padding and padding_mode
+
+
+def reassembled(module, x, padding, mode, size, logits):
+    """The definition: masks from logits, windows of a map that functions of PyTorch have padded."""
+    k, (rows, columns) = module.kernel_size, padding
+    widths = (columns, columns, rows, rows)
+    padded = nn.functional.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+    masks = ref.normalize(logits.detach().numpy(), up=module.up, groups=module.groups, size=size)
+    masks = torch.from_numpy(masks).unflatten(1, (module.groups, 1, k, k))
+    rows, columns = (torch.arange(n) * module.down // module.up for n in size)
+    windows = padded.unfold(2, k, 1).unfold(3, k, 1)[:, :, rows][:, :, :, columns]
+    windows = windows.unflatten(1, (module.groups, -1)).movedim((-2, -1), (3, 4))
+    return (masks * windows).sum((3, 4)).flatten(1, 2)
+
+
+def cropped_logits(module, x, padding):
+    """The encoder on compressed features without what is no centre of a window."""
+    top, left = (module.kernel_size // 2 - width for width in padding)
+    h, w = x.shape[2:]
+    compressed = module.channel_compressor(x)[:, :, top : h - top, left : w - left]
+    return module.content_encoder(compressed)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [None, 2, (0, 1)], ids=str)
+@factors
+def test_padding_is_that_of_a_convolution(factor, padding, mode):
+    options = dict(padding=padding, padding_mode=mode, groups=2)
+    module = vivid(CARAFE(6, **options, **factor).double())
+    pair = (0, 1) if padding == (0, 1) else (2, 2)
+    x = torch.randn(2, 6, 7, 10, dtype=torch.float64, requires_grad=True)
+    h, w = 7 - 4 + 2 * pair[0], 10 - 4 + 2 * pair[1]
+    size = ref.output_size(h, w, module.up, module.down)
+    if not module.ceil_mode:
+        size = h * module.up // module.down, w * module.up // module.down
+    logits = cropped_logits(module, x, pair)
+    expected = reassembled(module, x, pair, mode, size, logits)
+    output = module(x)
+    torch.testing.assert_close(output, expected)
+    assert module.masks(x).shape[2:] == size
+    cropped = module(x, size=(size[0] - 1, size[1]))
+    torch.testing.assert_close(cropped, expected[:, :, :-1])
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [None, (1, 0)], ids=str)
+def test_a_size_beyond_the_natural_one_continues_the_padding(padding, mode):
+    module = vivid(CARAFE(4, up=3, down=2, padding=padding, padding_mode=mode).double())
+    pair = padding or (2, 2)
+    x = torch.randn(1, 4, 9, 8, dtype=torch.float64)
+    natural = ref.output_size(5 + 2 * pair[0], 4 + 2 * pair[1], 3, 2)
+    size = natural[0] + 2, natural[1] + 1
+    logits = nn.functional.pad(module.logits(x), (0, 1, 0, 1), mode="replicate")
+    widths = (pair[1], pair[1] + 2, pair[0], pair[0] + 2)
+    padded = nn.functional.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+    expected = reassembled(module, padded, (0, 0), "zeros", size, logits)
+    torch.testing.assert_close(module(x, size=size), expected)
+    assert module.masks(x, size=size).shape[2:] == size
+    with pytest.raises(ValueError, match=rf"the natural size \({natural[0]}, {natural[1]}\)"):
+        module(x, size=(size[0] + 1, size[1]))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_has_gradients_and_keeps_the_memory_format_and_the_rank(mode):
+    options = dict(up=2, kernel_size=3, padding=(1, 0), padding_mode=mode)
+    module = vivid(CARAFE(2, **options).double())
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, (x,), check_forward_ad=True)
+    output = module(x.detach().to(memory_format=torch.channels_last))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, module(x))
+    torch.testing.assert_close(module(x[0]), module(x)[0])
+
+
+def test_padding_changes_no_parameter_and_old_modules_load():
+    module = vivid(CARAFE(4, up=2, padding=1, padding_mode="reflect"))
+    assert "4, up=2, padding=(1, 1), padding_mode='reflect', comp" in str(module)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert str(copied) == str(module)
+    plain = CARAFE(4, up=2)
+    assert "padding" not in str(plain).partition("(channel_compressor)")[0]
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(1, 4, 5, 5)
+    expected = plain(x)
+    for name in ("padding", "padding_mode"):
+        vars(plain).pop(name, None)  # as in a pickle of an earlier version
+    assert torch.equal(pickle.loads(pickle.dumps(plain))(x), expected)
+    same = CARAFE(4, up=2, padding=2)
+    same.load_state_dict(plain.state_dict())
+    assert torch.equal(same(x), expected)
+
+
 @factors
 def test_a_size_is_a_crop(factor):
     module = vivid(CARAFE(4, **factor).double())
@@ -284,6 +377,13 @@ def test_it_is_copied_pickled_and_printed(tmp_path):
             "batch_norm must be False without a compressor; got True.",
         ),
         (dict(normalizer="relu"), "normalizer must be one of 'softmax', 'sigmoid', "),
+        (dict(padding=3), "padding must be from 0 to kernel_size // 2 = 2; got (3, 3)."),
+        (dict(padding=(0, -1)), "padding must be from 0 to kernel_size // 2 = 2; got (0, -1)."),
+        (
+            dict(padding_mode="symmetric"),
+            "padding_mode must be one of 'zeros', 'reflect', 'replicate', 'circular'; "
+            "got 'symmetric'.",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value),
 )
@@ -343,6 +443,15 @@ DECODERS = [
     pytest.param(lambda: Decoder(CARAFE(4, up=2), down=2, ceil_mode=False), id="beyond"),
     pytest.param(lambda: Decoder(CARAFE(4, up=2), "masks", down=2, ceil_mode=False), id="masks"),
     pytest.param(lambda: CARAFE(4, up=2, down=3, ceil_mode=False), id="floor"),
+    pytest.param(lambda: CARAFE(4, up=2, padding=(1, 0)), id="padding"),
+    pytest.param(
+        lambda: Decoder(CARAFE(4, up=2, padding_mode="reflect"), down=2, ceil_mode=False),
+        id="reflect",
+    ),
+    pytest.param(
+        lambda: CARAFE(4, down=2, padding=1, padding_mode="circular", ceil_mode=False),
+        id="circular",
+    ),
 ]
 decoders = pytest.mark.parametrize("make", DECODERS)
 

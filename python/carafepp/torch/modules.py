@@ -41,8 +41,9 @@ def reassemble_to(
     **how: Any,
 ) -> Tensor:
     """Return x rescaled to a size, as described in `CARAFE`."""
-    window = {"kernel_size": kernel_size, "padding": padding}
-    beyond, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode, **window)
+    beyond, logits, size, crop = _fit(
+        x, logits, size, up, down, ceil_mode, kernel_size=kernel_size, padding=padding
+    )
     if padding_mode == "zeros":
         x = pad_beyond(x, *beyond, down)
     else:
@@ -68,7 +69,7 @@ def masks_of(
     **how: Any,
 ) -> Tensor:
     """Return the masks that `reassemble_to` uses."""
-    window = {"kernel_size": kernel_size, "padding": padding}
+    window: dict[str, Any] = {"kernel_size": kernel_size, "padding": padding}
     natural = _arguments.natural_size(x.shape[-2:], up, down, **window)
     _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode, **window)
     if torch.jit.is_tracing():
@@ -226,8 +227,8 @@ class CARAFE(nn.Module):
     A call may ask for another `size`. A smaller size is a crop at the bottom and right. A larger
     size, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
     and back to 27). The formula then continues: features outside their borders are what
-    `padding_mode` says, and the extra rows and columns repeat the last logits. The pixels within the natural size do not
-    change.
+    `padding_mode` says, and the extra rows and columns repeat the last logits. The pixels within
+    the natural size do not change.
 
     A module traced by ``torch.jit.trace`` also works with other sizes. ``torch.fx`` traces through
     the module, with the reassembly as one node.
@@ -376,8 +377,10 @@ class CARAFE(nn.Module):
         return logits
 
     def _how(self) -> dict[str, Any]:
-        names = ("up", "down", "ceil_mode", "kernel_size", "groups", "normalizer")
-        names += ("padding", "padding_mode")
+        names = (
+            *("up", "down", "ceil_mode", "kernel_size", "padding", "padding_mode"),
+            *("groups", "normalizer"),
+        )
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:

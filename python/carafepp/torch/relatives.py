@@ -1,4 +1,4 @@
-"""Other papers' operators that are a reassembly: convex upsampling, adaptive convolution, involution.
+"""Operators of other papers: convex upsampling, adaptive convolution, involution.
 
 Each calls `carafepp.reassemble` or `carafepp.reassemble_with_logits`, with the arguments of the
 paper's own code. The page docs/relatives.md shows the line that changes in each project.
@@ -159,9 +159,7 @@ def adaptive_conv(input: Tensor, filters: Tensor) -> Tensor:
     (torch.Size([1, 4, 5, 6]), True)
     """
     if _has_proxy(input, filters):
-        output: Tensor = handle_torch_function(
-            adaptive_conv, (input, filters), input, filters
-        )
+        output: Tensor = handle_torch_function(adaptive_conv, (input, filters), input, filters)
         return output
     _check_tensors("adaptive_conv", input=input, filters=filters)
     if input.dim() not in (3, 4):
@@ -284,9 +282,7 @@ class Involution2d(nn.Module):
         """Filter x."""
         weight = self.conv2(self.conv1(self.avgpool(x) if self.stride > 1 else x))
         size = weight.shape[-2:] if self.stride > 1 else None  # rounded down, as avgpool does
-        output: Tensor = ops.reassemble(
-            x, weight, down=self.stride, groups=self.groups, size=size
-        )
+        output: Tensor = ops.reassemble(x, weight, down=self.stride, groups=self.groups, size=size)
         return output
 
 
@@ -320,9 +316,9 @@ def _check_tensors(function: str, **tensors: Any) -> None:
 
 def _is_autocast(tensor: Tensor) -> bool:
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return bool(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _is_recorded() -> bool:
     """Tell whether PyTorch records a graph for other sizes; the operator checks them then."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return bool(torch.jit.is_tracing() or torch.compiler.is_compiling())
