@@ -490,6 +490,16 @@ def test_discriminator_learns_to_tell_and_generator_to_deceive():
         ),
         (lambda: PartialCARAFE(4, groups=2), "[PartialCARAFE] groups must be 1; got 2."),
         (
+            lambda: PartialCARAFE(4, padding=0),
+            "[PartialCARAFE] padding must be None: the outside of the picture is a hole; "
+            "got (0, 0).",
+        ),
+        (
+            lambda: PartialCARAFE(4, padding_mode="reflect"),
+            "[PartialCARAFE] padding_mode must be 'zeros': the outside of the picture is a hole; "
+            "got 'reflect'.",
+        ),
+        (
             lambda: GlobalLocalGenerator(width=0),
             "[GlobalLocalGenerator] width must be at least 1; got 0.",
         ),

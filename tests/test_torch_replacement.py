@@ -168,12 +168,17 @@ def test_options_mode_and_dtype_are_followed():
     network = nn.Sequential(nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, 2, 1)).double()
     network[1].eval()
     replace_resampling(
-        network, torch.randn(1, 4, 16, 16).double(), batch_norm=True, compressed_channels=3
+        network,
+        torch.randn(1, 4, 16, 16).double(),
+        batch_norm=True,
+        compressed_channels=3,
+        padding_mode="circular",
     )
     assert all(parameter.dtype == torch.float64 for parameter in network.parameters())
     assert not network[1].training
     assert network[2].training
     assert network[1].compressed_channels == 3
+    assert network[1].padding_mode == network[2][0].padding_mode == "circular"
     assert network[2][0].batch_norm
     assert network[0].num_batches_tracked == 0  # the example leaves no trace
     assert network.training
@@ -236,9 +241,10 @@ def test_a_layer_itself_is_refused():
         ([nn.MaxPool2d(2)], dict(kernel_size=4)),
         ([nn.MaxPool2d(2)], dict(unknown=1)),
         ([nn.MaxPool2d(2)], dict(down=3)),
+        ([nn.MaxPool2d(2)], dict(padding=2)),
         ([nn.MaxPool2d(2), nn.Linear(1, 1)], {}),  # here the example fails
     ],
-    ids=["groups", "kernel_size", "unknown", "down", "example"],
+    ids=["groups", "kernel_size", "unknown", "down", "padding", "example"],
 )
 def test_an_error_leaves_the_network_as_it_was(layers, options):
     network = nn.Sequential(*layers)

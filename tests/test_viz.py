@@ -18,26 +18,30 @@ from carafepp import viz
 from carafepp.viz import Reassembly, most_weighted, nearest, principal_colours, trace
 
 
-def small_integers(rng, size, *, up=1, down=1, groups=1, k=3):
+def small_integers(rng, size, *, up=1, down=1, groups=1, k=3, padding=None):
     """Return masks of small integers: sums of their products are exact."""
-    height, width = (-(-n * up // down) for n in size)
-    masks = rng.integers(-3, 4, (groups * k * k, height, width)).astype(np.float32)
-    return Reassembly(masks, size, up, down, groups)
+    shape = carafepp.output_size(size, up, down, k, padding)
+    masks = rng.integers(-3, 4, (groups * k * k, *shape)).astype(np.float32)
+    return Reassembly(masks, size, up, down, groups, padding)
 
 
 # Tracing
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("up", "down", "k"), [(2, 1, 5), (1, 2, 3), (3, 2, 5), (1, 1, 1)])
-def test_contributions_by_definition(rng, up, down, k, groups):
+@pytest.mark.parametrize(
+    ("up", "down", "k", "padding"),
+    [(2, 1, 5, None), (1, 2, 3, None), (3, 2, 5, (2, 1)), (1, 1, 1, None), (2, 1, 3, (0, 1))],
+)
+def test_contributions_by_definition(rng, up, down, k, padding, groups):
     """A unit's contribution is its weight in Eqn. 3, the mean over groups; else 0."""
-    r = small_integers(rng, (5, 7), up=up, down=down, groups=groups, k=k)
+    r = small_integers(rng, (5, 7), up=up, down=down, groups=groups, k=k, padding=padding)
+    rows, columns = padding or (k // 2, k // 2)
     height, width = r.masks.shape[1:]
     for i, j in [(0, 0), (height - 1, width - 1), (height // 2, 1)]:
         expected = np.zeros((5, 7))
         for g, a, b in np.ndindex(groups, k, k):
-            row, column = i * down // up + a - k // 2, j * down // up + b - k // 2
+            row, column = i * down // up + a - rows, j * down // up + b - columns
             if 0 <= row < 5 and 0 <= column < 7:
                 expected[row, column] += r.masks[g * k * k + a * k + b, i, j] / groups
         np.testing.assert_array_equal(trace([r], (i, j))[0], expected)
@@ -121,16 +125,17 @@ def test_recorded_masks_make_the_output(torch):
 
     torch.manual_seed(0)
     up, down = CARAFE(8, up=2, groups=2, kernel_size=3), CARAFE(8, down=2, ceil_mode=False)
-    network = torch.nn.ModuleDict({"up": up, "down": down})
+    valid = CARAFE(8, padding=(0, 1))
+    network = torch.nn.ModuleDict({"up": up, "down": down, "valid": valid})
     x = torch.randn(2, 8, 5, 7)
     with viz.record_reassemblies(network) as reassemblies:
-        outputs = {"up": up(x=x, size=(9, 13)), "down": down(x)}
-    assert list(reassemblies) == ["up", "down"]
+        outputs = {"up": up(x=x, size=(9, 13)), "down": down(x), "valid": valid(x)}
+    assert list(reassemblies) == ["up", "down", "valid"]
     for name, r in reassemblies.items():
         assert r.size == (5, 7)
-        again = carafepp.reassemble(
-            x[0].numpy(), r.masks, up=r.up, down=r.down, groups=r.groups, size=r.masks.shape[1:]
-        )
+        factors = dict(up=r.up, down=r.down, groups=r.groups, padding=r.padding)
+        size = r.masks.shape[1:]
+        again = carafepp.reassemble(x[0].numpy(), r.masks, size=size, **factors)
         expected = outputs[name][0].detach().numpy()
         np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-6)
 
@@ -237,3 +242,6 @@ def test_a_mask_is_drawn_over_its_window(tmp_path):
     red = middles(pixels(lambda axes: viz.draw_mask(axes, r, (5, 4), 4, group=1), tmp_path))[..., 0]
     assert (red[5:7, 5:7] > 200).all()
     assert (red[9:, 9:] < 50).all()
+    valid = Reassembly(masks[:, 2:-2, 2:-2], (4, 4), up=2, groups=2, padding=(0, 0))
+    again = pixels(lambda axes: viz.draw_mask(axes, valid, (3, 2), 4, group=1), tmp_path)
+    np.testing.assert_array_equal(middles(again)[..., 0], red)

@@ -34,6 +34,7 @@ class Reassembly(NamedTuple):
     size : (int, int)
         (H, W) of the input features.
     up, down, groups : int
+    padding : (int, int) or None
         As for `carafepp.reassemble`.
     """
 
@@ -42,6 +43,7 @@ class Reassembly(NamedTuple):
     up: int = 1
     down: int = 1
     groups: int = 1
+    padding: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def record_reassemblies(network: Any) -> Iterator[dict[str, Reassembly]]:
                 masks = module.masks(x, tuple(output.shape[-2:]))
             masks = masks.reshape(-1, *masks.shape[-3:])[0].float().cpu().numpy()
             reassemblies[name] = Reassembly(
-                masks, tuple(x.shape[-2:]), module.up, module.down, module.groups
+                masks, tuple(x.shape[-2:]), module.up, module.down, module.groups, module.padding
             )
 
         return hook
@@ -110,7 +112,8 @@ def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
 
     A contribution is the weight of a unit in the sum at the location. It is a gradient, by
     `reassemble_backward`, through the masks alone: layers between reassemblies are ignored.
-    Groups of channels are averaged. Kernels that sum to 1 leave a sum of 1 within the borders.
+    Groups of channels are averaged. Kernels that sum to 1 leave a sum of 1 within the borders. What
+    a `padding_mode` finds beyond the borders does not count.
 
     Parameters
     ----------
@@ -147,7 +150,7 @@ def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
     weights = np.zeros(size, chain[0].masks.dtype)
     weights[location] = 1
     traced = []
-    for number, (masks, source, up, down, groups) in enumerate(chain):
+    for number, (masks, source, up, down, groups, padding) in enumerate(chain):
         if masks.shape[1:] != weights.shape:
             raise ValueError(
                 f"[trace] chain[{number}] must make what chain[{number - 1}] reassembles, of size "
@@ -162,6 +165,7 @@ def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
             up=up,
             down=down,
             groups=groups,
+            padding=padding,
             need_masks=False,
         )
         assert gradient is not None
@@ -263,7 +267,9 @@ def draw_mask(
     k = round(taps**0.5)
     row, column = location
     kernel = reassembly.masks[group * taps : (group + 1) * taps, row, column].reshape(k, k)
-    middle = [i * reassembly.down // reassembly.up for i in location]
+    up, down, padding = reassembly.up, reassembly.down, reassembly.padding or (k // 2, k // 2)
+    first = [k // 2 - width for width in padding]  # the source of the output (0, 0)
+    middle = [i * down // up + n for i, n in zip(location, first, strict=True)]
     for a, b in np.ndindex(k, k):
         row, column = middle[0] + a - k // 2, middle[1] + b - k // 2
         if 0 <= row < reassembly.size[0] and 0 <= column < reassembly.size[1]:
@@ -275,7 +281,8 @@ def draw_mask(
     row, column = (i - k // 2 for i in middle)
     corner = (column * stride - 0.5, row * stride - 0.5)
     axes.add_patch(Rectangle(corner, k * stride, k * stride, fc="none", ec="white", lw=0.8))
-    draw_location(axes, location, stride * reassembly.down / reassembly.up)
+    y, x = (i + n * up / down for i, n in zip(location, first, strict=True))
+    draw_location(axes, (y, x), stride * down / up)
 
 
 def _middle(index: Any, stride: float) -> Any:

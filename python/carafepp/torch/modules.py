@@ -41,9 +41,8 @@ def reassemble_to(
     **how: Any,
 ) -> Tensor:
     """Return x rescaled to a size, as described in `CARAFE`."""
-    beyond, logits, size, crop = _fit(
-        x, logits, size, up, down, ceil_mode, kernel_size=kernel_size, padding=padding
-    )
+    sources = _sources(x, kernel_size, padding)
+    beyond, logits, size, crop = _fit(sources, logits, size, up, down, ceil_mode)
     if padding_mode == "zeros":
         x = pad_beyond(x, *beyond, down)
     else:
@@ -69,9 +68,9 @@ def masks_of(
     **how: Any,
 ) -> Tensor:
     """Return the masks that `reassemble_to` uses."""
-    window: dict[str, Any] = {"kernel_size": kernel_size, "padding": padding}
-    natural = _arguments.natural_size(x.shape[-2:], up, down, **window)
-    _, logits, size, crop = _fit(x, logits, size, up, down, ceil_mode, **window)
+    sources = _sources(x, kernel_size, padding)
+    natural = _arguments.natural_size(sources, up, down)
+    _, logits, size, crop = _fit(sources, logits, size, up, down, ceil_mode)
     if torch.jit.is_tracing():
         crop = crop or natural
     else:
@@ -84,8 +83,17 @@ torch.fx.wrap("reassemble_to")
 torch.fx.wrap("masks_of")
 
 
+def _sources(x: Tensor, kernel_size: int, padding: Size | None) -> Size:
+    """Return the numbers of rows and columns of features that windows can be centred on."""
+    height, width = x.shape[-2:]
+    if padding is None:
+        return height, width
+    rows, columns = (kernel_size // 2 - width for width in padding)
+    return height - 2 * rows, width - 2 * columns
+
+
 def _fit(
-    x: Tensor, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool, **window: Any
+    sources: Size, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
 ) -> tuple[tuple[bool, bool], Tensor, Size | None, Size | None]:
     """Return where the size exceeds the natural one, logits extended there, a size and a crop.
 
@@ -95,26 +103,22 @@ def _fit(
     beyond = False, False
     if size is not None:
         size = _arguments.pair("CARAFE", size)
-        beyond = exceeds("CARAFE", x, size, up, down, **window)
+        beyond = exceeds("CARAFE", sources, size, up, down)
         if beyond[0]:
             logits = torch.cat((logits, logits[..., -1:, :]), -2)
         if beyond[1]:
             logits = torch.cat((logits, logits[..., -1:]), -1)
     elif not ceil_mode:
-        rows, columns = _arguments.natural_size(x.shape[-2:], **window)
-        size = rows * up // down, columns * up // down
+        size = sources[0] * up // down, sources[1] * up // down
     return (beyond, logits, None, size) if torch.jit.is_tracing() else (beyond, logits, size, None)
 
 
-def exceeds(
-    where: str, x: Tensor, size: Size, up: int, down: int, **window: Any
-) -> tuple[bool, bool]:
+def exceeds(where: str, sources: Size, size: Size, up: int, down: int) -> tuple[bool, bool]:
     """Tell for rows and columns whether a size exceeds the natural size of features.
 
-    `window` has the kernel_size and the padding. Raise a ValueError if the size exceeds the natural
-    one by `up` or more.
+    Raise a ValueError if it exceeds that size by `up` or more.
     """
-    natural = _arguments.natural_size(x.shape[-2:], up, down, **window)
+    natural = _arguments.natural_size(sources, up, down)
     if not torch.jit.is_tracing() and not _is_exporting():
         most = natural[0] + up - 1, natural[1] + up - 1
         if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):

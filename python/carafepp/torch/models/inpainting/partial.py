@@ -113,13 +113,13 @@ class PartialCARAFE(nn.Module):
     channels : int
     **options
         Arguments of `CARAFE`: up, down, kernel_size, ... The kernels of its normaliser must sum to
-        1, and groups must be 1.
+        1, groups must be 1, and padding and padding_mode must be the defaults.
 
     Raises
     ------
     ValueError
-        The normaliser is another, or there are several groups. In a call: the valid map does not
-        fit x.
+        The normaliser or the padding is another, or there are several groups. In a call: the valid
+        map does not fit x.
 
     Notes
     -----
@@ -152,6 +152,13 @@ class PartialCARAFE(nn.Module):
             )
         if self.carafe.groups != 1:
             raise ValueError(f"[PartialCARAFE] groups must be 1; got {self.carafe.groups}.")
+        for name in ("padding", "padding_mode"):
+            value, default = getattr(self.carafe, name), getattr(CARAFE, name)
+            if value != default:
+                raise ValueError(
+                    f"[PartialCARAFE] {name} must be {default!r}: the outside of the picture is a "
+                    f"hole; got {value!r}."
+                )
 
     def forward(
         self, x: Tensor, valid: Tensor, size: tuple[int, int] | None = None
@@ -177,7 +184,7 @@ class PartialCARAFE(nn.Module):
         """Return x reassembled to the size of masks, which may differ from the natural size."""
         up, down = self.carafe.up, self.carafe.down
         height, width = size = masks.shape[-2:]
-        x = pad_beyond(x, *exceeds("PartialCARAFE", x, size, up, down), down)
+        x = pad_beyond(x, *exceeds("PartialCARAFE", x.shape[-2:], size, up, down), down)
         if not torch.jit.is_tracing():
             return ops.reassemble(x, masks, up=up, down=down, size=(height, width))
         rows, columns = _arguments.natural_size(x.shape[-2:], up, down)  # right for every size
