@@ -222,6 +222,7 @@ def results(function, tensors):
 @page
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda project: project.__name__)
 def test_each_line_computes_what_the_original_computes(project, monkeypatch):
+    torch.compiler.reset()  # the limit of compilations is for all projects
     ours, definition, shapes = project(monkeypatch)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     expected = results(definition, tensors)
@@ -315,6 +316,14 @@ def test_flow_keeps_its_precision_beside_masks_of_16_bits(dtype):
             assert output.dtype == torch.float32
             torch.testing.assert_close(output[0, 0, 10, 12], torch.tensor(801.2))
     assert convex_upsample(flow.to(dtype), mask, 4).dtype == dtype
+
+
+@page
+def test_igevs_line_keeps_the_precision_of_disparities_under_autocast(monkeypatch):
+    upsample, _, (shape, weights) = igev_stereo(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = upsample(torch.full(shape, 200.3), torch.full(weights, 1 / 9))
+    torch.testing.assert_close(output[0, 5, 6], torch.tensor(200.3))
 
 
 def test_an_export_keeps_flow_out_of_autocast():
@@ -450,6 +459,23 @@ def test_graphs_go_on_with_other_sizes():
     given = inputs(1, 7, 9)
     for graph in graphs:
         torch.testing.assert_close(tuple(graph(*given)), network(*given))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda flow, mask: convex_upsample(flow, mask, 2), [(1, 2, 3, 4), (1, 36, 3, 4)]),
+        (adaptive_conv, [(1, 2, 5, 6), (1, 3, 4, 3, 3)]),
+    ],
+    ids=["convex_upsample", "adaptive_conv"],
+)
+def test_derivatives_in_both_modes_and_vmap(function, shapes):
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+    several = [torch.randn(3, *shape) for shape in shapes]
+    expected = torch.stack([function(*each) for each in zip(*several, strict=True)])
+    torch.testing.assert_close(torch.vmap(function)(*several), expected)
 
 
 FLOW, MASK = torch.zeros(1, 2, 3, 4), torch.zeros(1, 576, 3, 4)

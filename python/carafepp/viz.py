@@ -112,8 +112,8 @@ def trace(chain: Sequence[Reassembly], location: Location) -> list[Array]:
 
     A contribution is the weight of a unit in the sum at the location. It is a gradient, by
     `reassemble_backward`, through the masks alone: layers between reassemblies are ignored.
-    Groups of channels are averaged. Kernels that sum to 1 leave a sum of 1 within the borders. What
-    a `padding_mode` finds beyond the borders does not count.
+    Groups of channels are averaged. Kernels that sum to 1 leave a sum of 1 within the borders. Taps
+    beyond the borders do not count, whatever the `padding_mode`.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Operators of other papers: convex upsampling, adaptive convolution, involution.
 
-Each calls `carafepp.reassemble` or `carafepp.reassemble_with_logits`, with the arguments of the
-paper's own code. The page docs/relatives.md shows the line that changes in each project.
+Each takes the arguments of the paper's own code, and calls `carafepp.reassemble` or
+`carafepp.reassemble_with_logits`. docs/relatives.md shows the line that changes in each project.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ def convex_upsample(
     *,
     layout: ops.Layout = "NCHW",
 ) -> Tensor:
-    """Upsample a flow or disparity map by convex combinations of 3 x 3 neighbours, as RAFT does.
+    """Upsample flow or disparity by convex combinations of 3 x 3 neighbours, as RAFT does.
 
-    ``output = reassemble_with_logits(scale * flow, mask, up=factor, kernel_size=3)``: each output
-    pixel is the mean of the window around its source, weighted by a softmax of its logits.
+    ``output = reassemble_with_logits(scale * flow, mask, up=factor, kernel_size=3)``: a mean of the
+    window around each source, weighted by a softmax for every output pixel.
 
     Parameters
     ----------
     flow : Tensor, (N, C, H, W) or (C, H, W)
-        Two channels for flow, one for disparity; any number.
+        The values to upsample. Flow has two channels and disparity has one; any number is allowed.
     mask : Tensor, (N, 9*factor**2, H, W) or (9*factor**2, H, W)
-        The logits, in RAFT's order: channel ``t*factor**2 + dy*factor + dx`` is tap t of the output
-        at sub-pixel (dy, dx).
+        The logits. Channel ``t*factor**2 + dy*factor + dx`` is tap t of the output pixel at
+        sub-pixel (dy, dx).
     factor : int, default 8
-    scale : float, optional
-        The factor for the values, by default `factor`, since a displacement grows with the map. Use
-        1 for values that are no displacements.
+        How many times as large the output is.
+    scale : float, default `factor`
+        The number that multiplies flow: displacements grow with the map. Give 1 for other values.
     layout : "NCHW" or "NHWC", default "NCHW"
-        The order of the axes of flow and of the output. DROID-SLAM has (N, H, W, C). The axes of
-        mask are always (N, 9*factor**2, H, W).
+        The order of the axes of flow and of the output. The axes of mask are always
+        (N, 9*factor**2, H, W), as in DROID-SLAM.
 
     Returns
     -------
     Tensor, (N, C, H*factor, W*factor) or (C, H*factor, W*factor)
-        In the dtype to which PyTorch promotes those of flow and mask.
+        The dtype is `torch.promote_types` of those of flow and mask.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def convex_upsample(
 
     Notes
     -----
-    Autocast does not apply: flow stays in float32, since 16 bits hold no sub-pixel displacement.
+    Autocast does not apply: 16 bits cannot hold a large displacement to a fraction of a pixel.
 
     References
     ----------
@@ -124,7 +124,7 @@ def adaptive_conv(input: Tensor, filters: Tensor) -> Tensor:
     Parameters
     ----------
     input : Tensor, (N, C, H+K-1, W+K-1) or (C, H+K-1, W+K-1)
-        The map with K//2 rows and columns beyond each border, which the caller pads.
+        A map that the caller has padded by K//2 rows and columns on each side.
     filters : Tensor, (N, H, W, K, K) or (H, W, K, K)
         K odd, 1 to 31. The dtype of input or, with half input, float32.
 
@@ -142,14 +142,13 @@ def adaptive_conv(input: Tensor, filters: Tensor) -> Tensor:
 
     Notes
     -----
-    Filters are read where they are if their last two axes can be viewed as one. It is so for a
-    contiguous tensor and for FeatUp's (a permuted tensor with the taps as channels). Other filters,
-    such as a transpose of K and K, are copied.
+    Filters are not copied if their last two axes can be viewed as one. Contiguous filters can, and
+    so can FeatUp's, which are a permuted tensor with the taps as channels. A transpose of the last
+    two axes cannot.
 
     References
     ----------
-    S. Fu, M. Hamilton et al., "FeatUp: A Model-Agnostic Framework for Features at Any Resolution",
-    section 3.2.
+    S. Fu, M. Hamilton et al., "FeatUp: A Model-Agnostic Framework for Features at Any Resolution".
 
     Examples
     --------
@@ -206,10 +205,11 @@ def _check_filters(input: Tensor, filters: Tensor) -> None:
 class Involution2d(nn.Module):
     """Filter a map with kernels predicted from each pixel and shared by groups of 16 channels.
 
-    ``output = reassemble(x, conv2(conv1(avgpool(x))), down=stride, groups=channels//16)``, in
-    which `conv1` is a 1x1 convolution to a quarter of the channels with BatchNorm and ReLU,
-    `conv2` a 1x1 convolution to ``channels//16 * kernel_size**2`` channels, and `avgpool` an
-    average over stride x stride pixels. There is no normaliser.
+    ``output = reassemble(x, conv2(conv1(avgpool(x))), down=stride, groups=channels//16)``
+
+    `avgpool` averages over stride x stride pixels. `conv1` is a 1x1 convolution to a quarter of the
+    channels, with BatchNorm and ReLU. `conv2` is a 1x1 convolution that predicts
+    ``channels//16 * kernel_size**2`` weights. There is no normaliser.
 
     Parameters
     ----------
@@ -228,9 +228,11 @@ class Involution2d(nn.Module):
 
     Notes
     -----
-    The input is (N, C, H, W), the output (N, C, H//stride, W//stride). The parameters, attributes
-    and keys of the state_dict are those of ``involution`` in the authors' code (d-li14/involution),
-    so its checkpoints load. Parameters are initialised as there, by He's normal numbers.
+    The input is (N, C, H, W). The output is (N, C, H//stride, W//stride).
+
+    Arguments, attributes and keys of the state_dict are those of ``involution`` in the authors'
+    code (d-li14/involution): its checkpoints load. Weights are initialised as there, by
+    `torch.nn.init.kaiming_normal_`.
 
     References
     ----------
@@ -316,7 +318,7 @@ def _check_tensors(function: str, **tensors: Any) -> None:
 
 def _is_autocast(tensor: Tensor) -> bool:
     device = tensor.device.type
-    return bool(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return bool(device != "meta" and torch.is_autocast_enabled(device))
 
 
 def _is_recorded() -> bool:
