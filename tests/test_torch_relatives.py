@@ -412,6 +412,11 @@ def test_involution_is_the_authors_layer(kernel_size, stride, training):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@page
+def test_the_line_of_involution_imports_the_layer():
+    assert run("involution")["involution"] is Involution2d
+
+
 def test_involution_is_recorded_for_other_sizes():
     module = Involution2d(16, 3, 2).eval()
     x, dim = torch.randn(1, 16, 8, 12), torch.export.Dim
