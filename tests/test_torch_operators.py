@@ -152,7 +152,11 @@ OPCHECKS = {
 
 # PyTorch 2.14's own opcheck looks at .grad of a view.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@product(kind=list(OPCHECKS), by_default={"kind": ["contiguous", "NHWC"]}, which=EACH_RESULT)
+@product(
+    kind=list(OPCHECKS),
+    by_default={"kind": ["contiguous", "NHWC", "padding"]},
+    which=EACH_RESULT,
+)
 def test_opcheck(kind, which, torch):
     function, index = which
     name, change, more = OPCHECKS[kind]
