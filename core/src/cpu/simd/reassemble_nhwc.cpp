@@ -2,8 +2,8 @@
 //
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
 // up >= down, up*up outputs are centred on one source and read one window. A vector of features serves them all. If one
-// output is centred on a source, two neighbours share what their windows have in common. First comes the plan. Each
-// item then stages the masks of a tile, contracts the taps of its windows in register tiles, and writes.
+// output is centred on a source, neighbours in a run share what their windows have in common. First comes the plan.
+// Each item then stages the masks of a tile, contracts the taps of its windows in register tiles, and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -36,7 +36,7 @@ struct ReassembleNhwc {
     int64_t row_windows;  // rows of windows in an image
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
-    bool in_pairs;         // one output a cell, whose window overlaps the next cell's
+    int run;               // cells whose windows overlap, of one output each, that are contracted together
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
     int64_t tile_size;     // [row][tap][phase][lane]
@@ -53,7 +53,8 @@ struct ReassembleNhwc {
         row_windows = shared_windows_in(p.factor, p.out_h);
         window_rows = ceil_div(up, down);
         non_temporal = takes_non_temporal_stores<T>(output, channels);
-        in_pairs = up == 1 && down < p.kernel_size;
+        // Few channels fill no register tile of two outputs.
+        run = up > 1 || down >= p.kernel_size ? 1 : 3 * down < p.kernel_size && channels <= 2 * L ? 4 : 2;
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
@@ -114,8 +115,8 @@ TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const Forw
 
 // ---- contraction ----
 
-// The outputs centred on one source, and their window. In a pair, each output is centred on a source of its own:
-// `window` is the union of their windows, and the second window begins `shift` columns behind the first.
+// The outputs centred on one source, and their window. In a run, each output is centred on a source of its own:
+// `window` is the union of their windows, each of which begins `shift` columns behind the one before it.
 template <class T>
 struct WindowOutputs {
     using A = Accumulator<T>;
@@ -124,32 +125,51 @@ struct WindowOutputs {
     PixelWindow<const T> window;
     PixelPrefetch<T> prefetch;
     int kernel_size, shift;
-    int64_t tap_stride;  // of weights
+    bool short_segments;  // of one column, all inside the border: those of a run but for the middle one
+    int64_t tap_stride;   // of weights
     bool non_temporal;
     int count = 0;
     const A* weights[kMost];  // of each output
     T* outputs[kMost];
 };
 
-// Adds columns [b, end) of a row of a window to the sums of outputs [kFirst, kLast); `x` is the pixel of column b.
+// Adds column b of a row of a window, the pixel x, to the sums of outputs [kFirst, kLast).
 template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
-CARAFEPP_INLINE void add_taps(const T*& x, int64_t pixel_stride, int& b, int end, int tail,
-                              const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
-                              Vector<Accumulator<T>> (&sums)[P][NV]) {
-    for (; b < end; b++, x += pixel_stride) {
-        Vector<Accumulator<T>> features[NV];
-        read_channels<NV, kTail>(x, tail, features);
+CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail,
+                             const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
+                             Vector<Accumulator<T>> (&sums)[P][NV]) {
+    Vector<Accumulator<T>> features[NV];
+    read_channels<NV, kTail>(x, tail, features);
 #pragma GCC unroll 4
-        for (int o = kFirst; o < kLast; o++) {
-            const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
+    for (int o = kFirst; o < kLast; o++) {
+        const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
-        }
+        for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
     }
+    b++;
+    x += pixel_stride;
 }
 
-// A register tile: `P` outputs from `first` on, or a pair; `NV` vectors of channels from `c` on.
-template <int P, bool kPair, int NV, bool kTail, class T>
+// Adds a row of the union of windows of a run. Columns from b on that the same outputs read are a segment: those of the
+// first output alone, of the first two, of all, and so on to those of the last.
+template <int P, bool kTail, bool kShortSegments, int Segment = 0, int NV, class T>
+CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T*& x, int& b, int tail,
+                                    const Accumulator<T>* const (&weights)[P], Vector<Accumulator<T>> (&sums)[P][NV]) {
+    const int64_t pixel_stride = at.window.pixel_stride, tap_stride = at.tap_stride;
+    constexpr int kFirst = Segment < P ? 0 : Segment - P + 1, kLast = Segment < P ? Segment + 1 : P;
+    if constexpr (kShortSegments && Segment != P - 1) {
+        add_tap<kFirst, kLast, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
+    } else {
+        const int end = kLast < P ? kLast * at.shift : at.kernel_size + kFirst * at.shift;
+        for (const int last = std::min(end, at.window.b_end); b < last;)
+            add_tap<kFirst, kLast, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
+    }
+    if constexpr (Segment < 2 * P - 2)
+        add_row_of_run<P, kTail, kShortSegments, Segment + 1>(at, x, b, tail, weights, sums);
+}
+
+// A register tile: `P` outputs from `first` on, or a run; `NV` vectors of channels from `c` on.
+template <int P, bool kRun, int NV, bool kTail, class T>
 CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
@@ -161,13 +181,13 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
         for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + a * at.kernel_size * at.tap_stride;
         int b = window.b_begin;
         const T* x = window.pixel(a, b) + c;
-        if constexpr (kPair) {
-            add_taps<0, 1, kTail>(x, window.pixel_stride, b, std::min(at.shift, window.b_end), tail, weights,
-                                  at.tap_stride, sums);
-            add_taps<0, 2, kTail>(x, window.pixel_stride, b, std::min(at.kernel_size, window.b_end), tail, weights,
-                                  at.tap_stride, sums);
+        const int64_t pixel_stride = window.pixel_stride, tap_stride = at.tap_stride;
+        if constexpr (kRun) {
+            at.short_segments ? add_row_of_run<P, kTail, true>(at, x, b, tail, weights, sums)
+                              : add_row_of_run<P, kTail, false>(at, x, b, tail, weights, sums);
+        } else {
+            while (b < window.b_end) add_tap<0, P, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
         }
-        add_taps<kPair ? 1 : 0, P, kTail>(x, window.pixel_stride, b, window.b_end, tail, weights, at.tap_stride, sums);
     }
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], at.outputs[first + o] + c, tail, at.non_temporal);
@@ -175,30 +195,34 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
 
 // All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
 // ones have fewer, and a tail.
-template <int P, bool kPair, class T>
+template <int P, bool kRun, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = P == 1 || (kPair && kVectorRegisters == 32) ? 8 : kPair || kVectorRegisters == 32 ? 4 : 2;
+    constexpr int kMost = std::min(8, kVectorRegisters / 2 / P);
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kPair, kMost, false>(at, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        sum_over_taps<P, kPair, 4, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 4, false>(at, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        sum_over_taps<P, kPair, 2, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 2, false>(at, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        sum_over_taps<P, kPair, 1, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 1, false>(at, first, c, 0);
         c += L;
     }
-    if (c < channels) sum_over_taps<P, kPair, 1, true>(at, first, c, static_cast<int>(channels - c));
+    if (c < channels) sum_over_taps<P, kRun, 1, true>(at, first, c, static_cast<int>(channels - c));
 }
 
 template <class T>
 void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
-    if (at.shift > 0) return sum_channels_over_taps<2, true>(at, 0, channels);
+    if (at.shift > 0) {
+        at.count == 4 ? sum_channels_over_taps<4, true>(at, 0, channels)
+                      : sum_channels_over_taps<2, true>(at, 0, channels);
+        return;
+    }
     int first = 0;
     for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);
     for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, false>(at, first, channels);
@@ -217,11 +241,12 @@ PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem
 
 template <class T>
 void set_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t column, int64_t tap_stride, int shift,
-                WindowOutputs<T>& at) {
+                int outputs, WindowOutputs<T>& at) {
     at.window = window_of<const T>(plan.p, plan.p.features, item.n, item.group * plan.channels, item.rows.source,
-                                   column, shift);
+                                   column, shift * (outputs - 1));
     at.kernel_size = static_cast<int>(plan.p.kernel_size);
     at.shift = shift;
+    at.short_segments = shift == 1 && at.window.b_begin == 0 && at.window.b_end == at.kernel_size + outputs - 1;
     at.tap_stride = tap_stride;
     at.non_temporal = plan.non_temporal;
 }
@@ -234,7 +259,7 @@ void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
     for (int g = 0; g < plan.column_windows.count; g++) {
         const SharedWindow& columns = plan.column_windows.windows[g];
         WindowOutputs<T> at;
-        set_window(plan, item, cell * plan.down + columns.source, weights.tap_stride, 0, at);
+        set_window(plan, item, cell * plan.down + columns.source, weights.tap_stride, 0, 1, at);
         if (g == 0) at.prefetch = pixel_prefetch(plan, item, cell, 1);
         const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
         for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -249,14 +274,15 @@ void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
     }
 }
 
-// The outputs of two neighbouring cells, which have one each.
+// The outputs of a run of neighbouring cells, which have one each.
 template <class T>
-void reassemble_pair(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
-                     const TileWeights<Accumulator<T>>& weights, int64_t q) {
+void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
+                    const TileWeights<Accumulator<T>>& weights, int64_t q, int outputs) {
     WindowOutputs<T> at;
-    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), at);
-    at.prefetch = pixel_prefetch(plan, item, cell, 2);
-    for (int o = 0; o < 2; o++) {
+    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), outputs, at);
+    at.prefetch = pixel_prefetch(plan, item, cell, outputs);
+    at.count = outputs;
+    for (int o = 0; o < outputs; o++) {
         at.weights[o] = weights.first + (q + o) * weights.cell_stride - o * plan.down * weights.tap_stride;
         at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
     }
@@ -271,8 +297,8 @@ void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
         const int64_t count = std::min(L, cells - cell);
         const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
         int64_t q = 0;
-        if (in_pairs) {
-            for (; q + 2 <= count; q += 2) reassemble_pair(*this, at, cell + q, weights, q);
+        for (int outputs = run; outputs > 1; outputs /= 2) {
+            for (; q + outputs <= count; q += outputs) reassemble_run(*this, at, cell + q, weights, q, outputs);
         }
         for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
     }
