@@ -20,6 +20,10 @@ namespace {
 
 // ---- plan ----
 
+// Groups of few channels fill a register tile with four outputs. For its size, there is code for float alone.
+template <class T>
+constexpr bool kRunsOfFour = std::is_same_v<T, float>;
+
 template <class T>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
@@ -53,8 +57,8 @@ struct ReassembleNhwc {
         row_windows = shared_windows_in(p.factor, p.out_h);
         window_rows = ceil_div(up, down);
         non_temporal = takes_non_temporal_stores<T>(output, channels);
-        // Few channels fill no register tile of two outputs.
-        run = up > 1 || down >= p.kernel_size ? 1 : 3 * down < p.kernel_size && channels <= 2 * L ? 4 : 2;
+        const bool four = kRunsOfFour<T> && 3 * down < p.kernel_size && channels <= 2 * L;
+        run = up > 1 || down >= p.kernel_size ? 1 : four ? 4 : 2;
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
@@ -140,6 +144,10 @@ CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail
                              Vector<Accumulator<T>> (&sums)[P][NV]) {
     Vector<Accumulator<T>> features[NV];
     read_channels<NV, kTail>(x, tail, features);
+    if constexpr (kLast - kFirst > 1) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) features[v] = in_register(features[v]);
+    }
 #pragma GCC unroll 4
     for (int o = kFirst; o < kLast; o++) {
         const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
@@ -182,9 +190,11 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
         int b = window.b_begin;
         const T* x = window.pixel(a, b) + c;
         const int64_t pixel_stride = window.pixel_stride, tap_stride = at.tap_stride;
-        if constexpr (kRun) {
+        if constexpr (P == 4 && kRun) {
             at.short_segments ? add_row_of_run<P, kTail, true>(at, x, b, tail, weights, sums)
                               : add_row_of_run<P, kTail, false>(at, x, b, tail, weights, sums);
+        } else if constexpr (kRun) {
+            add_row_of_run<P, kTail, false>(at, x, b, tail, weights, sums);
         } else {
             while (b < window.b_end) add_tap<0, P, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
         }
@@ -198,7 +208,9 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
 template <int P, bool kRun, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = std::min(8, kVectorRegisters / 2 / P);
+    constexpr int kMost = P == 1 || (kRun && P == 2 && kVectorRegisters == 32) ? 8
+                          : P == 4 && kVectorRegisters == 16                   ? 2
+                                                                               : 4;
     int64_t c = 0;
     for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
@@ -219,9 +231,10 @@ __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at
 template <class T>
 void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
     if (at.shift > 0) {
-        at.count == 4 ? sum_channels_over_taps<4, true>(at, 0, channels)
-                      : sum_channels_over_taps<2, true>(at, 0, channels);
-        return;
+        if constexpr (kRunsOfFour<T>) {
+            if (at.count == 4) return sum_channels_over_taps<4, true>(at, 0, channels);
+        }
+        return sum_channels_over_taps<2, true>(at, 0, channels);
     }
     int first = 0;
     for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);

@@ -69,6 +69,19 @@ CARAFEPP_INLINE Vector<A> splat(A value) {
     return value - Vector<A>{};
 }
 
+// The same vector. The compiler keeps it in a register: it does not load it again for each multiplication.
+template <class V>
+CARAFEPP_INLINE V in_register(V vector) {
+#if CARAFEPP_VECTOR_BYTES == 64
+    asm("" : "+v"(vector));
+#elif defined(__aarch64__)
+    asm("" : "+w"(vector));
+#elif defined(__x86_64__)
+    asm("" : "+x"(vector));
+#endif
+    return vector;
+}
+
 // Calls f(n) with n in [1, Most] known to the compiler.
 template <int Most, class F>
 static inline __attribute__((always_inline)) void with_count(int n, F f) {
