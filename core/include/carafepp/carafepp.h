@@ -18,11 +18,15 @@
  *          content encoder predicts, before the kernel normaliser. Channel (g*K*K + t)*up*up + dy*up + dx of logits
  *          is tap t of the output pixel at the sub-pixel (dy, dx) of a source pixel: the order of pixel shuffle.
  *
+ * Padding: padding is how many rows or columns of zeros count as features beyond each border, as in a convolution.
+ *          The default is r. For less, set the flag CARAFEPP_PADDING, and params.padding to the numbers of rows and of
+ *          columns, from 0 to r. With 0 all windows lie inside the features. So you can pad features yourself, by
+ *          reflection for example. Or give a tile with a halo of r rows and columns on each side. If the tile begins
+ *          at multiples of down, its output is exactly its part of the whole.
+ *
  * Sizes:   H' = ceil(h*up/down), W' = ceil(w*up/down) are natural, with h = max(0, H + 2*padding - 2*r), w likewise.
  *          CARAFEPP_SIZE asks for smaller ones: a crop at the bottom and right.
- *          Hl = ceil(h/down), Wl = ceil(w/down).
- *          padding, from 0 to r, is how many rows or columns of zeros count as features beyond each border, as in a
- *          convolution. It is r, so that h = H, unless CARAFEPP_PADDING is set. With 0 the caller pads.
+ *          Hl = ceil(h/down), Wl = ceil(w/down). With the default padding h = H and w = W.
  *          K is odd, 1 <= K <= 31; groups divides C. up and down are taken as given, not reduced.
  *          Any size is legal, from 0 to beyond 2^31 elements.
  *
@@ -145,7 +149,7 @@ typedef struct carafepp_params {
     uint32_t flags;
     const char* implementation; /* NULL: the best. Else the name of a listed one, forced for the result that it gives */
     int64_t size[2];            /* H', W', with CARAFEPP_SIZE */
-    int64_t padding[2];         /* of rows, of columns, with CARAFEPP_PADDING; not for masks of logits alone */
+    int64_t padding[2];         /* rows, columns, with CARAFEPP_PADDING: for functions that read features */
     int64_t reserved[2];        /* 0 */
 } carafepp_params;
 
@@ -230,8 +234,8 @@ CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_pa
                                                                const carafepp_tensor* grad_logits, void* stream);
 
 /* The shape of the output or masks that a forward `function` gives for its first input: features, or logits for
- * CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. Padding needs kernel_size. `shape` gets
- * input->ndim numbers, in the axes of `input`. */
+ * CARAFEPP_NORMALIZE_MASKS. Only ndim and shape of `input` are read. With CARAFEPP_PADDING the size depends on
+ * kernel_size, which must be given. `shape` gets input->ndim numbers, in the axes of `input`. */
 CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
                                                    const carafepp_tensor* input, int64_t* shape);
 
