@@ -240,7 +240,7 @@ public:
                    "; got ", masks.c, " channels, groups=", params_.groups, ".", hint);
     }
 
-    // kernel_size/2 - padding of an axis: 0 rows, 1 columns.
+    // kernel_size/2 - padding of axis 0, rows, or 1, columns. Checks both.
     int64_t offset(int axis, int64_t kernel_size) const {
         if (!padded()) return 0;
         const int64_t radius = kernel_size / 2, *padding = params_.padding;
@@ -250,7 +250,7 @@ public:
         return radius - padding[axis];
     }
 
-    // The formula of the natural size, of what the axes of features are without and with padding.
+    // In errors: the formula of the natural size, and the hint that explains its h and w.
     const char* natural_size() const {
         return padded() ? "(ceil(h*up/down), ceil(w*up/down))" : "(ceil(H*up/down), ceil(W*up/down))";
     }

@@ -44,7 +44,7 @@ struct Factor {
     // The source that an output is centred on, with the default padding.
     CARAFEPP_HOST_DEVICE constexpr int64_t source(int64_t output) const { return output * down / up; }
 
-    // The first output centred on `source` or behind it: as many are centred on the sources before it.
+    // The first output centred on `source` or behind it. It is also how many outputs are centred on earlier sources.
     CARAFEPP_HOST_DEVICE constexpr int64_t first_output(int64_t source) const { return ceil_div(source * up, down); }
 };
 
@@ -62,12 +62,14 @@ struct Axis {
         return factor.first_output(source - offset);
     }
 
-    // How many of `sources` windows may be centred on, and how many outputs are: the natural size.
-    CARAFEPP_HOST_DEVICE constexpr int64_t centres(int64_t sources) const {
-        return sources > 2 * offset ? sources - 2 * offset : 0;
+    // How many rows or columns of features, of `size`, windows can be centred on.
+    CARAFEPP_HOST_DEVICE constexpr int64_t centres(int64_t size) const {
+        return size > 2 * offset ? size - 2 * offset : 0;
     }
-    CARAFEPP_HOST_DEVICE constexpr int64_t natural_size(int64_t sources) const {
-        return factor.first_output(centres(sources));
+
+    // How many outputs there are without a crop.
+    CARAFEPP_HOST_DEVICE constexpr int64_t natural_size(int64_t size) const {
+        return factor.first_output(centres(size));
     }
 };
 

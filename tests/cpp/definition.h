@@ -25,7 +25,7 @@ struct Case {
     int up, down, kernel_size, groups;
     int64_t crop_h = -1, crop_w = -1;        // no crop
     bool for_cuda = false;                   // a shape around the tiles of CUDA kernels
-    int64_t padding_h = -1, padding_w = -1;  // kernel_size/2
+    int64_t padding_h = -1, padding_w = -1;  // the default
 
     bool padded() const { return padding_h >= 0; }
     int64_t offset_h() const { return padded() ? kernel_size / 2 - padding_h : 0; }

@@ -58,8 +58,8 @@ struct Columns {
     }
 };
 
-// Neighbouring outputs [begin, end) of one axis that are centred on one source: they share a window. The source counts
-// from that of output 0.
+// Neighbouring outputs [begin, end) of one axis that are centred on one source: they share a window. `source` counts
+// from the source of output 0.
 struct SharedWindow {
     int64_t begin, end, source;
 };

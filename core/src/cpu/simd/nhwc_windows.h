@@ -23,8 +23,8 @@ struct PixelWindow {
     T* pixel(int64_t a, int64_t b) const { return corner + a * row_stride + b * pixel_stride; }
 };
 
-// The window around source (i, j), counted from that of the first output, or its union with the window `shift` columns
-// behind it.
+// The window around source (i, j), or the union of the windows from there to `shift` columns behind. Here i and j count
+// from the source of output (0, 0).
 template <class T>
 static inline PixelWindow<T> window_of(const Problem& p, const Array& features, int64_t n, int64_t c, int64_t i,
                                        int64_t j, int64_t shift = 0) {

@@ -20,7 +20,7 @@ namespace {
 
 // ---- plan ----
 
-// Groups of few channels fill a register tile with four outputs. For its size, there is code for float alone.
+// Groups of few channels need four outputs to fill a register tile. To keep the library small, only float has the code.
 template <class T>
 constexpr bool kRunsOfFour = std::is_same_v<T, float>;
 
@@ -40,7 +40,7 @@ struct ReassembleNhwc {
     int64_t row_windows;  // rows of windows in an image
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
-    int run;               // cells whose windows overlap, of one output each, that are contracted together
+    int run;               // cells of one output each with overlapping windows, contracted together
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
     int64_t tile_size;     // [row][tap][phase][lane]
@@ -119,8 +119,8 @@ TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const Forw
 
 // ---- contraction ----
 
-// The outputs centred on one source, and their window. In a run, each output is centred on a source of its own:
-// `window` is the union of their windows, each of which begins `shift` columns behind the one before it.
+// The outputs centred on one source, and their window. In a run, each output is centred on a source of its own. Its
+// window begins `shift` columns behind the one before it, and `window` is the union.
 template <class T>
 struct WindowOutputs {
     using A = Accumulator<T>;
@@ -129,7 +129,7 @@ struct WindowOutputs {
     PixelWindow<const T> window;
     PixelPrefetch<T> prefetch;
     int kernel_size, shift;
-    bool short_segments;  // of one column, all inside the border: those of a run but for the middle one
+    bool short_segments;  // of one column inside the border: all of a run but the middle one
     int64_t tap_stride;   // of weights
     bool non_temporal;
     int count = 0;
@@ -158,8 +158,8 @@ CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail
     x += pixel_stride;
 }
 
-// Adds a row of the union of windows of a run. Columns from b on that the same outputs read are a segment: those of the
-// first output alone, of the first two, of all, and so on to those of the last.
+// Adds a row of the union of the windows of a run, from column b on. A segment is the columns that the same outputs
+// read. The first output alone reads the first segment. Up to the middle one, each has an output more, then one less.
 template <int P, bool kTail, bool kShortSegments, int Segment = 0, int NV, class T>
 CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T*& x, int& b, int tail,
                                     const Accumulator<T>* const (&weights)[P], Vector<Accumulator<T>> (&sums)[P][NV]) {
