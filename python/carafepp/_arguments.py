@@ -97,14 +97,19 @@ def pair(where: str, size: Any, names: str = "(H', W')") -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def padding_pair(where: str, padding: Any) -> tuple[int, int]:
-    """Return (rows, columns) of a padding, which is a pair or one integer for both."""
+def padding_pair(where: str, padding: Any, kernel_size: int | None = None) -> tuple[int, int]:
+    """Return (rows, columns) of a padding, a pair or one integer; with kernel_size check them."""
     number = None if isinstance(padding, (tuple, list)) else index_of(padding)
     numbers = _read(padding, _index_or_proxy) if number is None else (number, number)
     if numbers is None or len(numbers) != 2:
         raise TypeError(
             f"[{where}] padding must be an integer or a pair (rows, columns) of integers, from 0 "
             f"to kernel_size // 2; {_got(padding)}."
+        )
+    if kernel_size is not None and (min(numbers) < 0 or max(numbers) > kernel_size // 2):
+        raise ValueError(
+            f"[{where}] padding must be from 0 to kernel_size // 2 = {kernel_size // 2}; "
+            f"got {numbers}."
         )
     return numbers[0], numbers[1]
 
@@ -122,7 +127,7 @@ def natural_size(
     size: tuple[int, int],
     up: int = 1,
     down: int = 1,
-    kernel_size: int = 5,
+    kernel_size: int = 5,  # as in the functions of logits
     padding: tuple[int, int] | None = None,
     **_: Any,
 ) -> tuple[int, int]:

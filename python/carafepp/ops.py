@@ -78,9 +78,9 @@ def reassemble(
         channels_last memory format has the axes "NCHW".
     padding : int or (int, int), default K//2
         The numbers of rows and columns of zeros that count as features beyond each border, as in a
-        convolution: from 0 ("valid") to K//2. With 0 the caller pads the features, for example by
-        reflection, replication or periodically. A tile with a halo of K//2 gives exactly its part
-        of the whole.
+        convolution: from 0 ("valid") to K//2. With 0 you can pad the features yourself, for
+        example by reflection. Or give a tile with a halo of K//2 rows and columns. If the tile
+        begins at multiples of down, its output is exactly its part of the whole.
     out : array, optional
         The array for the result. It has any strides and shares no element with an input.
 
@@ -319,9 +319,9 @@ def reassemble_with_logits(
         As for `reassemble`.
     logits : array, (N, groups*K*K*up*up, ceil(h/down), ceil(w/down))
         The prediction of the content encoder. By default h is H and w is W; `reassemble` tells how
-        they depend on padding. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t
-        of the output pixel at sub-pixel (dy, dx): the order of ``torch.pixel_shuffle``. The dtype
-        of features or, with half features, float32.
+        they depend on padding. Channel ``(g*K*K + t)*up*up + dy*up + dx`` is tap t of the output
+        pixel at sub-pixel (dy, dx): the order of ``torch.pixel_shuffle``. The dtype of features or,
+        with half features, float32.
     up, down, groups, size, layout, padding, out
         As for `reassemble`.
     kernel_size : int, default 5
@@ -675,7 +675,7 @@ def output_size(
         (H, W) of the features. Symbols of PyTorch's graphs are allowed.
     up, down : int, default 1
     kernel_size : int, optional
-        K: odd, 1 to 31. With padding it must be given.
+        K: odd, 1 to 31. It must be given with padding, and does not matter without.
     padding : int or (int, int), default K//2
         As for `reassemble`.
 
@@ -718,12 +718,7 @@ def output_size(
         )
     kernel_size = odd("output_size", "kernel_size", kernel_size)
     if padding is not None:
-        padding = padding_pair("output_size", padding)
-        if min(padding) < 0 or max(padding) > kernel_size // 2:
-            raise ValueError(
-                f"[output_size] padding must be from 0 to kernel_size // 2 = {kernel_size // 2}; "
-                f"got {padding}."
-            )
+        padding = padding_pair("output_size", padding, kernel_size)
     return natural_size(size, up, down, kernel_size, padding)
 
 

@@ -268,8 +268,8 @@ def draw_mask(
     row, column = location
     kernel = reassembly.masks[group * taps : (group + 1) * taps, row, column].reshape(k, k)
     up, down, padding = reassembly.up, reassembly.down, reassembly.padding or (k // 2, k // 2)
-    first = [k // 2 - width for width in padding]  # the source of the output (0, 0)
-    middle = [i * down // up + n for i, n in zip(location, first, strict=True)]
+    offsets = [k // 2 - number for number in padding]  # the source of the output (0, 0)
+    middle = [i * down // up + n for i, n in zip(location, offsets, strict=True)]
     for a, b in np.ndindex(k, k):
         row, column = middle[0] + a - k // 2, middle[1] + b - k // 2
         if 0 <= row < reassembly.size[0] and 0 <= column < reassembly.size[1]:
@@ -281,7 +281,7 @@ def draw_mask(
     row, column = (i - k // 2 for i in middle)
     corner = (column * stride - 0.5, row * stride - 0.5)
     axes.add_patch(Rectangle(corner, k * stride, k * stride, fc="none", ec="white", lw=0.8))
-    y, x = (i + n * up / down for i, n in zip(location, first, strict=True))
+    y, x = (i + n * up / down for i, n in zip(location, offsets, strict=True))
     draw_location(axes, (y, x), stride * down / up)
 
 

@@ -41,8 +41,8 @@ def reassemble_to(
     **how: Any,
 ) -> Tensor:
     """Return x rescaled to a size, as described in `CARAFE`."""
-    sources = _sources(x, kernel_size, padding)
-    beyond, logits, size, crop = _fit(sources, logits, size, up, down, ceil_mode)
+    centres = _centres(x, kernel_size, padding)
+    beyond, logits, size, crop = _fit(centres, logits, size, up, down, ceil_mode)
     if padding_mode == "zeros":
         x = pad_beyond(x, *beyond, down)
     else:
@@ -68,9 +68,9 @@ def masks_of(
     **how: Any,
 ) -> Tensor:
     """Return the masks that `reassemble_to` uses."""
-    sources = _sources(x, kernel_size, padding)
-    natural = _arguments.natural_size(sources, up, down)
-    _, logits, size, crop = _fit(sources, logits, size, up, down, ceil_mode)
+    centres = _centres(x, kernel_size, padding)
+    natural = _arguments.natural_size(centres, up, down)
+    _, logits, size, crop = _fit(centres, logits, size, up, down, ceil_mode)
     if torch.jit.is_tracing():
         crop = crop or natural
     else:
@@ -83,17 +83,17 @@ torch.fx.wrap("reassemble_to")
 torch.fx.wrap("masks_of")
 
 
-def _sources(x: Tensor, kernel_size: int, padding: Size | None) -> Size:
-    """Return the numbers of rows and columns of features that windows can be centred on."""
+def _centres(x: Tensor, kernel_size: int, padding: Size | None) -> Size:
+    """Return how many rows and columns of features windows can be centred on."""
     height, width = x.shape[-2:]
     if padding is None:
         return height, width
-    rows, columns = (kernel_size // 2 - width for width in padding)
-    return height - 2 * rows, width - 2 * columns
+    offset_h, offset_w = (kernel_size // 2 - number for number in padding)
+    return height - 2 * offset_h, width - 2 * offset_w
 
 
 def _fit(
-    sources: Size, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
+    centres: Size, logits: Tensor, size: Any, up: int, down: int, ceil_mode: bool
 ) -> tuple[tuple[bool, bool], Tensor, Size | None, Size | None]:
     """Return where the size exceeds the natural one, logits extended there, a size and a crop.
 
@@ -103,22 +103,22 @@ def _fit(
     beyond = False, False
     if size is not None:
         size = _arguments.pair("CARAFE", size)
-        beyond = exceeds("CARAFE", sources, size, up, down)
+        beyond = exceeds("CARAFE", centres, size, up, down)
         if beyond[0]:
             logits = torch.cat((logits, logits[..., -1:, :]), -2)
         if beyond[1]:
             logits = torch.cat((logits, logits[..., -1:]), -1)
     elif not ceil_mode:
-        size = sources[0] * up // down, sources[1] * up // down
+        size = centres[0] * up // down, centres[1] * up // down
     return (beyond, logits, None, size) if torch.jit.is_tracing() else (beyond, logits, size, None)
 
 
-def exceeds(where: str, sources: Size, size: Size, up: int, down: int) -> tuple[bool, bool]:
+def exceeds(where: str, centres: Size, size: Size, up: int, down: int) -> tuple[bool, bool]:
     """Tell for rows and columns whether a size exceeds the natural size of features.
 
     Raise a ValueError if it exceeds that size by `up` or more.
     """
-    natural = _arguments.natural_size(sources, up, down)
+    natural = _arguments.natural_size(centres, up, down)
     if not torch.jit.is_tracing() and not _is_exporting():
         most = natural[0] + up - 1, natural[1] + up - 1
         if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
@@ -196,11 +196,10 @@ class CARAFE(nn.Module):
     encoder_dilation : int, default 1
         The dilation of the content encoder.
     padding : int or (int, int), default kernel_size//2
-        How many rows and columns beyond each border windows reach, from 0 ("valid"), as in a
-        convolution.
+        The numbers of rows and columns beyond each border that count as features, as in a
+        convolution: from 0 ("valid") to kernel_size//2.
     padding_mode : {"zeros", "reflect", "replicate", "circular"}, default "zeros"
-        The features that windows find beyond the borders, as in `torch.nn.Conv2d`. The content
-        encoder always pads with zeros.
+        Their values, as in `torch.nn.Conv2d`. The content encoder always pads with zeros.
     batch_norm : bool, default False
         Whether BatchNorm and ReLU follow the compressor (section 5.1, image classification).
     normalizer : {"softmax", "sigmoid", "sigmoid_normalized", "none"}, default "softmax"
@@ -224,15 +223,15 @@ class CARAFE(nn.Module):
     memory format of the input. Its size is (ceil(H*up/down), ceil(W*up/down)) or, with
     ceil_mode=False, (H*up//down, W*up//down).
 
-    With a padding, H in these formulas is H + 2*padding - 2*(kernel_size//2), and so is W. The
-    encoder then sees the compressed features without the kernel_size//2 - padding rows and columns
-    at each border, so that its centres are those of the windows.
+    With a padding, H in these formulas is H + 2*padding - 2*(kernel_size//2), and W likewise. At
+    each border, the content encoder then leaves out kernel_size//2 - padding rows or columns of the
+    compressed features. So its logits belong to the centres of the windows.
 
     A call may ask for another `size`. A smaller size is a crop at the bottom and right. A larger
     size, by less than `up` rows or columns, is for decoders whose encoder rounded down (27 to 13,
-    and back to 27). The formula then continues: features outside their borders are what
-    `padding_mode` says, and the extra rows and columns repeat the last logits. The pixels within
-    the natural size do not change.
+    and back to 27). The formula then continues. Features outside their borders have the values of
+    `padding_mode`, and the extra rows and columns repeat the last logits. The pixels within the
+    natural size do not change.
 
     A module traced by ``torch.jit.trace`` also works with other sizes. ``torch.fx`` traces through
     the module, with the reassembly as one node.
@@ -301,12 +300,7 @@ class CARAFE(nn.Module):
         )
         self.encoder_dilation = encoder_dilation = positive("encoder_dilation", encoder_dilation)
         if padding is not None:
-            self.padding = padding = _arguments.padding_pair("CARAFE", padding)
-            if min(padding) < 0 or max(padding) > kernel_size // 2:
-                raise ValueError(
-                    f"[CARAFE] padding must be from 0 to kernel_size // 2 = {kernel_size // 2}; "
-                    f"got {padding}."
-                )
+            self.padding = _arguments.padding_pair("CARAFE", padding, kernel_size)
         if padding_mode not in get_args(PaddingMode):
             raise ValueError(
                 "[CARAFE] padding_mode must be one of "
@@ -374,9 +368,9 @@ class CARAFE(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return the kernels before the normaliser and the pixel shuffle."""
         compressed = self.channel_compressor(x)
-        if self.padding is not None:  # the outputs are centred on sources that the crop keeps
-            rows, columns = (self.kernel_size // 2 - width for width in self.padding)
-            compressed = compressed[..., rows : -rows or None, columns : -columns or None]
+        if self.padding is not None:  # keep the centres of the windows
+            i, j = (self.kernel_size // 2 - number for number in self.padding)
+            compressed = compressed[..., i : -i or None, j : -j or None]
         logits: Tensor = self.content_encoder(compressed)
         return logits
 

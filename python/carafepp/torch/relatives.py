@@ -178,7 +178,7 @@ class AdaptiveConv:
 
 
 def _check_filters(input: Tensor, filters: Tensor) -> None:
-    """Check the filters, except for what does not depend on input."""
+    """Check the shapes of filters and input, and the dtype of filters beside that of input."""
     shape = tuple(filters.shape)
     taps = shape[-1] if shape else 0
     if filters.dim() != input.dim() + 1 or shape[-2] != taps or taps % 2 == 0 or taps > 31:
@@ -218,6 +218,7 @@ class Involution2d(nn.Module):
     kernel_size : int
         K: odd, 1 to 31.
     stride : int, default 1
+        The output has every stride-th row and column.
 
     Raises
     ------
