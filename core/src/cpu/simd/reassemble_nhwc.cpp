@@ -137,7 +137,7 @@ struct WindowOutputs {
     T* outputs[kMost];
 };
 
-// Adds column b of a row of a window, the pixel x, to the sums of outputs [kFirst, kLast).
+// Adds column b of a row of a window, the pixel x, to the sums of outputs [kFirst, kLast). Steps to the next column.
 template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
 CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail,
                              const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
@@ -158,7 +158,7 @@ CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail
     x += pixel_stride;
 }
 
-// Adds a row of the union of the windows of a run, from column b on. A segment is the columns that the same outputs
+// Adds a row of the union of the windows of a run, from `Segment` on. A segment is the columns that the same outputs
 // read. The first output alone reads the first segment. Up to the middle one, each has an output more, then one less.
 template <int P, bool kTail, bool kShortSegments, int Segment = 0, int NV, class T>
 CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T*& x, int& b, int tail,
