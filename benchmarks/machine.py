@@ -1,9 +1,9 @@
-"""The machine's peaks, measured once in a run: arithmetic and copies, by a few lines of C; exp.
+"""The machine's peaks, measured once in a run by a few lines of C: arithmetic, copies and exp.
 
 Arithmetic: independent fused multiply-adds in registers, on the widest vectors. Copies of several
 sizes: bytes read plus bytes written, by memcpy or by non-temporal stores, whichever is faster.
-Exponentials: of the C library's vectors, glibc's libmvec, or of NumPy, whichever is faster, on an
-array in the level 1 cache.
+Exponentials: by the C library (glibc's libmvec) or by NumPy, whichever is faster. The array is in
+the level 1 cache.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ float expf(float);
 void exponentials(float* restrict to, const float* restrict from, long floats, long rounds) {
     for (; rounds > 0; rounds--) {
         for (long k = 0; k < floats; k++) to[k] = expf(from[k]);
-        __asm__ volatile("" ::: "memory");  /* else one round is enough */
+        __asm__ volatile("" ::: "memory");  /* the compiler keeps every round */
     }
 }
 """
@@ -85,7 +85,7 @@ void exponentials(float* restrict to, const float* restrict from, long floats, l
 class Peaks:
     """Peaks of some threads: float32 operations a second; bytes a second for each copy size.
 
-    `exponentials` are those of one thread in a second.
+    `exponentials` is how many one thread computes in a second.
     """
 
     threads: int

@@ -1,9 +1,10 @@
 """PyTorch's candidates: compositions of the same computation, and other operators.
 
 A composition takes features and masks, axes N, C, H, W, contiguous or channels_last. Its factor is
-an integer, up or down; `gathered` takes every factor, and groups with masks. From logits, it begins
-with pixel_shuffle and softmax. Without autograd, its last step writes into the recycled `out`;
-temporary tensors come from PyTorch's allocator.
+an integer, up or down; `gathered` takes fractions too. From masks, `gathered` takes groups, and so
+does `unfold` without upsampling. From logits, a composition begins with pixel_shuffle and softmax.
+Without autograd, its last step writes into the recycled `out`; temporary tensors come from
+PyTorch's allocator.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,14 +1,14 @@
 """Operators of other papers, other factors and kernel sizes beside their bars, on one thread.
 
-- convex: convex upsampling from logits. The forward takes at most twice, with the backward at most
-  5 times, the time of copying logits and output once.
+- convex: convex upsampling from logits. The unit is the time of copying logits and output once. The
+  forward takes at most 2 units, and with the backward at most 5.
 - roofline: involution, AdaptiveConv and a kernel for every channel, from masks. The forward reaches
   at least 60% of the roofline.
-- factors: other factors and kernel sizes. The share of the roofline that up x2 with K=5 reaches on
-  the same map is at most 1.5 times the share that the forward reaches.
+- factors: other factors and kernel sizes. Up x2 with K=5 reaches some share of the roofline on the
+  same map. This is at most 1.5 times the share that the forward reaches.
 
-The candidates of a table take turns in one process. Other passes have no bar. PyTorch's
-compositions stand beside.
+The candidates of a table, PyTorch's compositions too, take turns in one process. Other passes have
+no bar.
 """
 
 import math
@@ -40,7 +40,7 @@ FACTS = {
 
 Timed = list[tuple[Arrays, Candidate]]
 Rows = list[report.Row]
-Table = tuple[str, Timed, Callable[[Rows], None]]  # title; candidates; adds what is reached
+Table = tuple[str, Timed, Callable[[Rows], None]]  # title; candidates; compares them with the bar
 
 
 def convex(cases: list[Case], layouts: list[str]) -> Iterator[Table]:
@@ -126,7 +126,7 @@ def copy(arrays: Arrays) -> tuple[Arrays, Candidate]:
     return arrays, Candidate("logits and output", call, labels=labels)
 
 
-# What is reached
+# Bars
 
 
 def in_copies(rows: Rows) -> None:
@@ -163,15 +163,14 @@ def _reach(row: report.Row, reached: str, bar: str, met: bool) -> None:
 def compare(timed: Timed, reach: Callable[[Rows], None], seconds: float, peaks) -> Rows:
     """Check and time candidates; return a row for each, with an "error" if its answer is wrong.
 
-    Nothing is reached where an answer is wrong or `seconds` is 0, which only checks.
+    If an answer is wrong, or `seconds` is 0, nothing is timed and no row has a bar.
     """
     truths: dict[tuple[Case, str], Truth] = {}
     errors = {}
     for arrays, candidate in timed:
-        weights, layout = candidate.labels["weights"], "NCHW"
-        key = arrays.case, weights
+        key = arrays.case, candidate.labels["weights"]
         if key not in truths:
-            truths[key] = Truth(*key, DTYPE, partial(arrays, layout=layout))
+            truths[key] = Truth(*key, DTYPE, partial(arrays, layout="NCHW"))
         slack = 1 if candidate.labels["kind"] == "carafepp" else SLACK[DTYPE]
         try:
             truths[key].check(answer(candidate, arrays), slack)

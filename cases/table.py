@@ -29,7 +29,7 @@ class Case:
 
     @property
     def centres(self) -> tuple[int, int]:
-        """Return the numbers of rows and columns that outputs are centred on: (H, W) by default."""
+        """Return how many rows and columns windows can be centred on: (H, W) by default."""
         radius = self.kernel_size // 2
         pads = (radius, radius) if self.padding is None else self.padding
         return max(0, self.h + 2 * (pads[0] - radius)), max(0, self.w + 2 * (pads[1] - radius))
@@ -198,10 +198,10 @@ _TABLE = [
     Case("padding_up4", "phases, groups", 1, 8, 6, 13, up=4, groups=4, padding=(0, 0)),
     Case("padding_skips", "features that no tap reaches", 1, 9, 17, 37, down=5, padding=(1, 0)),
     Case("padding_crop", "a crop", 2, 9, 6, 10, up=2, size=(7, 17), padding=(0, 1)),
-    Case("padding_picture", "three channels of rows", 2, 3, 9, 41, kernel_size=7, padding=(0, 1)),
+    Case("padding_picture", "three channels", 2, 3, 9, 41, kernel_size=7, padding=(0, 1)),
     Case("padding_one", "one window, the whole map", 2, 9, 5, 5, kernel_size=5, padding=(0, 0)),
     Case("padding_of_too_few", "no window fits", 2, 9, 4, 6, kernel_size=5, padding=(0, 1)),
-    Case("padding_of_far_too_few", "none by far", 1, 9, 2, 3, up=2, kernel_size=7, padding=(0, 0)),
+    Case("padding_of_far_too_few", "fewer still", 1, 9, 2, 3, up=2, kernel_size=7, padding=(0, 0)),
     # Nothing to do
     Case("empty_batch", "no images", 0, 4, 5, 6, up=2),
     Case("zero_channels", "no channels: the gradient of the masks is 0", 2, 0, 4, 5, up=2),

@@ -40,7 +40,7 @@ def by_windows(features, masks, kernel_size, up, down):
 @pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "symmetric", "wrap"])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_a_caller_may_pad_as_he_likes(kernel_size, up, down, mode, rng):
+def test_the_caller_may_pad_in_any_way(kernel_size, up, down, mode, rng):
     """`numpy.pad` and padding=0: the size is that of the map before it was padded."""
     features, radius = integers(rng, (2, 9, 7, 21), 4), kernel_size // 2
     size = carafepp.output_size(features.shape[2:], up, down)

@@ -91,7 +91,7 @@ def test_it_is_the_composition_of_the_paper(factor, options):
 
 
 def reassembled(module, x, padding, mode, size, logits):
-    """The definition: masks from logits, windows of a map that functions of PyTorch have padded."""
+    """The definition, by PyTorch's functions: a padded map, its windows, masks from logits."""
     k, (rows, columns) = module.kernel_size, padding
     widths = (columns, columns, rows, rows)
     padded = nn.functional.pad(x, widths, mode="constant" if mode == "zeros" else mode)
@@ -104,7 +104,7 @@ def reassembled(module, x, padding, mode, size, logits):
 
 
 def cropped_logits(module, x, padding):
-    """The encoder on compressed features without what is no centre of a window."""
+    """The content encoder on the compressed features that are centres of windows."""
     top, left = (module.kernel_size // 2 - width for width in padding)
     h, w = x.shape[2:]
     compressed = module.channel_compressor(x)[:, :, top : h - top, left : w - left]

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import importlib
+import itertools
 import pickle
 import re
 import sys
@@ -616,7 +617,7 @@ INPUT, FILTERS = torch.zeros(1, 2, 5, 6), torch.zeros(1, 3, 4, 3, 3)
             "[Involution2d] stride must be a positive integer; got 2.0 (float).",
         ),
     ],
-    ids=range(23),
+    ids=itertools.count(),
 )
 def test_wrong_arguments(call, error, sentence):
     with pytest.raises(error) as caught:
