@@ -160,6 +160,9 @@ def test_padding_has_gradients_and_keeps_the_memory_format_and_the_rank(mode):
     assert output.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(output, module(x))
     torch.testing.assert_close(module(x[0]), module(x)[0])
+    for order in (torch.contiguous_format, torch.channels_last):
+        outputs = torch.func.vmap(module)(x.detach().to(memory_format=order)[None])
+        torch.testing.assert_close(outputs[0], module(x))
 
 
 def test_padding_changes_no_parameter_and_old_modules_load():

@@ -138,14 +138,10 @@ def pad_beyond(x: Tensor, rows: bool, columns: bool, down: int) -> Tensor:
 def _pad(x: Tensor, widths: tuple[int, ...], mode: str) -> Tensor:
     """Return x padded in a mode of `torch.nn.functional.pad`, in its memory format."""
     padded = F.pad(x, widths, mode=mode)
-    if mode == "circular" and _is_channels_last(x):  # F.pad returns NCHW
-        padded = padded.contiguous(memory_format=torch.channels_last)
+    # Circular padding returns NCHW. vmap knows no `memory_format`, but strides and axes.
+    if mode == "circular" and x.dim() == 4 and x.stride(1) == 1 < x.stride(3):
+        padded = padded.movedim(1, -1).contiguous().movedim(-1, 1)
     return padded
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return is_last and not x.is_contiguous()
 
 
 def _is_exporting() -> bool:
