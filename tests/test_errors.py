@@ -427,6 +427,8 @@ def test_list_implementations_checks_like_the_function():
         carafepp.list_implementations("reassemble", X)
     with pytest.raises(ValueError, match="masks must have shape"):
         carafepp.list_implementations("reassemble", X, M)
+    with refused(TypeError, "[normalize_masks] padding must be None: there are no features; got"):
+        carafepp.list_implementations("normalize_masks", L, padding=1)
 
 
 def test_output_size():

@@ -536,6 +536,12 @@ INPUT, FILTERS = torch.zeros(1, 2, 5, 6), torch.zeros(1, 3, 4, 3, 3)
             "got (1, 576, 3, 4).",
         ),
         (
+            lambda: convex_upsample(FLOW[0], MASK),
+            ValueError,
+            "[convex_upsample] mask must have shape (9*factor**2, H, W) = (576, 3, 4); "
+            "got (1, 576, 3, 4).",
+        ),
+        (
             lambda: convex_upsample(FLOW, MASK, 8.0),
             TypeError,
             "[convex_upsample] factor must be a positive integer; got 8.0 (float).",
@@ -590,6 +596,12 @@ INPUT, FILTERS = torch.zeros(1, 2, 5, 6), torch.zeros(1, 3, 4, 3, 3)
             "of shape (N, H, W, K, K) = (1, 3, 4, 3, 3); got (1, 2, 3, 4).",
         ),
         (
+            lambda: adaptive_conv(INPUT[0, :, 1:], FILTERS[0]),
+            ValueError,
+            "[adaptive_conv] input must have shape (C, H+K-1, W+K-1) = (C, 5, 6) for filters of "
+            "shape (H, W, K, K) = (3, 4, 3, 3); got (2, 4, 6).",
+        ),
+        (
             lambda: adaptive_conv(INPUT, FILTERS.double()),
             TypeError,
             "[adaptive_conv] filters must have the dtype of input, torch.float32; "
@@ -600,6 +612,12 @@ INPUT, FILTERS = torch.zeros(1, 2, 5, 6), torch.zeros(1, 3, 4, 3, 3)
             TypeError,
             "[adaptive_conv] filters must have the dtype of input, torch.float16, or "
             "torch.float32; got torch.bfloat16.",
+        ),
+        (
+            lambda: torch.autocast("cpu")(adaptive_conv)(INPUT.double(), FILTERS),
+            TypeError,
+            "[adaptive_conv] filters must have the dtype of input, torch.float64; "
+            "got torch.float32.",
         ),
         (
             lambda: Involution2d(24, 7),

@@ -811,6 +811,8 @@ def list_implementations(
             f"[{function}] the implementations depend on {len(spec.inputs)} arrays, those that the "
             f"function reads; got {len(arrays)}."
         )
+    if padding is not None and "features" not in spec.inputs:
+        raise TypeError(f"[{function}] padding must be None: there are no features; got {padding}.")
     core_params = params_of(
         function,
         up=up,

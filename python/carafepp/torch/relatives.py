@@ -101,9 +101,10 @@ def convex_upsample(
     if not _is_recorded():
         shape = (*flow.shape[:-3], 9 * factor**2, *flow.shape[-2:])
         if mask.shape != shape:
+            batch = "N, " if flow.dim() == 4 else ""
             raise ValueError(
-                "[convex_upsample] mask must have shape (N, 9*factor**2, H, W) = "
-                f"{shape}; got {tuple(mask.shape)}."
+                f"[convex_upsample] mask must have shape ({batch}9*factor**2, H, W) = {shape}; "
+                f"got {tuple(mask.shape)}."
             )
     if flow.dtype != mask.dtype:
         dtype = torch.promote_types(flow.dtype, mask.dtype)
@@ -189,13 +190,15 @@ def _check_filters(input: Tensor, filters: Tensor) -> None:
     padded = tuple(length + taps - 1 for length in shape[-4:-2])
     if shape[:-4] != input.shape[:-3] or padded != input.shape[-2:]:
         expected = ", ".join(map(str, (*shape[:-4], "C", *padded)))
+        batch = "N, " if len(shape) == 5 else ""
         raise ValueError(
-            f"[adaptive_conv] input must have shape (N, C, H+K-1, W+K-1) = ({expected}) for "
-            f"filters of shape (N, H, W, K, K) = {shape}; got {tuple(input.shape)}."
+            f"[adaptive_conv] input must have shape ({batch}C, H+K-1, W+K-1) = ({expected}) for "
+            f"filters of shape ({batch}H, W, K, K) = {shape}; got {tuple(input.shape)}."
         )
     half = input.dtype in (torch.float16, torch.bfloat16)
     allowed = {input.dtype} | ({torch.float32} if half else set())
-    if filters.dtype not in allowed and not _is_autocast(input):
+    cast = _is_autocast(input) and input.dtype != torch.float64
+    if filters.dtype not in allowed and not cast:
         raise TypeError(
             f"[adaptive_conv] filters must have the dtype of input, {input.dtype}"
             f"{', or torch.float32' if half else ''}; got {filters.dtype}."
