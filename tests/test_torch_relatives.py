@@ -590,6 +590,14 @@ INPUT, FILTERS = torch.zeros(1, 2, 5, 6), torch.zeros(1, 3, 4, 3, 3)
             "for an input of shape (N, C, H+K-1, W+K-1); got (1, 4, 5, 2, 2).",
         ),
         (
+            lambda: torch.compile(adaptive_conv, backend="eager")(
+                INPUT, FILTERS.reshape(1, 3, 4, 1, 9)
+            ),
+            ValueError,
+            "[adaptive_conv] filters must have shape (N, H, W, K, K) with an odd K, from 1 to 31, "
+            "for an input of shape (N, C, H+K-1, W+K-1); got (1, 3, 4, 1, 9).",
+        ),
+        (
             lambda: adaptive_conv(INPUT[..., 1:-1, 1:-1], FILTERS),
             ValueError,
             "[adaptive_conv] input must have shape (N, C, H+K-1, W+K-1) = (1, C, 5, 6) for filters "

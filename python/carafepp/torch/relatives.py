@@ -167,7 +167,7 @@ def adaptive_conv(input: Tensor, filters: Tensor) -> Tensor:
             "[adaptive_conv] input must have shape (N, C, H+K-1, W+K-1) or (C, H+K-1, W+K-1); "
             f"got {tuple(input.shape)}."
         )
-    if not _is_recorded():
+    if not torch.jit.is_tracing():
         _check_filters(input, filters)
     return ops.reassemble(input, filters.flatten(-2).movedim(-1, -3), padding=0)
 
@@ -179,7 +179,10 @@ class AdaptiveConv:
 
 
 def _check_filters(input: Tensor, filters: Tensor) -> None:
-    """Check the shapes of filters and input, and the dtype of filters beside that of input."""
+    """Check the shapes of filters and input, and the dtype of filters beside that of input.
+
+    In a recorded graph, only the taps: 1 x 9 of them look like 3 x 3 to the operator.
+    """
     shape = tuple(filters.shape)
     taps = shape[-1] if shape else 0
     if filters.dim() != input.dim() + 1 or shape[-2] != taps or taps % 2 == 0 or taps > 31:
@@ -187,6 +190,8 @@ def _check_filters(input: Tensor, filters: Tensor) -> None:
             "[adaptive_conv] filters must have shape (N, H, W, K, K) with an odd K, from 1 to 31, "
             f"for an input of shape (N, C, H+K-1, W+K-1); got {shape}."
         )
+    if _is_recorded():
+        return
     padded = tuple(length + taps - 1 for length in shape[-4:-2])
     if shape[:-4] != input.shape[:-3] or padded != input.shape[-2:]:
         expected = ", ".join(map(str, (*shape[:-4], "C", *padded)))
