@@ -137,6 +137,47 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks
     return unfit_for_columns(p);
 }
 
+// ---- few channels in a group ----
+
+// Elements of a row of sources of a group, as its kernels stage it, at most.
+static double few_channels_row(const Problem& p) {
+    const double cells = static_cast<double>(std::max(ceil_div(p.out_w, p.factor.up), p.logits.w));
+    const double columns = static_cast<double>(p.factor.down) * (cells + static_cast<double>(p.kernel_size) + 64);
+    return static_cast<double>(p.features.c / p.groups) * (columns + static_cast<double>(p.features.w));
+}
+
+// Masks of a slice of a vector of cells.
+static double few_channels_slice(const Problem& p) {
+    return static_cast<double>(p.taps() * (p.from_logits ? 1 : p.factor.up) * 16);
+}
+
+// The rest of the scratch is for more rows, and for longer slices.
+static const char* unfit_for_few_channels(const Problem& p, double least_scratch) {
+    return least_scratch * static_cast<double>(size_of_sum(p)) > 1024 * 1024
+               ? "a row of sources and the masks of a tile take more than 1 MiB"
+               : nullptr;
+}
+
+const char* cannot_run_reassemble_few_nchw(const Problem& p, const Array&) {
+    const int64_t rows = p.factor.down + p.kernel_size;
+    const double outputs = static_cast<double>(p.features.c / p.groups) * static_cast<double>(p.out_w + 16 * p.factor.up);
+    return unfit_for_few_channels(p, static_cast<double>(rows) * few_channels_row(p) + outputs + few_channels_slice(p));
+}
+
+const char* cannot_run_grad_masks_few_nchw(const Problem& p, const Array&) {
+    const int64_t rows = p.factor.down + p.kernel_size;
+    const double outputs = static_cast<double>(p.features.c / p.groups) * static_cast<double>(16 * p.factor.up);
+    return unfit_for_few_channels(
+        p, static_cast<double>(rows) * few_channels_row(p) + outputs + 3 * few_channels_slice(p));
+}
+
+const char* cannot_run_grad_features_few_nchw(const Problem& p, const Array&) {
+    const int64_t window = p.factor.source(p.factor.up - 1) + p.kernel_size;
+    const double sums = static_cast<double>(p.features.c / p.groups) *
+                        static_cast<double>(16 * (window * window + p.factor.up));
+    return unfit_for_few_channels(p, few_channels_row(p) + sums + few_channels_slice(p));
+}
+
 // ---- normalisers ----
 
 const char* cannot_run_normalize_masks(const Problem& p, const Array&) {
@@ -152,6 +193,7 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
 // ---- preference: all of its constants, and why another kernel is faster ----
 
 constexpr int64_t kFewestChannels = 4;  // of a group
+constexpr int64_t kMostFewChannels = 4;
 constexpr int64_t kFewestCells = 4;     // of a row
 constexpr int64_t kMostMasksOfCell = 1600;
 
@@ -165,6 +207,7 @@ constexpr int64_t kMasksOfRowsBytes = 768 * 1024;
 constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
 
+constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
 constexpr const char* kNoVectors = "too few channels in a group to fill vectors";
 constexpr const char* kNoReuse = "too few channels in a group to make up for staging masks";
 constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
@@ -173,6 +216,16 @@ constexpr const char* kFewCells = "fewer than 4 cells in a row";
 constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
 
 static bool few_channels(const Problem& p) { return p.features.c / p.groups < kFewestChannels; }
+
+static const char* slower_for_few_channels(const Problem& p) {
+    return p.features.c / p.groups > kMostFewChannels ? kManyChannels : nullptr;
+}
+
+const char* slower_reassemble_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
+
+const char* slower_grad_masks_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
+
+const char* slower_grad_features_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
 
 const char* slower_reassemble_nhwc(const Problem& p, const Array&) {
     if (few_channels(p)) return kNoVectors;

@@ -10,6 +10,9 @@
 
 #define CARAFEPP_KERNELS_OF(isa, supported, unsupported, a, b)                       \
     namespace isa {                                                                  \
+    void reassemble_few_nchw(const Problem& problem, const Array& output);           \
+    void grad_features_few_nchw(const Problem& problem, const Array& grad_features); \
+    void grad_masks_few_nchw(const Problem& problem, const Array& grad_masks);       \
     void reassemble_nhwc(const Problem& problem, const Array& output);               \
     void reassemble_nchw(const Problem& problem, const Array& output);               \
     void grad_features_nhwc(const Problem& problem, const Array& grad_features);     \
@@ -42,6 +45,9 @@ inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
 }
 
 // Why the kernel of that name cannot run a problem, or NULL.
+const char* cannot_run_reassemble_few_nchw(const Problem& problem, const Array& output);
+const char* cannot_run_grad_features_few_nchw(const Problem& problem, const Array& grad_features);
+const char* cannot_run_grad_masks_few_nchw(const Problem& problem, const Array& grad_masks);
 const char* cannot_run_reassemble_nhwc(const Problem& problem, const Array& output);
 const char* cannot_run_reassemble_nchw(const Problem& problem, const Array& output);
 const char* cannot_run_grad_features_nhwc(const Problem& problem, const Array& grad_features);
@@ -55,6 +61,9 @@ const char* cannot_run_normalize_masks(const Problem& problem, const Array& mask
 const char* cannot_run_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 // Why another kernel that can run a problem is faster than the one of that name, or NULL.
+const char* slower_reassemble_few_nchw(const Problem& problem, const Array& output);
+const char* slower_grad_features_few_nchw(const Problem& problem, const Array& grad_features);
+const char* slower_grad_masks_few_nchw(const Problem& problem, const Array& grad_masks);
 const char* slower_reassemble_nhwc(const Problem& problem, const Array& output);
 const char* slower_reassemble_nchw(const Problem& problem, const Array& output);
 const char* slower_grad_features_nhwc(const Problem& problem, const Array& grad_features);

@@ -144,6 +144,20 @@ void deinterleave_rows(const Array& array, int64_t n, int64_t channel, int64_t c
     });
 }
 
+template <class A>
+void interleave_row(const A* from, int64_t residue_stride, int factor, const Array& array, int64_t n, int64_t channel,
+                    int64_t row, Range columns) {
+    with_type_of<A>(array.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        T* const to = element<T>(array, n, channel, row, columns.begin);
+        for (int64_t k = 0; k < columns.size(); k += kLanes<A> * factor, from += kLanes<A>)
+            store_interleaved(from, residue_stride, factor, columns.size() - k, to + k * array.stride_w,
+                              array.stride_w);
+    });
+}
+
+template void interleave_row(const float*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
+template void interleave_row(const double*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
 template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, float*);
 template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, double*);
 

@@ -78,6 +78,11 @@ CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t resid
     }
 }
 
+// Stores columns of a row of an array, of any dtype whose sums are kept in A: the inverse of deinterleave_rows.
+template <class A>
+void interleave_row(const A* from, int64_t residue_stride, int factor, const Array& array, int64_t n, int64_t channel,
+                    int64_t row, Range columns);
+
 // Copies by non-temporal stores, but for the ends that do not fill a line.
 template <class T>
 CARAFEPP_INLINE void copy_non_temporal(const T* from, int64_t count, T* to) {

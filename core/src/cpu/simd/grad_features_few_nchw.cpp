@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The gradient of features for few channels in a group, compiled once for each instruction set. A vector holds the same
+// output (row, phase) of neighbouring cells.
+//
+// All windows of a cell lie in one larger window. For each row of cells, the kernel adds up what the outputs of a cell
+// give to each source of that window. Then it shifts these sums to their sources. A block is some rows of sources: it
+// reads all cells whose windows touch them, and each source is summed in the same order in any block.
+#include <algorithm>
+
+#include "cpu/simd/few_channels.h"
+#include "cpu/simd/kernels.h"
+
+namespace carafepp::CARAFEPP_ISA {
+namespace {
+
+constexpr int64_t kBlockSources = 64 * 1024;  // elements; in the level 2 cache
+
+// ---- contraction: the taps of a tile ----
+
+template <class A>
+struct FewScatterTile {
+    const A* masks;  // of the first tap row that touches the block
+    int64_t tap_step;
+    A* sums;  // [row][column][channel][cell] of the window of a cell
+    int64_t sums_row, sums_column, sums_channel;
+    int kernel_size, tap_rows;
+    const A* grads;
+    int64_t grads_channel;
+};
+
+template <int NC, class A>
+__attribute__((noinline)) void add_grads_of_few_channels(const FewScatterTile<A>& tile, int64_t channel) {
+    Vector<A> grads[NC];
+#pragma GCC unroll 4
+    for (int c = 0; c < NC; c++) grads[c] = load(tile.grads + (channel + c) * tile.grads_channel);
+    const A* masks = tile.masks;
+    A* row = tile.sums + channel * tile.sums_channel;
+    for (int a = 0; a < tile.tap_rows; a++, row += tile.sums_row) {
+        A* sums = row;
+        for (int b = 0; b < tile.kernel_size; b++, masks += tile.tap_step, sums += tile.sums_column) {
+            const Vector<A> mask = load(masks);
+#pragma GCC unroll 4
+            for (int c = 0; c < NC; c++) {
+                A* const sum = sums + c * tile.sums_channel;
+                store(load(sum) + mask * grads[c], sum);
+            }
+        }
+    }
+}
+
+// ---- the kernel ----
+
+template <class Sums>
+struct GradFeaturesFewNchw {
+    using A = Sums;
+    static constexpr int L = kLanes<A>;
+
+    const Problem& p;
+    const Array& grad_features;
+    const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, channels = p.features.c / p.groups;
+    const int64_t window = p.factor.source(up - 1) + k;  // rows and columns of the window of a cell
+    const FewChannels<A> few{p, ceil_div(p.out_w, up),
+                             p.taps() * (p.from_logits ? 1 : up) + window * window * channels + channels * up};
+    const int64_t block_rows = few.rows_of_block(
+        grad_features.h, kBlockSources / std::max<int64_t>(channels * few.sources_row, 1), grad_features.n * p.groups);
+    const int64_t blocks = ceil_div(grad_features.h, block_rows), items = grad_features.n * p.groups * blocks;
+    const int64_t source_row_size = channels * few.sources_row;  // [row][channel][residue][cell]
+    const int64_t sums_channel = few.slice_cells, sums_column = channels * sums_channel,
+                  sums_row = window * sums_column, sums_size = window * sums_row;
+    const int64_t grads_size = channels * up * few.slice_cells;
+    const int64_t scratch_size = block_rows * source_row_size + few.slice_size() + sums_size + grads_size;
+
+    struct Staged {
+        A *sources, *masks, *sums, *grads;
+        Range rows;  // of sources
+    };
+
+    void run_item(int64_t item, A* scratch) const {
+        const int64_t n = item / blocks / p.groups, group = item / blocks % p.groups, block = item % blocks;
+        Staged staged;
+        staged.rows = {block * block_rows, std::min((block + 1) * block_rows, grad_features.h)};
+        staged.sources = scratch;
+        staged.masks = staged.sources + block_rows * source_row_size;
+        staged.sums = staged.masks + few.slice_size();
+        staged.grads = staged.sums + sums_size;
+        std::fill_n(staged.sources, staged.rows.size() * source_row_size, A{0});
+        const Range outputs = outputs_of(p, staged.rows);
+        for (int64_t row = outputs.begin; row < outputs.end; row = (row / up + 1) * up)
+            add_row_of_cells(n, group, {row, std::min((row / up + 1) * up, outputs.end)}, staged);
+        write_sources(n, group, staged);
+    }
+
+    // Adds the rows of outputs of one row of cells.
+    void add_row_of_cells(int64_t n, int64_t group, Range rows, const Staged& staged) const {
+        for (int64_t cell = 0; cell < few.cells; cell += few.slice_cells) {
+            std::fill_n(staged.sums, sums_size, A{0});
+            Slice slice = few.first_slice(n, group, rows.begin);
+            slice.cell = cell;
+            slice.count = std::min(few.slice_cells, few.cells - cell);
+            for (; slice.row < rows.end; slice.row++) {
+                few.stage_grads(slice, staged.grads);
+                for (slice.phase = 0; slice.phase < up; slice.phase += slice.phases) add_slice(slice, staged);
+                slice.phase = 0;
+            }
+            shift_sums(rows.begin / up, slice, staged);
+        }
+    }
+
+    // The slice that is staged after another one.
+    Slice next(Slice s) const {
+        s.phase += s.phases;
+        if (s.phase < up) return s;
+        s.phase = 0;
+        if (++s.row % up != 0) return s;
+        s.row -= up;
+        s.phase = up - s.phases;
+        return few.next(s);
+    }
+
+    void add_slice(const Slice& s, const Staged& staged) const {
+        few.stage_slice(s, staged.masks);
+        RowPrefetch prefetch = few.prefetch_of(next(s));
+        const int64_t lines = few.lines_of_tile(s, prefetch);
+        const int64_t top = p.rows().source(s.row) - p.radius();
+        const int64_t window_row = p.factor.source(s.row) - s.row / up * down;
+        const Range tap_rows = {std::max<int64_t>(staged.rows.begin - top, 0), std::min(k, staged.rows.end - top)};
+        FewScatterTile<A> tile;
+        tile.tap_step = few.tap_step();
+        tile.sums_row = sums_row;
+        tile.sums_column = sums_column;
+        tile.sums_channel = sums_channel;
+        tile.kernel_size = static_cast<int>(k);
+        tile.tap_rows = static_cast<int>(tap_rows.size());
+        tile.grads_channel = up * few.slice_cells;
+        for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
+            A* const of_phase = staged.masks + (phase - s.phase) * few.slice_cells;
+            A* const sums = staged.sums + (window_row + tap_rows.begin) * sums_row +
+                            p.factor.source(phase) * sums_column;
+            few.for_each_tile(s, prefetch, lines, [&](int64_t q) {
+                few.normalize(of_phase + q);
+                tile.masks = of_phase + q + tap_rows.begin * k * tile.tap_step;
+                tile.sums = sums + q;
+                tile.grads = staged.grads + phase * few.slice_cells + q;
+                for (int64_t c = 0; c < channels; c += kRegisterChannels) {
+                    with_count<kRegisterChannels>(static_cast<int>(channels - c),
+                                                  [&](auto count) { add_grads_of_few_channels<count()>(tile, c); });
+                }
+            });
+        }
+    }
+
+    // Adds the sums of a row of cells to their sources. Those beyond the sides are left in the halo.
+    void shift_sums(int64_t cell_row, const Slice& s, const Staged& staged) const {
+        const int64_t top = cell_row * down + p.offset_h - p.radius();
+        for (int64_t a = 0; a < window; a++) {
+            const int64_t i = top + a;
+            if (i < staged.rows.begin || i >= staged.rows.end) continue;
+            A* const row = staged.sources + (i - staged.rows.begin) * source_row_size;
+            for (int64_t b = 0; b < window; b++) {
+                const int64_t column = b + p.offset_w - p.radius();
+                const int64_t residue = floor_mod(column, down), shift = floor_div(column, down);
+                for (int64_t c = 0; c < channels; c++) {
+                    const A* const sums = staged.sums + a * sums_row + b * sums_column + c * sums_channel;
+                    A* const to = row + c * few.sources_row + residue * few.residue_stride + s.cell + shift -
+                                  few.columns.least_shift;
+                    for (int64_t q = 0; q < s.count; q += L) store(load(to + q) + load(sums + q), to + q);
+                }
+            }
+        }
+    }
+
+    // ---- write out ----
+
+    void write_sources(int64_t n, int64_t group, const Staged& staged) const {
+        const A* row = staged.sources - few.columns.least_shift;
+        for (int64_t i = staged.rows.begin; i < staged.rows.end; i++) {
+            for (int64_t c = 0; c < channels; c++, row += few.sources_row) {
+                interleave_row(row, few.residue_stride, static_cast<int>(down), grad_features, n, group * channels + c,
+                               i, {0, grad_features.w});
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void grad_features_few_nchw(const Problem& problem, const Array& grad_features) {
+    with_accumulator(problem.features.dtype, [&](auto sums) {
+        run_items(GradFeaturesFewNchw<typename decltype(sums)::type>{problem, grad_features});
+    });
+}
+
+}  // namespace carafepp::CARAFEPP_ISA
