@@ -8,7 +8,6 @@
 #include "cpu/geometry.h"
 #include "cpu/simd/border.h"
 #include "cpu/simd/normalize.h"
-#include "cpu/simd/prefetch.h"
 #include "cpu/simd/row_deinterleave.h"
 #include "cpu/simd/work_items.h"
 
@@ -16,6 +15,92 @@ namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int kRegisterChannels = 4;  // contracted together
+constexpr int kTilesTogether = 2;     // normalised together, to hide latency
+
+// The taps of some neighbouring cells in one phase: [tap][cell].
+template <class A>
+struct TapRows {
+    A* first;
+    int64_t step;
+    int taps, cells;
+
+    A* tap(int64_t t) const { return first + t * step; }
+};
+
+// Calls f(K) with the kernel size K if it has code of its own, else with 0. Only floats have it, for its size.
+template <class A, class F>
+CARAFEPP_INLINE void with_kernel_size(int64_t kernel_size, F f) {
+    if constexpr (std::is_same_v<A, float>) {
+        if (kernel_size == 3) return f(std::integral_constant<int, 3>());
+        if (kernel_size == 5) return f(std::integral_constant<int, 5>());
+    }
+    f(std::integral_constant<int, 0>());
+}
+
+// Calls f(channel, N) for N channels at a time.
+template <class F>
+CARAFEPP_INLINE void for_few_channels(int64_t channels, F f) {
+    for (int64_t c = 0; c < channels; c += kRegisterChannels)
+        with_count<kRegisterChannels>(static_cast<int>(channels - c), [&](auto count) { f(c, count); });
+}
+
+// The memory of a slice, to prefetch it while the one before is used.
+struct SlicePrefetch {
+    const char* first = nullptr;
+    int64_t tap_bytes = 0, tile_bytes = 0, row_bytes = 0, at = 0;
+    int taps = 0;
+
+    // The part of the next tile.
+    CARAFEPP_MEMBER void prefetch_tile(int64_t tile) {
+        for (const int64_t end = std::min((tile + 1) * tile_bytes, row_bytes); at < end; at += 64) {
+            const char* line = first + at;
+            for (int t = 0; t < taps; t++, line += tap_bytes) __builtin_prefetch(line, 0, 2);
+        }
+    }
+};
+
+// ---- softmax: numerators in the place of logits, and a scale for each cell ----
+
+template <int N, class A>
+CARAFEPP_INLINE void softmax_of_tiles(const TapRows<A>& rows, int64_t q, A* scales) {
+    constexpr int L = kLanes<A>;
+    Vector<A> largest[N], sums[N] = {};
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) largest[v] = load(rows.first + q + v * L);
+    const A* logits = rows.first + q + rows.step;
+    for (int t = 1; t < rows.taps; t++, logits += rows.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) largest[v] = larger(load(logits + v * L), largest[v]);
+    }
+    A* numerators = rows.first + q;
+    for (int t = 0; t < rows.taps; t++, numerators += rows.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) {
+            const Vector<A> e = exp_beside_1(load(numerators + v * L) - largest[v]);
+            store(e, numerators + v * L);
+            sums[v] += e;
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) store(A{1} / sums[v], scales + q + v * L);
+}
+
+// Turns logits into masks, but for the factors `scales` of each cell.
+template <class A>
+__attribute__((noinline)) void normalize_rows(carafepp_normalizer normalizer, const TapRows<A>& rows, A* scales) {
+    constexpr int L = kLanes<A>;
+    int64_t q = 0;
+    if (normalizer == CARAFEPP_SOFTMAX) {
+        for (; q + kTilesTogether * L <= rows.cells; q += kTilesTogether * L)
+            softmax_of_tiles<kTilesTogether>(rows, q, scales);
+        for (; q < rows.cells; q += L) softmax_of_tiles<1>(rows, q, scales);
+        return;
+    }
+    for (; q < rows.cells; q += L) {
+        normalize_taps(normalizer, TileTaps<A>{rows.first + q, rows.first + q, nullptr, rows.taps, rows.step});
+        store(splat(A{1}), scales + q);
+    }
+}
 
 // The masks of one row of outputs in neighbouring cells. Logits lie by phase, so a slice has one phase of them. Masks
 // have their phases side by side, so a slice has all.
@@ -107,38 +192,41 @@ struct FewChannels {
         deinterleave_rows(array, s.n, s.group * taps, taps, {row, row + 1}, layout, to);
     }
 
-    // The memory of a slice.
-    RowPrefetch prefetch_of(const Slice& s) const {
+    // The memory of a slice, in parts for the tiles of the slice before it.
+    SlicePrefetch prefetch_of(const Slice& s) const {
         const Array array = taps_of(masks_or_logits(), s);
-        const int64_t row = row_in_array(s), factor = factor_in_array();
-        RowPrefetch prefetch;
-        if (row >= array.h) return prefetch;
-        with_type_of<A>(array.dtype, [&](auto type) {
-            using M = typename decltype(type)::type;
-            const M* first = element<const M>(array, s.n, s.group * taps, row, s.cell * factor);
-            prefetch = {array, first, std::min(s.count * factor, array.w - s.cell * factor), 1, taps};
-        });
+        const int64_t row = row_in_array(s), first = s.cell * slice_phases, size = itemsize(array.dtype);
+        SlicePrefetch prefetch;
+        if (row >= array.h || first >= array.w) return prefetch;
+        prefetch.first = static_cast<const char*>(array.data) +
+                         (s.n * array.stride_n + s.group * taps * array.stride_c + row * array.stride_h +
+                          first * array.stride_w) * size;
+        prefetch.tap_bytes = array.stride_c * size;
+        prefetch.tile_bytes = L * slice_phases * array.stride_w * size;
+        prefetch.row_bytes = std::min(s.count * slice_phases, array.w - first) * array.stride_w * size;
+        prefetch.taps = static_cast<int>(taps);
         return prefetch;
     }
 
-    // Calls f(lane, of_tile) for each tile of a slice, and prefetches the next one in between.
-    template <class F>
-    CARAFEPP_MEMBER void for_each_tile(const Slice& s, RowPrefetch& prefetch, int64_t lines_of_tile, F f) const {
-        for (int64_t q = 0; q < s.count; q += L) {
-            for (int64_t line = 0; line < lines_of_tile; line++) prefetch.prefetch_line();
-            f(q);
+    // The rows of a phase of a staged slice, whole vectors of them.
+    TapRows<A> rows_of_phase(const Slice& s, int64_t phase, A* slice) const {
+        return {slice + (phase - s.phase) * slice_cells, tap_step(), static_cast<int>(taps),
+                static_cast<int>(whole_vectors(s.count))};
+    }
+
+    // Makes the masks of these rows, with a factor for each cell.
+    void normalize(const TapRows<A>& rows, A* scales) const {
+        if (p.from_logits) {
+            normalize_rows(p.normalizer, rows, scales);
+        } else {
+            std::fill_n(scales, rows.cells, A{1});
         }
     }
 
-    // Lines to prefetch with each tile of a slice.
-    int64_t lines_of_tile(const Slice& s, const RowPrefetch& prefetch) const {
-        return ceil_div(prefetch.lines(), ceil_div(s.count, L) * s.phases);
-    }
-
-    // Logits to masks, in place, in the lanes of a tile.
-    CARAFEPP_MEMBER void normalize(A* tile) const {
-        if (!p.from_logits || p.normalizer == CARAFEPP_NONE) return;
-        normalize_taps(p.normalizer, TileTaps<A>{tile, tile, nullptr, taps, tap_step()});
+    // Zeroes the taps of these rows that lie beyond the border.
+    void zero_outside(const TapRows<A>& rows, int64_t phase, int64_t cell) const {
+        for (int64_t q = 0; q < rows.cells; q += L)
+            zero_phase_outside(columns, phase, cell + q, rows.first + q, rows.step);
     }
 
     // ---- features ----

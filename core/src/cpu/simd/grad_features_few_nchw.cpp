@@ -19,34 +19,46 @@ constexpr int64_t kBlockSources = 64 * 1024;  // elements; in the level 2 cache
 // ---- contraction: the taps of a tile ----
 
 template <class A>
-struct FewScatterTile {
-    const A* masks;  // of the first tap row that touches the block
-    int64_t tap_step;
+struct FewScatter {
+    TapRows<A> masks;  // of the tap rows that touch the block
+    const A* scales;
     A* sums;  // [row][column][channel][cell] of the window of a cell
     int64_t sums_row, sums_column, sums_channel;
-    int kernel_size, tap_rows;
+    int kernel_size;
     const A* grads;
     int64_t grads_channel;
+    SlicePrefetch* prefetch;
 };
 
-template <int NC, class A>
-__attribute__((noinline)) void add_grads_of_few_channels(const FewScatterTile<A>& tile, int64_t channel) {
-    Vector<A> grads[NC];
+// Adds the products of NC channels. K is the kernel size, or 0 if the compiler does not know it.
+template <int K, int NC, class A>
+__attribute__((noinline)) void add_grads_of_few_channels(const FewScatter<A>& at, int64_t channel) {
+    constexpr int L = kLanes<A>;
+    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.masks.taps / k;
+    const int64_t sums_column = at.sums_column, sums_channel = at.sums_channel, step = at.masks.step;
+    SlicePrefetch prefetch = *at.prefetch;
+    for (int64_t q = 0; q < at.masks.cells; q += L) {
+        prefetch.prefetch_tile(q / L);
+        Vector<A> grads[NC];
 #pragma GCC unroll 4
-    for (int c = 0; c < NC; c++) grads[c] = load(tile.grads + (channel + c) * tile.grads_channel);
-    const A* masks = tile.masks;
-    A* row = tile.sums + channel * tile.sums_channel;
-    for (int a = 0; a < tile.tap_rows; a++, row += tile.sums_row) {
-        A* sums = row;
-        for (int b = 0; b < tile.kernel_size; b++, masks += tile.tap_step, sums += tile.sums_column) {
-            const Vector<A> mask = load(masks);
+        for (int c = 0; c < NC; c++)
+            grads[c] = load(at.grads + (channel + c) * at.grads_channel + q) * load(at.scales + q);
+        const A* masks = at.masks.first + q;
+        A* row = at.sums + channel * sums_channel + q;
+        for (int a = 0; a < tap_rows; a++, row += at.sums_row) {
+            A* sums = row;
+#pragma GCC unroll 5
+            for (int b = 0; b < k; b++, masks += step, sums += sums_column) {
+                const Vector<A> mask = load(masks);
 #pragma GCC unroll 4
-            for (int c = 0; c < NC; c++) {
-                A* const sum = sums + c * tile.sums_channel;
-                store(load(sum) + mask * grads[c], sum);
+                for (int c = 0; c < NC; c++) {
+                    A* const sum = sums + c * sums_channel;
+                    store(load(sum) + mask * grads[c], sum);
+                }
             }
         }
     }
+    *at.prefetch = prefetch;
 }
 
 // ---- the kernel ----
@@ -69,7 +81,8 @@ struct GradFeaturesFewNchw {
     const int64_t sums_channel = few.slice_cells, sums_column = channels * sums_channel,
                   sums_row = window * sums_column, sums_size = window * sums_row;
     const int64_t grads_size = channels * up * few.slice_cells;
-    const int64_t scratch_size = block_rows * source_row_size + few.slice_size() + sums_size + grads_size;
+    const int64_t scratch_size = block_rows * source_row_size + few.slice_size() + few.slice_cells + sums_size +
+                                 grads_size;
 
     struct Staged {
         A *sources, *masks, *sums, *grads;
@@ -82,7 +95,7 @@ struct GradFeaturesFewNchw {
         staged.rows = {block * block_rows, std::min((block + 1) * block_rows, grad_features.h)};
         staged.sources = scratch;
         staged.masks = staged.sources + block_rows * source_row_size;
-        staged.sums = staged.masks + few.slice_size();
+        staged.sums = staged.masks + few.slice_size() + few.slice_cells;
         staged.grads = staged.sums + sums_size;
         std::fill_n(staged.sources, staged.rows.size() * source_row_size, A{0});
         const Range outputs = outputs_of(p, staged.rows);
@@ -120,32 +133,30 @@ struct GradFeaturesFewNchw {
 
     void add_slice(const Slice& s, const Staged& staged) const {
         few.stage_slice(s, staged.masks);
-        RowPrefetch prefetch = few.prefetch_of(next(s));
-        const int64_t lines = few.lines_of_tile(s, prefetch);
+        SlicePrefetch prefetch = few.prefetch_of(next(s));
         const int64_t top = p.rows().source(s.row) - p.radius();
         const int64_t window_row = p.factor.source(s.row) - s.row / up * down;
         const Range tap_rows = {std::max<int64_t>(staged.rows.begin - top, 0), std::min(k, staged.rows.end - top)};
-        FewScatterTile<A> tile;
-        tile.tap_step = few.tap_step();
-        tile.sums_row = sums_row;
-        tile.sums_column = sums_column;
-        tile.sums_channel = sums_channel;
-        tile.kernel_size = static_cast<int>(k);
-        tile.tap_rows = static_cast<int>(tap_rows.size());
-        tile.grads_channel = up * few.slice_cells;
+        A* const scales = staged.masks + few.slice_size();
+        FewScatter<A> at;
+        at.scales = scales;
+        at.sums_row = sums_row;
+        at.sums_column = sums_column;
+        at.sums_channel = sums_channel;
+        at.kernel_size = static_cast<int>(k);
+        at.grads_channel = up * few.slice_cells;
+        at.prefetch = &prefetch;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            A* const of_phase = staged.masks + (phase - s.phase) * few.slice_cells;
-            A* const sums = staged.sums + (window_row + tap_rows.begin) * sums_row +
-                            p.factor.source(phase) * sums_column;
-            few.for_each_tile(s, prefetch, lines, [&](int64_t q) {
-                few.normalize(of_phase + q);
-                tile.masks = of_phase + q + tap_rows.begin * k * tile.tap_step;
-                tile.sums = sums + q;
-                tile.grads = staged.grads + phase * few.slice_cells + q;
-                for (int64_t c = 0; c < channels; c += kRegisterChannels) {
-                    with_count<kRegisterChannels>(static_cast<int>(channels - c),
-                                                  [&](auto count) { add_grads_of_few_channels<count()>(tile, c); });
-                }
+            at.masks = few.rows_of_phase(s, phase, staged.masks);
+            few.normalize(at.masks, scales);
+            at.masks.first = at.masks.tap(tap_rows.begin * k);
+            at.masks.taps = static_cast<int>(tap_rows.size() * k);
+            at.sums = staged.sums + (window_row + tap_rows.begin) * sums_row + p.factor.source(phase) * sums_column;
+            at.grads = staged.grads + phase * few.slice_cells;
+            with_kernel_size<A>(k, [&](auto known) {
+                for_few_channels(channels, [&](int64_t c, auto count) {
+                    add_grads_of_few_channels<known(), count()>(at, c);
+                });
             });
         }
     }

@@ -18,33 +18,90 @@ constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
 // ---- contraction: the taps of a tile ----
 
 template <class A>
-struct FewGradRegisterTile {
-    A* sums;
-    int64_t tap_step;
-    const A* features;  // of the first tap row inside the border
+struct FewProducts {
+    TapRows<A> sums;    // those of tap rows inside the border
+    const A* features;  // of the first of these tap rows
     int64_t row_stride, channel_stride;
-    const int64_t* tap_offsets;
-    int kernel_size, tap_rows;
+    int64_t tap_offsets[kMaxKernelSize];
+    int kernel_size;
     const A* grads;
     int64_t grads_channel;
+    SlicePrefetch* prefetch;
 };
 
-// Sums the products of some channels; with those of the channels before, if there are any.
-template <int NC, class A>
-__attribute__((noinline)) void grads_of_few_channels(const FewGradRegisterTile<A>& tile, int64_t channel) {
-    Vector<A> grads[NC];
+// Sums the products of NC channels, with those of the channels before, if there are any. K is the kernel size, or 0 if
+// the compiler does not know it.
+template <int K, int NC, class A>
+__attribute__((noinline)) void grads_of_few_channels(const FewProducts<A>& at, int64_t channel) {
+    constexpr int L = kLanes<A>;
+    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.sums.taps / k;
+    const int64_t channel_stride = at.channel_stride, step = at.sums.step;
+    int64_t tap_offsets[K > 0 ? K : kMaxKernelSize];
+    std::copy_n(at.tap_offsets, k, tap_offsets);
+    SlicePrefetch prefetch = *at.prefetch;
+    for (int64_t q = 0; q < at.sums.cells; q += L) {
+        prefetch.prefetch_tile(q / L);
+        Vector<A> grads[NC];
 #pragma GCC unroll 4
-    for (int c = 0; c < NC; c++) grads[c] = load(tile.grads + (channel + c) * tile.grads_channel);
-    A* sums = tile.sums;
-    const A* row = tile.features + channel * tile.channel_stride;
-    for (int a = 0; a < tile.tap_rows; a++, row += tile.row_stride) {
-        for (int b = 0; b < tile.kernel_size; b++, sums += tile.tap_step) {
-            const A* const features = row + tile.tap_offsets[b];
-            Vector<A> sum = channel > 0 ? load(sums) : Vector<A>{};
+        for (int c = 0; c < NC; c++) grads[c] = load(at.grads + (channel + c) * at.grads_channel + q);
+        A* sums = at.sums.first + q;
+        const A* row = at.features + channel * channel_stride + q;
+        for (int a = 0; a < tap_rows; a++, row += at.row_stride) {
+#pragma GCC unroll 5
+            for (int b = 0; b < k; b++, sums += step) {
+                const A* const features = row + tap_offsets[b];
+                Vector<A> sum = channel > 0 ? load(sums) : Vector<A>{};
 #pragma GCC unroll 4
-            for (int c = 0; c < NC; c++) sum += grads[c] * load(features + c * tile.channel_stride);
-            store(sum, sums);
+                for (int c = 0; c < NC; c++) sum += grads[c] * load(features + c * channel_stride);
+                store(sum, sums);
+            }
         }
+    }
+    *at.prefetch = prefetch;
+}
+
+// ---- normalisers ----
+
+// Turns the gradients of masks into those of logits, which are then overwritten.
+template <int N, class A>
+CARAFEPP_INLINE void softmax_backward_of_tiles(const TapRows<A>& logits, const TapRows<A>& grads, int64_t q) {
+    constexpr int L = kLanes<A>;
+    A scales[N * L];
+    softmax_of_tiles<N>({logits.first + q, logits.step, logits.taps, N * L}, 0, scales);
+    Vector<A> means[N] = {};  // of the gradient, weighted by the masks
+    const A* from = logits.first + q;
+    A* to = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, to += grads.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) means[v] += load(from + v * L) * load(to + v * L);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) means[v] *= load(scales + v * L);
+    from = logits.first + q;
+    to = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, to += grads.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++)
+            store(load(from + v * L) * load(scales + v * L) * (load(to + v * L) - means[v]), to + v * L);
+    }
+}
+
+// `masks` is room for a tile.
+template <class A>
+__attribute__((noinline)) void normalize_rows_backward(carafepp_normalizer normalizer, const TapRows<A>& logits,
+                                                       const TapRows<A>& grads, A* masks) {
+    constexpr int L = kLanes<A>;
+    int64_t q = 0;
+    if (normalizer == CARAFEPP_SOFTMAX) {
+        for (; q + kTilesTogether * L <= grads.cells; q += kTilesTogether * L)
+            softmax_backward_of_tiles<kTilesTogether>(logits, grads, q);
+        for (; q < grads.cells; q += L) softmax_backward_of_tiles<1>(logits, grads, q);
+        return;
+    }
+    for (; q < grads.cells; q += L) {
+        const TileTaps<A> tile{logits.first + q, masks, grads.first + q, grads.taps, grads.step};
+        normalize_taps(normalizer, tile);
+        normalize_taps_backward(normalizer, tile);
     }
 }
 
@@ -105,64 +162,52 @@ struct GradMasksFewNchw {
 
     void grads_of_slice(const Slice& s, const Staged& staged) const {
         if (s.phase == 0) few.stage_grads(s, staged.output);
-        RowPrefetch prefetch;
+        SlicePrefetch prefetch;
         if (p.from_logits) {
             few.stage_slice(s, staged.logits);
             prefetch = few.prefetch_of(few.next(s));
         }
-        const int64_t lines = few.lines_of_tile(s, prefetch);
         const int64_t top = p.rows().source(s.row) - p.radius();
         const Range tap_rows = channels > 0 ? Range{std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)}
                                             : Range{0, 0};
-        int64_t tap_offsets[kMaxKernelSize];
-        FewGradRegisterTile<A> tile;
-        tile.tap_step = few.tap_step();
-        tile.row_stride = few.sources_row;
-        tile.channel_stride = features_channel;
-        tile.tap_offsets = tap_offsets;
-        tile.kernel_size = static_cast<int>(k);
-        tile.tap_rows = static_cast<int>(tap_rows.size());
-        tile.grads_channel = up * few.slice_cells;
+        FewProducts<A> at;
+        at.row_stride = few.sources_row;
+        at.channel_stride = features_channel;
+        at.kernel_size = static_cast<int>(k);
+        at.grads_channel = up * few.slice_cells;
+        at.features = staged.features + (top + tap_rows.begin - staged.sources.begin) * few.sources_row + s.cell;
+        at.prefetch = &prefetch;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
             for (int64_t b = 0; b < k; b++)
-                tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
-            A* const of_phase = staged.grads + (phase - s.phase) * few.slice_cells;
-            const int64_t outputs = few.columns.outputs(phase) - s.cell;
-            few.for_each_tile(s, prefetch, lines, [&](int64_t q) {
-                A* const grads = of_phase + q;
-                zero_taps(grads, {0, tap_rows.begin * k});
-                zero_taps(grads, {tap_rows.end * k, taps});
-                tile.sums = grads + tap_rows.begin * k * tile.tap_step;
-                tile.features = staged.features + (top + tap_rows.begin - staged.sources.begin) * few.sources_row +
-                                s.cell + q;
-                tile.grads = staged.output + phase * few.slice_cells + q;
-                for (int64_t c = 0; c < channels; c += kRegisterChannels) {
-                    with_count<kRegisterChannels>(static_cast<int>(channels - c),
-                                                  [&](auto count) { grads_of_few_channels<count()>(tile, c); });
-                }
-                // Features are 0 there, but grad_output may be Inf or NaN.
-                zero_phase_outside(few.columns, phase, s.cell + q, grads, tile.tap_step);
-                if (p.from_logits) turn_into_logits(grads, staged.logits + q, staged.masks);
-                if (q + L > outputs) zero_cropped(grads, outputs - q);
+                at.tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
+            const TapRows<A> grads = few.rows_of_phase(s, phase, staged.grads);
+            zero_taps(grads, {0, tap_rows.begin * k});
+            zero_taps(grads, {tap_rows.end * k, taps});
+            at.sums = grads;
+            at.sums.first = grads.tap(tap_rows.begin * k);
+            at.sums.taps = static_cast<int>(tap_rows.size() * k);
+            at.grads = staged.output + phase * few.slice_cells;
+            with_kernel_size<A>(k, [&](auto known) {
+                for_few_channels(channels, [&](int64_t c, auto count) {
+                    grads_of_few_channels<known(), count()>(at, c);
+                });
             });
+            few.zero_outside(grads, phase, s.cell);  // features are 0 there, but grad_output may be Inf or NaN
+            if (p.from_logits)
+                normalize_rows_backward(p.normalizer, few.rows_of_phase(s, phase, staged.logits), grads, staged.masks);
+            zero_cropped(grads, few.columns.outputs(phase) - s.cell);
         }
     }
 
-    void zero_taps(A* grads, Range outside) const {
-        for (int64_t t = outside.begin; t < outside.end; t++) store(Vector<A>{}, grads + t * few.tap_step());
+    void zero_taps(const TapRows<A>& grads, Range outside) const {
+        for (int64_t t = outside.begin; t < outside.end; t++) std::fill_n(grads.tap(t), grads.cells, A{0});
     }
 
-    // Turns the gradient of the masks of a tile into that of its logits.
-    CARAFEPP_MEMBER void turn_into_logits(A* grads, const A* logits, A* masks) const {
-        const TileTaps<A> tile{logits, masks, grads, taps, few.tap_step()};
-        normalize_taps(p.normalizer, tile);
-        normalize_taps_backward(p.normalizer, tile);
-    }
-
-    // Zeroes lanes from `outputs` on, which a crop leaves out.
-    void zero_cropped(A* grads, int64_t outputs) const {
-        const int end = static_cast<int>(std::max<int64_t>(outputs, 0));
-        for (int64_t t = 0; t < taps; t++, grads += few.tap_step()) store(load_between(grads, 0, end), grads);
+    // Zeroes cells from `outputs` on, which a crop leaves out.
+    void zero_cropped(const TapRows<A>& grads, int64_t outputs) const {
+        const int64_t first = std::max<int64_t>(outputs, 0);
+        for (int64_t t = 0; t < taps && first < grads.cells; t++)
+            std::fill(grads.tap(t) + first, grads.tap(t) + grads.cells, A{0});
     }
 
     // ---- write out ----

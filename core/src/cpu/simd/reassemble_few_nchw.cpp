@@ -18,32 +18,46 @@ constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
 // ---- contraction: the taps of a tile ----
 
 template <class A>
-struct FewRegisterTile {
-    const A* masks;
-    int64_t tap_step;
-    const A* features;  // of the first tap row inside the border
+struct FewContraction {
+    TapRows<A> masks;  // those of tap rows inside the border
+    const A* scales;
+    const A* features;  // of the first of these tap rows
     int64_t row_stride, channel_stride;
-    const int64_t* tap_offsets;
-    int kernel_size, tap_rows;
+    int64_t tap_offsets[kMaxKernelSize];
+    int kernel_size;
     A* sums;
     int64_t sums_channel;
+    SlicePrefetch* prefetch;
 };
 
-template <int NC, class A>
-__attribute__((noinline)) void reassemble_few_channels(const FewRegisterTile<A>& tile, int64_t channel) {
-    Vector<A> sums[NC] = {};
-    const A* masks = tile.masks;
-    const A* row = tile.features + channel * tile.channel_stride;
-    for (int a = 0; a < tile.tap_rows; a++, row += tile.row_stride) {
-        for (int b = 0; b < tile.kernel_size; b++, masks += tile.tap_step) {
-            const Vector<A> mask = load(masks);
-            const A* const features = row + tile.tap_offsets[b];
+// Contracts NC channels. K is the kernel size, or 0 if the compiler does not know it.
+template <int K, int NC, class A>
+__attribute__((noinline)) void reassemble_few_channels(const FewContraction<A>& at, int64_t channel) {
+    constexpr int L = kLanes<A>;
+    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.masks.taps / k;
+    const int64_t channel_stride = at.channel_stride, step = at.masks.step;
+    int64_t tap_offsets[K > 0 ? K : kMaxKernelSize];
+    std::copy_n(at.tap_offsets, k, tap_offsets);
+    SlicePrefetch prefetch = *at.prefetch;
+    for (int64_t q = 0; q < at.masks.cells; q += L) {
+        prefetch.prefetch_tile(q / L);
+        Vector<A> sums[NC] = {};
+        const Vector<A> scale = load(at.scales + q);
+        const A* masks = at.masks.first + q;
+        const A* row = at.features + channel * channel_stride + q;
+        for (int a = 0; a < tap_rows; a++, row += at.row_stride) {
+#pragma GCC unroll 5
+            for (int b = 0; b < k; b++, masks += step) {
+                const Vector<A> mask = load(masks) * scale;
+                const A* const features = row + tap_offsets[b];
 #pragma GCC unroll 4
-            for (int c = 0; c < NC; c++) sums[c] += mask * load(features + c * tile.channel_stride);
+                for (int c = 0; c < NC; c++) sums[c] += mask * load(features + c * channel_stride);
+            }
         }
-    }
 #pragma GCC unroll 4
-    for (int c = 0; c < NC; c++) store(sums[c], tile.sums + (channel + c) * tile.sums_channel);
+        for (int c = 0; c < NC; c++) store(sums[c], at.sums + (channel + c) * at.sums_channel + q);
+    }
+    *at.prefetch = prefetch;
 }
 
 // ---- the kernel ----
@@ -66,13 +80,14 @@ struct ReassembleFewNchw {
     const int64_t features_channel = staged_rows * few.sources_row;
     const int64_t features_size = channels * features_channel;
     const int64_t sums_channel = up * few.lanes;  // [channel][phase][cell], a row of outputs
-    const int64_t scratch_size = features_size + few.slice_size() + channels * sums_channel;
+    const int64_t scratch_size = features_size + few.slice_size() + few.slice_cells + channels * sums_channel;
 
     void run_item(int64_t item, A* scratch) const {
         const int64_t n = item / blocks / p.groups, group = item / blocks % p.groups, block = item % blocks;
         const Range rows = {block * block_rows * up, std::min((block + 1) * block_rows * up, p.out_h)};
         const Range sources = sources_of(p, rows);
-        A *const features = scratch, *const masks = features + features_size, *const sums = masks + few.slice_size();
+        A *const features = scratch, *const masks = features + features_size;
+        A* const sums = masks + few.slice_size() + few.slice_cells;
         few.stage_features(n, group, sources, features_channel, features);
         Slice slice = few.first_slice(n, group, rows.begin);
         while (slice.row < rows.end) {
@@ -85,33 +100,31 @@ struct ReassembleFewNchw {
 
     void contract_slice(const Slice& s, const Slice& next, const A* features, Range sources, A* masks, A* sums) const {
         few.stage_slice(s, masks);
-        RowPrefetch prefetch = few.prefetch_of(next);
-        const int64_t lines = few.lines_of_tile(s, prefetch);
+        SlicePrefetch prefetch = few.prefetch_of(next);
         const int64_t top = p.rows().source(s.row) - p.radius();
         const Range tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
-        int64_t tap_offsets[kMaxKernelSize];
-        FewRegisterTile<A> tile;
-        tile.tap_step = few.tap_step();
-        tile.row_stride = few.sources_row;
-        tile.channel_stride = features_channel;
-        tile.tap_offsets = tap_offsets;
-        tile.kernel_size = static_cast<int>(k);
-        tile.tap_rows = static_cast<int>(tap_rows.size());
-        tile.sums_channel = sums_channel;
+        FewContraction<A> at;
+        at.row_stride = few.sources_row;
+        at.channel_stride = features_channel;
+        at.kernel_size = static_cast<int>(k);
+        at.sums_channel = sums_channel;
+        at.features = features + (top + tap_rows.begin - sources.begin) * few.sources_row + s.cell;
+        at.prefetch = &prefetch;
+        A* const scales = masks + few.slice_size();
+        at.scales = scales;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
             for (int64_t b = 0; b < k; b++)
-                tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
-            A* const of_phase = masks + (phase - s.phase) * few.slice_cells;
-            few.for_each_tile(s, prefetch, lines, [&](int64_t q) {
-                few.normalize(of_phase + q);
-                zero_phase_outside(few.columns, phase, s.cell + q, of_phase + q, tile.tap_step);
-                tile.masks = of_phase + q + tap_rows.begin * k * tile.tap_step;
-                tile.features = features + (top + tap_rows.begin - sources.begin) * few.sources_row + s.cell + q;
-                tile.sums = sums + phase * few.lanes + s.cell + q;
-                for (int64_t c = 0; c < channels; c += kRegisterChannels) {
-                    with_count<kRegisterChannels>(static_cast<int>(channels - c),
-                                                  [&](auto count) { reassemble_few_channels<count()>(tile, c); });
-                }
+                at.tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
+            at.masks = few.rows_of_phase(s, phase, masks);
+            few.normalize(at.masks, scales);
+            few.zero_outside(at.masks, phase, s.cell);
+            at.masks.first = at.masks.tap(tap_rows.begin * k);
+            at.masks.taps = static_cast<int>(tap_rows.size() * k);
+            at.sums = sums + phase * few.lanes + s.cell;
+            with_kernel_size<A>(k, [&](auto known) {
+                for_few_channels(channels, [&](int64_t c, auto count) {
+                    reassemble_few_channels<known(), count()>(at, c);
+                });
             });
         }
     }

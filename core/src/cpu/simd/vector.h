@@ -567,6 +567,25 @@ CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     return scale(p, n, shifted, magic);
 }
 
+// exp of numbers that are not positive, for sums that have a term of exp(0): within 2 units in the last place down to
+// exp(-10), then within 12. Below 2^-126 it is 0. The polynomial is 2^f over [-1/2, 1/2]. `magic` adds the exponent's
+// bias too, so the bits of `shifted` need one shift.
+CARAFEPP_INLINE Vector<float> exp_beside_1(Vector<float> x) {
+    const Vector<float> lowest = splat(-88.0f);
+    x = x < lowest ? lowest : x;
+    const Vector<float> magic = splat(12582912.0f + 127);  // 1.5 * 2^23 + 127
+    const Vector<float> shifted = x * 1.44269504088896341f + magic;
+    const Vector<float> f = x * 1.44269504088896341f - (shifted - magic);
+    Vector<float> p = splat(1.534581242594868e-4f);
+    p = p * f + 1.3399930903688073e-3f;
+    p = p * f + 9.618489071726799e-3f;
+    p = p * f + 5.550328642129898e-2f;
+    p = p * f + 0.24022646248340607f;
+    p = p * f + 0.6931471824645996f;
+    p = p * f + 1.0f;
+    return p * (Vector<float>)((VectorOf<float>::integer)shifted << 23);
+}
+
 // The same in double: Taylor's series to r^13 / 13!.
 CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
     const Vector<double> lowest = splat(-760.0);
@@ -581,6 +600,8 @@ CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
     for (int k = 13; k > 0; k--) p = p * (r * (1.0 / k)) + 1.0;
     return scale(p, n, shifted, magic);
 }
+
+CARAFEPP_INLINE Vector<double> exp_beside_1(Vector<double> x) { return exp_of_nonpositive(x); }
 
 }  // namespace
 }  // namespace carafepp
