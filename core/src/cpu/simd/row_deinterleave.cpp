@@ -28,10 +28,10 @@ CARAFEPP_INLINE void deinterleave_row(const T* row, int64_t width, int64_t cell,
     const auto deinterleave_vectors = [&](int64_t k, auto load_at) __attribute__((always_inline)) {
         const int64_t column = (cell + k) * Factor;
         Vector<A> vectors[Factor];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < Factor; v++) vectors[v] = load_at(column + v * L);
         deinterleave<A, Factor>(vectors);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int residue = 0; residue < Factor; residue++) store(vectors[residue], to + k + residue * residue_stride);
     };
     const int64_t end_inside = std::min(count, width / Factor - cell - L + 1);
@@ -121,17 +121,15 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
                 deinterleave_one(from, of_row);
         }
     };
-    if (array.stride_w == 1 && layout.factor <= 4) {
-        with_count<4>(layout.factor, [&](auto factor) __attribute__((always_inline)) {
-            for_each_row([=](const T* from, A* of_row) __attribute__((always_inline)) {
-                deinterleave_row<decltype(factor)::value>(from, width, cell, count, of_row, residue_stride);
-            });
+    const auto shuffle_rows = [&](auto factor) __attribute__((always_inline)) {
+        for_each_row([=](const T* from, A* of_row) __attribute__((always_inline)) {
+            deinterleave_row<decltype(factor)::value>(from, width, cell, count, of_row, residue_stride);
         });
-    } else {
-        for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
-            deinterleave_strided(from, array.stride_w, width, layout, of_row);
-        });
-    }
+    };
+    if (array.stride_w == 1 && with_shuffles(layout.factor, shuffle_rows)) return;
+    for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
+        deinterleave_strided(from, array.stride_w, width, layout, of_row);
+    });
 }
 
 }  // namespace

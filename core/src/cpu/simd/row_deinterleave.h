@@ -49,7 +49,7 @@ template <int Factor, class T>
 CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t residue_stride, int64_t count, T* to) {
     using A = Accumulator<T>;
     Vector<A> columns[Factor];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int residue = 0; residue < Factor; residue++) columns[residue] = load(from + residue * residue_stride);
     if constexpr (Factor == 2 && std::is_same_v<T, BFloat16>) {
         if (count >= 2 * kLanes<A>) {
@@ -58,20 +58,30 @@ CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t resid
         }
     }
     interleave<A, Factor>(columns);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < Factor; k++) store_part(columns[k], to + k * kLanes<A>, count - k * kLanes<A>);
+}
+
+// Calls f(factor) with a factor known to the compiler, and returns true, if there are shuffles for it.
+template <class F>
+CARAFEPP_INLINE bool with_shuffles(int factor, F f) {
+    if (factor == 8) {
+        f(std::integral_constant<int, 8>());
+        return true;
+    }
+    if (factor > 4) return false;
+    with_count<4>(factor, f);
+    return true;
 }
 
 // The same for any factor, and columns that lie `stride` apart.
 template <class T>
 CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t residue_stride, int factor, int64_t count,
                                        T* to, int64_t stride) {
-    if (stride == 1 && factor <= 4) {
-        with_count<4>(factor, [&](auto known_factor) __attribute__((always_inline)) {
-            store_interleaved<decltype(known_factor)::value>(from, residue_stride, count, to);
-        });
-        return;
-    }
+    const auto shuffle_columns = [&](auto known_factor) __attribute__((always_inline)) {
+        store_interleaved<decltype(known_factor)::value>(from, residue_stride, count, to);
+    };
+    if (stride == 1 && with_shuffles(factor, shuffle_columns)) return;
     for (int residue = 0; residue < factor; residue++) {
         for (int64_t column = residue, q = 0; column < count && q < kLanes<Accumulator<T>>; column += factor, q++)
             to[column * stride] = narrow<T>(from[residue * residue_stride + q]);

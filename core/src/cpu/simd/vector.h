@@ -440,7 +440,7 @@ struct AlternatingOfLast {
 // columns[k] becomes elements k, k + N, k + 2N, ... of the N vectors read one after the other.
 template <class A, int N>
 CARAFEPP_INLINE void deinterleave(Vector<A> (&columns)[N]) {
-    static_assert(N <= 4, "shuffles for more are not written");
+    static_assert(N <= 4 || N == 8, "shuffles for more are not written");
     if constexpr (N == 2) {
         const Vector<A> even = shuffle<EvenLanes, A>(columns[0], columns[1]);
         columns[1] = shuffle<OddLanes, A>(columns[0], columns[1]);
@@ -461,13 +461,27 @@ CARAFEPP_INLINE void deinterleave(Vector<A> (&columns)[N]) {
         columns[1] = odd[0];
         columns[2] = even[1];
         columns[3] = odd[1];
+    } else if constexpr (N == 8) {
+        Vector<A> even[4], odd[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            even[k] = shuffle<EvenLanes, A>(columns[2 * k], columns[2 * k + 1]);
+            odd[k] = shuffle<OddLanes, A>(columns[2 * k], columns[2 * k + 1]);
+        }
+        deinterleave<A, 4>(even);
+        deinterleave<A, 4>(odd);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            columns[2 * k] = even[k];
+            columns[2 * k + 1] = odd[k];
+        }
     }
 }
 
 // The reverse.
 template <class A, int N>
 CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
-    static_assert(N <= 4, "shuffles for more are not written");
+    static_assert(N <= 4 || N == 8, "shuffles for more are not written");
     if constexpr (N == 2) {
         const Vector<A> low = shuffle<AlternatingLow, A>(columns[0], columns[1]);
         columns[1] = shuffle<AlternatingHigh, A>(columns[0], columns[1]);
@@ -477,11 +491,17 @@ CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
         columns[0] = shuffle<AlternatingOfLast<0>, A>(shuffle<AlternatingOfTwo<0>, A>(a, b), c);
         columns[1] = shuffle<AlternatingOfLast<1>, A>(shuffle<AlternatingOfTwo<1>, A>(a, b), c);
         columns[2] = shuffle<AlternatingOfLast<2>, A>(shuffle<AlternatingOfTwo<2>, A>(a, b), c);
-    } else if constexpr (N == 4) {
-        Vector<A> even[2] = {columns[0], columns[2]}, odd[2] = {columns[1], columns[3]};
-        interleave<A, 2>(even);
-        interleave<A, 2>(odd);
-        for (int k = 0; k < 2; k++) {
+    } else if constexpr (N == 4 || N == 8) {
+        Vector<A> even[N / 2], odd[N / 2];
+#pragma GCC unroll 4
+        for (int k = 0; k < N / 2; k++) {
+            even[k] = columns[2 * k];
+            odd[k] = columns[2 * k + 1];
+        }
+        interleave<A, N / 2>(even);
+        interleave<A, N / 2>(odd);
+#pragma GCC unroll 4
+        for (int k = 0; k < N / 2; k++) {
             columns[2 * k] = shuffle<AlternatingLow, A>(even[k], odd[k]);
             columns[2 * k + 1] = shuffle<AlternatingHigh, A>(even[k], odd[k]);
         }
