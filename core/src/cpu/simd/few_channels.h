@@ -7,17 +7,20 @@
 
 #include "cpu/geometry.h"
 #include "cpu/simd/border.h"
-#include "cpu/simd/normalize.h"
+#include "cpu/simd/masks.h"
 #include "cpu/simd/row_deinterleave.h"
 #include "cpu/simd/work_items.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int kRegisterChannels = 4;  // contracted together
-constexpr int kTilesTogether = 2;     // normalised together, to hide latency
+// Channels that are contracted together, and tiles that are normalised together, to hide latency.
+template <class A>
+constexpr int kRegisterChannels = std::is_same_v<A, float> ? 4 : 2;
+template <class A>
+constexpr int kTilesTogether = std::is_same_v<A, float> ? 2 : 1;
 
-// The taps of some neighbouring cells in one phase: [tap][cell].
+// The taps of some neighbouring cells in one phase: [tap][cell], whole vectors of cells.
 template <class A>
 struct TapRows {
     A* first;
@@ -25,80 +28,75 @@ struct TapRows {
     int taps, cells;
 
     A* tap(int64_t t) const { return first + t * step; }
+    TapRows from(int64_t cell) const { return {first + cell, step, taps, cells - static_cast<int>(cell)}; }
+    TapRows of(Range some) const { return {tap(some.begin), step, static_cast<int>(some.size()), cells}; }
 };
 
-// Calls f(K) with the kernel size K if it has code of its own, else with 0. Only floats have it, for its size.
+// Calls f(K, channel, N) for N channels at a time. K is the kernel size if it has code of its own, else 0: it has for
+// convex upsampling of floats.
 template <class A, class F>
-CARAFEPP_INLINE void with_kernel_size(int64_t kernel_size, F f) {
-    if constexpr (std::is_same_v<A, float>) {
-        if (kernel_size == 3) return f(std::integral_constant<int, 3>());
-        if (kernel_size == 5) return f(std::integral_constant<int, 5>());
+CARAFEPP_INLINE void for_few_channels(int64_t kernel_size, int64_t channels, F f) {
+    for (int64_t c = 0; c < channels; c += kRegisterChannels<A>) {
+        with_count<kRegisterChannels<A>>(static_cast<int>(channels - c), [&](auto count) {
+            if constexpr (std::is_same_v<A, float>) {
+                if (kernel_size == 3) return f(std::integral_constant<int, 3>(), c, count);
+            }
+            f(std::integral_constant<int, 0>(), c, count);
+        });
     }
-    f(std::integral_constant<int, 0>());
 }
 
-// Calls f(channel, N) for N channels at a time.
-template <class F>
-CARAFEPP_INLINE void for_few_channels(int64_t channels, F f) {
-    for (int64_t c = 0; c < channels; c += kRegisterChannels)
-        with_count<kRegisterChannels>(static_cast<int>(channels - c), [&](auto count) { f(c, count); });
+// Calls f(b) for the tap columns of a row, unrolled if the compiler knows how many.
+template <int K, class F>
+CARAFEPP_INLINE void for_tap_columns(int kernel_size, F f) {
+    if constexpr (K > 0) {
+#pragma GCC unroll 3
+        for (int b = 0; b < K; b++) f(b);
+    } else {
+        for (int b = 0; b < kernel_size; b++) f(b);
+    }
+}
+
+// Calls f(N, cell) for the cells of rows, N tiles at a time.
+template <class A, class F>
+CARAFEPP_INLINE void for_tiles(int64_t cells, F f) {
+    constexpr int L = kLanes<A>, N = kTilesTogether<A>;
+    int64_t q = 0;
+    for (; q + N * L <= cells; q += N * L) f(std::integral_constant<int, N>(), q);
+    if (N > 1 && q < cells) f(std::integral_constant<int, 1>(), q);
 }
 
 // The memory of a slice, to prefetch it while the one before is used.
 struct SlicePrefetch {
     const char* first = nullptr;
-    int64_t tap_bytes = 0, tile_bytes = 0, row_bytes = 0, at = 0;
+    int64_t tap_bytes = 0, cell_bytes = 0, row_bytes = 0, at = 0;
     int taps = 0;
 
-    // The part of the next tile.
-    CARAFEPP_MEMBER void prefetch_tile(int64_t tile) {
-        for (const int64_t end = std::min((tile + 1) * tile_bytes, row_bytes); at < end; at += 64) {
+    // The part of the cells before `cell`.
+    CARAFEPP_MEMBER void prefetch_until(int64_t cell) {
+        for (const int64_t end = std::min(cell * cell_bytes, row_bytes); at < end; at += 64) {
             const char* line = first + at;
             for (int t = 0; t < taps; t++, line += tap_bytes) __builtin_prefetch(line, 0, 2);
         }
     }
 };
 
-// ---- softmax: numerators in the place of logits, and a scale for each cell ----
+// ---- softmax ----
+
+// The numerators of softmax have a factor of 2^-exponent, so that sums of them are below 1: a product with a feature
+// does not overflow.
+inline int exponent_of_softmax(int64_t taps) { return taps > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(taps)) : 0; }
 
 template <int N, class A>
-CARAFEPP_INLINE void softmax_of_tiles(const TapRows<A>& rows, int64_t q, A* scales) {
+CARAFEPP_INLINE void largest_logits(const TapRows<const A>& logits, int64_t q, Vector<A> (&largest)[N]) {
     constexpr int L = kLanes<A>;
-    Vector<A> largest[N], sums[N] = {};
+    const A* from = logits.first + q;
 #pragma GCC unroll 2
-    for (int v = 0; v < N; v++) largest[v] = load(rows.first + q + v * L);
-    const A* logits = rows.first + q + rows.step;
-    for (int t = 1; t < rows.taps; t++, logits += rows.step) {
+    for (int v = 0; v < N; v++) largest[v] = load(from + v * L);
+    for (int t = 1; t < logits.taps; t++) {
+        from += logits.step;
 #pragma GCC unroll 2
-        for (int v = 0; v < N; v++) largest[v] = larger(load(logits + v * L), largest[v]);
-    }
-    A* numerators = rows.first + q;
-    for (int t = 0; t < rows.taps; t++, numerators += rows.step) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++) {
-            const Vector<A> e = exp_beside_1(load(numerators + v * L) - largest[v]);
-            store(e, numerators + v * L);
-            sums[v] += e;
-        }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < N; v++) store(A{1} / sums[v], scales + q + v * L);
-}
-
-// Turns logits into masks, but for the factors `scales` of each cell.
-template <class A>
-__attribute__((noinline)) void normalize_rows(carafepp_normalizer normalizer, const TapRows<A>& rows, A* scales) {
-    constexpr int L = kLanes<A>;
-    int64_t q = 0;
-    if (normalizer == CARAFEPP_SOFTMAX) {
-        for (; q + kTilesTogether * L <= rows.cells; q += kTilesTogether * L)
-            softmax_of_tiles<kTilesTogether>(rows, q, scales);
-        for (; q < rows.cells; q += L) softmax_of_tiles<1>(rows, q, scales);
-        return;
-    }
-    for (; q < rows.cells; q += L) {
-        normalize_taps(normalizer, TileTaps<A>{rows.first + q, rows.first + q, nullptr, rows.taps, rows.step});
-        store(splat(A{1}), scales + q);
+        for (int v = 0; v < N; v++) largest[v] = larger(load(from + v * L), largest[v]);
     }
 }
 
@@ -192,7 +190,7 @@ struct FewChannels {
         deinterleave_rows(array, s.n, s.group * taps, taps, {row, row + 1}, layout, to);
     }
 
-    // The memory of a slice, in parts for the tiles of the slice before it.
+    // The memory of a slice.
     SlicePrefetch prefetch_of(const Slice& s) const {
         const Array array = taps_of(masks_or_logits(), s);
         const int64_t row = row_in_array(s), first = s.cell * slice_phases, size = itemsize(array.dtype);
@@ -202,7 +200,7 @@ struct FewChannels {
                          (s.n * array.stride_n + s.group * taps * array.stride_c + row * array.stride_h +
                           first * array.stride_w) * size;
         prefetch.tap_bytes = array.stride_c * size;
-        prefetch.tile_bytes = L * slice_phases * array.stride_w * size;
+        prefetch.cell_bytes = slice_phases * array.stride_w * size;
         prefetch.row_bytes = std::min(s.count * slice_phases, array.w - first) * array.stride_w * size;
         prefetch.taps = static_cast<int>(taps);
         return prefetch;
@@ -214,13 +212,35 @@ struct FewChannels {
                 static_cast<int>(whole_vectors(s.count))};
     }
 
-    // Makes the masks of these rows, with a factor for each cell.
-    void normalize(const TapRows<A>& rows, A* scales) const {
-        if (p.from_logits) {
-            normalize_rows(p.normalizer, rows, scales);
-        } else {
-            std::fill_n(scales, rows.cells, A{1});
+    // Calls f(cell, logits) for the logits of a slice from some cell on: whole vectors where they are, if they can be
+    // read so, then the rest as staged.
+    template <class F>
+    CARAFEPP_MEMBER void for_logits(const Slice& s, A* staged, F f) const {
+        const Array array = taps_of(p.logits, s);
+        const int64_t there = std::min(s.count, columns.outputs(s.phase) - s.cell);
+        const int64_t in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A> && there > 0 ? there / L * L : 0;
+        if (in_place > 0) {
+            f(0, TapRows<const A>{element<const A>(array, s.n, s.group * taps, s.row / up, s.cell), array.stride_c,
+                                  static_cast<int>(taps), static_cast<int>(in_place)});
         }
+        if (in_place == s.count) return;
+        Slice rest = s;
+        rest.cell += in_place;
+        rest.count -= in_place;
+        stage_slice(rest, staged + in_place);
+        f(in_place, TapRows<const A>{staged + in_place, tap_step(), static_cast<int>(taps),
+                                     static_cast<int>(whole_vectors(rest.count))});
+    }
+
+    // Other normalisers take the rows of a slice as a tile of many phases.
+    MaskTiles<A> tiles() const { return MaskTiles<A>{p, slice_cells / L}; }
+
+    bool by_softmax() const { return p.from_logits && p.normalizer == CARAFEPP_SOFTMAX; }
+
+    // Stages the masks of a slice, by any normaliser.
+    void stage_masks(const Slice& s, A* to) const {
+        stage_slice(s, to);
+        if (p.from_logits) tiles().normalize_row(to, L);
     }
 
     // Zeroes the taps of these rows that lie beyond the border.
@@ -229,9 +249,23 @@ struct FewChannels {
             zero_phase_outside(columns, phase, cell + q, rows.first + q, rows.step);
     }
 
+    // Where the taps of a phase read a row of staged features, from its first cell on.
+    void find_taps(int64_t phase, int64_t* offsets) const {
+        for (int64_t b = 0; b < k; b++) offsets[b] = columns.offset(columns.tap(phase, b), residue_stride);
+    }
+
     // ---- features ----
 
-    void stage_features(int64_t n, int64_t group, Range sources, int64_t channel_stride, A* to) const {
+    // Stages the rows of features in the windows of rows of outputs; those beyond the border are 0.
+    void stage_features(int64_t n, int64_t group, Range rows, int64_t channel_stride, A* to) const {
+        const Range sources = sources_of(p, rows);
+        const int64_t top = p.rows().source(rows.begin) - p.radius();
+        const int64_t bottom = p.rows().source(rows.end - 1) + p.radius() + 1;
+        for (A* of_channel = to; of_channel < to + channels * channel_stride; of_channel += channel_stride) {
+            std::fill_n(of_channel, (sources.begin - top) * sources_row, A{0});
+            std::fill(of_channel + (sources.end - top) * sources_row, of_channel + (bottom - top) * sources_row, A{0});
+        }
+        to += (sources.begin - top) * sources_row;
         const Deinterleaved layout{static_cast<int>(down), columns.least_shift, lanes + columns.halo(), channel_stride,
                                    sources_row,            residue_stride};
         deinterleave_rows(p.features, n, group * channels, channels, sources, layout, to);

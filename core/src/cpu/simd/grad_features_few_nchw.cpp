@@ -20,45 +20,77 @@ constexpr int64_t kBlockSources = 64 * 1024;  // elements; in the level 2 cache
 
 template <class A>
 struct FewScatter {
-    TapRows<A> masks;  // of the tap rows that touch the block
-    const A* scales;
-    A* sums;  // [row][column][channel][cell] of the window of a cell
+    Range tap_rows;  // that touch the block
+    A* sums;         // [row][column][channel][cell] of the window of a cell, from the first of these tap rows on
     int64_t sums_row, sums_column, sums_channel;
     int kernel_size;
-    const A* grads;
-    int64_t grads_channel;
+    const A* output;  // its gradients
+    int64_t output_channel;
     SlicePrefetch* prefetch;
 };
 
-// Adds the products of NC channels. K is the kernel size, or 0 if the compiler does not know it.
+// Adds the products of NC channels, whose masks are these but for a factor of each cell, if there is one. K is the
+// kernel size, or 0 if the compiler does not know it.
 template <int K, int NC, class A>
-__attribute__((noinline)) void add_grads_of_few_channels(const FewScatter<A>& at, int64_t channel) {
-    constexpr int L = kLanes<A>;
-    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.masks.taps / k;
-    const int64_t sums_column = at.sums_column, sums_channel = at.sums_channel, step = at.masks.step;
+__attribute__((noinline)) void add_grads_of_few_channels(const FewScatter<A>& at, const TapRows<A>& masks,
+                                                         const A* scales, int64_t channel) {
+    const int k = K > 0 ? K : at.kernel_size;
+    const int64_t sums_column = at.sums_column, sums_channel = at.sums_channel;
     SlicePrefetch prefetch = *at.prefetch;
-    for (int64_t q = 0; q < at.masks.cells; q += L) {
-        prefetch.prefetch_tile(q / L);
-        Vector<A> grads[NC];
+    for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
+        prefetch.prefetch_until(q + kLanes<A>);
+        Vector<A> output[NC];
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++)
-            grads[c] = load(at.grads + (channel + c) * at.grads_channel + q) * load(at.scales + q);
-        const A* masks = at.masks.first + q;
+        for (int c = 0; c < NC; c++) {
+            output[c] = load(at.output + (channel + c) * at.output_channel + q);
+            if (scales) output[c] *= load(scales + q);
+        }
+        const A* mask = masks.tap(at.tap_rows.begin * k) + q;
         A* row = at.sums + channel * sums_channel + q;
-        for (int a = 0; a < tap_rows; a++, row += at.sums_row) {
+        for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.sums_row) {
             A* sums = row;
-#pragma GCC unroll 5
-            for (int b = 0; b < k; b++, masks += step, sums += sums_column) {
-                const Vector<A> mask = load(masks);
+            for_tap_columns<K>(k, [&](int) __attribute__((always_inline)) {
+                const Vector<A> of_tap = load(mask);
 #pragma GCC unroll 4
                 for (int c = 0; c < NC; c++) {
                     A* const sum = sums + c * sums_channel;
-                    store(load(sum) + mask * grads[c], sum);
+                    store(load(sum) + of_tap * output[c], sum);
                 }
-            }
+                mask += masks.step;
+                sums += sums_column;
+            });
         }
     }
     *at.prefetch = prefetch;
+}
+
+// ---- softmax: the numerators of masks, and the factor of each cell ----
+
+template <int N, class A>
+CARAFEPP_INLINE void softmax_of_tiles(const TapRows<const A>& logits, const TapRows<A>& masks, int64_t q, A* scales) {
+    constexpr int L = kLanes<A>;
+    const int exponent = exponent_of_softmax(logits.taps);
+    Vector<A> largest[N], all[N] = {};
+    largest_logits<N, A>(logits, q, largest);
+    const A* from = logits.first + q;
+    A* mask = masks.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += masks.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) {
+            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
+            store(e, mask + v * L);
+            all[v] += e;
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) store(A{1} / all[v], scales + q + v * L);
+}
+
+template <class A>
+__attribute__((noinline)) void softmax_of_rows(const TapRows<const A>& logits, const TapRows<A>& masks, A* scales) {
+    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
+        softmax_of_tiles<tiles()>(logits, masks, q, scales);
+    });
 }
 
 // ---- the kernel ----
@@ -132,31 +164,31 @@ struct GradFeaturesFewNchw {
     }
 
     void add_slice(const Slice& s, const Staged& staged) const {
-        few.stage_slice(s, staged.masks);
+        A* const scales = few.by_softmax() ? staged.masks + few.slice_size() : nullptr;
+        if (scales) {
+            const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
+            few.for_logits(s, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
+                softmax_of_rows(logits, masks.from(first), scales + first);
+            });
+        } else {
+            few.stage_masks(s, staged.masks);
+        }
         SlicePrefetch prefetch = few.prefetch_of(next(s));
         const int64_t top = p.rows().source(s.row) - p.radius();
         const int64_t window_row = p.factor.source(s.row) - s.row / up * down;
-        const Range tap_rows = {std::max<int64_t>(staged.rows.begin - top, 0), std::min(k, staged.rows.end - top)};
-        A* const scales = staged.masks + few.slice_size();
         FewScatter<A> at;
-        at.scales = scales;
+        at.tap_rows = {std::max<int64_t>(staged.rows.begin - top, 0), std::min(k, staged.rows.end - top)};
         at.sums_row = sums_row;
         at.sums_column = sums_column;
         at.sums_channel = sums_channel;
         at.kernel_size = static_cast<int>(k);
-        at.grads_channel = up * few.slice_cells;
+        at.output_channel = up * few.slice_cells;
         at.prefetch = &prefetch;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            at.masks = few.rows_of_phase(s, phase, staged.masks);
-            few.normalize(at.masks, scales);
-            at.masks.first = at.masks.tap(tap_rows.begin * k);
-            at.masks.taps = static_cast<int>(tap_rows.size() * k);
-            at.sums = staged.sums + (window_row + tap_rows.begin) * sums_row + p.factor.source(phase) * sums_column;
-            at.grads = staged.grads + phase * few.slice_cells;
-            with_kernel_size<A>(k, [&](auto known) {
-                for_few_channels(channels, [&](int64_t c, auto count) {
-                    add_grads_of_few_channels<known(), count()>(at, c);
-                });
+            at.sums = staged.sums + (window_row + at.tap_rows.begin) * sums_row + p.factor.source(phase) * sums_column;
+            at.output = staged.grads + phase * few.slice_cells;
+            for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
+                add_grads_of_few_channels<known(), count()>(at, few.rows_of_phase(s, phase, staged.masks), scales, c);
             });
         }
     }

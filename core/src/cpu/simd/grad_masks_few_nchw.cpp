@@ -19,90 +19,83 @@ constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
 
 template <class A>
 struct FewProducts {
-    TapRows<A> sums;    // those of tap rows inside the border
-    const A* features;  // of the first of these tap rows
+    Range tap_rows;     // inside the border
+    const A* features;  // of the first tap row, inside or not
     int64_t row_stride, channel_stride;
     int64_t tap_offsets[kMaxKernelSize];
     int kernel_size;
-    const A* grads;
-    int64_t grads_channel;
-    SlicePrefetch* prefetch;
+    const A* output;  // its gradients
+    int64_t output_channel;
 };
 
 // Sums the products of NC channels, with those of the channels before, if there are any. K is the kernel size, or 0 if
 // the compiler does not know it.
 template <int K, int NC, class A>
-__attribute__((noinline)) void grads_of_few_channels(const FewProducts<A>& at, int64_t channel) {
-    constexpr int L = kLanes<A>;
-    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.sums.taps / k;
-    const int64_t channel_stride = at.channel_stride, step = at.sums.step;
-    int64_t tap_offsets[K > 0 ? K : kMaxKernelSize];
-    std::copy_n(at.tap_offsets, k, tap_offsets);
-    SlicePrefetch prefetch = *at.prefetch;
-    for (int64_t q = 0; q < at.sums.cells; q += L) {
-        prefetch.prefetch_tile(q / L);
-        Vector<A> grads[NC];
+__attribute__((noinline)) void grads_of_few_channels(const FewProducts<A>& at, const TapRows<A>& grads,
+                                                     int64_t channel) {
+    const int k = K > 0 ? K : at.kernel_size;
+    const int64_t channel_stride = at.channel_stride;
+    for (int64_t q = 0; q < grads.cells; q += kLanes<A>) {
+        Vector<A> output[NC];
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) grads[c] = load(at.grads + (channel + c) * at.grads_channel + q);
-        A* sums = at.sums.first + q;
-        const A* row = at.features + channel * channel_stride + q;
-        for (int a = 0; a < tap_rows; a++, row += at.row_stride) {
-#pragma GCC unroll 5
-            for (int b = 0; b < k; b++, sums += step) {
-                const A* const features = row + tap_offsets[b];
-                Vector<A> sum = channel > 0 ? load(sums) : Vector<A>{};
+        for (int c = 0; c < NC; c++) output[c] = load(at.output + (channel + c) * at.output_channel + q);
+        A* to = grads.tap(at.tap_rows.begin * k) + q;
+        const A* row = at.features + channel * channel_stride + at.tap_rows.begin * at.row_stride + q;
+        for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.row_stride) {
+            for_tap_columns<K>(k, [&](int b) __attribute__((always_inline)) {
+                const A* const features = row + at.tap_offsets[b];
+                Vector<A> sum = channel > 0 ? load(to) : Vector<A>{};
 #pragma GCC unroll 4
-                for (int c = 0; c < NC; c++) sum += grads[c] * load(features + c * channel_stride);
-                store(sum, sums);
-            }
+                for (int c = 0; c < NC; c++) sum += output[c] * load(features + c * channel_stride);
+                store(sum, to);
+                to += grads.step;
+            });
         }
     }
-    *at.prefetch = prefetch;
 }
 
-// ---- normalisers ----
+// ---- softmax ----
 
-// Turns the gradients of masks into those of logits, which are then overwritten.
+// Turns the gradients of masks into those of logits. `masks` is room for tiles, and has the step of `grads`.
 template <int N, class A>
-CARAFEPP_INLINE void softmax_backward_of_tiles(const TapRows<A>& logits, const TapRows<A>& grads, int64_t q) {
+CARAFEPP_INLINE void softmax_backward_of_tiles(const TapRows<const A>& logits, const TapRows<A>& grads, A* masks,
+                                               int64_t q) {
     constexpr int L = kLanes<A>;
-    A scales[N * L];
-    softmax_of_tiles<N>({logits.first + q, logits.step, logits.taps, N * L}, 0, scales);
-    Vector<A> means[N] = {};  // of the gradient, weighted by the masks
+    const int exponent = exponent_of_softmax(logits.taps);
+    Vector<A> largest[N], all[N] = {}, means[N] = {}, scales[N];  // means of the gradients, weighted by the masks
+    largest_logits<N, A>(logits, q, largest);
     const A* from = logits.first + q;
-    A* to = grads.first + q;
-    for (int t = 0; t < logits.taps; t++, from += logits.step, to += grads.step) {
+    A *mask = masks, *grad = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += grads.step, grad += grads.step) {
 #pragma GCC unroll 2
-        for (int v = 0; v < N; v++) means[v] += load(from + v * L) * load(to + v * L);
+        for (int v = 0; v < N; v++) {
+            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
+            store(e, mask + v * L);
+            all[v] += e;
+            means[v] += e * load(grad + v * L);
+        }
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < N; v++) means[v] *= load(scales + v * L);
-    from = logits.first + q;
-    to = grads.first + q;
-    for (int t = 0; t < logits.taps; t++, from += logits.step, to += grads.step) {
+    for (int v = 0; v < N; v++) {
+        scales[v] = A{1} / all[v];
+        means[v] *= scales[v];
+    }
+    mask = masks;
+    grad = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, mask += grads.step, grad += grads.step) {
 #pragma GCC unroll 2
         for (int v = 0; v < N; v++)
-            store(load(from + v * L) * load(scales + v * L) * (load(to + v * L) - means[v]), to + v * L);
+            store(load(mask + v * L) * scales[v] * (load(grad + v * L) - means[v]), grad + v * L);
     }
 }
 
-// `masks` is room for a tile.
 template <class A>
-__attribute__((noinline)) void normalize_rows_backward(carafepp_normalizer normalizer, const TapRows<A>& logits,
-                                                       const TapRows<A>& grads, A* masks) {
-    constexpr int L = kLanes<A>;
-    int64_t q = 0;
-    if (normalizer == CARAFEPP_SOFTMAX) {
-        for (; q + kTilesTogether * L <= grads.cells; q += kTilesTogether * L)
-            softmax_backward_of_tiles<kTilesTogether>(logits, grads, q);
-        for (; q < grads.cells; q += L) softmax_backward_of_tiles<1>(logits, grads, q);
-        return;
-    }
-    for (; q < grads.cells; q += L) {
-        const TileTaps<A> tile{logits.first + q, masks, grads.first + q, grads.taps, grads.step};
-        normalize_taps(normalizer, tile);
-        normalize_taps_backward(normalizer, tile);
-    }
+__attribute__((noinline)) void softmax_backward(const TapRows<const A>& logits, const TapRows<A>& grads, A* masks,
+                                                int64_t first, SlicePrefetch& prefetch) {
+    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
+        prefetch.prefetch_until(first + q + tiles * kLanes<A>);
+        softmax_backward_of_tiles<tiles()>(logits, grads, masks, q);
+    });
 }
 
 // ---- the kernel ----
@@ -132,7 +125,7 @@ struct GradMasksFewNchw {
 
     struct Staged {
         A *features, *output, *grads, *logits, *masks;
-        Range sources;
+        int64_t first_source = 0;
     };
 
     void run_item(int64_t item, A* scratch) const {
@@ -146,8 +139,8 @@ struct GradMasksFewNchw {
         staged.logits = staged.grads + few.slice_size();
         staged.masks = staged.logits + few.slice_size();
         if (begin < p.out_h) {
-            staged.sources = sources_of(p, {begin, std::min(end, p.out_h)});
-            few.stage_features(n, group, staged.sources, features_channel, staged.features);
+            staged.first_source = p.rows().source(begin);
+            few.stage_features(n, group, {begin, std::min(end, p.out_h)}, features_channel, staged.features);
         }
         for (Slice slice = few.first_slice(n, group, begin); slice.row < end; slice = few.next(slice)) {
             if (slice.row < p.out_h) {
@@ -162,45 +155,44 @@ struct GradMasksFewNchw {
 
     void grads_of_slice(const Slice& s, const Staged& staged) const {
         if (s.phase == 0) few.stage_grads(s, staged.output);
-        SlicePrefetch prefetch;
-        if (p.from_logits) {
-            few.stage_slice(s, staged.logits);
-            prefetch = few.prefetch_of(few.next(s));
-        }
         const int64_t top = p.rows().source(s.row) - p.radius();
-        const Range tap_rows = channels > 0 ? Range{std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)}
-                                            : Range{0, 0};
         FewProducts<A> at;
+        at.tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
+        if (channels == 0) at.tap_rows = {0, 0};
+        at.features = staged.features + (p.rows().source(s.row) - staged.first_source) * few.sources_row + s.cell;
         at.row_stride = few.sources_row;
         at.channel_stride = features_channel;
         at.kernel_size = static_cast<int>(k);
-        at.grads_channel = up * few.slice_cells;
-        at.features = staged.features + (top + tap_rows.begin - staged.sources.begin) * few.sources_row + s.cell;
-        at.prefetch = &prefetch;
+        at.output_channel = up * few.slice_cells;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            for (int64_t b = 0; b < k; b++)
-                at.tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
             const TapRows<A> grads = few.rows_of_phase(s, phase, staged.grads);
-            zero_taps(grads, {0, tap_rows.begin * k});
-            zero_taps(grads, {tap_rows.end * k, taps});
-            at.sums = grads;
-            at.sums.first = grads.tap(tap_rows.begin * k);
-            at.sums.taps = static_cast<int>(tap_rows.size() * k);
-            at.grads = staged.output + phase * few.slice_cells;
-            with_kernel_size<A>(k, [&](auto known) {
-                for_few_channels(channels, [&](int64_t c, auto count) {
-                    grads_of_few_channels<known(), count()>(at, c);
-                });
+            zero_taps(grads.of({0, at.tap_rows.begin * k}));
+            zero_taps(grads.of({at.tap_rows.end * k, taps}));
+            few.find_taps(phase, at.tap_offsets);
+            at.output = staged.output + phase * few.slice_cells;
+            for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
+                grads_of_few_channels<known(), count()>(at, grads, c);
             });
             few.zero_outside(grads, phase, s.cell);  // features are 0 there, but grad_output may be Inf or NaN
-            if (p.from_logits)
-                normalize_rows_backward(p.normalizer, few.rows_of_phase(s, phase, staged.logits), grads, staged.masks);
+            if (p.from_logits) turn_into_logits(s, grads, staged);
             zero_cropped(grads, few.columns.outputs(phase) - s.cell);
         }
     }
 
-    void zero_taps(const TapRows<A>& grads, Range outside) const {
-        for (int64_t t = outside.begin; t < outside.end; t++) std::fill_n(grads.tap(t), grads.cells, A{0});
+    void turn_into_logits(const Slice& s, const TapRows<A>& grads, const Staged& staged) const {
+        if (few.by_softmax()) {
+            SlicePrefetch prefetch = few.prefetch_of(few.next(s));
+            few.for_logits(s, staged.logits, [&](int64_t first, const TapRows<const A>& logits) {
+                softmax_backward(logits, grads.from(first), staged.masks, first, prefetch);
+            });
+        } else {
+            few.stage_slice(s, staged.logits);
+            few.tiles().normalize_row_backward(grads.first, staged.logits, staged.masks, L);
+        }
+    }
+
+    void zero_taps(const TapRows<A>& outside) const {
+        for (int64_t t = 0; t < outside.taps; t++) std::fill_n(outside.tap(t), outside.cells, A{0});
     }
 
     // Zeroes cells from `outputs` on, which a crop leaves out.

@@ -19,44 +19,89 @@ constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
 
 template <class A>
 struct FewContraction {
-    TapRows<A> masks;  // those of tap rows inside the border
-    const A* scales;
-    const A* features;  // of the first of these tap rows
+    Range tap_rows;     // inside the border
+    const A* features;  // of the first tap row, inside or not
     int64_t row_stride, channel_stride;
     int64_t tap_offsets[kMaxKernelSize];
     int kernel_size;
-    A* sums;
-    int64_t sums_channel;
+    A* outputs;
+    int64_t output_channel;
     SlicePrefetch* prefetch;
 };
 
-// Contracts NC channels. K is the kernel size, or 0 if the compiler does not know it.
-template <int K, int NC, class A>
-__attribute__((noinline)) void reassemble_few_channels(const FewContraction<A>& at, int64_t channel) {
-    constexpr int L = kLanes<A>;
-    const int k = K > 0 ? K : at.kernel_size, tap_rows = at.masks.taps / k;
-    const int64_t channel_stride = at.channel_stride, step = at.masks.step;
-    int64_t tap_offsets[K > 0 ? K : kMaxKernelSize];
-    std::copy_n(at.tap_offsets, k, tap_offsets);
-    SlicePrefetch prefetch = *at.prefetch;
-    for (int64_t q = 0; q < at.masks.cells; q += L) {
-        prefetch.prefetch_tile(q / L);
-        Vector<A> sums[NC] = {};
-        const Vector<A> scale = load(at.scales + q);
-        const A* masks = at.masks.first + q;
-        const A* row = at.features + channel * channel_stride + q;
-        for (int a = 0; a < tap_rows; a++, row += at.row_stride) {
-#pragma GCC unroll 5
-            for (int b = 0; b < k; b++, masks += step) {
-                const Vector<A> mask = load(masks) * scale;
-                const A* const features = row + tap_offsets[b];
+// Adds the products of one tap of N tiles and NC channels.
+template <int N, int NC, class A>
+CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int64_t channel_stride,
+                             Vector<A> (&sums)[N][NC]) {
 #pragma GCC unroll 4
-                for (int c = 0; c < NC; c++) sums[c] += mask * load(features + c * channel_stride);
-            }
+    for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) sums[v][c] += masks[v] * load(features + c * channel_stride + v * kLanes<A>);
+    }
+}
+
+// Contracts masks.
+template <int NC, class A>
+__attribute__((noinline)) void reassemble_few_channels(const FewContraction<A>& at, const TapRows<A>& masks,
+                                                       int64_t channel) {
+    SlicePrefetch prefetch = *at.prefetch;
+    const int64_t channel_stride = at.channel_stride;
+    for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
+        prefetch.prefetch_until(q + kLanes<A>);
+        Vector<A> sums[1][NC] = {};
+        const A* mask = masks.tap(at.tap_rows.begin * at.kernel_size) + q;
+        const A* row = at.features + channel * channel_stride + at.tap_rows.begin * at.row_stride + q;
+        for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.row_stride) {
+            for (int b = 0; b < at.kernel_size; b++, mask += masks.step)
+                add_tap<1, NC, A>({load(mask)}, row + at.tap_offsets[b], channel_stride, sums);
         }
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) store(sums[c], at.sums + (channel + c) * at.sums_channel + q);
+        for (int c = 0; c < NC; c++) store(sums[0][c], at.outputs + (channel + c) * at.output_channel + q);
     }
+    *at.prefetch = prefetch;
+}
+
+// Contracts softmax of logits. Taps beyond the border need no care: their masks are finite, or all masks are NaN. K is
+// the kernel size, or 0 if the compiler does not know it.
+template <int K, int N, int NC, class A>
+CARAFEPP_INLINE void reassemble_logits_of_tiles(const FewContraction<A>& at, const TapRows<const A>& logits,
+                                                int64_t first, int64_t q, int64_t channel) {
+    constexpr int L = kLanes<A>;
+    const int k = K > 0 ? K : at.kernel_size, exponent = exponent_of_softmax(logits.taps);
+    const int64_t channel_stride = at.channel_stride;
+    Vector<A> largest[N], all[N] = {}, sums[N][NC] = {}, masks[N];
+    largest_logits<N, A>(logits, q, largest);
+    const A* from = logits.first + q;
+    const A* row = at.features + channel * channel_stride + first + q;
+    for (int a = 0; a < k; a++, row += at.row_stride) {
+        for_tap_columns<K>(k, [&](int b) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int v = 0; v < N; v++) {
+                masks[v] = exp_beside_1(load(from + v * L) - largest[v], exponent);
+                all[v] += masks[v];
+            }
+            from += logits.step;
+            add_tap<N, NC, A>(masks, row + at.tap_offsets[b], channel_stride, sums);
+        });
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) {
+        const Vector<A> scale = A{1} / all[v];
+#pragma GCC unroll 4
+        for (int c = 0; c < NC; c++)
+            store(sums[v][c] * scale, at.outputs + (channel + c) * at.output_channel + first + q + v * L);
+    }
+}
+
+// `first` is the cell of the first logit.
+template <int K, int NC, class A>
+__attribute__((noinline)) void reassemble_few_logits(const FewContraction<A>& at, const TapRows<const A>& logits,
+                                                     int64_t first, int64_t channel) {
+    SlicePrefetch prefetch = *at.prefetch;
+    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
+        prefetch.prefetch_until(first + q + tiles * kLanes<A>);
+        reassemble_logits_of_tiles<K, tiles(), NC>(at, logits, first, q, channel);
+    });
     *at.prefetch = prefetch;
 }
 
@@ -80,51 +125,52 @@ struct ReassembleFewNchw {
     const int64_t features_channel = staged_rows * few.sources_row;
     const int64_t features_size = channels * features_channel;
     const int64_t sums_channel = up * few.lanes;  // [channel][phase][cell], a row of outputs
-    const int64_t scratch_size = features_size + few.slice_size() + few.slice_cells + channels * sums_channel;
+    const int64_t scratch_size = features_size + few.slice_size() + channels * sums_channel;
 
     void run_item(int64_t item, A* scratch) const {
         const int64_t n = item / blocks / p.groups, group = item / blocks % p.groups, block = item % blocks;
         const Range rows = {block * block_rows * up, std::min((block + 1) * block_rows * up, p.out_h)};
-        const Range sources = sources_of(p, rows);
-        A *const features = scratch, *const masks = features + features_size;
-        A* const sums = masks + few.slice_size() + few.slice_cells;
-        few.stage_features(n, group, sources, features_channel, features);
+        A *const features = scratch, *const masks = features + features_size, *const sums = masks + few.slice_size();
+        few.stage_features(n, group, rows, features_channel, features);
         Slice slice = few.first_slice(n, group, rows.begin);
         while (slice.row < rows.end) {
             const Slice next = few.next(slice);
-            contract_slice(slice, next, features, sources, masks, sums);
+            contract_slice(slice, next, features, p.rows().source(rows.begin), masks, sums);
             if (next.row > slice.row) write_row(slice, sums);
             slice = next;
         }
     }
 
-    void contract_slice(const Slice& s, const Slice& next, const A* features, Range sources, A* masks, A* sums) const {
-        few.stage_slice(s, masks);
+    void contract_slice(const Slice& s, const Slice& next, const A* features, int64_t first_source, A* masks,
+                        A* sums) const {
         SlicePrefetch prefetch = few.prefetch_of(next);
         const int64_t top = p.rows().source(s.row) - p.radius();
-        const Range tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
         FewContraction<A> at;
+        at.tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
+        at.features = features + (p.rows().source(s.row) - first_source) * few.sources_row + s.cell;
         at.row_stride = few.sources_row;
         at.channel_stride = features_channel;
         at.kernel_size = static_cast<int>(k);
-        at.sums_channel = sums_channel;
-        at.features = features + (top + tap_rows.begin - sources.begin) * few.sources_row + s.cell;
+        at.output_channel = sums_channel;
         at.prefetch = &prefetch;
-        A* const scales = masks + few.slice_size();
-        at.scales = scales;
-        for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            for (int64_t b = 0; b < k; b++)
-                at.tap_offsets[b] = few.columns.offset(few.columns.tap(phase, b), few.residue_stride);
-            at.masks = few.rows_of_phase(s, phase, masks);
-            few.normalize(at.masks, scales);
-            few.zero_outside(at.masks, phase, s.cell);
-            at.masks.first = at.masks.tap(tap_rows.begin * k);
-            at.masks.taps = static_cast<int>(tap_rows.size() * k);
-            at.sums = sums + phase * few.lanes + s.cell;
-            with_kernel_size<A>(k, [&](auto known) {
-                for_few_channels(channels, [&](int64_t c, auto count) {
-                    reassemble_few_channels<known(), count()>(at, c);
+        if (few.by_softmax() && channels <= kRegisterChannels<A>) {
+            few.find_taps(s.phase, at.tap_offsets);
+            at.outputs = sums + s.phase * few.lanes + s.cell;
+            few.for_logits(s, masks, [&](int64_t first, const TapRows<const A>& logits) {
+                for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
+                    reassemble_few_logits<known(), count()>(at, logits, first, c);
                 });
+            });
+            return;
+        }
+        few.stage_masks(s, masks);
+        for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
+            const TapRows<A> rows = few.rows_of_phase(s, phase, masks);
+            few.zero_outside(rows, phase, s.cell);
+            few.find_taps(phase, at.tap_offsets);
+            at.outputs = sums + phase * few.lanes + s.cell;
+            for_few_channels<A>(0, channels, [&](auto, int64_t c, auto count) {
+                reassemble_few_channels<count()>(at, rows, c);
             });
         }
     }

@@ -58,8 +58,17 @@ CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t resid
         }
     }
     interleave<A, Factor>(columns);
+    constexpr int L = kLanes<A>;
+    if (count >= Factor * L) {
 #pragma GCC unroll 8
-    for (int k = 0; k < Factor; k++) store_part(columns[k], to + k * kLanes<A>, count - k * kLanes<A>);
+        for (int k = 0; k < Factor; k++) store(columns[k], to + k * L);
+        return;
+    }
+    A lanes[Factor * L];
+#pragma GCC unroll 8
+    for (int k = 0; k < Factor; k++) store(columns[k], lanes + k * L);
+#pragma GCC unroll 1
+    for (int k = 0; k < Factor; k++) store_part(load(lanes + k * L), to + k * L, count - k * L);
 }
 
 // Calls f(factor) with a factor known to the compiler, and returns true, if there are shuffles for it.

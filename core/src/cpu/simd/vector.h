@@ -587,13 +587,13 @@ CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     return scale(p, n, shifted, magic);
 }
 
-// exp of numbers that are not positive, for sums that have a term of exp(0): within 2 units in the last place down to
-// exp(-10), then within 12. Below 2^-126 it is 0. The polynomial is 2^f over [-1/2, 1/2]. `magic` adds the exponent's
-// bias too, so the bits of `shifted` need one shift.
-CARAFEPP_INLINE Vector<float> exp_beside_1(Vector<float> x) {
-    const Vector<float> lowest = splat(-88.0f);
+// exp(x) * 2^-exponent of numbers that are not positive, for sums that have a term of exp(0): within 2 units in the last
+// place down to exp(-10), then within 12. It is 0 where it would be below 2^-126. The polynomial is 2^f over
+// [-1/2, 1/2]. `magic` adds the bias of the exponent too: the bits of `shifted` need one shift.
+CARAFEPP_INLINE Vector<float> exp_beside_1(Vector<float> x, int exponent) {
+    const Vector<float> lowest = splat(0.6931f * static_cast<float>(exponent - 127));
     x = x < lowest ? lowest : x;
-    const Vector<float> magic = splat(12582912.0f + 127);  // 1.5 * 2^23 + 127
+    const Vector<float> magic = splat(12582912.0f + static_cast<float>(127 - exponent));  // 1.5 * 2^23 + 127 - exponent
     const Vector<float> shifted = x * 1.44269504088896341f + magic;
     const Vector<float> f = x * 1.44269504088896341f - (shifted - magic);
     Vector<float> p = splat(1.534581242594868e-4f);
@@ -621,7 +621,9 @@ CARAFEPP_INLINE Vector<double> exp_of_nonpositive(Vector<double> x) {
     return scale(p, n, shifted, magic);
 }
 
-CARAFEPP_INLINE Vector<double> exp_beside_1(Vector<double> x) { return exp_of_nonpositive(x); }
+CARAFEPP_INLINE Vector<double> exp_beside_1(Vector<double> x, int exponent) {
+    return exp_of_nonpositive(x) * (1.0 / (1 << exponent));
+}
 
 }  // namespace
 }  // namespace carafepp
