@@ -85,10 +85,12 @@ struct SlicePrefetch {
 
 // The numerators of softmax have a factor of 2^-exponent, so that sums of them are below 1: a product with a feature
 // does not overflow.
-inline int exponent_of_softmax(int64_t taps) { return taps > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(taps)) : 0; }
+inline int exponent_of_softmax(int64_t taps) {
+    return taps > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(taps)) : 0;
+}
 
 template <int N, class A>
-CARAFEPP_INLINE void largest_logits(const TapRows<const A>& logits, int64_t q, Vector<A> (&largest)[N]) {
+CARAFEPP_INLINE void largest_logits(TapRows<const A> logits, int64_t q, Vector<A> (&largest)[N]) {
     constexpr int L = kLanes<A>;
     const A* from = logits.first + q;
 #pragma GCC unroll 2
@@ -96,7 +98,7 @@ CARAFEPP_INLINE void largest_logits(const TapRows<const A>& logits, int64_t q, V
     for (int t = 1; t < logits.taps; t++) {
         from += logits.step;
 #pragma GCC unroll 2
-        for (int v = 0; v < N; v++) largest[v] = larger(load(from + v * L), largest[v]);
+        for (int v = 0; v < N; v++) largest[v] = larger(largest[v], load(from + v * L));
     }
 }
 
@@ -198,7 +200,8 @@ struct FewChannels {
         if (row >= array.h || first >= array.w) return prefetch;
         prefetch.first = static_cast<const char*>(array.data) +
                          (s.n * array.stride_n + s.group * taps * array.stride_c + row * array.stride_h +
-                          first * array.stride_w) * size;
+                          first * array.stride_w) *
+                             size;
         prefetch.tap_bytes = array.stride_c * size;
         prefetch.cell_bytes = slice_phases * array.stride_w * size;
         prefetch.row_bytes = std::min(s.count * slice_phases, array.w - first) * array.stride_w * size;
@@ -266,8 +269,8 @@ struct FewChannels {
             std::fill(of_channel + (sources.end - top) * sources_row, of_channel + (bottom - top) * sources_row, A{0});
         }
         to += (sources.begin - top) * sources_row;
-        const Deinterleaved layout{static_cast<int>(down), columns.least_shift, lanes + columns.halo(), channel_stride,
-                                   sources_row,            residue_stride};
+        const Deinterleaved layout{static_cast<int>(down), columns.least_shift, lanes + columns.halo(),
+                                   channel_stride,         sources_row,         residue_stride};
         deinterleave_rows(p.features, n, group * channels, channels, sources, layout, to);
     }
 

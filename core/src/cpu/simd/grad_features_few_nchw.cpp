@@ -32,8 +32,8 @@ struct FewScatter {
 // Adds the products of NC channels, whose masks are these but for a factor of each cell, if there is one. K is the
 // kernel size, or 0 if the compiler does not know it.
 template <int K, int NC, class A>
-__attribute__((noinline)) void add_grads_of_few_channels(const FewScatter<A>& at, const TapRows<A>& masks,
-                                                         const A* scales, int64_t channel) {
+__attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRows<A> masks, const A* scales,
+                                                         int64_t channel) {
     const int k = K > 0 ? K : at.kernel_size;
     const int64_t sums_column = at.sums_column, sums_channel = at.sums_channel;
     SlicePrefetch prefetch = *at.prefetch;
@@ -67,9 +67,8 @@ __attribute__((noinline)) void add_grads_of_few_channels(const FewScatter<A>& at
 // ---- softmax: the numerators of masks, and the factor of each cell ----
 
 template <int N, class A>
-CARAFEPP_INLINE void softmax_of_tiles(const TapRows<const A>& logits, const TapRows<A>& masks, int64_t q, A* scales) {
+CARAFEPP_INLINE void softmax_of_tiles(TapRows<const A> logits, TapRows<A> masks, int64_t q, A* scales, int exponent) {
     constexpr int L = kLanes<A>;
-    const int exponent = exponent_of_softmax(logits.taps);
     Vector<A> largest[N], all[N] = {};
     largest_logits<N, A>(logits, q, largest);
     const A* from = logits.first + q;
@@ -87,9 +86,10 @@ CARAFEPP_INLINE void softmax_of_tiles(const TapRows<const A>& logits, const TapR
 }
 
 template <class A>
-__attribute__((noinline)) void softmax_of_rows(const TapRows<const A>& logits, const TapRows<A>& masks, A* scales) {
+__attribute__((noinline)) void softmax_of_rows(TapRows<const A> logits, TapRows<A> masks, A* scales) {
+    const int exponent = exponent_of_softmax(logits.taps);
     for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
-        softmax_of_tiles<tiles()>(logits, masks, q, scales);
+        softmax_of_tiles<tiles()>(logits, masks, q, scales, exponent);
     });
 }
 
@@ -107,7 +107,7 @@ struct GradFeaturesFewNchw {
     const FewChannels<A> few{p, ceil_div(p.out_w, up),
                              p.taps() * (p.from_logits ? 1 : up) + window * window * channels + channels * up};
     const int64_t block_rows = few.rows_of_block(
-        grad_features.h, kBlockSources / std::max<int64_t>(channels * few.sources_row, 1), grad_features.n * p.groups);
+        grad_features.h, kBlockSources / std::max<int64_t>(channels * few.sources_row, 1), grad_features.n* p.groups);
     const int64_t blocks = ceil_div(grad_features.h, block_rows), items = grad_features.n * p.groups * blocks;
     const int64_t source_row_size = channels * few.sources_row;  // [row][channel][residue][cell]
     const int64_t sums_channel = few.slice_cells, sums_column = channels * sums_channel,

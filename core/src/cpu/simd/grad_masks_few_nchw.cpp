@@ -31,8 +31,7 @@ struct FewProducts {
 // Sums the products of NC channels, with those of the channels before, if there are any. K is the kernel size, or 0 if
 // the compiler does not know it.
 template <int K, int NC, class A>
-__attribute__((noinline)) void grads_of_few_channels(const FewProducts<A>& at, const TapRows<A>& grads,
-                                                     int64_t channel) {
+__attribute__((noinline)) void grads_of_few_channels(FewProducts<A> at, TapRows<A> grads, int64_t channel) {
     const int k = K > 0 ? K : at.kernel_size;
     const int64_t channel_stride = at.channel_stride;
     for (int64_t q = 0; q < grads.cells; q += kLanes<A>) {
@@ -58,10 +57,9 @@ __attribute__((noinline)) void grads_of_few_channels(const FewProducts<A>& at, c
 
 // Turns the gradients of masks into those of logits. `masks` is room for tiles, and has the step of `grads`.
 template <int N, class A>
-CARAFEPP_INLINE void softmax_backward_of_tiles(const TapRows<const A>& logits, const TapRows<A>& grads, A* masks,
-                                               int64_t q) {
+CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t q,
+                                               int exponent) {
     constexpr int L = kLanes<A>;
-    const int exponent = exponent_of_softmax(logits.taps);
     Vector<A> largest[N], all[N] = {}, means[N] = {}, scales[N];  // means of the gradients, weighted by the masks
     largest_logits<N, A>(logits, q, largest);
     const A* from = logits.first + q;
@@ -78,24 +76,27 @@ CARAFEPP_INLINE void softmax_backward_of_tiles(const TapRows<const A>& logits, c
 #pragma GCC unroll 2
     for (int v = 0; v < N; v++) {
         scales[v] = A{1} / all[v];
-        means[v] *= scales[v];
+        means[v] *= scales[v] * scales[v];
     }
     mask = masks;
     grad = grads.first + q;
     for (int t = 0; t < logits.taps; t++, mask += grads.step, grad += grads.step) {
 #pragma GCC unroll 2
         for (int v = 0; v < N; v++)
-            store(load(mask + v * L) * scales[v] * (load(grad + v * L) - means[v]), grad + v * L);
+            store(load(mask + v * L) * (load(grad + v * L) * scales[v] - means[v]), grad + v * L);
     }
 }
 
 template <class A>
-__attribute__((noinline)) void softmax_backward(const TapRows<const A>& logits, const TapRows<A>& grads, A* masks,
-                                                int64_t first, SlicePrefetch& prefetch) {
+__attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t first,
+                                                SlicePrefetch& prefetch_of_slice) {
+    SlicePrefetch prefetch = prefetch_of_slice;
+    const int exponent = exponent_of_softmax(logits.taps);
     for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
         prefetch.prefetch_until(first + q + tiles * kLanes<A>);
-        softmax_backward_of_tiles<tiles()>(logits, grads, masks, q);
+        softmax_backward_of_tiles<tiles()>(logits, grads, masks, q, exponent);
     });
+    prefetch_of_slice = prefetch;
 }
 
 // ---- the kernel ----
@@ -114,7 +115,7 @@ struct GradMasksFewNchw {
     const int64_t up = p.factor.up, k = p.kernel_size, taps = p.taps(), channels = few.channels;
     const int64_t block_rows = few.rows_of_block(
         cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
-        grad_masks.n * p.groups);
+        grad_masks.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), items = grad_masks.n * p.groups * blocks;
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;
     const int64_t features_channel = staged_rows * few.sources_row;

@@ -160,7 +160,8 @@ static const char* unfit_for_few_channels(const Problem& p, double least_scratch
 
 const char* cannot_run_reassemble_few_nchw(const Problem& p, const Array&) {
     const int64_t rows = p.factor.down + p.kernel_size;
-    const double outputs = static_cast<double>(p.features.c / p.groups) * static_cast<double>(p.out_w + 16 * p.factor.up);
+    const double outputs = static_cast<double>(p.features.c / p.groups) *
+                           static_cast<double>(p.out_w + 16 * p.factor.up);
     return unfit_for_few_channels(p, static_cast<double>(rows) * few_channels_row(p) + outputs + few_channels_slice(p));
 }
 
@@ -194,7 +195,7 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
 
 constexpr int64_t kFewestChannels = 4;  // of a group
 constexpr int64_t kMostFewChannels = 4;
-constexpr int64_t kFewestCells = 4;     // of a row
+constexpr int64_t kFewestCells = 4;  // of a row
 constexpr int64_t kMostMasksOfCell = 1600;
 
 // The most bytes of staged masks: of a tile, around a source tile, around rows of sources.

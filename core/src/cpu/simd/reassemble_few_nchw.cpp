@@ -42,8 +42,7 @@ CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int
 
 // Contracts masks.
 template <int NC, class A>
-__attribute__((noinline)) void reassemble_few_channels(const FewContraction<A>& at, const TapRows<A>& masks,
-                                                       int64_t channel) {
+__attribute__((noinline)) void reassemble_few_channels(FewContraction<A> at, TapRows<A> masks, int64_t channel) {
     SlicePrefetch prefetch = *at.prefetch;
     const int64_t channel_stride = at.channel_stride;
     for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
@@ -64,10 +63,10 @@ __attribute__((noinline)) void reassemble_few_channels(const FewContraction<A>& 
 // Contracts softmax of logits. Taps beyond the border need no care: their masks are finite, or all masks are NaN. K is
 // the kernel size, or 0 if the compiler does not know it.
 template <int K, int N, int NC, class A>
-CARAFEPP_INLINE void reassemble_logits_of_tiles(const FewContraction<A>& at, const TapRows<const A>& logits,
-                                                int64_t first, int64_t q, int64_t channel) {
+CARAFEPP_INLINE void reassemble_logits_of_tiles(const FewContraction<A>& at, TapRows<const A> logits, int64_t first,
+                                                int64_t q, int64_t channel, int exponent) {
     constexpr int L = kLanes<A>;
-    const int k = K > 0 ? K : at.kernel_size, exponent = exponent_of_softmax(logits.taps);
+    const int k = K > 0 ? K : at.kernel_size;
     const int64_t channel_stride = at.channel_stride;
     Vector<A> largest[N], all[N] = {}, sums[N][NC] = {}, masks[N];
     largest_logits<N, A>(logits, q, largest);
@@ -95,12 +94,13 @@ CARAFEPP_INLINE void reassemble_logits_of_tiles(const FewContraction<A>& at, con
 
 // `first` is the cell of the first logit.
 template <int K, int NC, class A>
-__attribute__((noinline)) void reassemble_few_logits(const FewContraction<A>& at, const TapRows<const A>& logits,
-                                                     int64_t first, int64_t channel) {
+__attribute__((noinline)) void reassemble_few_logits(FewContraction<A> at, TapRows<const A> logits, int64_t first,
+                                                     int64_t channel) {
+    const int exponent = exponent_of_softmax(logits.taps);
     SlicePrefetch prefetch = *at.prefetch;
     for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
         prefetch.prefetch_until(first + q + tiles * kLanes<A>);
-        reassemble_logits_of_tiles<K, tiles(), NC>(at, logits, first, q, channel);
+        reassemble_logits_of_tiles<K, tiles(), NC>(at, logits, first, q, channel, exponent);
     });
     *at.prefetch = prefetch;
 }
@@ -119,7 +119,7 @@ struct ReassembleFewNchw {
     const int64_t cell_rows = ceil_div(p.out_h, up);
     const int64_t block_rows = few.rows_of_block(
         cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
-        output.n * p.groups);
+        output.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), items = output.n * p.groups * blocks;
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;
     const int64_t features_channel = staged_rows * few.sources_row;
@@ -169,9 +169,8 @@ struct ReassembleFewNchw {
             few.zero_outside(rows, phase, s.cell);
             few.find_taps(phase, at.tap_offsets);
             at.outputs = sums + phase * few.lanes + s.cell;
-            for_few_channels<A>(0, channels, [&](auto, int64_t c, auto count) {
-                reassemble_few_channels<count()>(at, rows, c);
-            });
+            for_few_channels<A>(0, channels,
+                                [&](auto, int64_t c, auto count) { reassemble_few_channels<count()>(at, rows, c); });
         }
     }
 

@@ -48,8 +48,7 @@ CARAFEPP_INLINE void deinterleave_row(const T* row, int64_t width, int64_t cell,
         if (k >= count) break;
         A columns[Factor * L];  // at the ends of the row
 #pragma GCC unroll 1
-        for (int v = 0; v < Factor; v++)
-            store(load_columns(row, (cell + k) * Factor + v * L, width), columns + v * L);
+        for (int v = 0; v < Factor; v++) store(load_columns(row, (cell + k) * Factor + v * L, width), columns + v * L);
         deinterleave_vectors(k, [&](int64_t column) __attribute__((always_inline)) {
             return load(columns + column - (cell + k) * Factor);
         });
