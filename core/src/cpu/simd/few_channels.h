@@ -27,6 +27,7 @@ struct TapRows {
     int64_t step;
     int taps, cells;
 
+    TapRows<const A> read_only() const { return {first, step, taps, cells}; }
     A* tap(int64_t t) const { return first + t * step; }
     TapRows from(int64_t cell) const { return {first + cell, step, taps, cells - static_cast<int>(cell)}; }
     TapRows of(Range some) const { return {tap(some.begin), step, static_cast<int>(some.size()), cells}; }
@@ -215,24 +216,35 @@ struct FewChannels {
                 static_cast<int>(whole_vectors(s.count))};
     }
 
-    // Calls f(cell, logits) for the logits of a slice from some cell on: whole vectors where they are, if they can be
-    // read so, then the rest as staged.
+    // Calls f(cell, rows) for parts of a slice of one phase: whole vectors of the cells `whole` where they are, if they can
+    // be read so, and the rest as staged.
     template <class F>
-    CARAFEPP_MEMBER void for_logits(const Slice& s, A* staged, F f) const {
-        const Array array = taps_of(p.logits, s);
-        const int64_t there = std::min(s.count, columns.outputs(s.phase) - s.cell);
-        const int64_t in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A> && there > 0 ? there / L * L : 0;
-        if (in_place > 0) {
-            f(0, TapRows<const A>{element<const A>(array, s.n, s.group * taps, s.row / up, s.cell), array.stride_c,
-                                  static_cast<int>(taps), static_cast<int>(in_place)});
+    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, A* staged, F f) const {
+        const Array array = taps_of(masks_or_logits(), s);
+        const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
+        const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
+        const int64_t begin = in_place ? whole_vectors(std::clamp<int64_t>(whole.begin, 0, s.count)) : s.count;
+        const int64_t end = std::max(begin, there > 0 ? there / L * L : 0);
+        const int rows = static_cast<int>(taps);
+        const auto stage_part = [&](int64_t first, int64_t last) {
+            Slice part = s;
+            part.cell += first;
+            part.count = last - first;
+            if (part.count <= 0) return;
+            stage_slice(part, staged + first);
+            f(first, TapRows<const A>{staged + first, tap_step(), rows, static_cast<int>(whole_vectors(part.count))});
+        };
+        stage_part(0, std::min(begin, s.count));
+        if (begin < end) {
+            const A* const first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + begin);
+            f(begin, TapRows<const A>{first, array.stride_c, rows, static_cast<int>(end - begin)});
         }
-        if (in_place == s.count) return;
-        Slice rest = s;
-        rest.cell += in_place;
-        rest.count -= in_place;
-        stage_slice(rest, staged + in_place);
-        f(in_place, TapRows<const A>{staged + in_place, tap_step(), static_cast<int>(taps),
-                                     static_cast<int>(whole_vectors(rest.count))});
+        stage_part(end, s.count);
+    }
+
+    // Masks that need no normaliser, one phase in a slice.
+    bool masks_in_place() const {
+        return slice_phases == 1 && (!p.from_logits || p.normalizer == CARAFEPP_NONE);
     }
 
     // Other normalisers take the rows of a slice as a tile of many phases.

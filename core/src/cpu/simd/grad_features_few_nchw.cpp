@@ -24,6 +24,7 @@ struct FewScatter {
     A* sums;         // [row][column][channel][cell] of the window of a cell, from the first of these tap rows on
     int64_t sums_row, sums_column, sums_channel;
     int kernel_size;
+    bool adds;        // to the sums; otherwise they are these products
     const A* output;  // its gradients
     int64_t output_channel;
     SlicePrefetch* prefetch;
@@ -32,21 +33,21 @@ struct FewScatter {
 // Adds the products of NC channels, whose masks are these but for a factor of each cell, if there is one. K is the
 // kernel size, or 0 if the compiler does not know it.
 template <int K, int NC, class A>
-__attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRows<A> masks, const A* scales,
-                                                         int64_t channel) {
+__attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRows<const A> masks, const A* scales,
+                                                         int64_t first, int64_t channel) {
     const int k = K > 0 ? K : at.kernel_size;
     const int64_t sums_column = at.sums_column, sums_channel = at.sums_channel;
     SlicePrefetch prefetch = *at.prefetch;
     for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
-        prefetch.prefetch_until(q + kLanes<A>);
+        prefetch.prefetch_until(first + q + kLanes<A>);
         Vector<A> output[NC];
 #pragma GCC unroll 4
         for (int c = 0; c < NC; c++) {
-            output[c] = load(at.output + (channel + c) * at.output_channel + q);
+            output[c] = load(at.output + (channel + c) * at.output_channel + first + q);
             if (scales) output[c] *= load(scales + q);
         }
         const A* mask = masks.tap(at.tap_rows.begin * k) + q;
-        A* row = at.sums + channel * sums_channel + q;
+        A* row = at.sums + channel * sums_channel + first + q;
         for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.sums_row) {
             A* sums = row;
             for_tap_columns<K>(k, [&](int) __attribute__((always_inline)) {
@@ -54,7 +55,7 @@ __attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRo
 #pragma GCC unroll 4
                 for (int c = 0; c < NC; c++) {
                     A* const sum = sums + c * sums_channel;
-                    store(load(sum) + of_tap * output[c], sum);
+                    store((at.adds ? load(sum) : Vector<A>{}) + of_tap * output[c], sum);
                 }
                 mask += masks.step;
                 sums += sums_column;
@@ -139,7 +140,7 @@ struct GradFeaturesFewNchw {
     // Adds the rows of outputs of one row of cells.
     void add_row_of_cells(int64_t n, int64_t group, Range rows, const Staged& staged) const {
         for (int64_t cell = 0; cell < few.cells; cell += few.slice_cells) {
-            std::fill_n(staged.sums, sums_size, A{0});
+            if (up > 1) std::fill_n(staged.sums, sums_size, A{0});
             Slice slice = few.first_slice(n, group, rows.begin);
             slice.cell = cell;
             slice.count = std::min(few.slice_cells, few.cells - cell);
@@ -164,15 +165,6 @@ struct GradFeaturesFewNchw {
     }
 
     void add_slice(const Slice& s, const Staged& staged) const {
-        A* const scales = few.by_softmax() ? staged.masks + few.slice_size() : nullptr;
-        if (scales) {
-            const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
-            few.for_logits(s, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
-                softmax_of_rows(logits, masks.from(first), scales + first);
-            });
-        } else {
-            few.stage_masks(s, staged.masks);
-        }
         SlicePrefetch prefetch = few.prefetch_of(next(s));
         const int64_t top = p.rows().source(s.row) - p.radius();
         const int64_t window_row = p.factor.source(s.row) - s.row / up * down;
@@ -183,13 +175,30 @@ struct GradFeaturesFewNchw {
         at.sums_channel = sums_channel;
         at.kernel_size = static_cast<int>(k);
         at.output_channel = up * few.slice_cells;
+        at.adds = up > 1;
         at.prefetch = &prefetch;
-        for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
+        const auto add_phase = [&](int64_t phase, const TapRows<const A>& masks, const A* scales, int64_t first) {
             at.sums = staged.sums + (window_row + at.tap_rows.begin) * sums_row + p.factor.source(phase) * sums_column;
             at.output = staged.grads + phase * few.slice_cells;
             for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
-                add_grads_of_few_channels<known(), count()>(at, few.rows_of_phase(s, phase, staged.masks), scales, c);
+                add_grads_of_few_channels<known(), count()>(at, masks, scales, first, c);
             });
+        };
+        if (few.by_softmax()) {
+            A* const scales = staged.masks + few.slice_size();
+            const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
+            few.for_parts(s, {0, s.count}, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
+                softmax_of_rows(logits, masks.from(first), scales + first);
+            });
+            add_phase(s.phase, masks.read_only(), scales, 0);
+        } else if (few.masks_in_place()) {
+            few.for_parts(s, {0, s.count}, staged.masks, [&](int64_t first, const TapRows<const A>& masks) {
+                add_phase(s.phase, masks, nullptr, first);
+            });
+        } else {
+            few.stage_masks(s, staged.masks);
+            for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++)
+                add_phase(phase, few.rows_of_phase(s, phase, staged.masks).read_only(), nullptr, 0);
         }
     }
 

@@ -40,22 +40,23 @@ CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int
     }
 }
 
-// Contracts masks.
+// Contracts masks. `first` is the cell of the first of them.
 template <int NC, class A>
-__attribute__((noinline)) void reassemble_few_channels(FewContraction<A> at, TapRows<A> masks, int64_t channel) {
+__attribute__((noinline)) void reassemble_few_channels(FewContraction<A> at, TapRows<const A> masks, int64_t first,
+                                                       int64_t channel) {
     SlicePrefetch prefetch = *at.prefetch;
     const int64_t channel_stride = at.channel_stride;
     for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
-        prefetch.prefetch_until(q + kLanes<A>);
+        prefetch.prefetch_until(first + q + kLanes<A>);
         Vector<A> sums[1][NC] = {};
         const A* mask = masks.tap(at.tap_rows.begin * at.kernel_size) + q;
-        const A* row = at.features + channel * channel_stride + at.tap_rows.begin * at.row_stride + q;
+        const A* row = at.features + channel * channel_stride + at.tap_rows.begin * at.row_stride + first + q;
         for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.row_stride) {
             for (int b = 0; b < at.kernel_size; b++, mask += masks.step)
                 add_tap<1, NC, A>({load(mask)}, row + at.tap_offsets[b], channel_stride, sums);
         }
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) store(sums[0][c], at.outputs + (channel + c) * at.output_channel + q);
+        for (int c = 0; c < NC; c++) store(sums[0][c], at.outputs + (channel + c) * at.output_channel + first + q);
     }
     *at.prefetch = prefetch;
 }
@@ -156,10 +157,21 @@ struct ReassembleFewNchw {
         if (few.by_softmax() && channels <= kRegisterChannels<A>) {
             few.find_taps(s.phase, at.tap_offsets);
             at.outputs = sums + s.phase * few.lanes + s.cell;
-            few.for_logits(s, masks, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, masks, [&](int64_t first, const TapRows<const A>& logits) {
                 for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
                     reassemble_few_logits<known(), count()>(at, logits, first, c);
                 });
+            });
+            return;
+        }
+        if (few.masks_in_place()) {
+            few.find_taps(s.phase, at.tap_offsets);
+            at.outputs = sums + s.phase * few.lanes + s.cell;
+            const Range whole = {few.columns.inside.begin - s.cell, few.columns.inside.end - s.cell};
+            few.for_parts(s, whole, masks, [&](int64_t first, const TapRows<const A>& rows) {
+                if (rows.first == masks + first)
+                    few.zero_outside({masks + first, rows.step, rows.taps, rows.cells}, s.phase, s.cell + first);
+                contract_masks(at, rows, first);
             });
             return;
         }
@@ -169,9 +181,14 @@ struct ReassembleFewNchw {
             few.zero_outside(rows, phase, s.cell);
             few.find_taps(phase, at.tap_offsets);
             at.outputs = sums + phase * few.lanes + s.cell;
-            for_few_channels<A>(0, channels,
-                                [&](auto, int64_t c, auto count) { reassemble_few_channels<count()>(at, rows, c); });
+            contract_masks(at, rows.read_only(), 0);
         }
+    }
+
+    void contract_masks(const FewContraction<A>& at, const TapRows<const A>& masks, int64_t first) const {
+        for_few_channels<A>(0, channels, [&](auto, int64_t c, auto count) {
+            reassemble_few_channels<count()>(at, masks, first, c);
+        });
     }
 
     void write_row(const Slice& s, const A* sums) const {
