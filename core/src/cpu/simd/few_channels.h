@@ -216,8 +216,8 @@ struct FewChannels {
                 static_cast<int>(whole_vectors(s.count))};
     }
 
-    // Calls f(cell, rows) for parts of a slice of one phase: whole vectors of the cells `whole` where they are, if they can
-    // be read so, and the rest as staged.
+    // Calls f(cell, rows) for parts of a slice of one phase: whole vectors of the cells `whole` where they are, if they
+    // can be read so, and the rest as staged.
     template <class F>
     CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, A* staged, F f) const {
         const Array array = taps_of(masks_or_logits(), s);
@@ -243,9 +243,7 @@ struct FewChannels {
     }
 
     // Masks that need no normaliser, one phase in a slice.
-    bool masks_in_place() const {
-        return slice_phases == 1 && (!p.from_logits || p.normalizer == CARAFEPP_NONE);
-    }
+    bool masks_in_place() const { return slice_phases == 1 && (!p.from_logits || p.normalizer == CARAFEPP_NONE); }
 
     // Other normalisers take the rows of a slice as a tile of many phases.
     MaskTiles<A> tiles() const { return MaskTiles<A>{p, slice_cells / L}; }

@@ -194,8 +194,8 @@ const char* cannot_run_normalize_masks_backward(const Problem& p, const Array& g
 // ---- preference: all of its constants, and why another kernel is faster ----
 
 constexpr int64_t kFewestChannels = 4;  // of a group
-constexpr int64_t kMostFewChannels = 4;
-constexpr int64_t kFewestCells = 4;  // of a row
+constexpr int64_t kFewChannels = 4;     // of a group, at most
+constexpr int64_t kFewestCells = 4;     // of a row
 constexpr int64_t kMostMasksOfCell = 1600;
 
 // The most bytes of staged masks: of a tile, around a source tile, around rows of sources.
@@ -209,6 +209,8 @@ constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
 
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
+constexpr const char* kColumnsApart = "columns of masks or logits are not adjacent";
+constexpr const char* kPhasesTogether = "masks of up phases side by side are staged in larger blocks";
 constexpr const char* kNoVectors = "too few channels in a group to fill vectors";
 constexpr const char* kNoReuse = "too few channels in a group to make up for staging masks";
 constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
@@ -218,15 +220,26 @@ constexpr const char* kNarrow = "rows so narrow, with so many channels, are bett
 
 static bool few_channels(const Problem& p) { return p.features.c / p.groups < kFewestChannels; }
 
-static const char* slower_for_few_channels(const Problem& p) {
-    return p.features.c / p.groups > kMostFewChannels ? kManyChannels : nullptr;
+static const char* slower_for_few_channels(const Problem& p, int64_t most_channels) {
+    if (p.features.c / p.groups > most_channels) return kManyChannels;
+    if ((p.from_logits ? p.logits : p.masks).stride_w != 1) return kColumnsApart;
+    return p.out_w < kFewestCells * p.factor.up ? kFewCells : nullptr;
 }
 
-const char* slower_reassemble_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
+const char* slower_reassemble_few_nchw(const Problem& p, const Array&) {
+    if (!p.from_logits && p.factor.up > 1) return kPhasesTogether;
+    return slower_for_few_channels(p, kFewChannels);
+}
 
-const char* slower_grad_masks_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
+const char* slower_grad_masks_few_nchw(const Problem& p, const Array& grad_masks) {
+    if (!grad_masks.empty() && grad_masks.stride_w != 1) return kColumnsApart;
+    return slower_for_few_channels(p, kFewChannels);
+}
 
-const char* slower_grad_features_few_nchw(const Problem& p, const Array&) { return slower_for_few_channels(p); }
+// Each mask is an addition to a sum in memory, which the outputs of a cell share.
+const char* slower_grad_features_few_nchw(const Problem& p, const Array&) {
+    return slower_for_few_channels(p, p.from_logits && p.factor.up >= 2 * p.factor.down ? kFewChannels : 2);
+}
 
 const char* slower_reassemble_nhwc(const Problem& p, const Array&) {
     if (few_channels(p)) return kNoVectors;

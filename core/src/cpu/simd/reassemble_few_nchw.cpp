@@ -186,9 +186,8 @@ struct ReassembleFewNchw {
     }
 
     void contract_masks(const FewContraction<A>& at, const TapRows<const A>& masks, int64_t first) const {
-        for_few_channels<A>(0, channels, [&](auto, int64_t c, auto count) {
-            reassemble_few_channels<count()>(at, masks, first, c);
-        });
+        for_few_channels<A>(
+            0, channels, [&](auto, int64_t c, auto count) { reassemble_few_channels<count()>(at, masks, first, c); });
     }
 
     void write_row(const Slice& s, const A* sums) const {
