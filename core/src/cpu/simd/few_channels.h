@@ -34,12 +34,12 @@ struct TapRows {
 };
 
 // Calls f(K, channel, N) for N channels at a time. K is the kernel size if it has code of its own, else 0: it has for
-// convex upsampling of floats.
+// convex upsampling of one or two floats.
 template <class A, class F>
 CARAFEPP_INLINE void for_few_channels(int64_t kernel_size, int64_t channels, F f) {
     for (int64_t c = 0; c < channels; c += kRegisterChannels<A>) {
         with_count<kRegisterChannels<A>>(static_cast<int>(channels - c), [&](auto count) {
-            if constexpr (std::is_same_v<A, float>) {
+            if constexpr (std::is_same_v<A, float> && count() <= 2) {
                 if (kernel_size == 3) return f(std::integral_constant<int, 3>(), c, count);
             }
             f(std::integral_constant<int, 0>(), c, count);
@@ -223,23 +223,23 @@ struct FewChannels {
         const Array array = taps_of(masks_or_logits(), s);
         const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
         const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
-        const int64_t begin = in_place ? whole_vectors(std::clamp<int64_t>(whole.begin, 0, s.count)) : s.count;
+        const int64_t begin = in_place ? std::min(whole_vectors(std::max<int64_t>(whole.begin, 0)), s.count) : s.count;
         const int64_t end = std::max(begin, there > 0 ? there / L * L : 0);
-        const int rows = static_cast<int>(taps);
-        const auto stage_part = [&](int64_t first, int64_t last) {
-            Slice part = s;
-            part.cell += first;
-            part.count = last - first;
-            if (part.count <= 0) return;
-            stage_slice(part, staged + first);
-            f(first, TapRows<const A>{staged + first, tap_step(), rows, static_cast<int>(whole_vectors(part.count))});
-        };
-        stage_part(0, std::min(begin, s.count));
-        if (begin < end) {
-            const A* const first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + begin);
-            f(begin, TapRows<const A>{first, array.stride_c, rows, static_cast<int>(end - begin)});
+        for (const Range part : {Range{0, begin}, Range{begin, end}, Range{end, s.count}}) {
+            if (part.size() == 0) continue;
+            TapRows<const A> rows{staged + part.begin, tap_step(), static_cast<int>(taps),
+                                  static_cast<int>(whole_vectors(part.size()))};
+            if (part.begin == begin && part.end == end) {
+                rows.first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + begin);
+                rows.step = array.stride_c;
+            } else {
+                Slice some = s;
+                some.cell += part.begin;
+                some.count = part.size();
+                stage_slice(some, staged + part.begin);
+            }
+            f(part.begin, rows);
         }
-        stage_part(end, s.count);
     }
 
     // Masks that need no normaliser, one phase in a slice.

@@ -185,7 +185,8 @@ struct ReassembleFewNchw {
         }
     }
 
-    void contract_masks(const FewContraction<A>& at, const TapRows<const A>& masks, int64_t first) const {
+    __attribute__((noinline)) void contract_masks(const FewContraction<A>& at, const TapRows<const A>& masks,
+                                                  int64_t first) const {
         for_few_channels<A>(
             0, channels, [&](auto, int64_t c, auto count) { reassemble_few_channels<count()>(at, masks, first, c); });
     }
