@@ -19,8 +19,10 @@ template <class A>
 constexpr int kRegisterChannels = std::is_same_v<A, float> ? 4 : 2;
 template <class A>
 constexpr int kTilesTogether = std::is_same_v<A, float> ? 2 : 1;
+template <class A>
+constexpr int kCellsTogether = kTilesTogether<A> * kLanes<A>;
 
-// The taps of some neighbouring cells in one phase: [tap][cell], whole vectors of cells.
+// The taps of some neighbouring cells in one phase: [tap][cell]. Cells are a multiple of kCellsTogether.
 template <class A>
 struct TapRows {
     A* first;
@@ -56,15 +58,6 @@ CARAFEPP_INLINE void for_tap_columns(int kernel_size, F f) {
     } else {
         for (int b = 0; b < kernel_size; b++) f(b);
     }
-}
-
-// Calls f(N, cell) for the cells of rows, N tiles at a time.
-template <class A, class F>
-CARAFEPP_INLINE void for_tiles(int64_t cells, F f) {
-    constexpr int L = kLanes<A>, N = kTilesTogether<A>;
-    int64_t q = 0;
-    for (; q + N * L <= cells; q += N * L) f(std::integral_constant<int, N>(), q);
-    if (N > 1 && q < cells) f(std::integral_constant<int, 1>(), q);
 }
 
 // The memory of a slice, to prefetch it while the one before is used.
@@ -113,30 +106,31 @@ struct Slice {
 template <class A>
 struct FewChannels {
     static constexpr int L = kLanes<A>;
+    static constexpr int64_t kCells = kCellsTogether<A>;
     static constexpr int64_t kSliceSize = 3072;  // elements, of float 12 KiB
 
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, taps = p.taps();
     const int64_t channels = p.features.c / p.groups;
     const Columns columns{p, up};
-    const int64_t cells;                         // of a row
-    const int64_t lanes = whole_vectors(cells);  // of a row
+    const int64_t cells;                       // of a row
+    const int64_t lanes = whole_tiles(cells);  // of a row
     const int64_t slice_phases = p.from_logits ? 1 : up;
     const int64_t slice_cells;
 
     // Features are staged as [channel][row][residue][cell], and their gradients are summed so.
-    const int64_t residue_stride = whole_vectors(
-        std::max(lanes + columns.halo(), whole_vectors(columns.sources(0)) - columns.least_shift));
+    const int64_t residue_stride = whole_tiles(
+        std::max(lanes + columns.halo(), whole_tiles(columns.sources(0)) - columns.least_shift));
     const int64_t sources_row = down * residue_stride;
 
     // `rows_of_slice` are the staged rows of which a slice holds each cell.
     FewChannels(const Problem& problem, int64_t all_cells, int64_t rows_of_slice)
         : p(problem),
           cells(all_cells),
-          slice_cells(whole_vectors(
-              share_size(std::max<int64_t>(lanes, L), std::max<int64_t>(kSliceSize / rows_of_slice / L * L, L)))) {}
+          slice_cells(whole_tiles(share_size(
+              std::max<int64_t>(lanes, 1), std::max<int64_t>(kSliceSize / rows_of_slice / kCells * kCells, kCells)))) {}
 
-    static int64_t whole_vectors(int64_t elements) { return ceil_div(elements, L) * L; }
+    static int64_t whole_tiles(int64_t cells) { return ceil_div(cells, kCells) * kCells; }
 
     // Of a staged slice, [tap][phase][cell].
     int64_t tap_step() const { return slice_phases * slice_cells; }
@@ -210,25 +204,25 @@ struct FewChannels {
         return prefetch;
     }
 
-    // The rows of a phase of a staged slice, whole vectors of them.
+    // The rows of a phase of a staged slice.
     TapRows<A> rows_of_phase(const Slice& s, int64_t phase, A* slice) const {
         return {slice + (phase - s.phase) * slice_cells, tap_step(), static_cast<int>(taps),
-                static_cast<int>(whole_vectors(s.count))};
+                static_cast<int>(whole_tiles(s.count))};
     }
 
-    // Calls f(cell, rows) for parts of a slice of one phase: whole vectors of the cells `whole` where they are, if they
+    // Calls f(cell, rows) for parts of a slice of one phase: whole tiles of the cells `whole` where they are, if they
     // can be read so, and the rest as staged.
     template <class F>
     CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, A* staged, F f) const {
         const Array array = taps_of(masks_or_logits(), s);
         const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
         const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
-        const int64_t begin = in_place ? std::min(whole_vectors(std::max<int64_t>(whole.begin, 0)), s.count) : s.count;
-        const int64_t end = std::max(begin, there > 0 ? there / L * L : 0);
+        const int64_t begin = in_place ? std::min(whole_tiles(std::max<int64_t>(whole.begin, 0)), s.count) : s.count;
+        const int64_t end = std::max(begin, there > 0 ? there / kCells * kCells : 0);
         for (const Range part : {Range{0, begin}, Range{begin, end}, Range{end, s.count}}) {
             if (part.size() == 0) continue;
             TapRows<const A> rows{staged + part.begin, tap_step(), static_cast<int>(taps),
-                                  static_cast<int>(whole_vectors(part.size()))};
+                                  static_cast<int>(whole_tiles(part.size()))};
             if (part.begin == begin && part.end == end) {
                 rows.first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + begin);
                 rows.step = array.stride_c;

@@ -89,9 +89,9 @@ CARAFEPP_INLINE void softmax_of_tiles(TapRows<const A> logits, TapRows<A> masks,
 template <class A>
 __attribute__((noinline)) void softmax_of_rows(TapRows<const A> logits, TapRows<A> masks, A* scales) {
     const int exponent = exponent_of_softmax(logits.taps);
-    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
-        softmax_of_tiles<tiles()>(logits, masks, q, scales, exponent);
-    });
+    for (int64_t q = 0; q < logits.cells; q += kCellsTogether<A>) {
+        softmax_of_tiles<kTilesTogether<A>>(logits, masks, q, scales, exponent);
+    }
 }
 
 // ---- the kernel ----

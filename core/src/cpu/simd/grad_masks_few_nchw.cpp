@@ -92,10 +92,10 @@ __attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows
                                                 SlicePrefetch& prefetch_of_slice) {
     SlicePrefetch prefetch = prefetch_of_slice;
     const int exponent = exponent_of_softmax(logits.taps);
-    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
-        prefetch.prefetch_until(first + q + tiles * kLanes<A>);
-        softmax_backward_of_tiles<tiles()>(logits, grads, masks, q, exponent);
-    });
+    for (int64_t q = 0; q < logits.cells; q += kCellsTogether<A>) {
+        prefetch.prefetch_until(first + q + kCellsTogether<A>);
+        softmax_backward_of_tiles<kTilesTogether<A>>(logits, grads, masks, q, exponent);
+    }
     prefetch_of_slice = prefetch;
 }
 

@@ -142,13 +142,13 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks
 // Elements of a row of sources of a group, as its kernels stage it, at most.
 static double few_channels_row(const Problem& p) {
     const double cells = static_cast<double>(std::max(ceil_div(p.out_w, p.factor.up), p.logits.w));
-    const double columns = static_cast<double>(p.factor.down) * (cells + static_cast<double>(p.kernel_size) + 64);
+    const double columns = static_cast<double>(p.factor.down) * (cells + static_cast<double>(p.kernel_size) + 96);
     return static_cast<double>(p.features.c / p.groups) * (columns + static_cast<double>(p.features.w));
 }
 
-// Masks of a slice of a vector of cells.
+// Masks of the shortest slice: two vectors of cells.
 static double few_channels_slice(const Problem& p) {
-    return static_cast<double>(p.taps() * (p.from_logits ? 1 : p.factor.up) * 16);
+    return static_cast<double>(p.taps() * (p.from_logits ? 1 : p.factor.up) * 32);
 }
 
 // The rest of the scratch is for more rows, and for longer slices.
@@ -161,13 +161,13 @@ static const char* unfit_for_few_channels(const Problem& p, double least_scratch
 const char* cannot_run_reassemble_few_nchw(const Problem& p, const Array&) {
     const int64_t rows = p.factor.down + p.kernel_size;
     const double outputs = static_cast<double>(p.features.c / p.groups) *
-                           static_cast<double>(p.out_w + 16 * p.factor.up);
+                           static_cast<double>(p.out_w + 32 * p.factor.up);
     return unfit_for_few_channels(p, static_cast<double>(rows) * few_channels_row(p) + outputs + few_channels_slice(p));
 }
 
 const char* cannot_run_grad_masks_few_nchw(const Problem& p, const Array&) {
     const int64_t rows = p.factor.down + p.kernel_size;
-    const double outputs = static_cast<double>(p.features.c / p.groups) * static_cast<double>(16 * p.factor.up);
+    const double outputs = static_cast<double>(p.features.c / p.groups) * static_cast<double>(32 * p.factor.up);
     return unfit_for_few_channels(
         p, static_cast<double>(rows) * few_channels_row(p) + outputs + 3 * few_channels_slice(p));
 }
@@ -175,7 +175,7 @@ const char* cannot_run_grad_masks_few_nchw(const Problem& p, const Array&) {
 const char* cannot_run_grad_features_few_nchw(const Problem& p, const Array&) {
     const int64_t window = p.factor.source(p.factor.up - 1) + p.kernel_size;
     const double sums = static_cast<double>(p.features.c / p.groups) *
-                        static_cast<double>(16 * (window * window + p.factor.up));
+                        static_cast<double>(32 * (window * window + p.factor.up));
     return unfit_for_few_channels(p, few_channels_row(p) + sums + few_channels_slice(p));
 }
 

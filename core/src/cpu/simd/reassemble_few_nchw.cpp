@@ -99,10 +99,10 @@ __attribute__((noinline)) void reassemble_few_logits(FewContraction<A> at, TapRo
                                                      int64_t channel) {
     const int exponent = exponent_of_softmax(logits.taps);
     SlicePrefetch prefetch = *at.prefetch;
-    for_tiles<A>(logits.cells, [&](auto tiles, int64_t q) __attribute__((always_inline)) {
-        prefetch.prefetch_until(first + q + tiles * kLanes<A>);
-        reassemble_logits_of_tiles<K, tiles(), NC>(at, logits, first, q, channel, exponent);
-    });
+    for (int64_t q = 0; q < logits.cells; q += kCellsTogether<A>) {
+        prefetch.prefetch_until(first + q + kCellsTogether<A>);
+        reassemble_logits_of_tiles<K, kTilesTogether<A>, NC>(at, logits, first, q, channel, exponent);
+    }
     *at.prefetch = prefetch;
 }
 
