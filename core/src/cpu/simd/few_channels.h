@@ -210,21 +210,24 @@ struct FewChannels {
                 static_cast<int>(whole_tiles(s.count))};
     }
 
-    // Calls f(cell, rows) for parts of a slice of one phase: whole tiles of the cells `whole` where they are, if they
-    // can be read so, and the rest as staged.
+    // Calls f(cell, rows) for parts of a slice of one phase: tiles of the cells `whole` where they are, if they can be
+    // read so, and the rest as staged. If some cells may come twice, the last tiles overlap those before.
     template <class F>
-    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, A* staged, F f) const {
+    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, bool twice, A* staged, F f) const {
         const Array array = taps_of(masks_or_logits(), s);
         const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
         const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
         const int64_t begin = in_place ? std::min(whole_tiles(std::max<int64_t>(whole.begin, 0)), s.count) : s.count;
         const int64_t end = std::max(begin, there > 0 ? there / kCells * kCells : 0);
+        const bool overlap = twice && there == s.count && begin < end;
         for (const Range part : {Range{0, begin}, Range{begin, end}, Range{end, s.count}}) {
             if (part.size() == 0) continue;
+            const bool last = part.begin == end, in_array = part.begin == begin && part.end == end;
+            const int64_t cell = last && overlap ? s.count - kCells : part.begin;
             TapRows<const A> rows{staged + part.begin, tap_step(), static_cast<int>(taps),
                                   static_cast<int>(whole_tiles(part.size()))};
-            if (part.begin == begin && part.end == end) {
-                rows.first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + begin);
+            if (in_array || (last && overlap)) {
+                rows.first = element<const A>(array, s.n, s.group * taps, row_in_array(s), s.cell + cell);
                 rows.step = array.stride_c;
             } else {
                 Slice some = s;
@@ -232,7 +235,7 @@ struct FewChannels {
                 some.count = part.size();
                 stage_slice(some, staged + part.begin);
             }
-            f(part.begin, rows);
+            f(cell, rows);
         }
     }
 

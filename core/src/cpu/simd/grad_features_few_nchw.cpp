@@ -187,12 +187,12 @@ struct GradFeaturesFewNchw {
         if (few.by_softmax()) {
             A* const scales = staged.masks + few.slice_size();
             const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
-            few.for_parts(s, {0, s.count}, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, false, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
                 softmax_of_rows(logits, masks.from(first), scales + first);
             });
             add_phase(s.phase, masks.read_only(), scales, 0);
         } else if (few.masks_in_place()) {
-            few.for_parts(s, {0, s.count}, staged.masks, [&](int64_t first, const TapRows<const A>& masks) {
+            few.for_parts(s, {0, s.count}, false, staged.masks, [&](int64_t first, const TapRows<const A>& masks) {
                 add_phase(s.phase, masks, nullptr, first);
             });
         } else {

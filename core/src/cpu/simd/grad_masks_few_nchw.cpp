@@ -183,7 +183,7 @@ struct GradMasksFewNchw {
     void turn_into_logits(const Slice& s, const TapRows<A>& grads, const Staged& staged) const {
         if (few.by_softmax()) {
             SlicePrefetch prefetch = few.prefetch_of(few.next(s));
-            few.for_parts(s, {0, s.count}, staged.logits, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, false, staged.logits, [&](int64_t first, const TapRows<const A>& logits) {
                 softmax_backward(logits, grads.from(first), staged.masks, first, prefetch);
             });
         } else {

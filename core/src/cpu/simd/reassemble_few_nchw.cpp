@@ -157,7 +157,7 @@ struct ReassembleFewNchw {
         if (few.by_softmax() && channels <= kRegisterChannels<A>) {
             few.find_taps(s.phase, at.tap_offsets);
             at.outputs = sums + s.phase * few.lanes + s.cell;
-            few.for_parts(s, {0, s.count}, masks, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, true, masks, [&](int64_t first, const TapRows<const A>& logits) {
                 for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
                     reassemble_few_logits<known(), count()>(at, logits, first, c);
                 });
@@ -168,7 +168,7 @@ struct ReassembleFewNchw {
             few.find_taps(s.phase, at.tap_offsets);
             at.outputs = sums + s.phase * few.lanes + s.cell;
             const Range whole = {few.columns.inside.begin - s.cell, few.columns.inside.end - s.cell};
-            few.for_parts(s, whole, masks, [&](int64_t first, const TapRows<const A>& rows) {
+            few.for_parts(s, whole, true, masks, [&](int64_t first, const TapRows<const A>& rows) {
                 if (rows.first == masks + first)
                     few.zero_outside({masks + first, rows.step, rows.taps, rows.cells}, s.phase, s.cell + first);
                 contract_masks(at, rows, first);
