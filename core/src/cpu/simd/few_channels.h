@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for few channels in a group share. Masks or logits are most of what they read, so they stage them in
-// slices that stay in the level 1 cache, and use each at once. Columns are in lanes.
+// Slices and rows of the kernels for few channels in a group. Masks or logits are most of what these kernels read. They
+// stage a slice that stays in the level 1 cache, or read it in place, and use it at once. Columns are in lanes.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +35,8 @@ struct TapRows {
     TapRows of(Range some) const { return {tap(some.begin), step, static_cast<int>(some.size()), cells}; }
 };
 
-// Calls f(K, channel, N) for N channels at a time. K is the kernel size if it has code of its own, else 0: it has for
-// convex upsampling of one or two floats.
+// Calls f(K, channel, N) for N channels at a time. K is the kernel size if it has code of its own, else 0. Convex
+// upsampling of one or two floats has it.
 template <class A, class F>
 CARAFEPP_INLINE void for_few_channels(int64_t kernel_size, int64_t channels, F f) {
     for (int64_t c = 0; c < channels; c += kRegisterChannels<A>) {
@@ -77,8 +77,8 @@ struct SlicePrefetch {
 
 // ---- softmax ----
 
-// The numerators of softmax have a factor of 2^-exponent, so that sums of them are below 1: a product with a feature
-// does not overflow.
+// The numerators of softmax have a factor of 2^-exponent. Their sum is below 1, so their products with features do not
+// overflow.
 inline int exponent_of_softmax(int64_t taps) {
     return taps > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(taps)) : 0;
 }
@@ -132,7 +132,7 @@ struct FewChannels {
 
     static int64_t whole_tiles(int64_t cells) { return ceil_div(cells, kCells) * kCells; }
 
-    // Of a staged slice, [tap][phase][cell].
+    // A staged slice is [tap][phase][cell].
     int64_t tap_step() const { return slice_phases * slice_cells; }
     int64_t slice_size() const { return taps * tap_step(); }
 
@@ -165,7 +165,7 @@ struct FewChannels {
         return s;
     }
 
-    // The channels of a slice as the taps of an array of their own, without outputs that a crop leaves out.
+    // The channels of a slice as the taps of an array of their own.
     Array taps_of(const Array& masks, const Slice& s) const {
         Array array = masks;
         if (!p.from_logits) return array;
@@ -210,8 +210,8 @@ struct FewChannels {
                 static_cast<int>(whole_tiles(s.count))};
     }
 
-    // Calls f(cell, rows) for parts of a slice of one phase: tiles of the cells `whole` where they are, if they can be
-    // read so, and the rest as staged. If some cells may come twice, the last tiles overlap those before.
+    // Calls f(cell, rows) for the parts of a slice of one phase. Tiles of the cells `whole` are read in place if they
+    // can be; the rest is staged. If cells may come twice, the last tiles overlap those before.
     template <class F>
     CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, bool twice, A* staged, F f) const {
         const Array array = taps_of(masks_or_logits(), s);
@@ -259,7 +259,7 @@ struct FewChannels {
             zero_phase_outside(columns, phase, cell + q, rows.first + q, rows.step);
     }
 
-    // Where the taps of a phase read a row of staged features, from its first cell on.
+    // The offsets of the taps of a phase in a row of staged features.
     void find_taps(int64_t phase, int64_t* offsets) const {
         for (int64_t b = 0; b < k; b++) offsets[b] = columns.offset(columns.tap(phase, b), residue_stride);
     }

@@ -3,9 +3,9 @@
 // The gradient of features for few channels in a group, compiled once for each instruction set. A vector holds the same
 // output (row, phase) of neighbouring cells.
 //
-// All windows of a cell lie in one larger window. For each row of cells, the kernel adds up what the outputs of a cell
-// give to each source of that window. Then it shifts these sums to their sources. A block is some rows of sources: it
-// reads all cells whose windows touch them, and each source is summed in the same order in any block.
+// All windows of a cell lie in one larger window. For each row of cells, the kernel sums the products of the outputs of
+// a cell at each place of that window. Then it adds these sums to their sources. A block is some rows of sources, and
+// reads all cells whose windows touch them. Each source is summed in the same order in any block.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"
@@ -30,8 +30,8 @@ struct FewScatter {
     SlicePrefetch* prefetch;
 };
 
-// Adds the products of NC channels, whose masks are these but for a factor of each cell, if there is one. K is the
-// kernel size, or 0 if the compiler does not know it.
+// Adds the products of NC channels. The masks lack a factor of each cell if there are scales. K is the kernel size, or
+// 0 if the compiler does not know it. `first` is the cell of the first mask.
 template <int K, int NC, class A>
 __attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRows<const A> masks, const A* scales,
                                                          int64_t first, int64_t channel) {
@@ -202,7 +202,7 @@ struct GradFeaturesFewNchw {
         }
     }
 
-    // Adds the sums of a row of cells to their sources. Those beyond the sides are left in the halo.
+    // Adds the sums of a row of cells to their sources. Sources beyond the sides are in the halo.
     void shift_sums(int64_t cell_row, const Slice& s, const Staged& staged) const {
         const int64_t top = cell_row * down + p.offset_h - p.radius();
         for (int64_t a = 0; a < window; a++) {

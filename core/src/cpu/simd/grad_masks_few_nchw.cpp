@@ -3,8 +3,8 @@
 // The gradient of masks or logits for few channels in a group, compiled once for each instruction set. A vector holds
 // one tap of one output (row, phase) of neighbouring cells.
 //
-// For a block of rows, the kernel stages the features that the windows reach. It computes the gradients of a slice of
-// masks a tile at a time, turns them into those of logits at once, and writes the slice.
+// For a block of rows, the kernel stages the features that the windows reach. For each slice of masks it computes the
+// gradients, turns them into those of logits, and writes them.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"

@@ -3,8 +3,9 @@
 // The forward for few channels in a group, compiled once for each instruction set. A vector holds the same output (row,
 // phase) of neighbouring cells.
 //
-// For a block of rows, the kernel stages the features that the windows reach. Then it stages slices of masks or logits,
-// normalises them a tile at a time, contracts the tile, and writes each row of outputs once it is whole.
+// For a block of rows, the kernel stages the features that the windows reach. Then it contracts slices of masks or
+// logits, and writes each row of outputs once it is whole. Softmax needs no masks in memory: each numerator is
+// contracted as it is computed.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"
