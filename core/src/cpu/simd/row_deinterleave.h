@@ -97,7 +97,8 @@ CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t resid
     }
 }
 
-// Stores columns of a row of an array, of any dtype whose sums are kept in A: the inverse of deinterleave_rows.
+// Stores columns of a row of an array, of any dtype whose sums are kept in A. It is the inverse of
+// deinterleave_rows.
 template <class A>
 void interleave_row(const A* from, int64_t residue_stride, int factor, const Array& array, int64_t n, int64_t channel,
                     int64_t row, Range columns);
