@@ -3,9 +3,9 @@
 // The gradient of features for few channels in a group, compiled once for each instruction set. A vector holds the same
 // output (row, phase) of neighbouring cells.
 //
-// All windows of a cell lie in one larger window. For each row of cells, the kernel sums the products of the outputs of
-// a cell at each place of that window. Then it adds these sums to their sources. A block is some rows of sources, and
-// reads all cells whose windows touch them. Each source is summed in the same order in any block.
+// All windows of a cell lie in one larger window. For each row of cells, the kernel sums products at each place of that
+// window. Then it adds these sums to their sources. A block is some rows of sources, and reads all cells whose windows
+// touch them. Each source is summed in the same order in any block.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"

@@ -587,8 +587,8 @@ CARAFEPP_INLINE Vector<float> exp_of_nonpositive(Vector<float> x) {
     return scale(p, n, shifted, magic);
 }
 
-// exp(x) * 2^-exponent of numbers that are not positive, for sums that have a term of exp(0). It is within 2 units in the
-// last place down to exp(-10), then within 12, and 0 if it is below 2^-126. The polynomial is 2^f over [-1/2, 1/2].
+// exp(x) * 2^-exponent of numbers that are not positive, for sums that have a term of exp(0). It is within 2 units in
+// the last place down to exp(-10), then within 12, and 0 if it is below 2^-126. The polynomial is 2^f over [-1/2, 1/2].
 // `magic` adds the bias of the exponent too: the bits of `shifted` need one shift.
 CARAFEPP_INLINE Vector<float> exp_beside_1(Vector<float> x, int exponent) {
     const Vector<float> lowest = splat(0.6931f * static_cast<float>(exponent - 127));
