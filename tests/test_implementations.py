@@ -128,13 +128,10 @@ NORMALIZE = "normalize_masks", "normalize_masks_backward"
 # layout of its arrays and of the kernels, and the results for which the reason holds.
 SLOWER = {
     "many channels in a group are worth register tiles": [
-        (NARROW, "NCHW", "few_nchw", ("reassemble_with_logits", "grad_features", *MASKS)),
+        (NARROW, "NCHW", "few_nchw", (*BOTH, "grad_features", *MASKS)),
     ],
     "columns of masks or logits are not adjacent": [
-        (FEW_CHANNELS, "any", "few_nchw", ("reassemble_with_logits", "grad_features", *MASKS)),
-    ],
-    "masks of up phases side by side are staged in larger blocks": [
-        (FEW_CHANNELS, "NCHW", "few_nchw", ("reassemble",)),
+        (FEW_CHANNELS, "any", "few_nchw", (*BOTH, "grad_features", *MASKS)),
     ],
     "too few channels in a group to fill vectors": [
         (FEW_CHANNELS, "NHWC", "nhwc", (*BOTH, *MASKS)),

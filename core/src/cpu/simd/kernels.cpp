@@ -210,7 +210,6 @@ constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth
 
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
 constexpr const char* kColumnsApart = "columns of masks or logits are not adjacent";
-constexpr const char* kPhasesTogether = "masks of up phases side by side are staged in larger blocks";
 constexpr const char* kNoVectors = "too few channels in a group to fill vectors";
 constexpr const char* kNoReuse = "too few channels in a group to make up for staging masks";
 constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
@@ -227,7 +226,6 @@ static const char* slower_for_few_channels(const Problem& p, int64_t most_channe
 }
 
 const char* slower_reassemble_few_nchw(const Problem& p, const Array&) {
-    if (!p.from_logits && p.factor.up > 1) return kPhasesTogether;
     return slower_for_few_channels(p, kFewChannels);
 }
 
