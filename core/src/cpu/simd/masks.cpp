@@ -27,17 +27,19 @@ CARAFEPP_INLINE void load_lanes(const M* from, int64_t stride, int count, Accumu
     for (int q = count; q < kLanes<A>; q++) to[q] = 0;
 }
 
-// Loads `count` columns, of two phases in turn, to the lanes of each phase; lanes beyond them are 0.
-template <class M>
-CARAFEPP_INLINE void load_pairs(const M* from, int64_t count, Accumulator<M>* even, Accumulator<M>* odd) {
+// Loads `count` columns, of some phases in turn, to the lanes of each phase; lanes beyond them are 0.
+template <int Phases, class M>
+CARAFEPP_INLINE void load_phases(const M* from, int64_t count, Accumulator<M>* to, int64_t pitch) {
     using A = Accumulator<M>;
-    constexpr int L = kLanes<A>;
-    const Vector<A> low = load_part(from, count), high = load_part(from + L, count - L);
-    store(shuffle<EvenLanes, A>(low, high), even);
-    store(shuffle<OddLanes, A>(low, high), odd);
+    Vector<A> lanes[Phases];
+#pragma GCC unroll 4
+    for (int k = 0; k < Phases; k++) lanes[k] = load_part(from + k * kLanes<A>, count - k * kLanes<A>);
+    deinterleave<A, Phases>(lanes);
+#pragma GCC unroll 4
+    for (int k = 0; k < Phases; k++) store(lanes[k], to + k * pitch);
 }
 
-// The inverse of load_pairs.
+// The inverse of load_phases, of two.
 template <class M>
 CARAFEPP_INLINE void store_pairs(const Accumulator<M>* even, const Accumulator<M>* odd, int64_t count, M* to) {
     using A = Accumulator<M>;
@@ -61,12 +63,15 @@ struct Elements : MaskTiles<Accumulator<M>> {
             return;
         }
         for (int64_t row = rows.begin; row < rows.end; row++, to += row_size(pitch)) {
-            if (has_pairs(array)) {
+            if (has_adjacent_phases(array)) {
                 const PhaseRow from = locate(array, n, group, row, cell, 0);
-                for (int64_t t = 0; t < taps; t++) {
-                    A* const even = to + 2 * t * pitch;
-                    load_pairs(from.first + t * from.tap_stride, columns_of(cell, count), even, even + pitch);
-                }
+                const int64_t columns = columns_of(cell, count);
+                with_count<kMostPhases>(static_cast<int>(phases), [&](auto known) __attribute__((always_inline)) {
+                    for (int64_t t = 0; t < taps; t++) {
+                        load_phases<decltype(known)::value>(from.first + t * from.tap_stride, columns,
+                                                            to + t * phases * pitch, pitch);
+                    }
+                });
                 continue;
             }
             for (int64_t phase = 0; phase < phases; phase++) {
@@ -167,10 +172,13 @@ private:
                 ceil_div(p.out_w - phase, up) - cell};
     }
 
-    // Masks whose two phases lie side by side.
-    bool has_pairs(const Array& array) const {
-        return !of_logits && p.factor.up == 2 && phases == 2 && array.stride_w == 1 && array.stride_c != 1;
+    // Masks whose phases lie side by side. Only floats have code for more than two, for its size.
+    static constexpr int kMostPhases = std::is_same_v<M, float> ? 4 : 2;
+    bool has_adjacent_phases(const Array& array) const {
+        return !of_logits && p.factor.up <= kMostPhases && phases == p.factor.up && array.stride_w == 1 &&
+               array.stride_c != 1;
     }
+    bool has_pairs(const Array& array) const { return phases == 2 && has_adjacent_phases(array); }
 
     int64_t columns_of(int64_t cell, int count) const {
         return std::min<int64_t>(count * p.factor.up, p.out_w - cell * p.factor.up);

@@ -411,31 +411,34 @@ CARAFEPP_INLINE Vector<A> sums_of_lanes(Vector<A> (&rows)[kLanes<A>]) {
 
 // ---- several rows of lanes in one, and back ----
 
-// Three vectors take two shuffles each: of the first two, then of that and the third.
-template <int From>
-struct EveryThirdOfTwo {
-    static constexpr int at(int lane, int lanes) { return 3 * lane + From < 2 * lanes ? 3 * lane + From : 0; }
+// Elements k, k + 3, k + 6, ... of three vectors lie in different lanes. Two blends and a permutation gather them.
+// third_vector() tells which of the vectors has such an element in a lane.
+constexpr int third_vector(int lane, int lanes, int k) { return lane % 3 == k ? 0 : (lanes + lane) % 3 == k ? 1 : 2; }
+template <int K, int Nth>
+struct BlendThirds {  // the lanes of one of the vectors replace those of the others
+    static constexpr int at(int lane, int lanes) { return lane + (third_vector(lane, lanes, K) == Nth ? lanes : 0); }
 };
-template <int From>
-struct EveryThirdOfLast {
-    static constexpr int at(int lane, int lanes) {
-        return 3 * lane + From < 2 * lanes ? lane : 3 * lane + From - lanes;
-    }
+template <int K>
+struct GatherThirds {
+    static constexpr int at(int lane, int lanes) { return (3 * lane + K) % lanes; }
 };
-template <int Nth>
-struct AlternatingOfTwo {
-    static constexpr int at(int lane, int lanes) {
-        const int element = Nth * lanes + lane;
-        return element % 3 < 2 ? element / 3 + element % 3 * lanes : 0;
-    }
+template <int K>
+struct ScatterThirds {
+    static constexpr int at(int lane, int lanes) { return (third_vector(lane, lanes, K) * lanes + lane - K) / 3; }
 };
-template <int Nth>
-struct AlternatingOfLast {
-    static constexpr int at(int lane, int lanes) {
-        const int element = Nth * lanes + lane;
-        return element % 3 < 2 ? lane : lanes + element / 3;
-    }
+template <int Nth, int K>
+struct BlendNth {  // the lanes of column K replace those of the others
+    static constexpr int at(int lane, int lanes) { return lane + ((Nth * lanes + lane) % 3 == K ? lanes : 0); }
 };
+template <int K, class A>
+CARAFEPP_INLINE Vector<A> every_third(Vector<A> a, Vector<A> b, Vector<A> c) {
+    const Vector<A> thirds = shuffle<BlendThirds<K, 2>, A>(shuffle<BlendThirds<K, 1>, A>(a, b), c);
+    return shuffle<GatherThirds<K>, A>(thirds, thirds);
+}
+template <int Nth, class A>
+CARAFEPP_INLINE Vector<A> blend_thirds(Vector<A> a, Vector<A> b, Vector<A> c) {
+    return shuffle<BlendNth<Nth, 2>, A>(shuffle<BlendNth<Nth, 1>, A>(a, b), c);
+}
 
 // columns[k] becomes elements k, k + N, k + 2N, ... of the N vectors read one after the other.
 template <class A, int N>
@@ -447,9 +450,9 @@ CARAFEPP_INLINE void deinterleave(Vector<A> (&columns)[N]) {
         columns[0] = even;
     } else if constexpr (N == 3) {
         const Vector<A> a = columns[0], b = columns[1], c = columns[2];
-        columns[0] = shuffle<EveryThirdOfLast<0>, A>(shuffle<EveryThirdOfTwo<0>, A>(a, b), c);
-        columns[1] = shuffle<EveryThirdOfLast<1>, A>(shuffle<EveryThirdOfTwo<1>, A>(a, b), c);
-        columns[2] = shuffle<EveryThirdOfLast<2>, A>(shuffle<EveryThirdOfTwo<2>, A>(a, b), c);
+        columns[0] = every_third<0, A>(a, b, c);
+        columns[1] = every_third<1, A>(a, b, c);
+        columns[2] = every_third<2, A>(a, b, c);
     } else if constexpr (N == 4) {
         Vector<A> low[2] = {columns[0], columns[1]}, high[2] = {columns[2], columns[3]};
         deinterleave<A, 2>(low);
@@ -487,10 +490,12 @@ CARAFEPP_INLINE void interleave(Vector<A> (&columns)[N]) {
         columns[1] = shuffle<AlternatingHigh, A>(columns[0], columns[1]);
         columns[0] = low;
     } else if constexpr (N == 3) {
-        const Vector<A> a = columns[0], b = columns[1], c = columns[2];
-        columns[0] = shuffle<AlternatingOfLast<0>, A>(shuffle<AlternatingOfTwo<0>, A>(a, b), c);
-        columns[1] = shuffle<AlternatingOfLast<1>, A>(shuffle<AlternatingOfTwo<1>, A>(a, b), c);
-        columns[2] = shuffle<AlternatingOfLast<2>, A>(shuffle<AlternatingOfTwo<2>, A>(a, b), c);
+        const Vector<A> a = shuffle<ScatterThirds<0>, A>(columns[0], columns[0]);
+        const Vector<A> b = shuffle<ScatterThirds<1>, A>(columns[1], columns[1]);
+        const Vector<A> c = shuffle<ScatterThirds<2>, A>(columns[2], columns[2]);
+        columns[0] = blend_thirds<0, A>(a, b, c);
+        columns[1] = blend_thirds<1, A>(a, b, c);
+        columns[2] = blend_thirds<2, A>(a, b, c);
     } else if constexpr (N == 4 || N == 8) {
         Vector<A> even[N / 2], odd[N / 2];
 #pragma GCC unroll 4
