@@ -21,13 +21,13 @@ namespace carafepp::CARAFEPP_ISA {
 namespace {
 
 constexpr int64_t kBlockMaskVectors = 384 * 1024 / kVectorBytes;     // part of a level 2 cache
-constexpr int64_t kBlockFeatureVectors = 24 * 1024 / kVectorBytes;   // part of a level 1 cache
+constexpr int64_t kBlockFeatureVectors = 28 * 1024 / kVectorBytes;   // part of a level 1 cache
 constexpr int64_t kMostFeatureVectors = 1024 * 1024 / kVectorBytes;  // for wide rows
 constexpr int64_t kNonTemporalBytes = 64 * 1024;                     // outputs collected for non-temporal stores
 
 // A register tile has sums of one row of outputs, or of two rows with at most two phases.
 constexpr int kTilePhases = 4;
-constexpr int kTileChannelsOfOnePhase = kVectorRegisters == 32 ? 8 : 4;
+constexpr int kTileChannelsOfOnePhase = kVectorRegisters == 32 ? 8 : 6, kFewChannels = 4;  // of one phase
 constexpr int kTileChannelsOfPhases = kVectorRegisters == 32 ? 4 : 3;
 
 // ---- plan ----
@@ -50,8 +50,9 @@ struct ReassemblePlan {
     int tap_offsets[kMaxFactor][kMaxKernelSize];  // [window][b]
     TilePhases register_tiles[kMaxFactor];
     int register_tiles_count;
+    int64_t register_channels;  // of a register tile, at most
 
-    bool stores_sums;           // into the output; otherwise first into `sums`, of a tile of two rows
+    bool stores_sums;           // into the output; otherwise first into `sums`: all phases of a tile of two rows
     bool non_temporal_vectors;  // each vector of sums is a non-temporal store
     bool non_temporal_rows;     // rows are collected first, as their vectors are not whole cache lines
 
@@ -76,7 +77,9 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     plan.mask_row_size = p.taps() * columns.phases * lanes;
 
     plan.ring_rows = k + ceil_div(down, up);
-    const int64_t register_channels = up == 1 ? kTileChannelsOfOnePhase : kTileChannelsOfPhases;
+    // Windows of one phase need more channels than those of several.
+    const int64_t register_channels = up > 1 && windows.count == 1 ? kTileChannelsOfPhases : kTileChannelsOfOnePhase;
+    plan.register_channels = register_channels;
     const int64_t most_cells = kMostFeatureVectors * lanes / (register_channels * plan.ring_rows * down) -
                                columns.halo();
 
@@ -101,8 +104,8 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     plan.row_stride = down * plan.residue_stride;
     plan.channel_stride = plan.ring_rows * plan.row_stride;
     const int64_t most_channels = kBlockFeatureVectors * lanes / plan.channel_stride;
-    plan.block_channels = share_size(
-        channels, std::max(most_channels / register_channels * register_channels, register_channels));
+    plan.block_channels = std::min(channels, register_channels * share_size(ceil_div(channels, register_channels),
+                                                                            most_channels / register_channels));
 
     plan.register_tiles_count = 0;
     for (int w = 0; w < windows.count; w++) {
@@ -118,7 +121,8 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     }
 
     const int64_t two_rows = 2 * plan.block_channels * p.out_w;
-    plan.stores_sums = output.stride_w == 1 && itemsize(output.dtype) * lanes == kVectorBytes;
+    plan.stores_sums = plan.register_tiles_count == 1 && output.stride_w == 1 &&
+                       itemsize(output.dtype) * lanes == kVectorBytes;
     plan.non_temporal_vectors = plan.stores_sums && wants_non_temporal_stores(output) &&
                                 tiles_are_lines(output, plan.tile_columns);
     plan.non_temporal_rows = output.stride_w == 1 && wants_non_temporal_stores(output) && !plan.non_temporal_vectors &&
@@ -173,6 +177,7 @@ struct ReassembleRegisterTile {
     int64_t channel_stride;
     const int* row_offsets;  // from the first row of the first window on
     const int* tap_offsets;
+    bool adjacent_taps;  // in features, and in masks
     int kernel_size;
     int begin, end;  // rows of features inside the border
     int window_step;
@@ -180,56 +185,89 @@ struct ReassembleRegisterTile {
     int64_t tap_stride;
     A* outputs;  // first row of the first channel
     int64_t output_channel_stride, output_row_stride;
-    int64_t columns;  // of the output
-    int64_t phases;   // of a cell
+    int64_t columns;   // of the output
+    bool interleaves;  // has all phases and writes columns, else the lanes of each phase
     bool non_temporal;
     RowPrefetch* prefetch;
     int prefetch_lines;  // for each row of taps
 };
 
+// The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
+template <class P>
+CARAFEPP_INLINE P opaque(P pointer) {
+    asm("" : "+r"(pointer));
+    return pointer;
+}
+
 // Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
-// kernel size, or 0 if the compiler does not know it. If it does, the masks of neighbouring taps are adjacent. The
-// code keeps few addresses: address arithmetic takes issue slots from multiplications.
+// kernel size of adjacent taps, or 0 if the compiler does not know it. Loads limit the speed: features and masks that
+// are used twice stay in registers. Addresses are pointers with constant offsets.
 template <int K, int First, int Last, int R, int Q, int NC, class A>
 CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* channel, int begin, int end,
                               Vector<A> (&sums)[R][Q][NC]) {
     constexpr int L = kLanes<A>;
     const int kernel_size = K > 0 ? K : tile.kernel_size;
-    const int64_t tap_stride = K > 0 ? Q * L : tile.tap_stride;
-    const int64_t stride = tile.channel_stride, three_channels = 3 * stride;
+    const int64_t tap_stride = K > 0 ? Q * L : tile.tap_stride, row_size = kernel_size * tap_stride;
+    const A* masks[R];
+#pragma GCC unroll 2
+    for (int r = First; r < Last; r++) masks[r] = tile.masks[r] + (begin - r * tile.window_step) * row_size;
     for (int y = begin; y < end; y++) {
-        const A* const row = channel + tile.row_offsets[y];
-        const A* masks[R];
-#pragma GCC unroll 2
-        for (int r = First; r < Last; r++)
-            masks[r] = tile.masks[r] + (y - r * tile.window_step) * kernel_size * tap_stride;
         for (int k = 0; k < tile.prefetch_lines; k++) tile.prefetch->prefetch_line();
+        const A* rows[NC];
+        rows[0] = opaque(channel + tile.row_offsets[y]);
+#pragma GCC unroll 8
+        for (int c = 1; c < NC; c++) rows[c] = opaque(rows[c - 1] + tile.channel_stride);
         const auto add_tap = [&](int b) __attribute__((always_inline)) {
-            Vector<A> features[NC];
-#pragma GCC unroll 8
-            for (int c = 0; c < NC; c += 4) {
-                const A* const x = row + tile.tap_offsets[b] + c * stride;
-                features[c] = load(x);
-                if (c + 1 < NC) features[c + 1] = load(x + stride);
-                if (c + 2 < NC) features[c + 2] = load(x + 2 * stride);
-                if (c + 3 < NC) features[c + 3] = load(x + three_channels);
-            }
+            const int64_t tap = K > 0 ? b : tile.tap_offsets[b];
+            const auto load_feature = [&](int c) __attribute__((always_inline)) {
+                const Vector<A> feature = load(rows[c] + tap);
+                return (Last - First) * Q > 1 ? in_register(feature) : feature;
+            };
+            const auto load_mask = [&](int r, int q) __attribute__((always_inline)) {
+                return load(masks[r] + (K > 0 ? b * Q + q : q) * L);
+            };
+            if constexpr (NC > R * Q) {
+                Vector<A> taps[R][Q];
 #pragma GCC unroll 2
-            for (int r = First; r < Last; r++) {
+                for (int r = First; r < Last; r++) {
 #pragma GCC unroll 4
-                for (int q = 0; q < Q; q++) {
-                    const Vector<A> mask = load(masks[r] + q * L);
-#pragma GCC unroll 8
-                    for (int c = 0; c < NC; c++) sums[r][q][c] += mask * features[c];
+                    for (int q = 0; q < Q; q++) taps[r][q] = in_register(load_mask(r, q));
                 }
-                masks[r] += tap_stride;
+#pragma GCC unroll 8
+                for (int c = 0; c < NC; c++) {
+                    const Vector<A> feature = load_feature(c);
+#pragma GCC unroll 2
+                    for (int r = First; r < Last; r++) {
+#pragma GCC unroll 4
+                        for (int q = 0; q < Q; q++) sums[r][q][c] += taps[r][q] * feature;
+                    }
+                }
+            } else {
+                Vector<A> features[NC];
+#pragma GCC unroll 8
+                for (int c = 0; c < NC; c++) features[c] = load_feature(c);
+#pragma GCC unroll 2
+                for (int r = First; r < Last; r++) {
+#pragma GCC unroll 4
+                    for (int q = 0; q < Q; q++) {
+                        const Vector<A> mask = load_mask(r, q);
+#pragma GCC unroll 8
+                        for (int c = 0; c < NC; c++) sums[r][q][c] += mask * features[c];
+                    }
+                }
             }
         };
+        const int64_t step = K > 0 ? row_size : tap_stride;
+        const auto next_masks = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int r = First; r < Last; r++) masks[r] = opaque(masks[r] + step);
+        };
         if constexpr (K > 0) {
-#pragma GCC unroll 5
+#pragma GCC unroll 7
             for (int b = 0; b < K; b++) add_tap(b);
+            next_masks();
         } else {
-            for (int b = 0; b < kernel_size; b++) add_tap(b);
+            for (int b = 0; b < kernel_size; b++, next_masks()) add_tap(b);
         }
     }
 }
@@ -253,17 +291,29 @@ CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const Reasse
     }
 }
 
-// Writes the sums, [row][phase][channel][lane], of some phases of a cell between those of the others.
+// Turns rows of sums, [phase][lane], into rows of columns.
 template <class A>
-__attribute__((noinline)) void write_phases(const A* sums, int rows, int phases, int channels,
-                                            const ReassembleRegisterTile<A>& tile, A* outputs) {
-    for (int r = 0; r < rows; r++) {
-        for (int q = 0; q < phases; q++) {
-            for (int c = 0; c < channels; c++) {
-                A* const to = outputs + r * tile.output_row_stride + c * tile.output_channel_stride;
-                const A* lane = sums + ((r * phases + q) * channels + c) * kLanes<A>;
-                for (int64_t column = q; column < tile.columns; column += tile.phases) to[column] = *lane++;
+__attribute__((noinline)) void interleave_phases(A* row, int64_t rows, int phases) {
+    constexpr int L = kLanes<A>;
+    if (phases <= 4) {
+        with_count<4>(phases, [&](auto known) __attribute__((always_inline)) {
+            constexpr int N = decltype(known)::value;
+            for (int64_t r = 0; r < rows; r++, row += N * L) {
+                Vector<A> vectors[N];
+#pragma GCC unroll 4
+                for (int q = 0; q < N; q++) vectors[q] = load(row + q * L);
+                interleave<A, N>(vectors);
+#pragma GCC unroll 4
+                for (int q = 0; q < N; q++) store(vectors[q], row + q * L);
             }
+        });
+        return;
+    }
+    A lanes[kMaxFactor * L];
+    for (int64_t r = 0; r < rows; r++, row += phases * L) {
+        std::copy_n(row, phases * L, lanes);
+        for (int q = 0; q < phases; q++) {
+            for (int lane = 0; lane < L; lane++) row[lane * phases + q] = lanes[q * L + lane];
         }
     }
 }
@@ -288,17 +338,16 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<
             add_taps<K, 1, 2>(tile, features, std::max({begin, step, k}), end, sums);
         }
         const int64_t columns = tile.columns;
-        if (Q != tile.phases) {
-            A lanes[R * Q * NC * L];
+        if (!tile.interleaves) {
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
                 for (int q = 0; q < Q; q++) {
+                    A* const to = outputs + r * tile.output_row_stride + q * L;
 #pragma GCC unroll 8
-                    for (int n = 0; n < NC; n++) store(sums[r][q][n], lanes + ((r * Q + q) * NC + n) * L);
+                    for (int n = 0; n < NC; n++) store(sums[r][q][n], to + n * tile.output_channel_stride);
                 }
             }
-            write_phases(lanes, R, Q, NC, tile, outputs);
         } else if (columns < Q * L) {
             write_cells(sums, tile, outputs, [columns](Vector<A> vector, A* to, int q) __attribute__((always_inline)) {
                 store_part(vector, to, columns - q * L);
@@ -316,7 +365,9 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<
 
 template <int K, int Q, int NC, class A>
 void reassemble_rows_together(const ReassembleRegisterTile<A>& tile, int64_t channels, int64_t rows) {
-    if (rows == 2) {
+    if (rows == 2 && NC > kFewChannels && channels >= kFewChannels && channels < NC) {
+        reassemble_channels<0, 2, Q, std::min(kFewChannels, NC)>(tile, channels);
+    } else if (rows == 2) {
         channels >= NC ? reassemble_channels<K, 2, Q, NC>(tile, channels)
                        : reassemble_channels<0, 2, Q, 1>(tile, channels);
     } else {
@@ -355,9 +406,12 @@ void reassemble_phases(const ReassembleRegisterTile<A>& tile, int phases, int64_
 template <class A>
 void reassemble_tile(const ReassembleRegisterTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     if constexpr (std::is_same_v<A, float>) {
-        switch (phases == tile.phases ? tile.kernel_size : 0) {
+        switch (tile.adjacent_taps ? tile.kernel_size : 0) {
             case 3: return reassemble_phases<3>(tile, phases, channels, rows);
             case 5: return reassemble_phases<5>(tile, phases, channels, rows);
+            case 7:
+                if (phases > 1) break;
+                return reassemble_rows_together<7, 1, kTileChannelsOfOnePhase>(tile, channels, rows);
         }
     }
     reassemble_phases<0>(tile, phases, channels, rows);
@@ -383,8 +437,11 @@ struct ReassembleNchw {
         const Block b(plan, p, columns, item, scratch);
         std::fill_n(b.features + plan.block_channels * plan.channel_stride, L, A{0});
         stage_masks(b);
-        for (int64_t c = 0; c < channels; c += plan.block_channels)
-            sweep_rows(b, b.group * channels + c, std::min(plan.block_channels, channels - c));
+        for (int64_t c = 0; c < channels; c += plan.block_channels) {
+            // The last channels fill a register tile, with some of those before.
+            const int64_t first = std::max<int64_t>(std::min(c, channels - plan.register_channels), 0);
+            sweep_rows(b, b.group * channels + first, std::min(plan.block_channels, channels - first));
+        }
         if (plan.non_temporal_vectors || plan.non_temporal_rows) finish_non_temporal_stores();
     }
 
@@ -456,6 +513,8 @@ struct ReassembleNchw {
         ReassembleRegisterTile<A> tile;
         tile.channel_stride = plan.channel_stride;
         tile.row_offsets = row_offsets;
+        tile.adjacent_taps = p.factor.down == 1 && plan.register_tiles_count == 1;
+        assert(!tile.adjacent_taps || plan.tap_offsets[0][p.kernel_size - 1] == p.kernel_size - 1);
         tile.kernel_size = static_cast<int>(p.kernel_size);
         tile.begin = static_cast<int>(std::max<int64_t>(-window.begin, 0));
         tile.end = static_cast<int>(std::min(window.end, p.features.h) - window.begin);
@@ -463,7 +522,7 @@ struct ReassembleNchw {
         tile.tap_stride = columns.phases * L;
         tile.output_channel_stride = plan.stores_sums ? channel_stride : 2 * plan.tile_columns;
         tile.output_row_stride = plan.stores_sums ? row_stride : plan.tile_columns;
-        tile.phases = columns.phases;
+        tile.interleaves = plan.register_tiles_count == 1;
         tile.non_temporal = plan.non_temporal_vectors;
         tile.prefetch = &prefetch;
         const int64_t register_channels = plan.register_tiles[0].count == 1 ? kTileChannelsOfOnePhase
@@ -486,8 +545,8 @@ struct ReassembleNchw {
                 tile.tap_offsets = plan.tap_offsets[some.window];
                 for (int64_t r = 0; r < rows.size(); r++)
                     tile.masks[r] = b.masks_of(plan, rows.begin + r, t) + some.first * L;
-                tile.outputs = sums + some.first;
-                tile.columns = (plan.stores_sums ? tile_columns : plan.tile_columns) - some.first;
+                tile.outputs = sums + some.first * L;
+                tile.columns = plan.stores_sums ? tile_columns : plan.tile_columns;
                 reassemble_tile(tile, some.count, count, rows.size());
             }
             if (!plan.stores_sums)
@@ -499,15 +558,16 @@ struct ReassembleNchw {
     // ---- write out ----
 
     // Converts the sums of a tile to outputs.
-    void write_sums(const A* sums, int64_t count, int64_t rows, int64_t tile_columns, T* result, int64_t channel_stride,
+    void write_sums(A* sums, int64_t count, int64_t rows, int64_t tile_columns, T* result, int64_t channel_stride,
                     int64_t row_stride) const {
         for (int64_t c = 0; c < count; c++, sums += 2 * plan.tile_columns, result += channel_stride) {
+            if (plan.register_tiles_count > 1) interleave_phases(sums, rows, static_cast<int>(columns.phases));
             for (int64_t r = 0; r < rows; r++) {
                 const A* const from = sums + r * plan.tile_columns;
                 T* const to = result + r * row_stride;
                 for (int64_t k = 0; k < tile_columns; k += L) {
-                    store_lanes(from + k, static_cast<int>(std::min<int64_t>(tile_columns - k, L)),
-                                to + k * output.stride_w, output.stride_w);
+                    store_lanes<T>(from + k, static_cast<int>(std::min<int64_t>(tile_columns - k, L)),
+                                   to + k * output.stride_w, output.stride_w);
                 }
             }
         }
