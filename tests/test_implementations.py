@@ -117,6 +117,7 @@ FEW_CHANNELS = case("few channels", 3, 21, up=2)
 FEW_CELLS = case("few cells", 3, 3, up=2)
 ONE_TAP = case("one tap", 5, 21, kernel_size=1)
 NARROW = case("few columns, many channels", 64, 7, up=2)
+DEINTERLEAVED = case("many channels, a factor down", 16, 21, down=2)
 LARGE_TILE = case("a large tile", 5, 5, up=16, kernel_size=7)
 LARGE_CELL = case("a large cell", 5, 2, up=9, kernel_size=5)
 LARGE_ROWS = case("rows of large cells", 5, 3, up=4, kernel_size=9)
@@ -149,6 +150,9 @@ SLOWER = {
     ],
     "rows so narrow, with so many channels, are better transposed to pixels": [
         (NARROW, "NCHW", "nchw", (*BOTH, "grad_features", *MASKS)),
+    ],
+    "so many channels are better transposed to pixels than deinterleaved": [
+        (DEINTERLEAVED, "NCHW", "nchw", BOTH),
     ],
     "the masks of a tile take more than 512 KiB": [
         (LARGE_TILE, "NHWC", "nhwc", BOTH),

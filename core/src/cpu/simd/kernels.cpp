@@ -207,6 +207,7 @@ constexpr int64_t kMasksOfRowsBytes = 768 * 1024;
 // to which images are transposed first. Full vectors leave nothing unused.
 constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
+constexpr int64_t kFewestChannelsAtOnce = 32, kFewestChannelsOfPixels = 16;  // of a forward with a large down
 
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
 constexpr const char* kColumnsApart = "columns of masks or logits are not adjacent";
@@ -215,6 +216,7 @@ constexpr const char* kNoReuse = "too few channels in a group to make up for sta
 constexpr const char* kLargeTile = "the masks of a tile take more than 512 KiB";
 constexpr const char* kLargeCell = "the masks of a cell are more than 1600";
 constexpr const char* kFewCells = "fewer than 4 cells in a row";
+constexpr const char* kDeinterleaved = "so many channels are better transposed to pixels than deinterleaved";
 constexpr const char* kNarrow = "rows so narrow, with so many channels, are better transposed to pixels";
 
 static bool few_channels(const Problem& p) { return p.features.c / p.groups < kFewestChannels; }
@@ -272,10 +274,21 @@ const char* slower_grad_features_any(const Problem& p, const Array&) {
     return slower_on_images(p, kNoReuse);
 }
 
+static int64_t columns_of_cells(const Problem& p) { return ceil_div(p.features.w, p.factor.down); }
+
 static bool better_in_pixels(const Problem& p) {
-    const int64_t columns = ceil_div(p.features.w, p.factor.down), channels = p.features.c / p.groups;
+    const int64_t columns = columns_of_cells(p), channels = p.features.c / p.groups;
     const int64_t for_column = columns % 16 == 0 ? kChannelsForColumnOfFullVectors : kChannelsForColumn;
     return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
+}
+
+// The fewer outputs a row of features has, the less they make up for deinterleaving it. Pixels need none of that.
+static bool better_in_pixels_than_deinterleaved(const Problem& p) {
+    const int64_t columns = columns_of_cells(p), channels = p.features.c / p.groups;
+    if (p.factor.up > 1 || p.factor.down == 1 || columns % 16 == 0) return false;
+    const int64_t at_once = p.factor.down == 2 ? kChannelsAtOnce : kFewestChannelsAtOnce;
+    return channels >= std::max(kFewestChannelsOfPixels, columns / 2) &&
+           channels_of_image(p) >= std::min(channels, at_once);
 }
 
 // Tells if a kernel that stages images takes a narrow problem, by its answers to the two questions.
@@ -285,7 +298,10 @@ static bool better_on_images(Question cannot_run, Question slower, const Problem
 }
 
 const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
-    return better_on_images(cannot_run_reassemble_any, slower_reassemble_any, p, output) ? kNarrow : nullptr;
+    if (better_on_images(cannot_run_reassemble_any, slower_reassemble_any, p, output)) return kNarrow;
+    const bool in_pixels = better_in_pixels_than_deinterleaved(p) && !cannot_run_reassemble_any(p, output) &&
+                           !slower_reassemble_any(p, output);
+    return in_pixels ? kDeinterleaved : nullptr;
 }
 
 static const char* slower_backward_in_columns(const Problem& p) {
