@@ -30,6 +30,7 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
 #define CARAFEPP_LIST(result, kernel)                                   \
     {                                                                   \
         CARAFEPP_ENTRIES(result "_few_nchw", kernel##_few_nchw)         \
+        CARAFEPP_ENTRIES(result "_few_nhwc", kernel##_few_nhwc)         \
         CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc)                 \
         CARAFEPP_ENTRIES(result "_nchw", kernel##_nchw)                 \
         CARAFEPP_ENTRIES(result "_any", kernel##_any)                   \

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace carafepp {
 
@@ -66,6 +67,42 @@ const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_fe
     if (scratch_of_grad_features(p) > kScratchBytes)
         return "the masks of the outputs that touch a few pixels take more than 2 MiB";
     return nullptr;
+}
+
+// ---- channels in lanes, one in each group ----
+
+static bool adjacent(const Array& array) { return array.empty() || array.stride_c == 1; }
+
+// Why an argument of a function is not: pixels are features or the like, `weights` masks or logits.
+static const char* unfit_for_few_nhwc(const Problem& p, std::initializer_list<const Array*> pixels,
+                                      const Array& weights) {
+    if (p.features.c != p.groups) return "a group has more than one channel";
+    for (const Array* array : pixels) {
+        if (!adjacent(*array)) return "channels are not adjacent";
+    }
+    if (!adjacent(weights)) return "channels of masks or logits are not adjacent";
+    if (p.from_logits && p.factor.up > kMaxFactor) return "up is more than 16";
+    if (in_lanes(3 * (p.from_logits ? masks_of_cell(p) : p.taps())) > kScratchBytes)
+        return "the masks of a cell take more than 700 KiB";
+    return nullptr;
+}
+
+static const Array& weights_of(const Problem& p) { return p.from_logits ? p.logits : p.masks; }
+
+const char* cannot_run_reassemble_few_nhwc(const Problem& p, const Array& output) {
+    return unfit_for_few_nhwc(p, {&p.features, &output}, weights_of(p));
+}
+
+const char* cannot_run_grad_masks_few_nhwc(const Problem& p, const Array& grad_masks) {
+    if (!adjacent(grad_masks)) return "channels of the gradient are not adjacent";
+    return unfit_for_few_nhwc(p, {&p.features, &p.grad_output}, p.from_logits ? p.logits : grad_masks);
+}
+
+const char* cannot_run_grad_features_few_nhwc(const Problem& p, const Array& grad_features) {
+    if (in_lanes(p.features.w) > kScratchBytes / 4) return "a row of sums takes more than 512 KiB";
+    if (in_lanes(p.from_logits ? masks_of_cell(p) : p.taps()) > kScratchBytes / 2)
+        return "the masks of a cell take more than 1 MiB";
+    return unfit_for_few_nhwc(p, {&p.grad_output, &grad_features}, weights_of(p));
 }
 
 // ---- an image at a time: half of the scratch for its features and outputs, half for the kernel ----
@@ -256,6 +293,12 @@ const char* slower_grad_features_nhwc(const Problem& p, const Array&) {
         return "the masks of the outputs that touch a few pixels take more than 1 MiB";
     return nullptr;
 }
+
+static const char* slower_for_few_lanes(const Problem& p) { return p.groups < kFewestChannels ? kNoVectors : nullptr; }
+
+const char* slower_reassemble_few_nhwc(const Problem& p, const Array&) { return slower_for_few_lanes(p); }
+const char* slower_grad_masks_few_nhwc(const Problem& p, const Array&) { return slower_for_few_lanes(p); }
+const char* slower_grad_features_few_nhwc(const Problem& p, const Array&) { return slower_for_few_lanes(p); }
 
 static const char* slower_on_images(const Problem& p, const char* few) {
     if (few_channels(p)) return few;

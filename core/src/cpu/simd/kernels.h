@@ -22,6 +22,9 @@
     void reassemble_any(const Problem& problem, const Array& output);                \
     void grad_features_any(const Problem& problem, const Array& grad_features);      \
     void grad_masks_any(const Problem& problem, const Array& grad_masks);            \
+    void reassemble_few_nhwc(const Problem& problem, const Array& output);           \
+    void grad_features_few_nhwc(const Problem& problem, const Array& grad_features); \
+    void grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);       \
     void normalize_masks(const Problem& problem, const Array& masks);                \
     void normalize_masks_backward(const Problem& problem, const Array& grad_logits); \
     }
@@ -57,6 +60,9 @@ const char* cannot_run_grad_masks_nchw(const Problem& problem, const Array& grad
 const char* cannot_run_reassemble_any(const Problem& problem, const Array& output);
 const char* cannot_run_grad_features_any(const Problem& problem, const Array& grad_features);
 const char* cannot_run_grad_masks_any(const Problem& problem, const Array& grad_masks);
+const char* cannot_run_reassemble_few_nhwc(const Problem& problem, const Array& output);
+const char* cannot_run_grad_features_few_nhwc(const Problem& problem, const Array& grad_features);
+const char* cannot_run_grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);
 const char* cannot_run_normalize_masks(const Problem& problem, const Array& masks);
 const char* cannot_run_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
@@ -73,6 +79,9 @@ const char* slower_grad_masks_nchw(const Problem& problem, const Array& grad_mas
 const char* slower_reassemble_any(const Problem& problem, const Array& output);
 const char* slower_grad_features_any(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_any(const Problem& problem, const Array& grad_masks);
+const char* slower_reassemble_few_nhwc(const Problem& problem, const Array& output);
+const char* slower_grad_features_few_nhwc(const Problem& problem, const Array& grad_features);
+const char* slower_grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);
 const char* slower_normalize_masks(const Problem& problem, const Array& masks);
 const char* slower_normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 

@@ -21,6 +21,7 @@ struct PixelWindow {
     int a_begin, a_end, b_begin, b_end;
 
     T* pixel(int64_t a, int64_t b) const { return corner + a * row_stride + b * pixel_stride; }
+    int64_t taps() const { return int64_t{a_end - a_begin} * (b_end - b_begin); }
 };
 
 // The window around source (i, j), or the union of the windows from there to `shift` columns behind. Here i and j count

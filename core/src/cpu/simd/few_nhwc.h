@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cells of groups of one channel, with adjacent channels. Each channel has masks of its own, which are adjacent too. A
+// tile has the masks of the outputs of one cell, as [tap][output][lane]: a lane is a channel. Staging it is a
+// transposition.
+#pragma once
+
+#include "cpu/geometry.h"
+#include "cpu/simd/normalize.h"
+#include "cpu/simd/tile_transpose.h"
+#include "problem.h"
+
+namespace carafepp::CARAFEPP_ISA {
+
+// Loads or stores `count` lanes, which are all unless `kTail`.
+template <bool kTail, class T>
+CARAFEPP_INLINE Vector<Accumulator<T>> load_lanes(const T* from, int count) {
+    return kTail ? load_between(from, 0, count) : load(from);
+}
+template <bool kTail, class T>
+CARAFEPP_INLINE void store_lanes(Vector<Accumulator<T>> value, T* to, int count) {
+    kTail ? store_first(value, to, count) : store(value, to);
+}
+
+// A cell of logits has up*up outputs; of masks it is one output.
+template <class A>
+struct ChannelCells {
+    static constexpr int L = kLanes<A>;
+
+    const Problem& p;
+    int64_t up, outputs, taps;  // of a cell; of an output
+    int64_t rows, columns;      // of cells
+    int64_t tile_size;          // [tap][output][lane]
+
+    // From logits, `all` adds the cells whose outputs a crop leaves out.
+    ChannelCells(const Problem& problem, bool all) : p(problem) {
+        up = p.from_logits ? p.factor.up : 1;
+        outputs = up * up;
+        taps = p.taps();
+        rows = all && p.from_logits ? p.logits.h : ceil_div(p.out_h, up);
+        columns = all && p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
+        tile_size = taps * outputs * L;
+    }
+
+    // Calls f(first, count, tail) for vectors of channels. The last may overlap the one before it; `tail` tells the
+    // compiler if there are fewer channels than lanes.
+    template <class F>
+    void for_each_vector(F f) const {
+        const int channels = static_cast<int>(p.groups);
+        if (channels < L) return f(0, channels, std::true_type());
+        for_each_block<L>(channels, [&](int first, int count) { f(first, count, std::false_type()); });
+    }
+
+    // The tile of channels [first, first + count) of a cell of an array. Other lanes are 0.
+    void load(const Array& array, int64_t n, int64_t row, int64_t column, int first, int count, A* tile) const {
+        with_type_of<A>(array.dtype, [&](auto type) {
+            using M = typename decltype(type)::type;
+            const int size = static_cast<int>(taps * outputs);
+            const M* const from = element<const M>(array, n, first * size, row, column);
+            if (count < L || size < L) {
+                load_channels<M>(from, size, count, size, adjacent_channels(tile, L));
+            } else {
+                for_each_block<L>(size, [&](int at, int) { transpose_block(from + at, size, tile + at * L, L); });
+            }
+        });
+    }
+    void store(const A* tile, int64_t n, int64_t row, int64_t column, int first, int count, const Array& array) const {
+        with_type_of<A>(array.dtype, [&](auto type) {
+            using M = typename decltype(type)::type;
+            const int size = static_cast<int>(taps * outputs);
+            M* const to = element<M>(array, n, first * size, row, column);
+            if (count < L || size < L) {
+                store_channels<M>(adjacent_channels(tile, L), count, size, to, size);
+            } else {
+                for_each_block<L>(size, [&](int at, int) { transpose_block(tile + at * L, L, to + at, size); });
+            }
+        });
+    }
+
+    // Calls f(i, j, o) for the outputs of a cell that are in the crop. Output o has the taps tile[(t*outputs + o)*L].
+    template <class F>
+    void for_each_output(int64_t row, int64_t column, F f) const {
+        const int64_t end_i = std::min((row + 1) * up, p.out_h), end_j = std::min((column + 1) * up, p.out_w);
+        for (int64_t i = row * up; i < end_i; i++) {
+            for (int64_t j = column * up; j < end_j; j++) f(i, j, (i - row * up) * up + j - column * up);
+        }
+    }
+};
+
+}  // namespace carafepp::CARAFEPP_ISA
