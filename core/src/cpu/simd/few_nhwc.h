@@ -13,11 +13,11 @@ namespace carafepp::CARAFEPP_ISA {
 
 // Loads or stores `count` lanes, which are all unless `kTail`.
 template <bool kTail, class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_lanes(const T* from, int count) {
+CARAFEPP_INLINE Vector<Accumulator<T>> load_some(const T* from, int count) {
     return kTail ? load_between(from, 0, count) : load(from);
 }
 template <bool kTail, class T>
-CARAFEPP_INLINE void store_lanes(Vector<Accumulator<T>> value, T* to, int count) {
+CARAFEPP_INLINE void store_some(Vector<Accumulator<T>> value, T* to, int count) {
     kTail ? store_first(value, to, count) : store(value, to);
 }
 

@@ -36,7 +36,7 @@ struct GradMasksFewNhwc {
                 if (!whole) std::fill_n(grads, cells.tile_size, A{0});
                 cells.for_each_output(row, column, [&](int64_t i, int64_t j, int64_t o) {
                     const T* const grad_output = element<const T>(p.grad_output, n, first, i, j);
-                    multiply<tail()>(load_lanes<tail()>(grad_output, count), windows[o], first, count, grads + o * L);
+                    multiply<tail()>(load_some<tail()>(grad_output, count), windows[o], first, count, grads + o * L);
                 });
                 if (p.from_logits) {
                     cells.load(p.logits, n, row, column, first, count, logits);
@@ -58,7 +58,7 @@ struct GradMasksFewNhwc {
             const T* pixel = window.pixel(a, window.b_begin) + first;
             A* grad = grads + (a * p.kernel_size + window.b_begin) * step;
             for (int left = window.b_end - window.b_begin; left > 0; left--, pixel += pixel_stride, grad += step)
-                store(grad_output * load_lanes<kTail>(pixel, count), grad);
+                store(grad_output * load_some<kTail>(pixel, count), grad);
         }
     }
 

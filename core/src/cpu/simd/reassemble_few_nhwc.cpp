@@ -33,7 +33,7 @@ struct ReassembleFewNhwc {
                 if (p.from_logits) normalize_tile(p.normalizer, tile, cells.taps, cells.outputs, L);
                 cells.for_each_output(row, column, [&](int64_t i, int64_t j, int64_t o) {
                     const Vector<A> sum = sum_over_taps<tail()>(windows[o], first, count, tile + o * L);
-                    store_lanes<tail()>(sum, element<T>(output, n, first, i, j), count);
+                    store_some<tail()>(sum, element<T>(output, n, first, i, j), count);
                 });
             });
         }
@@ -49,10 +49,10 @@ struct ReassembleFewNhwc {
             const A* mask = masks + (a * p.kernel_size + window.b_begin) * step;
             int left = window.b_end - window.b_begin;
             for (; left > 1; left -= 2, pixel += 2 * pixel_stride, mask += 2 * step) {
-                sums[0] += load(mask) * load_lanes<kTail>(pixel, count);
-                sums[1] += load(mask + step) * load_lanes<kTail>(pixel + pixel_stride, count);
+                sums[0] += load(mask) * load_some<kTail>(pixel, count);
+                sums[1] += load(mask + step) * load_some<kTail>(pixel + pixel_stride, count);
             }
-            if (left > 0) sums[0] += load(mask) * load_lanes<kTail>(pixel, count);
+            if (left > 0) sums[0] += load(mask) * load_some<kTail>(pixel, count);
         }
         return sums[0] + sums[1];
     }
