@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cpu/geometry.h"
-#include "cpu/simd/normalize.h"
+#include "cpu/simd/masks.h"
 #include "cpu/simd/tile_transpose.h"
 #include "problem.h"
 
@@ -27,14 +27,15 @@ struct ChannelCells {
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
-    int64_t up, outputs, taps;  // of a cell; of an output
-    int64_t rows, columns;      // of cells
-    int64_t tile_size;          // [tap][output][lane]
+    int64_t up, outputs;    // of a cell
+    int64_t taps;           // of an output
+    int64_t rows, columns;  // of cells
+    int64_t tile_size;      // [tap][output][lane]
+    MaskTiles<A> masks;     // whose phases are the outputs of a cell
 
     // From logits, `all` adds the cells whose outputs a crop leaves out.
-    ChannelCells(const Problem& problem, bool all) : p(problem) {
-        up = p.from_logits ? p.factor.up : 1;
-        outputs = up * up;
+    ChannelCells(const Problem& problem, bool all)
+        : p(problem), up(p.from_logits ? p.factor.up : 1), outputs(up * up), masks(p, outputs) {
         taps = p.taps();
         rows = all && p.from_logits ? p.logits.h : ceil_div(p.out_h, up);
         columns = all && p.from_logits ? p.logits.w : ceil_div(p.out_w, up);
@@ -51,29 +52,13 @@ struct ChannelCells {
     }
 
     // The tile of channels [first, first + count) of a cell of an array. Other lanes are 0.
-    void load(const Array& array, int64_t n, int64_t row, int64_t column, int first, int count, A* tile) const {
-        with_type_of<A>(array.dtype, [&](auto type) {
-            using M = typename decltype(type)::type;
-            const int size = static_cast<int>(taps * outputs);
-            const M* const from = element<const M>(array, n, first * size, row, column);
-            if (count < L || size < L) {
-                load_channels<M>(from, size, count, size, adjacent_channels(tile, L));
-            } else {
-                for_each_block<L>(size, [&](int at, int) { transpose_block(from + at, size, tile + at * L, L); });
-            }
-        });
-    }
-    void store(const A* tile, int64_t n, int64_t row, int64_t column, int first, int count, const Array& array) const {
-        with_type_of<A>(array.dtype, [&](auto type) {
-            using M = typename decltype(type)::type;
-            const int size = static_cast<int>(taps * outputs);
-            M* const to = element<M>(array, n, first * size, row, column);
-            if (count < L || size < L) {
-                store_channels<M>(adjacent_channels(tile, L), count, size, to, size);
-            } else {
-                for_each_block<L>(size, [&](int at, int) { transpose_block(tile + at * L, L, to + at, size); });
-            }
-        });
+    void load(const Array& array, int64_t n, int64_t row, int64_t column, int first, int count, A* tile) const;
+    void store(const A* tile, int64_t n, int64_t row, int64_t column, int first, int count, const Array& array) const;
+
+    // Stages the masks of such a tile.
+    void stage(int64_t n, int64_t row, int64_t column, int first, int count, A* tile) const {
+        load(p.from_logits ? p.logits : p.masks, n, row, column, first, count, tile);
+        if (p.from_logits) masks.normalize_row(tile, L);
     }
 
     // Calls f(i, j, o) for the outputs of a cell that are in the crop. Output o has the taps tile[(t*outputs + o)*L].

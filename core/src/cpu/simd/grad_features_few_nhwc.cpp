@@ -46,8 +46,7 @@ struct GradFeaturesFewNhwc {
         const Range outputs = outputs_of(p, sources);
         for (int64_t row = outputs.begin / cells.up; row * cells.up < outputs.end; row++) {
             for (int64_t column = 0; column < cells.columns; column++) {
-                cells.load(p.from_logits ? p.logits : p.masks, n, row, column, first, count, tile);
-                if (p.from_logits) normalize_tile(p.normalizer, tile, cells.taps, cells.outputs, L);
+                cells.stage(n, row, column, first, count, tile);
                 cells.for_each_output(row, column, [&](int64_t i, int64_t j, int64_t o) {
                     const T* const grad_output = element<const T>(p.grad_output, n, first, i, j);
                     scatter(i, j, tile + o * L, load_part(grad_output, count), sources, sums);

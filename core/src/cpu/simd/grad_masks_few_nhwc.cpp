@@ -40,9 +40,7 @@ struct GradMasksFewNhwc {
                 });
                 if (p.from_logits) {
                     cells.load(p.logits, n, row, column, first, count, logits);
-                    std::copy_n(logits, cells.tile_size, masks);
-                    normalize_tile(p.normalizer, masks, cells.taps, cells.outputs, L);
-                    normalize_tile_backward(p.normalizer, grads, masks, logits, cells.taps, cells.outputs, L);
+                    cells.masks.normalize_row_backward(grads, logits, masks, L);
                     if (is_cropped(row, column)) zero_cropped(row, column, grads);
                 }
                 cells.store(grads, n, row, column, first, count, grad_masks);

@@ -29,8 +29,7 @@ struct ReassembleFewNhwc {
                 windows[o] = window_of<const T>(p, p.features, n, 0, p.factor.source(i), p.factor.source(j));
             });
             cells.for_each_vector([&](int first, int count, auto tail) {
-                cells.load(p.from_logits ? p.logits : p.masks, n, row, column, first, count, tile);
-                if (p.from_logits) normalize_tile(p.normalizer, tile, cells.taps, cells.outputs, L);
+                cells.stage(n, row, column, first, count, tile);
                 cells.for_each_output(row, column, [&](int64_t i, int64_t j, int64_t o) {
                     const Vector<A> sum = sum_over_taps<tail()>(windows[o], first, count, tile + o * L);
                     store_some<tail()>(sum, element<T>(output, n, first, i, j), count);
