@@ -10,7 +10,8 @@ namespace carafepp::CARAFEPP_ISA {
 // Zeroes the lanes of a phase of a tile whose tap reads beyond the border. Lane 0 is `cell`. Tap t is at
 // `lanes + t*tap_step`.
 template <class A>
-static inline void zero_phase_outside(const Columns& columns, int64_t phase, int64_t cell, A* lanes, int64_t tap_step) {
+CARAFEPP_INLINE void zero_phase_outside(const Columns& columns, int64_t phase, int64_t cell, A* lanes,
+                                        int64_t tap_step) {
     constexpr int64_t L = kLanes<A>;
     if (cell >= columns.inside.begin && cell + L <= columns.inside.end) return;
     const int64_t k = columns.kernel_size;

@@ -561,7 +561,17 @@ struct ReassembleNchw {
     void write_sums(A* sums, int64_t count, int64_t rows, int64_t tile_columns, T* result, int64_t channel_stride,
                     int64_t row_stride) const {
         for (int64_t c = 0; c < count; c++, sums += 2 * plan.tile_columns, result += channel_stride) {
-            if (plan.register_tiles_count > 1) interleave_phases(sums, rows, static_cast<int>(columns.phases));
+            if (plan.register_tiles_count > 1) {
+                const int phases = static_cast<int>(columns.phases);
+                if constexpr (std::is_same_v<T, A>) {
+                    for (int64_t r = 0; r < rows; r++) {
+                        store_interleaved(sums + r * plan.tile_columns, L, phases, tile_columns,
+                                          result + r * row_stride, output.stride_w);
+                    }
+                    continue;
+                }
+                interleave_phases(sums, rows, phases);
+            }
             for (int64_t r = 0; r < rows; r++) {
                 const A* const from = sums + r * plan.tile_columns;
                 T* const to = result + r * row_stride;
