@@ -134,11 +134,7 @@ def _order(row: report.Row) -> tuple:
 COLUMNS = {
     **{key: lambda row, key=key: str(row[key]) for key in ("pass", "dtype", "threads", "layout")},
     "implementation": lambda row: row["name"],
-    "ms": report.milliseconds,
-    "p10-p90": lambda row: report.interval(row) if "seconds" in row else "-",
-    "n": lambda row: str(row["samples"]),
-    "GFLOP/s": report.number("flops", 1e9, ".1f"),
-    "roofline": report.number("share", 1, ".0%"),
+    **report.MEASURED,
     "x best composition": report.number("x_composition"),
     "in its layout": report.number("x_same_layout"),
     "x nearest or avg_pool": report.number("x_operator"),

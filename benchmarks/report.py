@@ -153,3 +153,13 @@ def _cpu() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+# The columns that tables of timed rows share.
+MEASURED = {
+    "ms": milliseconds,
+    "p10-p90": lambda row: interval(row) if "seconds" in row else "-",
+    "n": lambda row: str(row["samples"]),
+    "GFLOP/s": number("flops", 1e9, ".1f"),
+    "roofline": number("share", 1, ".0%"),
+}
