@@ -1201,13 +1201,19 @@ def every_operator(torch):
 
 
 AHEAD_OF_TIME = """
-import sys, torch, torch._inductor
+import sys, carafepp, torch, torch._inductor
 from test_torch_operators import assert_all_same, every_operator, without_headers
-module, inputs, expected = every_operator(torch)
-exported = torch.export.export(module, inputs)
+every, inputs, _ = every_operator(torch)
+
+class Module(torch.nn.Module):
+    def forward(self, x, logits):
+        without_padding = carafepp.reassemble(x, logits[:, :9, :2, :3], padding=0)
+        return *every(x, logits), without_padding
+
+exported = torch.export.export(Module(), inputs)
 with torch._inductor.config.patch(without_headers()):
     path = torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[1])
-assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), expected)
+assert_all_same(torch._inductor.aoti_load_package(path)(*inputs), Module()(*inputs))
 """
 
 
@@ -1344,12 +1350,19 @@ def test_objects_with_a_torch_function_are_asked(torch):
         carafepp.reassemble(Logged(x), m, out=expected, **params)
 
 
-# FLOPs: a multiply-add is two of them
+# FLOPs: a multiply-add is two of them. A counter copies the formulas that carafepp.torch registers.
 
 
-def test_flop_counters_know_the_operators(torch):
+@pytest.fixture
+def flop_counter(torch):
     from torch.utils.flop_counter import FlopCounterMode
 
+    import carafepp.torch  # noqa: F401
+
+    return FlopCounterMode(display=False)
+
+
+def test_flop_counters_know_the_operators(torch, flop_counter):
     inputs = torch.ones(2, 4, 4, 5), torch.ones(2, 72, 4, 5)
     names = [
         "normalize_masks",
@@ -1361,21 +1374,28 @@ def test_flop_counters_know_the_operators(torch):
     ]
     cropped, whole, weights = 2 * (2 * 4 * 7 * 9) * 9, 2 * (2 * 4 * 8 * 10) * 9, 4 * 2 * 18 * 7 * 9
     counts = [weights, cropped, whole, cropped, cropped, whole, whole, 0]
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter:
         EveryOperator()(*inputs)
-    counted = counter.get_flop_counts()["Global"]
+    counted = flop_counter.get_flop_counts()["Global"]
     assert {str(key).removeprefix("carafepp."): n for key, n in counted.items()} == dict(
         zip(names, counts, strict=True)
     )
 
 
-def test_flop_counters_follow_gradients_and_axes(torch):
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_flop_counters_follow_gradients_and_axes(torch, flop_counter):
     x, m = torch.ones(2, 4, 5, 4, requires_grad=True), torch.ones(2, 8, 10, 18, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter:
         carafepp.reassemble(x, m, up=2, groups=2, layout="NHWC").sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * 4 * 8 * 10) * 9
+    assert flop_counter.get_total_flops() == 3 * 2 * (2 * 4 * 8 * 10) * 9
+
+
+def test_flop_counters_follow_padding(torch, flop_counter):
+    """Without padding, K=3 leaves 3 x 4 centres of 5 x 6, and each has four outputs."""
+    x, logits = torch.ones(1, 4, 5, 6, requires_grad=True), torch.ones(1, 36, 3, 4)
+    with flop_counter:
+        y = carafepp.reassemble_with_logits(x, logits, up=2, kernel_size=3, padding=0)
+        y.sum().backward()
+    assert flop_counter.get_total_flops() == 2 * 2 * (4 * 6 * 8) * 9
 
 
 def test_fvcore_counts_with_handles(torch):
