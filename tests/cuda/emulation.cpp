@@ -238,7 +238,7 @@ struct Machine {
     const void* kernel = nullptr;
     Settings settings;
     uint64_t random = 0;
-    uint64_t threads_run = 0;
+    uint64_t threads_run = 0, mmas_run = 0;
 
     // Threads have ranks: of those that are ready, the one of the lowest rank runs.
     unsigned rank_of[kMaxThreads], thread_at[kMaxThreads];
@@ -327,6 +327,7 @@ void complete_collective(const Thread& thread) {
     if (thread.collective == Collective::kMma) {
         if (~taking_part != 0) fail("mma at %s:%d needs all lanes of a warp", thread.place.file, thread.place.line);
         complete_mma(lanes);
+        machine.mmas_run++;
     } else if (thread.collective == Collective::kShuffle) {
         uint64_t bits[kWarpSize];
         for (unsigned lane = 0; lane < kWarpSize; lane++) {
@@ -500,7 +501,11 @@ Settings& settings() { return next_settings; }
 
 uint64_t threads_run() { return machine.threads_run; }
 
+uint64_t mmas_run() { return machine.mmas_run; }
+
 void* shared_memory() { return machine.memory.shared(); }
+
+size_t shared_bytes() { return machine.shared_bytes; }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* kernel) {
     static std::mutex one_at_a_time;
@@ -518,9 +523,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), 
     make_threads();
     machine.memory.begin_launch(shared_bytes);
     if (under_tsan()) machine.host.tsan_fibre = __tsan_get_current_fiber();
-    // Blocks run in the order of threads. At random they are a step apart, coprime to their number.
+    // Blocks run in the order of threads. At random they are a step apart, coprime to their number. A sample has steps
+    // of the golden ratio, which meet no period of the grid.
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    uint64_t first = 0, step = 1;
+    const uint64_t most = std::min(blocks, static_cast<uint64_t>(machine.settings.most_blocks_run));
+    uint64_t first = 0, step = most < blocks ? static_cast<uint64_t>(0.618 * static_cast<double>(blocks)) : 1;
     if (machine.settings.order == Order::kReverse) {
         first = step = blocks - 1;
     } else if (machine.settings.order == Order::kRandom) {
@@ -528,7 +535,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), 
         do step = 1 + next_random() % blocks;
         while (std::gcd(step, blocks) != 1);
     }
-    for (uint64_t k = 0; k < blocks; k++) {
+    for (uint64_t k = 0; k < most; k++) {
         const uint64_t number = (first + k % blocks * step) % blocks;
         blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                     static_cast<unsigned>(number / grid.x / grid.y)};

@@ -77,18 +77,23 @@ enum class Order { kForward, kReverse, kRandom };
 
 // Read when a kernel is launched.
 struct Settings {
-    Order order = Order::kForward;    // of blocks, and of threads: the first that can run does
-    uint64_t seed = 0;                // of the random order, which changes at each barrier
-    bool deferred_copies = false;     // copy_async: data arrive when waited for, or else at once
-    int64_t most_blocks = INT32_MAX;  // of a grid launched by cudaLaunchKernel; blocks go on to further items
+    Order order = Order::kForward;        // of blocks, and of threads: the first that can run does
+    uint64_t seed = 0;                    // of the random order, which changes at each barrier
+    bool deferred_copies = false;         // copy_async: data arrive when waited for, or else at once
+    int64_t most_blocks = INT32_MAX;      // of a grid launched by cudaLaunchKernel; blocks go on to further items
+    int64_t most_blocks_run = INT64_MAX;  // of a grid: a sample, spread evenly; results are not complete
 };
 Settings& settings();
 
 // CUDA threads that have run so far.
 uint64_t threads_run();
 
-// Shared memory of the running block, at least 16-byte aligned as on a device.
+// Instructions of tensor cores that warps have run so far.
+uint64_t mmas_run();
+
+// Shared memory of the running block, at least 16-byte aligned as on a device, and its size.
 void* shared_memory();
+size_t shared_bytes();
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* kernel);
 

@@ -1,0 +1,427 @@
+"""Count what the CUDA kernels ask of a device, and estimate their time.
+
+The program `traffic` of an emulated build runs some blocks of a kernel and counts their accesses,
+warp by warp. nvcc and nvdisasm, where they are found, add registers and instructions of sm_90: a
+loop runs as often as the emulated code of its lines makes its accesses.
+
+    cmake --build BUILD --target traffic
+    python tests/cuda/traffic.py --program BUILD/tests/cuda/traffic [--problems ...]
+
+For each pass of a problem the table has
+
+    waves          how often the blocks fill the first device
+    L2 reads       bytes that its L1s do not have, in sizes of the array: F features, W masks or
+                   logits, O outputs or grad_output
+    full sectors   bytes that are asked for, of the 32-byte sectors of loads / of stores
+    conflicts      wavefronts of shared memory, of the fewest that the bytes allow
+    instructions   warp instructions for each 32 products
+
+and for each device an estimate, what takes it, and the floor as a share of it. The floor is the
+time to touch each byte once. The estimate is the longest of these times, as if all others were
+hidden behind it:
+
+    DRAM     the floor, at the bandwidth of a copy
+    L2       sectors that the L1 does not have, and those stored. The L1 is cold for each block, and
+             the blocks of a multiprocessor have equal parts of it.
+    L1       a cycle for each line of 128 bytes in an access of a warp, and for a wavefront
+    issue    instructions at ISSUED a cycle
+    latency  the time of an access for what is in flight: the bytes that a loop loads before an
+             instruction waits, in all warps that fit
+
+L1 and issue are those of the multiprocessor with the most blocks. Bandwidths are what public
+measurements reach of the data sheets' figures.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import ceil
+from pathlib import Path
+
+import compiled
+
+Counts = dict[str, int]
+SECTOR = 32  # bytes
+WARP = 32  # threads
+ISSUED = 2.4  # instructions a cycle and multiprocessor, of 4
+TO_L2, TO_DRAM = 280e-9, 600e-9  # seconds until a load arrives
+REGISTERS = 64 * 1024  # of a multiprocessor
+USUAL_REGISTERS = 128  # of a thread, without --built
+DTYPES = {"float32": "f", "float16": "NS_7Float16E", "bfloat16": "NS_8BFloat16E"}  # mangled
+ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDG|STG|LDS|STS)\b")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a device: multiprocessors, hertz, bytes a second, bytes, threads."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    dram: float
+    l2: float
+    l1: int  # with shared memory, of a multiprocessor
+    threads: int  # of a multiprocessor
+    products: int = 128  # a cycle and multiprocessor, float32
+
+
+DEVICES = [
+    Device("H200", 132, 1.9e9, 4.3e12, 5.5e12, 256 * 1024, 2048),
+    Device("H100", 132, 1.75e9, 3.0e12, 5.5e12, 256 * 1024, 2048),
+    Device("A100", 108, 1.41e9, 1.4e12, 4.0e12, 192 * 1024, 2048, products=64),
+    Device("T4", 40, 1.2e9, 0.25e12, 1.0e12, 96 * 1024, 1024, products=64),
+    Device("RTX 4090", 128, 2.5e9, 0.92e12, 4.5e12, 128 * 1024, 1536),
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and parameters."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    up: int = 1
+    down: int = 1
+    kernel_size: int = 5
+    groups: int = 1
+
+    @property
+    def elements(self) -> dict[str, int]:
+        """Return the number of elements of each array."""
+        h, w = (ceil(size * self.up / self.down) for size in (self.h, self.w))
+        taps = self.groups * self.kernel_size**2
+        logits = taps * self.up**2 * ceil(self.h / self.down) * ceil(self.w / self.down)
+        return {
+            "features": self.n * self.c * self.h * self.w,
+            "outputs": self.n * self.c * h * w,
+            "masks": self.n * taps * h * w,
+            "logits": self.n * logits,
+        }
+
+    @property
+    def products(self) -> int:
+        """Return the multiply-adds of a pass."""
+        return self.elements["outputs"] * self.kernel_size**2
+
+
+PROBLEMS = {
+    "fpn1": Problem(2, 256, 50, 76, up=2),
+    "fpn2": Problem(2, 256, 100, 152, up=2),
+    "rois": Problem(1000, 256, 14, 14, up=2),
+    "stem": Problem(64, 64, 112, 112, down=2),
+    "s2": Problem(64, 256, 56, 56, down=2),
+    "s3": Problem(64, 512, 28, 28, down=2),
+    "up4": Problem(2, 256, 50, 76, up=4),
+    "convex": Problem(4, 2, 55, 128, up=8, kernel_size=3),
+    "up2_k7": Problem(2, 256, 50, 76, up=2, kernel_size=7),
+    "same": Problem(2, 256, 100, 152),
+    "r32": Problem(2, 256, 50, 76, up=3, down=2),
+    "involution": Problem(32, 256, 28, 28, kernel_size=7, groups=16),
+}
+PASSES = ("forward", "grad_features", "grad_weights")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One of the machine code, with the line of core/src that it comes from."""
+
+    text: str
+    line: str
+
+    @property
+    def access(self) -> tuple[str, str] | None:
+        """Return its line and LDG, STG, LDS or STS, or None for no access of such memory."""
+        kind = ACCESS.search(self.text)
+        return (self.line, kind[1]) if kind else None
+
+
+def in_flight(loop: list[Instruction]) -> int:
+    """Return the bytes a lane that the loop loads before an instruction waits for one of them."""
+    pending: dict[int, int] = {}  # by register
+    most = 0
+    for instruction in loop + loop:  # an iteration may wait for loads of the one before
+        text = instruction.text
+        load = re.match(r"(?:@!?U?P\d+ )?(LDG\S*) R(\d+)", text)
+        read = [int(register) for register in re.findall(r"\bR(\d+)", text)]
+        if load:
+            width = re.search(r"\.(64|128)\b", load[1])
+            pending[int(load[2])] = int(width[1]) // 8 if width else 2 if ".U16" in load[1] else 4
+            most = max(most, sum(pending.values()))
+            read = read[1:]
+        if any(first <= register < first + 4 for first in pending for register in read):
+            pending.clear()
+    return most
+
+
+class Code:
+    """The machine code of a kernel."""
+
+    def __init__(self, registers: int, code: list[Instruction], labels: dict[str, int]) -> None:
+        self.registers = registers
+        ranges = []
+        for k, instruction in enumerate(code):
+            branch = re.search(r"\bBRA\b.*`\((\S+)\)", instruction.text)
+            if branch and labels[branch[1]] < k:
+                ranges.append(range(labels[branch[1]], k + 1))
+        loops = [
+            one
+            for one in ranges
+            if not any(other != one and other[0] in one and other[-1] in one for other in ranges)
+        ]
+        of_loops = {k for loop in loops for k in loop}
+        self.loops = [[code[k] for k in loop] for loop in loops]  # the innermost
+        self.rest = [instruction for k, instruction in enumerate(code) if k not in of_loops]
+        self.in_flight = max(map(in_flight, self.loops), default=0)
+
+    def executed(self, accesses: Counter[tuple[str, str]]) -> float:
+        """Return how many instructions warps run that make so many accesses.
+
+        A loop runs as often as its accesses say. What has none is not counted.
+        """
+        in_loops = Counter(i.access for loop in self.loops for i in loop if i.access)
+        in_rest = Counter(i.access for i in self.rest if i.access and i.access not in in_loops)
+        total = 0.0
+        for region, static in [*((loop, in_loops) for loop in self.loops), (self.rest, in_rest)]:
+            runs = [accesses[i.access] / static[i.access] for i in region if i.access in static]
+            total += len(region) * sum(runs) / max(1, len(runs))
+        return total
+
+
+def parsed(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions of a kernel, and its labels, from what nvdisasm prints with lines."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    line, complete = "", True
+    for row in sass.splitlines():
+        if place := re.match(r'\t//## File "([^"]+)", line (\d+)', row):
+            # Of inlined functions, the innermost comes first. Those of CUDA's headers do not count.
+            if complete:
+                line, complete = "", False
+            if not line and "/core/src/" in place[1]:
+                line = f"{Path(place[1]).name}:{place[2]}"
+        elif label := re.match(r"(\.L_\w+):", row):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?) ;", row):
+            code.append(Instruction(instruction[1], line))
+            complete = True
+    return code, labels
+
+
+@cache
+def read_code(nvcc: str, nvdisasm: str, source: str) -> dict[str, Code]:
+    """Compile a source for sm_90; return the code of its kernels by their mangled names."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernels.cubin"
+        options = ["-std=c++17", "-arch=sm_90", "-lineinfo", "-Xptxas=-v", "-cubin", "-o", cubin]
+        options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""']
+        said = compiled.run(nvcc, *options, f"core/src/cuda/{source}").stderr
+        text = compiled.run(nvdisasm, "-g", "-c", cubin).stdout
+    kernels = compiled.KERNEL.finditer(said)
+    registers = {kernel["name"]: int(kernel["registers"]) for kernel in kernels}
+    sections = re.split(r"\n\t\.section\t\.text\.(\w+)", text)
+    parts = dict(zip(sections[1::2], sections[2::2], strict=True))
+    return {name: Code(registers[name], *parsed(parts[name])) for name in registers}
+
+
+def lines_of(program: Path, places: list[tuple[int, str, int]]) -> Counter[tuple[str, str]]:
+    """Return the accesses of warps by the line of core/src, and LDG, STG, LDS or STS."""
+    addresses = [hex(place[0]) for place in places]
+    said = compiled.run("addr2line", "-a", "-i", "-e", str(program), *addresses).stdout
+    found: Counter[tuple[str, str]] = Counter()
+    parts = re.split(r"^0x\w+\n", said, flags=re.MULTILINE)[1:]
+    for (_, kind, times), part in zip(places, parts, strict=True):
+        of_core = [line for line in part.splitlines() if "core/src/" in line]
+        line = re.match(r".*/([^/]+:\d+)", of_core[0]) if of_core else None
+        found[line[1] if line else "", kind] += times
+    return found
+
+
+class Row:
+    """One pass of one problem: what was counted, as if all blocks had run."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        counted: dict,
+        code: Code | None,
+        accesses: Counter[tuple[str, str]],
+    ) -> None:
+        self.problem, self.code, self.accesses = problem, code, accesses
+        self.kernel: str = counted["kernel"]
+        self.blocks: int = counted["blocks"]
+        self.threads: int = counted["threads"]
+        self.shared_bytes: int = counted["shared_bytes"]
+        self._scale = self.blocks / counted["blocks_run"]
+        self.mmas = counted["mmas"] * self._scale
+        self.arrays: dict[str, Counts] = counted["arrays"]
+        self.shared: Counts = counted["shared"]
+
+    def total(self, name: str) -> float:
+        """Return a count of all arrays in global memory."""
+        return sum(of[name] for of in self.arrays.values()) * self._scale
+
+    def touched(self) -> int:
+        """Return the bytes of the arrays that the pass reads or writes, each once."""
+        return sum(of["bytes"] for of in self.arrays.values() if of["loads"] or of["stores"])
+
+    def resident(self, device: Device) -> int:
+        """Return the blocks that a multiprocessor has at once."""
+        registers = self.code.registers if self.code else USUAL_REGISTERS
+        by_registers = REGISTERS // (ceil(registers / 8) * 8 * self.threads)
+        by_shared = device.l1 // (self.shared_bytes + 1024)
+        return max(1, min(by_registers, by_shared, device.threads // self.threads))
+
+    def waves(self, device: Device) -> float:
+        """Return how often the blocks fill the device."""
+        return self.blocks / (self.resident(device) * device.multiprocessors)
+
+    def l2_reads(self, device: Device, array: str | None = None) -> float:
+        """Return the bytes that come from the L2, of one array or of all."""
+        resident = self.resident(device)
+        part = (device.l1 / resident - self.shared_bytes) / 1024
+        of_arrays = self.arrays.values() if array is None else [self.arrays[array]]
+        total = 0
+        for of in of_arrays:
+            sizes = [size for size in of["l2_sectors"] if int(size) <= part]
+            total += of["l2_sectors"][sizes[-1] if sizes else min(of["l2_sectors"], key=int)]
+        return total * self._scale * SECTOR
+
+    def instructions(self) -> float:
+        """Return the warp instructions, 0 without machine code."""
+        return self.code.executed(self.accesses) * self._scale if self.code else 0.0
+
+    def lanes(self) -> float:
+        """Return the share of the lanes that take part in the stores."""
+        stores = [of for of in self.arrays.values() if of["stores"]]
+        return sum(of["lanes"] for of in stores) / (WARP * sum(of["stores"] for of in stores))
+
+    def times(self, device: Device) -> dict[str, float]:
+        """Return the times in seconds, by what takes them."""
+        machine = device.multiprocessors * device.clock
+        each = self.blocks / device.multiprocessors
+        full = ceil(each) / each
+        lines = self.total("load_lines") + self.total("store_lines")
+        wavefronts = self.shared["wavefronts"] * self._scale
+        reads = self.l2_reads(device)
+        times = {
+            "DRAM": self.touched() / device.dram,
+            "L2": (reads + self.total("store_sectors") * SECTOR) / device.l2,
+            "L1": (lines + wavefronts) / machine * full,
+        }
+        if self.code is not None:
+            products = 0 if self.mmas else self.problem.products / self.lanes() / device.products
+            times["issue"] = max(self.instructions() / ISSUED, products) / machine * full
+            threads = min(self.resident(device), each) * self.threads * device.multiprocessors
+            flight = self.code.in_flight * threads
+            latency = TO_DRAM if reads < 1.5 * self.touched() else TO_L2
+            times["latency"] = reads * latency / flight if flight else 0.0
+        return times
+
+    def estimate(self, device: Device) -> tuple[float, str]:
+        """Return the estimate in seconds, and what takes it."""
+        times = self.times(device)
+        longest = max(times, key=lambda name: times[name])
+        return times[longest], longest
+
+    def share(self, device: Device) -> float:
+        """Return the floor as a share of the estimate."""
+        return self.times(device)["DRAM"] / self.estimate(device)[0]
+
+
+def run(program: Path, problem: Problem, how: tuple[str, str, str, str], blocks: int) -> dict:
+    """Return what the program counts in some blocks; `how` is pass, weights, dtype, layout."""
+    sizes = [
+        *(problem.n, problem.c, problem.h, problem.w, problem.up, problem.down),
+        *(problem.kernel_size, problem.groups, blocks),
+    ]
+    counted: dict = json.loads(compiled.run(str(program), *how, *map(str, sizes)).stdout)
+    return counted
+
+
+def code_of(kernel: str, problem: Problem, dtype: str, tools: tuple[str, str]) -> Code:
+    """Return the machine code of an implementation, whose source has its name."""
+    name = kernel.removesuffix("_cuda").removesuffix("_any")
+    name = name.replace("_with_logits", "").replace("grad_logits", "grad_masks")
+    first = {
+        "grad_features_down2_nhwc": "NS1_10OfChannelsE",
+        "grad_features_down2_nchw": "NS1_9OfColumnsE",
+    }.get(name, "")
+    type_ = DTYPES[dtype]
+    wanted = {f"{first}{size}{type_}" for size in ("", f"Li{problem.kernel_size}E")}
+    source = "grad_features_down2.cu" if first else f"{name}.cu"
+    for mangled, code in read_code(*tools, source).items():
+        if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:
+            return code
+    raise SystemExit(f"no machine code of {kernel}, {dtype}")
+
+
+def table(rows: list[tuple[str, Row]], devices: list[Device]) -> Iterator[str]:
+    """Yield the lines of the table."""
+    titles = ["pass", "kernel", "blocks", "waves", "L2 reads", "full sectors", "conflicts"]
+    titles.append("instructions")
+    titles += [f"{device.name}, us" for device in devices]
+    yield "| " + " | ".join(titles) + " |"
+    yield "|---" * len(titles) + "|"
+    first = devices[0]
+    for title, row in rows:
+        reads = [
+            f"{name[0].upper()} {row.l2_reads(first, name) / of['bytes']:.2g}"
+            for name, of in row.arrays.items()
+            if of["loads"]
+        ]
+        loaded, stored = (
+            row.total(f"{verb}_bytes") / (SECTOR * max(1, row.total(f"{noun}_sectors")))
+            for verb, noun in (("loaded", "load"), ("stored", "store"))
+        )
+        conflicts = row.shared["wavefronts"] / max(1, row.shared["fewest_wavefronts"])
+        each = row.instructions() / (row.problem.products / WARP)
+        cells = [
+            *(title, row.kernel, str(row.blocks), f"{row.waves(first):.2g}", ", ".join(reads)),
+            *(f"{loaded:.0%} / {stored:.0%}", f"{conflicts:.2f}", f"{each:.2f}"),
+        ]
+        for device in devices:
+            seconds, longest = row.estimate(device)
+            cells.append(f"{seconds * 1e6:.0f} ({longest}, {row.share(device):.0%})")
+        yield "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--program", type=Path, required=True, help="the target `traffic`")
+    parser.add_argument("--nvcc", default=shutil.which("nvcc"))
+    parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--weights", nargs="+", choices=("masks", "logits"), default=["logits"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
+    parser.add_argument("--layouts", nargs="+", choices=("NHWC", "NCHW"), default=["NHWC", "NCHW"])
+    parser.add_argument("--devices", nargs="+", choices=[device.name for device in DEVICES])
+    parser.add_argument("--blocks", type=int, default=12, help="of each kernel, to be run")
+    asked = parser.parse_args()
+    devices = [d for d in DEVICES if asked.devices is None or d.name in asked.devices]
+    tools = (asked.nvcc, asked.nvdisasm)
+    rows = []
+    for name, pass_, weights, dtype, layout in product(
+        asked.problems, asked.passes, asked.weights, asked.dtypes, asked.layouts
+    ):
+        problem = PROBLEMS[name]
+        counted = run(asked.program, problem, (pass_, weights, dtype, layout), asked.blocks)
+        code = code_of(counted["kernel"], problem, dtype, tools) if all(tools) else None
+        title = f"{name} {dtype} {layout} {pass_.replace('weights', weights)}"
+        accesses = lines_of(asked.program, counted["places"])
+        rows.append((title, Row(problem, counted, code, accesses)))
+    print("\n".join(table(rows, devices)))
+
+
+if __name__ == "__main__":
+    main()
