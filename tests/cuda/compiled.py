@@ -3,8 +3,9 @@
 A kernel has no spills and no local memory. It uses so few registers that other threads hide its
 loads: two blocks of 256 threads fit on a multiprocessor, or two or three of 128. It has the
 instructions that it was designed around. A vector takes one access, not four; the device itself
-converts 16 bits. On sm_90 an inner loop keeps within its budget of instructions. Needs
-nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or nvidia-cuda-cuobjdump from PyPI).
+converts 16 bits. On sm_90 an inner loop, and one that stages masks, keeps within its budget of
+instructions. Needs nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or
+nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
@@ -102,6 +103,7 @@ BUDGETS = {
         "bfloat16 OfColumns": 176,
     },
 }
+MOST_TO_STAGE = 65  # instructions for an element
 LOCAL_MEMORY = r"(LDL|STL)\b"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;")
 BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
@@ -153,27 +155,43 @@ class Kernel:
             found.append("a conversion in software")
         return found
 
+    def loops(self) -> tuple[list[str], list[range]]:
+        """Return the instructions, and the loops as ranges of them."""
+        code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
+        index = {at: k for k, (at, _) in enumerate(code)}
+        branches = [(k, at, BRANCH.search(text)) for k, (at, text) in enumerate(code)]
+        loops = [
+            range(index[int(branch[1], 16)], k + 1)
+            for k, at, branch in branches
+            if branch and int(branch[1], 16) < at
+        ]
+        return [text for _, text in code], loops
+
     def inner_loop(self) -> int:
         """Return the number of instructions of the inner loop, 0 if there is none.
 
         The inner loop is the shortest of those with the most HMMA or, without HMMA, FFMA. A loop
         with MUFU or a call stages masks and does not count.
         """
-        code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
-        index = {at: k for k, (at, _) in enumerate(code)}
-        loops = []
-        for k, (at, text) in enumerate(code):
-            branch = BRANCH.search(text)
-            if branch and int(branch[1], 16) < at:
-                loops.append([text for _, text in code[index[int(branch[1], 16)] : k + 1]])
+        code, loops = self.loops()
         product = "HMMA" if "HMMA" in self.code else "FFMA"
         sizes = [
-            (-sum(product in text for text in loop), len(loop))
+            (-sum(product in code[k] for k in loop), len(loop))
             for loop in loops
-            if not any(re.search(r"\b(MUFU|CALL)\b", text) for text in loop)
+            if not any(re.search(r"\b(MUFU|CALL)\b", code[k]) for k in loop)
         ]
         products, size = min(sizes, default=(0, 0))
         return size if products else 0
+
+    def staging(self) -> float:
+        """Return the instructions for an element that a loop moves to shared memory, at most."""
+        code, loops = self.loops()
+        most = 0.0
+        for loop in innermost(loops):
+            stores = sum("STS" in code[k] for k in loop)
+            if stores and any("LDG" in code[k] for k in loop):
+                most = max(most, len(loop) / stores)
+        return most
 
     def faults(self) -> list[str]:
         """Return its faults."""
@@ -183,9 +201,22 @@ class Kernel:
         )
         if self.registers > most:
             found.append(f"more than {most} registers")
+        if self.architecture == "sm_90" and re.search(r"_(up|down)2_", self.name):
+            staging = self.staging()
+            if staging > MOST_TO_STAGE:
+                found.append(f"{staging:.0f} instructions for an element that is staged")
         if self.stack or self.spilled or re.search(LOCAL_MEMORY, self.code):
             found.append("local memory")
         return found + self.missing()
+
+
+def innermost(loops: list[range]) -> list[range]:
+    """Return the loops that have no other in them."""
+    return [
+        loop
+        for loop in loops
+        if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
+    ]
 
 
 def over_budget(sources: set[str], kernels: list[Kernel]) -> int:

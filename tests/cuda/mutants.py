@@ -173,8 +173,20 @@ MUTANTS = [
     Mutant(
         "logits are normalised before all are staged",
         "stage_masks_up2.h",
-        "= weight;\n    });\n    __syncthreads();",
-        "= weight;\n    });",
+        "staged); });\n    __syncthreads();\n    if (!p.from_logits) return;",
+        "staged); });\n    if (!p.from_logits) return;",
+    ),
+    Mutant(
+        "a walk over a grid skips a row",
+        "masks.h",
+        "inner_ -= inner_size_;\n            outer_++;",
+        "inner_ -= inner_size_;\n            outer_ += 2;",
+    ),
+    Mutant(
+        "a copy goes beyond its grid",
+        "masks.h",
+        "to[load] = walk.in_grid() ? element.to : -1;",
+        "to[load] = element.to;",
     ),
     Mutant(
         "sub-pixels change places",
@@ -351,8 +363,8 @@ MUTANTS = [
     Mutant(
         "gradients of masks are read before all are there",
         "grad_masks_up2.h",
-        "logits[index] = from[0]; });\n    }\n    __syncthreads();",
-        "logits[index] = from[0]; });\n    }",
+        "j, logits);\n    __syncthreads();",
+        "j, logits);",
     ),
     Mutant(
         "a mask leads to a pixel beside its own",

@@ -172,11 +172,7 @@ class Code:
             branch = re.search(r"\bBRA\b.*`\((\S+)\)", instruction.text)
             if branch and labels[branch[1]] < k:
                 ranges.append(range(labels[branch[1]], k + 1))
-        loops = [
-            one
-            for one in ranges
-            if not any(other != one and other[0] in one and other[-1] in one for other in ranges)
-        ]
+        loops = compiled.innermost(ranges)
         of_loops = {k for loop in loops for k in loop}
         self.loops = [[code[k] for k in loop] for loop in loops]  # the innermost
         self.rest = [instruction for k, instruction in enumerate(code) if k not in of_loops]

@@ -100,12 +100,19 @@ template <class Layout, int K, class T>
 __device__ void stage(const Problem& p, int64_t n, int64_t group, int64_t top, int64_t left, float* staged) {
     using S = Staged<Layout, K>;
     const Array& array = p.from_logits ? p.logits : p.masks;
-    for_each_mask(array, K * K, S::kOutputs, [&](int64_t t, int64_t q) {
-        const int64_t out_i = top + q / S::kColumns, out_j = left + q % S::kColumns;
-        const bool exists = out_i >= 0 && out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
-        staged[t * S::kOutputs + q] = exists ? mask_element<T>(array, n, group * K * K + t, out_i, out_j)[0] : 0;
+    with_masks<T>(array, [&](auto mask) {
+        copy_grid<kThreads>(element<const decltype(mask)>(array, n, group * K * K, top, left), K * K, S::kOutputs,
+                            array.stride_w <= array.stride_c, [&](int t, int q) {
+            const int row = q / S::kColumns, column = q % S::kColumns;
+            const int64_t out_i = top + row, out_j = left + column;
+            return StagedElement{t * array.stride_c + row * array.stride_h + column * array.stride_w,
+                                 t * S::kOutputs + q, out_i >= 0 && out_i < p.out_h && out_j >= 0 && out_j < p.out_w};
+        }, staged);
     });
-    finish_staging(p, S::kOutputs, staged, S::kOutputs);
+    __syncthreads();
+    if (!p.from_logits) return;
+    normalize_staged<K>(p.normalizer, staged, S::kOutputs, S::kOutputs, [](int output) { return output; });
+    __syncthreads();
 }
 
 template <class Layout, int K, class T>

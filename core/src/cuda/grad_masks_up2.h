@@ -17,24 +17,65 @@ struct Lines {
     }
 };
 
-// Calls f(pointer, index) for each mask of 32 sources from (i, j) on, `Columns` in a row. It points into `array`, of
-// the shape of masks or logits; the index is into the lines. A crop leaves out masks, but no logits.
-template <int K, int Columns, int Threads, class T, class F>
-__device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array& array, int64_t n, int64_t group, int i,
-                                                  int j, F f) {
-    constexpr int kOfSource = K * K * kOutputs;
-    const bool taps_adjacent = array.stride_c < array.stride_w;
-    for (int k = static_cast<int>(threadIdx.x); k < kSourcesOfBlock * kOfSource; k += Threads) {
-        const int source = taps_adjacent ? k / kOfSource : k % kSourcesOfBlock,
-                  index = taps_adjacent ? k % kOfSource : k / kSourcesOfBlock;
-        const int tap = p.from_logits ? index / kOutputs : index % (K * K),
-                  o = p.from_logits ? index % kOutputs : index / (K * K);
-        const int row = i + source / Columns, column = j + source % Columns;
-        const Pixel output{row * kUp + o / kUp, column * kUp + o % kUp};
-        if (row >= p.features.h || column >= p.features.w) continue;
-        if (!p.from_logits && (output.i >= p.out_h || output.j >= p.out_w)) continue;
-        f(mask_at<T>(p, array, n, group, tap, output), source * Lines<K>::kSize + index);
+// Where an element of the lines is in an array of the shape of masks or logits, from the source (i, j) on whose line is
+// the first. There are `Columns` sources in a row.
+template <int K, int Columns>
+class LinesInArray {
+public:
+    __device__ __forceinline__ LinesInArray(const Problem& p, const Array& array, int i, int j)
+        : array_(array),
+          from_logits_(p.from_logits),
+          rows_(static_cast<int>(p.from_logits ? p.features.h - i : min((p.features.h - i) * kUp, p.out_h - i * kUp))),
+          columns_(
+              static_cast<int>(p.from_logits ? p.features.w - j : min((p.features.w - j) * kUp, p.out_w - j * kUp))) {}
+
+    // The element `index` of a source's line. A crop leaves out masks, but no logits.
+    __device__ __forceinline__ StagedElement operator()(int source, int index) const {
+        int row = source / Columns, column = source % Columns, channel = index;
+        if (!from_logits_) {
+            const int output = index / (K * K);
+            row = row * kUp + output / kUp;
+            column = column * kUp + output % kUp;
+            channel = index % (K * K);
+        }
+        return {row * array_.stride_h + column * array_.stride_w + channel * array_.stride_c,
+                source * Lines<K>::kSize + index, row < rows_ && column < columns_};
     }
+
+private:
+    const Array& array_;
+    bool from_logits_;
+    int rows_, columns_;  // that exist
+};
+
+// Copies the logits of 32 sources from (i, j) on into lines.
+template <int K, int Columns, int Threads, class T>
+__device__ __forceinline__ void load_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines) {
+    constexpr int kOfSource = K * K * kOutputs;
+    const Array& logits = p.logits;
+    with_masks<T>(logits, [&](auto mask) {
+        copy_grid<Threads>(element<const decltype(mask)>(logits, n, group * kOfSource, i, j), kSourcesOfBlock,
+                           kOfSource, logits.stride_c < logits.stride_w, LinesInArray<K, Columns>(p, logits, i, j),
+                           lines);
+    });
+}
+
+// Writes lines to the masks or logits of 32 sources from (i, j) on.
+template <int K, int Columns, int Threads, class T>
+__device__ __forceinline__ void store_lines(const Problem& p, int64_t n, int64_t group, int i, int j,
+                                            const float* lines, const Array& grad_masks) {
+    constexpr int kOfSource = K * K * kOutputs;
+    const LinesInArray<K, Columns> place(p, grad_masks, i, j);
+    const int up = p.from_logits ? 1 : kUp, channels = p.from_logits ? kOfSource : K * K;
+    with_masks<T>(grad_masks, [&](auto mask) {
+        using M = decltype(mask);
+        M* const to = element<M>(grad_masks, n, group * channels, i * up, j * up);
+        Walk<Threads> walk(kSourcesOfBlock, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
+        for (; walk.in_grid(); walk.advance()) {
+            const StagedElement at = place(walk.row(), walk.column());
+            if (at.exists) to[at.from] = narrow<M>(lines[at.to]);
+        }
+    });
 }
 
 // Carries the gradients of masks in `lines` through the normaliser and writes them. `logits` is room for as many lines.
@@ -42,10 +83,7 @@ __device__ __forceinline__ void for_each_of_lines(const Problem& p, const Array&
 template <int K, int Columns, int Threads, class T>
 __device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines,
                                              float* logits, const Array& grad_masks) {
-    if (p.from_logits) {
-        for_each_of_lines<K, Columns, Threads, T>(p, p.logits, n, group, i, j,
-                                                  [&](MaskPointer<T> from, int index) { logits[index] = from[0]; });
-    }
+    if (p.from_logits) load_lines<K, Columns, Threads, T>(p, n, group, i, j, logits);
     __syncthreads();
     const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
     const int own_i = i + source / Columns, own_j = j + source % Columns;
@@ -61,8 +99,7 @@ __device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_
         for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
     }
     __syncthreads();
-    for_each_of_lines<K, Columns, Threads, T>(p, grad_masks, n, group, i, j,
-                                              [&](MaskPointer<T> to, int index) { to.store(0, lines[index]); });
+    store_lines<K, Columns, Threads, T>(p, n, group, i, j, lines, grad_masks);
     __syncthreads();
 }
 

@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(kBlock, 3)
         const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
         if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
         if (p.from_logits) {
-            for_each_of_lines<K, kColumns, kBlock, T>(p, p.logits, n, group, i, j,
-                                                      [&](MaskPointer<T> from, int index) { shared[index] = from[0]; });
+            load_lines<K, kColumns, kBlock, T>(p, n, group, i, j, shared);
             __syncthreads();
         }
         float* const line = shared + lane * Lines<K>::kSize + Lines<K>::index(p, 0, warp);
@@ -136,8 +135,7 @@ __global__ void __launch_bounds__(kBlock, 3)
 #pragma unroll
         for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
         __syncthreads();
-        for_each_of_lines<K, kColumns, kBlock, T>(p, grad_masks, n, group, i, j,
-                                                  [&](MaskPointer<T> to, int index) { to.store(0, shared[index]); });
+        store_lines<K, kColumns, kBlock, T>(p, n, group, i, j, shared, grad_masks);
         __syncthreads();
     }
 }

@@ -57,19 +57,81 @@ __device__ __forceinline__ MaskPointer<T> mask_at(const Problem& p, const Array&
     return mask_element<T>(array, n, (tap * up + row.remainder) * up + column.remainder, row.quotient, column.quotient);
 }
 
+// Calls f(M()) with the type M of masks of features T.
+template <class T, class F>
+__device__ __forceinline__ void with_masks(const Array& masks, F f) {
+    if (sizeof(T) == 2 && masks.dtype == CARAFEPP_FLOAT32) {
+        f(float());
+    } else {
+        f(T());
+    }
+}
+
+// The elements of a grid, spread over a block: adjacent threads get adjacent ones of a row or, if not
+// `columns_adjacent`, of a column. A thread divides once, as quotients take long.
+template <int Threads>
+class Walk {
+public:
+    __device__ __forceinline__ Walk(int rows, int columns, bool columns_adjacent)
+        : columns_adjacent_(columns_adjacent),
+          outer_size_(columns_adjacent ? rows : columns),
+          inner_size_(columns_adjacent ? columns : rows),
+          outer_step_(Threads / inner_size_),
+          inner_step_(Threads % inner_size_),
+          outer_(static_cast<int>(threadIdx.x) / inner_size_),
+          inner_(static_cast<int>(threadIdx.x) % inner_size_) {}
+
+    __device__ __forceinline__ bool in_grid() const { return outer_ < outer_size_; }
+    __device__ __forceinline__ int row() const { return columns_adjacent_ ? outer_ : inner_; }
+    __device__ __forceinline__ int column() const { return columns_adjacent_ ? inner_ : outer_; }
+    __device__ __forceinline__ void advance() {
+        outer_ += outer_step_;
+        inner_ += inner_step_;
+        if (inner_ >= inner_size_) {
+            inner_ -= inner_size_;
+            outer_++;
+        }
+    }
+
+private:
+    bool columns_adjacent_;
+    int outer_size_, inner_size_, outer_step_, inner_step_, outer_, inner_;
+};
+
+// Where an element of a grid comes from and goes to; 0 goes there if it does not exist.
+struct StagedElement {
+    int64_t from;
+    int to;
+    bool exists;
+};
+
+// Copies a grid into shared memory; place(row, column) is a StagedElement. Several loads of a thread are in flight.
+template <int Threads, class M, class A, class Place>
+__device__ __forceinline__ void copy_grid(const M* from, int rows, int columns, bool columns_adjacent, Place place,
+                                          A* staged) {
+    constexpr int kInFlight = 4;
+    for (Walk<Threads> walk(rows, columns, columns_adjacent); walk.in_grid();) {
+        A values[kInFlight];
+        int to[kInFlight];
+#pragma unroll
+        for (int load = 0; load < kInFlight; load++, walk.advance()) {
+            const StagedElement element = place(walk.row(), walk.column());
+            to[load] = walk.in_grid() ? element.to : -1;
+            values[load] = walk.in_grid() && element.exists ? widen(load_input(from + element.from)) : A{0};
+        }
+#pragma unroll
+        for (int load = 0; load < kInFlight; load++) {
+            if (to[load] >= 0) staged[to[load]] = values[load];
+        }
+    }
+}
+
 // Calls f(t, q) for `taps` taps of `outputs` outputs, spread over a block of kThreads. Adjacent threads get adjacent
 // elements.
 template <class F>
 __device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, int64_t outputs, F f) {
-    const bool taps_adjacent = array.stride_c < array.stride_w;
-    for (int64_t k = threadIdx.x; k < taps * outputs; k += kThreads) {
-        const Quotient split = divide(k, taps_adjacent ? taps : outputs);
-        if (taps_adjacent) {
-            f(split.remainder, split.quotient);
-        } else {
-            f(split.quotient, split.remainder);
-        }
-    }
+    Walk<kThreads> walk(static_cast<int>(taps), static_cast<int>(outputs), array.stride_w <= array.stride_c);
+    for (; walk.in_grid(); walk.advance()) f(int64_t{walk.row()}, int64_t{walk.column()});
 }
 
 // Taps [first_tap, first_tap + taps) of `outputs` outputs from `first` on, to to[tap*pitch + output].
@@ -182,6 +244,22 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
     });
     const float scale = 1 / own.over_threads(sum, [](float a, float b) { return a + b; });
     own.each([&](int k, int) { taps[k] *= scale; });
+}
+
+// Turns staged logits of `outputs` outputs into masks, in a block of kThreads. Tap t of an output is
+// staged[first(output) + t * step].
+template <int K, class First>
+__device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs, int step, First first) {
+    const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
+    for (int before = 0; before < outputs; before += kThreads / kNormalizers) {
+        const int output = before + static_cast<int>(threadIdx.x) / kNormalizers;
+        const TapsOfEight<K> taps{lane, output < outputs ? K * K : 0};
+        float* const masks = staged + first(output);
+        float own[kOwnTaps<K>] = {};
+        taps.each([&](int k, int tap) { own[k] = masks[tap * step]; });
+        normalize_registers(normalizer, taps, own);
+        taps.each([&](int k, int tap) { masks[tap * step] = own[k]; });
+    }
 }
 
 // taps[t] = from[t * step].

@@ -74,6 +74,16 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
     return {a / b, a % b};
 }
 
+// An element of an input, by a load that may run before earlier stores.
+template <class T>
+__device__ __forceinline__ T load_input(const T* from) {
+    if constexpr (sizeof(T) == 2) {
+        return {__ldg(&from->bits)};
+    } else {
+        return __ldg(from);
+    }
+}
+
 // Two elements of 16 bits in a word, from floats and to floats. From sm_80 on one instruction narrows both; either half
 // of a word is widened as it stands.
 template <class T>

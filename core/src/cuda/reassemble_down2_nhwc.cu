@@ -34,8 +34,19 @@ struct ReassembleDown2NhwcPlan {
 template <int K, class T>
 __device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_t out_i, int64_t first, int outputs,
                               float* staged) {
-    const int64_t there = min(int64_t{outputs}, p.out_w - first);
-    stage_masks<T>(p, n, group, out_i * p.out_w + first, there, p.out_w, staged, outputs);
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    const int there = static_cast<int>(min(int64_t{outputs}, p.out_w - first));
+    with_masks<T>(array, [&](auto mask) {
+        copy_grid<kThreads>(element<const decltype(mask)>(array, n, group * K * K, out_i, first), K * K, outputs,
+                            array.stride_w <= array.stride_c, [&](int t, int q) {
+            return StagedElement{t * array.stride_c + q * array.stride_w, t * outputs + q, q < there};
+        }, staged);
+    });
+    __syncthreads();
+    if (p.from_logits) {
+        normalize_staged<K>(p.normalizer, staged, there, outputs, [](int output) { return output; });
+        __syncthreads();
+    }
     const int64_t left = first * kDown - K / 2;
     if (there == outputs && left >= 0 && left + kDown * (outputs - 1) + K <= p.features.w) return;
     for (int k = static_cast<int>(threadIdx.x); k < K * K * outputs; k += kThreads) {

@@ -8,19 +8,32 @@ namespace carafepp::cuda {
 
 constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
 
-// Turns staged logits of `outputs` outputs into masks, in a block of kThreads.
-template <int K>
-__device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs) {
-    constexpr int kTaps = K * K;
-    const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
-    for (int first = 0; first < outputs; first += kThreads / kNormalizers) {
-        const int output = first + static_cast<int>(threadIdx.x) / kNormalizers;
-        const TapsOfEight<K> taps{lane, output < outputs ? kTaps : 0};
-        float* const masks = staged + output / kOutputs * kTaps * kOutputs + output % kOutputs;
-        float own[kOwnTaps<K>] = {};
-        taps.each([&](int k, int tap) { own[k] = masks[tap * kOutputs]; });
-        normalize_registers(normalizer, taps, own);
-        taps.each([&](int k, int tap) { masks[tap * kOutputs] = own[k]; });
+// Copies masks or logits of `sources` sources of row i, in a block of kThreads; 0 outside the row.
+template <int K, class M>
+__device__ void copy_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
+                             float* staged) {
+    constexpr int kTaps = K * K, kElements = kTaps * kOutputs;    // of a source
+    const int begin = static_cast<int>(max(-first, int64_t{0}));  // sources that exist
+    const int end = static_cast<int>(min(int64_t{sources}, p.features.w - first));
+    if (p.from_logits) {  // the channels of a source have the order [tap][output]
+        const Array& logits = p.logits;
+        copy_grid<kThreads>(element<const M>(logits, n, group * kElements, i, first), sources, kElements,
+                            logits.stride_c < logits.stride_w, [&](int source, int channel) {
+            return StagedElement{source * logits.stride_w + channel * logits.stride_c, source * kElements + channel,
+                                 source >= begin && source < end};
+        }, staged);
+        return;
+    }
+    const Array& masks = p.masks;
+    const int out_end = static_cast<int>(min(int64_t{end} * kUp, p.out_w - first * kUp));
+    for (int r = 0; r < kUp; r++) {
+        const bool exists = i * kUp + r < p.out_h;
+        copy_grid<kThreads>(element<const M>(masks, n, group * kTaps, i * kUp + r, first * kUp), kTaps, sources * kUp,
+                            masks.stride_w <= masks.stride_c, [&](int tap, int column) {
+            return StagedElement{tap * masks.stride_c + column * masks.stride_w,
+                                 (column / kUp * kTaps + tap) * kOutputs + r * kUp + column % kUp,
+                                 exists && column >= begin * kUp && column < out_end};
+        }, staged);
     }
 }
 
@@ -28,19 +41,12 @@ __device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, 
 template <int K, class T>
 __device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
                               float* staged) {
-    constexpr int kTaps = K * K;
-    const Array& array = p.from_logits ? p.logits : p.masks;
-    for_each_mask(array, kTaps, sources * kOutputs, [&](int64_t tap, int64_t k) {
-        const int64_t j = first + k / kOutputs, output = k % kOutputs;
-        const Pixel at{i * kUp + output / kUp, j * kUp + output % kUp};
-        float weight = 0;
-        if (j >= 0 && j < p.features.w && (p.from_logits || (at.i < p.out_h && at.j < p.out_w)))
-            weight = mask_at<T>(p, array, n, group, tap, at)[0];
-        staged[(k / kOutputs * kTaps + tap) * kOutputs + output] = weight;
-    });
+    with_masks<T>(p.from_logits ? p.logits : p.masks,
+                  [&](auto mask) { copy_sources<K, decltype(mask)>(p, n, group, i, first, sources, staged); });
     __syncthreads();
     if (!p.from_logits) return;
-    normalize_staged<K>(p.normalizer, staged, sources * kOutputs);
+    normalize_staged<K>(p.normalizer, staged, sources * kOutputs, kOutputs,
+                        [](int output) { return output / kOutputs * K * K * kOutputs + output % kOutputs; });
     __syncthreads();
 }
 
