@@ -175,6 +175,11 @@ _TABLE = [
     Case("non_temporal", "a result written by non-temporal stores", 1, 33, 101, 173, up=2),
     Case("non_temporal_gradient", "so is a gradient of 16 bits", 1, 33, 260, 270, down=2),
     Case("non_temporal_images", "the same, image by image in two parts", 8, 130, 30, 37),
+    # Convex upsampling of other papers
+    Case("convex_up8", "optical flow: two channels, 64 outputs in a cell", 1, 2, 4, 9, up=8),
+    Case("convex_up4", "disparity: one channel, rows of several slices", 2, 1, 2, 37, up=4),
+    Case("convex_crop", "three channels", 1, 3, 6, 6, up=4, size=(14, 13), padding=(0, 1)),
+    Case("convex_up12", "25 taps", 1, 4, 2, 3, up=12, kernel_size=5, size=(20, 36)),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

@@ -50,7 +50,7 @@ def _isas() -> list[str]:
     return [isa for isa, reason in isas.items() if "processor" not in (reason or "")]
 
 
-LAYOUTS_OF_KERNELS = ["few_nchw", "nhwc", "nchw", "any"]
+LAYOUTS_OF_KERNELS = ["few_nchw", "few_nhwc", "nhwc", "nchw", "any"]
 ISAS = _isas()
 
 

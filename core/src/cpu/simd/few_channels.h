@@ -96,6 +96,88 @@ CARAFEPP_INLINE void largest_logits(TapRows<const A> logits, int64_t q, Vector<A
     }
 }
 
+// Stages the numerators of masks, and a factor of each cell.
+template <int N, class A>
+CARAFEPP_INLINE void softmax_of_tiles(TapRows<const A> logits, TapRows<A> masks, int64_t q, A* scales, int exponent) {
+    constexpr int L = kLanes<A>;
+    Vector<A> largest[N], all[N] = {};
+    largest_logits<N, A>(logits, q, largest);
+    const A* from = logits.first + q;
+    A* mask = masks.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += masks.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) {
+            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
+            store(e, mask + v * L);
+            all[v] += e;
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) store(A{1} / all[v], scales + q + v * L);
+}
+
+template <int N, class A>
+__attribute__((noinline)) void softmax_of_rows(TapRows<const A> logits, TapRows<A> masks, A* scales) {
+    const int exponent = exponent_of_softmax(logits.taps);
+    for (int64_t q = 0; q < logits.cells; q += N * kLanes<A>) softmax_of_tiles<N>(logits, masks, q, scales, exponent);
+}
+
+// Turns the gradients of masks into those of logits. `masks` is room for tiles, and has the step of `grads`.
+template <int N, class A>
+CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t q,
+                                               int exponent) {
+    constexpr int L = kLanes<A>;
+    Vector<A> largest[N], all[N] = {}, means[N] = {}, scales[N];  // means of the gradients, weighted by the masks
+    largest_logits<N, A>(logits, q, largest);
+    const A* from = logits.first + q;
+    A *mask = masks, *grad = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += grads.step, grad += grads.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) {
+            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
+            store(e, mask + v * L);
+            all[v] += e;
+            means[v] += e * load(grad + v * L);
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) {
+        scales[v] = A{1} / all[v];
+        means[v] *= scales[v] * scales[v];
+    }
+    mask = masks;
+    grad = grads.first + q;
+    for (int t = 0; t < logits.taps; t++, mask += grads.step, grad += grads.step) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++)
+            store(load(mask + v * L) * (load(grad + v * L) * scales[v] - means[v]), grad + v * L);
+    }
+}
+
+template <int N, class A>
+__attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t first,
+                                                SlicePrefetch& prefetch_of_slice) {
+    SlicePrefetch prefetch = prefetch_of_slice;
+    const int exponent = exponent_of_softmax(logits.taps);
+    for (int64_t q = 0; q < logits.cells; q += N * kLanes<A>) {
+        prefetch.prefetch_until(first + q + N * kLanes<A>);
+        softmax_backward_of_tiles<N>(logits, grads, masks, q, exponent);
+    }
+    prefetch_of_slice = prefetch;
+}
+
+// ---- blocks: some rows of an image of a group ----
+
+// Rows of a block whose bytes are within reason, while each thread has work.
+template <class A>
+int64_t rows_of_block(const Problem& p, int64_t rows, int64_t most, int64_t groups_of_images) {
+    const int64_t threads = threads_worth<A>(p);
+    const int64_t fewest = threads > 1 ? ceil_div(4 * threads, groups_of_images) : 1;
+    return share_size(rows, std::min(std::max<int64_t>(most, 1), ceil_div(rows, fewest)));
+}
+
+// ---- slices ----
+
 // The masks of one row of outputs in neighbouring cells. Logits lie by phase, so a slice has one phase of them. Masks
 // have their phases side by side, so a slice has all.
 struct Slice {
@@ -135,15 +217,6 @@ struct FewChannels {
     // A staged slice is [tap][phase][cell].
     int64_t tap_step() const { return slice_phases * slice_cells; }
     int64_t slice_size() const { return taps * tap_step(); }
-
-    // ---- blocks: some rows of cells of a group ----
-
-    // Rows of a block whose bytes are within reason, while each thread has work.
-    int64_t rows_of_block(int64_t rows, int64_t most, int64_t groups_of_images) const {
-        const int64_t threads = threads_for(INT32_MAX, p.cost() / L);
-        const int64_t fewest = threads > 1 ? ceil_div(4 * threads, groups_of_images) : 1;
-        return share_size(rows, std::min(std::max<int64_t>(most, 1), ceil_div(rows, fewest)));
-    }
 
     // ---- slices ----
 

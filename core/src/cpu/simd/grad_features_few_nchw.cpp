@@ -65,35 +65,6 @@ __attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRo
     *at.prefetch = prefetch;
 }
 
-// ---- softmax: the numerators of masks, and the factor of each cell ----
-
-template <int N, class A>
-CARAFEPP_INLINE void softmax_of_tiles(TapRows<const A> logits, TapRows<A> masks, int64_t q, A* scales, int exponent) {
-    constexpr int L = kLanes<A>;
-    Vector<A> largest[N], all[N] = {};
-    largest_logits<N, A>(logits, q, largest);
-    const A* from = logits.first + q;
-    A* mask = masks.first + q;
-    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += masks.step) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++) {
-            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
-            store(e, mask + v * L);
-            all[v] += e;
-        }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < N; v++) store(A{1} / all[v], scales + q + v * L);
-}
-
-template <class A>
-__attribute__((noinline)) void softmax_of_rows(TapRows<const A> logits, TapRows<A> masks, A* scales) {
-    const int exponent = exponent_of_softmax(logits.taps);
-    for (int64_t q = 0; q < logits.cells; q += kCellsTogether<A>) {
-        softmax_of_tiles<kTilesTogether<A>>(logits, masks, q, scales, exponent);
-    }
-}
-
 // ---- the kernel ----
 
 template <class Sums>
@@ -107,8 +78,9 @@ struct GradFeaturesFewNchw {
     const int64_t window = p.factor.source(up - 1) + k;  // rows and columns of the window of a cell
     const FewChannels<A> few{p, ceil_div(p.out_w, up),
                              p.taps() * (p.from_logits ? 1 : up) + window * window * channels + channels * up};
-    const int64_t block_rows = few.rows_of_block(
-        grad_features.h, kBlockSources / std::max<int64_t>(channels * few.sources_row, 1), grad_features.n* p.groups);
+    const int64_t block_rows = rows_of_block<A>(p, grad_features.h,
+                                                kBlockSources / std::max<int64_t>(channels * few.sources_row, 1),
+                                                grad_features.n* p.groups);
     const int64_t blocks = ceil_div(grad_features.h, block_rows), items = grad_features.n * p.groups * blocks;
     const int64_t source_row_size = channels * few.sources_row;  // [row][channel][residue][cell]
     const int64_t sums_channel = few.slice_cells, sums_column = channels * sums_channel,
@@ -188,7 +160,7 @@ struct GradFeaturesFewNchw {
             A* const scales = staged.masks + few.slice_size();
             const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
             few.for_parts(s, {0, s.count}, false, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
-                softmax_of_rows(logits, masks.from(first), scales + first);
+                softmax_of_rows<kTilesTogether<A>>(logits, masks.from(first), scales + first);
             });
             add_phase(s.phase, masks.read_only(), scales, 0);
         } else if (few.masks_in_place()) {

@@ -77,6 +77,7 @@ struct GradFeaturesFewNhwc {
 }  // namespace
 
 void grad_features_few_nhwc(const Problem& problem, const Array& grad_features) {
+    if (phases_in_lanes(problem)) return phases_nhwc(problem, grad_features, kGradFeatures);
     run_kernel<GradFeaturesFewNhwc>(problem, grad_features);
 }
 

@@ -53,52 +53,6 @@ __attribute__((noinline)) void grads_of_few_channels(FewProducts<A> at, TapRows<
     }
 }
 
-// ---- softmax ----
-
-// Turns the gradients of masks into those of logits. `masks` is room for tiles, and has the step of `grads`.
-template <int N, class A>
-CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t q,
-                                               int exponent) {
-    constexpr int L = kLanes<A>;
-    Vector<A> largest[N], all[N] = {}, means[N] = {}, scales[N];  // means of the gradients, weighted by the masks
-    largest_logits<N, A>(logits, q, largest);
-    const A* from = logits.first + q;
-    A *mask = masks, *grad = grads.first + q;
-    for (int t = 0; t < logits.taps; t++, from += logits.step, mask += grads.step, grad += grads.step) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++) {
-            const Vector<A> e = exp_beside_1(load(from + v * L) - largest[v], exponent);
-            store(e, mask + v * L);
-            all[v] += e;
-            means[v] += e * load(grad + v * L);
-        }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < N; v++) {
-        scales[v] = A{1} / all[v];
-        means[v] *= scales[v] * scales[v];
-    }
-    mask = masks;
-    grad = grads.first + q;
-    for (int t = 0; t < logits.taps; t++, mask += grads.step, grad += grads.step) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++)
-            store(load(mask + v * L) * (load(grad + v * L) * scales[v] - means[v]), grad + v * L);
-    }
-}
-
-template <class A>
-__attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t first,
-                                                SlicePrefetch& prefetch_of_slice) {
-    SlicePrefetch prefetch = prefetch_of_slice;
-    const int exponent = exponent_of_softmax(logits.taps);
-    for (int64_t q = 0; q < logits.cells; q += kCellsTogether<A>) {
-        prefetch.prefetch_until(first + q + kCellsTogether<A>);
-        softmax_backward_of_tiles<kTilesTogether<A>>(logits, grads, masks, q, exponent);
-    }
-    prefetch_of_slice = prefetch;
-}
-
 // ---- the kernel ----
 
 template <class Sums>
@@ -113,8 +67,8 @@ struct GradMasksFewNchw {
     const FewChannels<A> few{p, p.from_logits ? p.logits.w : ceil_div(p.out_w, p.factor.up),
                              p.taps() * (p.from_logits ? 2 : p.factor.up)};
     const int64_t up = p.factor.up, k = p.kernel_size, taps = p.taps(), channels = few.channels;
-    const int64_t block_rows = few.rows_of_block(
-        cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
+    const int64_t block_rows = rows_of_block<A>(
+        p, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
         grad_masks.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), items = grad_masks.n * p.groups * blocks;
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;
@@ -184,7 +138,7 @@ struct GradMasksFewNchw {
         if (few.by_softmax()) {
             SlicePrefetch prefetch = few.prefetch_of(few.next(s));
             few.for_parts(s, {0, s.count}, false, staged.logits, [&](int64_t first, const TapRows<const A>& logits) {
-                softmax_backward(logits, grads.from(first), staged.masks, first, prefetch);
+                softmax_backward<kTilesTogether<A>>(logits, grads.from(first), staged.masks, first, prefetch);
             });
         } else {
             few.stage_slice(s, staged.logits);
@@ -211,8 +165,10 @@ struct GradMasksFewNchw {
         const Range slice_columns = {first, std::min(first + s.count * factor, array.w)};
         for (int64_t t = 0; t < taps; t++, grads += few.tap_step()) {
             const int64_t channel = s.group * taps + t;
-            if (non_temporal && factor == 1 && array.stride_w == 1 && array.dtype == kDtypeOf<A>) {
-                copy_non_temporal(grads, slice_columns.size(), element<A>(array, s.n, channel, row, first));
+            if (factor == 1 && array.stride_w == 1 && array.dtype == kDtypeOf<A>) {
+                A* const to = element<A>(array, s.n, channel, row, first);
+                non_temporal ? copy_non_temporal(grads, slice_columns.size(), to)
+                             : void(std::copy_n(grads, slice_columns.size(), to));
             } else {
                 interleave_row(grads, few.slice_cells, static_cast<int>(factor), array, s.n, channel, row,
                                slice_columns);

@@ -76,6 +76,7 @@ struct GradMasksFewNhwc {
 }  // namespace
 
 void grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks) {
+    if (phases_in_lanes(problem)) return phases_nhwc(problem, grad_masks, kGradLogits);
     run_kernel<GradMasksFewNhwc>(problem, grad_masks);
 }
 

@@ -69,14 +69,24 @@ const char* cannot_run_grad_features_nhwc(const Problem& p, const Array& grad_fe
     return nullptr;
 }
 
-// ---- channels in lanes, one in each group ----
+// ---- phases in lanes ----
 
 static bool adjacent(const Array& array) { return array.empty() || array.stride_c == 1; }
+
+bool phases_in_lanes(const Problem& p) {
+    const int64_t up = p.factor.up, channels = p.features.c;
+    const bool is_float = p.features.dtype == CARAFEPP_FLOAT32 && p.logits.dtype == CARAFEPP_FLOAT32;
+    return p.from_logits && p.normalizer == CARAFEPP_SOFTMAX && is_float && adjacent(p.logits) && p.groups == 1 &&
+           channels > 0 && channels <= kPhaseChannels && up % 4 == 0 && up <= kMaxFactor && p.factor.down == 1 &&
+           masks_of_cell(p) <= 32 * 1024 && in_lanes(p.kernel_size * (p.features.w + 64)) <= 4 * kScratchBytes;
+}
+
+// ---- channels in lanes, one in each group ----
 
 // Why an argument of a function is not: pixels are features or the like, `weights` masks or logits.
 static const char* unfit_for_few_nhwc(const Problem& p, std::initializer_list<const Array*> pixels,
                                       const Array& weights) {
-    if (p.features.c != p.groups) return "a group has more than one channel";
+    if (p.features.c != p.groups) return "a group has more than one channel, and this is not convex upsampling";
     for (const Array* array : pixels) {
         if (!adjacent(*array)) return "channels are not adjacent";
     }
@@ -90,15 +100,17 @@ static const char* unfit_for_few_nhwc(const Problem& p, std::initializer_list<co
 static const Array& weights_of(const Problem& p) { return p.from_logits ? p.logits : p.masks; }
 
 const char* cannot_run_reassemble_few_nhwc(const Problem& p, const Array& output) {
-    return unfit_for_few_nhwc(p, {&p.features, &output}, weights_of(p));
+    return phases_in_lanes(p) ? nullptr : unfit_for_few_nhwc(p, {&p.features, &output}, weights_of(p));
 }
 
 const char* cannot_run_grad_masks_few_nhwc(const Problem& p, const Array& grad_masks) {
     if (!adjacent(grad_masks)) return "channels of the gradient are not adjacent";
+    if (phases_in_lanes(p)) return nullptr;
     return unfit_for_few_nhwc(p, {&p.features, &p.grad_output}, p.from_logits ? p.logits : grad_masks);
 }
 
 const char* cannot_run_grad_features_few_nhwc(const Problem& p, const Array& grad_features) {
+    if (phases_in_lanes(p)) return nullptr;
     if (in_lanes(p.features.w) > kScratchBytes / 4) return "a row of sums takes more than 512 KiB";
     if (in_lanes(p.from_logits ? masks_of_cell(p) : p.taps()) > kScratchBytes / 2)
         return "the masks of a cell take more than 1 MiB";
@@ -294,7 +306,9 @@ const char* slower_grad_features_nhwc(const Problem& p, const Array&) {
     return nullptr;
 }
 
-static const char* slower_for_few_lanes(const Problem& p) { return p.groups < kFewestChannels ? kNoVectors : nullptr; }
+static const char* slower_for_few_lanes(const Problem& p) {
+    return p.groups < kFewestChannels && !phases_in_lanes(p) ? kNoVectors : nullptr;
+}
 
 const char* slower_reassemble_few_nhwc(const Problem& p, const Array&) { return slower_for_few_lanes(p); }
 const char* slower_grad_masks_few_nhwc(const Problem& p, const Array&) { return slower_for_few_lanes(p); }

@@ -6,6 +6,7 @@
 #include "cpu/geometry.h"
 #include "cpu/isas.h"
 #include "cpu/scratch.h"
+#include "kernel.h"
 #include "problem.h"
 
 #define CARAFEPP_KERNELS_OF(isa, supported, unsupported, a, b)                       \
@@ -25,6 +26,7 @@
     void reassemble_few_nhwc(const Problem& problem, const Array& output);           \
     void grad_features_few_nhwc(const Problem& problem, const Array& grad_features); \
     void grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);       \
+    void phases_nhwc(const Problem& problem, const Array& result, Result kind);      \
     void normalize_masks(const Problem& problem, const Array& masks);                \
     void normalize_masks_backward(const Problem& problem, const Array& grad_logits); \
     }
@@ -46,6 +48,11 @@ int64_t channels_of_image(const Problem& problem);
 inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
     return problem.from_logits && grad_masks.stride_c == 1;
 }
+
+// Tells if the lanes of a kernel for few channels are the outputs of a cell, in convex upsampling by a multiple of 4.
+// Otherwise they are channels. A cell has at least so many outputs, and a group at most so many channels.
+constexpr int kFewestPhases = 16, kPhaseChannels = 4;
+bool phases_in_lanes(const Problem& problem);
 
 // Why the kernel of that name cannot run a problem, or NULL.
 const char* cannot_run_reassemble_few_nchw(const Problem& problem, const Array& output);

@@ -119,8 +119,8 @@ struct ReassembleFewNchw {
     const FewChannels<A> few{p, ceil_div(p.out_w, p.factor.up), p.taps() * (p.from_logits ? 1 : p.factor.up)};
     const int64_t up = p.factor.up, k = p.kernel_size, channels = few.channels;
     const int64_t cell_rows = ceil_div(p.out_h, up);
-    const int64_t block_rows = few.rows_of_block(
-        cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
+    const int64_t block_rows = rows_of_block<A>(
+        p, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
         output.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), items = output.n * p.groups * blocks;
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;

@@ -60,6 +60,7 @@ struct ReassembleFewNhwc {
 }  // namespace
 
 void reassemble_few_nhwc(const Problem& problem, const Array& output) {
+    if (phases_in_lanes(problem)) return phases_nhwc(problem, output, kReassembleWithLogits);
     run_kernel<ReassembleFewNhwc>(problem, output);
 }
 
