@@ -181,7 +181,9 @@ int64_t rows_of_block(const Problem& p, int64_t rows, int64_t most, int64_t grou
 // The masks of one row of outputs in neighbouring cells. Logits lie by phase, so a slice has one phase of them. Masks
 // have their phases side by side, so a slice has all.
 struct Slice {
-    int64_t n, group, row, cell, count;
+    int64_t n, group;
+    Range rows;  // of the block
+    int64_t row, cell, count;
     int64_t phase, phases;
 };
 
@@ -189,7 +191,8 @@ template <class A>
 struct FewChannels {
     static constexpr int L = kLanes<A>;
     static constexpr int64_t kCells = kCellsTogether<A>;
-    static constexpr int64_t kSliceSize = 3072;  // elements, of float 12 KiB
+    static constexpr int64_t kSliceSize = 4096;                      // elements, of float 16 KiB
+    static constexpr int64_t kTogether = 512, kSizeTogether = 4608;  // cells and masks of a phase of rows together
 
     const Problem& p;
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, taps = p.taps();
@@ -199,33 +202,54 @@ struct FewChannels {
     const int64_t lanes = whole_tiles(cells);  // of a row
     const int64_t slice_phases = p.from_logits ? 1 : up;
     const int64_t slice_cells;
+    const int64_t rows_together;  // rows of cells of which a phase is adjacent, in few slices
 
     // Features are staged as [channel][row][residue][cell], and their gradients are summed so.
     const int64_t residue_stride = whole_tiles(
         std::max(lanes + columns.halo(), whole_tiles(columns.sources(0)) - columns.least_shift));
     const int64_t sources_row = down * residue_stride;
 
-    // `rows_of_slice` are the staged rows of which a slice holds each cell.
-    FewChannels(const Problem& problem, int64_t all_cells, int64_t rows_of_slice)
+    // `rows_of_slice` are the staged rows of which a slice holds each cell. A phase of rows together is adjacent in
+    // `logits`, which may be a gradient.
+    FewChannels(const Problem& problem, int64_t all_cells, int64_t rows_of_slice, const Array& logits)
         : p(problem),
           cells(all_cells),
-          slice_cells(whole_tiles(share_size(
-              std::max<int64_t>(lanes, 1), std::max<int64_t>(kSliceSize / rows_of_slice / kCells * kCells, kCells)))) {}
+          slice_cells(whole_tiles(share_size(std::max<int64_t>(lanes, 1),
+                                             std::max<int64_t>(kSliceSize / rows_of_slice / kCells * kCells, kCells)))),
+          rows_together(
+              are_together(logits)
+                  ? std::max<int64_t>(std::min(kTogether, kSizeTogether / taps) / std::max<int64_t>(lanes, 1), 1)
+                  : 1) {}
+
+    bool are_together(const Array& logits) const {
+        return by_softmax() && channels <= kRegisterChannels<A> && up <= kMaxFactor && cells <= slice_cells &&
+               logits.dtype == kDtypeOf<A> && logits.stride_w == 1 && logits.stride_h == logits.w && logits.w == cells;
+    }
 
     static int64_t whole_tiles(int64_t cells) { return ceil_div(cells, kCells) * kCells; }
 
-    // A staged slice is [tap][phase][cell].
-    int64_t tap_step() const { return slice_phases * slice_cells; }
+    // A staged slice is [tap][phase][cell], with room for those of rows together.
+    int64_t tap_step() const { return slice_phases * slice_cells * rows_together; }
     int64_t slice_size() const { return taps * tap_step(); }
 
     // ---- slices ----
 
-    Slice first_slice(int64_t n, int64_t group, int64_t row) const {
-        return {n, group, row, 0, std::min(slice_cells, cells), 0, slice_phases};
+    Slice first_slice(int64_t n, int64_t group, Range rows) const {
+        return {n, group, rows, rows.begin, 0, std::min(slice_cells, cells), 0, slice_phases};
     }
 
-    // The slice after another: of its cells, of its row, of the next row.
+    // Which one of the rows of cells together has a slice.
+    int64_t place(const Slice& s) const { return (s.row - s.rows.begin) / up % rows_together; }
+    bool is_last_together(const Slice& s) const { return place(s) + 1 == rows_together || s.row + up >= s.rows.end; }
+    bool is_last_of_row(const Slice& s) const { return s.phase + s.phases == up && s.cell + s.count == cells; }
+
+    // The slice after another: of the next row of cells, of the next phase, of the next cells, of the next row.
     Slice next(Slice s) const {
+        if (!is_last_together(s)) {
+            s.row += up;
+            return s;
+        }
+        s.row -= place(s) * up;
         s.phase += s.phases;
         if (s.phase < up) return s;
         s.phase = 0;
@@ -233,6 +257,7 @@ struct FewChannels {
         if (s.cell >= cells) {
             s.cell = 0;
             s.row++;
+            if (s.row % up == 0) s.row += (rows_together - 1) * up;
         }
         s.count = std::min(slice_cells, cells - s.cell);
         return s;
@@ -283,16 +308,22 @@ struct FewChannels {
                 static_cast<int>(whole_tiles(s.count))};
     }
 
+    // What the last tile of a row of logits holds, if cells do not fill it: cells that come twice, or what follows in
+    // memory where that is of the array.
+    enum Tail { kTwice, kBeyond, kStaged };
+
     // Calls f(cell, rows) for the parts of a slice of one phase. Tiles of the cells `whole` are read in place if they
-    // can be; the rest is staged. If cells may come twice, the last tiles overlap those before.
+    // can be; the rest is staged.
     template <class F>
-    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, bool twice, A* staged, F f) const {
+    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, Tail tail, A* staged, F f) const {
         const Array array = taps_of(masks_or_logits(), s);
         const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
         const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
         const int64_t begin = in_place ? std::min(whole_tiles(std::max<int64_t>(whole.begin, 0)), s.count) : s.count;
-        const int64_t end = std::max(begin, there > 0 ? there / kCells * kCells : 0);
-        const bool overlap = twice && there == s.count && begin < end;
+        const int64_t follow = array.stride_h == array.w ? (array.h - row_in_array(s)) * array.w - s.cell : 0;
+        const bool beyond = tail == kBeyond && in_place && whole_tiles(s.count) <= follow;
+        const int64_t end = beyond ? s.count : std::max(begin, there > 0 ? there / kCells * kCells : 0);
+        const bool overlap = tail == kTwice && there == s.count && begin < end;
         for (const Range part : {Range{0, begin}, Range{begin, end}, Range{end, s.count}}) {
             if (part.size() == 0) continue;
             const bool last = part.begin == end, in_array = part.begin == begin && part.end == end;
@@ -330,6 +361,13 @@ struct FewChannels {
     void zero_outside(const TapRows<A>& rows, int64_t phase, int64_t cell) const {
         for (int64_t q = 0; q < rows.cells; q += L)
             zero_phase_outside(columns, phase, cell + q, rows.first + q, rows.step);
+    }
+
+    // Zeroes cells from `outputs` on, which have none or one that a crop leaves out.
+    void zero_cropped(const TapRows<A>& rows, int64_t outputs) const {
+        const int64_t first = std::max<int64_t>(outputs, 0);
+        for (int64_t t = 0; t < rows.taps && first < rows.cells; t++)
+            std::fill(rows.tap(t) + first, rows.tap(t) + rows.cells, A{0});
     }
 
     // The offsets of the taps of a phase in a row of staged features.

@@ -77,7 +77,7 @@ struct GradFeaturesFewNchw {
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size, channels = p.features.c / p.groups;
     const int64_t window = p.factor.source(up - 1) + k;  // rows and columns of the window of a cell
     const FewChannels<A> few{p, ceil_div(p.out_w, up),
-                             p.taps() * (p.from_logits ? 1 : up) + window * window * channels + channels * up};
+                             p.taps() * (p.from_logits ? 1 : up) + window * window * channels + channels * up, Array()};
     const int64_t block_rows = rows_of_block<A>(p, grad_features.h,
                                                 kBlockSources / std::max<int64_t>(channels * few.sources_row, 1),
                                                 grad_features.n* p.groups);
@@ -113,7 +113,7 @@ struct GradFeaturesFewNchw {
     void add_row_of_cells(int64_t n, int64_t group, Range rows, const Staged& staged) const {
         for (int64_t cell = 0; cell < few.cells; cell += few.slice_cells) {
             if (up > 1) std::fill_n(staged.sums, sums_size, A{0});
-            Slice slice = few.first_slice(n, group, rows.begin);
+            Slice slice = few.first_slice(n, group, rows);
             slice.cell = cell;
             slice.count = std::min(few.slice_cells, few.cells - cell);
             for (; slice.row < rows.end; slice.row++) {
@@ -159,14 +159,19 @@ struct GradFeaturesFewNchw {
         if (few.by_softmax()) {
             A* const scales = staged.masks + few.slice_size();
             const TapRows<A> masks = few.rows_of_phase(s, s.phase, staged.masks);
-            few.for_parts(s, {0, s.count}, false, staged.masks, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, few.kBeyond, staged.masks,
+                          [&](int64_t first, const TapRows<const A>& logits) {
                 softmax_of_rows<kTilesTogether<A>>(logits, masks.from(first), scales + first);
             });
+            // Masks without an output may be NaN.
+            const int64_t outputs = few.columns.outputs(s.phase) - s.cell;
+            few.zero_cropped(masks, outputs);
+            few.zero_cropped({scales, 0, 1, masks.cells}, outputs);
             add_phase(s.phase, masks.read_only(), scales, 0);
         } else if (few.masks_in_place()) {
-            few.for_parts(s, {0, s.count}, false, staged.masks, [&](int64_t first, const TapRows<const A>& masks) {
-                add_phase(s.phase, masks, nullptr, first);
-            });
+            few.for_parts(
+                s, {0, s.count}, few.kStaged, staged.masks,
+                [&](int64_t first, const TapRows<const A>& masks) { add_phase(s.phase, masks, nullptr, first); });
         } else {
             few.stage_masks(s, staged.masks);
             for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++)

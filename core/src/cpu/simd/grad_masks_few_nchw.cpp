@@ -65,7 +65,7 @@ struct GradMasksFewNchw {
     // With logits also the rows and cells that a crop leaves out.
     const int64_t cell_rows = p.from_logits ? p.logits.h : ceil_div(p.out_h, p.factor.up);
     const FewChannels<A> few{p, p.from_logits ? p.logits.w : ceil_div(p.out_w, p.factor.up),
-                             p.taps() * (p.from_logits ? 2 : p.factor.up)};
+                             p.taps() * (p.from_logits ? 2 : p.factor.up), grad_masks};
     const int64_t up = p.factor.up, k = p.kernel_size, taps = p.taps(), channels = few.channels;
     const int64_t block_rows = rows_of_block<A>(
         p, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
@@ -74,8 +74,9 @@ struct GradMasksFewNchw {
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;
     const int64_t features_channel = staged_rows * few.sources_row;
     const int64_t features_size = channels * features_channel;
-    const int64_t output_size = channels * up * few.slice_cells;
-    const int64_t scratch_size = features_size + output_size + (p.from_logits ? 3 : 1) * few.slice_size();
+    const int64_t output_size = channels * up * few.slice_cells;  // of a row
+    const int64_t scratch_size = features_size + few.rows_together * output_size +
+                                 (p.from_logits ? 3 : 1) * few.slice_size();
     const bool non_temporal = wants_non_temporal_stores(grad_masks);
 
     struct Staged {
@@ -90,26 +91,29 @@ struct GradMasksFewNchw {
         Staged staged;
         staged.features = scratch;
         staged.output = staged.features + features_size;
-        staged.grads = staged.output + output_size;
+        staged.grads = staged.output + few.rows_together * output_size;
         staged.logits = staged.grads + few.slice_size();
         staged.masks = staged.logits + few.slice_size();
         if (begin < p.out_h) {
             staged.first_source = p.rows().source(begin);
             few.stage_features(n, group, {begin, std::min(end, p.out_h)}, features_channel, staged.features);
         }
-        for (Slice slice = few.first_slice(n, group, begin); slice.row < end; slice = few.next(slice)) {
+        for (Slice slice = few.first_slice(n, group, {begin, end}); slice.row < end; slice = few.next(slice)) {
+            A* const grads = staged.grads + few.place(slice) * few.cells;
             if (slice.row < p.out_h) {
-                grads_of_slice(slice, staged);
+                grads_of_slice(slice, staged, grads);
             } else {
-                std::fill_n(staged.grads, few.slice_size(), A{0});
+                zero_taps({grads, few.tap_step(), static_cast<int>(taps),
+                           static_cast<int>(few.tap_step() - few.place(slice) * few.cells)});
             }
-            write_slice(slice, staged.grads);
+            if (few.is_last_together(slice)) write_slice(slice, staged.grads);
         }
         if (non_temporal) finish_non_temporal_stores();
     }
 
-    void grads_of_slice(const Slice& s, const Staged& staged) const {
-        if (s.phase == 0) few.stage_grads(s, staged.output);
+    void grads_of_slice(const Slice& s, const Staged& staged, A* of_slice) const {
+        A* const output = staged.output + few.place(s) * output_size;
+        if (s.phase == 0) few.stage_grads(s, output);
         const int64_t top = p.rows().source(s.row) - p.radius();
         FewProducts<A> at;
         at.tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
@@ -120,24 +124,25 @@ struct GradMasksFewNchw {
         at.kernel_size = static_cast<int>(k);
         at.output_channel = up * few.slice_cells;
         for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            const TapRows<A> grads = few.rows_of_phase(s, phase, staged.grads);
+            const TapRows<A> grads = few.rows_of_phase(s, phase, of_slice);
             zero_taps(grads.of({0, at.tap_rows.begin * k}));
             zero_taps(grads.of({at.tap_rows.end * k, taps}));
             few.find_taps(phase, at.tap_offsets);
-            at.output = staged.output + phase * few.slice_cells;
+            at.output = output + phase * few.slice_cells;
             for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
                 grads_of_few_channels<known(), count()>(at, grads, c);
             });
             few.zero_outside(grads, phase, s.cell);  // features are 0 there, but grad_output may be Inf or NaN
             if (p.from_logits) turn_into_logits(s, grads, staged);
-            zero_cropped(grads, few.columns.outputs(phase) - s.cell);
+            few.zero_cropped(grads, few.columns.outputs(phase) - s.cell);
         }
     }
 
     void turn_into_logits(const Slice& s, const TapRows<A>& grads, const Staged& staged) const {
         if (few.by_softmax()) {
             SlicePrefetch prefetch = few.prefetch_of(few.next(s));
-            few.for_parts(s, {0, s.count}, false, staged.logits, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, few.kBeyond, staged.logits,
+                          [&](int64_t first, const TapRows<const A>& logits) {
                 softmax_backward<kTilesTogether<A>>(logits, grads.from(first), staged.masks, first, prefetch);
             });
         } else {
@@ -150,25 +155,18 @@ struct GradMasksFewNchw {
         for (int64_t t = 0; t < outside.taps; t++) std::fill_n(outside.tap(t), outside.cells, A{0});
     }
 
-    // Zeroes cells from `outputs` on, which a crop leaves out.
-    void zero_cropped(const TapRows<A>& grads, int64_t outputs) const {
-        const int64_t first = std::max<int64_t>(outputs, 0);
-        for (int64_t t = 0; t < taps && first < grads.cells; t++)
-            std::fill(grads.tap(t) + first, grads.tap(t) + grads.cells, A{0});
-    }
-
     // ---- write out ----
 
     void write_slice(const Slice& s, const A* grads) const {
         const Array array = few.taps_of(grad_masks, s);
-        const int64_t row = few.row_in_array(s), factor = few.factor_in_array(), first = s.cell * factor;
+        const int64_t row = few.row_in_array(s) - few.place(s), factor = few.factor_in_array(), first = s.cell * factor;
         const Range slice_columns = {first, std::min(first + s.count * factor, array.w)};
+        const int64_t size = few.place(s) * array.w + slice_columns.size();
         for (int64_t t = 0; t < taps; t++, grads += few.tap_step()) {
             const int64_t channel = s.group * taps + t;
             if (factor == 1 && array.stride_w == 1 && array.dtype == kDtypeOf<A>) {
                 A* const to = element<A>(array, s.n, channel, row, first);
-                non_temporal ? copy_non_temporal(grads, slice_columns.size(), to)
-                             : void(std::copy_n(grads, slice_columns.size(), to));
+                non_temporal ? copy_non_temporal(grads, size, to) : void(std::copy_n(grads, size, to));
             } else {
                 interleave_row(grads, few.slice_cells, static_cast<int>(factor), array, s.n, channel, row,
                                slice_columns);

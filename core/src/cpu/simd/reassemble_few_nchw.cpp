@@ -116,7 +116,7 @@ struct ReassembleFewNchw {
 
     const Problem& p;
     const Array& output;
-    const FewChannels<A> few{p, ceil_div(p.out_w, p.factor.up), p.taps() * (p.from_logits ? 1 : p.factor.up)};
+    const FewChannels<A> few{p, ceil_div(p.out_w, p.factor.up), p.taps() * (p.from_logits ? 1 : p.factor.up), p.logits};
     const int64_t up = p.factor.up, k = p.kernel_size, channels = few.channels;
     const int64_t cell_rows = ceil_div(p.out_h, up);
     const int64_t block_rows = rows_of_block<A>(
@@ -127,18 +127,20 @@ struct ReassembleFewNchw {
     const int64_t features_channel = staged_rows * few.sources_row;
     const int64_t features_size = channels * features_channel;
     const int64_t sums_channel = up * few.lanes;  // [channel][phase][cell], a row of outputs
-    const int64_t scratch_size = features_size + few.slice_size() + channels * sums_channel;
+    const int64_t sums_size = channels * sums_channel;
+    const int64_t scratch_size = features_size + few.slice_size() + few.rows_together * sums_size;
 
     void run_item(int64_t item, A* scratch) const {
         const int64_t n = item / blocks / p.groups, group = item / blocks % p.groups, block = item % blocks;
         const Range rows = {block * block_rows * up, std::min((block + 1) * block_rows * up, p.out_h)};
         A *const features = scratch, *const masks = features + features_size, *const sums = masks + few.slice_size();
         few.stage_features(n, group, rows, features_channel, features);
-        Slice slice = few.first_slice(n, group, rows.begin);
+        Slice slice = few.first_slice(n, group, rows);
         while (slice.row < rows.end) {
             const Slice next = few.next(slice);
-            contract_slice(slice, next, features, p.rows().source(rows.begin), masks, sums);
-            if (next.row > slice.row) write_row(slice, sums);
+            A* const of_row = sums + few.place(slice) * sums_size;
+            contract_slice(slice, next, features, p.rows().source(rows.begin), masks, of_row);
+            if (few.is_last_of_row(slice)) write_row(slice, of_row);
             slice = next;
         }
     }
@@ -158,7 +160,7 @@ struct ReassembleFewNchw {
         if (few.by_softmax() && channels <= kRegisterChannels<A>) {
             few.find_taps(s.phase, at.tap_offsets);
             at.outputs = sums + s.phase * few.lanes + s.cell;
-            few.for_parts(s, {0, s.count}, true, masks, [&](int64_t first, const TapRows<const A>& logits) {
+            few.for_parts(s, {0, s.count}, few.kTwice, masks, [&](int64_t first, const TapRows<const A>& logits) {
                 for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
                     reassemble_few_logits<known(), count()>(at, logits, first, c);
                 });
@@ -169,7 +171,7 @@ struct ReassembleFewNchw {
             few.find_taps(s.phase, at.tap_offsets);
             at.outputs = sums + s.phase * few.lanes + s.cell;
             const Range whole = {few.columns.inside.begin - s.cell, few.columns.inside.end - s.cell};
-            few.for_parts(s, whole, true, masks, [&](int64_t first, const TapRows<const A>& rows) {
+            few.for_parts(s, whole, few.kTwice, masks, [&](int64_t first, const TapRows<const A>& rows) {
                 if (rows.first == masks + first)
                     few.zero_outside({masks + first, rows.step, rows.taps, rows.cells}, s.phase, s.cell + first);
                 contract_masks(at, rows, first);
