@@ -128,6 +128,12 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
             if (call.wanted[k])
                 chosen[k] = &choose(function, list, call.params.implementation, call.problem, call.results[k]);
         }
+        const auto run_both = chosen[0] != nullptr ? chosen[0]->run_both : nullptr;
+        if (run_both != nullptr && chosen[1] != nullptr && chosen[1]->run_both == run_both &&
+            !call.results[0].empty() && !call.results[1].empty() &&
+            run_both(call.problem, call.results[0], call.results[1])) {
+            return;
+        }
         for (int k = 0; k < 2; k++) {
             if (chosen[k] != nullptr && !call.results[k].empty()) chosen[k]->run(call.problem, call.results[k]);
         }

@@ -11,6 +11,10 @@ struct Kernel {
     const char* (*cannot_run)(const Problem&, const Array& result);  // the reason, or NULL
     const char* (*slower)(const Problem&, const Array& result);  // why a later kernel of the list is faster, or NULL
     void (*run)(const Problem&, const Array& result);            // which has elements
+
+    // Computes both gradients of a backward where that is faster, and returns true; or NULL. It is the same function
+    // in the entries of both.
+    bool (*run_both)(const Problem&, const Array& grad_features, const Array& grad_masks) = nullptr;
 };
 
 // The results that kernels compute. With logits, an output has names of its own but the same kernels. An empty result,

@@ -25,12 +25,18 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel},
 #define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ISAS(CARAFEPP_ENTRY, name, kernel)
 
+// The same for few channels, whose kernels may compute both gradients of a backward together.
+#define CARAFEPP_FEW_NCHW(isa, supported, unsupported, name, kernel) \
+    {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel, isa::grads_few_nchw},
+#define CARAFEPP_FEW_NHWC(isa, supported, unsupported, name, kernel) \
+    {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel, isa::grads_few_nhwc},
+
 // clang-format off
 // The list of a result: its kernel for each layout, and the reference.
 #define CARAFEPP_LIST(result, kernel)                                   \
     {                                                                   \
-        CARAFEPP_ENTRIES(result "_few_nchw", kernel##_few_nchw)         \
-        CARAFEPP_ENTRIES(result "_few_nhwc", kernel##_few_nhwc)         \
+        CARAFEPP_ISAS(CARAFEPP_FEW_NCHW, result "_few_nchw", kernel##_few_nchw) \
+        CARAFEPP_ISAS(CARAFEPP_FEW_NHWC, result "_few_nhwc", kernel##_few_nhwc) \
         CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc)                 \
         CARAFEPP_ENTRIES(result "_nchw", kernel##_nchw)                 \
         CARAFEPP_ENTRIES(result "_any", kernel##_any)                   \

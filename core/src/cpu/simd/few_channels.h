@@ -122,15 +122,16 @@ __attribute__((noinline)) void softmax_of_rows(TapRows<const A> logits, TapRows<
     for (int64_t q = 0; q < logits.cells; q += N * kLanes<A>) softmax_of_tiles<N>(logits, masks, q, scales, exponent);
 }
 
-// Turns the gradients of masks into those of logits. `masks` is room for tiles, and has the step of `grads`.
+// Turns the gradients of masks into those of logits. Stages the numerators of masks with the step of `grads`, and a
+// factor of each cell.
 template <int N, class A>
-CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t q,
-                                               int exponent) {
+CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<A> grads, A* masks, A* scales_of,
+                                               int64_t q, int exponent) {
     constexpr int L = kLanes<A>;
     Vector<A> largest[N], all[N] = {}, means[N] = {}, scales[N];  // means of the gradients, weighted by the masks
     largest_logits<N, A>(logits, q, largest);
     const A* from = logits.first + q;
-    A *mask = masks, *grad = grads.first + q;
+    A *mask = masks + q, *grad = grads.first + q;
     for (int t = 0; t < logits.taps; t++, from += logits.step, mask += grads.step, grad += grads.step) {
 #pragma GCC unroll 2
         for (int v = 0; v < N; v++) {
@@ -143,9 +144,10 @@ CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<
 #pragma GCC unroll 2
     for (int v = 0; v < N; v++) {
         scales[v] = A{1} / all[v];
+        store(scales[v], scales_of + q + v * L);
         means[v] *= scales[v] * scales[v];
     }
-    mask = masks;
+    mask = masks + q;
     grad = grads.first + q;
     for (int t = 0; t < logits.taps; t++, mask += grads.step, grad += grads.step) {
 #pragma GCC unroll 2
@@ -155,13 +157,13 @@ CARAFEPP_INLINE void softmax_backward_of_tiles(TapRows<const A> logits, TapRows<
 }
 
 template <int N, class A>
-__attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows<A> grads, A* masks, int64_t first,
-                                                SlicePrefetch& prefetch_of_slice) {
+__attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows<A> grads, A* masks, A* scales,
+                                                int64_t first, SlicePrefetch& prefetch_of_slice) {
     SlicePrefetch prefetch = prefetch_of_slice;
     const int exponent = exponent_of_softmax(logits.taps);
     for (int64_t q = 0; q < logits.cells; q += N * kLanes<A>) {
         prefetch.prefetch_until(first + q + N * kLanes<A>);
-        softmax_backward_of_tiles<N>(logits, grads, masks, q, exponent);
+        softmax_backward_of_tiles<N>(logits, grads, masks, scales, q, exponent);
     }
     prefetch_of_slice = prefetch;
 }
@@ -244,7 +246,7 @@ struct FewChannels {
     bool is_last_of_row(const Slice& s) const { return s.phase + s.phases == up && s.cell + s.count == cells; }
 
     // The slice after another: of the next row of cells, of the next phase, of the next cells, of the next row.
-    Slice next(Slice s) const {
+    __attribute__((noinline)) Slice next(Slice s) const {
         if (!is_last_together(s)) {
             s.row += up;
             return s;
@@ -264,7 +266,7 @@ struct FewChannels {
     }
 
     // The channels of a slice as the taps of an array of their own.
-    Array taps_of(const Array& masks, const Slice& s) const {
+    __attribute__((noinline)) Array taps_of(const Array& masks, const Slice& s) const {
         Array array = masks;
         if (!p.from_logits) return array;
         const int64_t first = (s.row % up * up + s.phase) * array.stride_c * itemsize(array.dtype);
@@ -312,10 +314,16 @@ struct FewChannels {
     // memory where that is of the array.
     enum Tail { kTwice, kBeyond, kStaged };
 
-    // Calls f(cell, rows) for the parts of a slice of one phase. Tiles of the cells `whole` are read in place if they
-    // can be; the rest is staged.
-    template <class F>
-    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, Tail tail, A* staged, F f) const {
+    // A part of a slice of one phase, from a cell on.
+    struct Part {
+        int64_t cell;
+        TapRows<const A> rows;
+    };
+
+    // Finds the parts of a slice. Tiles of the cells `whole` are read in place if they can be; the rest is staged.
+    // Returns how many there are.
+    __attribute__((noinline)) int find_parts(const Slice& s, Range whole, Tail tail, A* staged,
+                                             Part (&parts)[3]) const {
         const Array array = taps_of(masks_or_logits(), s);
         const bool in_place = array.stride_w == 1 && array.dtype == kDtypeOf<A>;
         const int64_t there = std::min({whole.end, columns.outputs(s.phase) - s.cell, s.count});
@@ -324,6 +332,7 @@ struct FewChannels {
         const bool beyond = tail == kBeyond && in_place && whole_tiles(s.count) <= follow;
         const int64_t end = beyond ? s.count : std::max(begin, there > 0 ? there / kCells * kCells : 0);
         const bool overlap = tail == kTwice && there == s.count && begin < end;
+        int count = 0;
         for (const Range part : {Range{0, begin}, Range{begin, end}, Range{end, s.count}}) {
             if (part.size() == 0) continue;
             const bool last = part.begin == end, in_array = part.begin == begin && part.end == end;
@@ -339,8 +348,17 @@ struct FewChannels {
                 some.count = part.size();
                 stage_slice(some, staged + part.begin);
             }
-            f(cell, rows);
+            parts[count++] = {cell, rows};
         }
+        return count;
+    }
+
+    // Calls f(cell, rows) for each of them.
+    template <class F>
+    CARAFEPP_MEMBER void for_parts(const Slice& s, Range whole, Tail tail, A* staged, F f) const {
+        Part parts[3];
+        const int count = find_parts(s, whole, tail, staged, parts);
+        for (int part = 0; part < count; part++) f(parts[part].cell, parts[part].rows);
     }
 
     // Masks that need no normaliser, one phase in a slice.
@@ -358,13 +376,13 @@ struct FewChannels {
     }
 
     // Zeroes the taps of these rows that lie beyond the border.
-    void zero_outside(const TapRows<A>& rows, int64_t phase, int64_t cell) const {
+    __attribute__((noinline)) void zero_outside(const TapRows<A>& rows, int64_t phase, int64_t cell) const {
         for (int64_t q = 0; q < rows.cells; q += L)
             zero_phase_outside(columns, phase, cell + q, rows.first + q, rows.step);
     }
 
     // Zeroes cells from `outputs` on, which have none or one that a crop leaves out.
-    void zero_cropped(const TapRows<A>& rows, int64_t outputs) const {
+    __attribute__((noinline)) void zero_cropped(const TapRows<A>& rows, int64_t outputs) const {
         const int64_t first = std::max<int64_t>(outputs, 0);
         for (int64_t t = 0; t < rows.taps && first < rows.cells; t++)
             std::fill(rows.tap(t) + first, rows.tap(t) + rows.cells, A{0});
@@ -378,7 +396,8 @@ struct FewChannels {
     // ---- features ----
 
     // Stages the rows of features in the windows of rows of outputs; those beyond the border are 0.
-    void stage_features(int64_t n, int64_t group, Range rows, int64_t channel_stride, A* to) const {
+    __attribute__((noinline)) void stage_features(int64_t n, int64_t group, Range rows, int64_t channel_stride,
+                                                  A* to) const {
         const Range sources = sources_of(p, rows);
         const int64_t top = p.rows().source(rows.begin) - p.radius();
         const int64_t bottom = p.rows().source(rows.end - 1) + p.radius() + 1;
@@ -393,7 +412,7 @@ struct FewChannels {
     }
 
     // Stages the cells of a slice of a row of grad_output, as [channel][phase][cell].
-    void stage_grads(const Slice& s, A* to) const {
+    __attribute__((noinline)) void stage_grads(const Slice& s, A* to) const {
         const Deinterleaved layout{static_cast<int>(up), s.cell, s.count, up * slice_cells, 0, slice_cells};
         deinterleave_rows(p.grad_output, s.n, s.group * channels, channels, {s.row, s.row + 1}, layout, to);
     }

@@ -9,26 +9,28 @@
 #include "kernel.h"
 #include "problem.h"
 
-#define CARAFEPP_KERNELS_OF(isa, supported, unsupported, a, b)                       \
-    namespace isa {                                                                  \
-    void reassemble_few_nchw(const Problem& problem, const Array& output);           \
-    void grad_features_few_nchw(const Problem& problem, const Array& grad_features); \
-    void grad_masks_few_nchw(const Problem& problem, const Array& grad_masks);       \
-    void reassemble_nhwc(const Problem& problem, const Array& output);               \
-    void reassemble_nchw(const Problem& problem, const Array& output);               \
-    void grad_features_nhwc(const Problem& problem, const Array& grad_features);     \
-    void grad_masks_nhwc(const Problem& problem, const Array& grad_masks);           \
-    void grad_features_nchw(const Problem& problem, const Array& grad_features);     \
-    void grad_masks_nchw(const Problem& problem, const Array& grad_masks);           \
-    void reassemble_any(const Problem& problem, const Array& output);                \
-    void grad_features_any(const Problem& problem, const Array& grad_features);      \
-    void grad_masks_any(const Problem& problem, const Array& grad_masks);            \
-    void reassemble_few_nhwc(const Problem& problem, const Array& output);           \
-    void grad_features_few_nhwc(const Problem& problem, const Array& grad_features); \
-    void grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);       \
-    void phases_nhwc(const Problem& problem, const Array& result, Result kind);      \
-    void normalize_masks(const Problem& problem, const Array& masks);                \
-    void normalize_masks_backward(const Problem& problem, const Array& grad_logits); \
+#define CARAFEPP_KERNELS_OF(isa, supported, unsupported, a, b)                                        \
+    namespace isa {                                                                                   \
+    void reassemble_few_nchw(const Problem& problem, const Array& output);                            \
+    void grad_features_few_nchw(const Problem& problem, const Array& grad_features);                  \
+    void grad_masks_few_nchw(const Problem& problem, const Array& grad_masks);                        \
+    bool grads_few_nchw(const Problem& problem, const Array& grad_features, const Array& grad_masks); \
+    bool grads_few_nhwc(const Problem& problem, const Array& grad_features, const Array& grad_masks); \
+    void reassemble_nhwc(const Problem& problem, const Array& output);                                \
+    void reassemble_nchw(const Problem& problem, const Array& output);                                \
+    void grad_features_nhwc(const Problem& problem, const Array& grad_features);                      \
+    void grad_masks_nhwc(const Problem& problem, const Array& grad_masks);                            \
+    void grad_features_nchw(const Problem& problem, const Array& grad_features);                      \
+    void grad_masks_nchw(const Problem& problem, const Array& grad_masks);                            \
+    void reassemble_any(const Problem& problem, const Array& output);                                 \
+    void grad_features_any(const Problem& problem, const Array& grad_features);                       \
+    void grad_masks_any(const Problem& problem, const Array& grad_masks);                             \
+    void reassemble_few_nhwc(const Problem& problem, const Array& output);                            \
+    void grad_features_few_nhwc(const Problem& problem, const Array& grad_features);                  \
+    void grad_masks_few_nhwc(const Problem& problem, const Array& grad_masks);                        \
+    void phases_nhwc(const Problem& problem, const Array& result, Result kind);                       \
+    void normalize_masks(const Problem& problem, const Array& masks);                                 \
+    void normalize_masks_backward(const Problem& problem, const Array& grad_logits);                  \
     }
 
 namespace carafepp {

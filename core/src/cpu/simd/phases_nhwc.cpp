@@ -85,13 +85,15 @@ void join_channels(Array& image) {
     image.stride_w = 1;
 }
 
-// The output, the gradient of features or the gradient of logits.
+// The output, the gradient of features or that of logits. The gradient of logits normalises the masks that the gradient
+// of features needs: if a thread takes images whole, it computes both.
 struct PhasesNhwc {
     using A = float;
 
     const Problem& p;
     const Array& result;
     const Result kind;
+    const Array* const grad_features = nullptr;  // beside those of logits
     const int64_t up = p.factor.up, k = p.kernel_size, channels = p.features.c;
     const int taps = static_cast<int>(p.taps()), outputs = static_cast<int>(up * up);  // of a cell
     const int64_t logits_size = taps * outputs, outputs_size = channels * outputs;     // of a cell
@@ -112,17 +114,18 @@ struct PhasesNhwc {
                                                : ceil_div(p.out_h, up);
     const int64_t block_rows = kind == kGradFeatures ? rows_of_block<float>(p, rows, kBlockSources / row_size, result.n)
                                                      : 1;
-    const int64_t blocks = ceil_div(rows, block_rows), items = result.n * blocks;
+    const int64_t blocks = grad_features ? 1 : ceil_div(rows, block_rows), items = result.n * blocks;
 
     const int64_t features_size = (kind == kGradFeatures ? block_rows : k) * row_size;
     const int64_t window_size = (channels * taps + L) * L;  // also of sums of products, in vectors
+    const int64_t sources_size = grad_features ? p.features.h * row_size : 0;
     const bool non_temporal = kind == kGradLogits && wants_non_temporal_stores(result) && result.stride_w == result.c;
     const int64_t scratch_size = features_size + 2 * slice_size + logits_size + outputs + window_size +
-                                 (non_temporal ? slice_cells * logits_size : 0);
+                                 (non_temporal ? slice_cells * logits_size : 0) + sources_size;
 
     struct Staged {
-        float *features, *outputs, *rows, *masks, *scales, *window, *grads;
-        Range sources;
+        float *features, *outputs, *rows, *masks, *scales, *window, *grads, *sources;
+        Range source_rows;
     };
 
     void run_item(int64_t item, float* scratch) const {
@@ -136,18 +139,28 @@ struct PhasesNhwc {
         staged.scales = staged.masks + logits_size;
         staged.window = staged.scales + outputs;
         staged.grads = staged.window + window_size;
-        staged.sources = block;
-        if (kind != kGradFeatures) {
-            stage_features(n, begin, staged.features);
-            run_row(n, begin, staged);
-            if (non_temporal) finish_non_temporal_stores();
-            return;
+        staged.sources = kind == kGradFeatures ? staged.features : scratch + scratch_size - sources_size;
+        staged.source_rows = grad_features ? Range{0, p.features.h} : block;
+        const bool sums_sources = kind == kGradFeatures || grad_features;
+        if (sums_sources) std::fill_n(staged.sources, staged.source_rows.size() * row_size, 0.0f);
+        const Range some = kind == kGradFeatures ? cell_rows_of(block) : grad_features ? Range{0, rows} : block;
+        for (int64_t row = some.begin; row < some.end; row++) {
+            if (kind != kGradFeatures) stage_features(n, row, staged.features);
+            run_row(n, row, staged);
         }
-        std::fill_n(staged.features, block.size() * row_size, 0.0f);
-        const Range reads = outputs_of(p, block);
-        for (int64_t row = reads.begin / up; row * up < reads.end; row++) run_row(n, row, staged);
-        for (int64_t i = begin; i < block.end; i++)
-            write_row(staged.features + (i - begin) * row_size - first_column, pitch, n, i, {0, result.w});
+        if (non_temporal) finish_non_temporal_stores();
+        if (!sums_sources) return;
+        const Array& to = grad_features ? *grad_features : result;
+        for (int64_t i = staged.source_rows.begin; i < staged.source_rows.end; i++) {
+            const float* const from = staged.sources + (i - staged.source_rows.begin) * row_size;
+            write_row(from - first_column, pitch, to, n, i, {0, to.w});
+        }
+    }
+
+    // The rows of cells whose windows touch rows of sources.
+    Range cell_rows_of(Range sources) const {
+        const Range reads = outputs_of(p, sources);
+        return {reads.begin / up, ceil_div(reads.end, up)};
     }
 
     void run_row(int64_t n, int64_t row, const Staged& staged) const {
@@ -184,31 +197,34 @@ struct PhasesNhwc {
     void contract_cell(int64_t n, int64_t row, int64_t cell, float* of_cell, const Staged& staged) const {
         const TapRows<float> masks{staged.masks, outputs, taps, outputs};
         softmax_of_rows<kTogether>(logits_of(n, row, cell), masks, staged.scales);
-        if (kind == kGradFeatures) {
-            zero_cropped(row, cell, masks);
-            zero_cropped(row, cell, {staged.scales, outputs, 1, outputs});
-        }
-        for (int64_t c = 0; c < channels; c++, of_cell += outputs) {
-            if (kind == kGradFeatures) {
-                sum_products(masks, staged.scales, of_cell, staged.window + c * taps * L);
-            } else {
-                load_window(staged.features + c * pitch + cell, staged.window);
-                reassemble_cell(masks, staged.scales, staged.window, of_cell);
-            }
-        }
-        if (kind == kGradFeatures) add_sums(row, cell, staged);
-    }
-
-    void grads_of_cell(int64_t n, int64_t row, int64_t cell, const float* of_cell, const TapRows<float>& grads,
-                       const Staged& staged) const {
-        SlicePrefetch none;
+        if (kind == kGradFeatures) return add_products(row, cell, of_cell, staged);
         for (int64_t c = 0; c < channels; c++, of_cell += outputs) {
             load_window(staged.features + c * pitch + cell, staged.window);
-            (c == 0 ? grads_of_masks<false> : grads_of_masks<true>)(of_cell, staged.window, grads);
+            reassemble_cell(masks, staged.scales, staged.window, of_cell);
+        }
+    }
+
+    // Adds to the gradients of features, from the numerators of masks.
+    __attribute__((noinline)) void add_products(int64_t row, int64_t cell, float* of_cell, const Staged& staged) const {
+        const TapRows<float> masks{staged.masks, outputs, taps, outputs};
+        zero_cropped(row, cell, masks);
+        zero_cropped(row, cell, {staged.scales, outputs, 1, outputs});
+        for (int64_t c = 0; c < channels; c++, of_cell += outputs)
+            sum_products(masks, staged.scales, of_cell, staged.window + c * taps * L);
+        add_sums(row, cell, staged);
+    }
+
+    void grads_of_cell(int64_t n, int64_t row, int64_t cell, float* of_cell, const TapRows<float>& grads,
+                       const Staged& staged) const {
+        SlicePrefetch none;
+        for (int64_t c = 0; c < channels; c++) {
+            load_window(staged.features + c * pitch + cell, staged.window);
+            (c == 0 ? grads_of_masks<false> : grads_of_masks<true>)(of_cell + c * outputs, staged.window, grads);
         }
         zero_outside(row, cell, grads);
-        softmax_backward<kTogether>(logits_of(n, row, cell), grads, staged.masks, 0, none);
+        softmax_backward<kTogether>(logits_of(n, row, cell), grads, staged.masks, staged.scales, 0, none);
         zero_cropped(row, cell, grads);
+        if (grad_features) add_products(row, cell, of_cell, staged);
     }
 
     __attribute__((noinline)) void load_window(const float* features, float* window) const {
@@ -228,9 +244,9 @@ struct PhasesNhwc {
         const float* sum = staged.window;
         const int64_t top = row + p.offset_h - p.radius();
         for (int64_t c = 0; c < channels; c++) {
-            float* sources = staged.features + (top - staged.sources.begin) * row_size + c * pitch + cell;
+            float* sources = staged.sources + (top - staged.source_rows.begin) * row_size + c * pitch + cell;
             for (int64_t i = top; i < top + k; i++, sources += row_size, sum += k) {
-                if (i < staged.sources.begin || i >= staged.sources.end) continue;
+                if (i < staged.source_rows.begin || i >= staged.source_rows.end) continue;
                 for (int64_t b = 0; b < k; b++) sources[b] += sum[b];
             }
         }
@@ -269,8 +285,9 @@ struct PhasesNhwc {
         deinterleave_rows(array, n, 0, array.c, some, layout, to);
     }
 
-    void write_row(const float* from, int64_t from_pitch, int64_t n, int64_t row, Range columns) const {
-        Array array = result;
+    void write_row(const float* from, int64_t from_pitch, const Array& to, int64_t n, int64_t row,
+                   Range columns) const {
+        Array array = to;
         join_channels(array);
         const int64_t factor = channels / array.c;
         for (int64_t c = 0; c < array.c; c++, from += from_pitch) {
@@ -319,7 +336,7 @@ struct PhasesNhwc {
         copy_outputs<true>(count, staged);
         const Range columns = {begin * up, std::min((begin + count) * up, p.out_w)};
         for (int64_t i = row * up; i < std::min((row + 1) * up, p.out_h); i++)
-            write_row(staged.rows + (i - row * up) * channels * slice_pitch, slice_pitch, n, i, columns);
+            write_row(staged.rows + (i - row * up) * channels * slice_pitch, slice_pitch, result, n, i, columns);
     }
 };
 
@@ -327,6 +344,14 @@ struct PhasesNhwc {
 
 void phases_nhwc(const Problem& problem, const Array& result, Result kind) {
     run_items(PhasesNhwc{problem, result, kind});
+}
+
+bool grads_few_nhwc(const Problem& problem, const Array& grad_features, const Array& grad_masks) {
+    if (!phases_in_lanes(problem)) return false;
+    const PhasesNhwc both{problem, grad_masks, kGradLogits, &grad_features};
+    const bool together = threads_worth<float>(problem) <= grad_masks.n && both.sources_size <= 2 * kBlockSources;
+    if (together) run_items(both);
+    return together;
 }
 
 }  // namespace carafepp::CARAFEPP_ISA
