@@ -18,6 +18,8 @@ from products import product
 
 LARGE = Case("large", "several tiles for each of 7 threads", 2, 24, 31, 29, up=2, kernel_size=5)
 LARGE_DOWN = Case("large_down", "the same, downsampling", 3, 16, 61, 57, down=2, groups=2)
+FLOW = Case("flow", "convex upsampling", 1, 2, 19, 45, up=8)
+FLOW_CROP = Case("flow_crop", "the same, a crop within a cell", 2, 2, 19, 45, up=8, size=(85, 333))
 FEW_ROWS = Case("few_rows", "fewer rows than threads", 1, 64, 2, 200, up=2, kernel_size=5)
 
 
@@ -50,6 +52,22 @@ def test_any_number_of_threads_gives_the_same_bits(kernel, case, dtypes, num_thr
         for threads in (2, 7, 1, 7):
             num_threads(threads)
             assert bits(call(function, inputs, params)) == expected, f"{threads} threads"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", [FLOW, FLOW_CROP, CASES["convex_up4"]], ids=lambda case: case.name)
+def test_gradients_together_have_the_bits_of_each_alone(case, layout, num_threads):
+    """One thread computes both from the same masks."""
+    function = "reassemble_with_logits_backward"
+    inputs, params = arguments(function, case, random_arrays(case, DTYPES[0]))
+    inputs, params = in_layout(inputs, layout), {**params, "layout": layout}
+    num_threads(1)
+    together = call(function, inputs, params)
+    for threads in (1, 3):
+        num_threads(threads)
+        features, _ = call(function, inputs, {**params, "need_logits": False})
+        _, logits = call(function, inputs, {**params, "need_features": False})
+        assert bits((features, logits)) == bits(together), f"{threads} threads"
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -102,6 +102,9 @@ struct GradFeaturesFewNchw {
     const int64_t scratch_size = block_rows * source_row_size + few.slice_size() + few.slice_cells + sums_size +
                                  grads_size;
 
+    __attribute__((noinline)) GradFeaturesFewNchw(const Problem& problem, const Array& result)
+        : p(problem), grad_features(result) {}
+
     struct Staged {
         A *sources, *masks, *sums, *grads;
         Range rows;  // of sources
@@ -283,7 +286,7 @@ struct GradMasksFewNchw {
 
     const Problem& p;
     const Array& grad_masks;
-    const GradFeaturesFewNchw<Sums>* const features = nullptr;  // is computed too, from the same masks
+    const GradFeaturesFewNchw<Sums>* const features;  // is computed too, from the same masks, or NULL
     static constexpr bool kMayAddFeatures = std::is_same_v<A, float>;
     // With logits also the rows and cells that a crop leaves out.
     const int64_t cell_rows = p.from_logits ? p.logits.h : ceil_div(p.out_h, p.factor.up);
@@ -306,6 +309,10 @@ struct GradMasksFewNchw {
     const int64_t scratch_size = features_size + few.rows_together * (output_size + sums_size) +
                                  (p.from_logits ? 3 : 1) * few.slice_size() + few.slice_cells + sources_size;
     const bool non_temporal = wants_non_temporal_stores(grad_masks);
+
+    __attribute__((noinline)) GradMasksFewNchw(const Problem& problem, const Array& result,
+                                               const GradFeaturesFewNchw<Sums>* also = nullptr)
+        : p(problem), grad_masks(result), features(also) {}
 
     struct Staged {
         A *features, *output, *grads, *logits, *masks, *scales, *sums, *sources;

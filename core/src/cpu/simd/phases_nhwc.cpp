@@ -93,7 +93,7 @@ struct PhasesNhwc {
     const Problem& p;
     const Array& result;
     const Result kind;
-    const Array* const grad_features = nullptr;  // beside those of logits
+    const Array* const grad_features;  // beside those of logits, or NULL
     const int64_t up = p.factor.up, k = p.kernel_size, channels = p.features.c;
     const int taps = static_cast<int>(p.taps()), outputs = static_cast<int>(up * up);  // of a cell
     const int64_t logits_size = taps * outputs, outputs_size = channels * outputs;     // of a cell
@@ -122,6 +122,10 @@ struct PhasesNhwc {
     const bool non_temporal = kind == kGradLogits && wants_non_temporal_stores(result) && result.stride_w == result.c;
     const int64_t scratch_size = features_size + 2 * slice_size + logits_size + outputs + window_size +
                                  (non_temporal ? slice_cells * logits_size : 0) + sources_size;
+
+    __attribute__((noinline)) PhasesNhwc(const Problem& problem, const Array& result, Result kind,
+                                         const Array* grad_features = nullptr)
+        : p(problem), result(result), kind(kind), grad_features(grad_features) {}
 
     struct Staged {
         float *features, *outputs, *rows, *masks, *scales, *window, *grads, *sources;
