@@ -245,7 +245,7 @@ struct FewChannels {
     bool is_last_together(const Slice& s) const { return place(s) + 1 == rows_together || s.row + up >= s.rows.end; }
     bool is_last_of_row(const Slice& s) const { return s.phase + s.phases == up && s.cell + s.count == cells; }
 
-    // The slice after another: of the next row of cells, of the next phase, of the next cells, of the next row.
+    // The slice after another. Rows of cells together come first, then phases, cells and rows.
     __attribute__((noinline)) Slice next(Slice s) const {
         if (!is_last_together(s)) {
             s.row += up;
@@ -310,8 +310,8 @@ struct FewChannels {
                 static_cast<int>(whole_tiles(s.count))};
     }
 
-    // What the last tile of a row of logits holds, if cells do not fill it: cells that come twice, or what follows in
-    // memory where that is of the array.
+    // The last tile of a row of logits, if cells do not fill it. It begins earlier, and has cells twice. Or it goes
+    // beyond the row, where the array goes on. Or it is staged.
     enum Tail { kTwice, kBeyond, kStaged };
 
     // A part of a slice of one phase, from a cell on.

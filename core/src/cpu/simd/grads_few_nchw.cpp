@@ -73,8 +73,8 @@ __attribute__((noinline)) void add_grads_of_few_channels(FewScatter<A> at, TapRo
 
 // ---- its kernel ----
 
-// The staged rows of which a slice holds each cell. Slices from logits are alike for both gradients: sources at their
-// ends are summed in the same order whether both are computed together or not.
+// The staged rows of which a slice holds each cell. Slices from logits are alike for both gradients: each source is
+// then summed in the same order, alone or together.
 inline int64_t rows_of_slice_of_grads(const Problem& p, int64_t window) {
     const int64_t channels = p.features.c / p.groups, sums = window * window * channels;
     return p.from_logits ? p.taps() + sums : p.factor.up * (p.taps() + channels) + sums;
@@ -174,7 +174,7 @@ struct GradFeaturesFewNchw {
         });
     }
 
-    // The same for numerators of masks. Those without an output may be NaN.
+    // The same for numerators of masks, which may be NaN where there is no output.
     __attribute__((noinline)) void add_numerators(const Slice& s, const TapRows<A>& masks, A* scales,
                                                   const Staged& staged, SlicePrefetch& prefetch) const {
         const int64_t outputs = few.columns.outputs(s.phase) - s.cell;
@@ -417,7 +417,8 @@ struct GradMasksFewNchw {
             if constexpr (kMayAddFeatures) {
                 if (features) add_to_features(s, staged);
             }
-            few.zero_cropped(grads, few.columns.outputs(phase) - s.cell);
+            const int64_t outputs = few.columns.outputs(phase) - s.cell;
+            if (outputs < s.count) few.zero_cropped(grads, outputs);
         }
     }
 

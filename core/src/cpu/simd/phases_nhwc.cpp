@@ -85,8 +85,8 @@ void join_channels(Array& image) {
     image.stride_w = 1;
 }
 
-// The output, the gradient of features or that of logits. The gradient of logits normalises the masks that the gradient
-// of features needs: if a thread takes images whole, it computes both.
+// The output, the gradient of features or that of logits. The latter normalises the masks that the gradient of features
+// needs. If a thread takes images whole, it computes both.
 struct PhasesNhwc {
     using A = float;
 
