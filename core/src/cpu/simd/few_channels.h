@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/geometry.h"
+#include "cpu/mask_blocks.h"
 #include "cpu/simd/border.h"
 #include "cpu/simd/masks.h"
 #include "cpu/simd/row_deinterleave.h"
@@ -166,16 +167,6 @@ __attribute__((noinline)) void softmax_backward(TapRows<const A> logits, TapRows
         softmax_backward_of_tiles<N>(logits, grads, masks, scales, q, exponent);
     }
     prefetch_of_slice = prefetch;
-}
-
-// ---- blocks: some rows of an image of a group ----
-
-// Rows of a block whose bytes are within reason, while each thread has work.
-template <class A>
-int64_t rows_of_block(const Problem& p, int64_t rows, int64_t most, int64_t groups_of_images) {
-    const int64_t threads = threads_worth<A>(p);
-    const int64_t fewest = threads > 1 ? ceil_div(4 * threads, groups_of_images) : 1;
-    return share_size(rows, std::min(std::max<int64_t>(most, 1), ceil_div(rows, fewest)));
 }
 
 // ---- slices ----

@@ -91,9 +91,9 @@ struct GradFeaturesFewNchw {
     const int64_t window = p.factor.source(up - 1) + k;  // rows and columns of the window of a cell
     const FewChannels<A> few{p, p.from_logits ? p.logits.w : ceil_div(p.out_w, up), rows_of_slice_of_grads(p, window),
                              Array()};
-    const int64_t block_rows = rows_of_block<A>(p, grad_features.h,
-                                                kBlockSources / std::max<int64_t>(channels * few.sources_row, 1),
-                                                grad_features.n* p.groups);
+    const int64_t block_rows = rows_of_block(p, L, grad_features.h,
+                                             kBlockSources / std::max<int64_t>(channels * few.sources_row, 1),
+                                             grad_features.n* p.groups);
     const int64_t blocks = ceil_div(grad_features.h, block_rows), items = grad_features.n * p.groups * blocks;
     const int64_t source_row_size = channels * few.sources_row;  // [row][channel][residue][cell]
     const int64_t sums_channel = few.slice_cells, sums_column = channels * sums_channel,
@@ -295,8 +295,8 @@ struct GradMasksFewNchw {
                                            : p.taps() * p.factor.up,
                              grad_masks};
     const int64_t up = p.factor.up, k = p.kernel_size, taps = p.taps(), channels = few.channels;
-    const int64_t block_rows = rows_of_block<A>(
-        p, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
+    const int64_t block_rows = rows_of_block(
+        p, L, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
         grad_masks.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), images = grad_masks.n * p.groups;
     const int64_t items = features ? images : images * blocks;

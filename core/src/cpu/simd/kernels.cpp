@@ -208,6 +208,12 @@ static const char* unfit_for_few_channels(const Problem& p, double least_scratch
 }
 
 const char* cannot_run_reassemble_few_nchw(const Problem& p, const Array&) {
+    if (!p.from_logits) {
+        const int64_t k = p.kernel_size, columns = std::min(p.out_w, kFewColumns) + 32 + k * p.factor.up;
+        const double sources = static_cast<double>(p.features.c / p.groups) *
+                               static_cast<double>((k + 2) * std::min(p.factor.down, k) + 2 + p.factor.down);
+        return unfit_for_few_channels(p, (sources + static_cast<double>(k)) * static_cast<double>(columns));
+    }
     const int64_t rows = p.factor.down + p.kernel_size;
     const double outputs = static_cast<double>(p.features.c / p.groups) *
                            static_cast<double>(p.out_w + 32 * p.factor.up);

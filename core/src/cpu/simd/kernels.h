@@ -40,6 +40,9 @@ CARAFEPP_ISAS(CARAFEPP_KERNELS_OF, , )
 // Scratch of a thread that stages images: for the features and outputs of one, and for its kernel.
 constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratchBytes - kImageBytes;
 
+// Columns of outputs of a block of the kernels for few channels from masks, about.
+constexpr int64_t kFewColumns = 1024;
+
 // Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.
 constexpr int kMostSourceRows = 3, kMostSourceColumns = 4;
 

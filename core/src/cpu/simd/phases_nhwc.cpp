@@ -112,8 +112,9 @@ struct PhasesNhwc {
     const int64_t rows = kind == kGradFeatures ? p.features.h
                          : kind == kGradLogits ? p.logits.h
                                                : ceil_div(p.out_h, up);
-    const int64_t block_rows = kind == kGradFeatures ? rows_of_block<float>(p, rows, kBlockSources / row_size, result.n)
-                                                     : 1;
+    const int64_t block_rows = kind == kGradFeatures
+                                   ? rows_of_block(p, kLanes<float>, rows, kBlockSources / row_size, result.n)
+                                   : 1;
     const int64_t blocks = grad_features ? 1 : ceil_div(rows, block_rows), items = result.n * blocks;
 
     const int64_t features_size = (kind == kGradFeatures ? block_rows : k) * row_size;

@@ -3,9 +3,10 @@
 // The forward for few channels in a group, compiled once for each instruction set. A vector holds the same output (row,
 // phase) of neighbouring cells.
 //
-// For a block of rows, the kernel stages the features that the windows reach. Then it contracts slices of masks or
-// logits, and writes each row of outputs once it is whole. Softmax needs no masks in memory: each numerator is
-// contracted as it is computed.
+// For a block of rows, a kernel stages the features that the windows reach. The kernel of masks reads one tap row of
+// the whole block after the other: few streams, each as long as the block. The kernel of logits contracts slices, and
+// writes each row of outputs once it is whole. Softmax needs no masks in memory: each numerator is contracted as it is
+// computed.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"
@@ -20,10 +21,10 @@ constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
 
 template <class A>
 struct FewContraction {
-    Range tap_rows;     // inside the border
-    const A* features;  // of the first tap row, inside or not
+    const A* features;  // of the first tap
     int64_t row_stride, channel_stride;
     int64_t tap_offsets[kMaxKernelSize];
+    Range inside[kMaxKernelSize];  // cells whose tap is inside the border
     int kernel_size;
     A* outputs;
     int64_t output_channel;
@@ -41,25 +42,56 @@ CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int
     }
 }
 
-// Contracts masks. `first` is the cell of the first of them.
+// The mask of a tile from cell `q` on, 0 outside.
+template <class A>
+CARAFEPP_INLINE Vector<A> load_inside(const A* mask, const Range& inside, int64_t q) {
+    constexpr int64_t L = kLanes<A>;
+    const int64_t begin = std::clamp<int64_t>(inside.begin - q, 0, L);
+    const int64_t end = std::clamp<int64_t>(inside.end - q, begin, L);
+    return load_between(mask, static_cast<int>(begin), static_cast<int>(end));
+}
+
+// Adds the products of some tap rows to the outputs of NC channels. Does not read the masks of taps beyond the border.
 template <int NC, class A>
-__attribute__((noinline)) void reassemble_few_channels(FewContraction<A> at, TapRows<const A> masks, int64_t first,
-                                                       int64_t channel) {
-    SlicePrefetch prefetch = *at.prefetch;
-    const int64_t channel_stride = at.channel_stride;
-    for (int64_t q = 0; q < masks.cells; q += kLanes<A>) {
-        prefetch.prefetch_until(first + q + kLanes<A>);
-        Vector<A> sums[1][NC] = {};
-        const A* mask = masks.tap(at.tap_rows.begin * at.kernel_size) + q;
-        const A* row = at.features + channel * channel_stride + at.tap_rows.begin * at.row_stride + first + q;
-        for (int64_t a = at.tap_rows.begin; a < at.tap_rows.end; a++, row += at.row_stride) {
-            for (int b = 0; b < at.kernel_size; b++, mask += masks.step)
-                add_tap<1, NC, A>({load(mask)}, row + at.tap_offsets[b], channel_stride, sums);
+__attribute__((noinline)) void add_tap_rows(const FewContraction<A>& at, TapRows<const A> masks, const A* features,
+                                            A* outputs) {
+    constexpr int L = kLanes<A>;
+    constexpr int64_t kAhead = 256 / sizeof(A);
+    const int64_t output_channel = at.output_channel, channel_stride = at.channel_stride, row_stride = at.row_stride;
+    const int64_t step = masks.step;
+    const int k = at.kernel_size;
+    for (int64_t q = 0; q < masks.cells; q += L) {
+        Vector<A> sums[1][NC];
+#pragma GCC unroll 4
+        for (int c = 0; c < NC; c++) sums[0][c] = load(outputs + c * output_channel + q);
+        const auto add_taps = [&](auto load_mask) __attribute__((always_inline)) {
+            const A *mask = masks.first + q, *row = features + q;
+            for (int left = masks.taps; left > 0; left -= k, row += row_stride) {
+                for (int b = 0; b < k; b++, mask += step)
+                    add_tap<1, NC, A>({load_mask(mask, b)}, row + at.tap_offsets[b], channel_stride, sums);
+            }
+        };
+        if (q >= at.inside[0].begin && q + L <= at.inside[k - 1].end) {
+            add_taps([](const A* mask, int) __attribute__((always_inline)) {
+                __builtin_prefetch(mask + kAhead);
+                return load(mask);
+            });
+        } else {
+            add_taps([&](const A* mask, int b)
+                         __attribute__((always_inline)) { return load_inside(mask, at.inside[b], q); });
         }
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) store(sums[0][c], at.outputs + (channel + c) * at.output_channel + first + q);
+        for (int c = 0; c < NC; c++) store(sums[0][c], outputs + c * output_channel + q);
     }
-    *at.prefetch = prefetch;
+}
+
+// `masks` are those of the tap rows.
+template <class A>
+void add_tap_rows(const FewContraction<A>& at, int64_t channels, Range tap_rows, TapRows<const A> masks) {
+    const A* const features = at.features + tap_rows.begin * at.row_stride;
+    for_few_channels<A>(0, channels, [&](auto, int64_t c, auto count) {
+        add_tap_rows<count()>(at, masks, features + c * at.channel_stride, at.outputs + c * at.output_channel);
+    });
 }
 
 // Contracts softmax of logits. Taps beyond the border need no care: their masks are finite, or all masks are NaN. K is
@@ -107,20 +139,83 @@ __attribute__((noinline)) void reassemble_few_logits(FewContraction<A> at, TapRo
     *at.prefetch = prefetch;
 }
 
-// ---- the kernel ----
+// ---- from masks: a lane is a column of outputs ----
 
 template <class Sums>
-struct ReassembleFewNchw {
+struct ReassembleFewMasks {
+    using A = Sums;
+
+    const Problem& p;
+    const Array& output;
+    const MaskBlocks blocks{p, kLanes<A>};
+    const int64_t k = p.kernel_size, channels = blocks.channels, items = blocks.items;
+    const int64_t features_size = channels * blocks.sources_channel;
+    const int64_t sums_channel = blocks.rows * blocks.lanes, sums_size = channels * sums_channel;
+    const bool in_place = p.masks.stride_w == 1 && p.masks.dtype == kDtypeOf<A>;
+    const int64_t staged_size = std::max(channels * blocks.row_columns,
+                                         in_place ? 0 : blocks.together * k * sums_channel);
+    const int64_t scratch_size = features_size + sums_size + staged_size;
+
+    void run_item(int64_t item, A* features) const {
+        const MaskBlock block = blocks.block(item);
+        A *const sums = features + features_size, *const staged = sums + sums_size;  // sums: [channel][row][column]
+        stage_features(blocks, block, features, staged);
+        std::fill_n(sums, sums_size, A{0});
+        contract(block, features, staged, sums);
+        for (int64_t c = 0; c < channels; c++) {
+            const A* from = sums + c * sums_channel;
+            for (int64_t i = block.rows.begin; i < block.rows.end; i++, from += blocks.lanes)
+                interleave_row(from, 0, 1, output, block.n, block.group * channels + c, i, block.columns);
+        }
+    }
+
+    void contract(const MaskBlock& block, const A* features, A* staged, A* sums) const {
+        FewContraction<A> at;
+        at.row_stride = blocks.sources_row;
+        at.channel_stride = blocks.sources_channel;
+        at.kernel_size = static_cast<int>(k);
+        at.output_channel = sums_channel;
+        for (int64_t b = 0; b < k; b++) {
+            at.tap_offsets[b] = blocks.tap_offset(b);
+            at.inside[b] = blocks.inside(b, block.columns);
+        }
+        const int taps = static_cast<int>(blocks.together * k), cells = static_cast<int>(blocks.lanes);
+        for (int64_t a = 0; a < k; a += blocks.together) {
+            const int64_t channel = block.group * p.taps() + a * k;
+            TapRows<const A> masks{staged, sums_channel, taps, cells};
+            if (in_place) {
+                masks.first = element<const A>(p.masks, block.n, channel, block.rows.begin, block.columns.begin);
+                masks.step = p.masks.stride_c;
+            } else {
+                const Deinterleaved layout{1, block.columns.begin, block.columns.size(), sums_channel, blocks.lanes, 0};
+                deinterleave_rows(p.masks, block.n, channel, taps, block.rows, layout, staged);
+            }
+            at.outputs = sums;
+            for (int64_t i = block.rows.begin; i < block.rows.end; i++, at.outputs += blocks.lanes) {
+                at.features = features + (blocks.top(i) - blocks.top(block.rows.begin)) * blocks.sources_row;
+                const Range inside = blocks.tap_rows_inside(i, {a, a + blocks.together});
+                if (inside.size() > 0)
+                    add_tap_rows(at, channels, inside, masks.of({(inside.begin - a) * k, (inside.end - a) * k}));
+                masks.first += in_place ? p.masks.stride_h : blocks.lanes;
+            }
+        }
+    }
+};
+
+// ---- from logits: a lane is a cell ----
+
+template <class Sums>
+struct ReassembleFewLogits {
     using A = Sums;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
     const Array& output;
-    const FewChannels<A> few{p, ceil_div(p.out_w, p.factor.up), p.taps() * (p.from_logits ? 1 : p.factor.up), p.logits};
+    const FewChannels<A> few{p, ceil_div(p.out_w, p.factor.up), p.taps(), p.logits};
     const int64_t up = p.factor.up, k = p.kernel_size, channels = few.channels;
     const int64_t cell_rows = ceil_div(p.out_h, up);
-    const int64_t block_rows = rows_of_block<A>(
-        p, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
+    const int64_t block_rows = rows_of_block(
+        p, L, cell_rows, (kBlockFeatures / std::max<int64_t>(channels * few.sources_row, 1) - k) / few.down,
         output.n* p.groups);
     const int64_t blocks = ceil_div(cell_rows, block_rows), items = output.n * p.groups * blocks;
     const int64_t staged_rows = p.factor.source(block_rows * up - 1) + k;
@@ -150,16 +245,15 @@ struct ReassembleFewNchw {
         SlicePrefetch prefetch = few.prefetch_of(next);
         const int64_t top = p.rows().source(s.row) - p.radius();
         FewContraction<A> at;
-        at.tap_rows = {std::max<int64_t>(-top, 0), std::min(k, p.features.h - top)};
         at.features = features + (p.rows().source(s.row) - first_source) * few.sources_row + s.cell;
         at.row_stride = few.sources_row;
         at.channel_stride = features_channel;
         at.kernel_size = static_cast<int>(k);
         at.output_channel = sums_channel;
+        at.outputs = sums + s.phase * few.lanes + s.cell;
         at.prefetch = &prefetch;
+        few.find_taps(s.phase, at.tap_offsets);
         if (few.by_softmax() && channels <= kRegisterChannels<A>) {
-            few.find_taps(s.phase, at.tap_offsets);
-            at.outputs = sums + s.phase * few.lanes + s.cell;
             few.for_parts(s, {0, s.count}, few.kTwice, masks, [&](int64_t first, const TapRows<const A>& logits) {
                 for_few_channels<A>(k, channels, [&](auto known, int64_t c, auto count) {
                     reassemble_few_logits<known(), count()>(at, logits, first, c);
@@ -167,31 +261,21 @@ struct ReassembleFewNchw {
             });
             return;
         }
-        if (few.masks_in_place()) {
-            few.find_taps(s.phase, at.tap_offsets);
-            at.outputs = sums + s.phase * few.lanes + s.cell;
-            const Range whole = {few.columns.inside.begin - s.cell, few.columns.inside.end - s.cell};
-            few.for_parts(s, whole, few.kTwice, masks, [&](int64_t first, const TapRows<const A>& rows) {
-                if (rows.first == masks + first)
-                    few.zero_outside({masks + first, rows.step, rows.taps, rows.cells}, s.phase, s.cell + first);
-                contract_masks(at, rows, first);
-            });
-            return;
+        TapRows<const A> rows = few.rows_of_phase(s, s.phase, masks).read_only();
+        const Array logits = few.taps_of(p.logits, s);
+        if (p.normalizer == CARAFEPP_NONE && logits.stride_w == 1 && logits.dtype == kDtypeOf<A>) {
+            rows.first = element<const A>(logits, s.n, s.group * few.taps, few.row_in_array(s), s.cell);
+            rows.step = logits.stride_c;
+        } else {
+            few.stage_masks(s, masks);
         }
-        few.stage_masks(s, masks);
-        for (int64_t phase = s.phase; phase < s.phase + s.phases; phase++) {
-            const TapRows<A> rows = few.rows_of_phase(s, phase, masks);
-            few.zero_outside(rows, phase, s.cell);
-            few.find_taps(phase, at.tap_offsets);
-            at.outputs = sums + phase * few.lanes + s.cell;
-            contract_masks(at, rows.read_only(), 0);
+        for (int64_t b = 0; b < k; b++) {
+            const Range inside = few.columns.tap(s.phase, b).inside;
+            at.inside[b] = {inside.begin - s.cell, std::min({inside.end, few.columns.outputs(s.phase)}) - s.cell};
         }
-    }
-
-    __attribute__((noinline)) void contract_masks(const FewContraction<A>& at, const TapRows<const A>& masks,
-                                                  int64_t first) const {
-        for_few_channels<A>(
-            0, channels, [&](auto, int64_t c, auto count) { reassemble_few_channels<count()>(at, masks, first, c); });
+        for (int64_t c = 0; c < channels; c++) std::fill_n(at.outputs + c * sums_channel, rows.cells, A{0});
+        for (int64_t a = std::max<int64_t>(-top, 0); a < std::min(k, p.features.h - top); a++)
+            add_tap_rows(at, channels, {a, a + 1}, rows.of({a * k, a * k + k}));
     }
 
     void write_row(const Slice& s, const A* sums) const {
@@ -205,8 +289,11 @@ struct ReassembleFewNchw {
 }  // namespace
 
 void reassemble_few_nchw(const Problem& problem, const Array& output) {
-    with_accumulator(problem.features.dtype,
-                     [&](auto sums) { run_items(ReassembleFewNchw<typename decltype(sums)::type>{problem, output}); });
+    with_accumulator(problem.features.dtype, [&](auto sums) {
+        using A = typename decltype(sums)::type;
+        problem.from_logits ? run_items(ReassembleFewLogits<A>{problem, output})
+                            : run_items(ReassembleFewMasks<A>{problem, output});
+    });
 }
 
 }  // namespace carafepp::CARAFEPP_ISA
