@@ -43,12 +43,6 @@ MaskBlock MaskBlocks::block(int64_t item) const {
             {column, std::min(column + columns, p.out_w)}};
 }
 
-int64_t MaskBlocks::top(int64_t row) const { return p.rows().source(row) - p.radius(); }
-
-Range MaskBlocks::tap_rows_inside(int64_t row, Range some) const {
-    return {std::max(some.begin, -top(row)), std::min(some.end, p.features.h - top(row))};
-}
-
 Range MaskBlocks::inside(int64_t b, Range some) const {
     return {p.columns().first_output(p.radius() - b) - some.begin,
             std::min(p.columns().first_output(p.features.w + p.radius() - b), some.end) - some.begin};

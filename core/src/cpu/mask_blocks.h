@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Blocks of the kernels for few channels in a group, from masks. A block is some rows and columns of the outputs of a
-// group. A lane is a column of outputs, so masks are read as they lie; features are staged for each column instead.
+// group. A lane is a column of outputs, so masks are read as they lie. Features are staged for each column instead.
 // One tap row of the whole block is read after the other: few streams, each as long as the block.
 #pragma once
 
@@ -35,10 +35,7 @@ struct MaskBlocks {
     MaskBlock block(int64_t item) const;
 
     // The row of features, perhaps beyond the border, that the first tap row of an output reads.
-    int64_t top(int64_t row) const;
-
-    // Those of some tap rows of an output that are inside the border.
-    Range tap_rows_inside(int64_t row, Range some) const;
+    int64_t top(int64_t row) const { return p.rows().source(row) - p.radius(); }
 
     // Columns of a block in which a tap column reads a column of the row.
     Range inside(int64_t b, Range columns) const;

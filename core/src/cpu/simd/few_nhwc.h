@@ -11,16 +11,6 @@
 
 namespace carafepp::CARAFEPP_ISA {
 
-// Loads or stores `count` lanes, which are all unless `kTail`.
-template <bool kTail, class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_some(const T* from, int count) {
-    return kTail ? load_between(from, 0, count) : load(from);
-}
-template <bool kTail, class T>
-CARAFEPP_INLINE void store_some(Vector<Accumulator<T>> value, T* to, int count) {
-    kTail ? store_first(value, to, count) : store(value, to);
-}
-
 // A cell of logits has up*up outputs; of masks it is one output.
 template <class A>
 struct ChannelCells {
@@ -42,13 +32,10 @@ struct ChannelCells {
         tile_size = taps * outputs * L;
     }
 
-    // Calls f(first, count, tail) for vectors of channels. The last may overlap the one before it; `tail` tells the
-    // compiler if there are fewer channels than lanes.
+    // Calls f(first, count) for vectors of channels. The last may overlap the one before it.
     template <class F>
     void for_each_vector(F f) const {
-        const int channels = static_cast<int>(p.groups);
-        if (channels < L) return f(0, channels, std::true_type());
-        for_each_block<L>(channels, [&](int first, int count) { f(first, count, std::false_type()); });
+        for_each_block<L>(static_cast<int>(p.groups), f);
     }
 
     // The tile of channels [first, first + count) of a cell of an array. Other lanes are 0.

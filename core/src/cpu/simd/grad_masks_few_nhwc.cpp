@@ -32,11 +32,13 @@ struct GradMasksFewNhwc {
                 whole = whole && windows[o].taps() == cells.taps;
             });
             whole = whole && !is_cropped(row, column);
-            cells.for_each_vector([&](int first, int count, auto tail) {
+            cells.for_each_vector([&](int first, int count) {
                 if (!whole) std::fill_n(grads, cells.tile_size, A{0});
                 cells.for_each_output(row, column, [&](int64_t i, int64_t j, int64_t o) {
                     const T* const grad_output = element<const T>(p.grad_output, n, first, i, j);
-                    multiply<tail()>(load_some<tail()>(grad_output, count), windows[o], first, count, grads + o * L);
+                    const Vector<A> grads_of_output = load_part(grad_output, count);
+                    count == L ? multiply<false>(grads_of_output, windows[o], first, count, grads + o * L)
+                               : multiply<true>(grads_of_output, windows[o], first, count, grads + o * L);
                 });
                 if (p.from_logits) {
                     cells.load(p.logits, n, row, column, first, count, logits);
@@ -49,14 +51,16 @@ struct GradMasksFewNhwc {
     }
 
     template <bool kTail>
-    CARAFEPP_MEMBER void multiply(Vector<A> grad_output, const PixelWindow<const T>& window, int first, int count,
-                                  A* grads) const {
+    void multiply(Vector<A> grad_output, const PixelWindow<const T>& window, int first, int count, A* grads) const {
         const int64_t step = cells.outputs * L, pixel_stride = window.pixel_stride;
         for (int a = window.a_begin; a < window.a_end; a++) {
             const T* pixel = window.pixel(a, window.b_begin) + first;
             A* grad = grads + (a * p.kernel_size + window.b_begin) * step;
-            for (int left = window.b_end - window.b_begin; left > 0; left--, pixel += pixel_stride, grad += step)
-                store(grad_output * load_some<kTail>(pixel, count), grad);
+            Vector<A> channels[1];
+            for (int left = window.b_end - window.b_begin; left > 0; left--, pixel += pixel_stride, grad += step) {
+                read_channels<1, kTail>(pixel, count, channels);
+                store(grad_output * channels[0], grad);
+            }
         }
     }
 

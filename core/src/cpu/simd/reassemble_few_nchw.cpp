@@ -159,13 +159,46 @@ struct ReassembleFewMasks {
     void run_item(int64_t item, A* features) const {
         const MaskBlock block = blocks.block(item);
         A *const sums = features + features_size, *const staged = sums + sums_size;  // sums: [channel][row][column]
-        stage_features(blocks, block, features, staged);
+        stage_features(block, features, staged);
         std::fill_n(sums, sums_size, A{0});
         contract(block, features, staged, sums);
         for (int64_t c = 0; c < channels; c++) {
             const A* from = sums + c * sums_channel;
             for (int64_t i = block.rows.begin; i < block.rows.end; i++, from += blocks.lanes)
                 interleave_row(from, 0, 1, output, block.n, block.group * channels + c, i, block.columns);
+        }
+    }
+
+    // Stages features from the top row of the first outputs on. Rows beyond the border stay as they are, columns are 0.
+    // `row` is room for a row of features.
+    void stage_features(const MaskBlock& block, A* to, A* row) const {
+        const Range sources = sources_of(p, block.rows);
+        const int64_t left = p.columns().source(block.columns.begin) - p.radius(), channel = block.group * channels;
+        const int64_t up = blocks.up, down = blocks.down;
+        to += (sources.begin - blocks.top(block.rows.begin)) * blocks.sources_row;
+        if (up * down == 1) {
+            const Deinterleaved layout{1, left, blocks.residue_stride, blocks.sources_channel, blocks.sources_row, 0};
+            return deinterleave_rows(p.features, block.n, channel, channels, sources, layout, to);
+        }
+        const Deinterleaved layout{1, left, blocks.row_columns, blocks.row_columns, 0, 0};
+        for (int64_t i = sources.begin; i < sources.end; i++, to += blocks.sources_row) {
+            deinterleave_rows(p.features, block.n, channel, channels, {i, i + 1}, layout, row);
+            for (int64_t c = 0; c < channels; c++)
+                repeat_columns(row + c * blocks.row_columns, to + c * blocks.sources_channel);
+        }
+    }
+
+    void repeat_columns(const A* row, A* to) const {
+        const int64_t up = blocks.up, columns = blocks.residue_stride;
+        if (blocks.down == 1) {
+            const Array repeated{to, kDtypeOf<A>, 1, 1, 1, columns, 0, 0, 0, 1};
+            return interleave_row(row, 0, static_cast<int>(up), repeated, 0, 0, 0, {0, columns});
+        }
+        for (int64_t residue = 0; residue < blocks.residues; residue++, to += columns) {
+            for (int64_t phase = 0; phase < up; phase++) {
+                const A* from = row + p.factor.source(phase) + residue;
+                for (int64_t j = phase; j < columns; j += up, from += blocks.down) to[j] = *from;
+            }
         }
     }
 
@@ -179,6 +212,7 @@ struct ReassembleFewMasks {
             at.tap_offsets[b] = blocks.tap_offset(b);
             at.inside[b] = blocks.inside(b, block.columns);
         }
+        const int64_t first_top = blocks.top(block.rows.begin);
         const int taps = static_cast<int>(blocks.together * k), cells = static_cast<int>(blocks.lanes);
         for (int64_t a = 0; a < k; a += blocks.together) {
             const int64_t channel = block.group * p.taps() + a * k;
@@ -192,8 +226,9 @@ struct ReassembleFewMasks {
             }
             at.outputs = sums;
             for (int64_t i = block.rows.begin; i < block.rows.end; i++, at.outputs += blocks.lanes) {
-                at.features = features + (blocks.top(i) - blocks.top(block.rows.begin)) * blocks.sources_row;
-                const Range inside = blocks.tap_rows_inside(i, {a, a + blocks.together});
+                const int64_t top = blocks.top(i);
+                const Range inside = {std::max(a, -top), std::min(a + blocks.together, p.features.h - top)};
+                at.features = features + (top - first_top) * blocks.sources_row;
                 if (inside.size() > 0)
                     add_tap_rows(at, channels, inside, masks.of({(inside.begin - a) * k, (inside.end - a) * k}));
                 masks.first += in_place ? p.masks.stride_h : blocks.lanes;

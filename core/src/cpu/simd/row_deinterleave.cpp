@@ -158,40 +158,6 @@ void interleave_row(const A* from, int64_t residue_stride, int factor, const Arr
     });
 }
 
-template <class A>
-void stage_features(const MaskBlocks& blocks, const MaskBlock& block, A* to, A* row) {
-    const Problem& p = blocks.p;
-    const int64_t up = blocks.up, down = blocks.down, channels = blocks.channels, channel = block.group * channels;
-    const int64_t left = p.columns().source(block.columns.begin) - p.radius();
-    const Range sources = sources_of(p, block.rows);
-    to += (sources.begin - blocks.top(block.rows.begin)) * blocks.sources_row;
-    if (up * down == 1) {
-        const Deinterleaved layout{1, left, blocks.residue_stride, blocks.sources_channel, blocks.sources_row, 0};
-        return deinterleave_rows(p.features, block.n, channel, channels, sources, layout, to);
-    }
-    const Deinterleaved layout{1, left, blocks.row_columns, blocks.row_columns, 0, 0};
-    for (int64_t i = sources.begin; i < sources.end; i++, to += blocks.sources_row) {
-        deinterleave_rows(p.features, block.n, channel, channels, {i, i + 1}, layout, row);
-        for (int64_t c = 0; c < channels; c++) {
-            const A* const of_channel = row + c * blocks.row_columns;
-            A* repeated = to + c * blocks.sources_channel;
-            if (down == 1) {
-                const Array columns{repeated, kDtypeOf<A>, 1, 1, 1, blocks.residue_stride, 0, 0, 0, 1};
-                interleave_row(of_channel, 0, static_cast<int>(up), columns, 0, 0, 0, {0, columns.w});
-                continue;
-            }
-            for (int64_t residue = 0; residue < blocks.residues; residue++, repeated += blocks.residue_stride) {
-                for (int64_t phase = 0; phase < up; phase++) {
-                    const A* from = of_channel + p.factor.source(phase) + residue;
-                    for (int64_t j = phase; j < blocks.residue_stride; j += up, from += down) repeated[j] = *from;
-                }
-            }
-        }
-    }
-}
-
-template void stage_features(const MaskBlocks&, const MaskBlock&, float*, float*);
-template void stage_features(const MaskBlocks&, const MaskBlock&, double*, double*);
 template void interleave_row(const float*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
 template void interleave_row(const double*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
 template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, float*);

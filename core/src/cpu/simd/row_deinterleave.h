@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "cpu/geometry.h"
-#include "cpu/mask_blocks.h"
 #include "cpu/simd/vector.h"
 #include "problem.h"
 
@@ -103,11 +102,6 @@ CARAFEPP_INLINE void store_interleaved(const Accumulator<T>* from, int64_t resid
 template <class A>
 void interleave_row(const A* from, int64_t residue_stride, int factor, const Array& array, int64_t n, int64_t channel,
                     int64_t row, Range columns);
-
-// Stages the features of a block, from the top row of its first outputs on. Rows beyond the border stay as they are,
-// columns there are 0. `row` is room for a row of features.
-template <class A>
-void stage_features(const MaskBlocks& blocks, const MaskBlock& block, A* to, A* row);
 
 // Copies by non-temporal stores, but for the ends that do not fill a line.
 template <class T>
