@@ -6,8 +6,7 @@
 
 namespace carafepp {
 
-constexpr int64_t kBlockSums = 4096;           // elements of a channel; in the level 1 cache
-constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
+constexpr int64_t kBlockSums = 4096;  // elements of a channel; in the level 1 cache
 
 int64_t rows_of_block(const Problem& p, int64_t vector, int64_t rows, int64_t most, int64_t groups_of_images) {
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(vector));

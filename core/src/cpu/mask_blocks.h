@@ -9,6 +9,8 @@
 
 namespace carafepp {
 
+constexpr int64_t kBlockFeatures = 64 * 1024;  // elements of a block; in the level 2 cache
+
 // Rows of a block, at most `most`, while each thread has work. The kernel has vectors of `vector` lanes.
 int64_t rows_of_block(const Problem& p, int64_t vector, int64_t rows, int64_t most, int64_t groups_of_images);
 

@@ -15,8 +15,6 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int64_t kBlockFeatures = 64 * 1024;  // elements; in the level 2 cache
-
 // ---- contraction: the taps of a tile ----
 
 template <class A>
