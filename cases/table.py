@@ -117,7 +117,7 @@ _TABLE = [
     Case("wide_row", "rows wider than a tile", 1, 2, 1, 4500, up=2),
     Case("wide_row_k7", "rows wider than a tile, of many taps", 1, 2, 2, 1030, up=2, kernel_size=7),
     Case("wide_row_down", "rows wider than a tile, downsampling", 1, 2, 1, 9001, down=2),
-    Case("wide_row_3_2", "blocks of columns of a rational factor", 1, 4, 3, 1030, up=3, down=2, groups=2),
+    Case("wide_3_2", "blocks of columns, a rational factor", 1, 4, 3, 1030, up=3, down=2, groups=2),
     Case("wide_and_deep", "several blocks of channels and of columns", 1, 37, 1, 1100),
     Case("tall_column", "columns taller than a tile", 1, 2, 517, 3, up=2),
     Case("many_images", "batch larger than everything else", 37, 2, 2, 3, up=2),

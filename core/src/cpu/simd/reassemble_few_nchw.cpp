@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forward for few channels in a group, compiled once for each instruction set. A vector holds the same output (row,
-// phase) of neighbouring cells.
+// The forward for few channels in a group, compiled once for each instruction set. A vector holds neighbouring outputs
+// of a row if it is from masks. From logits it holds the same output (row, phase) of neighbouring cells.
 //
-// For a block of rows, a kernel stages the features that the windows reach. The kernel of masks reads one tap row of
-// the whole block after the other: few streams, each as long as the block. The kernel of logits contracts slices, and
-// writes each row of outputs once it is whole. Softmax needs no masks in memory: each numerator is contracted as it is
-// computed.
+// For a block of rows, a kernel stages the features that the windows reach. From masks it adds the products of one tap
+// row after the other to the sums of the block. From logits it contracts slices, and writes each row of outputs once it
+// is whole. Softmax needs no masks in memory: each numerator is contracted as it is computed.
 #include <algorithm>
 
 #include "cpu/simd/few_channels.h"
@@ -40,7 +39,7 @@ CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int
     }
 }
 
-// The mask of a tile from cell `q` on, 0 outside.
+// The masks of a tile from cell `q` on, 0 outside the border.
 template <class A>
 CARAFEPP_INLINE Vector<A> load_inside(const A* mask, const Range& inside, int64_t q) {
     constexpr int64_t L = kLanes<A>;
@@ -54,7 +53,7 @@ template <int NC, class A>
 __attribute__((noinline)) void add_tap_rows(const FewContraction<A>& at, TapRows<const A> masks, const A* features,
                                             A* outputs) {
     constexpr int L = kLanes<A>;
-    constexpr int64_t kAhead = 256 / sizeof(A);
+    constexpr int64_t kAhead = 256 / sizeof(A);  // elements from a mask to the one that is prefetched
     const int64_t output_channel = at.output_channel, channel_stride = at.channel_stride, row_stride = at.row_stride;
     const int64_t step = masks.step;
     const int k = at.kernel_size;

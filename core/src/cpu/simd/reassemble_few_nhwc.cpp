@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward of groups of one channel, with adjacent channels, compiled once for each instruction set. Masks are
-// nearly all that it reads. Those of float are transposed in registers, others in a tile.
+// nearly all that it reads. It transposes masks of float in registers, others in a tile.
 #include "cpu/simd/few_nhwc.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/nhwc_windows.h"
