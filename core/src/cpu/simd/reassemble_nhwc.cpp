@@ -22,12 +22,18 @@ namespace {
 
 // Groups of few channels need four outputs to fill a register tile. To keep the library small, only float has the code.
 template <class T>
-constexpr bool kRunsOfFour = std::is_same_v<T, float>;
+constexpr bool kLongRuns = std::is_same_v<T, float>;
+
+// The groups that have code for runs of six: those of involution.
+constexpr int kChannelsOfSix = 16;
+
+// Channels of an item, of as many groups. Pixels and their masks then pass through the caches in the order of memory.
+constexpr int64_t kMostChannels = 256;
 
 template <class T>
 struct ReassembleNhwc {
     using A = Accumulator<T>;
-    static constexpr int64_t L = kLanes<A>;  // cells of a tile
+    static constexpr int64_t L = kLanes<A>;
     static constexpr Result kResult = kReassemble;
 
     const Problem& p;
@@ -36,15 +42,18 @@ struct ReassembleNhwc {
     CellWindows column_windows;  // of a cell
     int64_t up, down, taps;
     int64_t channels;     // of a group
+    int64_t part, parts;  // groups of an item; number of such parts
     int64_t cells;        // of a row of outputs
     int64_t row_windows;  // rows of windows in an image
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
     int run;               // cells of one output each with overlapping windows, contracted together
+    bool short_segments;   // of runs: of one column
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
-    int64_t tile_size;     // [row][tap][phase][lane]
-    int64_t pixels_size;   // [cell][row][phase][tap], or in the order of logits
+    int64_t tile_cells, tile_groups;
+    int64_t tile_size;    // [row][tap][phase][lane]
+    int64_t pixels_size;  // [cell][row][phase][tap], or in the order of logits
     int64_t items, scratch_size;
 
     ReassembleNhwc(const Problem& problem, const Array& result, [[maybe_unused]] int64_t scratch_bytes = kScratchBytes)
@@ -53,18 +62,25 @@ struct ReassembleNhwc {
         down = p.factor.down;
         taps = p.taps();
         channels = p.features.c / p.groups;
+        part = std::clamp<int64_t>(kMostChannels / std::max<int64_t>(channels, 1), 1, p.groups);
+        parts = ceil_div(p.groups, part);
         cells = ceil_div(p.out_w, up);
         row_windows = shared_windows_in(p.factor, p.out_h);
         window_rows = ceil_div(up, down);
         non_temporal = takes_non_temporal_stores<T>(output, channels);
-        const bool four = kRunsOfFour<T> && 3 * down < p.kernel_size && channels <= 2 * L;
-        run = up > 1 || down >= p.kernel_size ? 1 : four ? 4 : 2;
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
+        const bool overlap = up == 1 && down < p.kernel_size;
+        short_segments = kLongRuns<T> && overlap && down == 1 && (masks_in_place || logits_in_place) &&
+                         channels == kChannelsOfSix;
+        const bool four = kLongRuns<T> && 3 * down < p.kernel_size && channels % L == 0 && channels <= 2 * L;
+        run = !overlap ? 1 : short_segments ? (p.kernel_size == 3 ? 4 : 6) : four ? 4 : 2;
+        tile_cells = masks_in_place ? cells : short_segments ? 12 : L;
+        tile_groups = masks_in_place ? part : 1;
         tile_size = window_rows * masks.row_size(L);
-        pixels_size = L * ceil_div(window_rows * up * taps, L) * L;
-        items = output.n * p.groups * row_windows;
+        pixels_size = masks_in_place ? 0 : tile_cells * ceil_div(window_rows * up * taps, L) * L;
+        items = output.n * parts * row_windows;
         scratch_size = tile_size + pixels_size;
         assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
     }
@@ -72,9 +88,9 @@ struct ReassembleNhwc {
     void run_item(int64_t item, A* scratch) const;
 };
 
-// One item: the rows of outputs that share a row of windows, in all channels of a group.
-struct ForwardItem {
-    int64_t n, group;
+// A tile in the rows of outputs that share a row of windows, from `group` on.
+struct ForwardTile {
+    int64_t n, group, groups;
     SharedWindow rows;
 };
 
@@ -90,7 +106,7 @@ struct TileWeights {
 
 // The masks of `count` cells from `cell` on, in the cheapest order. Uses all of scratch.
 template <class T>
-TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int count,
+TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const ForwardTile& at, int64_t cell, int count,
                                        Accumulator<T>* scratch) {
     using A = Accumulator<T>;
     constexpr int64_t L = kLanes<A>;
@@ -129,122 +145,175 @@ struct WindowOutputs {
     PixelWindow<const T> window;
     PixelPrefetch<T> prefetch;
     int kernel_size, shift;
-    bool short_segments;  // of one column inside the border: all of a run but the middle one
-    int64_t tap_stride;   // of weights
+    bool short_segments;
+    int64_t tap_stride;  // of weights
+    int64_t distance;    // of the weights of a run, from output to output
     bool non_temporal;
     int count = 0;
     const A* weights[kMost];  // of each output
     T* outputs[kMost];
+
+    void step_to_next_group(int64_t channels, int64_t taps) {
+        window.corner += channels;
+        prefetch.first += channels;
+        for (int o = 0; o < count; o++) {
+            weights[o] += taps;
+            outputs[o] += channels;
+        }
+    }
 };
 
-// Adds column b of a row of a window, the pixel x, to the sums of outputs [kFirst, kLast). Steps to the next column.
-template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
-CARAFEPP_INLINE void add_tap(const T*& x, int64_t pixel_stride, int& b, int tail,
-                             const Accumulator<T>* const (&weights)[P], int64_t tap_stride,
-                             Vector<Accumulator<T>> (&sums)[P][NV]) {
+// Adds the pixel x to the sums of outputs [kFirst, kLast), times weight_of(output).
+template <int kFirst, int kLast, bool kTail, int P, int NV, class T, class F>
+CARAFEPP_INLINE void add_tap(const T* x, int tail, F weight_of, Vector<Accumulator<T>> (&sums)[P][NV]) {
     Vector<Accumulator<T>> features[NV];
     read_channels<NV, kTail>(x, tail, features);
     if constexpr (kLast - kFirst > 1) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) features[v] = in_register(features[v]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int o = kFirst; o < kLast; o++) {
-        const Vector<Accumulator<T>> weight = splat(weights[o][b * tap_stride]);
+        const Vector<Accumulator<T>> weight = splat(weight_of(o));
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
     }
-    b++;
-    x += pixel_stride;
 }
+
+// The outputs of a register tile share a window, or are a run. In a run with adjacent weights, where segments are of
+// one column but the middle one, the code of the others has no loop.
+enum Sharing { kWindow, kRun, kShortSegments };
+
+// A column of a row of the union of the windows of a run. The weights of its outputs lie `distance` apart. Two pointers
+// and one distance reach those of six.
+template <int P, class T>
+struct RunColumn {
+    using A = Accumulator<T>;
+    static constexpr int kHalf = (P + 1) / 2;
+
+    const T* x;
+    const A *low, *high;
+    int64_t distance;
+
+    A weight(int o) const { return o < kHalf ? low[o * distance] : high[(o - kHalf) * distance]; }
+    void step(int64_t pixel_stride, int64_t tap_stride) {
+        x += pixel_stride;
+        low += tap_stride;
+        high += tap_stride;
+    }
+};
 
 // Adds a row of the union of the windows of a run, from `Segment` on. A segment is the columns that the same outputs
 // read. The first output alone reads the first segment. Up to the middle one, each has an output more, then one less.
-template <int P, bool kTail, bool kShortSegments, int Segment = 0, int NV, class T>
-CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T*& x, int& b, int tail,
-                                    const Accumulator<T>* const (&weights)[P], Vector<Accumulator<T>> (&sums)[P][NV]) {
-    const int64_t pixel_stride = at.window.pixel_stride, tap_stride = at.tap_stride;
+template <bool kTail, Sharing sharing, int Segment = 0, int P, int NV, class T>
+CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, RunColumn<P, T>& column, int& b, int tail,
+                                    Vector<Accumulator<T>> (&sums)[P][NV]) {
     constexpr int kFirst = Segment < P ? 0 : Segment - P + 1, kLast = Segment < P ? Segment + 1 : P;
-    if constexpr (kShortSegments && Segment != P - 1) {
-        add_tap<kFirst, kLast, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
+    const auto add = [&]() __attribute__((always_inline)) {
+        if (sharing == kShortSegments) __builtin_prefetch(column.x + at.window.row_stride);  // into the level 1 cache
+        add_tap<kFirst, kLast, kTail>(column.x, tail, [&](int o) { return column.weight(o); }, sums);
+        column.step(at.window.pixel_stride, sharing == kShortSegments ? 1 : at.tap_stride);
+    };
+    if constexpr (sharing == kShortSegments && Segment < P - 1) {
+        if (at.window.b_begin <= Segment) add();
+    } else if constexpr (sharing == kShortSegments && Segment >= P) {
+        if (at.kernel_size + kFirst <= at.window.b_end) add();
     } else {
         const int end = kLast < P ? kLast * at.shift : at.kernel_size + kFirst * at.shift;
-        for (const int last = std::min(end, at.window.b_end); b < last;)
-            add_tap<kFirst, kLast, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
+        for (const int last = std::min(end, at.window.b_end); b < last; b++) add();
     }
-    if constexpr (Segment < 2 * P - 2)
-        add_row_of_run<P, kTail, kShortSegments, Segment + 1>(at, x, b, tail, weights, sums);
+    if constexpr (Segment < 2 * P - 2) add_row_of_run<kTail, sharing, Segment + 1>(at, column, b, tail, sums);
 }
 
 // A register tile: `P` outputs from `first` on, or a run; `NV` vectors of channels from `c` on.
-template <int P, bool kRun, int NV, bool kTail, class T>
+template <int P, Sharing sharing, int NV, bool kTail, class T>
 CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
     const PixelWindow<const T>& window = at.window;
-    for (int a = window.a_begin; a < window.a_end; a++) {
+    const int64_t tap_stride = at.tap_stride, row_taps = at.kernel_size * tap_stride;
+    const T* row = window.pixel(window.a_begin, window.b_begin) + c;
+    int64_t tap = window.a_begin * row_taps + window.b_begin * tap_stride;
+    for (int a = window.a_begin; a < window.a_end; a++, row += window.row_stride, tap += row_taps) {
         if (a - window.a_begin < at.prefetch.rows) prefetch_row<NV>(at.prefetch, a - window.a_begin, c);
-        const A* weights[P];
-#pragma GCC unroll 4
-        for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + a * at.kernel_size * at.tap_stride;
-        int b = window.b_begin;
-        const T* x = window.pixel(a, b) + c;
-        const int64_t pixel_stride = window.pixel_stride, tap_stride = at.tap_stride;
-        if constexpr (P == 4 && kRun) {
-            at.short_segments ? add_row_of_run<P, kTail, true>(at, x, b, tail, weights, sums)
-                              : add_row_of_run<P, kTail, false>(at, x, b, tail, weights, sums);
-        } else if constexpr (kRun) {
-            add_row_of_run<P, kTail, false>(at, x, b, tail, weights, sums);
+        int b = sharing == kShortSegments ? std::max(window.b_begin, P - 1) : window.b_begin;
+        if constexpr (sharing != kWindow) {
+            const A* const low = at.weights[0] + tap;
+            RunColumn<P, T> column{row, low, low + RunColumn<P, T>::kHalf * at.distance, at.distance};
+            add_row_of_run<kTail, sharing>(at, column, b, tail, sums);
         } else {
-            while (b < window.b_end) add_tap<0, P, kTail>(x, pixel_stride, b, tail, weights, tap_stride, sums);
+            const A* weights[P];
+#pragma GCC unroll 4
+            for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + tap;
+            for (const T* x = row; b < window.b_end; b++, x += window.pixel_stride) {
+                add_tap<0, P, kTail>(x, tail, [&](int o) { return *weights[o]; }, sums);
+#pragma GCC unroll 4
+                for (int o = 0; o < P; o++) weights[o] += tap_stride;
+            }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], at.outputs[first + o] + c, tail, at.non_temporal);
 }
 
 // All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
 // ones have fewer, and a tail.
-template <int P, bool kRun, class T>
+template <int P, Sharing sharing, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = P == 1 || (kRun && P == 2 && kVectorRegisters == 32) ? 8
-                          : P == 4 && kVectorRegisters == 16                   ? 2
-                                                                               : 4;
+    constexpr int kMost = sharing == kShortSegments                                         ? kChannelsOfSix / L
+                          : P == 1 || (sharing == kRun && P == 2 && kVectorRegisters == 32) ? 8
+                          : P == 4 && kVectorRegisters == 16                                ? 2
+                                                                                            : 4;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, sharing, kMost, false>(at, first, c, 0);
+    if constexpr (sharing == kShortSegments) return;
     if (kMost > 4 && c + 4 * L <= channels) {
-        sum_over_taps<P, kRun, 4, false>(at, first, c, 0);
+        sum_over_taps<P, sharing, 4, false>(at, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        sum_over_taps<P, kRun, 2, false>(at, first, c, 0);
+        sum_over_taps<P, sharing, 2, false>(at, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        sum_over_taps<P, kRun, 1, false>(at, first, c, 0);
+        sum_over_taps<P, sharing, 1, false>(at, first, c, 0);
         c += L;
     }
-    if (c < channels) sum_over_taps<P, kRun, 1, true>(at, first, c, static_cast<int>(channels - c));
+    if constexpr (sharing == kRun && P == 4) return;  // runs of whole vectors
+    if (c < channels) sum_over_taps<P, sharing, 1, true>(at, first, c, static_cast<int>(channels - c));
 }
 
 template <class T>
 void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
     if (at.shift > 0) {
-        if constexpr (kRunsOfFour<T>) {
-            if (at.count == 4) return sum_channels_over_taps<4, true>(at, 0, channels);
+        if constexpr (kLongRuns<T>) {
+            if (at.count == 6) return sum_channels_over_taps<6, kShortSegments>(at, 0, channels);
+            if (at.count == 4) {
+                return at.short_segments ? sum_channels_over_taps<4, kShortSegments>(at, 0, channels)
+                                         : sum_channels_over_taps<4, kRun>(at, 0, channels);
+            }
         }
-        return sum_channels_over_taps<2, true>(at, 0, channels);
+        return sum_channels_over_taps<2, kRun>(at, 0, channels);
     }
     int first = 0;
-    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);
-    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, false>(at, first, channels);
-    if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
+    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, kWindow>(at, first, channels);
+    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, kWindow>(at, first, channels);
+    if (first < at.count) sum_channels_over_taps<1, kWindow>(at, first, channels);
+}
+
+// The groups of a tile, one after the other.
+template <class T>
+void reassemble_groups(const ReassembleNhwc<T>& plan, int64_t groups, WindowOutputs<T>& at) {
+    for (; groups > 0; groups--) {
+        reassemble_window(at, plan.channels);
+        at.step_to_next_group(plan.channels, plan.taps);
+    }
 }
 
 // The rows that the next row of windows reads first: as many pixels as the cells have sources.
 template <class T>
-PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem& at, int64_t cell, int cell_count) {
+PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardTile& at, int64_t cell, int cell_count) {
     const Array& features = plan.p.features;
     const int64_t row = at.rows.source + plan.p.offset_h + plan.p.radius() + 1;
     const int64_t rows = std::min(ceil_div(plan.down, plan.up), features.h - row);
@@ -253,20 +322,20 @@ PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardItem
 }
 
 template <class T>
-void set_window(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t column, int64_t tap_stride, int shift,
+void set_window(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t column, int64_t tap_stride, int shift,
                 int outputs, WindowOutputs<T>& at) {
     at.window = window_of<const T>(plan.p, plan.p.features, item.n, item.group * plan.channels, item.rows.source,
                                    column, shift * (outputs - 1));
     at.kernel_size = static_cast<int>(plan.p.kernel_size);
     at.shift = shift;
-    at.short_segments = shift == 1 && at.window.b_begin == 0 && at.window.b_end == at.kernel_size + outputs - 1;
+    at.short_segments = plan.short_segments;
     at.tap_stride = tap_stride;
     at.non_temporal = plan.non_temporal;
 }
 
 // All outputs of one cell, the q-th of its tile, window by window.
 template <class T>
-void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
+void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t cell,
                      const TileWeights<Accumulator<T>>& weights, int64_t q) {
     const SharedWindow& rows = item.rows;
     for (int g = 0; g < plan.column_windows.count; g++) {
@@ -283,37 +352,42 @@ void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardItem& item, int
                                                     cell * plan.up + phase);
             }
         }
-        reassemble_window(at, plan.channels);
+        reassemble_groups(plan, item.groups, at);
     }
 }
 
 // The outputs of a run of neighbouring cells, which have one each.
 template <class T>
-void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardItem& item, int64_t cell,
+void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t cell,
                     const TileWeights<Accumulator<T>>& weights, int64_t q, int outputs) {
     WindowOutputs<T> at;
     set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), outputs, at);
     at.prefetch = pixel_prefetch(plan, item, cell, outputs);
     at.count = outputs;
+    std::fill_n(at.weights, outputs, weights.first + q * weights.cell_stride);
+    at.distance = weights.cell_stride - plan.down * weights.tap_stride;
     for (int o = 0; o < outputs; o++) {
-        at.weights[o] = weights.first + (q + o) * weights.cell_stride - o * plan.down * weights.tap_stride;
         at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
     }
-    reassemble_window(at, plan.channels);
+    reassemble_groups(plan, item.groups, at);
 }
 
 template <class T>
 void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
-    const ForwardItem at{item / row_windows / p.groups, item / row_windows % p.groups,
-                         shared_window(p.factor, item % row_windows, p.out_h)};
-    for (int64_t cell = 0; cell < cells; cell += L) {
-        const int64_t count = std::min(L, cells - cell);
-        const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
-        int64_t q = 0;
-        for (int outputs = run; outputs > 1; outputs /= 2) {
-            for (; q + outputs <= count; q += outputs) reassemble_run(*this, at, cell + q, weights, q, outputs);
+    const int64_t n = item / row_windows / parts, first = item / row_windows % parts * part;
+    const int64_t end = std::min(first + part, p.groups);
+    const SharedWindow rows = shared_window(p.factor, item % row_windows, p.out_h);
+    for (int64_t cell = 0; cell < cells; cell += tile_cells) {
+        const int64_t count = std::min(tile_cells, cells - cell);
+        for (int64_t group = first; group < end; group += tile_groups) {
+            const ForwardTile at{n, group, std::min(tile_groups, end - group), rows};
+            const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
+            int64_t q = 0;
+            for (int outputs = run; outputs > 1; outputs -= 2) {
+                for (; q + outputs <= count; q += outputs) reassemble_run(*this, at, cell + q, weights, q, outputs);
+            }
+            for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
         }
-        for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
     }
     if (non_temporal) finish_non_temporal_stores();
 }
