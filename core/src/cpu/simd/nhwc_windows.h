@@ -39,6 +39,12 @@ static inline PixelWindow<T> window_of(const Problem& p, const Array& features, 
             static_cast<int>(std::min(p.kernel_size + shift, features.w - left))};
 }
 
+// The groups that one item takes, of up to 256 channels. Their pixels and masks pass through the caches in the order of
+// memory.
+static inline int64_t groups_of_item(int64_t groups, int64_t channels) {
+    return std::clamp<int64_t>(256 / std::max<int64_t>(channels, 1), 1, groups);
+}
+
 // `NV` vectors of channels, in an order of lanes that write_channels undoes; or the first `tail` lanes of one.
 template <int NV, bool kTail, class T>
 CARAFEPP_INLINE void read_channels(const T* from, int tail, Vector<Accumulator<T>> (&to)[NV]) {

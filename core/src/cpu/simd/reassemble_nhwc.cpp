@@ -20,15 +20,13 @@ namespace {
 
 // ---- plan ----
 
-// Groups of few channels need four outputs to fill a register tile. To keep the library small, only float has the code.
+// Groups of few channels need four or six outputs to fill a register tile. To keep the library small, only floats have
+// the code, in groups of as many channels as involution has.
 template <class T>
 constexpr bool kLongRuns = std::is_same_v<T, float>;
+constexpr int kLongRunChannels = 16;
 
-// The groups that have code for runs of six: those of involution.
-constexpr int kChannelsOfSix = 16;
-
-// Channels of an item, of as many groups. Pixels and their masks then pass through the caches in the order of memory.
-constexpr int64_t kMostChannels = 256;
+constexpr int64_t kMostLogitsOfCell = 64 * 1024;  // in scratch: at most half of it
 
 template <class T>
 struct ReassembleNhwc {
@@ -51,8 +49,9 @@ struct ReassembleNhwc {
     bool short_segments;   // of runs: of one column
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
+    bool logits_of_cells;  // the same, a cell at a time, each tap in vectors of its own
     int64_t tile_cells, tile_groups;
-    int64_t tile_size;    // [row][tap][phase][lane]
+    int64_t tile_size;    // [row][tap][phase][lane], or the logits of a cell
     int64_t pixels_size;  // [cell][row][phase][tap], or in the order of logits
     int64_t items, scratch_size;
 
@@ -62,7 +61,7 @@ struct ReassembleNhwc {
         down = p.factor.down;
         taps = p.taps();
         channels = p.features.c / p.groups;
-        part = std::clamp<int64_t>(kMostChannels / std::max<int64_t>(channels, 1), 1, p.groups);
+        part = groups_of_item(p.groups, channels);
         parts = ceil_div(p.groups, part);
         cells = ceil_div(p.out_w, up);
         row_windows = shared_windows_in(p.factor, p.out_h);
@@ -72,14 +71,17 @@ struct ReassembleNhwc {
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
         const bool overlap = up == 1 && down < p.kernel_size;
-        short_segments = kLongRuns<T> && overlap && down == 1 && (masks_in_place || logits_in_place) &&
-                         channels == kChannelsOfSix;
-        const bool four = kLongRuns<T> && 3 * down < p.kernel_size && channels % L == 0 && channels <= 2 * L;
-        run = !overlap ? 1 : short_segments ? (p.kernel_size == 3 ? 4 : 6) : four ? 4 : 2;
-        tile_cells = masks_in_place ? cells : short_segments ? 12 : L;
+        const bool long_run = kLongRuns<T> && overlap && 3 * down < p.kernel_size && channels == kLongRunChannels;
+        short_segments = long_run && down == 1 && (masks_in_place || logits_in_place);
+        run = !overlap ? 1 : short_segments ? 6 : long_run ? 4 : 2;
+        logits_of_cells = p.from_logits && p.logits.stride_c == 1 && !logits_in_place && 3 * window_rows * up > L &&
+                          taps * up * up <= kMostLogitsOfCell;
+        tile_cells = masks_in_place ? cells : logits_of_cells ? 1 : short_segments ? 12 : L;
         tile_groups = masks_in_place ? part : 1;
-        tile_size = window_rows * masks.row_size(L);
-        pixels_size = masks_in_place ? 0 : tile_cells * ceil_div(window_rows * up * taps, L) * L;
+        tile_size = std::max(window_rows * masks.row_size(L), logits_of_cells ? (taps + L) * up * up : 0);
+        pixels_size = masks_in_place    ? 0
+                      : logits_of_cells ? taps * ceil_div(window_rows * up, L) * L
+                                        : tile_cells * ceil_div(window_rows * up * taps, L) * L;
         items = output.n * parts * row_windows;
         scratch_size = tile_size + pixels_size;
         assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
@@ -122,6 +124,17 @@ TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const Forw
         const CellMasks<A> cell_masks(p.normalizer, taps, up * up);
         cell_masks.normalize(p.logits, {at.n, at.group * taps * up * up, rows.begin / up, cell}, count, pixels);
         return {pixels, up, cell_masks.size, 1, up * up};
+    }
+    if (plan.logits_of_cells) {
+        const int64_t lanes = ceil_div(rows.size() * up, L) * L;
+        CellMasks<A>(CARAFEPP_NONE, taps, up * up)
+            .normalize(p.logits, {at.n, at.group * taps * up * up, rows.begin / up, cell}, count, tile);
+        const A* from = tile + rows.begin % up * up;
+        for (A* tap = pixels; tap < pixels + taps * lanes; tap += lanes, from += up * up) {
+            for (int64_t k = 0; k < lanes; k += L) store(load(from + k), tap + k);
+        }
+        MaskTiles<A>(p, lanes / L).normalize_row(pixels, L);
+        return {pixels, up, 0, 1, lanes};
     }
     // With other strides, a transposition takes longer than reading the taps one vector apart.
     if ((p.from_logits ? p.logits : p.masks).stride_c != 1) {
@@ -180,8 +193,8 @@ CARAFEPP_INLINE void add_tap(const T* x, int tail, F weight_of, Vector<Accumulat
     }
 }
 
-// The outputs of a register tile share a window, or are a run. In a run with adjacent weights, where segments are of
-// one column but the middle one, the code of the others has no loop.
+// The outputs of a register tile share a window, or are a run. Short segments are of one column, all but the middle
+// one, and have adjacent weights: their code has no loop.
 enum Sharing { kWindow, kRun, kShortSegments };
 
 // A column of a row of the union of the windows of a run. The weights of its outputs lie `distance` apart. Two pointers
@@ -261,13 +274,14 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
 template <int P, Sharing sharing, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = sharing == kShortSegments                                         ? kChannelsOfSix / L
+    constexpr bool kLongRun = sharing != kWindow && P > 2;
+    constexpr int kMost = kLongRun                                                          ? kLongRunChannels / L
                           : P == 1 || (sharing == kRun && P == 2 && kVectorRegisters == 32) ? 8
                           : P == 4 && kVectorRegisters == 16                                ? 2
                                                                                             : 4;
     int64_t c = 0;
     for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, sharing, kMost, false>(at, first, c, 0);
-    if constexpr (sharing == kShortSegments) return;
+    if constexpr (kLongRun) return;
     if (kMost > 4 && c + 4 * L <= channels) {
         sum_over_taps<P, sharing, 4, false>(at, first, c, 0);
         c += 4 * L;
@@ -280,7 +294,6 @@ __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at
         sum_over_taps<P, sharing, 1, false>(at, first, c, 0);
         c += L;
     }
-    if constexpr (sharing == kRun && P == 4) return;  // runs of whole vectors
     if (c < channels) sum_over_taps<P, sharing, 1, true>(at, first, c, static_cast<int>(channels - c));
 }
 
