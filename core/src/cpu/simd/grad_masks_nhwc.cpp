@@ -21,6 +21,12 @@ namespace {
 
 // ---- plan ----
 
+// Groups of few channels, with one output for each window, have code of their own. To keep the library small, only that
+// of float.
+template <class T>
+constexpr bool kOneOutput = std::is_same_v<T, float>;
+constexpr int kMostVectors = 2;  // of channels
+
 template <class T>
 struct GradMasksNhwc {
     using A = Accumulator<T>;
@@ -34,7 +40,9 @@ struct GradMasksNhwc {
     CellMasks<A> cell_masks;
     int64_t up, taps, radius;
     int64_t channels;          // of a group
+    int64_t part, parts;       // groups of an item; number of such parts
     int64_t cell_rows, cells;  // with logits also those that a crop leaves no output for: their gradient is 0
+    bool one_output;           // of each window, of few channels: sums over all channels are of one register tile
     bool as_masks, as_logits;  // channels of the result are adjacent: sums have their order, else that of a tile
     Order order;               // of the sums of a cell
     int64_t sums_of_cell;
@@ -54,6 +62,9 @@ struct GradMasksNhwc {
         taps = p.taps();
         radius = p.radius();
         channels = p.features.c / p.groups;
+        part = groups_of_item(p.groups, channels);
+        parts = ceil_div(p.groups, part);
+        one_output = kOneOutput<T> && up == 1 && channels > 0 && channels % L == 0 && channels <= kMostVectors * L;
         cell_rows = p.from_logits ? grad_masks.h : ceil_div(p.out_h, up);
         cells = p.from_logits ? grad_masks.w : ceil_div(p.out_w, up);
         as_masks = !p.from_logits && grad_masks.stride_c == 1;
@@ -63,7 +74,7 @@ struct GradMasksNhwc {
         line_size = ceil_div(sums_of_cell, L) * L;
         partial_size = line_size * L;
         lines_size = L * line_size;
-        items = grad_masks.n * p.groups * cell_rows;
+        items = grad_masks.n * parts * cell_rows;
         scratch_size = partial_size + 4 * lines_size;
         assert(scratch_size * int64_t{sizeof(A)} <= scratch_bytes);
     }
@@ -71,7 +82,7 @@ struct GradMasksNhwc {
     void run_item(int64_t item, A* scratch) const;
 };
 
-// One item: a row of cells of a group. `rows` are its rows of outputs.
+// A row of cells of a group. `rows` are its rows of outputs.
 template <class A>
 struct GradMasksItem {
     int64_t n, group, cell_row;
@@ -202,6 +213,70 @@ __attribute__((noinline)) void sum_over_channels(const T* const* grads, const T*
     }
 }
 
+// The pixels that the taps of a window read, from its centre on. Taps outside the border, and those that fill the last
+// vector, read the centre.
+struct TapOffsets {
+    int64_t offsets[kMaxKernelSize * kMaxKernelSize + kLanes<float>];
+    int a_begin = 0, a_end = 0, b_begin = 0, b_end = 0;
+
+    template <class T>
+    void set(const PixelWindow<const T>& window, int kernel_size, int64_t size) {
+        if (a_begin == window.a_begin && a_end == window.a_end && b_begin == window.b_begin && b_end == window.b_end)
+            return;
+        a_begin = window.a_begin, a_end = window.a_end, b_begin = window.b_begin, b_end = window.b_end;
+        std::fill_n(offsets, size, 0);
+        const int radius = kernel_size / 2;
+        for (int a = a_begin; a < a_end; a++) {
+            for (int b = b_begin; b < b_end; b++) {
+                offsets[a * kernel_size + b] = (a - radius) * window.row_stride + (b - radius) * window.pixel_stride;
+            }
+        }
+    }
+};
+
+// A register tile of one output: as many taps as a vector has lanes, over all channels. `line` has whole vectors.
+template <int NV, class T>
+__attribute__((noinline)) void sum_taps_of_output(const T* grads, const T* centre, const int64_t* offsets, int64_t taps,
+                                                  Accumulator<T>* line) {
+    using A = Accumulator<T>;
+    constexpr int L = kLanes<A>;
+    Vector<A> grad[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) grad[v] = load(grads + v * L);
+    for (int64_t t = 0; t < taps; t += L) {
+        Vector<A> sums[L] = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) {
+            const T* const pixel = centre + offsets[t + i];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) sums[i] += grad[v] * load(pixel + v * L);
+        }
+        store(sums_of_lanes<A>(sums), line + t);
+    }
+}
+
+// line = the gradient of the masks of the one output of a cell.
+template <class T, class A>
+void grad_masks_of_output(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, TapOffsets& taps,
+                          A* line) {
+    const Problem& p = plan.p;
+    const int k = static_cast<int>(p.kernel_size);
+    const int64_t channel = at.group * plan.channels;
+    const PixelWindow<const T> window = window_of<const T>(p, p.features, at.n, channel, at.cell_row * p.factor.down,
+                                                           cell * p.factor.down);
+    taps.set(window, k, plan.line_size);
+    with_count<kMostVectors>(static_cast<int>(plan.channels / kLanes<A>), [&](auto vectors) {
+        sum_taps_of_output<vectors()>(element<const T>(p.grad_output, at.n, channel, at.cell_row, cell),
+                                      window.pixel(plan.radius, plan.radius), taps.offsets, plan.taps, line);
+    });
+    if (window.taps() == plan.taps) return;
+    for (int a = 0; a < k; a++) {
+        const bool inside = a >= window.a_begin && a < window.a_end;
+        std::fill(line + a * k, line + a * k + (inside ? window.b_begin : k), A{0});
+        std::fill(line + a * k + (inside ? window.b_end : k), line + a * k + k, A{0});
+    }
+}
+
 // At most `most` of what is left, which two parts share evenly.
 inline int part_of(int left, int most) {
     return left > most && left < 2 * most ? (left + 1) / 2 : std::min(most, left);
@@ -308,22 +383,29 @@ template <class T>
 void GradMasksNhwc<T>::run_item(int64_t item, A* scratch) const {
     GradMasksItem<A> at;
     at.cell_row = item % cell_rows;
-    at.group = item / cell_rows % p.groups;
-    at.n = item / cell_rows / p.groups;
+    const int64_t first = item / cell_rows % parts * part, end = std::min(first + part, p.groups);
+    at.n = item / cell_rows / parts;
     at.rows = {at.cell_row * up, (at.cell_row + 1) * up};
     if (!p.from_logits) at.rows.end = std::min(at.rows.end, p.out_h);
     at.partial = scratch;
     A* const lines = scratch + partial_size;
     std::fill(at.partial + sums_of_cell * L, at.partial + partial_size, A{0});
+    TapOffsets tap_offsets;
     for (int64_t cell = 0; cell < cells; cell += L) {
         const int count = static_cast<int>(std::min<int64_t>(L, cells - cell));
-        for (int q = 0; q < count; q++) {
-            A* const line = lines + q * line_size;
-            grad_masks_of_cell(*this, at, cell + q, line);
-            if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line, grad_masks);
+        for (at.group = first; at.group < end; at.group++) {
+            for (int q = 0; q < count; q++) {
+                A* const line = lines + q * line_size;
+                if (!one_output || at.cell_row >= p.out_h || cell + q >= p.out_w) {
+                    grad_masks_of_cell(*this, at, cell + q, line);
+                } else if constexpr (kOneOutput<T>) {
+                    grad_masks_of_output(*this, at, cell + q, tap_offsets, line);
+                }
+                if (as_masks) masks.store_cell(at.n, at.group, at.rows, cell + q, line, grad_masks);
+            }
+            if (as_logits) write_logits(*this, at, cell, count, lines);
+            if (!as_logits && !as_masks) write_tile(*this, at, cell, count, lines, lines + lines_size);
         }
-        if (as_logits) write_logits(*this, at, cell, count, lines);
-        if (!as_logits && !as_masks) write_tile(*this, at, cell, count, lines, lines + lines_size);
     }
 }
 
