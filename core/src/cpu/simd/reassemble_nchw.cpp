@@ -47,6 +47,10 @@ struct ReassemblePlan {
 
     // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of two rows.
     int64_t ring_rows, residue_stride, row_stride, channel_stride;
+    // Tiles whose features are read in place. Those of the others are staged: before them from the first cell on, and
+    // behind them, at `behind`, from column `column_behind` on.
+    Range in_place;
+    int64_t behind, column_behind;
     int tap_offsets[kMaxFactor][kMaxKernelSize];  // [window][b]
     TilePhases register_tiles[kMaxFactor];
     int register_tiles_count;
@@ -66,6 +70,23 @@ bool tiles_are_lines(const Array& output, int64_t tile_columns) {
         if (stride % line != 0) return false;
     }
     return reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
+}
+
+// Finds the tiles whose features can be read in place: their windows lie inside the row.
+void read_in_place(ReassemblePlan& plan, const Problem& p, const Columns& columns, int64_t lanes) {
+    plan.in_place = {plan.block_tiles, plan.block_tiles};
+    const bool vectors = p.features.stride_w == 1 && itemsize(p.features.dtype) * lanes == kVectorBytes;
+    if (p.factor.down > 1 || !vectors || plan.blocks_across > 1) return;
+    const int64_t width = p.features.w, least = columns.least_shift, most = columns.most_shift;
+    const Range inside = {ceil_div(std::max<int64_t>(-least, 0), lanes), std::min((width - most) / lanes, plan.tiles)};
+    const int64_t column = std::min(inside.end * lanes + least, width - lanes);  // staged as whole vectors
+    const int64_t before = inside.begin > 0 ? ceil_div(inside.begin * lanes + columns.halo(), lanes) * lanes : 0;
+    const int64_t behind = inside.end < plan.tiles ? ceil_div(columns.cells + most - column, lanes) * lanes : 0;
+    if (inside.size() == 0 || before + behind > plan.residue_stride) return;
+    plan.in_place = inside;
+    plan.behind = before;
+    plan.column_behind = column;
+    plan.residue_stride = before + behind;
 }
 
 ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Columns& columns,
@@ -101,9 +122,11 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
 
     const int64_t block_cells = std::min(plan.block_tiles * lanes, columns.cells);
     plan.residue_stride = ceil_div(block_cells + columns.halo(), lanes) * lanes;
+    const int64_t channel_size = plan.ring_rows * down * plan.residue_stride;  // staged or in place
+    read_in_place(plan, p, columns, lanes);
     plan.row_stride = down * plan.residue_stride;
     plan.channel_stride = plan.ring_rows * plan.row_stride;
-    const int64_t most_channels = kBlockFeatureVectors * lanes / plan.channel_stride;
+    const int64_t most_channels = kBlockFeatureVectors * lanes / channel_size;
     plan.block_channels = std::min(channels, register_channels * share_size(ceil_div(channels, register_channels),
                                                                             most_channels / register_channels));
 
@@ -175,7 +198,7 @@ template <class A>
 struct ReassembleRegisterTile {
     const A* features;  // staged, at the tile's first cell
     int64_t channel_stride;
-    const int* row_offsets;  // from the first row of the first window on
+    const int64_t* row_offsets;  // from the first row of the first window on
     const int* tap_offsets;
     bool adjacent_taps;  // in features, and in masks
     int kernel_size;
@@ -460,16 +483,26 @@ struct ReassembleNchw {
         }
     }
 
-    int row_offset(int64_t i) const { return static_cast<int>(floor_mod(i, plan.ring_rows) * plan.row_stride); }
+    int64_t row_offset(int64_t i) const { return floor_mod(i, plan.ring_rows) * plan.row_stride; }
 
     void stage_features(const Block& b, int64_t channel, int64_t count, int64_t i) const {
-        const Deinterleaved layout{static_cast<int>(p.factor.down),
-                                   b.first_cell + columns.least_shift,
-                                   b.cells + columns.halo(),
-                                   plan.channel_stride,
-                                   0,
-                                   plan.residue_stride};
-        deinterleave_rows(p.features, b.n, channel, count, {i, i + 1}, layout, b.features + row_offset(i));
+        const auto stage = [&](int64_t cell, int64_t end, A* to) {
+            const Deinterleaved layout{
+                static_cast<int>(p.factor.down), cell, end - cell, plan.channel_stride, 0, plan.residue_stride};
+            deinterleave_rows(p.features, b.n, channel, count, {i, i + 1}, layout, to + row_offset(i));
+        };
+        const int64_t before = std::min(plan.in_place.begin * L, b.cells), end = b.first_cell + b.cells;
+        if (before > 0)
+            stage(b.first_cell + columns.least_shift, b.first_cell + before + columns.most_shift, b.features);
+        if (plan.in_place.end < b.tiles) stage(plan.column_behind, end + columns.most_shift, b.features + plan.behind);
+    }
+
+    // The first cell of a tile: staged in row 0 of the ring, or in row 0 of the array.
+    const A* features_of(const Block& b, int64_t channel, int64_t tile) const {
+        if (tile < plan.in_place.begin) return b.features + tile * L;
+        const int64_t column = tile * L + columns.least_shift;
+        if (tile >= plan.in_place.end) return b.features + plan.behind + column - plan.column_behind;
+        return reinterpret_cast<const A*>(element<const T>(p.features, b.n, channel, 0, column));
     }
 
     // The features that are staged next, after the rows before `end`. The windows of outputs up to row `last` are
@@ -506,13 +539,14 @@ struct ReassembleNchw {
     // Contracts one or two rows of outputs, whose windows together are the rows `window` of features.
     void contract_rows(const Block& b, int64_t channel, int64_t count, Range rows, Range window,
                        RowPrefetch& prefetch) const {
-        int row_offsets[kMaxKernelSize + kMaxFactor];
-        for (int64_t y = window.begin; y < window.end; y++) row_offsets[y - window.begin] = row_offset(y);
+        int64_t ring_offsets[kMaxKernelSize + kMaxFactor], offsets_in_place[kMaxKernelSize + kMaxFactor];
+        for (int64_t y = window.begin; y < window.end; y++) {
+            ring_offsets[y - window.begin] = row_offset(y);
+            offsets_in_place[y - window.begin] = y * p.features.stride_h;
+        }
         const int64_t channel_stride = plan.non_temporal_rows ? 2 * p.out_w : output.stride_c;
         const int64_t row_stride = plan.non_temporal_rows ? p.out_w : output.stride_h;
         ReassembleRegisterTile<A> tile;
-        tile.channel_stride = plan.channel_stride;
-        tile.row_offsets = row_offsets;
         tile.adjacent_taps = p.factor.down == 1 && plan.register_tiles_count == 1;
         assert(!tile.adjacent_taps || plan.tap_offsets[0][p.kernel_size - 1] == p.kernel_size - 1);
         tile.kernel_size = static_cast<int>(p.kernel_size);
@@ -539,7 +573,10 @@ struct ReassembleNchw {
             if constexpr (std::is_same_v<T, A>) {
                 if (plan.stores_sums) sums = result;
             }
-            tile.features = b.features + t * L;
+            const bool in_place = t >= plan.in_place.begin && t < plan.in_place.end;
+            tile.channel_stride = in_place ? p.features.stride_c : plan.channel_stride;
+            tile.row_offsets = in_place ? offsets_in_place : ring_offsets;
+            tile.features = features_of(b, channel, t);
             for (int k = 0; k < plan.register_tiles_count; k++) {
                 const TilePhases& some = plan.register_tiles[k];
                 tile.tap_offsets = plan.tap_offsets[some.window];

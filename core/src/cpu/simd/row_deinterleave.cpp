@@ -9,48 +9,56 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// A vector of a row from `column` on; 0 where the row has no such column.
-template <class T>
-CARAFEPP_INLINE Vector<Accumulator<T>> load_columns(const T* row, int64_t column, int64_t width) {
-    constexpr int L = kLanes<Accumulator<T>>;
-    if (column >= 0 && column + L <= width) return load(row + column);
-    if (column <= -L || column >= width) return Vector<Accumulator<T>>{};
-    return load_between(row + column, static_cast<int>(std::max<int64_t>(-column, 0)),
-                        static_cast<int>(std::min<int64_t>(width - column, L)));
-}
-
-// Deinterleaves a row of adjacent columns.
+// Deinterleaves a row of adjacent columns, of some channels: a vector of cells of all channels at a time. `row` is that
+// of the first channel.
 template <int Factor, class T>
-CARAFEPP_INLINE void deinterleave_row(const T* row, int64_t width, int64_t cell, int64_t count, Accumulator<T>* to,
-                                      int64_t residue_stride) {
+CARAFEPP_INLINE void deinterleave_row(const Array& array, const T* row, int64_t channels, const Deinterleaved& layout,
+                                      Accumulator<T>* to) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
-    const auto deinterleave_vectors = [&](int64_t k, auto load_at) __attribute__((always_inline)) {
-        const int64_t column = (cell + k) * Factor;
-        Vector<A> vectors[Factor];
+    for (int64_t k = 0; k < layout.lanes<A>(); k += L) {
+        const int64_t column = (layout.cell + k) * Factor;
+        const auto stage_channels = [&](auto load_residues) __attribute__((always_inline)) {
+            const T* from = row + column;
+            A* cells = to + k;
+            for (int64_t c = 0; c < channels; c++, from += array.stride_c, cells += layout.channel_stride) {
+                Vector<A> residues[Factor];
+                load_residues(from, residues);
 #pragma GCC unroll 8
-        for (int v = 0; v < Factor; v++) vectors[v] = load_at(column + v * L);
-        deinterleave<A, Factor>(vectors);
-#pragma GCC unroll 8
-        for (int residue = 0; residue < Factor; residue++) store(vectors[residue], to + k + residue * residue_stride);
-    };
-    const int64_t end_inside = std::min(count, width / Factor - cell - L + 1);
-    for (int64_t k = 0; k < count; k += L) {
-        for (; k >= -cell && k < end_inside; k += L) {
-            if constexpr (Factor == 2 && std::is_same_v<T, BFloat16>) {
-                store(load_even(row + (cell + k) * Factor), to + k);
-                store(load_odd(row + (cell + k) * Factor), to + k + residue_stride);
-            } else {
-                deinterleave_vectors(k,
-                                     [=](int64_t column) __attribute__((always_inline)) { return load(row + column); });
+                for (int residue = 0; residue < Factor; residue++)
+                    store(residues[residue], cells + residue * layout.residue_stride);
             }
+        };
+        if (column >= 0 && column + Factor * L <= array.w) {
+            stage_channels([](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
+                if constexpr (Factor == 2 && std::is_same_v<T, BFloat16>) {
+                    residues[0] = load_even(from);
+                    residues[1] = load_odd(from);
+                    return;
+                }
+#pragma GCC unroll 8
+                for (int v = 0; v < Factor; v++) residues[v] = load(from + v * L);
+                deinterleave<A, Factor>(residues);
+            });
+            continue;
         }
-        if (k >= count) break;
-        A columns[Factor * L];  // at the ends of the row
+        int begin[Factor], end[Factor];  // columns of the row, of each vector
+        for (int v = 0; v < Factor; v++) {
+            begin[v] = static_cast<int>(std::clamp<int64_t>(-column - v * L, 0, L));
+            end[v] = static_cast<int>(std::clamp<int64_t>(array.w - column - v * L, begin[v], L));
+        }
+        stage_channels([&](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
+            if constexpr (std::is_same_v<T, float> && Factor <= 4) {
+#pragma GCC unroll 4
+                for (int v = 0; v < Factor; v++) residues[v] = load_between(from + v * L, begin[v], end[v]);
+            } else {  // for its size
+                A columns[Factor * L];
 #pragma GCC unroll 1
-        for (int v = 0; v < Factor; v++) store(load_columns(row, (cell + k) * Factor + v * L, width), columns + v * L);
-        deinterleave_vectors(k, [&](int64_t column) __attribute__((always_inline)) {
-            return load(columns + column - (cell + k) * Factor);
+                for (int v = 0; v < Factor; v++) store(load_between(from + v * L, begin[v], end[v]), columns + v * L);
+#pragma GCC unroll 8
+                for (int v = 0; v < Factor; v++) residues[v] = load(columns + v * L);
+            }
+            deinterleave<A, Factor>(residues);
         });
     }
 }
@@ -116,23 +124,21 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
         }
         return;
     }
-    const int64_t cell = layout.cell, count = layout.count, residue_stride = layout.residue_stride, width = array.w;
     const auto for_each_row = [&](auto deinterleave_one) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < channels; c++) {
-            const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
-            A* of_row = to + c * layout.channel_stride;
-            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
-                deinterleave_one(from, of_row);
-        }
+        const T* from = element<const T>(array, n, channel, rows.begin, 0);
+        A* of_row = to;
+        for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
+            deinterleave_one(from, of_row);
     };
     const auto shuffle_rows = [&](auto factor) __attribute__((always_inline)) {
-        for_each_row([=](const T* from, A* of_row) __attribute__((always_inline)) {
-            deinterleave_row<decltype(factor)::value>(from, width, cell, count, of_row, residue_stride);
+        for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
+            deinterleave_row<decltype(factor)::value>(array, from, channels, layout, of_row);
         });
     };
     if (array.stride_w == 1 && with_shuffles(layout.factor, shuffle_rows)) return;
     for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
-        deinterleave_strided(from, array.stride_w, width, layout, of_row);
+        for (int64_t c = 0; c < channels; c++, from += array.stride_c, of_row += layout.channel_stride)
+            deinterleave_strided(from, array.stride_w, array.w, layout, of_row);
     });
 }
 
