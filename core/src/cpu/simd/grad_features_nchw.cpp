@@ -337,9 +337,8 @@ struct GradFeaturesNchw {
         const int64_t next_channel = last ? channel + plan.block.channels : channel;
         const int64_t left = (b.group + 1) * channels - next_channel;
         const int64_t column = std::max<int64_t>(b.first_cell * up, 0);
-        return RowPrefetch(p.grad_output, element<const T>(p.grad_output, b.n, next_channel, row, column),
-                           std::min(sizes.cells * up, p.out_w), std::min(rows.size(), b.outputs.end - row),
-                           std::min(plan.block.channels, left));
+        return RowPrefetch(p.grad_output, b.n, next_channel, row, column, std::min(sizes.cells * up, p.out_w),
+                           std::min(rows.size(), b.outputs.end - row), std::min(plan.block.channels, left));
     }
 
     // ---- contraction ----

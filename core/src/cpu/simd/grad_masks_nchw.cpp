@@ -263,8 +263,13 @@ struct GradMasksNchw {
         const int64_t next = last ? b.computed.begin : row;
         const int64_t next_channel = last ? channel + plan.block.channels : channel;
         const int64_t column = b.first_tile * L * up;
-        return {p.grad_output, element<const T>(p.grad_output, b.n, next_channel, next, column),
-                std::min(b.tiles * L * up, p.out_w - column), std::min(plan.rows_together, b.computed.end - next),
+        return {p.grad_output,
+                b.n,
+                next_channel,
+                next,
+                column,
+                std::min(b.tiles * L * up, p.out_w - column),
+                std::min(plan.rows_together, b.computed.end - next),
                 std::min(plan.block.channels, (b.group + 1) * channels - next_channel)};
     }
 
@@ -272,8 +277,13 @@ struct GradMasksNchw {
     RowPrefetch features_prefetch(const Block& b, int64_t channel) const {
         const int64_t next = channel + plan.block.channels;
         const int64_t column = std::max<int64_t>(b.first_tile * L + columns.least_shift, 0) * down;
-        return {p.features, element<const T>(p.features, b.n, next, b.sources.begin, column),
-                std::min((b.tiles * L + columns.halo()) * down, p.features.w - column), b.sources.end - b.sources.begin,
+        return {p.features,
+                b.n,
+                next,
+                b.sources.begin,
+                column,
+                std::min((b.tiles * L + columns.halo()) * down, p.features.w - column),
+                b.sources.end - b.sources.begin,
                 std::min(plan.block.channels, (b.group + 1) * channels - next)};
     }
 

@@ -16,14 +16,15 @@ struct RowPrefetch {
 
     RowPrefetch() = default;
 
-    template <class T>
-    RowPrefetch(const Array& array, const T* first, int64_t columns, int64_t rows_of_channel, int64_t channel_count)
-        : row(reinterpret_cast<const char*>(first)),
-          row_bytes(columns * array.stride_w * int64_t{sizeof(T)}),
-          row_stride(array.stride_h * int64_t{sizeof(T)}),
-          rows(static_cast<int>(rows_of_channel)),
-          channels(static_cast<int>(channel_count)) {
-        channel_stride = array.stride_c * int64_t{sizeof(T)} - (rows - 1) * row_stride;
+    RowPrefetch(const Array& array, int64_t n, int64_t channel, int64_t first_row, int64_t column, int64_t columns,
+                int64_t rows_of_channel, int64_t channel_count)
+        : rows(static_cast<int>(rows_of_channel)), channels(static_cast<int>(channel_count)) {
+        const int64_t size = itemsize(array.dtype);
+        row = element<const char>(array, 0, 0, 0, 0) + size * (n * array.stride_n + channel * array.stride_c +
+                                                               first_row * array.stride_h + column * array.stride_w);
+        row_bytes = columns * array.stride_w * size;
+        row_stride = array.stride_h * size;
+        channel_stride = array.stride_c * size - (rows - 1) * row_stride;
         if (rows <= 0 || columns <= 0) channels = 0;
         if (row_stride == row_bytes) {  // adjacent rows are one row
             row_bytes *= rows;
@@ -34,11 +35,12 @@ struct RowPrefetch {
 
     int64_t lines() const { return int64_t{channels} * rows * ((row_bytes + 63) / 64); }
 
-    __attribute__((always_inline)) void prefetch_line() {
-        if (channels <= 0) return;
+    // False if no line is left.
+    __attribute__((always_inline)) bool prefetch_line() {
+        if (channels <= 0) return false;
         __builtin_prefetch(row + at, 0, 2);
         at += 64;
-        if (at < row_bytes) return;
+        if (at < row_bytes) return true;
         at = 0;
         if (++row_index < rows) {
             row += row_stride;
@@ -47,6 +49,7 @@ struct RowPrefetch {
             row += channel_stride;
             channels--;
         }
+        return true;
     }
 };
 

@@ -47,8 +47,8 @@ struct ReassemblePlan {
 
     // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of two rows.
     int64_t ring_rows, residue_stride, row_stride, channel_stride;
-    // Tiles whose features are read in place. Those of the others are staged: before them from the first cell on, and
-    // behind them, at `behind`, from column `column_behind` on.
+    // Tiles whose features are read in place. The tiles before them are staged from the first cell on. The tiles behind
+    // them are staged at `behind`, from column `column_behind` on.
     Range in_place;
     int64_t behind, column_behind;
     int tap_offsets[kMaxFactor][kMaxKernelSize];  // [window][b]
@@ -211,8 +211,9 @@ struct ReassembleRegisterTile {
     int64_t columns;   // of the output
     bool interleaves;  // has all phases and writes columns, else the lanes of each phase
     bool non_temporal;
-    RowPrefetch* prefetch;
-    int prefetch_lines;  // for each row of taps
+    bool prefetches_outputs;  // those of the next rows
+    RowPrefetch* inputs;      // staged next: features, masks
+    int input_lines;          // that some channels prefetch
 };
 
 // The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
@@ -235,7 +236,6 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
 #pragma GCC unroll 2
     for (int r = First; r < Last; r++) masks[r] = tile.masks[r] + (begin - r * tile.window_step) * row_size;
     for (int y = begin; y < end; y++) {
-        for (int k = 0; k < tile.prefetch_lines; k++) tile.prefetch->prefetch_line();
         const A* rows[NC];
         rows[0] = opaque(channel + tile.row_offsets[y]);
 #pragma GCC unroll 8
@@ -341,6 +341,12 @@ __attribute__((noinline)) void interleave_phases(A* row, int64_t rows, int phase
     }
 }
 
+// Prefetches the lines of the first input, then those of the second.
+__attribute__((noinline)) void prefetch_lines(RowPrefetch* inputs, int lines) {
+    while (lines > 0 && inputs[0].prefetch_line()) lines--;
+    while (lines > 0 && inputs[1].prefetch_line()) lines--;
+}
+
 // Contracts R rows and Q phases that share a window, NC channels at a time. Their sums stay in registers.
 template <int K, int R, int Q, int NC, class A>
 __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<A>& tile, int64_t channels) {
@@ -352,6 +358,15 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<
         if (c + NC > channels) c = channels - NC;
         const A* const features = tile.features + c * tile.channel_stride;
         A* const outputs = tile.outputs + c * tile.output_channel_stride;
+        prefetch_lines(tile.inputs, tile.input_lines);
+        if (tile.prefetches_outputs) {
+            const A* next = outputs + 2 * tile.output_row_stride;
+#pragma GCC unroll 1
+            for (int n = 0; n < NC; n++, next += tile.output_channel_stride) {
+                __builtin_prefetch(next, 1, 2);
+                if (R == 2) __builtin_prefetch(next + tile.output_row_stride, 1, 2);
+            }
+        }
         Vector<A> sums[R][Q][NC] = {};
         if constexpr (R == 1) {
             add_taps<K, 0, 1>(tile, features, begin, end, sums);
@@ -459,11 +474,10 @@ struct ReassembleNchw {
     void run_item(int64_t item, A* scratch) const {
         const Block b(plan, p, columns, item, scratch);
         std::fill_n(b.features + plan.block_channels * plan.channel_stride, L, A{0});
-        stage_masks(b);
         for (int64_t c = 0; c < channels; c += plan.block_channels) {
             // The last channels fill a register tile, with some of those before.
             const int64_t first = std::max<int64_t>(std::min(c, channels - plan.register_channels), 0);
-            sweep_rows(b, b.group * channels + first, std::min(plan.block_channels, channels - first));
+            sweep_rows(b, b.group * channels + first, std::min(plan.block_channels, channels - first), c == 0);
         }
         if (plan.non_temporal_vectors || plan.non_temporal_rows) finish_non_temporal_stores();
     }
@@ -471,8 +485,8 @@ struct ReassembleNchw {
     // ---- staging ----
 
     // Masks of taps beyond the border become 0: features are staged as 0 there, and 0 times an infinite mask is NaN.
-    void stage_masks(const Block& b) const {
-        for (int64_t row = b.rows.begin; row < b.rows.end; row++) {
+    void stage_masks(const Block& b, Range rows) const {
+        for (int64_t row = rows.begin; row < rows.end; row++) {
             for (int64_t tile = 0; tile < b.tiles; tile++) {
                 const int64_t cell = b.first_cell + tile * L;
                 const int count = static_cast<int>(std::min<int64_t>(L, columns.cells - cell));
@@ -516,14 +530,24 @@ struct ReassembleNchw {
         const int64_t left = (b.group + 1) * channels - next;
         const int64_t column = std::max<int64_t>((b.first_cell + columns.least_shift) * p.factor.down, 0);
         const int64_t count_columns = std::min((b.cells + columns.halo()) * p.factor.down, p.features.w - column);
-        return RowPrefetch(p.features, element<const T>(p.features, b.n, next, first, column), count_columns,
-                           next_end - first, std::min(below ? count : plan.block_channels, left));
+        return RowPrefetch(p.features, b.n, next, first, column, count_columns, next_end - first,
+                           std::min(below ? count : plan.block_channels, left));
+    }
+
+    // The masks or logits of some rows of outputs.
+    RowPrefetch masks_prefetch(const Block& b, Range rows) const {
+        const Array& array = p.from_logits ? p.logits : p.masks;
+        const int64_t up = p.from_logits ? p.factor.up : 1, phases = p.factor.up / up;
+        const int64_t taps = p.taps() * up * up, first = rows.begin / up, column = b.first_cell * phases;
+        const int64_t count_columns = std::min(b.cells * phases, array.w - column);
+        return RowPrefetch(array, b.n, b.group * taps, first, column, count_columns, ceil_div(rows.end, up) - first,
+                           array.stride_c == 1 ? 1 : taps);
     }
 
     // ---- contraction ----
 
-    // Contracts all rows of a block, in `count` channels.
-    void sweep_rows(const Block& b, int64_t channel, int64_t count) const {
+    // Contracts all rows of a block, in `count` channels. The first sweep stages the masks.
+    void sweep_rows(const Block& b, int64_t channel, int64_t count, bool stages_masks) const {
         int64_t staged = 0;  // rows of features before it are staged
         for (int64_t i = b.rows.begin; i < b.rows.end; i += 2) {
             const Range rows = {i, std::min(i + 2, b.rows.end)};
@@ -531,14 +555,19 @@ struct ReassembleNchw {
             assert(window.size() <= plan.ring_rows);
             for (staged = std::max(staged, window.begin); staged < std::min(window.end, p.features.h); staged++)
                 stage_features(b, channel, count, staged);
-            RowPrefetch prefetch = features_prefetch(b, channel, count, rows.end - 1, window.end);
-            contract_rows(b, channel, count, rows, window, prefetch);
+            RowPrefetch inputs[] = {features_prefetch(b, channel, count, rows.end - 1, window.end), RowPrefetch()};
+            if (stages_masks) {
+                stage_masks(b, rows);
+                if (rows.end < b.rows.end)
+                    inputs[1] = masks_prefetch(b, {rows.end, std::min(rows.end + 2, b.rows.end)});
+            }
+            contract_rows(b, channel, count, rows, window, inputs);
         }
     }
 
     // Contracts one or two rows of outputs, whose windows together are the rows `window` of features.
     void contract_rows(const Block& b, int64_t channel, int64_t count, Range rows, Range window,
-                       RowPrefetch& prefetch) const {
+                       RowPrefetch* inputs) const {
         int64_t ring_offsets[kMaxKernelSize + kMaxFactor], offsets_in_place[kMaxKernelSize + kMaxFactor];
         for (int64_t y = window.begin; y < window.end; y++) {
             ring_offsets[y - window.begin] = row_offset(y);
@@ -558,12 +587,13 @@ struct ReassembleNchw {
         tile.output_row_stride = plan.stores_sums ? row_stride : plan.tile_columns;
         tile.interleaves = plan.register_tiles_count == 1;
         tile.non_temporal = plan.non_temporal_vectors;
-        tile.prefetch = &prefetch;
+        tile.prefetches_outputs = plan.stores_sums && !plan.non_temporal_vectors && !plan.non_temporal_rows;
+        tile.inputs = inputs;
         const int64_t register_channels = plan.register_tiles[0].count == 1 ? kTileChannelsOfOnePhase
                                                                             : kTileChannelsOfPhases;
-        tile.prefetch_lines = static_cast<int>(
-            ceil_div(prefetch.lines(),
-                     b.tiles * plan.register_tiles_count * ceil_div(count, register_channels) * p.kernel_size));
+        tile.input_lines = static_cast<int>(
+            ceil_div(inputs[0].lines() + inputs[1].lines(),
+                     b.tiles * plan.register_tiles_count * ceil_div(count, register_channels)));
         for (int64_t t = 0; t < b.tiles; t++) {
             const int64_t column = (b.first_cell + t * L) * p.factor.up;
             const int64_t tile_columns = std::min(plan.tile_columns, p.out_w - column);
