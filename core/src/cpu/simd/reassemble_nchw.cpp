@@ -627,27 +627,29 @@ struct ReassembleNchw {
     // Converts the sums of a tile to outputs.
     void write_sums(A* sums, int64_t count, int64_t rows, int64_t tile_columns, T* result, int64_t channel_stride,
                     int64_t row_stride) const {
-        for (int64_t c = 0; c < count; c++, sums += 2 * plan.tile_columns, result += channel_stride) {
-            if (plan.register_tiles_count > 1) {
-                const int phases = static_cast<int>(columns.phases);
-                if constexpr (std::is_same_v<T, A>) {
-                    for (int64_t r = 0; r < rows; r++) {
-                        store_interleaved(sums + r * plan.tile_columns, L, phases, tile_columns,
-                                          result + r * row_stride, output.stride_w);
-                    }
-                    continue;
-                }
-                interleave_phases(sums, rows, phases);
-            }
-            for (int64_t r = 0; r < rows; r++) {
-                const A* const from = sums + r * plan.tile_columns;
-                T* const to = result + r * row_stride;
+        const auto for_each_channel = [&](auto store_rows) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < count; c++, sums += 2 * plan.tile_columns, result += channel_stride)
+                store_rows(sums, result);
+        };
+        const int phases = static_cast<int>(columns.phases);
+        if constexpr (std::is_same_v<T, A>) {
+            const auto shuffle_rows = [&](auto known_phases) __attribute__((always_inline)) {
+                for_each_channel([&](const A* from, T* to) __attribute__((always_inline)) {
+                    for (int64_t r = 0; r < rows; r++, from += plan.tile_columns, to += row_stride)
+                        store_interleaved<decltype(known_phases)::value>(from, L, tile_columns, to);
+                });
+            };
+            if (plan.register_tiles_count > 1 && output.stride_w == 1 && with_shuffles(phases, shuffle_rows)) return;
+        }
+        for_each_channel([&](A* of_channel, T* to) __attribute__((always_inline)) {
+            if (plan.register_tiles_count > 1) interleave_phases(of_channel, rows, phases);
+            for (int64_t r = 0; r < rows; r++, of_channel += plan.tile_columns, to += row_stride) {
                 for (int64_t k = 0; k < tile_columns; k += L) {
-                    store_lanes<T>(from + k, static_cast<int>(std::min<int64_t>(tile_columns - k, L)),
+                    store_lanes<T>(of_channel + k, static_cast<int>(std::min<int64_t>(tile_columns - k, L)),
                                    to + k * output.stride_w, output.stride_w);
                 }
             }
-        }
+        });
     }
 
     // Copies whole rows by non-temporal stores; adjacent rows are one row.
