@@ -124,21 +124,24 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
         }
         return;
     }
-    const auto for_each_row = [&](auto deinterleave_one) __attribute__((always_inline)) {
-        const T* from = element<const T>(array, n, channel, rows.begin, 0);
-        A* of_row = to;
-        for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
-            deinterleave_one(from, of_row);
+    // Few channels at a time: they may lie in the same sets of a cache.
+    const auto for_each_row = [&](int64_t channels_together, auto deinterleave_some) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < channels; c += channels_together) {
+            const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
+            A* of_row = to + c * layout.channel_stride;
+            const int64_t count = std::min(channels_together, channels - c);
+            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
+                deinterleave_some(from, count, of_row);
+        }
     };
     const auto shuffle_rows = [&](auto factor) __attribute__((always_inline)) {
-        for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
-            deinterleave_row<decltype(factor)::value>(array, from, channels, layout, of_row);
+        for_each_row(8, [&](const T* from, int64_t count, A* of_row) __attribute__((always_inline)) {
+            deinterleave_row<decltype(factor)::value>(array, from, count, layout, of_row);
         });
     };
     if (array.stride_w == 1 && with_shuffles(layout.factor, shuffle_rows)) return;
-    for_each_row([&](const T* from, A* of_row) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < channels; c++, from += array.stride_c, of_row += layout.channel_stride)
-            deinterleave_strided(from, array.stride_w, array.w, layout, of_row);
+    for_each_row(1, [&](const T* from, int64_t, A* of_row) __attribute__((always_inline)) {
+        deinterleave_strided(from, array.stride_w, array.w, layout, of_row);
     });
 }
 
