@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SASS = """
-	//## File "/usr/include/sm_32_intrinsics.hpp", line 100
+	//## File "/usr/sm_32_intrinsics.hpp", line 1 inlined at "/x/core/src/cuda/masks.h", line 7
 	//## File "/x/core/src/cuda/masks.h", line 7 inlined at "/x/core/src/cuda/kernel.cu", line 3
 	//## File "/x/core/src/cuda/kernel.cu", line 3
 .L_x_1:
@@ -38,15 +38,16 @@ def code(traffic):
 
 def test_instructions_know_their_lines(traffic):
     instructions, labels = traffic.parsed(SASS)
-    assert [instruction.line for instruction in instructions] == 4 * ["masks.h:7"] + 2 * [
-        "kernel.cu:9"
-    ]
+    lines = [instruction.lines for instruction in instructions]
+    assert lines == 4 * [("masks.h:7", "kernel.cu:3")] + 2 * [("kernel.cu:9",)]
     assert labels == {".L_x_1": 0}
 
 
 def test_a_loop_runs_as_often_as_its_accesses_say(code):
-    accesses = Counter({("masks.h:7", "LDG"): 20, ("kernel.cu:9", "STG"): 1})
+    accesses = Counter({(("masks.h:7",), "LDG"): 20, (("kernel.cu:9",), "STG"): 1})
     assert code.executed(accesses) == 4 * 20 / 2 + 2
+    elsewhere = Counter({(("masks.h:7", "other.cu:3"), "LDG"): 20})
+    assert code.executed(elsewhere) == 4 * 20 / 2  # if no line is the same, the innermost counts
 
 
 def test_loads_are_in_flight_until_an_instruction_waits(code):

@@ -186,7 +186,7 @@ class Kernel:
     def staging(self) -> float:
         """Return the instructions for a load or store of a loop that fills shared memory, at most.
 
-        Of loads and stores, the more frequent ones count: either may be vectors.
+        The more frequent ones of both count: either may be vectors.
         """
         code, loops = self.loops()
         most = 0.0

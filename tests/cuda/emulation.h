@@ -140,7 +140,7 @@ T shuffle(Shuffle kind, unsigned mask, T value, int operand, int width, Place pl
 [[noreturn]] void misaligned(const volatile void* address, size_t alignment, Place place);
 
 template <class T>
-void check_aligned(const T* address, Place place) {
+__forceinline__ void check_aligned(const T* address, Place place) {
     if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) misaligned(address, sizeof(T), place);
 }
 
@@ -200,13 +200,14 @@ CARAFEPP_SHUFFLE(__shfl_down_sync, kDown)
 CARAFEPP_SHUFFLE(__shfl_up_sync, kUp)
 
 template <class T>
-T __ldg(const T* address, carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
+__forceinline__ T __ldg(const T* address, carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
     carafepp::emulation::check_aligned(address, place);
     return *address;
 }
 
 template <class T>
-void __stcs(T* address, T value, carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
+__forceinline__ void __stcs(T* address, T value,
+                            carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
     carafepp::emulation::check_aligned(address, place);
     *address = value;
 }

@@ -211,7 +211,7 @@ void finish() { count_block(); }
 
 using carafepp::trace::record;
 
-// What -fsanitize=thread calls.
+// The functions that -fsanitize=thread calls.
 extern "C" {
 #define CARAFEPP_HOOKS(bytes)                                                                                        \
     void __tsan_read##bytes(void* address) { record(address, bytes, false, __builtin_return_address(0)); }           \

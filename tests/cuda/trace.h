@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counts the memory accesses of emulated CUDA kernels, warp by warp.
 //
-// Kernels compiled with -fsanitize=thread call a function before each access. trace.cpp has these functions, in the
-// place of ThreadSanitizer's. The accesses of 32 lanes are one of a warp if the lanes make them at the same place in
-// the code, for the same time. Where a condition lets some lanes skip an access, the times of later ones differ. Copies
-// of cp.async and tensor cores' instructions are not among them.
+// Kernels compiled with -fsanitize=thread call a function before each access. trace.cpp has these functions, instead of
+// ThreadSanitizer. Accesses of 32 lanes are one of a warp if they are at the same place in the code, for the same time.
+// If a condition lets some lanes skip an access, the times of later ones differ. Copies of cp.async and instructions of
+// tensor cores are not among them.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ namespace carafepp::trace {
 constexpr int kL1Kilobytes[] = {16, 32, 64, 128};  // for one block
 constexpr size_t kL1Sizes = sizeof kL1Kilobytes / sizeof *kL1Kilobytes;
 
-// Of one array, or of the shared memory. A line has 128 bytes, a sector 32.
+// Counts of one array, or of the shared memory. A line has 128 bytes, a sector 32.
 struct Counts {
     int64_t loads = 0, stores = 0;               // of warps
     int64_t lanes = 0;                           // that took part in them

@@ -3,8 +3,8 @@
 //
 //     traffic PASS WEIGHTS DTYPE LAYOUT N C H W UP DOWN K GROUPS BLOCKS
 //
-// PASS is forward, grad_features or grad_weights, WEIGHTS masks or logits. It runs BLOCKS blocks of the best kernel's
-// grid, spread evenly, and prints one line of JSON: the counts of these blocks.
+// PASS is forward, grad_features or grad_weights, WEIGHTS masks or logits. It runs BLOCKS blocks of the best kernel,
+// spread evenly over the grid. It prints one line of JSON: the counts of these blocks.
 #include <dlfcn.h>
 #include <sys/mman.h>
 

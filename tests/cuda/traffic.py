@@ -1,8 +1,8 @@
 """Count what the CUDA kernels ask of a device, and estimate their time.
 
 The program `traffic` of an emulated build runs some blocks of a kernel and counts their accesses,
-warp by warp. nvcc and nvdisasm, where they are found, add registers and instructions of sm_90: a
-loop runs as often as the emulated code of its lines makes its accesses.
+warp by warp. nvcc and nvdisasm, if they are found, add registers and instructions of sm_90. A loop
+runs as often as the emulated code of its lines makes its accesses.
 
     cmake --build BUILD --target traffic
     python tests/cuda/traffic.py --program BUILD/tests/cuda/traffic [--problems ...]
@@ -48,6 +48,8 @@ from pathlib import Path
 import compiled
 
 Counts = dict[str, int]
+Lines = tuple[str, ...]  # as "masks.h:100"
+Accesses = Counter[tuple[Lines, str]]  # of warps; LDG, STG, LDS or STS
 SECTOR = 32  # bytes
 WARP = 32  # threads
 ISSUED = 2.4  # instructions a cycle and multiprocessor, of 4
@@ -60,7 +62,7 @@ ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDG|STG|LDS|STS)\b")
 
 @dataclass(frozen=True)
 class Device:
-    """What the model knows of a device: multiprocessors, hertz, bytes a second, bytes, threads."""
+    """Facts of a device: multiprocessors, hertz, bytes a second, bytes, threads."""
 
     name: str
     multiprocessors: int
@@ -132,16 +134,16 @@ PASSES = ("forward", "grad_features", "grad_weights")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of the machine code, with the line of core/src that it comes from."""
+    """One of the machine code, with its lines of core/src: the innermost inlined one first."""
 
     text: str
-    line: str
+    lines: Lines
 
     @property
-    def access(self) -> tuple[str, str] | None:
-        """Return its line and LDG, STG, LDS or STS, or None for no access of such memory."""
+    def access(self) -> str | None:
+        """Return LDG, STG, LDS or STS, or None for no access of such memory."""
         kind = ACCESS.search(self.text)
-        return (self.line, kind[1]) if kind else None
+        return kind[1] if kind else None
 
 
 def in_flight(loop: list[Instruction]) -> int:
@@ -172,23 +174,29 @@ class Code:
             branch = re.search(r"\bBRA\b.*`\((\S+)\)", instruction.text)
             if branch and labels[branch[1]] < k:
                 ranges.append(range(labels[branch[1]], k + 1))
-        loops = compiled.innermost(ranges)
-        of_loops = {k for loop in loops for k in loop}
-        self.loops = [[code[k] for k in loop] for loop in loops]  # the innermost
-        self.rest = [instruction for k, instruction in enumerate(code) if k not in of_loops]
-        self.in_flight = max(map(in_flight, self.loops), default=0)
+        self.code, self.loops = code, compiled.innermost(ranges)
+        self._in_loops = {k for loop in self.loops for k in loop}
+        self._rest = [k for k in range(len(code)) if k not in self._in_loops]
+        loops = ([code[k] for k in loop] for loop in self.loops)
+        self.in_flight = max(map(in_flight, loops), default=0)
 
-    def executed(self, accesses: Counter[tuple[str, str]]) -> float:
+    def executed(self, accesses: Accesses) -> float:
         """Return how many instructions warps run that make so many accesses.
 
-        A loop runs as often as its accesses say. What has none is not counted.
+        A loop runs as often as its accesses say. A loop without one is not counted.
         """
-        in_loops = Counter(i.access for loop in self.loops for i in loop if i.access)
-        in_rest = Counter(i.access for i in self.rest if i.access and i.access not in in_loops)
+        runs: Counter[int] = Counter()  # of each instruction that accesses memory
+        for (lines, kind), times in accesses.items():
+            of_kind = [k for k, one in enumerate(self.code) if one.access == kind]
+            same = [k for k in of_kind if self.code[k].lines[: len(lines)] == lines]
+            same = same or [k for k in of_kind if self.code[k].lines[:1] == lines[:1]]
+            same = [k for k in same if k in self._in_loops] or same
+            for k in same:
+                runs[k] += times / len(same)
         total = 0.0
-        for region, static in [*((loop, in_loops) for loop in self.loops), (self.rest, in_rest)]:
-            runs = [accesses[i.access] / static[i.access] for i in region if i.access in static]
-            total += len(region) * sum(runs) / max(1, len(runs))
+        for region in (*self.loops, self._rest):
+            known = [runs[k] for k in region if k in runs]
+            total += len(region) * sum(known) / max(1, len(known))
         return total
 
 
@@ -196,18 +204,18 @@ def parsed(sass: str) -> tuple[list[Instruction], dict[str, int]]:
     """Return the instructions of a kernel, and its labels, from what nvdisasm prints with lines."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    line, complete = "", True
+    lines: Lines = ()
+    complete = True
     for row in sass.splitlines():
         if place := re.match(r'\t//## File "([^"]+)", line (\d+)', row):
-            # Of inlined functions, the innermost comes first. Those of CUDA's headers do not count.
             if complete:
-                line, complete = "", False
-            if not line and "/core/src/" in place[1]:
-                line = f"{Path(place[1]).name}:{place[2]}"
+                lines, complete = (), False
+            if "/core/src/" in place[1]:  # CUDA's headers do not count
+                lines += (f"{Path(place[1]).name}:{place[2]}",)
         elif label := re.match(r"(\.L_\w+):", row):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?) ;", row):
-            code.append(Instruction(instruction[1], line))
+            code.append(Instruction(instruction[1], lines))
             complete = True
     return code, labels
 
@@ -220,7 +228,7 @@ def read_code(nvcc: str, nvdisasm: str, source: str) -> dict[str, Code]:
         options = ["-std=c++17", "-arch=sm_90", "-lineinfo", "-Xptxas=-v", "-cubin", "-o", cubin]
         options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""']
         said = compiled.run(nvcc, *options, f"core/src/cuda/{source}").stderr
-        text = compiled.run(nvdisasm, "-g", "-c", cubin).stdout
+        text = compiled.run(nvdisasm, "-gi", "-c", cubin).stdout
     kernels = compiled.KERNEL.finditer(said)
     registers = {kernel["name"]: int(kernel["registers"]) for kernel in kernels}
     sections = re.split(r"\n\t\.section\t\.text\.(\w+)", text)
@@ -228,16 +236,15 @@ def read_code(nvcc: str, nvdisasm: str, source: str) -> dict[str, Code]:
     return {name: Code(registers[name], *parsed(parts[name])) for name in registers}
 
 
-def lines_of(program: Path, places: list[tuple[int, str, int]]) -> Counter[tuple[str, str]]:
-    """Return the accesses of warps by the line of core/src, and LDG, STG, LDS or STS."""
+def lines_of(program: Path, places: list[tuple[int, str, int]]) -> Accesses:
+    """Return the accesses of warps by their lines of core/src, and LDG, STG, LDS or STS."""
     addresses = [hex(place[0]) for place in places]
     said = compiled.run("addr2line", "-a", "-i", "-e", str(program), *addresses).stdout
-    found: Counter[tuple[str, str]] = Counter()
+    found: Accesses = Counter()
     parts = re.split(r"^0x\w+\n", said, flags=re.MULTILINE)[1:]
     for (_, kind, times), part in zip(places, parts, strict=True):
-        of_core = [line for line in part.splitlines() if "core/src/" in line]
-        line = re.match(r".*/([^/]+:\d+)", of_core[0]) if of_core else None
-        found[line[1] if line else "", kind] += times
+        lines = re.findall(r"/core/src/\S*?([^/]+:\d+)", part)
+        found[tuple(lines), kind] += times
     return found
 
 
@@ -249,7 +256,7 @@ class Row:
         problem: Problem,
         counted: dict,
         code: Code | None,
-        accesses: Counter[tuple[str, str]],
+        accesses: Accesses,
     ) -> None:
         self.problem, self.code, self.accesses = problem, code, accesses
         self.kernel: str = counted["kernel"]

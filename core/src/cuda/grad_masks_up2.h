@@ -17,8 +17,8 @@ struct Lines {
     }
 };
 
-// Where an element of the lines is in an array of the shape of masks or logits, from the source (i, j) on whose line is
-// the first. There are `Columns` sources in a row.
+// Finds elements of the lines in an array of the shape of masks or logits. The first line is that of source (i, j).
+// There are `Columns` sources in a row.
 template <int K, int Columns>
 class LinesInArray {
 public:

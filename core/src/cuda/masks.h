@@ -67,8 +67,8 @@ __device__ __forceinline__ void with_masks(const Array& masks, F f) {
     }
 }
 
-// The elements of a grid, spread over a block: adjacent threads get adjacent ones of a row or, if not
-// `columns_adjacent`, of a column. A thread divides once, as quotients take long.
+// The elements of a grid, spread over a block. Adjacent threads get adjacent elements: of a row if
+// `columns_adjacent`, else of a column. A thread divides once, as quotients take long.
 template <int Threads>
 class Walk {
 public:
@@ -98,7 +98,7 @@ private:
     int outer_size_, inner_size_, outer_step_, inner_step_, outer_, inner_;
 };
 
-// Where an element of a grid comes from and goes to; 0 goes there if it does not exist.
+// The way of an element of a grid; if it does not exist, 0 goes there.
 struct StagedElement {
     int64_t from;
     int to;

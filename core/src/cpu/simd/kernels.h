@@ -54,8 +54,8 @@ inline bool takes_whole_cells(const Problem& problem, const Array& grad_masks) {
     return problem.from_logits && grad_masks.stride_c == 1;
 }
 
-// Tells if lanes of a kernel for few channels are outputs of a cell: in convex upsampling by a multiple of 4. Otherwise
-// they are channels. A cell has at least so many outputs, and a group at most so many channels.
+// Tells if lanes of a kernel for few channels are outputs of a cell, and not channels. They are in convex upsampling by
+// a multiple of 4. A cell has at least so many outputs, and a group at most so many channels.
 constexpr int kFewestPhases = 16, kPhaseChannels = 4;
 bool phases_in_lanes(const Problem& problem);
 
