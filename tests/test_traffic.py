@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cases import Case
+
 SASS = """
 	//## File "/usr/sm_32_intrinsics.hpp", line 1 inlined at "/x/core/src/cuda/masks.h", line 7
 	//## File "/x/core/src/cuda/masks.h", line 7 inlined at "/x/core/src/cuda/kernel.cu", line 3
@@ -72,7 +74,7 @@ def counted(**shared):
 
 def test_the_floor_touches_each_byte_once(traffic):
     device = traffic.Device("example", 2, clock=1e9, dram=1e12, l2=2e12, l1=64 << 10, threads=1024)
-    row = traffic.Row(traffic.Problem(1, 1, 1, 1), counted(), None, Counter())
+    row = traffic.Row(Case("one", "one element", 1, 1, 1, 1), counted(), None, Counter())
     times = row.times(device)
     assert times["DRAM"] == pytest.approx((5 << 20) / 1e12)
     # Two blocks are resident by their registers. Each has 31 KB of L1, where 16 KB miss half.
@@ -87,7 +89,7 @@ def test_the_floor_touches_each_byte_once(traffic):
 def test_conflicts_take_time(traffic):
     device = traffic.Device("example", 2, clock=1e9, dram=1e12, l2=2e12, l1=64 << 10, threads=1024)
     rows = [
-        traffic.Row(traffic.Problem(1, 1, 1, 1), counted(wavefronts=n), None, Counter())
+        traffic.Row(Case("one", "one element", 1, 1, 1, 1), counted(wavefronts=n), None, Counter())
         for n in (0, 1000)
     ]
     first, second = (row.times(device)["L1"] for row in rows)

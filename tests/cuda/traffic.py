@@ -36,16 +36,20 @@ import argparse
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import compiled
+
+sys.path.append(str(compiled.ROOT))
+from cases import Case
 
 Counts = dict[str, int]
 Lines = tuple[str, ...]  # as "masks.h:100"
@@ -55,7 +59,7 @@ WARP = 32  # threads
 ISSUED = 2.4  # instructions a cycle and multiprocessor, of 4
 TO_L2, TO_DRAM = 280e-9, 600e-9  # seconds until a load arrives
 REGISTERS = 64 * 1024  # of a multiprocessor
-USUAL_REGISTERS = 128  # of a thread, without --built
+USUAL_REGISTERS = 128  # of a thread, without nvcc
 DTYPES = {"float32": "f", "float16": "NS_7Float16E", "bfloat16": "NS_8BFloat16E"}  # mangled
 ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDG|STG|LDS|STS)\b")
 
@@ -83,52 +87,21 @@ DEVICES = [
 ]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and parameters."""
-
-    n: int
-    c: int
-    h: int
-    w: int
-    up: int = 1
-    down: int = 1
-    kernel_size: int = 5
-    groups: int = 1
-
-    @property
-    def elements(self) -> dict[str, int]:
-        """Return the number of elements of each array."""
-        h, w = (ceil(size * self.up / self.down) for size in (self.h, self.w))
-        taps = self.groups * self.kernel_size**2
-        logits = taps * self.up**2 * ceil(self.h / self.down) * ceil(self.w / self.down)
-        return {
-            "features": self.n * self.c * self.h * self.w,
-            "outputs": self.n * self.c * h * w,
-            "masks": self.n * taps * h * w,
-            "logits": self.n * logits,
-        }
-
-    @property
-    def products(self) -> int:
-        """Return the multiply-adds of a pass."""
-        return self.elements["outputs"] * self.kernel_size**2
-
-
-PROBLEMS = {
-    "fpn1": Problem(2, 256, 50, 76, up=2),
-    "fpn2": Problem(2, 256, 100, 152, up=2),
-    "rois": Problem(1000, 256, 14, 14, up=2),
-    "stem": Problem(64, 64, 112, 112, down=2),
-    "s2": Problem(64, 256, 56, 56, down=2),
-    "s3": Problem(64, 512, 28, 28, down=2),
-    "up4": Problem(2, 256, 50, 76, up=4),
-    "convex": Problem(4, 2, 55, 128, up=8, kernel_size=3),
-    "up2_k7": Problem(2, 256, 50, 76, up=2, kernel_size=7),
-    "same": Problem(2, 256, 100, 152),
-    "r32": Problem(2, 256, 50, 76, up=3, down=2),
-    "involution": Problem(32, 256, 28, 28, kernel_size=7, groups=16),
-}
+_TABLE = [
+    Case("fpn1", "a small level of an FPN", 2, 256, 50, 76, up=2, kernel_size=5),
+    Case("fpn2", "a large level of an FPN", 2, 256, 100, 152, up=2, kernel_size=5),
+    Case("rois", "the mask head on 1000 RoIs", 1000, 256, 14, 14, up=2, kernel_size=5),
+    Case("stem", "the pooling of a ResNet stem", 64, 64, 112, 112, down=2, kernel_size=5),
+    Case("s2", "a stride-2 stage of a ResNet", 64, 256, 56, 56, down=2, kernel_size=5),
+    Case("s3", "a deep stage", 64, 512, 28, 28, down=2, kernel_size=5),
+    Case("up4", "a factor of the generic kernels", 2, 256, 50, 76, up=4, kernel_size=5),
+    Case("convex", "RAFT's upsampling of flow", 4, 2, 55, 128, up=8),
+    Case("up2_k7", "a large kernel", 2, 256, 50, 76, up=2, kernel_size=7),
+    Case("same", "a filter", 2, 256, 100, 152, kernel_size=5),
+    Case("r32", "a fraction", 2, 256, 50, 76, up=3, down=2, kernel_size=5),
+    Case("involution", "RedNet's third stage", 32, 256, 28, 28, kernel_size=7, groups=16),
+]
+PROBLEMS = {case.name: case for case in _TABLE}
 PASSES = ("forward", "grad_features", "grad_weights")
 
 
@@ -253,12 +226,13 @@ class Row:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: Case,
         counted: dict,
         code: Code | None,
         accesses: Accesses,
     ) -> None:
-        self.problem, self.code, self.accesses = problem, code, accesses
+        self.code, self.accesses = code, accesses
+        self.products = prod(problem.output_shape) * problem.kernel_size**2
         self.kernel: str = counted["kernel"]
         self.blocks: int = counted["blocks"]
         self.threads: int = counted["threads"]
@@ -321,7 +295,7 @@ class Row:
             "L1": (lines + wavefronts) / machine * full,
         }
         if self.code is not None:
-            products = 0 if self.mmas else self.problem.products / self.lanes() / device.products
+            products = 0 if self.mmas else self.products / self.lanes() / device.products
             times["issue"] = max(self.instructions() / ISSUED, products) / machine * full
             threads = min(self.resident(device), each) * self.threads * device.multiprocessors
             flight = self.code.in_flight * threads
@@ -340,7 +314,7 @@ class Row:
         return self.times(device)["DRAM"] / self.estimate(device)[0]
 
 
-def run(program: Path, problem: Problem, how: tuple[str, str, str, str], blocks: int) -> dict:
+def run(program: Path, problem: Case, how: tuple[str, str, str, str], blocks: int) -> dict:
     """Return what the program counts in some blocks; `how` is pass, weights, dtype, layout."""
     sizes = [
         *(problem.n, problem.c, problem.h, problem.w, problem.up, problem.down),
@@ -350,7 +324,7 @@ def run(program: Path, problem: Problem, how: tuple[str, str, str, str], blocks:
     return counted
 
 
-def code_of(kernel: str, problem: Problem, dtype: str, tools: tuple[str, str]) -> Code:
+def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> Code:
     """Return the machine code of an implementation, whose source has its name."""
     name = kernel.removesuffix("_cuda").removesuffix("_any")
     name = name.replace("_with_logits", "").replace("grad_logits", "grad_masks")
@@ -386,10 +360,10 @@ def table(rows: list[tuple[str, Row]], devices: list[Device]) -> Iterator[str]:
             for verb, noun in (("loaded", "load"), ("stored", "store"))
         )
         conflicts = row.shared["wavefronts"] / max(1, row.shared["fewest_wavefronts"])
-        each = row.instructions() / (row.problem.products / WARP)
+        each = f"{row.instructions() / (row.products / WARP):.2f}" if row.code else "-"
         cells = [
             *(title, row.kernel, str(row.blocks), f"{row.waves(first):.2g}", ", ".join(reads)),
-            *(f"{loaded:.0%} / {stored:.0%}", f"{conflicts:.2f}", f"{each:.2f}"),
+            *(f"{loaded:.0%} / {stored:.0%}", f"{conflicts:.2f}", each),
         ]
         for device in devices:
             seconds, longest = row.estimate(device)
