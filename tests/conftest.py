@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import zlib
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -34,6 +35,12 @@ def pytest_addoption(parser):
         metavar="K/N",
         help="of tests over a product (tests/products.py), run part K of N equal ones, from 0",
     )
+    parser.addoption(
+        "--passed",
+        type=Path,
+        metavar="FILE",
+        help="leave out the tests that FILE lists, and add those that pass to it",
+    )
 
 
 def _part(config) -> tuple[int, int]:
@@ -46,6 +53,25 @@ def _part(config) -> tuple[int, int]:
 
 def pytest_configure(config):
     _part(config)  # an error for a wrong one, at once
+    path = config.getoption("--passed")
+    if path and not hasattr(config, "workerinput"):  # the process of workers adds for them
+        config.pluginmanager.register(_Passed(path))
+
+
+class _Passed:
+    """Adds the names of tests that pass to a file, at the end of the run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.names.append(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        with self.path.open("a") as file:
+            file.writelines(f"{name}\n" for name in self.names)
 
 
 def pytest_generate_tests(metafunc):
@@ -53,11 +79,15 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect exhaustive tests and skip slow ones, unless -m asks for them."""
+    """Deselect what --passed lists. Deselect exhaustive and skip slow tests, unless -m asks."""
     asked = config.getoption("-m")
     part, parts = _part(config)
+    path = config.getoption("--passed")
+    passed = set(path.read_text().splitlines()) if path and path.exists() else ()
 
     def kept(item):
+        if item.nodeid in passed:
+            return False
         if item.get_closest_marker("product") or not item.get_closest_marker("exhaustive"):
             return True
         return products.are_exhaustive(config) and zlib.crc32(item.nodeid.encode()) % parts == part
