@@ -181,6 +181,11 @@ _TABLE = [
     Case("convex_up4", "disparity: one channel, rows of several slices", 2, 1, 2, 37, up=4),
     Case("convex_crop", "three channels", 1, 3, 6, 6, up=4, size=(14, 13), padding=(0, 1)),
     Case("convex_up12", "25 taps", 1, 4, 2, 3, up=12, kernel_size=5, size=(20, 36)),
+    # Involution and adaptive convolution of other papers
+    Case("involution", "runs of 6 and 4 outputs", 2, 64, 9, 15, kernel_size=7, groups=2),
+    Case("involution_down2", "an odd row", 1, 32, 15, 21, down=2, kernel_size=7, groups=2),
+    Case("involution_narrow", "no window inside", 1, 16, 8, 5, kernel_size=7, padding=(1, 3)),
+    Case("adaptive_conv", "a crop", 1, 32, 13, 18, kernel_size=7, size=(6, 11), padding=(0, 0)),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

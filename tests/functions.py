@@ -50,7 +50,7 @@ def _isas() -> list[str]:
     return [isa for isa, reason in isas.items() if "processor" not in (reason or "")]
 
 
-LAYOUTS_OF_KERNELS = ["few_nchw", "few_nhwc", "nhwc", "nchw", "any"]
+LAYOUTS_OF_KERNELS = ["few_nchw", "few_nhwc", "runs_any", "nhwc", "nchw", "any"]
 ISAS = _isas()
 
 
@@ -94,8 +94,9 @@ def layout_of(implementation: str) -> str:
 def forced(implementation: str, function: str, arrays, params) -> Iterator[None]:
     """Run the function by this implementation; skip, with its reason, if it declines."""
     reasons = dict(carafepp.list_implementations(function, *arrays, **params))
-    if reasons[implementation] is not None:
-        pytest.skip(f"{implementation} declines: {reasons[implementation]}")
+    reason = reasons.get(implementation, "its function has no such kernel")
+    if reason is not None:
+        pytest.skip(f"{implementation} declines: {reason}")
     with carafepp.force_implementation(implementation):
         yield
 

@@ -62,7 +62,7 @@ def test_every_implementation_accepts_some_problem_of_the_table(function, implem
 GRAMMAR = (
     "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
     "|normalize_masks|normalize_masks_backward)"
-    "(_up2|_down2|_few)?_(any|nchw|nhwc)(_mma)?_(ref|avx2|avx512|neon|generic|cuda)"
+    "(_up2|_down2|_few|_runs)?_(any|nchw|nhwc)(_mma)?_(ref|avx2|avx512|neon|generic|cuda)"
 )
 
 
@@ -116,6 +116,7 @@ def case(reason, c, w, **params):
 FEW_CHANNELS = case("few channels", 3, 21, up=2)
 FEW_CELLS = case("few cells", 3, 3, up=2)
 ONE_TAP = case("one tap", 5, 21, kernel_size=1)
+MANY_CHANNELS = case("far masks of many channels", 272, 7, kernel_size=7)
 NARROW = case("few columns, many channels", 64, 7, up=2)
 DEINTERLEAVED = case("many channels, a factor down", 16, 21, down=2)
 LARGE_TILE = case("a large tile", 5, 5, up=16, kernel_size=7)
@@ -130,6 +131,7 @@ NORMALIZE = "normalize_masks", "normalize_masks_backward"
 SLOWER = {
     "many channels in a group are worth register tiles": [
         (NARROW, "NCHW", "few_nchw", (*BOTH, "grad_features", *MASKS)),
+        (MANY_CHANNELS, "NCHW", "runs_any", ("reassemble",)),
     ],
     "columns of masks or logits are not adjacent": [
         (FEW_CHANNELS, "any", "few_nchw", (*BOTH, "grad_features", *MASKS)),
@@ -172,7 +174,7 @@ SLOWER = {
 
 def result_of(name):
     """Return the result that a name without instruction set begins with."""
-    return name.rpartition("_")[0].removesuffix("_few")
+    return name.rpartition("_")[0].removesuffix("_few").removesuffix("_runs")
 
 
 def problems(reason):

@@ -244,11 +244,12 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which).
  * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known.
  * Strings live until visit returns. Names follow one grammar:
- *     <result>[_<factor>|_few]_<layout>[_mma]_<target>
+ *     <result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
  *             normalize_masks_backward
  *     factor: up2 or down2, of a kernel for that factor alone
  *     few:    of a kernel for few channels in a group
+ *     runs:   of a kernel for runs of outputs whose windows overlap, with a kernel_size of 7
  *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)
  *     mma:    by tensor cores
  *     target: ref (portable loops), avx2, avx512, neon, generic or cuda */

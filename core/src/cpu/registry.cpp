@@ -32,9 +32,10 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel, isa::grads_few_nhwc},
 
 // clang-format off
-// The list of a result: its kernel for each layout, and the reference.
-#define CARAFEPP_LIST(result, kernel)                                   \
+// The list of a result: entries of its own, its kernel for each layout, and the reference.
+#define CARAFEPP_LIST(result, kernel, first)                            \
     {                                                                   \
+        first                                                           \
         CARAFEPP_ISAS(CARAFEPP_FEW_NCHW, result "_few_nchw", kernel##_few_nchw) \
         CARAFEPP_ISAS(CARAFEPP_FEW_NHWC, result "_few_nhwc", kernel##_few_nhwc) \
         CARAFEPP_ENTRIES(result "_nhwc", kernel##_nhwc)                 \
@@ -53,11 +54,12 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     }
 // clang-format on
 
-constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble);
-constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble);
-constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features);
-constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks);
-constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks);
+constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble,
+                                                 CARAFEPP_ENTRIES("reassemble_runs_any", reassemble_runs_any));
+constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble, );
+constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features, );
+constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks, );
+constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks, );
 constexpr Kernel kOfNormalizeMasks[] = CARAFEPP_NORMALIZER_LIST(normalize_masks);
 constexpr Kernel kOfNormalizeMasksBackward[] = CARAFEPP_NORMALIZER_LIST(normalize_masks_backward);
 

@@ -186,6 +186,21 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks
     return unfit_for_columns(p);
 }
 
+// ---- runs: channels in lanes, of any layout ----
+
+const char* cannot_run_reassemble_runs_any(const Problem& p, const Array&) {
+    if (p.from_logits) return "masks come from logits";
+    if (p.factor.up > 1 || p.factor.down > 2) return "up is more than 1, or down more than 2";
+    if (p.kernel_size != kRunKernelSize) return "kernel_size is not 7";
+    if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";
+    if (p.features.c == 0 || p.features.c / p.groups % kRunChannels != 0)
+        return "channels of a group are no multiple of 16";
+    if (p.out_w < kFewestRunColumns) return "fewer than 4 columns of outputs";
+    if (in_lanes(p.kernel_size * p.features.w + 6 * p.out_w) > kScratchBytes / 4 * 3)
+        return "the rows of a window take more than 1536 KiB";
+    return nullptr;
+}
+
 // ---- few channels in a group ----
 
 // Elements of a row of sources of a group, as its kernels stage it, at most.
@@ -264,6 +279,8 @@ constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
 constexpr int64_t kFewestChannelsAtOnce = 32, kFewestChannelsOfPixels = 16;  // of a forward with a large down
 
+constexpr int64_t kMostRunChannels = 256;  // of a group, if its masks are far apart or its features are not
+
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
 constexpr const char* kColumnsApart = "columns of masks or logits are not adjacent";
 constexpr const char* kNoVectors = "too few channels in a group to fill vectors";
@@ -326,6 +343,12 @@ static const char* slower_on_images(const Problem& p, const char* few) {
 }
 
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
+
+// Each block of channels reads the masks of its group again.
+const char* slower_reassemble_runs_any(const Problem& p, const Array&) {
+    const bool cheap = adjacent(p.masks) && !adjacent(p.features);
+    return p.features.c / p.groups > kMostRunChannels && !cheap ? kManyChannels : nullptr;
+}
 
 const char* slower_grad_masks_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 

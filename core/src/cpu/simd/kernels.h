@@ -23,6 +23,7 @@
     void grad_features_nchw(const Problem& problem, const Array& grad_features);                      \
     void grad_masks_nchw(const Problem& problem, const Array& grad_masks);                            \
     void reassemble_any(const Problem& problem, const Array& output);                                 \
+    void reassemble_runs_any(const Problem& problem, const Array& output);                            \
     void grad_features_any(const Problem& problem, const Array& grad_features);                       \
     void grad_masks_any(const Problem& problem, const Array& grad_masks);                             \
     void reassemble_few_nhwc(const Problem& problem, const Array& output);                            \
@@ -42,6 +43,10 @@ constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratch
 
 // Columns of outputs of a block of the kernels for few channels from masks, about.
 constexpr int64_t kFewColumns = 1024;
+
+// The kernel for runs: its kernel size, the channels of a cache line, which it stages together, and the fewest columns
+// of outputs.
+constexpr int kRunKernelSize = 7, kRunChannels = 16, kFewestRunColumns = 4;
 
 // Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.
 constexpr int kMostSourceRows = 3, kMostSourceColumns = 4;
@@ -70,6 +75,7 @@ const char* cannot_run_grad_masks_nhwc(const Problem& problem, const Array& grad
 const char* cannot_run_grad_features_nchw(const Problem& problem, const Array& grad_features);
 const char* cannot_run_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
 const char* cannot_run_reassemble_any(const Problem& problem, const Array& output);
+const char* cannot_run_reassemble_runs_any(const Problem& problem, const Array& output);
 const char* cannot_run_grad_features_any(const Problem& problem, const Array& grad_features);
 const char* cannot_run_grad_masks_any(const Problem& problem, const Array& grad_masks);
 const char* cannot_run_reassemble_few_nhwc(const Problem& problem, const Array& output);
@@ -89,6 +95,7 @@ const char* slower_grad_masks_nhwc(const Problem& problem, const Array& grad_mas
 const char* slower_grad_features_nchw(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
 const char* slower_reassemble_any(const Problem& problem, const Array& output);
+const char* slower_reassemble_runs_any(const Problem& problem, const Array& output);
 const char* slower_grad_features_any(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_any(const Problem& problem, const Array& grad_masks);
 const char* slower_reassemble_few_nhwc(const Problem& problem, const Array& output);

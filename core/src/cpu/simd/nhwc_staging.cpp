@@ -28,6 +28,30 @@ CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t column
     });
 }
 
+// Pixels with adjacent channels.
+CARAFEPP_INLINE void copy_pixels(const float* from, int64_t stride, int64_t columns, int64_t channels, float* to,
+                                 int64_t pitch) {
+    constexpr int64_t L = kLanes<float>;
+    for (int64_t j = 0; j < columns; j++, from += stride, to += pitch) {
+        int64_t c = 0;
+        for (; c + L <= channels; c += L) store(load(from + c), to + c);
+        if (c < channels) store(load_part(from + c, channels - c), to + c);
+    }
+}
+
+// Channels of two vectors, which are a cache line: both halves of it are written one after the other. Prefetches
+// columns that come soon.
+CARAFEPP_INLINE void load_pairs_of_planes(const float* from, int64_t stride_c, int64_t columns, float* to,
+                                          int64_t pitch) {
+    constexpr int L = kLanes<float>;
+    constexpr int64_t kAhead = 64;
+    for_each_block<L>(static_cast<int>(columns), [&](int begin, int) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < 2 * L; c++) __builtin_prefetch(from + c * stride_c + begin + kAhead, 0, 2);
+        for (int64_t c = 0; c < 2 * L; c += L)
+            transpose_block(from + c * stride_c + begin, stride_c, to + begin * pitch + c, pitch);
+    });
+}
+
 template <class T>
 void load_elements(const Array& array, int64_t n, int64_t channel, const Array& image) {
     using A = Accumulator<T>;
@@ -35,6 +59,16 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
     for_each_row(array, [&](int64_t row, int64_t columns) {
         const T* from = element<const T>(array, n, channel, row, 0);
         A* const to = element<A>(image, 0, 0, row, 0);
+        if constexpr (std::is_same_v<T, float>) {  // others do without this code, for its size
+            if (array.stride_c == 1) {
+                copy_pixels(from, array.stride_w, columns, image.c, to, image.stride_w);
+                return;
+            }
+            if (array.stride_w == 1 && image.c == 2 * L && columns >= L) {
+                load_pairs_of_planes(from, array.stride_c, columns, to, image.stride_w);
+                return;
+            }
+        }
         if (array.stride_w == 1) {
             for (int64_t c = 0; c < image.c; c += L, from += L * array.stride_c) {
                 if (image.c - c >= L && columns >= L) {
@@ -62,11 +96,13 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
         T* to = element<T>(array, n, channel, row, 0);
         if constexpr (std::is_same_v<T, A>) {
             if (non_temporal) {
-                for (int64_t c = 0; c < image.c; c += L, to += L * columns) {
+                for (int64_t c = 0; c < image.c; c += L, to += L * array.stride_c) {
                     const int64_t count = std::min(L, image.c - c);
                     store_channels<T>(adjacent_channels(from + c, image.stride_w), static_cast<int>(count),
                                       static_cast<int>(columns), planes, columns);
-                    copy_non_temporal(planes, count * columns, to);
+                    const int64_t copies = array.stride_c == columns ? 1 : count;
+                    for (int64_t q = 0; q < copies; q++)
+                        copy_non_temporal(planes + q * columns, count * columns / copies, to + q * array.stride_c);
                 }
                 finish_non_temporal_stores();
                 return;

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The forward for runs, compiled once for each instruction set. Their outputs are centred on neighbouring sources or on
+// every other one. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages the
+// features of a cache line of channels, contracts the taps of runs in register tiles, and writes. Staged pixels are
+// adjacent, so the windows of a row of outputs stay in the level 1 cache.
+#include <algorithm>
+#include <cassert>
+#include <utility>
+
+#include "cpu/geometry.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/nhwc_staging.h"
+#include "cpu/simd/nhwc_windows.h"
+#include "cpu/simd/work_items.h"
+
+namespace carafepp::CARAFEPP_ISA {
+namespace {
+
+constexpr int64_t kChannels = kRunChannels;
+constexpr int kVectors = kRunChannels / kLanes<float>;
+constexpr int kLongRun = 6, kShortRun = kFewestRunColumns;
+constexpr int64_t kFeaturesBytes = 256 * 1024;  // staged, about: part of a level 2 cache
+constexpr int64_t kOutputsBytes = 64 * 1024;    // staged until they are written together, at most
+constexpr int64_t kMostRowsTogether = 8;
+
+// ---- plan ----
+
+// An item computes some rows of outputs in the channels of a cache line.
+struct ReassembleRuns {
+    using A = float;
+    static constexpr int64_t L = kLanes<A>;
+
+    const Problem& p;
+    const Array& output;
+    int64_t parts;                 // cache lines of channels
+    int64_t rows_of_item, blocks;  // of outputs; number of items of a part
+    int64_t rows_together;         // of outputs
+    bool outputs_in_place, non_temporal;
+    int64_t features_size;              // [row][column][channel]
+    int64_t outputs_size, planes_size;  // [row][column][channel], of rows together; room to write them
+    int64_t items, scratch_size;
+
+    ReassembleRuns(const Problem& problem, const Array& result) : p(problem), output(result) {
+        constexpr int64_t kPixelBytes = kChannels * int64_t{sizeof(A)};
+        const int64_t down = p.factor.down;
+        parts = p.features.c / kChannels;
+        // A thread gets about four items, so no thread waits long for the others.
+        const int64_t threads = threads_worth<A>(p);
+        const int64_t fewest_blocks = threads > 1 ? ceil_div(4 * threads, output.n * parts) : 1;
+        const int64_t most_sources = kFeaturesBytes / (p.features.w * kPixelBytes);
+        rows_of_item = share_size(p.out_h, std::min((most_sources - p.kernel_size) / down + 1,
+                                                    std::max(p.out_h / fewest_blocks, kMostRowsTogether)));
+        blocks = ceil_div(p.out_h, rows_of_item);
+        items = output.n * blocks * parts;
+        rows_together = std::clamp<int64_t>(kOutputsBytes / (p.out_w * kPixelBytes), 1, kMostRowsTogether);
+        outputs_in_place = output.stride_c == 1;
+        non_temporal = outputs_in_place
+                           ? takes_non_temporal_stores<A>(output, kChannels)
+                           : output.stride_w == 1 && output.stride_h == output.w && wants_non_temporal_stores(output);
+        const int64_t sources = std::min((rows_of_item - 1) * down + p.kernel_size, p.features.h);
+        features_size = sources * p.features.w * kChannels;
+        outputs_size = outputs_in_place ? 0 : rows_together * p.out_w * kChannels;
+        planes_size = outputs_in_place ? 0 : rows_together * p.out_w * L;
+        scratch_size = features_size + outputs_size + planes_size;
+    }
+
+    void run_item(int64_t item, A* scratch) const;
+};
+
+// Rows of an array, as an array.
+Array rows_of(Array array, Range rows) {
+    array.data = element<char>(array, 0, 0, 0, 0) + rows.begin * array.stride_h * itemsize(array.dtype);
+    array.h = rows.size();
+    return array;
+}
+
+// Staged pixels of a block of channels.
+Array staged(float* data, int64_t height, int64_t width) {
+    return {data, CARAFEPP_FLOAT32, 1, kChannels, height, width, 0, 1, width * kChannels, kChannels};
+}
+
+// ---- contraction ----
+
+// Neighbouring outputs, and the union of their windows.
+struct Run {
+    const float* features;  // staged; the first column of the union, in its first row inside the border
+    int64_t row_stride;
+    int rows;        // inside the border
+    int begin, end;  // columns inside it
+    // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride].
+    const float* masks;
+    int64_t cell_stride, tap_stride;
+    int64_t next_masks;  // from a row of outputs to the next one, or 0: those are not prefetched
+    float* outputs;
+    int64_t output_stride;
+    bool non_temporal;
+};
+
+// The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
+template <class P>
+CARAFEPP_INLINE P opaque(P pointer) {
+    asm("" : "+r"(pointer));
+    return pointer;
+}
+
+// Adds column `C` of a row of the union to the outputs whose windows hold it.
+template <int C, int K, int kDown, int P>
+CARAFEPP_INLINE void add_column(const Run& run, const float* x, const float*& low, const float*& high,
+                                int64_t tap_stride, int64_t distance, Vector<float> (&sums)[P][kVectors]) {
+    constexpr int kFirst = C < K ? 0 : (C - K) / kDown + 1, kLast = std::min(P, C / kDown + 1);
+    constexpr int kColumns = K + (P - 1) * kDown, kHalf = P / 2;
+    // At most K/2 columns lie beyond a border.
+    const bool inside = (C >= K / 2 || C >= run.begin) && (C < kColumns - K / 2 || C < run.end);
+    if (inside) {
+        Vector<float> features[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) features[v] = in_register(load(x + C * kChannels + v * kLanes<float>));
+#pragma GCC unroll 8
+        for (int o = kFirst; o < kLast; o++) {
+            const Vector<float> weight = splat(o < kHalf ? low[o * distance] : high[(o - kHalf) * distance]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; v++) sums[o][v] += weight * features[v];
+        }
+    }
+    low = opaque(low + tap_stride);
+    high = opaque(high + tap_stride);
+}
+
+template <int K, int kDown, int P, int... C>
+CARAFEPP_INLINE void add_columns(const Run& run, const float* x, const float* low, const float* high,
+                                 int64_t tap_stride, int64_t distance, Vector<float> (&sums)[P][kVectors],
+                                 std::integer_sequence<int, C...>) {
+    (add_column<C, K, kDown>(run, x, low, high, tap_stride, distance, sums), ...);
+}
+
+// A register tile: a run of `P` outputs.
+template <int K, int kDown, int P>
+__attribute__((noinline)) void reassemble_run(const Run& run) {
+    Vector<float> sums[P][kVectors] = {};
+    const int64_t tap_stride = run.tap_stride, distance = run.cell_stride - kDown * tap_stride;
+    const float *x = run.features, *masks = run.masks;
+    for (int a = 0; a < run.rows; a++, x += run.row_stride, masks += K * run.tap_stride) {
+        for (int k = 0; run.next_masks != 0 && k < K; k++) __builtin_prefetch(masks + run.next_masks + k * tap_stride);
+        add_columns<K, kDown>(run, x, masks, masks + P / 2 * distance, tap_stride, distance, sums,
+                              std::make_integer_sequence<int, K + (P - 1) * kDown>());
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < P; o++)
+        write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
+}
+
+// A row of outputs. Its pointers are those of column 0.
+template <int K, int kDown>
+void reassemble_row(const Problem& p, const Run& row) {
+    Run run = row;
+    for (int64_t j = 0, count; j < p.out_w; j += count) {
+        const int64_t left = p.out_w - j;
+        count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
+        j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
+        const int64_t column = p.columns().source(j) - p.radius();
+        run.begin = static_cast<int>(std::max<int64_t>(-column, 0));
+        run.end = static_cast<int>(std::min<int64_t>(p.features.w - column, INT32_MAX));
+        run.features = row.features + column * kChannels;
+        run.masks = row.masks + j * run.cell_stride;
+        run.outputs = row.outputs + j * run.output_stride;
+        count == kLongRun ? reassemble_run<K, kDown, kLongRun>(run) : reassemble_run<K, kDown, kShortRun>(run);
+    }
+}
+
+void ReassembleRuns::run_item(int64_t item, A* scratch) const {
+    const int64_t block = item / parts % blocks, n = item / parts / blocks;
+    const int64_t channel = item % parts * kChannels, group = channel / (p.features.c / p.groups);
+    A *const features = scratch, *const outputs = features + features_size;
+    const auto run_row = p.factor.down == 1 ? reassemble_row<kRunKernelSize, 1> : reassemble_row<kRunKernelSize, 2>;
+    Run run;
+    run.row_stride = p.features.w * kChannels;
+    run.cell_stride = p.masks.stride_w;
+    run.tap_stride = p.masks.stride_c;
+    run.output_stride = outputs_in_place ? output.stride_w : kChannels;
+    run.non_temporal = outputs_in_place && non_temporal;
+    const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
+    const Range sources = sources_of(p, all_rows);
+    load_image(rows_of(p.features, sources), n, channel, staged(features, sources.size(), p.features.w));
+    for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
+        rows.end = std::min(rows.begin + rows_together, all_rows.end);
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            const int64_t top = p.rows().source(row) - p.radius(), begin = std::max<int64_t>(-top, 0);
+            run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top) - begin);
+            run.features = features + (top + begin - sources.begin) * run.row_stride;
+            run.next_masks = run.tap_stride != 1 && row + 1 < all_rows.end ? p.masks.stride_h : 0;
+            run.masks = element<const A>(p.masks, n, group * p.taps() + begin * p.kernel_size, row, 0);
+            run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
+                                           : outputs + (row - rows.begin) * p.out_w * kChannels;
+            run_row(p, run);
+        }
+        if (outputs_in_place) continue;
+        store_image(staged(outputs, rows.size(), p.out_w), rows_of(output, rows), n, channel, non_temporal,
+                    outputs + outputs_size);
+    }
+    if (outputs_in_place && non_temporal) finish_non_temporal_stores();
+}
+
+}  // namespace
+
+void reassemble_runs_any(const Problem& problem, const Array& output) { run_items(ReassembleRuns(problem, output)); }
+
+}  // namespace carafepp::CARAFEPP_ISA
