@@ -28,25 +28,20 @@ CARAFEPP_INLINE void load_planes(const T* from, int64_t stride_c, int64_t column
     });
 }
 
-// Pixels with adjacent channels.
+// Pixels with adjacent channels, in whole vectors. Prefetches the channels that are staged next.
 CARAFEPP_INLINE void copy_pixels(const float* from, int64_t stride, int64_t columns, int64_t channels, float* to,
                                  int64_t pitch) {
-    constexpr int64_t L = kLanes<float>;
     for (int64_t j = 0; j < columns; j++, from += stride, to += pitch) {
-        int64_t c = 0;
-        for (; c + L <= channels; c += L) store(load(from + c), to + c);
-        if (c < channels) store(load_part(from + c, channels - c), to + c);
+        __builtin_prefetch(from + channels, 0, 2);
+        for (int64_t c = 0; c < channels; c += kLanes<float>) store(load(from + c), to + c);
     }
 }
 
-// Channels of two vectors, which are a cache line: both halves of it are written one after the other. Prefetches
-// columns that come soon.
+// Channels of two vectors, which are a cache line. Both halves of it are written one after the other.
 CARAFEPP_INLINE void load_pairs_of_planes(const float* from, int64_t stride_c, int64_t columns, float* to,
                                           int64_t pitch) {
     constexpr int L = kLanes<float>;
-    constexpr int64_t kAhead = 64;
     for_each_block<L>(static_cast<int>(columns), [&](int begin, int) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < 2 * L; c++) __builtin_prefetch(from + c * stride_c + begin + kAhead, 0, 2);
         for (int64_t c = 0; c < 2 * L; c += L)
             transpose_block(from + c * stride_c + begin, stride_c, to + begin * pitch + c, pitch);
     });
@@ -60,7 +55,7 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
         const T* from = element<const T>(array, n, channel, row, 0);
         A* const to = element<A>(image, 0, 0, row, 0);
         if constexpr (std::is_same_v<T, float>) {  // others do without this code, for its size
-            if (array.stride_c == 1) {
+            if (array.stride_c == 1 && image.c % L == 0) {
                 copy_pixels(from, array.stride_w, columns, image.c, to, image.stride_w);
                 return;
             }

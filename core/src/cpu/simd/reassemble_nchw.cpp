@@ -216,13 +216,6 @@ struct ReassembleRegisterTile {
     int input_lines;          // that some channels prefetch
 };
 
-// The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
-template <class P>
-CARAFEPP_INLINE P opaque(P pointer) {
-    asm("" : "+r"(pointer));
-    return pointer;
-}
-
 // Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
 // kernel size of adjacent taps, or 0 if the compiler does not know it. Loads limit the speed: features and masks that
 // are used twice stay in registers. Addresses are pointers with constant offsets.

@@ -91,18 +91,12 @@ struct Run {
     // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride].
     const float* masks;
     int64_t cell_stride, tap_stride;
-    int64_t next_masks;  // from a row of outputs to the next one, or 0: those are not prefetched
+    // Masks to prefetch, of the next row of outputs: their distance, or 0; from cache line to cache line.
+    int64_t next_masks, prefetch_stride;
     float* outputs;
     int64_t output_stride;
     bool non_temporal;
 };
-
-// The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
-template <class P>
-CARAFEPP_INLINE P opaque(P pointer) {
-    asm("" : "+r"(pointer));
-    return pointer;
-}
 
 // Adds column `C` of a row of the union to the outputs whose windows hold it.
 template <int C, int K, int kDown, int P>
@@ -141,7 +135,10 @@ __attribute__((noinline)) void reassemble_run(const Run& run) {
     const int64_t tap_stride = run.tap_stride, distance = run.cell_stride - kDown * tap_stride;
     const float *x = run.features, *masks = run.masks;
     for (int a = 0; a < run.rows; a++, x += run.row_stride, masks += K * run.tap_stride) {
-        for (int k = 0; run.next_masks != 0 && k < K; k++) __builtin_prefetch(masks + run.next_masks + k * tap_stride);
+        if (run.next_masks != 0 && (tap_stride != 1 || a % 2 == 0)) {  // two rows of adjacent taps fill a cache line
+            const float* next = masks + run.next_masks;
+            for (int k = 0; k < K; k++, next += run.prefetch_stride) __builtin_prefetch(next);
+        }
         add_columns<K, kDown>(run, x, masks, masks + P / 2 * distance, tap_stride, distance, sums,
                               std::make_integer_sequence<int, K + (P - 1) * kDown>());
     }
@@ -150,21 +147,24 @@ __attribute__((noinline)) void reassemble_run(const Run& run) {
         write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
 }
 
-// A row of outputs. Its pointers are those of column 0.
-template <int K, int kDown>
+// A row of outputs. The pointers of `row` are those of column 0.
 void reassemble_row(const Problem& p, const Run& row) {
+    constexpr int K = kRunKernelSize;
+    const bool down = p.factor.down > 1;
+    const auto run_long = down ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
+    const auto run_short = down ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
     Run run = row;
     for (int64_t j = 0, count; j < p.out_w; j += count) {
         const int64_t left = p.out_w - j;
         count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
         j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
-        const int64_t column = p.columns().source(j) - p.radius();
+        const int64_t column = j * p.factor.down + p.offset_w - K / 2;
         run.begin = static_cast<int>(std::max<int64_t>(-column, 0));
-        run.end = static_cast<int>(std::min<int64_t>(p.features.w - column, INT32_MAX));
+        run.end = static_cast<int>(p.features.w - column);
         run.features = row.features + column * kChannels;
         run.masks = row.masks + j * run.cell_stride;
         run.outputs = row.outputs + j * run.output_stride;
-        count == kLongRun ? reassemble_run<K, kDown, kLongRun>(run) : reassemble_run<K, kDown, kShortRun>(run);
+        (count == kLongRun ? run_long : run_short)(run);
     }
 }
 
@@ -172,11 +172,12 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     const int64_t block = item / parts % blocks, n = item / parts / blocks;
     const int64_t channel = item % parts * kChannels, group = channel / (p.features.c / p.groups);
     A *const features = scratch, *const outputs = features + features_size;
-    const auto run_row = p.factor.down == 1 ? reassemble_row<kRunKernelSize, 1> : reassemble_row<kRunKernelSize, 2>;
+    const bool first_of_group = channel % (p.features.c / p.groups) == 0;
     Run run;
     run.row_stride = p.features.w * kChannels;
     run.cell_stride = p.masks.stride_w;
     run.tap_stride = p.masks.stride_c;
+    run.prefetch_stride = run.tap_stride == 1 ? run.cell_stride : run.tap_stride;
     run.output_stride = outputs_in_place ? output.stride_w : kChannels;
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
@@ -185,14 +186,14 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
         rows.end = std::min(rows.begin + rows_together, all_rows.end);
         for (int64_t row = rows.begin; row < rows.end; row++) {
-            const int64_t top = p.rows().source(row) - p.radius(), begin = std::max<int64_t>(-top, 0);
+            const int64_t top = row * p.factor.down + p.offset_h - p.radius(), begin = std::max<int64_t>(-top, 0);
             run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top) - begin);
             run.features = features + (top + begin - sources.begin) * run.row_stride;
-            run.next_masks = run.tap_stride != 1 && row + 1 < all_rows.end ? p.masks.stride_h : 0;
+            run.next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
             run.masks = element<const A>(p.masks, n, group * p.taps() + begin * p.kernel_size, row, 0);
             run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
                                            : outputs + (row - rows.begin) * p.out_w * kChannels;
-            run_row(p, run);
+            reassemble_row(p, run);
         }
         if (outputs_in_place) continue;
         store_image(staged(outputs, rows.size(), p.out_w), rows_of(output, rows), n, channel, non_temporal,

@@ -82,6 +82,13 @@ CARAFEPP_INLINE V in_register(V vector) {
     return vector;
 }
 
+// The same pointer. The compiler knows nothing of it, so it takes no other for the base of addresses.
+template <class P>
+CARAFEPP_INLINE P opaque(P pointer) {
+    asm("" : "+r"(pointer));
+    return pointer;
+}
+
 // Calls f(n) with n in [1, Most] known to the compiler.
 template <int Most, class F>
 static inline __attribute__((always_inline)) void with_count(int n, F f) {
