@@ -66,6 +66,9 @@ struct ReassembleRuns {
     }
 
     void run_item(int64_t item, A* scratch) const;
+
+    // The row of features, perhaps beyond the border, that the first tap row of an output reads.
+    int64_t top(int64_t row) const { return row * p.factor.down + p.offset_h - p.radius(); }
 };
 
 // Rows of an array, as an array.
@@ -181,14 +184,15 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     run.output_stride = outputs_in_place ? output.stride_w : kChannels;
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
-    const Range sources = sources_of(p, all_rows);
+    const Range sources = {std::max<int64_t>(top(all_rows.begin), 0),
+                           std::min(top(all_rows.end - 1) + p.kernel_size, p.features.h)};
     load_image(rows_of(p.features, sources), n, channel, staged(features, sources.size(), p.features.w));
     for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
         rows.end = std::min(rows.begin + rows_together, all_rows.end);
         for (int64_t row = rows.begin; row < rows.end; row++) {
-            const int64_t top = row * p.factor.down + p.offset_h - p.radius(), begin = std::max<int64_t>(-top, 0);
-            run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top) - begin);
-            run.features = features + (top + begin - sources.begin) * run.row_stride;
+            const int64_t first = std::max<int64_t>(top(row), 0), begin = first - top(row);
+            run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top(row)) - begin);
+            run.features = features + (first - sources.begin) * run.row_stride;
             run.next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
             run.masks = element<const A>(p.masks, n, group * p.taps() + begin * p.kernel_size, row, 0);
             run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
