@@ -44,8 +44,8 @@ constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratch
 // Columns of outputs of a block of the kernels for few channels from masks, about.
 constexpr int64_t kFewColumns = 1024;
 
-// The kernel for runs: its kernel size, the channels of a cache line, which it stages together, and the fewest columns
-// of outputs.
+// The kernel for runs has one kernel size. It stages a cache line of channels together, and needs some columns of
+// outputs.
 constexpr int kRunKernelSize = 7, kRunChannels = 16, kFewestRunColumns = 4;
 
 // Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.

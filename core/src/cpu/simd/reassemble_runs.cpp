@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward for runs, compiled once for each instruction set. Their outputs are centred on neighbouring sources or on
-// every other one. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages the
-// features of a cache line of channels, contracts the taps of runs in register tiles, and writes. Staged pixels are
-// adjacent, so the windows of a row of outputs stay in the level 1 cache.
+// every other one. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages
+// features of a cache line of channels, contracts the taps of runs, and writes. Staged pixels are adjacent, so the
+// windows of a row of outputs stay in the level 1 cache.
 #include <algorithm>
 #include <cassert>
 #include <utility>
@@ -153,9 +153,9 @@ __attribute__((noinline)) void reassemble_run(const Run& run) {
 // A row of outputs. The pointers of `row` are those of column 0.
 void reassemble_row(const Problem& p, const Run& row) {
     constexpr int K = kRunKernelSize;
-    const bool down = p.factor.down > 1;
-    const auto run_long = down ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
-    const auto run_short = down ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
+    const bool down2 = p.factor.down == 2;
+    const auto run_long = down2 ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
+    const auto run_short = down2 ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
     Run run = row;
     for (int64_t j = 0, count; j < p.out_w; j += count) {
         const int64_t left = p.out_w - j;
