@@ -116,7 +116,7 @@ def case(reason, c, w, **params):
 FEW_CHANNELS = case("few channels", 3, 21, up=2)
 FEW_CELLS = case("few cells", 3, 3, up=2)
 ONE_TAP = case("one tap", 5, 21, kernel_size=1)
-MANY_CHANNELS = case("far masks of many channels", 272, 7, kernel_size=7)
+MANY_CHANNELS = case("masks of many channels", 272, 7, kernel_size=7)
 NARROW = case("few columns, many channels", 64, 7, up=2)
 DEINTERLEAVED = case("many channels, a factor down", 16, 21, down=2)
 LARGE_TILE = case("a large tile", 5, 5, up=16, kernel_size=7)
@@ -131,6 +131,8 @@ NORMALIZE = "normalize_masks", "normalize_masks_backward"
 SLOWER = {
     "many channels in a group are worth register tiles": [
         (NARROW, "NCHW", "few_nchw", (*BOTH, "grad_features", *MASKS)),
+    ],
+    "the masks of a group would be read again for every 16 of more than 256 channels": [
         (MANY_CHANNELS, "NCHW", "runs_any", ("reassemble",)),
     ],
     "columns of masks or logits are not adjacent": [

@@ -344,10 +344,10 @@ static const char* slower_on_images(const Problem& p, const char* few) {
 
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 
-// Each block of channels reads the masks of its group again.
 const char* slower_reassemble_runs_any(const Problem& p, const Array&) {
     const bool cheap = adjacent(p.masks) && !adjacent(p.features);
-    return p.features.c / p.groups > kMostRunChannels && !cheap ? kManyChannels : nullptr;
+    if (cheap || p.features.c / p.groups <= kMostRunChannels) return nullptr;
+    return "the masks of a group would be read again for every 16 of more than 256 channels";
 }
 
 const char* slower_grad_masks_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
