@@ -2,6 +2,8 @@
 // Prefetches the rows that a kernel stages next, a line at a time. Its arithmetic in between hides the wait.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/simd/vector.h"
 
 namespace carafepp::CARAFEPP_ISA {
@@ -35,12 +37,26 @@ struct RowPrefetch {
 
     int64_t lines() const { return int64_t{channels} * rows * ((row_bytes + 63) / 64); }
 
-    // False if no line is left.
-    __attribute__((always_inline)) bool prefetch_line() {
-        if (channels <= 0) return false;
+    __attribute__((always_inline)) void prefetch_line() {
+        if (channels <= 0) return;
         __builtin_prefetch(row + at, 0, 2);
         at += 64;
-        if (at < row_bytes) return true;
+        if (at >= row_bytes) step_to_next_row();
+    }
+
+    // Prefetches some lines; returns how many of them are not there.
+    __attribute__((noinline)) int64_t prefetch_lines(int64_t lines) {
+        while (lines > 0 && channels > 0) {
+            const int64_t end = std::min(at + 64 * lines, row_bytes);
+#pragma GCC unroll 1
+            for (; at < end; at += 64, lines--) __builtin_prefetch(row + at, 0, 2);
+            if (at >= row_bytes) step_to_next_row();
+        }
+        return lines;
+    }
+
+private:
+    __attribute__((always_inline)) void step_to_next_row() {
         at = 0;
         if (++row_index < rows) {
             row += row_stride;
@@ -49,7 +65,6 @@ struct RowPrefetch {
             row += channel_stride;
             channels--;
         }
-        return true;
     }
 };
 

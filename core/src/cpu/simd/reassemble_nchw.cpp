@@ -212,8 +212,6 @@ struct ReassembleRegisterTile {
     bool interleaves;  // has all phases and writes columns, else the lanes of each phase
     bool non_temporal;
     bool prefetches_outputs;  // those of the next rows
-    RowPrefetch* inputs;      // staged next: features, masks
-    int input_lines;          // that some channels prefetch
 };
 
 // Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
@@ -334,12 +332,6 @@ __attribute__((noinline)) void interleave_phases(A* row, int64_t rows, int phase
     }
 }
 
-// Prefetches the lines of the first input, then those of the second.
-__attribute__((noinline)) void prefetch_lines(RowPrefetch* inputs, int lines) {
-    while (lines > 0 && inputs[0].prefetch_line()) lines--;
-    while (lines > 0 && inputs[1].prefetch_line()) lines--;
-}
-
 // Contracts R rows and Q phases that share a window, NC channels at a time. Their sums stay in registers.
 template <int K, int R, int Q, int NC, class A>
 __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<A>& tile, int64_t channels) {
@@ -351,7 +343,6 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<
         if (c + NC > channels) c = channels - NC;
         const A* const features = tile.features + c * tile.channel_stride;
         A* const outputs = tile.outputs + c * tile.output_channel_stride;
-        prefetch_lines(tile.inputs, tile.input_lines);
         if (tile.prefetches_outputs) {
             const A* next = outputs + 2 * tile.output_row_stride;
 #pragma GCC unroll 1
@@ -492,11 +483,12 @@ struct ReassembleNchw {
 
     int64_t row_offset(int64_t i) const { return floor_mod(i, plan.ring_rows) * plan.row_stride; }
 
-    void stage_features(const Block& b, int64_t channel, int64_t count, int64_t i) const {
+    // Rows that lie one after the other in the ring.
+    void stage_features(const Block& b, int64_t channel, int64_t count, Range rows) const {
         const auto stage = [&](int64_t cell, int64_t end, A* to) {
-            const Deinterleaved layout{
-                static_cast<int>(p.factor.down), cell, end - cell, plan.channel_stride, 0, plan.residue_stride};
-            deinterleave_rows(p.features, b.n, channel, count, {i, i + 1}, layout, to + row_offset(i));
+            const Deinterleaved layout{static_cast<int>(p.factor.down), cell, end - cell, plan.channel_stride,
+                                       plan.row_stride, plan.residue_stride};
+            deinterleave_rows(p.features, b.n, channel, count, rows, layout, to + row_offset(rows.begin));
         };
         const int64_t before = std::min(plan.in_place.begin * L, b.cells), end = b.first_cell + b.cells;
         if (before > 0)
@@ -546,8 +538,12 @@ struct ReassembleNchw {
             const Range rows = {i, std::min(i + 2, b.rows.end)};
             const Range window = {p.rows().source(i) - p.radius(), p.rows().source(rows.end - 1) + p.radius() + 1};
             assert(window.size() <= plan.ring_rows);
-            for (staged = std::max(staged, window.begin); staged < std::min(window.end, p.features.h); staged++)
-                stage_features(b, channel, count, staged);
+            staged = std::max(staged, window.begin);
+            for (const int64_t end = std::min(window.end, p.features.h); staged < end;) {
+                const Range adjacent = {staged, std::min(end, staged + plan.ring_rows - staged % plan.ring_rows)};
+                stage_features(b, channel, count, adjacent);
+                staged = adjacent.end;
+            }
             RowPrefetch inputs[] = {features_prefetch(b, channel, count, rows.end - 1, window.end), RowPrefetch()};
             if (stages_masks) {
                 stage_masks(b, rows);
@@ -581,12 +577,7 @@ struct ReassembleNchw {
         tile.interleaves = plan.register_tiles_count == 1;
         tile.non_temporal = plan.non_temporal_vectors;
         tile.prefetches_outputs = plan.stores_sums && !plan.non_temporal_vectors && !plan.non_temporal_rows;
-        tile.inputs = inputs;
-        const int64_t register_channels = plan.register_tiles[0].count == 1 ? kTileChannelsOfOnePhase
-                                                                            : kTileChannelsOfPhases;
-        tile.input_lines = static_cast<int>(
-            ceil_div(inputs[0].lines() + inputs[1].lines(),
-                     b.tiles * plan.register_tiles_count * ceil_div(count, register_channels)));
+        const int64_t lines = ceil_div(inputs[0].lines() + inputs[1].lines(), b.tiles * plan.register_tiles_count);
         for (int64_t t = 0; t < b.tiles; t++) {
             const int64_t column = (b.first_cell + t * L) * p.factor.up;
             const int64_t tile_columns = std::min(plan.tile_columns, p.out_w - column);
@@ -607,6 +598,7 @@ struct ReassembleNchw {
                     tile.masks[r] = b.masks_of(plan, rows.begin + r, t) + some.first * L;
                 tile.outputs = sums + some.first * L;
                 tile.columns = plan.stores_sums ? tile_columns : plan.tile_columns;
+                inputs[1].prefetch_lines(inputs[0].prefetch_lines(lines));
                 reassemble_tile(tile, some.count, count, rows.size());
             }
             if (!plan.stores_sums)

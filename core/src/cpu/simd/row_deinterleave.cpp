@@ -9,28 +9,32 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// Deinterleaves a row of adjacent columns, of some channels: a vector of cells of all channels at a time. `row` is that
-// of the first channel.
+// Deinterleaves rows of adjacent columns, of some channels: a vector of cells of all of them at a time. `first` is the
+// first row of the first channel.
 template <int Factor, class T>
-CARAFEPP_INLINE void deinterleave_row(const Array& array, const T* row, int64_t channels, const Deinterleaved& layout,
-                                      Accumulator<T>* to) {
+CARAFEPP_INLINE void deinterleave_columns(const Array& array, const T* first, int64_t channels, int64_t rows,
+                                          const Deinterleaved& layout, Accumulator<T>* to) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
+    const int64_t residue_stride = layout.residue_stride;
+    const int64_t channel_stride = layout.channel_stride, channel_step = array.stride_c;
     for (int64_t k = 0; k < layout.lanes<A>(); k += L) {
         const int64_t column = (layout.cell + k) * Factor;
-        const auto stage_channels = [&](auto load_residues) __attribute__((always_inline)) {
-            const T* from = row + column;
-            A* cells = to + k;
-            for (int64_t c = 0; c < channels; c++, from += array.stride_c, cells += layout.channel_stride) {
-                Vector<A> residues[Factor];
-                load_residues(from, residues);
+        const auto stage_rows = [&](auto load_residues) __attribute__((always_inline)) {
+            for (int64_t r = 0; r < rows; r++) {
+                const T* from = first + r * array.stride_h + column;
+                A* cells = to + r * layout.row_stride + k;
+                for (int64_t c = 0; c < channels; c++, from += channel_step, cells += channel_stride) {
+                    Vector<A> residues[Factor];
+                    load_residues(from, residues);
 #pragma GCC unroll 8
-                for (int residue = 0; residue < Factor; residue++)
-                    store(residues[residue], cells + residue * layout.residue_stride);
+                    for (int residue = 0; residue < Factor; residue++)
+                        store(residues[residue], cells + residue * residue_stride);
+                }
             }
         };
         if (column >= 0 && column + Factor * L <= array.w) {
-            stage_channels([](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
+            stage_rows([](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
                 if constexpr (Factor == 2 && std::is_same_v<T, BFloat16>) {
                     residues[0] = load_even(from);
                     residues[1] = load_odd(from);
@@ -47,7 +51,7 @@ CARAFEPP_INLINE void deinterleave_row(const Array& array, const T* row, int64_t 
             begin[v] = static_cast<int>(std::clamp<int64_t>(-column - v * L, 0, L));
             end[v] = static_cast<int>(std::clamp<int64_t>(array.w - column - v * L, begin[v], L));
         }
-        stage_channels([&](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
+        stage_rows([&](const T* from, Vector<A>(&residues)[Factor]) __attribute__((always_inline)) {
             if constexpr (std::is_same_v<T, float> && Factor <= 4) {
 #pragma GCC unroll 4
                 for (int v = 0; v < Factor; v++) residues[v] = load_between(from + v * L, begin[v], end[v]);
@@ -124,25 +128,25 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
         }
         return;
     }
-    // Few channels at a time: they may lie in the same sets of a cache.
-    const auto for_each_row = [&](int64_t channels_together, auto deinterleave_some) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < channels; c += channels_together) {
-            const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
-            A* of_row = to + c * layout.channel_stride;
-            const int64_t count = std::min(channels_together, channels - c);
-            for (int64_t row = rows.begin; row < rows.end; row++, from += array.stride_h, of_row += layout.row_stride)
-                deinterleave_some(from, count, of_row);
+    // Few rows of few channels stay in the level 1 cache, even if they lie in the same sets.
+    constexpr int64_t kChannels = 8, kElements = 2048;
+    const int64_t together = std::max<int64_t>(kElements / (kChannels * layout.factor * layout.lanes<A>()), 1);
+    const auto shuffle_columns = [&](auto factor) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < channels; c += kChannels) {
+            for (int64_t r = 0; r < rows.size(); r += together) {
+                deinterleave_columns<decltype(factor)::value>(
+                    array, element<const T>(array, n, channel + c, rows.begin + r, 0),
+                    std::min(channels - c, kChannels), std::min(rows.size() - r, together), layout,
+                    to + c * layout.channel_stride + r * layout.row_stride);
+            }
         }
     };
-    const auto shuffle_rows = [&](auto factor) __attribute__((always_inline)) {
-        for_each_row(8, [&](const T* from, int64_t count, A* of_row) __attribute__((always_inline)) {
-            deinterleave_row<decltype(factor)::value>(array, from, count, layout, of_row);
-        });
-    };
-    if (array.stride_w == 1 && with_shuffles(layout.factor, shuffle_rows)) return;
-    for_each_row(1, [&](const T* from, int64_t, A* of_row) __attribute__((always_inline)) {
-        deinterleave_strided(from, array.stride_w, array.w, layout, of_row);
-    });
+    if (array.stride_w == 1 && with_shuffles(layout.factor, shuffle_columns)) return;
+    for (int64_t c = 0; c < channels; c++, to += layout.channel_stride) {
+        const T* from = element<const T>(array, n, channel + c, rows.begin, 0);
+        for (int64_t r = 0; r < rows.size(); r++, from += array.stride_h)
+            deinterleave_strided(from, array.stride_w, array.w, layout, to + r * layout.row_stride);
+    }
 }
 
 }  // namespace
@@ -167,6 +171,25 @@ void interleave_row(const A* from, int64_t residue_stride, int factor, const Arr
     });
 }
 
+template <class T>
+void copy_non_temporal(const T* from, int64_t count, T* to) {
+    const int64_t line = 64 / int64_t{sizeof(T)};
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line;
+    int64_t k = std::min(count, (line - misaligned) % line);
+    std::copy_n(from, k, to);
+    for (; k + line <= count; k += line) {
+        for (int64_t byte = 0; byte < 64; byte += kVectorBytes) {
+            store_non_temporal(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + byte)),
+                               reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + byte));
+        }
+    }
+    std::copy_n(from + k, count - k, to + k);
+}
+
+template void copy_non_temporal(const float*, int64_t, float*);
+template void copy_non_temporal(const double*, int64_t, double*);
+template void copy_non_temporal(const Float16*, int64_t, Float16*);
+template void copy_non_temporal(const BFloat16*, int64_t, BFloat16*);
 template void interleave_row(const float*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
 template void interleave_row(const double*, int64_t, int, const Array&, int64_t, int64_t, int64_t, Range);
 template void deinterleave_rows(const Array&, int64_t, int64_t, int64_t, Range, const Deinterleaved&, float*);

@@ -105,18 +105,6 @@ void interleave_row(const A* from, int64_t residue_stride, int factor, const Arr
 
 // Copies by non-temporal stores, but for the ends that do not fill a line.
 template <class T>
-CARAFEPP_INLINE void copy_non_temporal(const T* from, int64_t count, T* to) {
-    const int64_t line = 64 / int64_t{sizeof(T)};
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line;
-    int64_t k = std::min(count, (line - misaligned) % line);
-    std::copy_n(from, k, to);
-    for (; k + line <= count; k += line) {
-        for (int64_t byte = 0; byte < 64; byte += kVectorBytes) {
-            store_non_temporal(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + byte)),
-                               reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + byte));
-        }
-    }
-    std::copy_n(from + k, count - k, to + k);
-}
+void copy_non_temporal(const T* from, int64_t count, T* to);
 
 }  // namespace carafepp::CARAFEPP_ISA
