@@ -59,6 +59,7 @@ struct ReassemblePlan {
     bool stores_sums;           // into the output; otherwise first into `sums`: all phases of a tile of two rows
     bool non_temporal_vectors;  // each vector of sums is a non-temporal store
     bool non_temporal_rows;     // rows are collected first, as their vectors are not whole cache lines
+    int64_t line, rows_pitch;   // outputs of a cache line; of two rows of a channel, and a line if they share one
 
     int64_t masks_size, features_size, sums_size, rows_size, scratch_size;
 };
@@ -143,18 +144,22 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
         }
     }
 
-    const int64_t two_rows = 2 * plan.block_channels * p.out_w;
+    plan.line = 64 / itemsize(output.dtype);
+    Array pairs_of_rows = output;
+    pairs_of_rows.stride_h *= 2;
+    plan.rows_pitch = 2 * p.out_w + (tiles_are_lines(pairs_of_rows, 2 * p.out_w) ? 0 : plan.line);
     plan.stores_sums = plan.register_tiles_count == 1 && output.stride_w == 1 &&
                        itemsize(output.dtype) * lanes == kVectorBytes;
     plan.non_temporal_vectors = plan.stores_sums && wants_non_temporal_stores(output) &&
                                 tiles_are_lines(output, plan.tile_columns);
     plan.non_temporal_rows = output.stride_w == 1 && wants_non_temporal_stores(output) && !plan.non_temporal_vectors &&
-                             plan.blocks_across == 1 && two_rows * itemsize(output.dtype) <= kNonTemporalBytes;
+                             plan.blocks_across == 1 && 2 * p.out_w >= plan.line &&
+                             plan.block_channels * plan.rows_pitch * itemsize(output.dtype) <= kNonTemporalBytes;
 
     plan.masks_size = plan.block_rows * plan.block_tiles * plan.mask_row_size;
     plan.features_size = plan.block_channels * plan.channel_stride + lanes;  // the last load may reach beyond
     plan.sums_size = plan.stores_sums ? 0 : 2 * plan.block_channels * plan.tile_columns;
-    plan.rows_size = plan.non_temporal_rows ? two_rows : 0;
+    plan.rows_size = plan.non_temporal_rows ? plan.line + plan.block_channels * plan.rows_pitch : 0;
     plan.scratch_size = plan.masks_size + plan.features_size + plan.sums_size + plan.rows_size;
     return plan;
 }
@@ -167,7 +172,7 @@ struct ReassembleBlock {
     A* masks;     // [row][tile][tap][phase][lane]
     A* features;  // [channel][row modulo ring_rows][residue][cell]
     A* sums;      // [channel][row][column]; two rows of a tile
-    T* outputs;   // [channel][row][column]; two whole rows
+    T* outputs;   // [channel][row][column]; two whole rows, behind the rest of a cache line
 
     ReassembleBlock(const ReassemblePlan& plan, const Problem& p, const Columns& columns, int64_t item, A* scratch) {
         const int64_t across = item % plan.blocks_across, down = item / plan.blocks_across % plan.blocks_down;
@@ -486,8 +491,12 @@ struct ReassembleNchw {
     // Rows that lie one after the other in the ring.
     void stage_features(const Block& b, int64_t channel, int64_t count, Range rows) const {
         const auto stage = [&](int64_t cell, int64_t end, A* to) {
-            const Deinterleaved layout{static_cast<int>(p.factor.down), cell, end - cell, plan.channel_stride,
-                                       plan.row_stride, plan.residue_stride};
+            const Deinterleaved layout{static_cast<int>(p.factor.down),
+                                       cell,
+                                       end - cell,
+                                       plan.channel_stride,
+                                       plan.row_stride,
+                                       plan.residue_stride};
             deinterleave_rows(p.features, b.n, channel, count, rows, layout, to + row_offset(rows.begin));
         };
         const int64_t before = std::min(plan.in_place.begin * L, b.cells), end = b.first_cell + b.cells;
@@ -562,7 +571,7 @@ struct ReassembleNchw {
             ring_offsets[y - window.begin] = row_offset(y);
             offsets_in_place[y - window.begin] = y * p.features.stride_h;
         }
-        const int64_t channel_stride = plan.non_temporal_rows ? 2 * p.out_w : output.stride_c;
+        const int64_t channel_stride = plan.non_temporal_rows ? plan.rows_pitch : output.stride_c;
         const int64_t row_stride = plan.non_temporal_rows ? p.out_w : output.stride_h;
         ReassembleRegisterTile<A> tile;
         tile.adjacent_taps = p.factor.down == 1 && plan.register_tiles_count == 1;
@@ -581,7 +590,7 @@ struct ReassembleNchw {
         for (int64_t t = 0; t < b.tiles; t++) {
             const int64_t column = (b.first_cell + t * L) * p.factor.up;
             const int64_t tile_columns = std::min(plan.tile_columns, p.out_w - column);
-            T* const result = plan.non_temporal_rows ? b.outputs + column
+            T* const result = plan.non_temporal_rows ? b.outputs + plan.line + column
                                                      : element<T>(output, b.n, channel, rows.begin, column);
             A* sums = b.sums;
             if constexpr (std::is_same_v<T, A>) {
@@ -637,15 +646,26 @@ struct ReassembleNchw {
         });
     }
 
-    // Copies whole rows by non-temporal stores; adjacent rows are one row.
+    // Copies whole rows by non-temporal stores. Adjacent rows are one row: the outputs of its last line that other rows
+    // share wait for those.
     void write_rows(const Block& b, int64_t channel, int64_t count, Range rows) const {
-        const int64_t all = rows.size(), copies = output.stride_h == p.out_w ? 1 : all;
+        const bool adjacent = output.stride_h == p.out_w, first = rows.begin == b.rows.begin;
+        const int64_t copies = adjacent ? 1 : rows.size(), size = p.out_w * rows.size() / copies;
         for (int64_t c = 0; c < count; c++) {
             for (int64_t r = 0; r < copies; r++) {
-                copy_non_temporal(b.outputs + (2 * c + r) * p.out_w, p.out_w * all / copies,
-                                  element<T>(output, b.n, channel + c, rows.begin + r, 0));
+                T* const from = b.outputs + c * plan.rows_pitch + plan.line + r * size;
+                T* const to = element<T>(output, b.n, channel + c, rows.begin + r, 0);
+                const int64_t before = adjacent && !first ? outputs_before(to) : 0;
+                const int64_t rest = adjacent && rows.end < b.rows.end ? outputs_before(to + size) : 0;
+                copy_non_temporal(from - before, before + size - rest, to - before);
+                std::copy_n(from + size - rest, rest, from - rest);
             }
         }
+    }
+
+    // Outputs of the same cache line before this one.
+    int64_t outputs_before(const T* at) const {
+        return static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) / sizeof(T)) % plan.line;
     }
 };
 
