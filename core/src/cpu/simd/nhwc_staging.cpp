@@ -17,6 +17,8 @@ CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
     }
 }
 
+constexpr int64_t kChunk = 1024;  // columns whose pixels are staged together: in the level 2 cache
+
 // As many channels as a vector has lanes, of adjacent columns, to pixels that lie `pitch` apart. Prefetches the same
 // columns of the next channels. Each is a page further, which the processor's own prefetching does not cross.
 template <class T>
@@ -65,12 +67,18 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
             }
         }
         if (array.stride_w == 1) {
-            for (int64_t c = 0; c < image.c; c += L, from += L * array.stride_c) {
-                if (image.c - c >= L && columns >= L) {
-                    load_planes(from, array.stride_c, columns, to + c, image.stride_w);
-                } else {
-                    load_channels<T>(from, array.stride_c, static_cast<int>(std::min(L, image.c - c)),
-                                     static_cast<int>(columns), adjacent_channels(to + c, image.stride_w));
+            for (int64_t j = 0; j < columns; j += kChunk) {
+                const int64_t begin = std::max<int64_t>(std::min(j, columns - L), 0);
+                const int64_t count = std::min(kChunk, columns - begin);
+                const T* chunk = from + begin;
+                A* const pixels = to + begin * image.stride_w;
+                for (int64_t c = 0; c < image.c; c += L, chunk += L * array.stride_c) {
+                    if (image.c - c >= L && count >= L) {
+                        load_planes(chunk, array.stride_c, count, pixels + c, image.stride_w);
+                    } else {
+                        load_channels<T>(chunk, array.stride_c, static_cast<int>(std::min(L, image.c - c)),
+                                         static_cast<int>(count), adjacent_channels(pixels + c, image.stride_w));
+                    }
                 }
             }
             return;
