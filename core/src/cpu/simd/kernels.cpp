@@ -278,6 +278,7 @@ constexpr int64_t kMasksOfRowsBytes = 768 * 1024;
 constexpr int64_t kChannelsForColumn = 4, kChannelsForColumnOfFullVectors = 8;
 constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth the transposition
 constexpr int64_t kFewestChannelsAtOnce = 32, kFewestChannelsOfPixels = 16;  // of a forward with a large down
+constexpr int64_t kCellsToDeinterleaveByThree = 21;                          // of a row: by 3 takes the fewest shuffles
 
 constexpr int64_t kMostRunChannels = 256;  // of a group, if its masks are far apart or its features are not
 
@@ -384,6 +385,7 @@ static bool better_on_images(Question cannot_run, Question slower, const Problem
 }
 
 const char* slower_reassemble_nchw(const Problem& p, const Array& output) {
+    if (p.factor.up == 1 && p.factor.down == 3 && columns_of_cells(p) >= kCellsToDeinterleaveByThree) return nullptr;
     if (better_on_images(cannot_run_reassemble_any, slower_reassemble_any, p, output)) return kNarrow;
     const bool in_pixels = better_in_pixels_than_deinterleaved(p) && !cannot_run_reassemble_any(p, output) &&
                            !slower_reassemble_any(p, output);
