@@ -20,12 +20,6 @@ namespace {
 
 // ---- plan ----
 
-// Groups of few channels need four or six outputs to fill a register tile. To keep the library small, only floats have
-// the code, in groups of as many channels as involution has.
-template <class T>
-constexpr bool kLongRuns = std::is_same_v<T, float>;
-constexpr int kLongRunChannels = 16;
-
 constexpr int64_t kMostLogitsOfCell = 64 * 1024;  // in scratch: at most half of it
 
 template <class T>
@@ -46,7 +40,6 @@ struct ReassembleNhwc {
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
     int run;               // cells of one output each with overlapping windows, contracted together
-    bool short_segments;   // of runs: of one column
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
     bool logits_of_cells;  // the same, a cell at a time, each tap in vectors of its own
@@ -70,13 +63,10 @@ struct ReassembleNhwc {
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
-        const bool overlap = up == 1 && down < p.kernel_size;
-        const bool long_run = kLongRuns<T> && overlap && 3 * down < p.kernel_size && channels == kLongRunChannels;
-        short_segments = long_run && down == 1 && (masks_in_place || logits_in_place);
-        run = !overlap ? 1 : short_segments ? 6 : long_run ? 4 : 2;
+        run = up == 1 && down < p.kernel_size ? 2 : 1;
         logits_of_cells = p.from_logits && p.logits.stride_c == 1 && !logits_in_place && 3 * window_rows * up > L &&
                           taps * up * up <= kMostLogitsOfCell;
-        tile_cells = masks_in_place ? cells : logits_of_cells ? 1 : short_segments ? 12 : L;
+        tile_cells = masks_in_place ? cells : logits_of_cells ? 1 : L;
         tile_groups = masks_in_place ? part : 1;
         tile_size = std::max(window_rows * masks.row_size(L), logits_of_cells ? (taps + L) * up * up : 0);
         pixels_size = masks_in_place    ? 0
@@ -158,9 +148,7 @@ struct WindowOutputs {
     PixelWindow<const T> window;
     PixelPrefetch<T> prefetch;
     int kernel_size, shift;
-    bool short_segments;
     int64_t tap_stride;  // of weights
-    int64_t distance;    // of the weights of a run, from output to output
     bool non_temporal;
     int count = 0;
     const A* weights[kMost];  // of each output
@@ -193,53 +181,22 @@ CARAFEPP_INLINE void add_tap(const T* x, int tail, F weight_of, Vector<Accumulat
     }
 }
 
-// The outputs of a register tile share a window, or are a run. Short segments are of one column, all but the middle
-// one, and have adjacent weights: their code has no loop.
-enum Sharing { kWindow, kRun, kShortSegments };
-
-// A column of a row of the union of the windows of a run. The weights of its outputs lie `distance` apart. Two pointers
-// and one distance reach those of six.
-template <int P, class T>
-struct RunColumn {
-    using A = Accumulator<T>;
-    static constexpr int kHalf = (P + 1) / 2;
-
-    const T* x;
-    const A *low, *high;
-    int64_t distance;
-
-    A weight(int o) const { return o < kHalf ? low[o * distance] : high[(o - kHalf) * distance]; }
-    void step(int64_t pixel_stride, int64_t tap_stride) {
-        x += pixel_stride;
-        low += tap_stride;
-        high += tap_stride;
-    }
-};
-
 // Adds a row of the union of the windows of a run, from `Segment` on. A segment is the columns that the same outputs
-// read. The first output alone reads the first segment. Up to the middle one, each has an output more, then one less.
-template <bool kTail, Sharing sharing, int Segment = 0, int P, int NV, class T>
-CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, RunColumn<P, T>& column, int& b, int tail,
-                                    Vector<Accumulator<T>> (&sums)[P][NV]) {
-    constexpr int kFirst = Segment < P ? 0 : Segment - P + 1, kLast = Segment < P ? Segment + 1 : P;
-    const auto add = [&]() __attribute__((always_inline)) {
-        if (sharing == kShortSegments) __builtin_prefetch(column.x + at.window.row_stride);  // into the level 1 cache
-        add_tap<kFirst, kLast, kTail>(column.x, tail, [&](int o) { return column.weight(o); }, sums);
-        column.step(at.window.pixel_stride, sharing == kShortSegments ? 1 : at.tap_stride);
-    };
-    if constexpr (sharing == kShortSegments && Segment < P - 1) {
-        if (at.window.b_begin <= Segment) add();
-    } else if constexpr (sharing == kShortSegments && Segment >= P) {
-        if (at.kernel_size + kFirst <= at.window.b_end) add();
-    } else {
-        const int end = kLast < P ? kLast * at.shift : at.kernel_size + kFirst * at.shift;
-        for (const int last = std::min(end, at.window.b_end); b < last; b++) add();
+// read: the first output alone, both, the second alone.
+template <bool kTail, int Segment = 0, int NV, class T>
+CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T* x, const Accumulator<T>* (&weights)[2], int b,
+                                    int tail, Vector<Accumulator<T>> (&sums)[2][NV]) {
+    constexpr int kFirst = Segment / 2, kLast = std::min(Segment + 1, 2);
+    const int end = kLast < 2 ? at.shift : at.kernel_size + kFirst * at.shift;
+    for (const int last = std::min(end, at.window.b_end); b < last; b++, x += at.window.pixel_stride) {
+        add_tap<kFirst, kLast, kTail>(x, tail, [&](int o) { return *weights[o]; }, sums);
+        for (int o = 0; o < 2; o++) weights[o] += at.tap_stride;
     }
-    if constexpr (Segment < 2 * P - 2) add_row_of_run<kTail, sharing, Segment + 1>(at, column, b, tail, sums);
+    if constexpr (Segment < 2) add_row_of_run<kTail, Segment + 1>(at, x, weights, b, tail, sums);
 }
 
 // A register tile: `P` outputs from `first` on, or a run; `NV` vectors of channels from `c` on.
-template <int P, Sharing sharing, int NV, bool kTail, class T>
+template <int P, bool kRun, int NV, bool kTail, class T>
 CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_t c, int tail) {
     using A = Accumulator<T>;
     Vector<A> sums[P][NV] = {};
@@ -249,16 +206,14 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
     int64_t tap = window.a_begin * row_taps + window.b_begin * tap_stride;
     for (int a = window.a_begin; a < window.a_end; a++, row += window.row_stride, tap += row_taps) {
         if (a - window.a_begin < at.prefetch.rows) prefetch_row<NV>(at.prefetch, a - window.a_begin, c);
-        int b = sharing == kShortSegments ? std::max(window.b_begin, P - 1) : window.b_begin;
-        if constexpr (sharing != kWindow) {
-            const A* const low = at.weights[0] + tap;
-            RunColumn<P, T> column{row, low, low + RunColumn<P, T>::kHalf * at.distance, at.distance};
-            add_row_of_run<kTail, sharing>(at, column, b, tail, sums);
-        } else {
-            const A* weights[P];
+        const A* weights[P];  // of the first column in the window of each output, or in the union
 #pragma GCC unroll 4
-            for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + tap;
-            for (const T* x = row; b < window.b_end; b++, x += window.pixel_stride) {
+        for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + tap - o * at.shift * tap_stride;
+        if constexpr (kRun) {
+            add_row_of_run<kTail>(at, row, weights, window.b_begin, tail, sums);
+        } else {
+            const T* x = row;
+            for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride) {
                 add_tap<0, P, kTail>(x, tail, [&](int o) { return *weights[o]; }, sums);
 #pragma GCC unroll 4
                 for (int o = 0; o < P; o++) weights[o] += tap_stride;
@@ -271,48 +226,34 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_
 
 // All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
 // ones have fewer, and a tail.
-template <int P, Sharing sharing, class T>
+template <int P, bool kRun, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr bool kLongRun = sharing != kWindow && P > 2;
-    constexpr int kMost = kLongRun                                                          ? kLongRunChannels / L
-                          : P == 1 || (sharing == kRun && P == 2 && kVectorRegisters == 32) ? 8
-                          : P == 4 && kVectorRegisters == 16                                ? 2
-                                                                                            : 4;
+    constexpr int kMost = P == 1 || (kRun && kVectorRegisters == 32) ? 8 : P == 4 && kVectorRegisters == 16 ? 2 : 4;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, sharing, kMost, false>(at, first, c, 0);
-    if constexpr (kLongRun) return;
+    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, first, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        sum_over_taps<P, sharing, 4, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 4, false>(at, first, c, 0);
         c += 4 * L;
     }
     if (kMost > 2 && c + 2 * L <= channels) {
-        sum_over_taps<P, sharing, 2, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 2, false>(at, first, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        sum_over_taps<P, sharing, 1, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 1, false>(at, first, c, 0);
         c += L;
     }
-    if (c < channels) sum_over_taps<P, sharing, 1, true>(at, first, c, static_cast<int>(channels - c));
+    if (c < channels) sum_over_taps<P, kRun, 1, true>(at, first, c, static_cast<int>(channels - c));
 }
 
 template <class T>
 void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
-    if (at.shift > 0) {
-        if constexpr (kLongRuns<T>) {
-            if (at.count == 6) return sum_channels_over_taps<6, kShortSegments>(at, 0, channels);
-            if (at.count == 4) {
-                return at.short_segments ? sum_channels_over_taps<4, kShortSegments>(at, 0, channels)
-                                         : sum_channels_over_taps<4, kRun>(at, 0, channels);
-            }
-        }
-        return sum_channels_over_taps<2, kRun>(at, 0, channels);
-    }
+    if (at.shift > 0) return sum_channels_over_taps<2, true>(at, 0, channels);
     int first = 0;
-    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, kWindow>(at, first, channels);
-    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, kWindow>(at, first, channels);
-    if (first < at.count) sum_channels_over_taps<1, kWindow>(at, first, channels);
+    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);
+    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, false>(at, first, channels);
+    if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
 }
 
 // The groups of a tile, one after the other.
@@ -341,7 +282,6 @@ void set_window(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t 
                                    column, shift * (outputs - 1));
     at.kernel_size = static_cast<int>(plan.p.kernel_size);
     at.shift = shift;
-    at.short_segments = plan.short_segments;
     at.tap_stride = tap_stride;
     at.non_temporal = plan.non_temporal;
 }
@@ -377,9 +317,8 @@ void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardTile& item, int6
     set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), outputs, at);
     at.prefetch = pixel_prefetch(plan, item, cell, outputs);
     at.count = outputs;
-    std::fill_n(at.weights, outputs, weights.first + q * weights.cell_stride);
-    at.distance = weights.cell_stride - plan.down * weights.tap_stride;
     for (int o = 0; o < outputs; o++) {
+        at.weights[o] = weights.first + (q + o) * weights.cell_stride;
         at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
     }
     reassemble_groups(plan, item.groups, at);
@@ -396,9 +335,7 @@ void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
             const ForwardTile at{n, group, std::min(tile_groups, end - group), rows};
             const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
             int64_t q = 0;
-            for (int outputs = run; outputs > 1; outputs -= 2) {
-                for (; q + outputs <= count; q += outputs) reassemble_run(*this, at, cell + q, weights, q, outputs);
-            }
+            for (; run > 1 && q + run <= count; q += run) reassemble_run(*this, at, cell + q, weights, q, run);
             for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
         }
     }
