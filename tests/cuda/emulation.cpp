@@ -35,6 +35,13 @@ __attribute__((weak)) void __tsan_acquire(void* clock);
 __attribute__((weak)) void __tsan_release(void* clock);
 }
 
+// trace.cpp watches what has no load or store of the kernel's own; `code` is where the kernel calls.
+extern "C" {
+__attribute__((weak)) void carafepp_trace_copy(const void* shared, const void* global, size_t bytes, size_t bytes_read,
+                                               const void* code);
+__attribute__((weak)) void carafepp_trace_load(const void* shared, size_t bytes, const void* code);
+}
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -166,7 +173,8 @@ struct Thread {
     unsigned mask = 0;
     Operands operands{};
     std::vector<Copy> copies;
-    int group = 0;  // of copies, that is not committed
+    int group = 0;            // of copies, that is not committed
+    bool has_copied = false;  // in this group
 };
 
 struct Warp {
@@ -238,7 +246,7 @@ struct Machine {
     const void* kernel = nullptr;
     Settings settings;
     uint64_t random = 0;
-    uint64_t threads_run = 0, mmas_run = 0;
+    uint64_t threads_run = 0, mmas_run = 0, bytes_copied = 0, groups_copied = 0;
 
     // Threads have ranks: of those that are ready, the one of the lowest rank runs.
     unsigned rank_of[kMaxThreads], thread_at[kMaxThreads];
@@ -452,6 +460,7 @@ void begin_block(uint64_t number) {
         thread.index = {k % blockDim.x, k / blockDim.x % blockDim.y, k / blockDim.x / blockDim.y};
         thread.copies.clear();
         thread.group = 0;
+        thread.has_copied = false;
         machine.warps[k / kWarpSize].alive |= 1u << k % kWarpSize;
         machine.make_ready(thread);
         const size_t stack_bytes = kStackBytes - k % 64 * 256;  // tops of stacks in different sets of the caches
@@ -502,6 +511,10 @@ Settings& settings() { return next_settings; }
 uint64_t threads_run() { return machine.threads_run; }
 
 uint64_t mmas_run() { return machine.mmas_run; }
+
+uint64_t bytes_copied() { return machine.bytes_copied; }
+
+uint64_t groups_copied() { return machine.groups_copied; }
 
 void* shared_memory() { return machine.memory.shared(); }
 
@@ -618,6 +631,10 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t bytes_rea
         fail("%s copies beyond the %zu bytes of shared memory at %s:%d", name_of(thread), machine.shared_bytes,
              place.file, place.line);
     }
+    machine.bytes_copied += bytes_read;
+    thread.has_copied = true;
+    if (carafepp_trace_copy != nullptr)
+        carafepp_trace_copy(shared, global, bytes, bytes_read, __builtin_return_address(0));
     const Copy copy{shared, global, bytes, bytes_read, thread.group};
     if (machine.settings.deferred_copies) {
         std::memset(shared, kPoison, bytes);
@@ -627,7 +644,12 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t bytes_rea
     }
 }
 
-void commit_copies() { machine.current->group++; }
+void commit_copies() {
+    Thread& thread = *machine.current;
+    thread.group++;
+    machine.groups_copied += thread.has_copied;
+    thread.has_copied = false;
+}
 
 void wait_for_copies(int groups_left) {
     Thread& thread = *machine.current;
@@ -677,6 +699,21 @@ void complete_mma(Thread* lanes) {
 }
 
 }  // namespace
+
+void load_matrices(const void* row, uint32_t (&words)[4], Place place) {
+    constexpr size_t kBytes = 16;
+    if (reinterpret_cast<uintptr_t>(row) % kBytes != 0) misaligned(row, kBytes, place);
+    if (carafepp_trace_load != nullptr) carafepp_trace_load(row, kBytes, __builtin_return_address(0));
+    const int lane = static_cast<int>(machine.current->number % kWarpSize);
+    for (int k = 0; k < 8; k++) {
+        const int from = k / 2 * 8 + lane % 4 * 2 + k % 2;  // the lane that knows the row
+        const uint64_t address = shuffle(Shuffle::kFrom, 0xffffffff, reinterpret_cast<uintptr_t>(row), from, 32, place);
+        Copy element{nullptr, reinterpret_cast<const uint16_t*>(address) + lane / 4, sizeof(uint16_t), sizeof(uint16_t),
+                     0};
+        element.shared = reinterpret_cast<uint16_t*>(&words[k / 2]) + k % 2;
+        arrive(element);
+    }
+}
 
 void mma(MmaType type, int k, float* sums, const uint32_t* a, const uint32_t* b, Place place) {
     Operands& operands = machine.current->operands;

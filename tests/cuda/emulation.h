@@ -91,6 +91,10 @@ uint64_t threads_run();
 // Instructions of tensor cores that warps have run so far.
 uint64_t mmas_run();
 
+// Bytes that threads have copied asynchronously so far, and in how many groups.
+uint64_t bytes_copied();
+uint64_t groups_copied();
+
 // Shared memory of the running block, at least 16-byte aligned as on a device, and its size.
 void* shared_memory();
 size_t shared_bytes();
@@ -158,6 +162,10 @@ void wait_for_copies(int groups_left);
 // ---- tensor cores (mma.sync.aligned.row.col, f32 sums) ----
 
 enum class MmaType { kFloat16, kBFloat16 };
+
+// ldmatrix.x4.trans: lane 8 * m + r tells where row r of matrix m is, 8 elements of 16 bits in shared memory. words[m]
+// of a lane has rows 2 * (lane % 4) and the next of column lane / 4. All 32 lanes take part.
+void load_matrices(const void* row, uint32_t (&words)[4], Place place);
 
 // sums[16][8] += a[16][k] * b[k][8] for k = 8 or 16, in the fragments of the PTX manual: `a` has k/4 registers of two
 // elements, `b` k/8. All 32 lanes take part.

@@ -23,7 +23,7 @@ struct Access {
     uint32_t occurrence;  // accesses of the thread at this place before it
     uint16_t place, thread;
     uint8_t bytes, array;
-    bool store;
+    bool store, copy;  // a copy to shared memory is a load of one array and a store to the other
 };
 
 // The accesses of the block that runs.
@@ -162,17 +162,18 @@ void count_block() {
     for (const WarpAccess& access : warps) {
         const Access& first = *access.begin;
         if (first.array == kShared) {
-            result.places[{block.code[first.place], first.store ? "STS" : "LDS"}]++;
+            result.places[{block.code[first.place], first.copy ? "LDGSTS" : first.store ? "STS" : "LDS"}]++;
             count_shared(access);
         } else {
-            result.places[{block.code[first.place], first.store ? "STG" : "LDG"}]++;
+            if (!first.copy) result.places[{block.code[first.place], first.store ? "STG" : "LDG"}]++;
             count_global(access, caches);
         }
     }
     block.clear();
 }
 
-__attribute__((noinline)) void record(const void* pointer, size_t bytes, bool store, const void* code) {
+__attribute__((noinline)) void record(const void* pointer, size_t bytes, bool store, const void* code,
+                                      bool copy = false) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
     const uintptr_t shared = reinterpret_cast<uintptr_t>(emulation::shared_memory());
     uint8_t array = 0;
@@ -189,6 +190,7 @@ __attribute__((noinline)) void record(const void* pointer, size_t bytes, bool st
     }
     const uint16_t thread = static_cast<uint16_t>(threadIdx.x);
     if (block.times.size() <= thread) block.times.resize(blockDim.x);
+    if (copy && !store) code = static_cast<const char*>(code) + 1;  // a place of its own
     const auto [found, is_new] = block.places.emplace(code, static_cast<uint16_t>(block.places.size()));
     const uint16_t place = found->second;
     if (is_new) {
@@ -197,8 +199,8 @@ __attribute__((noinline)) void record(const void* pointer, size_t bytes, bool st
     }
     auto& of_place = block.occurrences[place];
     if (of_place.size() <= thread) of_place.resize(blockDim.x);
-    block.accesses.push_back(
-        {address, block.times[thread]++, of_place[thread]++, place, thread, static_cast<uint8_t>(bytes), array, store});
+    block.accesses.push_back({address, block.times[thread]++, of_place[thread]++, place, thread,
+                              static_cast<uint8_t>(bytes), array, store, copy});
 }
 
 }  // namespace
@@ -211,8 +213,15 @@ void finish() { count_block(); }
 
 using carafepp::trace::record;
 
-// The functions that -fsanitize=thread calls.
 extern "C" {
+// emulation.cpp calls them.
+void carafepp_trace_copy(const void* shared, const void* global, size_t bytes, size_t bytes_read, const void* code) {
+    if (bytes_read > 0) record(global, bytes_read, false, code, true);
+    record(shared, bytes, true, code, true);
+}
+void carafepp_trace_load(const void* shared, size_t bytes, const void* code) { record(shared, bytes, false, code); }
+
+// The functions that -fsanitize=thread calls.
 #define CARAFEPP_HOOKS(bytes)                                                                                        \
     void __tsan_read##bytes(void* address) { record(address, bytes, false, __builtin_return_address(0)); }           \
     void __tsan_write##bytes(void* address) { record(address, bytes, true, __builtin_return_address(0)); }           \

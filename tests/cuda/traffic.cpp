@@ -105,6 +105,8 @@ void print(const std::string& kernel) {
     print("threads", blockDim.x);
     print("shared_bytes", static_cast<int64_t>(carafepp::emulation::shared_bytes()));
     print("blocks_run", trace().blocks);
+    print("bytes_copied", static_cast<int64_t>(carafepp::emulation::bytes_copied()));
+    print("groups_copied", static_cast<int64_t>(carafepp::emulation::groups_copied()));
     print("mmas", static_cast<int64_t>(carafepp::emulation::mmas_run()));
     std::printf("\"arrays\": {");
     const char* separator = "";

@@ -26,7 +26,7 @@ hidden behind it:
     L1       a cycle for each line of 128 bytes in an access of a warp, and for a wavefront
     issue    instructions at ISSUED a cycle
     latency  the time of an access for what is in flight: the bytes that a loop loads before an
-             instruction waits, in all warps that fit
+             instruction waits, or those that a thread copies before it waits, in all warps that fit
 
 L1 and issue are those of the multiprocessor with the most blocks. Bandwidths are what public
 measurements reach of the data sheets' figures.
@@ -53,7 +53,7 @@ from cases import Case
 
 Counts = dict[str, int]
 Lines = tuple[str, ...]  # as "masks.h:100"
-Accesses = Counter[tuple[Lines, str]]  # of warps; LDG, STG, LDS or STS
+Accesses = Counter[tuple[Lines, str]]  # of warps; LDG, STG, LDS, STS or LDGSTS
 SECTOR = 32  # bytes
 WARP = 32  # threads
 ISSUED = 2.4  # instructions a cycle and multiprocessor, of 4
@@ -61,7 +61,7 @@ TO_L2, TO_DRAM = 280e-9, 600e-9  # seconds until a load arrives
 REGISTERS = 64 * 1024  # of a multiprocessor
 USUAL_REGISTERS = 128  # of a thread, without nvcc
 DTYPES = {"float32": "f", "float16": "NS_7Float16E", "bfloat16": "NS_8BFloat16E"}  # mangled
-ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDG|STG|LDS|STS)\b")
+ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDGSTS|LDG|STG|LDS|STS)M?\b")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Instruction:
 
     @property
     def access(self) -> str | None:
-        """Return LDG, STG, LDS or STS, or None for no access of such memory."""
+        """Return LDG, STG, LDS, STS or LDGSTS, or None for no access of such memory."""
         kind = ACCESS.search(self.text)
         return kind[1] if kind else None
 
@@ -125,7 +125,7 @@ def in_flight(loop: list[Instruction]) -> int:
     most = 0
     for instruction in loop + loop:  # an iteration may wait for loads of the one before
         text = instruction.text
-        load = re.match(r"(?:@!?U?P\d+ )?(LDG\S*) R(\d+)", text)
+        load = re.match(r"(?:@!?U?P\d+ )?(LDG\b\S*) R(\d+)", text)
         read = [int(register) for register in re.findall(r"\bR(\d+)", text)]
         if load:
             width = re.search(r"\.(64|128)\b", load[1])
@@ -147,10 +147,15 @@ class Code:
             branch = re.search(r"\bBRA\b.*`\((\S+)\)", instruction.text)
             if branch and labels[branch[1]] < k:
                 ranges.append(range(labels[branch[1]], k + 1))
-        self.code, self.loops = code, compiled.innermost(ranges)
-        self._in_loops = {k for loop in self.loops for k in loop}
-        self._rest = [k for k in range(len(code)) if k not in self._in_loops]
-        loops = ([code[k] for k in loop] for loop in self.loops)
+        self.code = code
+        self._in_loops = {k for loop in compiled.innermost(ranges) for k in loop}
+        # The instructions of each loop without those of loops in it; last those in none.
+        self.regions: list[list[int]] = []
+        taken: set[int] = set()
+        for loop in [*sorted(ranges, key=len), range(len(code))]:
+            self.regions.append([k for k in loop if k not in taken])
+            taken.update(loop)
+        loops = ([code[k] for k in loop] for loop in compiled.innermost(ranges))
         self.in_flight = max(map(in_flight, loops), default=0)
 
     def executed(self, accesses: Accesses) -> float:
@@ -167,7 +172,7 @@ class Code:
             for k in same:
                 runs[k] += times / len(same)
         total = 0.0
-        for region in (*self.loops, self._rest):
+        for region in self.regions:
             known = [runs[k] for k in region if k in runs]
             total += len(region) * sum(known) / max(1, len(known))
         return total
@@ -183,7 +188,8 @@ def parsed(sass: str) -> tuple[list[Instruction], dict[str, int]]:
         if place := re.match(r'\t//## File "([^"]+)", line (\d+)', row):
             if complete:
                 lines, complete = (), False
-            if "/core/src/" in place[1]:  # CUDA's headers do not count
+            # CUDA's headers do not count, nor what the emulation replaces.
+            if "/core/src/" in place[1] and not place[1].endswith("/ptx.h"):
                 lines += (f"{Path(place[1]).name}:{place[2]}",)
         elif label := re.match(r"(\.L_\w+):", row):
             labels[label[1]] = len(code)
@@ -210,7 +216,7 @@ def read_code(nvcc: str, nvdisasm: str, source: str) -> dict[str, Code]:
 
 
 def lines_of(program: Path, places: list[tuple[int, str, int]]) -> Accesses:
-    """Return the accesses of warps by their lines of core/src, and LDG, STG, LDS or STS."""
+    """Return the accesses of warps by their lines of core/src, and their instruction."""
     addresses = [hex(place[0]) for place in places]
     said = compiled.run("addr2line", "-a", "-i", "-e", str(program), *addresses).stdout
     found: Accesses = Counter()
@@ -239,6 +245,7 @@ class Row:
         self.shared_bytes: int = counted["shared_bytes"]
         self._scale = self.blocks / counted["blocks_run"]
         self.mmas = counted["mmas"] * self._scale
+        self.copied = counted["bytes_copied"] / max(1, counted["groups_copied"])  # at once
         self.arrays: dict[str, Counts] = counted["arrays"]
         self.shared: Counts = counted["shared"]
 
@@ -298,7 +305,7 @@ class Row:
             products = 0 if self.mmas else self.products / self.lanes() / device.products
             times["issue"] = max(self.instructions() / ISSUED, products) / machine * full
             threads = min(self.resident(device), each) * self.threads * device.multiprocessors
-            flight = self.code.in_flight * threads
+            flight = max(self.code.in_flight, self.copied) * threads
             latency = TO_DRAM if reads < 1.5 * self.touched() else TO_L2
             times["latency"] = reads * latency / flight if flight else 0.0
         return times
@@ -333,7 +340,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         "grad_features_down2_nchw": "NS1_9OfColumnsE",
     }.get(name, "")
     type_ = DTYPES[dtype]
-    wanted = {f"{first}{size}{type_}" for size in ("", f"Li{problem.kernel_size}E")}
+    size = f"Li{problem.kernel_size}E"
+    wanted = {first + arguments + type_ for arguments in ("", size, f"{size}Lb1E")}
     source = "grad_features_down2.cu" if first else f"{name}.cu"
     for mangled, code in read_code(*tools, source).items():
         if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:

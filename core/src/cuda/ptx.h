@@ -20,6 +20,51 @@ __device__ __forceinline__ A* shared_memory() {
     return reinterpret_cast<A*>(memory);
 }
 
+// A number and a thread's number, such that what is computed from them stays in its loop. Ahead of it, it would take
+// registers all the time.
+__device__ __forceinline__ int64_t computed_late(int64_t number) {
+    asm volatile("" : "+l"(number));
+    return number;
+}
+__device__ __forceinline__ int thread_computed_late() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// Copies 4, 8 or 16 bytes from global to shared memory, or writes as many zeros if they do not exist. They are there
+// after wait_for_copies() and, for other threads, a barrier. From sm_80 on they pass no register.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exist) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global), "n"(Bytes), "r"(exist ? Bytes : 0)
+        : "memory");
+#else
+    using Word = std::conditional_t<Bytes == 16, uint4, std::conditional_t<Bytes == 8, uint2, uint32_t> >;
+    *static_cast<Word*>(shared) = exist ? __ldg(static_cast<const Word*>(global)) : Word{};
+#endif
+}
+
+// Waits for the copies of this thread.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Loads four matrices of 8 x 8 elements of 16 bits from shared memory: lane 8 * m + r tells where row r of matrix m is.
+// A lane gets two elements of column lane / 4 of each, in rows 2 * (lane % 4) and the next. So they are `b` below. All
+// lanes of a warp take part.
+template <class T>
+__device__ __forceinline__ void load_matrices(const T* row, uint32_t (&words)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
 // sums += a * b on tensor cores, in the fragments of PTX's mma.m16n8k8. All lanes of a warp take part.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in the place of core/src/cuda/ptx.h where kernels are emulated.
+// Stands in the place of core/src/cuda/ptx.h where kernels are emulated. What is traced is inlined, so that a place is
+// a line of a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,6 +12,26 @@ namespace carafepp::cuda {
 template <class A>
 A* shared_memory() {
     return static_cast<A*>(emulation::shared_memory());
+}
+
+inline int64_t computed_late(int64_t number) { return number; }
+inline int thread_computed_late() { return static_cast<int>(threadIdx.x); }
+
+template <int Bytes>
+__forceinline__ void copy_async(void* shared, const void* global, bool exist,
+                                emulation::Place place = emulation::Place::here()) {
+    emulation::copy_async(shared, global, Bytes, exist ? Bytes : 0, place);
+}
+
+inline void wait_for_copies() {
+    emulation::commit_copies();
+    emulation::wait_for_copies(0);
+}
+
+template <class T>
+__forceinline__ void load_matrices(const T* row, uint32_t (&words)[4],
+                                   emulation::Place place = emulation::Place::here()) {
+    emulation::load_matrices(row, words, place);
 }
 
 template <class T>
