@@ -49,6 +49,19 @@ MUTANTS = [
         "pitch) {\n    if (!p.from_logits) return;",
     ),
     Mutant(
+        "a thread normalises taps of the next output",
+        "masks.h",
+        "end = q < outputs ? p.taps() * pitch : 0;",
+        "end = q <= outputs ? p.taps() * pitch : 0;",
+        sanitizer="address",
+    ),
+    Mutant(
+        "a source's outputs end too early",
+        "grad_features.cu",
+        "q < own_end; q++",
+        "q + 1 < own_end; q++",
+    ),
+    Mutant(
         "the last row of taps is left out",
         "reassemble.cu",
         "a < min(k, p.features.h - top)",
@@ -87,8 +100,8 @@ MUTANTS = [
     Mutant(
         "shared memory is a byte short",
         "normalize_masks.cu",
-        "shared_bytes = outputs * p.taps() * accumulator_bytes;",
-        "shared_bytes = outputs * p.taps() * accumulator_bytes - 1;",
+        "shared_bytes = outputs * (p.taps() * accumulator_bytes + kBytesOfPlace);",
+        "shared_bytes = outputs * (p.taps() * accumulator_bytes + kBytesOfPlace) - 1;",
     ),
     Mutant(
         "the last output of a window's columns is left out",

@@ -27,7 +27,7 @@ struct GradFeaturesPlan {
         tiles = ceil_div(grad_features.w, sources);
         channel_blocks = ceil_div(p.features.c / p.groups, channels);
         items = grad_features.n * p.groups * channel_blocks * grad_features.h * tiles;
-        shared_bytes = (staged_taps + 1) * outputs * accumulator_bytes;
+        shared_bytes = outputs * ((staged_taps + 1) * accumulator_bytes + kBytesOfPlace);
     }
 };
 
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments ar
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     using A = Accumulator<T>;
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
-    A* const masks = shared_memory<A>();  // [tap][output]
+    int64_t* const places = shared_memory<int64_t>();              // of outputs
+    A* const masks = reinterpret_cast<A*>(places + plan.outputs);  // [tap][output]
     int* const sources = reinterpret_cast<int*>(masks +
                                                 plan.staged_taps * plan.outputs);  // of outputs, from the tile's first
     const int lane = static_cast<int>(threadIdx.x);
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments ar
         const Range rows = outputs_of(p.rows(), p.radius(), i, i + 1, p.out_h);
         const Range columns = outputs_of(p.columns(), p.radius(), first, min(first + plan.sources, grad_features.w),
                                          p.out_w);
+        const Range own = outputs_of(p.columns(), p.radius(), j, j + 1, p.out_w);  // of this thread's source
         A sum = 0;
         for (int64_t out_i = rows.begin; out_i < rows.end; out_i++) {
             const int64_t a = i - p.rows().source(out_i) + p.radius();
@@ -73,17 +75,18 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_kernel(Arguments ar
                 for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
                     sources[q] = static_cast<int>(p.columns().source(begin + q) - first);
                 if (p.from_logits) {
-                    stage_masks<T>(p, n, group, number, outputs, p.out_w, masks, plan.outputs);
+                    stage_masks<T>(p, n, group, number, outputs, p.out_w, places, masks, plan.outputs);
                 } else {
-                    load_masks<T>(p, p.masks, n, group, a * k, k, number, outputs, p.out_w, masks, plan.outputs);
+                    find_outputs(p.masks, 1, number, outputs, p.out_w, places);
+                    load_masks<T>(p, p.masks, n, group, a * k, k, outputs, places, masks, plan.outputs);
                     __syncthreads();
                 }
                 if (exists) {
                     const A* const weights = masks + (p.from_logits ? a * k : 0) * plan.outputs;
                     const T* const grads = element<const T>(p.grad_output, n, c, out_i, begin);
-                    for (int64_t q = 0; q < outputs; q++) {
+                    const int64_t own_end = min(own.end - begin, outputs);
+                    for (int64_t q = max(own.begin - begin, int64_t{0}); q < own_end; q++) {
                         const int64_t b = source - sources[q] + p.radius();
-                        if (b < 0 || b >= k) continue;
                         sum += weights[b * plan.outputs + q] * widen(grads[q * p.grad_output.stride_w]);
                     }
                 }

@@ -22,7 +22,7 @@ struct GradMasksPlan {
         outputs = outputs_in_shared(bytes_of_output, 64);
         tiles = ceil_div(height * width, outputs);
         items = grad_masks.n * p.groups * tiles;
-        shared_bytes = outputs * bytes_of_output;
+        shared_bytes = outputs * (bytes_of_output + kBytesOfPlace);
     }
 };
 
@@ -47,13 +47,18 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     using A = Accumulator<T>;
     const int64_t tile_size = p.taps() * plan.outputs;
-    A* const grads = shared_memory<A>();  // [tap][output]
+    int64_t* const places = shared_memory<int64_t>();              // of outputs
+    A* const grads = reinterpret_cast<A*>(places + plan.outputs);  // [tap][output]
+    const int64_t up = p.from_logits ? p.factor.up : 1;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * plan.outputs;
         const int64_t outputs = min(plan.outputs, plan.height * plan.width - first);
 
-        for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
+        Walk<kThreads> walk(static_cast<int>(p.taps()), static_cast<int>(outputs),
+                            grad_masks.stride_w <= grad_masks.stride_c);
+        for (; walk.in_grid(); walk.advance()) {
+            const int64_t t = walk.row(), q = walk.column();
             const Pixel output = pixel_at(first + q, plan.width);
             A grad = 0;  // of a sub-pixel that a crop leaves out
             if (output.i < p.out_h && output.j < p.out_w) {
@@ -62,11 +67,12 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
                                   : A(grad_of_mask<T>(p, n, group, output, tap.quotient, tap.remainder));
             }
             grads[t * plan.outputs + q] = grad;
-        });
+        }
         if (p.from_logits) {
             A* const masks = grads + tile_size;
             A* const logits = masks + tile_size;
-            load_masks<T>(p, p.logits, n, group, 0, p.taps(), first, outputs, plan.width, logits, plan.outputs);
+            find_outputs(p.logits, up, first, outputs, plan.width, places);
+            load_masks<T>(p, p.logits, n, group, 0, p.taps(), outputs, places, logits, plan.outputs);
             __syncthreads();
             for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
                 const Pixel output = pixel_at(first + q, plan.width);
@@ -78,10 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_kernel(Arguments argum
             }
         }
         __syncthreads();
-        for_each_mask(grad_masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            mask_at<T>(p, grad_masks, n, group, t, pixel_at(first + q, plan.width))
-                .store(0, grads[t * plan.outputs + q]);
-        });
+        find_outputs(grad_masks, up, first, outputs, plan.width, places);
+        store_masks<T>(p, grad_masks, n, group, up * up, outputs, places, grads, plan.outputs);
         __syncthreads();
     }
 }

@@ -9,6 +9,9 @@
 
 namespace carafepp::cuda {
 
+constexpr int kNormalizers = 8;  // neighbouring threads that normalise an output
+static_assert(32 % kNormalizers == 0, "they are of one warp");
+
 // A pixel of the output, or of the features.
 struct Pixel {
     int64_t i, j;
@@ -78,8 +81,8 @@ public:
           inner_size_(columns_adjacent ? columns : rows),
           outer_step_(Threads / inner_size_),
           inner_step_(Threads % inner_size_),
-          outer_(static_cast<int>(threadIdx.x) / inner_size_),
-          inner_(static_cast<int>(threadIdx.x) % inner_size_) {}
+          outer_(thread_computed_late() / inner_size_),
+          inner_(thread_computed_late() % inner_size_) {}
 
     __device__ __forceinline__ bool in_grid() const { return outer_ < outer_size_; }
     __device__ __forceinline__ int row() const { return columns_adjacent_ ? outer_ : inner_; }
@@ -126,21 +129,56 @@ __device__ __forceinline__ void copy_grid(const M* from, int rows, int columns, 
     }
 }
 
-// Calls f(t, q) for `taps` taps of `outputs` outputs, spread over a block of kThreads. Adjacent threads get adjacent
-// elements.
-template <class F>
-__device__ __forceinline__ void for_each_mask(const Array& array, int64_t taps, int64_t outputs, F f) {
-    Walk<kThreads> walk(static_cast<int>(taps), static_cast<int>(outputs), array.stride_w <= array.stride_c);
-    for (; walk.in_grid(); walk.advance()) f(int64_t{walk.row()}, int64_t{walk.column()});
+// places[q] = where output number `first` + q begins in an array of the shape of masks or, with the sub-pixels of a
+// factor `up`, of logits; from an image's and group's begin on. In a block of kThreads. Ends with a barrier.
+__device__ __forceinline__ void find_outputs(const Array& array, int64_t up, int64_t first, int64_t outputs,
+                                             int64_t width, int64_t* places) {
+    for (int64_t q = threadIdx.x; q < outputs; q += kThreads) {
+        const Pixel output = pixel_at(first + q, width);
+        const Quotient row = divide(output.i, up), column = divide(output.j, up);
+        places[q] = row.quotient * array.stride_h + column.quotient * array.stride_w +
+                    (row.remainder * up + column.remainder) * array.stride_c;
+    }
+    __syncthreads();
 }
 
-// Taps [first_tap, first_tap + taps) of `outputs` outputs from `first` on, to to[tap*pitch + output].
+// Taps [first_tap, first_tap + taps) of outputs at `places`, to to[tap*pitch + output], in a block of kThreads.
 template <class T, class A>
-__device__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group, int64_t first_tap,
-                           int64_t taps, int64_t first, int64_t outputs, int64_t width, A* to, int64_t pitch) {
-    for_each_mask(array, taps, outputs, [&](int64_t t, int64_t q) {
-        to[t * pitch + q] = mask_at<T>(p, array, n, group, first_tap + t, pixel_at(first + q, width))[0];
+__device__ __forceinline__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group,
+                                           int64_t first_tap, int64_t taps, int64_t outputs, const int64_t* places,
+                                           A* to, int64_t pitch) {
+    const int64_t apart = p.from_logits ? p.factor.up * p.factor.up : 1;
+    with_masks<T>(array, [&](auto mask) {
+        copy_grid<kThreads>(element<const decltype(mask)>(array, n, (group * p.taps() + first_tap) * apart, 0, 0),
+                            static_cast<int>(taps), static_cast<int>(outputs), array.stride_w <= array.stride_c,
+                            [&](int t, int q) {
+            return StagedElement{places[q] + t * apart * array.stride_c, static_cast<int>(t * pitch + q), true};
+        }, to);
     });
+}
+
+// Writes all taps of outputs at `places` from from[tap*pitch + output]: logits are `apart` sub-pixels from tap to tap.
+template <class T, class A>
+__device__ __forceinline__ void store_masks(const Problem& p, const Array& array, int64_t n, int64_t group,
+                                            int64_t apart, int64_t outputs, const int64_t* places, const A* from,
+                                            int64_t pitch) {
+    with_masks<T>(array, [&](auto mask) {
+        using M = decltype(mask);
+        M* const to = element<M>(array, n, group * p.taps() * apart, 0, 0);
+        Walk<kThreads> walk(static_cast<int>(p.taps()), static_cast<int>(outputs), array.stride_w <= array.stride_c);
+        for (; walk.in_grid(); walk.advance())
+            to[places[walk.column()] + walk.row() * apart * array.stride_c] = narrow<M>(
+                from[walk.row() * pitch + walk.column()]);
+    });
+}
+
+// f over the values of kNormalizers neighbouring threads. All lanes of a warp call it.
+template <class V, class F>
+__device__ __forceinline__ V over_normalizers(V value, F f) {
+#pragma unroll
+    for (int distance = 1; distance < kNormalizers; distance *= 2)
+        value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    return value;
 }
 
 // Turns staged logits, all taps of `outputs` outputs, into masks, in a block of kThreads. Begins and ends with a
@@ -149,17 +187,34 @@ template <class A>
 __device__ void finish_staging(const Problem& p, int64_t outputs, A* staged, int64_t pitch) {
     __syncthreads();
     if (!p.from_logits) return;
-    A scratch[2];
-    for (int64_t q = threadIdx.x; q < outputs; q += kThreads)
-        normalize(p.normalizer, staged + q, p.taps(), pitch, 1, scratch);
+    const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
+    for (int64_t before = 0; p.normalizer != CARAFEPP_NONE && before < outputs; before += kThreads / kNormalizers) {
+        const int64_t q = before + threadIdx.x / kNormalizers, end = q < outputs ? p.taps() * pitch : 0;
+        A largest = -static_cast<A>(INFINITY), sum = 0;
+        for (int64_t t = q + lane * pitch; t < end; t += kNormalizers * pitch) {
+            if (p.normalizer != CARAFEPP_SOFTMAX)
+                staged[t] = p.normalizer == CARAFEPP_SIGMOID ? sigmoid(staged[t]) : log_sigmoid(staged[t]);
+            largest = staged[t] > largest ? staged[t] : largest;
+        }
+        if (p.normalizer == CARAFEPP_SIGMOID) continue;
+        largest = over_normalizers(largest, [](A a, A b) { return a > b ? a : b; });
+        for (int64_t t = q + lane * pitch; t < end; t += kNormalizers * pitch) {
+            staged[t] = Arithmetic<A>::exp_of_nonpositive(staged[t] - largest);
+            sum += staged[t];
+        }
+        sum = over_normalizers(sum, [](A a, A b) { return a + b; });
+        for (int64_t t = q + lane * pitch; t < end; t += kNormalizers * pitch) staged[t] /= sum;
+    }
     __syncthreads();
 }
 
-// All taps, normalised if they come from logits. Ends with a barrier.
+// All taps, normalised if they come from logits; `places` is room for as many numbers as outputs. Ends with a barrier.
 template <class T, class A>
 __device__ void stage_masks(const Problem& p, int64_t n, int64_t group, int64_t first, int64_t outputs, int64_t width,
-                            A* to, int64_t pitch) {
-    load_masks<T>(p, p.from_logits ? p.logits : p.masks, n, group, 0, p.taps(), first, outputs, width, to, pitch);
+                            int64_t* places, A* to, int64_t pitch) {
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    find_outputs(array, p.from_logits ? p.factor.up : 1, first, outputs, width, places);
+    load_masks<T>(p, array, n, group, 0, p.taps(), outputs, places, to, pitch);
     finish_staging(p, outputs, to, pitch);
 }
 
@@ -199,8 +254,6 @@ struct TapsOfThread {
     }
 };
 
-constexpr int kNormalizers = 8;  // neighbouring threads
-static_assert(32 % kNormalizers == 0, "they are of one warp");
 template <int K>
 constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
 
@@ -219,10 +272,7 @@ struct TapsOfEight {
     }
     template <class F>
     __device__ __forceinline__ float over_threads(float value, F f) const {
-#pragma unroll
-        for (int distance = 1; distance < kNormalizers; distance *= 2)
-            value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
-        return value;
+        return over_normalizers(value, f);
     }
 };
 
@@ -262,6 +312,31 @@ __device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, 
     }
 }
 
+// The same in a block of `Threads`, by fewer instructions: a thread has all taps of an output. Where outputs are few,
+// it takes longer.
+template <int K, int Threads, class First>
+__device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, float* staged, int outputs, int step,
+                                               First first) {
+    if (normalizer == CARAFEPP_NONE) return;
+    if (normalizer != CARAFEPP_SOFTMAX) {
+#pragma unroll 1
+        for (int k = thread_computed_late(); k < K * K * outputs; k += Threads)
+            staged[k] = normalizer == CARAFEPP_SIGMOID ? sigmoid(staged[k]) : log_sigmoid(staged[k]);
+        if (normalizer == CARAFEPP_SIGMOID) return;
+        __syncthreads();
+    }
+#pragma unroll 1
+    for (int output = thread_computed_late(); output < outputs; output += Threads) {
+        float* const masks = staged + first(output);
+        float taps[K * K];
+#pragma unroll
+        for (int t = 0; t < K * K; t++) taps[t] = masks[t * step];
+        normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), taps);
+#pragma unroll
+        for (int t = 0; t < K * K; t++) masks[t * step] = taps[t];
+    }
+}
+
 // taps[t] = from[t * step].
 template <int Count>
 __device__ __forceinline__ void load_each(const float* from, int64_t step, float (&taps)[Count]) {
@@ -285,9 +360,10 @@ __device__ __forceinline__ void load_taps(Pointer from, int64_t step, bool from_
     if (from_logits) normalize_registers(normalizer, TapsOfThread<K>(), taps);
 }
 
-// The number of outputs whose masks fit into shared memory.
+// The number of outputs whose masks and place fit into shared memory.
+constexpr int64_t kBytesOfPlace = sizeof(int64_t);
 inline int64_t outputs_in_shared(int64_t bytes_of_output, int64_t most) {
-    return std::clamp<int64_t>(kSharedBytes / bytes_of_output, 1, most);
+    return std::clamp<int64_t>(kSharedBytes / (bytes_of_output + kBytesOfPlace), 1, most);
 }
 
 }  // namespace carafepp::cuda

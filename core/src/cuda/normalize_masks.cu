@@ -15,7 +15,7 @@ struct NormalizeMasksPlan {
         outputs = outputs_in_shared(p.taps() * accumulator_bytes, 128);
         tiles = ceil_div(p.out_h * p.out_w, outputs);
         items = masks.n * p.groups * tiles;
-        shared_bytes = outputs * p.taps() * accumulator_bytes;
+        shared_bytes = outputs * (p.taps() * accumulator_bytes + kBytesOfPlace);
     }
 };
 
@@ -24,16 +24,15 @@ __global__ void __launch_bounds__(kThreads, 2) normalize_masks_kernel(Arguments 
     const Problem& p = arguments.problem;
     const Array& masks = arguments.result;  // [N, groups * K * K, H', W']
     using A = Accumulator<T>;
-    A* const staged = shared_memory<A>();  // [tap][output]
+    int64_t* const places = shared_memory<int64_t>();               // of outputs
+    A* const staged = reinterpret_cast<A*>(places + plan.outputs);  // [tap][output]
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
         const int64_t n = image.quotient, group = image.remainder, first = tile.remainder * plan.outputs;
         const int64_t outputs = min(plan.outputs, p.out_h * p.out_w - first);
-        stage_masks<T>(p, n, group, first, outputs, p.out_w, staged, plan.outputs);
-        for_each_mask(masks, p.taps(), outputs, [&](int64_t t, int64_t q) {
-            const Pixel output = pixel_at(first + q, p.out_w);
-            mask_element<T>(masks, n, group * p.taps() + t, output.i, output.j).store(0, staged[t * plan.outputs + q]);
-        });
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, places, staged, plan.outputs);
+        find_outputs(masks, 1, first, outputs, p.out_w, places);
+        store_masks<T>(p, masks, n, group, 1, outputs, places, staged, plan.outputs);
         __syncthreads();
     }
 }

@@ -21,7 +21,7 @@ struct ReassemblePlan {
         tiles = ceil_div(p.out_h * p.out_w, outputs);
         channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfBlock);
         items = output.n * p.groups * tiles * channel_blocks;
-        shared_bytes = outputs * p.taps() * accumulator_bytes;
+        shared_bytes = outputs * (p.taps() * accumulator_bytes + kBytesOfPlace);
     }
 };
 
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments argum
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     using A = Accumulator<T>;
-    A* const masks = shared_memory<A>();  // [tap][output]
+    int64_t* const places = shared_memory<int64_t>();              // of outputs
+    A* const masks = reinterpret_cast<A*>(places + plan.outputs);  // [tap][output]
     const int64_t k = p.kernel_size, channels_in_group = p.features.c / p.groups;
     const bool channels_adjacent = output.stride_c < output.stride_w;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments argum
         const int64_t first = tile.remainder * plan.outputs, first_channel = channel_block.remainder * kChannelsOfBlock;
         const int64_t outputs = min(plan.outputs, p.out_h * p.out_w - first);
         const int64_t channels = min(kChannelsOfBlock, channels_in_group - first_channel);
-        stage_masks<T>(p, n, group, first, outputs, p.out_w, masks, plan.outputs);
+        stage_masks<T>(p, n, group, first, outputs, p.out_w, places, masks, plan.outputs);
         for (int64_t index = threadIdx.x; index < outputs * channels; index += kThreads) {
             const Quotient at = divide(index, channels_adjacent ? channels : outputs);
             const int64_t q = channels_adjacent ? at.quotient : at.remainder;
