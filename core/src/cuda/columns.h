@@ -21,15 +21,15 @@ __device__ __forceinline__ void store_columns(float2 value, T* to) {
     __stcs(reinterpret_cast<uint32_t*>(to), pair_of<T>(value.x, value.y));
 }
 
-// Why columns of an array cannot be.
-inline const char* not_for_columns(const Array& array) {
+// Why columns of an array cannot be, or not `count` of them.
+inline const char* not_for_columns(const Array& array, int count = 2) {
     if (array.empty()) return nullptr;
     if (array.stride_w != 1) return "columns are not adjacent";
-    if (array.w % 2 != 0) return "columns are odd in number";
+    if (array.w % count != 0) return "columns are odd in number";
     for (int64_t stride : {array.stride_n, array.stride_c, array.stride_h}) {
-        if (stride % 2 != 0) return "rows are not pairs of columns apart";
+        if (stride % count != 0) return "rows are not pairs of columns apart";
     }
-    if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(2 * itemsize(array.dtype)) != 0)
+    if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(count * itemsize(array.dtype)) != 0)
         return "an array is not aligned to pairs of columns";
     return nullptr;
 }

@@ -58,16 +58,16 @@ __device__ __forceinline__ void add_outputs(const Weights* weights, int apart, L
 }
 
 // Goes down the rows of sources from `top` on. A call add(i, sums) adds the products of row i to all rows that they
-// reach. The first of these is then complete, and store(row, s, sum) gets it for each column.
+// reach. The first of these is then complete, and store(row, sums) gets it, with a sum for each column.
 template <int K, class Add, class Store>
 __device__ __forceinline__ void go_down(const Problem& p, int top, Add add, Store store) {
     const int height = static_cast<int>(p.features.h), bottom = min(top + kRowsOfBlock, height);
     float4 sums[K][kColumnsOfThread] = {};  // of rows i - K / 2 and on
     for (int i = top - K / 2; i < bottom + K / 2; i++) {
         if (i >= 0 && i < height && i * kUp < p.out_h && p.out_w > 0) add(i, sums);
+        if (i - K / 2 >= top) store(i - K / 2, sums[0]);
 #pragma unroll
         for (int s = 0; s < kColumnsOfThread; s++) {
-            if (i - K / 2 >= top) store(i - K / 2, s, sums[0][s]);
 #pragma unroll
             for (int a = 0; a < K; a++) sums[a][s] = a + 1 < K ? sums[a + 1][s] : make_float4(0, 0, 0, 0);
         }

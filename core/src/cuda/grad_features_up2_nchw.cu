@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for up x2 with adjacent columns. For each row of sources, a block stages the masks of its
 // outputs as [source][tap][output]. It transposes both rows of grad_output into shared memory, channels adjacent, and
-// adds the products. The uppermost row is then complete, and is written.
+// adds the products. The uppermost row is then complete. It is written by way of shared memory, so that neighbouring
+// threads have neighbouring columns.
 #include "cuda/grad_features_up2.h"
 
 namespace carafepp::cuda {
@@ -16,6 +17,8 @@ struct Staged {
     static constexpr int kSources = kColumnsOfBlock + K - 1, kMasks = kSources * K * K * kOutputs;
     static constexpr int kOutputColumns = kSources * kUp;
     static constexpr int kPixel = kChannelsOfBlock + 4;  // so that neighbouring pixels are written to different banks
+    static constexpr int kRow = kColumnsOfBlock + 1;     // of a channel of the result, likewise
+    static_assert(kChannelsOfBlock * kRow <= kOutputColumns * kPixel, "results take the place of gradients");
     static constexpr int64_t kBytes = (kMasks + kOutputColumns * kPixel) * int64_t{sizeof(float)};
 };
 
@@ -38,12 +41,13 @@ template <int K, class T>
 __device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_left,
                                 float* grads) {
     using S = Staged<K>;
+    const T* const from = element<const T>(p.grad_output, n, c, out_i, out_left);  // [C, H', W']
     for (int k = static_cast<int>(threadIdx.x); k < S::kOutputColumns * kLanes; k += kThreads) {
         const int column = k % S::kOutputColumns, channel = k / S::kOutputColumns * kVector, out_j = out_left + column;
         const bool inside = out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
+        const T* const own = from + channel * p.grad_output.stride_c + column;
         const auto grad = [&](int q) {
-            if (!inside || channel + q >= channels) return 0.0f;
-            return widen(*element<const T>(p.grad_output, n, c + channel + q, out_i, out_j));
+            return inside && channel + q < channels ? widen(own[q * p.grad_output.stride_c]) : 0.0f;
         };
         *reinterpret_cast<float4*>(grads + column * S::kPixel + channel) = make_float4(grad(0), grad(1), grad(2),
                                                                                        grad(3));
@@ -88,14 +92,25 @@ __global__ void __launch_bounds__(kThreads, 2)
                 __syncthreads();
             }
         };
-        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add, [&](int i, int s, float4 sum) {
-            if (!exists || j + s >= p.features.w) return;
-            T* const to = element<T>(grad_features, n, c + channel, i, j + s);
-            const float own_sums[kVector] = {sum.x, sum.y, sum.z, sum.w};
+        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add,
+                   [&](int i, const float4(&sum)[kColumnsOfThread]) {
+            float* const own_rows = grads + channel * S::kRow + own;
 #pragma unroll
-            for (int q = 0; q < kVector; q++) {
-                if (channel + q < channels) to[q * grad_features.stride_c] = narrow<T>(own_sums[q]);
+            for (int s = 0; s < kColumnsOfThread; s++) {
+                own_rows[s] = sum[s].x;
+                own_rows[S::kRow + s] = sum[s].y;
+                own_rows[2 * S::kRow + s] = sum[s].z;
+                own_rows[3 * S::kRow + s] = sum[s].w;
             }
+            __syncthreads();
+            const int column = static_cast<int>(threadIdx.x) % kColumnsOfBlock;
+            int q = static_cast<int>(threadIdx.x) / kColumnsOfBlock;
+            T* to = element<T>(grad_features, n, c + q, i, first + column);
+            for (; q < channels && first + column < p.features.w; q += kThreads / kColumnsOfBlock) {
+                *to = narrow<T>(grads[q * S::kRow + column]);
+                to += kThreads / kColumnsOfBlock * grad_features.stride_c;
+            }
+            __syncthreads();
         });
     }
 }

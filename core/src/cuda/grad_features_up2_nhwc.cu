@@ -61,8 +61,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             __syncthreads();
         };
-        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add, [&](int i, int s, float4 sum) {
-            if (exists && j + s < p.features.w) store_channels(sum, element<T>(grad_features, n, c, i, j + s));
+        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add,
+                   [&](int i, const float4(&sum)[kColumnsOfThread]) {
+#pragma unroll
+            for (int s = 0; s < kColumnsOfThread; s++) {
+                if (exists && j + s < p.features.w) store_channels(sum[s], element<T>(grad_features, n, c, i, j + s));
+            }
         });
     }
 }

@@ -68,6 +68,11 @@ __device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
     return exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
 }
 
+template <class T>
+__device__ __forceinline__ void store_word(uint32_t word, T* to) {
+    __stcs(reinterpret_cast<uint32_t*>(to), word);
+}
+
 // Writes two columns' sums; returns if they are finite. The first tells of both: an infinite factor meets the band of
 // both columns.
 template <class T>

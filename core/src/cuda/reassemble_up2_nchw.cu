@@ -1,100 +1,142 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for up x2 with adjacent columns. A thread has one source in some channels. It keeps the masks of the four
-// outputs in registers and normalises them there, as no other thread needs them. A feature serves all four outputs.
-// A block takes consecutive sources across rows, so that small images fill it.
+// The forward for up x2 with adjacent columns. A block has a tile of sources, whose masks it stages once as
+// [source][tap][output]. It goes through the channels a slice at a time: it copies the slice's features, with their
+// halo, into shared memory and contracts them. A thread has two sources in some channels. It sums their eight outputs
+// in registers: a feature serves both sources, and a vector of masks four outputs and all channels.
 #include "cuda/columns.h"
-#include "cuda/up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSourcesOfBlock = 128;  // one a thread
-constexpr int kChannelsOfThread = 64;
+constexpr int kRows = 8;             // of a tile
+constexpr int kSourcesOfThread = 2;  // neighbours in a row
+constexpr int kPairsInRow = kColumns / kSourcesOfThread, kPairs = kRows * kPairsInRow;
+constexpr int kChannelsOfThread = 8, kBlock = kPairs * kChannelsOfSlice / kChannelsOfThread;
+static_assert(kPairs == 32, "a warp has all sources in the same channels");
 
-struct ReassembleUp2NchwPlan {
-    int64_t channels;        // of a group
-    int64_t tiles;           // of sources in an image
-    int64_t channel_blocks;  // of a group
-    int64_t items;
-    bool pairs;  // store the two outputs of a row at once
-
-    ReassembleUp2NchwPlan(const Problem& p, const Array& output) {
-        channels = p.features.c / p.groups;
-        tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
-        channel_blocks = ceil_div(channels, kChannelsOfThread);
-        items = output.n * p.groups * tiles * channel_blocks;
-        pairs = not_for_columns(output) == nullptr;
-    }
+// A tile's features: [channel][row][column].
+template <int K>
+struct Staged {
+    static constexpr int kHeight = kRows + K - 1, kChannel = kHeight * kWidth;
+    static constexpr int kMasks = kRows * kColumns * K * K * kOutputs;
 };
 
-// One window in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight. With `pairs`
-// the two outputs of a row are stored at once, as neighbouring lanes then fill whole sectors.
-template <int K, bool Inside, class T>
-__device__ __forceinline__ void reassemble_source(const Problem& p, int64_t n, int64_t c, int channels, int i, int j,
-                                                  const float (&masks)[kOutputs][K * K], bool pairs,
-                                                  const Array& output) {
-    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);  // [C, H, W]
-    T* outputs = element<T>(output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);   // [C, H', W']
-    const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
-#pragma unroll 1
-    for (; channels > 0; channels--, window += p.features.stride_c, outputs += output.stride_c) {
-        float sums[kOutputs] = {};
-        for_each_tap<K, Inside>(p, window, i, j, [&](int t, float feature) {
-#pragma unroll
-            for (int o = 0; o < kOutputs; o++) sums[o] += masks[o][t] * feature;
-        });
-        if (pairs) {
-            store_columns(make_float2(sums[0], sums[1]), outputs);
-            if (two_rows) store_columns(make_float2(sums[2], sums[3]), outputs + output.stride_h);
-        } else {
-            outputs[0] = narrow<T>(sums[0]);
-            if (two_columns) outputs[1] = narrow<T>(sums[1]);
-            if (two_rows) outputs[output.stride_h] = narrow<T>(sums[2]);
-            if (two_rows && two_columns) outputs[output.stride_h + 1] = narrow<T>(sums[3]);
-        }
-    }
+struct ReassembleUp2NchwPlan {
+    TileUp2Plan tiles;
+    bool pairs;  // of columns are copied at once
+
+    explicit ReassembleUp2NchwPlan(const Problem& p) : tiles(p, kRows), pairs(not_for_columns(p.features) == nullptr) {}
+};
+
+// Two columns in shared memory.
+__device__ __forceinline__ float2 staged_columns(const float* from) { return *reinterpret_cast<const float2*>(from); }
+template <class T>
+__device__ __forceinline__ float2 staged_columns(const T* from) {
+    return widen_pair<T>(*reinterpret_cast<const uint32_t*>(from));
 }
 
-template <int K, class T>
-__global__ void __launch_bounds__(kSourcesOfBlock, 3)
+// Four neighbouring outputs.
+__device__ __forceinline__ void store_four(float2 left, float2 right, float* to) {
+    __stcs(reinterpret_cast<float4*>(to), make_float4(left.x, left.y, right.x, right.y));
+}
+template <class T>
+__device__ __forceinline__ void store_four(float2 left, float2 right, T* to) {
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair_of<T>(left.x, left.y), pair_of<T>(right.x, right.y)));
+}
+
+// `Fours`: outputs are stored four at once.
+template <int K, bool Fours, class T>
+__global__ void __launch_bounds__(kBlock, 3)
     reassemble_up2_nchw_kernel(Arguments arguments, ReassembleUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       tile = divide(channel_block.quotient, plan.tiles), image = divide(tile.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const Pixel source = pixel_at(tile.remainder * kSourcesOfBlock + threadIdx.x, p.features.w);
-        const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
-        if (source.i * kUp >= p.out_h || source.j * kUp >= p.out_w) continue;
-
-        float masks[kOutputs][K * K] = {};
-        const Array& array = p.from_logits ? p.logits : p.masks;
-        const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
-        const bool inside = window_inside<K>(p, i, j);
+    using S = Staged<K>;
+    constexpr int kTaps = K * K;
+    float* const masks = shared_memory<float>();                  // [row][column][tap][output]
+    T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [channel][row][column]
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const int thread = thread_computed_late(), own = thread / kPairs * kChannelsOfThread;  // channel
+        // Rows of the first half of a warp are even ones, whose features are in different banks.
+        const int pair = thread % kPairs, row = pair / kPairsInRow % (kRows / 2) * 2 + pair / (kPairs / 2),
+                  column = pair % kPairsInRow * kSourcesOfThread;
+        const TileOfBlock tile(p, plan.tiles, item, kRows);
+        const int i = tile.top + row, j = tile.left + column;
+        const T* from = element<const T>(p.features, tile.n, tile.c, tile.top - K / 2, tile.left - kBefore);
+        T* to = element<T>(output, tile.n, tile.c + own, int64_t{i} * kUp, int64_t{j} * kUp);  // [C, H', W']
+        const auto copy = [&](int channels) {
+            if (plan.pairs) {
+                copy_rows<K, kRows, kBlock, 2>(p, from, tile, channels, S::kChannel, features);
+            } else {
+                copy_rows<K, kRows, kBlock, 1>(p, from, tile, channels, S::kChannel, features);
+            }
+            from += kChannelsOfSlice * p.features.stride_c;
+        };
+        copy(tile.channels);
+        stage_sources<K, T, kBlock>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, kRows);
+        clear_staged_outside<K, kBlock>(p, tile.left, kColumns, masks, kRows);
+        const int a_begin = max(K / 2 - i, 0), a_end = min(K, static_cast<int>(p.features.h) + K / 2 - i);
 #pragma unroll 1
-        for (int o = 0; o < kOutputs; o++) {  // not unrolled, so the normaliser is compiled once
-            const Pixel output{int64_t{i} * kUp + o / kUp, int64_t{j} * kUp + o % kUp};
-            float own[K * K] = {};  // 0 where a crop leaves the output out
-            if (p.from_logits || (output.i < p.out_h && output.j < p.out_w)) {
-                load_taps<K>(mask_at<T>(p, array, n, group, 0, output), step, p.from_logits, p.normalizer, own);
-                if (!inside) clear_taps_outside<K>(p, i, j, own);  // as 0 * Inf is NaN
-            }
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+            wait_for_copies();
+            __syncthreads();
+            float sums[kChannelsOfThread][kSourcesOfThread][kOutputs] = {};
+            const float4* weights = reinterpret_cast<const float4*>(masks) + (row * kColumns + column) * kTaps +
+                                    a_begin * K;
+            const T* pixels = features + own * S::kChannel + (row + a_begin) * kWidth + column;
+#pragma unroll 1
+            for (int a = a_begin; a < a_end; a++, weights += K, pixels += kWidth) {
+                float4 weight[kSourcesOfThread][K];
 #pragma unroll
-            for (int t = 0; t < K * K; t++) {
+                for (int s = 0; s < kSourcesOfThread; s++) {
 #pragma unroll
-                for (int q = 0; q + 1 < kOutputs; q++) masks[q][t] = masks[q + 1][t];
-                masks[kOutputs - 1][t] = own[t];
+                    for (int b = 0; b < K; b++) weight[s][b] = weights[s * kTaps + b];
+                }
+#pragma unroll
+                for (int q = 0; q < kChannelsOfThread; q++) {
+                    float feature[kBefore + kSourcesOfThread + 2];
+#pragma unroll
+                    for (int x = 0; x < kBefore + kSourcesOfThread + 2; x += 2) {
+                        const float2 columns = staged_columns(pixels + q * S::kChannel + x);
+                        feature[x] = columns.x;
+                        feature[x + 1] = columns.y;
+                    }
+#pragma unroll
+                    for (int s = 0; s < kSourcesOfThread; s++) {
+#pragma unroll
+                        for (int b = 0; b < K; b++) {
+                            const float own_feature = feature[kBefore - K / 2 + s + b];
+                            sums[q][s][0] += weight[s][b].x * own_feature;
+                            sums[q][s][1] += weight[s][b].y * own_feature;
+                            sums[q][s][2] += weight[s][b].z * own_feature;
+                            sums[q][s][3] += weight[s][b].w * own_feature;
+                        }
+                    }
+                }
             }
-        }
-        const int64_t first = channel_block.remainder * kChannelsOfThread, c = group * plan.channels + first;
-        const int channels = static_cast<int>(min(int64_t{kChannelsOfThread}, plan.channels - first));
-        if (!inside) {  // one copy: with a fourth loop, two blocks fit instead of three
-            reassemble_source<K, false, T>(p, n, c, channels, i, j, masks, plan.pairs, output);
-        } else if (plan.pairs) {
-            reassemble_source<K, true, T>(p, n, c, channels, i, j, masks, true, output);
-        } else {
-            reassemble_source<K, true, T>(p, n, c, channels, i, j, masks, false, output);
+            __syncthreads();
+            if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice);
+            T* channel = to;
+            to += kChannelsOfSlice * output.stride_c;
+#pragma unroll
+            for (int q = 0; q < kChannelsOfThread; q++, channel += output.stride_c) {
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+                    if (own + q >= channels || i * kUp + r >= p.out_h) continue;
+                    T* const outputs = channel + r * output.stride_h;
+                    if constexpr (Fours) {
+                        if (j * kUp < p.out_w) {
+                            store_four(make_float2(sums[q][0][r * kUp], sums[q][0][r * kUp + 1]),
+                                       make_float2(sums[q][1][r * kUp], sums[q][1][r * kUp + 1]), outputs);
+                        }
+                    } else {
+#pragma unroll
+                        for (int x = 0; x < kSourcesOfThread * kUp; x++) {
+                            if (j * kUp + x < p.out_w) outputs[x] = narrow<T>(sums[q][x / kUp][r * kUp + x % kUp]);
+                        }
+                    }
+                }
+            }
         }
     }
 }
@@ -107,8 +149,13 @@ const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output
 
 void reassemble_up2_nchw(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleUp2NchwPlan plan(p, output);
-        launch(reassemble_up2_nchw_kernel<k, decltype(feature)>, plan.items, kSourcesOfBlock, 0, p, output, plan);
+        using T = decltype(feature);
+        const ReassembleUp2NchwPlan plan(p);
+        const bool fours = not_for_columns(output, 4) == nullptr;
+        launch(fours ? reassemble_up2_nchw_kernel<k, true, T> : reassemble_up2_nchw_kernel<k, false, T>,
+               plan.tiles.items, kBlock,
+               Staged<k>::kMasks * int64_t{sizeof(float)} + kChannelsOfSlice * Staged<k>::kChannel * int64_t{sizeof(T)},
+               p, output, plan);
     });
 }
 

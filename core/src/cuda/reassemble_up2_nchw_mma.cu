@@ -1,137 +1,132 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for up x2 with adjacent columns of 16 bits, on tensor cores. A warp has four neighbouring sources of two
-// rows, with windows of K + 1 rows of at most eight pixels. Once it builds a band matrix from the staged masks. Then it
-// multiplies each row of pixels by the matrix, 16 channels at a time. A row serves both rows of sources. A zero of the
-// band makes NaN of an infinite feature. Sums that are not finite are computed again, tap by tap.
+// The forward for up x2 with adjacent columns of 16 bits, on tensor cores. A block has a tile of sources, and a warp a
+// row of it: two fours, each with windows of K rows of at most eight pixels. Once it builds band matrices from the
+// staged masks. Then it multiplies each row of pixels by them, 16 channels at a time, while the features of the next
+// slice of channels arrive. Neighbouring channels exchange their sums, so that the warp stores whole sectors. A zero of
+// the band makes NaN of an infinite feature. Sums that are not finite are computed again, tap by tap.
 #include "cuda/mma.h"
-#include "cuda/stage_masks_up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kWarps = kThreads / 32;               // of a block
-constexpr int kColumnsOfWarp = 4, kRowsOfWarp = 2;  // sources
-constexpr int kSourcesOfBlock = kWarps * kColumnsOfWarp * kRowsOfWarp;
-constexpr int kChannelsOfMma = 16, kChannelsOfWarp = 8 * kChannelsOfMma;
-constexpr int kBefore = 2;  // pixels before the first source, from which on a warp loads
-static_assert(kBefore % 2 == 0 && kBefore >= 5 / 2, "loads are of pairs of columns and reach all taps");
-static_assert(kBefore + kColumnsOfWarp + 5 / 2 <= 8, "a product has eight pixels");
+constexpr int kRows = kThreads / 32;                 // of a tile: of each warp one
+constexpr int kFour = 4, kFours = kColumns / kFour;  // sources of a product
+constexpr int kChannelsOfMma = 16;
+constexpr int kSums = kFours * kUp * 4;  // of a lane
+static_assert(kBefore + kFour + 5 / 2 <= 8, "a product has eight pixels");
 
-struct ReassembleUp2NchwMmaPlan {
-    int warps_in_row;            // of a block; the others have the rows below
-    int64_t block_rows, blocks;  // of an image, of a row
-    int64_t channel_blocks;      // of a group
-    int64_t items;
-
-    ReassembleUp2NchwMmaPlan(const Problem& p, const Array& output) {
-        warps_in_row = kWarps;  // or fewer, if rows are short
-        while (warps_in_row > 1 && warps_in_row / 2 * kColumnsOfWarp >= p.features.w) warps_in_row /= 2;
-        const int width = warps_in_row * kColumnsOfWarp;
-        block_rows = ceil_div(p.features.h, kSourcesOfBlock / width);
-        blocks = ceil_div(p.features.w, width);
-        channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfWarp);
-        items = output.n * p.groups * block_rows * blocks * channel_blocks;
-    }
+template <int K>
+struct Staged {
+    // Words of a channel are 4 more than a multiple of 8, so that eight channels are in different banks.
+    static constexpr int kPixels = (kRows + K - 1) * kWidth, kChannel = kPixels / 2 % 8 == 4 ? kPixels : kPixels + 8;
+    static constexpr int kFeatures = kChannelsOfSlice * kChannel, kMasks = kRows * kColumns * K * K * kOutputs;
+    static_assert(kChannel / 2 % 8 == 4);
 };
 
 // In the products of mma.m16n8k8 rows are channels, columns are neighbouring outputs; the sum is over pixels.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    reassemble_up2_nchw_mma_kernel(Arguments arguments, ReassembleUp2NchwMmaPlan plan) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nchw_mma_kernel(Arguments arguments, TileUp2Plan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
+    using S = Staged<K>;
     constexpr int kOfSource = K * K * kOutputs;
-    float* const staged = shared_memory<float>();  // [source][tap][output]
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4, width = plan.warps_in_row * kColumnsOfWarp,
-              height = kSourcesOfBlock / width;
-    const int own_row = warp / plan.warps_in_row * kRowsOfWarp, own_column = warp % plan.warps_in_row * kColumnsOfWarp;
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const float scale = scale_of_masks<T>(p);
+    float* const staged = shared_memory<float>();                  // [row][column][tap][output]
+    T* const features = reinterpret_cast<T*>(staged + S::kMasks);  // two slices of [channel][row][column]
+    const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       block_column = divide(channel_block.quotient, plan.blocks),
-                       block_row = divide(block_column.quotient, plan.block_rows),
-                       image = divide(block_row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const int top = static_cast<int>(block_row.remainder) * height,
-                  left = static_cast<int>(block_column.remainder) * width;
-        for (int k = 0; k < height && top + k < p.features.h; k++) {
-            float* const of_row = staged + k * width * kOfSource;
-            stage_sources<K, T>(p, n, group, top + k, left, width, of_row);
-            clear_staged_outside<K>(p, left, width, of_row);
-        }
-        const int i = top + own_row, j = left + own_column;
-        if (i < p.features.h && j < p.features.w) {
-            // The masks of the first output of a source.
-            const auto masks_of = [&](int s, int source) {
-                return staged + ((own_row + s) * width + own_column + source) * kOfSource;
-            };
-            uint32_t band[kRowsOfWarp][K][kUp];  // to this lane's output of each row
-            const int source = row / kUp;        // of that output
+        const int thread = thread_computed_late(), warp = thread / 32, lane = thread % 32;
+        const int row = lane / 4, pair = lane % 4, odd = row % 2;
+        const TileOfBlock tile(p, plan, item, kRows);
+        const int i = tile.top + warp, j = tile.left;
+        const T* from = element<const T>(p.features, tile.n, tile.c, tile.top - K / 2, tile.left - kBefore);
+        const auto copy = [&](int channels, T* to) {
+            copy_rows<K, kRows, kThreads, 2>(p, from, tile, channels, S::kChannel, to);
+            from += kChannelsOfSlice * p.features.stride_c;
+        };
+        copy(tile.channels, features);
+        stage_sources<K, T>(p, tile.n, tile.group, tile.top, tile.left, kColumns, staged, kRows);
+        clear_staged_outside<K>(p, tile.left, kColumns, staged, kRows);
+        const float* const masks = staged + warp * kColumns * kOfSource;  // of this warp's sources
+        uint32_t band[kFours][K][kUp];                                    // to this lane's output of each row
+        const int source = row / kUp;                                     // of that output, of four
 #pragma unroll
-            for (int s = 0; s < kRowsOfWarp; s++) {
+        for (int s = 0; s < kFours; s++) {
+#pragma unroll
+            for (int a = 0; a < K; a++) {
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+                    band[s][a][r] = pair_of_band<K, T>(masks + (s * kFour + source) * kOfSource + r * kUp + row % kUp,
+                                                       a, 2 * pair - source - (kBefore - K / 2), scale);
+                }
+            }
+        }
+        // A lane stores the outputs of one of the fours in two channels: its own one and its neighbour's.
+        const int out_j = (j + odd * kFour + pair) * kUp;
+        T* outputs = element<T>(output, tile.n, tile.c + row - odd, int64_t{i} * kUp, out_j);  // [C, H', W']
+        bool second = false;  // of the slices in shared memory
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+            wait_for_copies();
+            __syncthreads();
+            const T* pixels = features + second * S::kFeatures + row * S::kChannel + warp * kWidth + 2 * pair;
+            second = !second;
+            if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice, features + second * S::kFeatures);
+#pragma unroll 1
+            for (int first = 0; first < min(channels, kChannelsOfSlice);
+                 first += kChannelsOfMma, pixels += kChannelsOfMma * S::kChannel) {
+                float sums[kFours][kUp][4] = {};
 #pragma unroll
                 for (int a = 0; a < K; a++) {
 #pragma unroll
-                    for (int r = 0; r < kUp; r++) {
-                        band[s][a][r] = i + s < p.features.h
-                                            ? pair_of_band<K, T>(masks_of(s, source) + r * kUp + row % kUp, a,
-                                                                 2 * pair - source - (kBefore - K / 2), scale)
-                                            : 0;
+                    for (int s = 0; s < kFours; s++) {
+                        const T* const words_at = pixels + a * kWidth + s * kFour;
+                        uint32_t words[2];
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            words[half] = *reinterpret_cast<const uint32_t*>(words_at + half * 8 * S::kChannel);
+#pragma unroll
+                        for (int r = 0; r < kUp; r++) multiply_add<T>(sums[s][r], words, band[s][a][r]);
                     }
                 }
-            }
-            const int x = j + 2 * pair - kBefore, out_j = (j + pair) * kUp;
-            const int64_t in_group = channel_block.remainder * kChannelsOfWarp;
-            const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannelsOfWarp}));
-            const int64_t c = group * channels_in_group + in_group + row;          // and, with the next eight, c + 8
-            const T* features = element<const T>(p.features, n, c, i - K / 2, x);  // [C, H, W]
+                float zero = 0;  // while all sums are finite
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t words[kFours];
+#pragma unroll
+                        for (int s = 0; s < kFours; s++) {
+                            const float* const of = sums[s][r] + half * 2;
+                            words[s] = pair_of<T>(of[0] * unscale, of[1] * unscale);
+                            zero += of[0] * 0;
+                            zero += of[1] * 0;
+                        }
+                        const uint32_t others = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 4);
+                        if (i * kUp + r >= p.out_h || out_j >= p.out_w) continue;
+                        T* const to = outputs + half * 8 * output.stride_c + r * output.stride_h;
+                        const int channel = first + half * 8 + row - odd;
+#pragma unroll
+                        for (int k = 0; k < 2; k++) {
+                            if (channel + k < channels)
+                                store_word(k == odd ? words[k] : others, to + k * output.stride_c);
+                        }
+                    }
+                }
+                __syncwarp();  // a lane looks at what others have stored
 #pragma unroll 1
-            for (int first = 0; first < channels;
-                 first += kChannelsOfMma, features += kChannelsOfMma * p.features.stride_c) {
-                float sums[kRowsOfWarp][kUp][4] = {};
-                const T* pixels = features;
-#pragma unroll
-                for (int y = 0; y < K + kRowsOfWarp - 1; y++, pixels += p.features.stride_h) {
-                    if (i + y < K / 2 || i + y >= p.features.h + K / 2) continue;
-                    const bool exist = x >= 0 && x < p.features.w;
-                    const uint32_t words[] = {
-                        load_word(pixels, exist && first + row < channels),
-                        load_word(pixels + 8 * p.features.stride_c, exist && first + row + 8 < channels)};
-#pragma unroll
-                    for (int s = 0; s < kRowsOfWarp; s++) {
-                        if (y - s < 0 || y - s >= K) continue;
-#pragma unroll
-                        for (int r = 0; r < kUp; r++) multiply_add<T>(sums[s][r], words, band[s][y - s][r]);
-                    }
+                for (int number = zero == 0 ? kSums : 0; number < kSums; number++) {
+                    const int s = number / 8, r = number / 4 % 2, half = number / 2 % 2, q = number % 2;
+                    const int channel = first + half * 8 + row, column = s * kFour + pair;
+                    const int64_t out_row = int64_t{i} * kUp + r, out_column = int64_t{j + column} * kUp + q;
+                    if (channel >= channels || out_row >= p.out_h || out_column >= p.out_w) continue;
+                    const int64_t c = tile.c + tile.channels - channels + channel;
+                    T* const to = element<T>(output, tile.n, c, out_row, out_column);
+                    if (fabsf(widen(*to)) < INFINITY) continue;
+                    *to = narrow<T>(
+                        output_tap_by_tap<K, T>(p, tile.n, c, i, j + column, masks + column * kOfSource + r * kUp + q));
                 }
-                // A lane's stores: two rows of outputs for each row of sources, two channels for each of these.
-                struct Store {
-                    int s, r, channel;
-                };
-                const auto store_at = [&](int number) {
-                    return Store{number / (2 * kUp), number / 2 % kUp, first + number % 2 * 8};
-                };
-                unsigned not_finite = 0;
-#pragma unroll
-                for (int number = 0; number < 2 * kUp * kRowsOfWarp; number++) {
-                    const Store at = store_at(number);
-                    const int64_t out_i = int64_t{i + at.s} * kUp + at.r;
-                    if (out_i >= p.out_h || out_j >= p.out_w || at.channel + row >= channels) continue;
-                    const float* const of = sums[at.s][at.r] + number % 2 * 2;
-                    T* const to = element<T>(output, n, c + at.channel, out_i, out_j);
-                    if (!store_sums<T>(of, 1 / scale, to)) not_finite |= 1u << number;
-                }
-#pragma unroll 1
-                for (int number = 0; not_finite >> number != 0; number++) {
-                    const Store at = store_at(number);
-                    for (int q = 0; q < kUp && (not_finite >> number & 1) != 0; q++) {
-                        *element<T>(output, n, c + at.channel, int64_t{i + at.s} * kUp + at.r, out_j + q) = narrow<T>(
-                            output_tap_by_tap<K, T>(p, n, c + at.channel, i + at.s, j + pair,
-                                                    masks_of(at.s, pair) + at.r * kUp + q));
-                    }
-                }
+                outputs += kChannelsOfMma * output.stride_c;
             }
         }
         __syncthreads();
@@ -148,9 +143,10 @@ const char* cannot_run_reassemble_up2_nchw_mma(const Problem& p, const Array& ou
 
 void reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleUp2NchwMmaPlan plan(p, output);
+        const TileUp2Plan plan(p, kRows);
         launch(reassemble_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
-               kSourcesOfBlock * k * k * kBytesOfTap, p, output, plan);
+               Staged<k>::kMasks * int64_t{sizeof(float)} + 2 * Staged<k>::kFeatures * int64_t{sizeof(feature)}, p,
+               output, plan);
     });
 }
 

@@ -1,89 +1,107 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for up x2 with adjacent channels. A block has neighbouring sources of a row, a thread four channels of
-// two of them. The block stages the masks as [source][tap][output]. A thread sums its eight outputs in registers: a
-// feature serves both sources, and a vector of masks four outputs.
+// The forward for up x2 with adjacent channels. A block has a tile of sources, whose masks it stages once as
+// [source][tap][output]. It goes through the channels a slice at a time: it copies the slice's features, with their
+// halo, into shared memory and contracts them. A thread has two sources in some vectors of channels. It sums their
+// eight outputs in registers: a feature serves both sources, and a vector of masks four outputs.
 #include "cuda/channels.h"
-#include "cuda/stage_masks_up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSourcesOfThread = 2;
+constexpr int kSourcesOfThread = 2;  // neighbours in a row
 
-struct ReassembleUp2NhwcPlan {
-    int lanes, sources;      // of a block: threads along channels, sources along a row
-    int64_t tiles;           // of a row
-    int64_t channel_blocks;  // of a group
-    int64_t items;
-    int64_t shared_bytes;
-
-    ReassembleUp2NhwcPlan(const Problem& p, const Array& output, int k) {
-        const int64_t channels_in_group = p.features.c / p.groups;
-        const Lanes block(channels_in_group, kSourcesOfThread, k * k * kBytesOfTap);
-        lanes = block.lanes;
-        sources = block.columns;
-        tiles = ceil_div(p.features.w, sources);
-        channel_blocks = ceil_div(channels_in_group, lanes * kVector);
-        items = output.n * p.groups * p.features.h * tiles * channel_blocks;
-        shared_bytes = block.shared_bytes;
-    }
+// How threads share a tile of kernel size K.
+template <int K, class T>
+struct Shares {
+    static constexpr int kRows = K < 7 ? 8 : 4;                           // of sources: shared memory holds their masks
+    static constexpr int kVectors = K < 7 ? 2 : 1;                        // of a thread
+    static constexpr int kLanes = kChannelsOfSlice / kVector / kVectors;  // threads along channels
+    static constexpr int kThreads = kLanes * kColumns / kSourcesOfThread * kRows;
+    static constexpr int kWidth = kColumns + K - 1, kMasks = kRows * kColumns * K * K * kOutputs;
+    using Features = Halo<K, kRows, kWidth, kThreads, kVector, T>;
 };
 
+// Four channels in shared memory.
+__device__ __forceinline__ float4 staged_channels(const float* from) { return *reinterpret_cast<const float4*>(from); }
+template <class T>
+__device__ __forceinline__ float4 staged_channels(const T* from) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    const float2 low = widen_pair<T>(bits.x), high = widen_pair<T>(bits.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    reassemble_up2_nhwc_kernel(Arguments arguments, ReassembleUp2NhwcPlan plan) {
+__global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
+    reassemble_up2_nhwc_kernel(Arguments arguments, TileUp2Plan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
-    constexpr int kTaps = K * K;
-    float* const staged = shared_memory<float>();  // [source][tap][output]
-    const int lane = static_cast<int>(threadIdx.x) % plan.lanes,
-              own = static_cast<int>(threadIdx.x) / plan.lanes * kSourcesOfThread;
-    const int64_t channels_in_group = p.features.c / p.groups;
+    using S = Shares<K, T>;
+    constexpr int kTaps = K * K, kPixel = kChannelsOfSlice;
+    float* const masks = shared_memory<float>();                  // [row][column][tap][output]
+    T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [row][column][channel]
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       tile = divide(channel_block.quotient, plan.tiles), row = divide(tile.quotient, p.features.h),
-                       image = divide(row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder, i = row.remainder;
-        const int64_t first = tile.remainder * plan.sources, j = first + own;
-        const int64_t in_group = (channel_block.remainder * plan.lanes + lane) * kVector;
-        const int64_t c = group * channels_in_group + in_group;
-        stage_sources<K, T>(p, n, group, i, first, plan.sources, staged);
-        clear_staged_outside<K>(p, first, plan.sources, staged);
-        if (in_group < channels_in_group && j < p.features.w) {
-            float4 sums[kSourcesOfThread][kOutputs] = {};
-            const int64_t top = i - K / 2, left = j - K / 2;
-            const int a_begin = static_cast<int>(max(-top, int64_t{0}));
-            const int a_end = static_cast<int>(min(int64_t{K}, p.features.h - top));
-            const T* features = element<const T>(p.features, n, c, top + a_begin, left);  // [H, W, C]
-            const float4* weights = reinterpret_cast<const float4*>(staged) + own * kTaps + a_begin * K;
+        const int thread = thread_computed_late();
+        const int lane = thread % S::kLanes, pair = thread / S::kLanes;
+        const int row = pair / (kColumns / kSourcesOfThread),
+                  column = pair % (kColumns / kSourcesOfThread) * kSourcesOfThread;
+        int channel[S::kVectors];  // every other pair has another order, as all begin in the same bank
+#pragma unroll
+        for (int v = 0; v < S::kVectors; v++) channel[v] = (lane + (v + pair) % S::kVectors * S::kLanes) * kVector;
+        const TileOfBlock tile(p, plan, item, S::kRows);
+        const int i = tile.top + row, j = tile.left + column;
+        typename S::Features halo(p, tile, [](int) { return 0; });
+        halo.copy(p.features, tile.channels, features);
+        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, S::kRows);
+        clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, S::kRows);
+        T* to = element<T>(output, tile.n, tile.c, int64_t{i} * kUp, int64_t{j} * kUp);  // [H', W', C]
+        const int a_begin = max(K / 2 - i, 0), a_end = min(K, static_cast<int>(p.features.h) + K / 2 - i);
 #pragma unroll 1
-            for (int a = a_begin; a < a_end; a++, features += p.features.stride_h, weights += K) {
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice, to += kChannelsOfSlice) {
+            wait_for_copies();
+            __syncthreads();
+            float4 sums[kSourcesOfThread][kOutputs][S::kVectors] = {};
+            const float4* weights = reinterpret_cast<const float4*>(masks) + (row * kColumns + column) * kTaps +
+                                    a_begin * K;
+            const T* pixels = features + ((row + a_begin) * S::kWidth + column) * kPixel;
+#pragma unroll 1
+            for (int a = a_begin; a < a_end; a++, weights += K, pixels += S::kWidth * kPixel) {
 #pragma unroll
                 for (int x = 0; x < K + kSourcesOfThread - 1; x++) {
-                    const bool inside = left + x >= 0 && left + x < p.features.w;
-                    const float4 feature = load_channels(features + x * p.features.stride_w, inside);
+                    float4 feature[S::kVectors];
+#pragma unroll
+                    for (int v = 0; v < S::kVectors; v++)
+                        feature[v] = staged_channels(pixels + x * kPixel + channel[v]);
 #pragma unroll
                     for (int s = 0; s < kSourcesOfThread; s++) {
                         if (x - s < 0 || x - s >= K) continue;
                         const float4 weight = weights[s * kTaps + x - s];
-                        add_products(weight.x, feature, sums[s][0]);
-                        add_products(weight.y, feature, sums[s][1]);
-                        add_products(weight.z, feature, sums[s][2]);
-                        add_products(weight.w, feature, sums[s][3]);
+#pragma unroll
+                        for (int v = 0; v < S::kVectors; v++) {
+                            add_products(weight.x, feature[v], sums[s][0][v]);
+                            add_products(weight.y, feature[v], sums[s][1][v]);
+                            add_products(weight.z, feature[v], sums[s][2][v]);
+                            add_products(weight.w, feature[v], sums[s][3][v]);
+                        }
                     }
                 }
             }
+            __syncthreads();
+            if (channels > kChannelsOfSlice) halo.copy(p.features, channels - kChannelsOfSlice, features);
 #pragma unroll
-            for (int s = 0; s < kSourcesOfThread; s++) {
+            for (int r = 0; r < kUp; r++) {
+                T* pixel = to + r * output.stride_h;
 #pragma unroll
-                for (int o = 0; o < kOutputs; o++) {
-                    const int64_t out_i = i * kUp + o / kUp, out_j = (j + s) * kUp + o % kUp;
-                    if (out_i >= p.out_h || out_j >= p.out_w) continue;
-                    store_channels(sums[s][o], element<T>(output, n, c, out_i, out_j));
+                for (int q = 0; q < kSourcesOfThread * kUp; q++, pixel += output.stride_w) {
+                    if (i * kUp + r >= p.out_h || j * kUp + q >= p.out_w) continue;
+#pragma unroll
+                    for (int v = 0; v < S::kVectors; v++) {
+                        if (channel[v] < channels)
+                            store_channels(sums[q / kUp][r * kUp + q % kUp][v], pixel + channel[v]);
+                    }
                 }
             }
         }
-        __syncthreads();
     }
 }
 
@@ -97,9 +115,10 @@ const char* cannot_run_reassemble_up2_nhwc(const Problem& p, const Array& output
 
 void reassemble_up2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
-        const ReassembleUp2NhwcPlan plan(p, output, k);
-        launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p, output,
-               plan);
+        using S = Shares<k, decltype(feature)>;
+        const TileUp2Plan plan(p, S::kRows);
+        launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.items, S::kThreads,
+               S::kMasks * int64_t{sizeof(float)} + S::Features::kElements * int64_t{sizeof(feature)}, p, output, plan);
     });
 }
 

@@ -1,88 +1,132 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for up x2 with adjacent channels of 16 bits, on tensor cores. A warp has four neighbouring sources of a
-// row, with windows of K rows of at most eight pixels. Once it builds a band matrix from the staged masks of the 16
-// outputs. Then it multiplies the matrix by each row of pixels, 64 channels at a time. A zero of the band makes NaN of
-// an infinite feature. Sums that are not finite are computed again, tap by tap.
+// The forward for up x2 with adjacent channels of 16 bits, on tensor cores. A block has a tile of sources, and a warp
+// four neighbouring columns of two rows, with windows of K + 1 rows of at most eight pixels. Once it builds band
+// matrices from the staged masks of the outputs. Then it multiplies them by each row of pixels, a slice of channels at
+// a time, while the features of the next slice arrive. A row of pixels serves both rows of sources. A zero of the band
+// makes NaN of an infinite feature. Sums that are not finite are computed again, tap by tap.
 #include "cuda/mma.h"
-#include "cuda/stage_masks_up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kSourcesOfWarp = 4;
-static_assert(kSourcesOfWarp + 5 - 1 <= 8, "a product has eight pixels");
-constexpr int kChannelsOfStep = 64;                              // of a warp at a time
-constexpr int kSourcesOfBlock = kThreads / 32 * kSourcesOfWarp;  // neighbours in a row
+constexpr int kColumnsOfWarp = 4, kRowsOfWarp = 2, kWarpsInRow = kColumns / kColumnsOfWarp;
+constexpr int kRows = kThreads / 32 / kWarpsInRow * kRowsOfWarp;  // of a tile
+constexpr int kPixels = 8;                                        // of a product
+static_assert(kWidth == kColumns - kColumnsOfWarp + kPixels, "a halo has the pixels of all products");
+static_assert(kColumnsOfWarp + 5 - 1 <= kPixels, "a product has all pixels of a row of windows");
+constexpr int kProducts = kChannelsOfSlice / kWide;       // along channels
+constexpr int kSums = kRowsOfWarp * kUp * kProducts * 2;  // of a lane
 
-// In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are channels. The sum is
-// over pixels.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, TilePlan plan) {
+using Features = Halo<K, kRows, kWidth, kThreads, kWide, T>;
+template <int K>
+constexpr int kMasks = kRows * kColumns * K * K * kOutputs;
+
+// Eight neighbouring pixels have the same channels in different banks.
+__device__ __forceinline__ int swizzle(int column) { return column / 2 % kProducts; }
+
+// In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are channels. The sum is over
+// pixels.
+template <int K, class T>
+__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, TileUp2Plan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
-    float* const staged = shared_memory<float>();  // [source][tap][output]
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const float scale = scale_of_masks<T>(p);
+    float* const masks = shared_memory<float>();                  // [row][column][tap][output]
+    T* const features = reinterpret_cast<T*>(masks + kMasks<K>);  // two slices of [row][column][channel]
+    const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient tile = divide(item, plan.tiles), source_row = divide(tile.quotient, p.features.h),
-                       image = divide(source_row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder, i = source_row.remainder;
-        const int64_t first = tile.remainder * kSourcesOfBlock, j = first + warp * kSourcesOfWarp;
-        stage_sources<K, T>(p, n, group, i, first, kSourcesOfBlock, staged);
-        clear_staged_outside<K>(p, first, kSourcesOfBlock, staged);
-        if (j < p.features.w) {
-            const int source = row / kUp;  // of this lane's outputs
-            const float* const weights = staged + (warp * kSourcesOfWarp + source) * kTaps * kOutputs + row % kUp;
-            uint32_t band[K][2];
+        const int thread = thread_computed_late();
+        const int warp = thread / 32, lane = thread % 32;
+        const int row = lane / 4, pair = lane % 4, odd = pair % 2;
+        const int own_row = warp / kWarpsInRow * kRowsOfWarp, own_column = warp % kWarpsInRow * kColumnsOfWarp;
+        const int source = row / kUp;  // of this lane's outputs
+        // This lane's row of the matrices of pixels.
+        const int x = own_column + lane % kPixels;
+        const int pixel = (own_row * kWidth + x) * kChannelsOfSlice + (lane / kPixels ^ swizzle(x)) * kWide;
+        const TileOfBlock tile(p, plan, item, kRows);
+        const int i = tile.top + own_row, j = tile.left + own_column;
+        Features<K, T> halo(p, tile, swizzle);
+        halo.copy(p.features, tile.channels, features);
+        stage_sources<K, T>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, kRows);
+        clear_staged_outside<K>(p, tile.left, kColumns, masks, kRows);
+        // The masks of this lane's upper output.
+        const float* const weights = masks + (own_row * kColumns + own_column + source) * kTaps * kOutputs + row % kUp;
+        uint32_t band[kRowsOfWarp][K][kUp];
+#pragma unroll
+        for (int s = 0; s < kRowsOfWarp; s++) {
 #pragma unroll
             for (int a = 0; a < K; a++) {
 #pragma unroll
-                for (int r = 0; r < kUp; r++)
-                    band[a][r] = pair_of_band<K, T>(weights + r * kUp, a, 2 * pair - source, scale);
+                for (int r = 0; r < kUp; r++) {
+                    band[s][a][r] = pair_of_band<K, T>(weights + s * kColumns * kTaps * kOutputs + r * kUp, a,
+                                                       2 * pair - source, scale);
+                }
             }
-            // Two pixels of the first row in this lane's first channels.
-            const int64_t x = j + 2 * pair - K / 2;
-            const bool in_windows = 2 * pair < kSourcesOfWarp + K - 1;
-            const bool even_exists = in_windows && x >= 0 && x < p.features.w;
-            const bool odd_exists = in_windows && x + 1 >= 0 && x + 1 < p.features.w;
-            const T* features = element<const T>(p.features, n, group * channels_in_group + loaded, i - K / 2,
-                                                 x);  // [H, W, C]
+        }
+        // A lane stores four channels: two of its own, two of its neighbour. So four lanes fill a sector.
+        const int out_j = j * kUp + row, stored = odd * kWide + pair / 2 * 4;
+        T* to = element<T>(output, tile.n, tile.c + stored, int64_t{i} * kUp, out_j);
+        bool second = false;  // of the slices in shared memory
 #pragma unroll 1
-            for (int64_t first_channel = 0; first_channel < channels_in_group;
-                 first_channel += kChannelsOfStep, features += kChannelsOfStep) {
-                const int64_t c = group * channels_in_group + first_channel;
-                const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{kChannelsOfStep}));
-                float sums[kWide][4] = {};
-                const T* pixels = features;
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+            wait_for_copies();
+            __syncthreads();
+            const T* pixels = features + second * Features<K, T>::kElements + pixel;
+            second = !second;
+            if (channels > kChannelsOfSlice) {
+                halo.copy(p.features, channels - kChannelsOfSlice, features + second * Features<K, T>::kElements);
+            }
+            float sums[kRowsOfWarp][kProducts][4] = {};
 #pragma unroll
-                for (int a = 0; a < K; a++, pixels += p.features.stride_h) {
-                    if (i + a < K / 2 || i + a >= p.features.h + K / 2) continue;
-                    multiply_add<T>(sums, band[a], load_words(pixels, even_exists && loaded < channels),
-                                    load_words(pixels + p.features.stride_w, odd_exists && loaded < channels));
-                }
-                // A lane's four stores: two of eight channels in both rows of outputs.
-                const int64_t out_j = j * kUp + row;
-                const auto channel_of = [&](int k) { return channel_of_column(2 * pair + k % 2); };
-                unsigned not_finite = 0;
+            for (int y = 0; y < K + kRowsOfWarp - 1; y++, pixels += kWidth * kChannelsOfSlice) {
+                uint32_t words[kProducts];
+                load_matrices(pixels, words);
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const int64_t out_i = i * kUp + k / 2;
-                    if (out_i >= p.out_h || out_j >= p.out_w || channel_of(k) >= channels) continue;
-                    T* const to = element<T>(output, n, c + channel_of(k), out_i, out_j);
-                    if (!store_sums<T>(sums, k, 1 / scale, to)) not_finite |= 1u << k;
+                for (int s = 0; s < kRowsOfWarp; s++) {
+                    if (y - s < 0 || y - s >= K) continue;
+#pragma unroll
+                    for (int q = 0; q < kProducts; q++) multiply_add<T>(sums[s][q], band[s][y - s], words[q]);
                 }
-#pragma unroll 1
-                for (int k = 0; not_finite >> k != 0; k++) {
-                    for (int q = 0; q < kWide && (not_finite >> k & 1) != 0; q++) {
-                        const int64_t channel = c + channel_of(k) + q;
-                        *element<T>(output, n, channel, i * kUp + k / 2, out_j) = narrow<T>(
-                            output_tap_by_tap<K, T>(p, n, channel, i, j + source, weights + k / 2 * kUp));
+            }
+            const auto row_exists = [&](int r) { return i * kUp + r < p.out_h && out_j < p.out_w; };  // of outputs
+            float zero = 0;  // while all sums are finite
+            T* of_row = to;
+#pragma unroll
+            for (int r = 0; r < kRowsOfWarp * kUp; r++, of_row += output.stride_h) {
+#pragma unroll
+                for (int q = 0; q < kProducts; q += 2) {
+                    uint32_t words[2];
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        const float low = sums[r / kUp][q + k][r % kUp * 2] * unscale;
+                        const float high = sums[r / kUp][q + k][r % kUp * 2 + 1] * unscale;
+                        words[k] = pair_of<T>(low, high);
+                        zero += low * 0;
+                        zero += high * 0;
+                    }
+                    const uint32_t others = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
+                    if (row_exists(r) && q * kWide + stored < channels) {
+                        __stcs(reinterpret_cast<uint2*>(of_row + q * kWide),
+                               odd ? make_uint2(others, words[1]) : make_uint2(words[0], others));
                     }
                 }
             }
+            __syncwarp();  // a lane looks at what others have stored
+#pragma unroll 1
+            for (int number = zero == 0 ? kSums : 0; number < kSums; number++) {
+                const int r = number / (2 * kProducts);
+                const int channel = number / 2 % kProducts * kWide + 2 * pair + number % 2;
+                if (!row_exists(r) || channel >= channels) continue;
+                const int64_t c = tile.c + tile.channels - channels + channel;
+                T* const at = element<T>(output, tile.n, c, i * int64_t{kUp} + r, out_j);
+                if (fabsf(widen(*at)) < INFINITY) continue;
+                *at = narrow<T>(
+                    output_tap_by_tap<K, T>(p, tile.n, c, i + r / kUp, j + source,
+                                            weights + r / kUp * kColumns * kTaps * kOutputs + r % kUp * kUp));
+            }
+            to += kChannelsOfSlice;
         }
         __syncthreads();
     }
@@ -98,10 +142,11 @@ const char* cannot_run_reassemble_up2_nhwc_mma(const Problem& p, const Array& ou
 
 void reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
-        const int64_t tiles = ceil_div(p.features.w, kSourcesOfBlock);  // of a row
-        const TilePlan plan{tiles, output.n * p.groups * p.features.h * tiles};
-        launch(reassemble_up2_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
-               kSourcesOfBlock * k * k * kBytesOfTap, p, output, plan);
+        using T = decltype(feature);
+        const TileUp2Plan plan(p, kRows);
+        launch(reassemble_up2_nhwc_mma_kernel<k, T>, plan.items, kThreads,
+               kMasks<k> * int64_t{sizeof(float)} + 2 * Features<k, T>::kElements * int64_t{sizeof(T)}, p, output,
+               plan);
     });
 }
 

@@ -1,62 +1,100 @@
 // SPDX-License-Identifier: Apache-2.0
-// Masks for up x2 in shared memory, as [source][tap][output], for neighbouring sources of a row.
+// Masks for up x2 in shared memory, as [source][tap][output], for rows of neighbouring sources.
 #pragma once
 
+#include "cuda/channels.h"
 #include "cuda/up2.h"
 
 namespace carafepp::cuda {
 
 constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
 
-// Copies masks or logits of `sources` sources of row i, in a block of kThreads; 0 outside the row.
-template <int K, class M>
-__device__ void copy_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
-                             float* staged) {
+// Are four channels of logits one aligned vector?
+template <class M>
+__device__ __forceinline__ bool in_vectors(const Array& logits) {
+    const int64_t strides = logits.stride_n | logits.stride_h | logits.stride_w;
+    return logits.stride_c == 1 && strides % kVector == 0 &&
+           reinterpret_cast<uintptr_t>(logits.data) % (kVector * sizeof(M)) == 0;
+}
+
+// Stages four channels, or zeros; floats arrive as copies of this thread do.
+__device__ __forceinline__ void stage_vector(const float* from, bool exist, float* staged) {
+    copy_async<kVector * sizeof(float)>(staged, from, exist);
+}
+template <class M>
+__device__ __forceinline__ void stage_vector(const M* from, bool exist, float* staged) {
+    *reinterpret_cast<float4*>(staged) = load_channels(from, exist);
+}
+
+// Copies masks or logits of `rows` x `columns` sources from (i, first) on, in a block of `Threads`; 0 where there is
+// none. Some arrive as copies of this thread do.
+template <int K, int Threads, class M>
+__device__ __forceinline__ void copy_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first,
+                                             int rows, int columns, float* staged) {
     constexpr int kTaps = K * K, kElements = kTaps * kOutputs;    // of a source
-    const int begin = static_cast<int>(max(-first, int64_t{0}));  // sources that exist
-    const int end = static_cast<int>(min(int64_t{sources}, p.features.w - first));
+    const int begin = static_cast<int>(max(-first, int64_t{0}));  // columns that exist
+    const int end = static_cast<int>(min(int64_t{columns}, p.features.w - first));
     if (p.from_logits) {  // the channels of a source have the order [tap][output]
         const Array& logits = p.logits;
-        copy_grid<kThreads>(element<const M>(logits, n, group * kElements, i, first), sources, kElements,
-                            logits.stride_c < logits.stride_w, [&](int source, int channel) {
-            return StagedElement{source * logits.stride_w + channel * logits.stride_c, source * kElements + channel,
-                                 source >= begin && source < end};
-        }, staged);
+        const M* const from = element<const M>(logits, n, group * kElements, i, first);
+        const int rows_end = static_cast<int>(min(int64_t{rows}, p.features.h - i));
+        const auto place = [&](int source, int channel) {
+            const int row = rows == 1 ? 0 : source / columns, column = source - row * columns;
+            return StagedElement{row * logits.stride_h + column * logits.stride_w + channel * logits.stride_c,
+                                 source * kElements + channel, row < rows_end && column >= begin && column < end};
+        };
+        if (in_vectors<M>(logits)) {
+            for (int k = thread_computed_late(); k < rows * columns * kTaps; k += Threads) {
+                const StagedElement vector = place(k / kTaps, k % kTaps * kOutputs);
+                stage_vector(from + vector.from, vector.exists, staged + vector.to);
+            }
+        } else if (std::is_same_v<M, float> && logits.stride_w == 1) {
+            for (int k = thread_computed_late(); k < rows * columns * kElements; k += Threads) {
+                const StagedElement element = place(k % (rows * columns), k / (rows * columns));
+                copy_async<sizeof(float)>(staged + element.to, from + element.from, element.exists);
+            }
+        } else {
+            copy_grid<Threads>(from, rows * columns, kElements, logits.stride_c < logits.stride_w, place, staged);
+        }
         return;
     }
     const Array& masks = p.masks;
     const int out_end = static_cast<int>(min(int64_t{end} * kUp, p.out_w - first * kUp));
     for (int r = 0; r < kUp; r++) {
-        const bool exists = i * kUp + r < p.out_h;
-        copy_grid<kThreads>(element<const M>(masks, n, group * kTaps, i * kUp + r, first * kUp), kTaps, sources * kUp,
-                            masks.stride_w <= masks.stride_c, [&](int tap, int column) {
-            return StagedElement{tap * masks.stride_c + column * masks.stride_w,
-                                 (column / kUp * kTaps + tap) * kOutputs + r * kUp + column % kUp,
-                                 exists && column >= begin * kUp && column < out_end};
+        const int64_t out_i = i * kUp + r;
+        const int rows_end = static_cast<int>(min(int64_t{rows}, ceil_div(p.out_h - out_i, kUp)));
+        copy_grid<Threads>(element<const M>(masks, n, group * kTaps, out_i, first * kUp), kTaps, rows * columns * kUp,
+                           masks.stride_w <= masks.stride_c, [&](int tap, int output) {
+            const int row = rows == 1 ? 0 : output / (columns * kUp), column = output - row * columns * kUp;
+            return StagedElement{tap * masks.stride_c + row * kUp * masks.stride_h + column * masks.stride_w,
+                                 (output / kUp * kTaps + tap) * kOutputs + r * kUp + output % kUp,
+                                 row < rows_end && column >= begin * kUp && column < out_end};
         }, staged);
     }
 }
 
-// Stages masks, or logits that become masks; they are 0 outside the row. Ends with a barrier.
-template <int K, class T>
-__device__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first, int sources,
-                              float* staged) {
-    with_masks<T>(p.from_logits ? p.logits : p.masks,
-                  [&](auto mask) { copy_sources<K, decltype(mask)>(p, n, group, i, first, sources, staged); });
+// Stages masks, or logits that become masks; they are 0 where there are no sources. Ends with a barrier.
+template <int K, class T, int Threads = kThreads>
+__device__ __forceinline__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first,
+                                              int columns, float* staged, int rows = 1) {
+    with_masks<T>(p.from_logits ? p.logits : p.masks, [&](auto mask) {
+        copy_sources<K, Threads, decltype(mask)>(p, n, group, i, first, rows, columns, staged);
+    });
+    wait_for_copies();
     __syncthreads();
     if (!p.from_logits) return;
-    normalize_staged<K>(p.normalizer, staged, sources * kOutputs, kOutputs,
-                        [](int output) { return output / kOutputs * K * K * kOutputs + output % kOutputs; });
+    normalize_each<K, Threads>(p.normalizer, staged, rows * columns * kOutputs, kOutputs,
+                               [](int output) { return output / kOutputs * K * K * kOutputs + output % kOutputs; });
     __syncthreads();
 }
 
-// Clears masks of taps beyond the ends of the row, for the forward, in a block of kThreads. Features are 0 there, but
-// 0 * Inf is NaN. Ends with a barrier.
-template <int K>
-__device__ void clear_staged_outside(const Problem& p, int64_t first, int sources, float* staged) {
-    if (first >= K / 2 && first + sources + K / 2 <= p.features.w) return;
-    for (int k = static_cast<int>(threadIdx.x); k < sources * K * K; k += kThreads) {
-        const int64_t j = first + k / (K * K) + k % K - K / 2;
+// Clears masks of taps beyond the ends of rows, for the forward, in a block of `Threads`. Sources are `columns` in a
+// row from column `first` on. Features are 0 there, but 0 * Inf is NaN. Ends with a barrier.
+template <int K, int Threads = kThreads>
+__device__ void clear_staged_outside(const Problem& p, int64_t first, int columns, float* staged, int rows = 1) {
+    if (first >= K / 2 && first + columns + K / 2 <= p.features.w) return;
+    for (int k = thread_computed_late(); k < rows * columns * K * K; k += Threads) {
+        const int64_t j = first + k / (K * K) % columns + k % K - K / 2;
         if (j >= 0 && j < p.features.w) continue;
         reinterpret_cast<float4*>(staged)[k] = make_float4(0, 0, 0, 0);
     }
