@@ -54,7 +54,7 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Loads four matrices of 8 x 8 elements of 16 bits from shared memory: lane 8 * m + r tells where row r of matrix m is.
+// Loads four matrices of 8 x 8 elements of 16 bits from shared memory. Lane 8 * m + r tells where row r of matrix m is.
 // A lane gets two elements of column lane / 4 of each, in rows 2 * (lane % 4) and the next. So they are `b` below. All
 // lanes of a warp take part.
 template <class T>
