@@ -92,10 +92,10 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        "masks are staged over others that are still read",
-        "reassemble.cu",
-        "narrow<T>(sum);\n        }\n        __syncthreads();",
-        "narrow<T>(sum);\n        }",
+        "masks are staged over others that are still read, where outputs are not found yet",
+        "masks.h",
+        "column.remainder) * array.stride_c;\n    }\n    __syncthreads();",
+        "column.remainder) * array.stride_c;\n    }",
     ),
     Mutant(
         "shared memory is a byte short",

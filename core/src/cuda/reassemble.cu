@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_kernel(Arguments argum
             }
             *element<T>(output, n, c, pixel.i, pixel.j) = narrow<T>(sum);
         }
-        __syncthreads();
     }
 }
 
