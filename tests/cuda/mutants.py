@@ -92,7 +92,7 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        "masks are staged over others that are still read, where outputs are not found yet",
+        "masks are staged before their outputs are found",
         "masks.h",
         "column.remainder) * array.stride_c;\n    }\n    __syncthreads();",
         "column.remainder) * array.stride_c;\n    }",
