@@ -90,6 +90,26 @@ def test_special_values_reach_grad_masks_by_the_formula(
     assert_same_values(actual, expected)
 
 
+@pytest.mark.parametrize("channels", [8, 16])
+def test_an_infinite_feature_reaches_all_gradients_of_logits_by_the_formula(channels):
+    """The gradient is mask * (product - mean): of an infinite mean, -Inf at finite products."""
+    features = np.zeros((1, 4, 9, channels), "f4")
+    features[0, 1, 4, 0] = np.inf
+    arrays = np.ones_like(features), features, np.zeros((1, 4, 9, 9), "f4")
+    options = {"kernel_size": 3, "layout": "NHWC"}
+    name = "reassemble_with_logits_backward"
+    listed = carafepp.list_implementations(name, *arrays, **options)
+    expected = np.full(9, -np.inf)
+    expected[4] = np.nan
+    for implementation, reason in listed:
+        if reason is None and implementation.startswith("grad_logits"):
+            with carafepp.force_implementation(implementation):
+                _, grad_logits = carafepp.reassemble_with_logits_backward(
+                    *arrays, **options, need_features=False
+                )
+            np.testing.assert_array_equal(grad_logits[0, 1, 4], expected, implementation)
+
+
 # Taps outside the border contribute exactly 0
 
 

@@ -269,6 +269,7 @@ void grad_masks_of_output(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& 
         sum_taps_of_output<vectors()>(element<const T>(p.grad_output, at.n, channel, at.cell_row, cell),
                                       window.pixel(plan.radius, plan.radius), taps.offsets, plan.taps, line);
     });
+    std::fill(line + plan.taps, line + plan.line_size, A{0});  // an infinite product there would reach all taps
     if (window.taps() == plan.taps) return;
     for (int a = 0; a < k; a++) {
         const bool inside = a >= window.a_begin && a < window.a_end;

@@ -78,7 +78,8 @@ bool phases_in_lanes(const Problem& p) {
     const bool is_float = p.features.dtype == CARAFEPP_FLOAT32 && p.logits.dtype == CARAFEPP_FLOAT32;
     return p.from_logits && p.normalizer == CARAFEPP_SOFTMAX && is_float && adjacent(p.logits) && p.groups == 1 &&
            channels > 0 && channels <= kPhaseChannels && up % 4 == 0 && up <= kMaxFactor && p.factor.down == 1 &&
-           masks_of_cell(p) <= 32 * 1024 && in_lanes(p.kernel_size * (p.features.w + 64)) <= 4 * kScratchBytes;
+           masks_of_cell(p) <= 32 * 1024 &&
+           in_lanes(p.kernel_size * (p.features.w + 64)) <= 2 * kScratchBytes;  // of four channels, half of it
 }
 
 // ---- channels in lanes, one in each group ----

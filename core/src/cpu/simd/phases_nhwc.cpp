@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Convex upsampling from logits with adjacent channels, forward and backward, compiled once for each instruction set. A
-// tap of all outputs of a cell is adjacent in logits: a lane is an output. The outputs of a cell share a window, so
-// features are scalars.
+// Convex upsampling from logits with adjacent channels, forward and backward, compiled once for each instruction set:
+// softmax, float32, one group of few channels, up a multiple of 4. A tap of all outputs of a cell is adjacent in
+// logits: a lane is an output. The outputs of a cell share a window, so features are scalars.
 //
 // The kernel takes a row of cells in slices. Outputs, or their gradients, are staged cell by cell. The gradient of
 // features sums the products of each cell at the places of its window. Then it adds these sums to their sources. A
@@ -19,7 +19,7 @@ namespace {
 constexpr int L = kLanes<float>;
 constexpr int kTogether = L < kFewestPhases ? 2 : 1;  // tiles of outputs, to hide latency
 constexpr int64_t kSliceLogits = 4608;                // 18 KiB, in the level 1 cache
-constexpr int64_t kPrefetchAhead = 1152;              // logits
+constexpr int64_t kPrefetchAhead = 1152;              // logits, behind the first of a cell
 constexpr int64_t kBlockSources = 64 * 1024;          // elements; in the level 2 cache
 
 // ---- contraction: a channel of a cell ----
@@ -56,7 +56,7 @@ void grads_of_masks(const float* grad_outputs, const float* window, const TapRow
     }
 }
 
-// Sums the products of each tap in vectors.
+// Sums the products of each tap in vectors. Scales `grad_outputs` in place, as nothing else reads them afterwards.
 void sum_products(const TapRows<float>& masks, const float* scales, float* grad_outputs, float* sums) {
     constexpr int kTaps = 3;  // at a time
     for (int q = 0; q < masks.cells; q += L) store(load(grad_outputs + q) * load(scales + q), grad_outputs + q);
@@ -103,12 +103,13 @@ struct PhasesNhwc {
     const int64_t slice_cells = share_size(std::max<int64_t>(cells, 1), kSliceLogits / logits_size);
     const int64_t slice_pitch = ceil_div(slice_cells * up, L) * L, slice_size = channels * up * slice_pitch;
 
-    // Features are staged as [row][channel][column], and their gradients are summed so. Windows begin with
-    // `first_column`.
+    // Features are staged as [row][channel][column], and their gradients are summed so. The window of cell 0 begins in
+    // column `first_column`.
     const int64_t first_column = p.offset_w - p.radius();
     const int64_t pitch = ceil_div(p.logits.w + k - 1, L) * L + L, row_size = channels * pitch;
 
-    // A block is a row of cells, or some rows of sources.
+    // A block is a row of cells, or some rows of sources. An item is a block, or an image where it computes both
+    // gradients.
     const int64_t rows = kind == kGradFeatures ? p.features.h
                          : kind == kGradLogits ? p.logits.h
                                                : ceil_div(p.out_h, up);
@@ -118,7 +119,7 @@ struct PhasesNhwc {
     const int64_t blocks = grad_features ? 1 : ceil_div(rows, block_rows), items = result.n * blocks;
 
     const int64_t features_size = (kind == kGradFeatures ? block_rows : k) * row_size;
-    const int64_t window_size = (channels * taps + L) * L;  // also of sums of products, in vectors
+    const int64_t window_size = (channels * taps + L) * L;  // features of a window, or a vector of sums for each
     const int64_t sources_size = grad_features ? p.features.h * row_size : 0;
     const bool non_temporal = kind == kGradLogits && wants_non_temporal_stores(result) && result.stride_w == result.c;
     const int64_t scratch_size = features_size + 2 * slice_size + logits_size + outputs + window_size +

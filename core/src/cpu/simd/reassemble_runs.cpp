@@ -5,7 +5,6 @@
 // features of a cache line of channels, contracts the taps of runs, and writes. Staged pixels are adjacent, so the
 // windows of a row of outputs stay in the level 1 cache.
 #include <algorithm>
-#include <cassert>
 #include <utility>
 
 #include "cpu/geometry.h"
@@ -34,11 +33,11 @@ struct ReassembleRuns {
     const Problem& p;
     const Array& output;
     int64_t parts;                 // cache lines of channels
-    int64_t rows_of_item, blocks;  // of outputs; number of items of a part
+    int64_t rows_of_item, blocks;  // of outputs; items of the rows of an image
     int64_t rows_together;         // of outputs
     bool outputs_in_place, non_temporal;
     int64_t features_size;              // [row][column][channel]
-    int64_t outputs_size, planes_size;  // [row][column][channel], of rows together; room to write them
+    int64_t outputs_size, planes_size;  // [row][column][channel], of rows together; room for non-temporal stores
     int64_t items, scratch_size;
 
     ReassembleRuns(const Problem& problem, const Array& result) : p(problem), output(result) {
@@ -94,14 +93,16 @@ struct Run {
     // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride].
     const float* masks;
     int64_t cell_stride, tap_stride;
-    // Masks to prefetch, of the next row of outputs: their distance, or 0; from cache line to cache line.
-    int64_t next_masks, prefetch_stride;
+    int64_t next_masks;       // from masks to those of the next row of outputs, or 0: these are not prefetched
+    int64_t prefetch_stride;  // from one prefetch to the next
     float* outputs;
     int64_t output_stride;
     bool non_temporal;
 };
 
-// Adds column `C` of a row of the union to the outputs whose windows hold it.
+// Adds column `C` of a row of the union to the outputs whose windows hold it. Output o reads it by its tap C - o*kDown.
+// The weights of these taps lie `distance` apart, from output to output: `low` reaches the first half of the outputs,
+// `high` the second.
 template <int C, int K, int kDown, int P>
 CARAFEPP_INLINE void add_column(const Run& run, const float* x, const float*& low, const float*& high,
                                 int64_t tap_stride, int64_t distance, Vector<float> (&sums)[P][kVectors]) {
@@ -138,7 +139,8 @@ __attribute__((noinline)) void reassemble_run(const Run& run) {
     const int64_t tap_stride = run.tap_stride, distance = run.cell_stride - kDown * tap_stride;
     const float *x = run.features, *masks = run.masks;
     for (int a = 0; a < run.rows; a++, x += run.row_stride, masks += K * run.tap_stride) {
-        if (run.next_masks != 0 && (tap_stride != 1 || a % 2 == 0)) {  // two rows of adjacent taps fill a cache line
+        if (run.next_masks != 0 &&
+            (tap_stride != 1 || a % 2 == 0)) {  // every other row of adjacent taps is a cache line further
             const float* next = masks + run.next_masks;
             for (int k = 0; k < K; k++, next += run.prefetch_stride) __builtin_prefetch(next);
         }
