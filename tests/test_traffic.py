@@ -66,7 +66,7 @@ def counted(**shared):
     outputs["l2_sectors"] = {"16": 0, "32": 0, "64": 0, "128": 0}
     return {
         **{"kernel": "reassemble_up2_nhwc_cuda", "blocks": 4, "blocks_run": 1, "threads": 256},
-        **{"shared_bytes": 1024, "mmas": 0, "places": []},
+        **{"shared_bytes": 1024, "mmas": 0, "bytes_copied": 0, "groups_copied": 0, "places": []},
         "arrays": {"features": features, "outputs": outputs},
         "shared": {"loads": 0, "stores": 0, "wavefronts": 0, "fewest_wavefronts": 0} | shared,
     }
