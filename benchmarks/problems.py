@@ -5,13 +5,14 @@ import zlib
 import numpy as np
 
 from cases import Case, numpy_dtype
+from cases.networks import LAYERS
 
 from .passes import MIXED, as_nchw, in_layout, shape
 
 _TABLE = [
     # The paper's networks
-    Case("fpn1", "a small level of an FPN", 2, 256, 50, 76, up=2, kernel_size=5),
-    Case("fpn2", "a large level of an FPN", 2, 256, 100, 152, up=2, kernel_size=5),
+    LAYERS["fpn1"],
+    LAYERS["fpn2"],
     Case("roi", "the mask head in training", 64, 256, 14, 14, up=2, kernel_size=5),
     Case("stem", "the pooling of a ResNet stem", 8, 64, 112, 112, down=2, kernel_size=5),
     Case("s2", "a stride-2 stage of a ResNet", 8, 256, 56, 56, down=2, kernel_size=5),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cases import Case
+from cases.networks import LAYERS
 
 from ..passes import Pass
 from ..problems import PROBLEMS
@@ -10,12 +11,7 @@ from ..problems import PROBLEMS
 CASES = {
     case.name: case
     for case in (
-        PROBLEMS["fpn2"],
-        PROBLEMS["fpn1"],
-        Case("s2", "a stride-2 stage of a ResNet", 64, 256, 56, 56, down=2, kernel_size=5),
-        Case("rois", "the mask head on 1000 RoIs", 1000, 256, 14, 14, up=2, kernel_size=5),
-        Case("stem", "the pooling of a ResNet stem", 64, 64, 112, 112, down=2, kernel_size=5),
-        Case("s3", "a deep stage", 64, 512, 28, 28, down=2, kernel_size=5),
+        *(LAYERS[name] for name in ("fpn2", "fpn1", "s2", "rois", "stem", "s3")),
         Case("fpn1_up4", "a factor of the generic kernels", 2, 256, 50, 76, up=4, kernel_size=5),
         PROBLEMS["tiny"],
     )

@@ -50,6 +50,7 @@ import compiled
 
 sys.path.append(str(compiled.ROOT))
 from cases import Case
+from cases.networks import LAYERS
 
 Counts = dict[str, int]
 Lines = tuple[str, ...]  # as "masks.h:100"
@@ -88,12 +89,7 @@ DEVICES = [
 
 
 _TABLE = [
-    Case("fpn1", "a small level of an FPN", 2, 256, 50, 76, up=2, kernel_size=5),
-    Case("fpn2", "a large level of an FPN", 2, 256, 100, 152, up=2, kernel_size=5),
-    Case("rois", "the mask head on 1000 RoIs", 1000, 256, 14, 14, up=2, kernel_size=5),
-    Case("stem", "the pooling of a ResNet stem", 64, 64, 112, 112, down=2, kernel_size=5),
-    Case("s2", "a stride-2 stage of a ResNet", 64, 256, 56, 56, down=2, kernel_size=5),
-    Case("s3", "a deep stage", 64, 512, 28, 28, down=2, kernel_size=5),
+    *LAYERS.values(),
     Case("up4", "a factor of the generic kernels", 2, 256, 50, 76, up=4, kernel_size=5),
     Case("convex", "RAFT's upsampling of flow", 4, 2, 55, 128, up=8),
     Case("up2_k7", "a large kernel", 2, 256, 50, 76, up=2, kernel_size=7),
