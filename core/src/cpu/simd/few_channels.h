@@ -23,6 +23,9 @@ constexpr int kTilesTogether = std::is_same_v<A, float> ? 2 : 1;
 template <class A>
 constexpr int kCellsTogether = kTilesTogether<A> * kLanes<A>;
 
+// Elements of the sources that a block sums; in the level 2 cache.
+constexpr int64_t kBlockSources = 64 * 1024;
+
 // The taps of some neighbouring cells in one phase: [tap][cell]. Cells are a multiple of kCellsTogether.
 template <class A>
 struct TapRows {

@@ -20,8 +20,6 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-constexpr int64_t kBlockSources = 64 * 1024;  // elements; in the level 2 cache
-
 // ---- the gradient of features: the taps of a tile ----
 
 template <class A>

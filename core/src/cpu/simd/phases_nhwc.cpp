@@ -20,7 +20,6 @@ constexpr int L = kLanes<float>;
 constexpr int kTogether = L < kFewestPhases ? 2 : 1;  // tiles of outputs, to hide latency
 constexpr int64_t kSliceLogits = 4608;                // 18 KiB, in the level 1 cache
 constexpr int64_t kPrefetchAhead = 1152;              // logits, behind the first of a cell
-constexpr int64_t kBlockSources = 64 * 1024;          // elements; in the level 2 cache
 
 // ---- contraction: a channel of a cell ----
 

@@ -655,17 +655,12 @@ struct ReassembleNchw {
             for (int64_t r = 0; r < copies; r++) {
                 T* const from = b.outputs + c * plan.rows_pitch + plan.line + r * size;
                 T* const to = element<T>(output, b.n, channel + c, rows.begin + r, 0);
-                const int64_t before = adjacent && !first ? outputs_before(to) : 0;
-                const int64_t rest = adjacent && rows.end < b.rows.end ? outputs_before(to + size) : 0;
+                const int64_t before = adjacent && !first ? elements_before(to) : 0;
+                const int64_t rest = adjacent && rows.end < b.rows.end ? elements_before(to + size) : 0;
                 copy_non_temporal(from - before, before + size - rest, to - before);
                 std::copy_n(from + size - rest, rest, from - rest);
             }
         }
-    }
-
-    // Outputs of the same cache line before this one.
-    int64_t outputs_before(const T* at) const {
-        return static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) / sizeof(T)) % plan.line;
     }
 };
 

@@ -312,12 +312,12 @@ void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardTile& item, int
 // The outputs of a run of neighbouring cells, which have one each.
 template <class T>
 void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t cell,
-                    const TileWeights<Accumulator<T>>& weights, int64_t q, int outputs) {
+                    const TileWeights<Accumulator<T>>& weights, int64_t q) {
     WindowOutputs<T> at;
-    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), outputs, at);
-    at.prefetch = pixel_prefetch(plan, item, cell, outputs);
-    at.count = outputs;
-    for (int o = 0; o < outputs; o++) {
+    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), plan.run, at);
+    at.prefetch = pixel_prefetch(plan, item, cell, plan.run);
+    at.count = plan.run;
+    for (int o = 0; o < plan.run; o++) {
         at.weights[o] = weights.first + (q + o) * weights.cell_stride;
         at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
     }
@@ -335,7 +335,7 @@ void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
             const ForwardTile at{n, group, std::min(tile_groups, end - group), rows};
             const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
             int64_t q = 0;
-            for (; run > 1 && q + run <= count; q += run) reassemble_run(*this, at, cell + q, weights, q, run);
+            for (; run > 1 && q + run <= count; q += run) reassemble_run(*this, at, cell + q, weights, q);
             for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
         }
     }

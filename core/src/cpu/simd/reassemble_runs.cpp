@@ -186,8 +186,7 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     run.output_stride = outputs_in_place ? output.stride_w : kChannels;
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
-    const Range sources = {std::max<int64_t>(top(all_rows.begin), 0),
-                           std::min(top(all_rows.end - 1) + p.kernel_size, p.features.h)};
+    const Range sources = sources_of(p, all_rows);
     load_image(rows_of(p.features, sources), n, channel, staged(features, sources.size(), p.features.w));
     for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
         rows.end = std::min(rows.begin + rows_together, all_rows.end);

@@ -174,8 +174,7 @@ void interleave_row(const A* from, int64_t residue_stride, int factor, const Arr
 template <class T>
 void copy_non_temporal(const T* from, int64_t count, T* to) {
     const int64_t line = 64 / int64_t{sizeof(T)};
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line;
-    int64_t k = std::min(count, (line - misaligned) % line);
+    int64_t k = std::min(count, (line - elements_before(to)) % line);
     std::copy_n(from, k, to);
     for (; k + line <= count; k += line) {
         for (int64_t byte = 0; byte < 64; byte += kVectorBytes) {

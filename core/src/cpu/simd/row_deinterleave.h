@@ -103,6 +103,12 @@ template <class A>
 void interleave_row(const A* from, int64_t residue_stride, int factor, const Array& array, int64_t n, int64_t channel,
                     int64_t row, Range columns);
 
+// Elements before this one in its cache line.
+template <class T>
+inline int64_t elements_before(const T* at) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % 64 / sizeof(T));
+}
+
 // Copies by non-temporal stores, but for the ends that do not fill a line.
 template <class T>
 void copy_non_temporal(const T* from, int64_t count, T* to);
