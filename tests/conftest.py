@@ -39,7 +39,7 @@ def pytest_addoption(parser):
         "--passed",
         type=Path,
         metavar="FILE",
-        help="leave out the tests that FILE lists, and add those that pass to it",
+        help="--passed=FILE: leave out the tests that FILE lists, and add those that pass to it",
     )
 
 
