@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
-// up >= down, up*up outputs are centred on one source and read one window. A vector of features serves them all. If one
-// output is centred on a source, neighbours in a run share what their windows have in common. First comes the plan.
-// Each item then stages the masks of a tile, contracts the taps of its windows in register tiles, and writes.
+// up >= down, up*up outputs are centred on one source and read one window. A vector of features serves two of them. If
+// one output is centred on a source and channels are few, two neighbours share what their windows have in common.
+// First comes the plan. Each item then stages the masks of a tile, contracts the taps of its windows in register tiles,
+// and writes.
 #include <algorithm>
 #include <cassert>
 
@@ -39,7 +40,7 @@ struct ReassembleNhwc {
     int64_t row_windows;  // rows of windows in an image
     int64_t window_rows;  // of outputs that share a row of windows, at most
     bool non_temporal;
-    int run;               // cells of one output each with overlapping windows, contracted together
+    bool runs;             // two cells of one output each, whose windows overlap, are contracted together
     bool masks_in_place;   // read where they are
     bool logits_in_place;  // normalised without a transposition
     bool logits_of_cells;  // the same, a cell at a time, each tap in vectors of its own
@@ -63,7 +64,8 @@ struct ReassembleNhwc {
         masks_in_place = !p.from_logits && p.masks.stride_c == 1 && p.masks.dtype == kDtypeOf<A>;
         logits_in_place = p.from_logits && p.logits.stride_c == 1 && (up == 1 || down == 1) &&
                           CellMasks<A>::fits(up * up);
-        run = up == 1 && down < p.kernel_size ? 2 : 1;
+        // One output alone has enough sums to hide latency only in whole register tiles.
+        runs = up == 1 && down < p.kernel_size && channels % (8 * L) != 0;
         logits_of_cells = p.from_logits && p.logits.stride_c == 1 && !logits_in_place && 3 * window_rows * up > L &&
                           taps * up * up <= kMostLogitsOfCell;
         tile_cells = masks_in_place ? cells : logits_of_cells ? 1 : L;
@@ -81,9 +83,15 @@ struct ReassembleNhwc {
 };
 
 // A tile in the rows of outputs that share a row of windows, from `group` on.
+template <class T>
 struct ForwardTile {
     int64_t n, group, groups;
-    SharedWindow rows;
+    Range rows;                 // of outputs
+    int tap_rows;               // inside the borders
+    int64_t first_tap;          // of these rows
+    const T* features;          // column 0 of the first of them
+    T* outputs;                 // column 0
+    PixelPrefetch<T> prefetch;  // of rows that the next row of windows reads first
 };
 
 // ---- staging ----
@@ -98,14 +106,14 @@ struct TileWeights {
 
 // The masks of `count` cells from `cell` on, in the cheapest order. Uses all of scratch.
 template <class T>
-TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const ForwardTile& at, int64_t cell, int count,
+TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const ForwardTile<T>& at, int64_t cell, int count,
                                        Accumulator<T>* scratch) {
     using A = Accumulator<T>;
     constexpr int64_t L = kLanes<A>;
     const Problem& p = plan.p;
     const int64_t up = plan.up, taps = plan.taps;
     A *const tile = scratch, *const pixels = scratch + plan.tile_size;
-    const Range rows{at.rows.begin, at.rows.end};
+    const Range rows = at.rows;
     if (plan.masks_in_place) {
         return {element<const A>(p.masks, at.n, at.group * taps, rows.begin, cell * up), p.masks.stride_h,
                 up * p.masks.stride_w, p.masks.stride_w, 1};
@@ -138,24 +146,26 @@ TileWeights<Accumulator<T>> stage_tile(const ReassembleNhwc<T>& plan, const Forw
 
 // ---- contraction ----
 
-// The outputs centred on one source, and their window. In a run, each output is centred on a source of its own. Its
-// window begins `shift` columns behind the one before it, and `window` is the union.
+// The outputs centred on one source, and the taps of their window that are inside the borders. In a run, each of two
+// outputs is centred on a source of its own. The window is then the union of theirs.
 template <class T>
 struct WindowOutputs {
     using A = Accumulator<T>;
     static constexpr int kMost = kMaxFactor * kMaxFactor;
 
-    PixelWindow<const T> window;
+    const T* first;  // pixel of the first tap
+    int64_t row_stride, pixel_stride;
+    int64_t row_taps, tap_stride;  // of weights
+    int rows, columns;             // of taps, inside the borders
+    int alone, behind;             // columns that only the first output of a run reads, and only the second
     PixelPrefetch<T> prefetch;
-    int kernel_size, shift;
-    int64_t tap_stride;  // of weights
     bool non_temporal;
-    int count = 0;
-    const A* weights[kMost];  // of each output
+    int count;
+    const A* weights[kMost];  // of the first tap, for each output
     T* outputs[kMost];
 
     void step_to_next_group(int64_t channels, int64_t taps) {
-        window.corner += channels;
+        first += channels;
         prefetch.first += channels;
         for (int o = 0; o < count; o++) {
             weights[o] += taps;
@@ -164,164 +174,156 @@ struct WindowOutputs {
     }
 };
 
-// Adds the pixel x to the sums of outputs [kFirst, kLast), times weight_of(output).
-template <int kFirst, int kLast, bool kTail, int P, int NV, class T, class F>
-CARAFEPP_INLINE void add_tap(const T* x, int tail, F weight_of, Vector<Accumulator<T>> (&sums)[P][NV]) {
+// Adds `count` columns of a row of taps to the sums of outputs [kFirst, kLast) of P. Steps behind them.
+template <int kFirst, int kLast, bool kTail, int P, int NV, class T>
+CARAFEPP_INLINE void add_columns(const WindowOutputs<T>& at, int count, int o, int tail, const T*& x, int64_t& tap,
+                                 Vector<Accumulator<T>> (&sums)[P][NV]) {
     Vector<Accumulator<T>> features[NV];
-    read_channels<NV, kTail>(x, tail, features);
-    if constexpr (kLast - kFirst > 1) {
+    for (; count > 0; count--, x += at.pixel_stride, tap += at.tap_stride) {
+        read_channels<NV, kTail>(x, tail, features);
+        if constexpr (kLast - kFirst > 1) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) features[v] = in_register(features[v]);
-    }
+            for (int v = 0; v < NV; v++) features[v] = in_register(features[v]);
+        }
 #pragma GCC unroll 8
-    for (int o = kFirst; o < kLast; o++) {
-        const Vector<Accumulator<T>> weight = splat(weight_of(o));
+        for (int q = kFirst; q < kLast; q++) {
+            const Vector<Accumulator<T>> weight = splat(at.weights[o + q][tap]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) sums[o][v] += weight * features[v];
+            for (int v = 0; v < NV; v++) sums[q][v] += weight * features[v];
+        }
     }
 }
 
-// Adds a row of the union of the windows of a run, from `Segment` on. A segment is the columns that the same outputs
-// read: the first output alone, both, the second alone.
-template <bool kTail, int Segment = 0, int NV, class T>
-CARAFEPP_INLINE void add_row_of_run(const WindowOutputs<T>& at, const T* x, const Accumulator<T>* (&weights)[2], int b,
-                                    int tail, Vector<Accumulator<T>> (&sums)[2][NV]) {
-    constexpr int kFirst = Segment / 2, kLast = std::min(Segment + 1, 2);
-    const int end = kLast < 2 ? at.shift : at.kernel_size + kFirst * at.shift;
-    for (const int last = std::min(end, at.window.b_end); b < last; b++, x += at.window.pixel_stride) {
-        add_tap<kFirst, kLast, kTail>(x, tail, [&](int o) { return *weights[o]; }, sums);
-        for (int o = 0; o < 2; o++) weights[o] += at.tap_stride;
-    }
-    if constexpr (Segment < 2) add_row_of_run<kTail, Segment + 1>(at, x, weights, b, tail, sums);
-}
-
-// A register tile: `P` outputs from `first` on, or a run; `NV` vectors of channels from `c` on.
+// A register tile: `P` outputs from `o` on, or a run; `NV` vectors of channels from `c` on.
 template <int P, bool kRun, int NV, bool kTail, class T>
-CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int first, int64_t c, int tail) {
-    using A = Accumulator<T>;
-    Vector<A> sums[P][NV] = {};
-    const PixelWindow<const T>& window = at.window;
-    const int64_t tap_stride = at.tap_stride, row_taps = at.kernel_size * tap_stride;
-    const T* row = window.pixel(window.a_begin, window.b_begin) + c;
-    int64_t tap = window.a_begin * row_taps + window.b_begin * tap_stride;
-    for (int a = window.a_begin; a < window.a_end; a++, row += window.row_stride, tap += row_taps) {
-        if (a - window.a_begin < at.prefetch.rows) prefetch_row<NV>(at.prefetch, a - window.a_begin, c);
-        const A* weights[P];  // of the first column in the window of each output, or in the union
-#pragma GCC unroll 4
-        for (int o = 0; o < P; o++) weights[o] = at.weights[first + o] + tap - o * at.shift * tap_stride;
+CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int o, int64_t c, int tail) {
+    Vector<Accumulator<T>> sums[P][NV] = {};
+    for (int row = 0; row < at.prefetch.rows; row++) prefetch_row<NV>(at.prefetch, row, c);
+    const T* row = at.first + c;
+    int64_t row_tap = 0;
+    for (int rows = at.rows; rows > 0; rows--, row += at.row_stride, row_tap += at.row_taps) {
+        const T* x = row;
+        int64_t tap = row_tap;
         if constexpr (kRun) {
-            add_row_of_run<kTail>(at, row, weights, window.b_begin, tail, sums);
+            add_columns<0, 1, kTail>(at, at.alone, o, tail, x, tap, sums);
+            add_columns<0, 2, kTail>(at, at.columns - at.alone - at.behind, o, tail, x, tap, sums);
+            add_columns<1, 2, kTail>(at, at.behind, o, tail, x, tap, sums);
         } else {
-            const T* x = row;
-            for (int b = window.b_begin; b < window.b_end; b++, x += window.pixel_stride) {
-                add_tap<0, P, kTail>(x, tail, [&](int o) { return *weights[o]; }, sums);
-#pragma GCC unroll 4
-                for (int o = 0; o < P; o++) weights[o] += tap_stride;
-            }
+            add_columns<0, P, kTail>(at, at.columns, o, tail, x, tap, sums);
         }
     }
 #pragma GCC unroll 8
-    for (int o = 0; o < P; o++) write_channels<NV, kTail>(sums[o], at.outputs[first + o] + c, tail, at.non_temporal);
+    for (int q = 0; q < P; q++) write_channels<NV, kTail>(sums[q], at.outputs[o + q] + c, tail, at.non_temporal);
 }
 
 // All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
 // ones have fewer, and a tail.
 template <int P, bool kRun, class T>
-__attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int first, int64_t channels) {
+__attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int o, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = P == 1 || (kRun && kVectorRegisters == 32) ? 8 : P == 4 && kVectorRegisters == 16 ? 2 : 4;
+    constexpr int kMost = P == 1 || kVectorRegisters == 32 ? 8 : 4;
     int64_t c = 0;
-    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, first, c, 0);
+    for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, o, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
-        sum_over_taps<P, kRun, 4, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 4, false>(at, o, c, 0);
         c += 4 * L;
     }
-    if (kMost > 2 && c + 2 * L <= channels) {
-        sum_over_taps<P, kRun, 2, false>(at, first, c, 0);
+    if (c + 2 * L <= channels) {
+        sum_over_taps<P, kRun, 2, false>(at, o, c, 0);
         c += 2 * L;
     }
     if (c + L <= channels) {
-        sum_over_taps<P, kRun, 1, false>(at, first, c, 0);
+        sum_over_taps<P, kRun, 1, false>(at, o, c, 0);
         c += L;
     }
-    if (c < channels) sum_over_taps<P, kRun, 1, true>(at, first, c, static_cast<int>(channels - c));
+    if (c < channels) sum_over_taps<P, kRun, 1, true>(at, o, c, static_cast<int>(channels - c));
 }
 
-template <class T>
-void reassemble_window(const WindowOutputs<T>& at, int64_t channels) {
-    if (at.shift > 0) return sum_channels_over_taps<2, true>(at, 0, channels);
-    int first = 0;
-    for (; first + 4 <= at.count; first += 4) sum_channels_over_taps<4, false>(at, first, channels);
-    for (; first + 2 <= at.count; first += 2) sum_channels_over_taps<2, false>(at, first, channels);
-    if (first < at.count) sum_channels_over_taps<1, false>(at, first, channels);
-}
-
-// The groups of a tile, one after the other.
+// The groups of a tile, one after the other. A pair of outputs mostly lies in one row. Non-temporal stores in
+// turns to two rows take up to three times as long, if these are a multiple of 4 KiB apart.
 template <class T>
 void reassemble_groups(const ReassembleNhwc<T>& plan, int64_t groups, WindowOutputs<T>& at) {
-    for (; groups > 0; groups--) {
-        reassemble_window(at, plan.channels);
+    while (true) {
+        int o = 0;
+        for (; o + 2 <= at.count; o += 2) {
+            at.alone + at.behind > 0 ? sum_channels_over_taps<2, true>(at, o, plan.channels)
+                                     : sum_channels_over_taps<2, false>(at, o, plan.channels);
+        }
+        if (o < at.count) sum_channels_over_taps<1, false>(at, o, plan.channels);
+        if (--groups == 0) return;
         at.step_to_next_group(plan.channels, plan.taps);
     }
 }
 
-// The rows that the next row of windows reads first: as many pixels as the cells have sources.
+// All outputs of `count` cells from `cell` on, window by window.
 template <class T>
-PixelPrefetch<T> pixel_prefetch(const ReassembleNhwc<T>& plan, const ForwardTile& at, int64_t cell, int cell_count) {
-    const Array& features = plan.p.features;
-    const int64_t row = at.rows.source + plan.p.offset_h + plan.p.radius() + 1;
-    const int64_t rows = std::min(ceil_div(plan.down, plan.up), features.h - row);
-    return {element<const T>(features, at.n, at.group * plan.channels, row, cell * plan.down), features.stride_h,
-            features.stride_w, static_cast<int>(rows), static_cast<int>(cell_count * plan.down)};
-}
-
-template <class T>
-void set_window(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t column, int64_t tap_stride, int shift,
-                int outputs, WindowOutputs<T>& at) {
-    at.window = window_of<const T>(plan.p, plan.p.features, item.n, item.group * plan.channels, item.rows.source,
-                                   column, shift * (outputs - 1));
-    at.kernel_size = static_cast<int>(plan.p.kernel_size);
-    at.shift = shift;
-    at.tap_stride = tap_stride;
-    at.non_temporal = plan.non_temporal;
-}
-
-// All outputs of one cell, the q-th of its tile, window by window.
-template <class T>
-void reassemble_cell(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t cell,
-                     const TileWeights<Accumulator<T>>& weights, int64_t q) {
-    const SharedWindow& rows = item.rows;
-    for (int g = 0; g < plan.column_windows.count; g++) {
-        const SharedWindow& columns = plan.column_windows.windows[g];
-        WindowOutputs<T> at;
-        set_window(plan, item, cell * plan.down + columns.source, weights.tap_stride, 0, 1, at);
-        if (g == 0) at.prefetch = pixel_prefetch(plan, item, cell, 1);
-        const int64_t end = std::min<int64_t>(columns.end, plan.p.out_w - cell * plan.up);
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            for (int64_t phase = columns.begin; phase < end; phase++) {
-                at.weights[at.count] = weights.first + (row - rows.begin) * weights.row_stride +
-                                       q * weights.cell_stride + phase * weights.phase_stride;
-                at.outputs[at.count++] = element<T>(plan.output, item.n, item.group * plan.channels, row,
-                                                    cell * plan.up + phase);
-            }
-        }
-        reassemble_groups(plan, item.groups, at);
-    }
-}
-
-// The outputs of a run of neighbouring cells, which have one each.
-template <class T>
-void reassemble_run(const ReassembleNhwc<T>& plan, const ForwardTile& item, int64_t cell,
-                    const TileWeights<Accumulator<T>>& weights, int64_t q) {
+void reassemble_cells(const ReassembleNhwc<T>& plan, const ForwardTile<T>& tile, int64_t cell, int64_t count,
+                      const TileWeights<Accumulator<T>>& weights) {
+    const Problem& p = plan.p;
+    const int64_t pixel_stride = p.features.stride_w, output_stride = plan.output.stride_w;
+    const int64_t first_left = p.offset_w - p.radius();
     WindowOutputs<T> at;
-    set_window(plan, item, cell * plan.down, weights.tap_stride, static_cast<int>(plan.down), plan.run, at);
-    at.prefetch = pixel_prefetch(plan, item, cell, plan.run);
-    at.count = plan.run;
-    for (int o = 0; o < plan.run; o++) {
-        at.weights[o] = weights.first + (q + o) * weights.cell_stride;
-        at.outputs[o] = element<T>(plan.output, item.n, item.group * plan.channels, item.rows.begin, cell + o);
+    at.rows = tile.tap_rows;
+    at.pixel_stride = pixel_stride;
+    at.tap_stride = weights.tap_stride;
+    at.row_stride = p.features.stride_h;
+    at.row_taps = p.kernel_size * weights.tap_stride;
+    at.prefetch = tile.prefetch;
+    at.non_temporal = plan.non_temporal;
+    const Accumulator<T>* of_cell = weights.first + tile.first_tap * weights.tap_stride;
+    int run = 1;
+    for (const int64_t end = cell + count; cell < end; cell += run, of_cell += run * weights.cell_stride) {
+        run = plan.runs && cell + 2 <= end ? 2 : 1;
+        const int64_t shift = (run - 1) * plan.down;
+        at.prefetch.columns = static_cast<int>(run * plan.down);
+        const int64_t first_column = cell * plan.down, first_output = cell * plan.up;
+        for (int g = 0; g < plan.column_windows.count; g++) {
+            const SharedWindow& columns = plan.column_windows.windows[g];
+            const int64_t left = first_left + first_column + columns.source;
+            const int64_t first = std::max<int64_t>(-left, 0);
+            const int64_t last = std::min(p.kernel_size + shift, p.features.w - left);
+            at.columns = static_cast<int>(last - first);
+            at.alone = static_cast<int>(std::max<int64_t>(std::min(shift, last) - first, 0));
+            at.behind = static_cast<int>(std::max<int64_t>(last - std::max(first, p.kernel_size), 0));
+            at.first = tile.features + (left + first) * pixel_stride;
+            at.prefetch.first = tile.prefetch.first + first_column * pixel_stride;
+            at.prefetch.rows = g == 0 ? tile.prefetch.rows : 0;
+            at.count = 0;
+            const Accumulator<T>* of_row = of_cell + first * weights.tap_stride;
+            T* row = tile.outputs + first_output * output_stride;
+            const int64_t outputs_end = std::min(run > 1 ? run : columns.end, p.out_w - first_output);
+            const int64_t step = run > 1 ? weights.cell_stride - shift * weights.tap_stride : weights.phase_stride;
+            for (int64_t i = tile.rows.size(); i > 0; i--) {
+                for (int64_t column = columns.begin; column < outputs_end; column++) {
+                    at.weights[at.count] = of_row + column * step;
+                    at.outputs[at.count++] = row + column * output_stride;
+                }
+                of_row += weights.row_stride;
+                row += plan.output.stride_h;
+            }
+            reassemble_groups(plan, tile.groups, at);
+        }
     }
-    reassemble_groups(plan, item.groups, at);
+}
+
+// Prefetches the rows that the next row of windows reads first: as many pixels as a cell has sources.
+template <class T>
+ForwardTile<T> tile_of(const ReassembleNhwc<T>& plan, int64_t n, int64_t group, int64_t groups,
+                       const SharedWindow& shared) {
+    const Problem& p = plan.p;
+    const Array& features = p.features;
+    const int64_t channel = group * plan.channels, top = shared.source + p.offset_h - p.radius();
+    const int64_t next = top + p.kernel_size, first = std::max<int64_t>(-top, 0);
+    return {n,
+            group,
+            groups,
+            {shared.begin, shared.end},
+            static_cast<int>(std::min(p.kernel_size, features.h - top) - first),
+            first * p.kernel_size,
+            element<const T>(features, n, channel, top + first, 0),
+            element<T>(plan.output, n, channel, shared.begin, 0),
+            {element<const T>(features, n, channel, next, 0), features.stride_h, features.stride_w,
+             static_cast<int>(std::min(ceil_div(plan.down, plan.up), features.h - next)), 0}};
 }
 
 template <class T>
@@ -332,11 +334,8 @@ void ReassembleNhwc<T>::run_item(int64_t item, A* scratch) const {
     for (int64_t cell = 0; cell < cells; cell += tile_cells) {
         const int64_t count = std::min(tile_cells, cells - cell);
         for (int64_t group = first; group < end; group += tile_groups) {
-            const ForwardTile at{n, group, std::min(tile_groups, end - group), rows};
-            const TileWeights<A> weights = stage_tile(*this, at, cell, static_cast<int>(count), scratch);
-            int64_t q = 0;
-            for (; run > 1 && q + run <= count; q += run) reassemble_run(*this, at, cell + q, weights, q);
-            for (; q < count; q++) reassemble_cell(*this, at, cell + q, weights, q);
+            const ForwardTile<T> tile = tile_of(*this, n, group, std::min(tile_groups, end - group), rows);
+            reassemble_cells(*this, tile, cell, count, stage_tile(*this, tile, cell, static_cast<int>(count), scratch));
         }
     }
     if (non_temporal) finish_non_temporal_stores();
