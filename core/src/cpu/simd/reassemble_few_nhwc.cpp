@@ -54,10 +54,15 @@ struct ReassembleFewNhwc {
             const auto window = window_of<const T>(p, p.features, n, 0, p.factor.source(i), p.factor.source(j));
             if (j == 0 || window.b_begin != last.b_begin || window.b_end != last.b_end) find_taps(window, tap_offsets);
             last = window;
+            const bool inside = window.taps() == cells.taps;
             const T* const masks = element<const T>(p.masks, n, 0, i, j);
             T* const to = element<T>(output, n, 0, i, j);
             for_each_block<L>(static_cast<int>(p.groups), [&](int first, int) __attribute__((always_inline)) {
-                store(sum_over_taps(masks + first * cells.taps, window.corner + first, tap_offsets), to + first);
+                const A* const of_channels = masks + first * cells.taps;
+                const T* const pixel = window.corner + first;
+                store(inside ? sum_over_taps<true>(of_channels, pixel, tap_offsets)
+                             : sum_over_taps<false>(of_channels, pixel, tap_offsets),
+                      to + first);
             });
         }
     }
@@ -71,12 +76,13 @@ struct ReassembleFewNhwc {
     }
 
     // `masks` are those of the first channel. The processor alone does not prefetch them in time.
+    template <bool kInside>
     CARAFEPP_MEMBER Vector<A> sum_over_taps(const A* masks, const A* pixel, const int64_t* tap_offsets) const {
         constexpr int64_t kAhead = 16384 / sizeof(A), kLine = 64 / sizeof(A);
         const int64_t taps = cells.taps;
         Vector<A> sums[2] = {};  // two dependency chains, to hide latency
         const auto add_tap = [&](Vector<A> mask, int64_t t, int chain) __attribute__((always_inline)) {
-            if (tap_offsets[t] != kOutside) sums[chain] += mask * load(pixel + tap_offsets[t]);
+            if (kInside || tap_offsets[t] != kOutside) sums[chain] += mask * load(pixel + tap_offsets[t]);
         };
         int64_t t = 0;
         for (; t + L <= taps; t += L) {
