@@ -391,9 +391,30 @@ struct ExchangeHigh {  // the even ones of the second replaced by the odd ones o
     static constexpr int at(int lane, int lanes) { return lane & Distance ? lanes + lane : lane + Distance; }
 };
 
+template <int First>
+struct Unpack {  // in each four lanes, two of the first alternating with two of the second
+    static constexpr int at(int lane, int lanes) { return lane / 4 * 4 + First + lane % 4 / 2 + lane % 2 * lanes; }
+};
+
 // rows[i] lane k becomes rows[k] lane i.
 template <class A, int Distance = 1>
 CARAFEPP_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
+    if constexpr (Distance == 1 && sizeof(A) == 4) {  // each shuffle is one instruction
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<A>; i += 4) {
+            Vector<A> low[2], high[2];
+            for (int k = 0; k < 2; k++) {
+                low[k] = shuffle<Unpack<0>, A>(rows[i + 2 * k], rows[i + 2 * k + 1]);
+                high[k] = shuffle<Unpack<2>, A>(rows[i + 2 * k], rows[i + 2 * k + 1]);
+            }
+            rows[i] = shuffle<ExchangeLow<2>, A>(low[0], low[1]);
+            rows[i + 1] = shuffle<ExchangeHigh<2>, A>(low[0], low[1]);
+            rows[i + 2] = shuffle<ExchangeLow<2>, A>(high[0], high[1]);
+            rows[i + 3] = shuffle<ExchangeHigh<2>, A>(high[0], high[1]);
+        }
+        if constexpr (kLanes<A> > 4) transpose<A, 4>(rows);
+        return;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<A>; i++) {
         if (i & Distance) continue;
