@@ -116,6 +116,9 @@ def case(reason, c, w, **params):
 FEW_CHANNELS = case("few channels", 3, 21, up=2)
 FEW_CELLS = case("few cells", 3, 3, up=2)
 ONE_TAP = case("one tap", 5, 21, kernel_size=1)
+STRIDE_2 = case("runs of masks that are staged", 16, 21, down=2)
+STRIDE_3 = case("runs of adjacent channels", 16, 21, down=3)
+STRIDE_OF_FEW = case("runs of few outputs", 16, 13, down=3)
 MANY_CHANNELS = case("masks of many channels", 272, 7, kernel_size=7)
 NARROW = case("few columns, many channels", 64, 7, up=2)
 DEINTERLEAVED = case("many channels, a factor down", 16, 21, down=2)
@@ -134,6 +137,15 @@ SLOWER = {
     ],
     "the masks of a group would be read again for every 16 of more than 256 channels": [
         (MANY_CHANNELS, "NCHW", "runs_any", ("reassemble",)),
+    ],
+    "down is less than 3 and masks are staged": [
+        (STRIDE_2, "NCHW", "runs_any", BOTH),
+    ],
+    "channels of features are adjacent, so nothing is transposed": [
+        (STRIDE_3, "NHWC", "runs_any", BOTH),
+    ],
+    "fewer than 8 columns of outputs, of staged masks": [
+        (STRIDE_OF_FEW, "NCHW", "runs_any", BOTH),
     ],
     "columns of masks or logits are not adjacent": [
         (FEW_CHANNELS, "any", "few_nchw", (*BOTH, "grad_features", *MASKS)),

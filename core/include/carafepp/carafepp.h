@@ -249,7 +249,7 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  *             normalize_masks_backward
  *     factor: up2 or down2, of a kernel for that factor alone
  *     few:    of a kernel for few channels in a group
- *     runs:   of a kernel for runs of outputs whose windows overlap, with a kernel_size of 7
+ *     runs:   of a kernel for runs of neighbouring outputs, each centred on a source of its own
  *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)
  *     mma:    by tensor cores
  *     target: ref (portable loops), avx2, avx512, neon, generic or cuda */

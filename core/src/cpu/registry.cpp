@@ -56,7 +56,8 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
 
 constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble,
                                                  CARAFEPP_ENTRIES("reassemble_runs_any", reassemble_runs_any));
-constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST("reassemble_with_logits", reassemble, );
+constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST(
+    "reassemble_with_logits", reassemble, CARAFEPP_ENTRIES("reassemble_with_logits_runs_any", reassemble_runs_any));
 constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features, );
 constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks, );
 constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks, );

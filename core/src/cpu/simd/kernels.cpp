@@ -189,15 +189,21 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks
 
 // ---- runs: channels in lanes, of any layout ----
 
+bool reads_masks_in_place(const Problem& p) {
+    return !p.from_logits && p.kernel_size == kRunKernelSize && p.factor.down <= 2 &&
+           p.features.dtype == CARAFEPP_FLOAT32;
+}
+
 const char* cannot_run_reassemble_runs_any(const Problem& p, const Array&) {
-    if (p.from_logits) return "masks come from logits";
-    if (p.factor.up > 1 || p.factor.down > 2) return "up is more than 1, or down more than 2";
-    if (p.kernel_size != kRunKernelSize) return "kernel_size is not 7";
-    if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";
+    if (p.factor.up > 1 || p.factor.down > kMaxFactor) return "up is more than 1, or down more than 16";
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
     if (p.features.c == 0 || p.features.c / p.groups % kRunChannels != 0)
         return "channels of a group are no multiple of 16";
     if (p.out_w < kFewestRunColumns) return "fewer than 4 columns of outputs";
-    if (in_lanes(p.kernel_size * p.features.w + 6 * p.out_w) > kScratchBytes / 4 * 3)
+    if (p.taps() * (p.out_w + 16) * size_of_sum(p) > kScratchBytes / 8)
+        return "the masks of a row take more than 256 KiB";
+    const int64_t columns = p.features.w + p.kernel_size + 8 * p.factor.down;
+    if (in_lanes(p.kernel_size * columns + 6 * p.out_w) > kScratchBytes / 4 * 3)
         return "the rows of a window take more than 1536 KiB";
     return nullptr;
 }
@@ -281,6 +287,7 @@ constexpr int64_t kChannelsAtOnce = 128;  // or all of them: fewer are not worth
 constexpr int64_t kFewestChannelsAtOnce = 32, kFewestChannelsOfPixels = 16;  // of a forward with a large down
 constexpr int64_t kCellsToDeinterleaveByThree = 21;                          // of a row: by 3 takes the fewest shuffles
 
+constexpr int kFewestDownOfRuns = 3, kFewestStagedColumns = 8;  // with staged masks
 constexpr int64_t kMostRunChannels = 256;  // of a group, if its masks are far apart or its features are not
 
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
@@ -347,6 +354,11 @@ static const char* slower_on_images(const Problem& p, const char* few) {
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 
 const char* slower_reassemble_runs_any(const Problem& p, const Array&) {
+    if (!reads_masks_in_place(p)) {
+        if (p.factor.down < kFewestDownOfRuns) return "down is less than 3 and masks are staged";
+        if (adjacent(p.features)) return "channels of features are adjacent, so nothing is transposed";
+        return p.out_w < kFewestStagedColumns ? "fewer than 8 columns of outputs, of staged masks" : nullptr;
+    }
     const bool cheap = adjacent(p.masks) && !adjacent(p.features);
     if (cheap || p.features.c / p.groups <= kMostRunChannels) return nullptr;
     return "the masks of a group would be read again for every 16 of more than 256 channels";

@@ -44,9 +44,11 @@ constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratch
 // Columns of outputs of a block of the kernels for few channels from masks, about.
 constexpr int64_t kFewColumns = 1024;
 
-// The kernel for runs has one kernel size. It stages a cache line of channels together, and needs some columns of
-// outputs.
+// The kernel for runs stages a cache line of channels together, and needs some columns of outputs. It reads masks of
+// one kernel size, of most involutions, where they are.
 constexpr int kRunKernelSize = 7, kRunChannels = 16, kFewestRunColumns = 4;
+
+bool reads_masks_in_place(const Problem& problem);
 
 // Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.
 constexpr int kMostSourceRows = 3, kMostSourceColumns = 4;

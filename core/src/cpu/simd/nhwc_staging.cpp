@@ -7,10 +7,10 @@
 namespace carafepp::CARAFEPP_ISA {
 namespace {
 
-// Calls f(row, columns) for each row of an array, or once for all rows if they are adjacent.
+// Calls f(row, columns) for each row of an array and an image. Rows that are adjacent in both are one row.
 template <class F>
-CARAFEPP_INLINE void for_each_row(const Array& array, F f) {
-    if (array.stride_h == array.w * array.stride_w) {
+CARAFEPP_INLINE void for_each_row(const Array& array, const Array& image, F f) {
+    if (array.stride_h == array.w * array.stride_w && image.stride_h == image.w * image.stride_w) {
         f(0, array.h * array.w);
     } else {
         for (int64_t row = 0; row < array.h; row++) f(row, array.w);
@@ -53,7 +53,7 @@ template <class T>
 void load_elements(const Array& array, int64_t n, int64_t channel, const Array& image) {
     using A = Accumulator<T>;
     constexpr int64_t L = kLanes<A>;
-    for_each_row(array, [&](int64_t row, int64_t columns) {
+    for_each_row(array, image, [&](int64_t row, int64_t columns) {
         const T* from = element<const T>(array, n, channel, row, 0);
         A* const to = element<A>(image, 0, 0, row, 0);
         if constexpr (std::is_same_v<T, float>) {  // others do without this code, for its size
@@ -94,7 +94,7 @@ void store_elements(const Array& image, const Array& array, int64_t n, int64_t c
                     Accumulator<T>* planes) {
     using A = Accumulator<T>;
     constexpr int64_t L = kLanes<A>;
-    for_each_row(array, [&](int64_t row, int64_t columns) {
+    for_each_row(array, image, [&](int64_t row, int64_t columns) {
         const A* const from = element<const A>(image, 0, 0, row, 0);
         T* to = element<T>(array, n, channel, row, 0);
         if constexpr (std::is_same_v<T, A>) {

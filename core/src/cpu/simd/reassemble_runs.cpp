@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forward for runs, compiled once for each instruction set. Their outputs are centred on neighbouring sources or on
-// every other one. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages
-// features of a cache line of channels, contracts the taps of runs, and writes. Staged pixels are adjacent, so the
-// windows of a row of outputs stay in the level 1 cache.
+// The forward for runs, compiled once for each instruction set. Their outputs are neighbours, each centred on a source
+// of its own. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages features
+// of a cache line of channels, contracts the taps of runs, and writes. Staged pixels are adjacent, so the windows of a
+// row of outputs stay in the level 1 cache. A run of the most frequent kind reads masks where they are, and shares
+// features between its outputs. All others read staged masks.
 #include <algorithm>
 #include <utility>
 
 #include "cpu/geometry.h"
+#include "cpu/simd/border.h"
 #include "cpu/simd/kernels.h"
+#include "cpu/simd/masks.h"
 #include "cpu/simd/nhwc_staging.h"
 #include "cpu/simd/nhwc_windows.h"
 #include "cpu/simd/work_items.h"
@@ -19,23 +22,32 @@ namespace {
 constexpr int64_t kChannels = kRunChannels;
 constexpr int kVectors = kRunChannels / kLanes<float>;
 constexpr int kLongRun = 6, kShortRun = kFewestRunColumns;
-constexpr int64_t kFeaturesBytes = 256 * 1024;  // staged, about: part of a level 2 cache
-constexpr int64_t kOutputsBytes = 64 * 1024;    // staged until they are written together, at most
+constexpr int kStagedRun = std::max(8 / kVectors, 2);  // whose masks are staged
+constexpr int64_t kFeaturesBytes = 256 * 1024;         // staged, about: part of a level 2 cache
+constexpr int64_t kMasksBytes = 256 * 1024;            // the same
+constexpr int64_t kOutputsBytes = 64 * 1024;           // staged until they are written together, at most
 constexpr int64_t kMostRowsTogether = 8;
 
 // ---- plan ----
 
-// An item computes some rows of outputs in the channels of a cache line.
+// An item computes some rows of outputs in the channels of a cache line. If masks are staged, several of these share
+// them.
 struct ReassembleRuns {
     using A = float;
     static constexpr int64_t L = kLanes<A>;
 
     const Problem& p;
     const Array& output;
-    int64_t parts;                 // cache lines of channels
+    const bool in_place = reads_masks_in_place(p);
+    const MaskTiles<A> masks{p, 1};
+    const Columns columns{p, 1};
+    const int64_t tiles = ceil_div(p.out_w, L), tile_size = masks.row_size(L);  // of staged masks, [tap][lane]
+    int64_t before, width;         // columns of 0 before those of features: the padding; of a row of both
+    int64_t parts, shares;         // cache lines of channels; an item takes one share of them
     int64_t rows_of_item, blocks;  // of outputs; items of the rows of an image
     int64_t rows_together;         // of outputs
     bool outputs_in_place, non_temporal;
+    int64_t masks_size;                 // [row][tile][tap][lane]
     int64_t features_size;              // [row][column][channel]
     int64_t outputs_size, planes_size;  // [row][column][channel], of rows together; room for non-temporal stores
     int64_t items, scratch_size;
@@ -44,27 +56,44 @@ struct ReassembleRuns {
         constexpr int64_t kPixelBytes = kChannels * int64_t{sizeof(A)};
         const int64_t down = p.factor.down;
         parts = p.features.c / kChannels;
+        const int64_t columns_read = (ceil_div(p.out_w, kStagedRun) * kStagedRun - 1) * down + p.kernel_size;
+        before = in_place ? 0 : p.radius() - p.offset_w;
+        width = in_place ? p.features.w : std::max(before + p.features.w, columns_read);
         // A thread gets about four items, so no thread waits long for the others.
         const int64_t threads = threads_worth<A>(p);
         const int64_t fewest_blocks = threads > 1 ? ceil_div(4 * threads, output.n * parts) : 1;
-        const int64_t most_sources = kFeaturesBytes / (p.features.w * kPixelBytes);
-        rows_of_item = share_size(p.out_h, std::min((most_sources - p.kernel_size) / down + 1,
-                                                    std::max(p.out_h / fewest_blocks, kMostRowsTogether)));
+        const int64_t most_sources = kFeaturesBytes / (width * kPixelBytes);
+        const int64_t most_rows = in_place ? p.out_h : kMasksBytes / (tiles * tile_size * int64_t{sizeof(A)});
+        rows_of_item = share_size(p.out_h, std::min({most_rows, (most_sources - p.kernel_size) / down + 1,
+                                                     std::max(p.out_h / fewest_blocks, kMostRowsTogether)}));
         blocks = ceil_div(p.out_h, rows_of_item);
-        items = output.n * blocks * parts;
+        const int64_t shares_for_threads = threads > 1 ? 4 * threads / (output.n * blocks) : 1;
+        shares = in_place ? parts : std::clamp<int64_t>(shares_for_threads, 1, parts);
+        items = output.n * blocks * shares;
         rows_together = std::clamp<int64_t>(kOutputsBytes / (p.out_w * kPixelBytes), 1, kMostRowsTogether);
-        outputs_in_place = output.stride_c == 1;
+        outputs_in_place = output.stride_c == 1 && output.dtype == kDtypeOf<A>;
         non_temporal = outputs_in_place
                            ? takes_non_temporal_stores<A>(output, kChannels)
                            : output.stride_w == 1 && output.stride_h == output.w && wants_non_temporal_stores(output);
         const int64_t sources = std::min((rows_of_item - 1) * down + p.kernel_size, p.features.h);
-        features_size = sources * p.features.w * kChannels;
+        masks_size = in_place ? 0 : rows_of_item * tiles * tile_size;
+        features_size = sources * width * kChannels;
         outputs_size = outputs_in_place ? 0 : rows_together * p.out_w * kChannels;
         planes_size = outputs_in_place ? 0 : rows_together * p.out_w * L;
-        scratch_size = features_size + outputs_size + planes_size;
+        scratch_size = masks_size + features_size + outputs_size + planes_size;
     }
 
     void run_item(int64_t item, A* scratch) const;
+
+    // Masks of taps beyond the border become 0: features are staged as 0 there, and 0 times an infinite mask is NaN.
+    void stage_masks(int64_t n, int64_t group, Range rows, A* to) const {
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+            for (int64_t cell = 0; cell < p.out_w; cell += L, to += tile_size) {
+                masks.stage(n, group, {row, row + 1}, cell, static_cast<int>(std::min(L, p.out_w - cell)), L, to);
+                zero_taps_outside(columns, cell, to);
+            }
+        }
+    }
 
     // The row of features, perhaps beyond the border, that the first tap row of an output reads.
     int64_t top(int64_t row) const { return row * p.factor.down + p.offset_h - p.radius(); }
@@ -77,9 +106,9 @@ Array rows_of(Array array, Range rows) {
     return array;
 }
 
-// Staged pixels of a block of channels.
-Array staged(float* data, int64_t height, int64_t width) {
-    return {data, CARAFEPP_FLOAT32, 1, kChannels, height, width, 0, 1, width * kChannels, kChannels};
+// Staged pixels of a block of channels, in rows of `pitch` pixels.
+Array staged(float* data, int64_t height, int64_t width, int64_t pitch) {
+    return {data, CARAFEPP_FLOAT32, 1, kChannels, height, width, 0, 1, pitch * kChannels, kChannels};
 }
 
 // ---- contraction ----
@@ -88,9 +117,11 @@ Array staged(float* data, int64_t height, int64_t width) {
 struct Run {
     const float* features;  // staged; the first column of the union, in its first row inside the border
     int64_t row_stride;
-    int rows;        // inside the border
-    int begin, end;  // columns inside it
-    // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride].
+    int64_t source_stride;  // from output to output, of a run with staged masks
+    int rows, kernel_size;  // rows of taps inside the border; in each, taps with staged masks
+    int begin, end;         // columns inside the border
+    // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride]. Staged masks are
+    // [tile][tap][lane], and cell_stride is that of tiles.
     const float* masks;
     int64_t cell_stride, tap_stride;
     int64_t next_masks;       // from masks to those of the next row of outputs, or 0: these are not prefetched
@@ -152,6 +183,42 @@ __attribute__((noinline)) void reassemble_run(const Run& run) {
         write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
 }
 
+// Contracts a run with staged masks. Outputs beyond the row are not written.
+__attribute__((noinline)) void reassemble_staged_run(const Run& run, int64_t outputs) {
+    constexpr int P = kStagedRun;
+    Vector<float> sums[P][kVectors] = {};
+    const float *row = run.features, *masks = run.masks;
+    const int64_t source_stride = run.source_stride;
+    for (int a = 0; a < run.rows; a++, row += run.row_stride) {
+        const float* x = row;
+        for (int b = 0; b < run.kernel_size; b++, x += kChannels, masks += kLanes<float>) {
+#pragma GCC unroll 8
+            for (int o = 0; o < P; o++) {
+                const Vector<float> mask = splat(masks[o]);
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; v++) sums[o][v] += mask * load(x + o * source_stride + v * kLanes<float>);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < P; o++) {
+        if (o < outputs)
+            write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
+    }
+}
+
+// A row of outputs whose masks are staged. The pointers of `row` are those of the first tap and of output 0.
+void reassemble_staged_row(const Problem& p, const Run& row) {
+    constexpr int64_t L = kLanes<float>;
+    Run run = row;
+    for (int64_t j = 0; j < p.out_w; j += kStagedRun) {
+        run.masks = row.masks + j / L * row.cell_stride + j % L;
+        reassemble_staged_run(run, p.out_w - j);
+        run.features += kStagedRun * run.source_stride;
+        run.outputs += kStagedRun * run.output_stride;
+    }
+}
+
 // A row of outputs. The pointers of `row` are those of column 0.
 void reassemble_row(const Problem& p, const Run& row) {
     constexpr int K = kRunKernelSize;
@@ -174,35 +241,50 @@ void reassemble_row(const Problem& p, const Run& row) {
 }
 
 void ReassembleRuns::run_item(int64_t item, A* scratch) const {
-    const int64_t block = item / parts % blocks, n = item / parts / blocks;
-    const int64_t channel = item % parts * kChannels, group = channel / (p.features.c / p.groups);
-    A *const features = scratch, *const outputs = features + features_size;
-    const bool first_of_group = channel % (p.features.c / p.groups) == 0;
+    const int64_t block = item / shares % blocks, n = item / shares / blocks, share = item % shares;
+    const int64_t group_channels = p.features.c / p.groups;
+    A *const features = scratch + masks_size, *const outputs = features + features_size;
     Run run;
-    run.row_stride = p.features.w * kChannels;
-    run.cell_stride = p.masks.stride_w;
-    run.tap_stride = p.masks.stride_c;
+    run.row_stride = width * kChannels;
+    run.source_stride = p.factor.down * kChannels;
+    run.kernel_size = static_cast<int>(p.kernel_size);
+    run.cell_stride = in_place ? p.masks.stride_w : tile_size;
+    run.tap_stride = in_place ? p.masks.stride_c : L;
     run.prefetch_stride = run.tap_stride == 1 ? run.cell_stride : run.tap_stride;
     run.output_stride = outputs_in_place ? output.stride_w : kChannels;
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
     const Range sources = sources_of(p, all_rows);
-    load_image(rows_of(p.features, sources), n, channel, staged(features, sources.size(), p.features.w));
-    for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
-        rows.end = std::min(rows.begin + rows_together, all_rows.end);
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            const int64_t first = std::max<int64_t>(top(row), 0), begin = first - top(row);
-            run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top(row)) - begin);
-            run.features = features + (first - sources.begin) * run.row_stride;
-            run.next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
-            run.masks = element<const A>(p.masks, n, group * p.taps() + begin * p.kernel_size, row, 0);
-            run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
-                                           : outputs + (row - rows.begin) * p.out_w * kChannels;
-            reassemble_row(p, run);
+    if (!in_place) std::fill_n(features, features_size, A{0});
+    const int64_t first_part = parts * share / shares;
+    for (int64_t part = first_part; part < parts * (share + 1) / shares; part++) {
+        const int64_t channel = part * kChannels, group = channel / group_channels;
+        const bool first_of_group = channel % group_channels == 0;
+        if (!in_place && (first_of_group || part == first_part)) stage_masks(n, group, all_rows, scratch);
+        load_image(rows_of(p.features, sources), n, channel,
+                   staged(features + before * kChannels, sources.size(), p.features.w, width));
+        for (Range rows = all_rows; rows.begin < all_rows.end; rows.begin = rows.end) {
+            rows.end = std::min(rows.begin + rows_together, all_rows.end);
+            for (int64_t row = rows.begin; row < rows.end; row++) {
+                const int64_t first = std::max<int64_t>(top(row), 0), begin = first - top(row);
+                const int64_t taps_before = begin * p.kernel_size;
+                run.rows = static_cast<int>(std::min(p.kernel_size, p.features.h - top(row)) - begin);
+                run.features = features + (first - sources.begin) * run.row_stride;
+                run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
+                                               : outputs + (row - rows.begin) * p.out_w * kChannels;
+                if (in_place) {
+                    run.next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
+                    run.masks = element<const A>(p.masks, n, group * p.taps() + taps_before, row, 0);
+                    reassemble_row(p, run);
+                } else {
+                    run.masks = scratch + (row - all_rows.begin) * tiles * tile_size + taps_before * L;
+                    reassemble_staged_row(p, run);
+                }
+            }
+            if (outputs_in_place) continue;
+            store_image(staged(outputs, rows.size(), p.out_w, p.out_w), rows_of(output, rows), n, channel, non_temporal,
+                        outputs + outputs_size);
         }
-        if (outputs_in_place) continue;
-        store_image(staged(outputs, rows.size(), p.out_w), rows_of(output, rows), n, channel, non_temporal,
-                    outputs + outputs_size);
     }
     if (outputs_in_place && non_temporal) finish_non_temporal_stores();
 }
