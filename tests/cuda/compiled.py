@@ -33,7 +33,6 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_up2_nhwc_kernel": 168,
     "grad_masks_up2_nhwc_kernel": 168,
     "grad_masks_up2_nchw_mma_kernel": 168,
-    "grad_masks_up2_nhwc_mma_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
     "grad_masks_up2_nchw_kernelILi5Ef": 168,
@@ -57,8 +56,10 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
-    r"grad_masks_(down2_)?nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
-    r"grad_masks_(down2_)?nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
+    r"grad_masks_up2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"),
+    r"grad_masks_up2_nhwc_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
+    r"grad_masks_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
+    r"grad_masks_down2_nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
     r"reassemble_up2_nchw_kernelILi.ELb1EfE": (
         r"LDGSTS\S*\.64",
         r"STG\S*\.128",
@@ -79,7 +80,12 @@ INSTRUCTIONS = {
     r"reassemble_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDGSTS"),
     r"grad_features_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
     r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
-    r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\S*\.128"),
+    r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (
+        r"HMMA",
+        r"LDGSTS\S*\.128",
+        r"LDG\S*\.128",
+        r"LDS\S*\.128",
+    ),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"(reassemble|grad_masks)_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
     r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
@@ -109,6 +115,8 @@ BUDGETS = {
     "grad_features_up2_nhwc.cu": {"float32": 242, "float16": 242, "bfloat16": 259},
     "grad_features_up2_nchw_mma.cu": {"float16": 121, "bfloat16": 112},
     "grad_features_up2_nhwc_mma.cu": {"float16": 124, "bfloat16": 116},
+    "grad_masks_up2_nhwc.cu": {"float32": 477, "float16": 596, "bfloat16": 596},
+    "grad_masks_up2_nhwc_mma.cu": {"float16": 285, "bfloat16": 285},
     "grad_features_down2.cu": {
         "float32 OfChannels": 191,
         "float16 OfChannels": 225,
@@ -203,13 +211,16 @@ class Kernel:
     def staging(self) -> float:
         """Return the instructions for a load or store of a loop that fills shared memory, at most.
 
-        The more frequent ones of both count: either may be vectors.
+        The more frequent ones of both count: either may be vectors. A loop of which half are
+        products contracts, and does not count.
         """
         code, loops = self.loops()
         most = 0.0
         for loop in innermost(loops):
-            loads, stores = (sum(name in code[k] for k in loop) for name in ("LDG", "STS"))
-            if loads and stores:
+            loads, stores, products = (
+                sum(name in code[k] for k in loop) for name in ("LDG", "STS", "FFMA")
+            )
+            if loads and stores and products < len(loop) / 2:
                 most = max(most, len(loop) / max(loads, stores))
         return most
 

@@ -27,6 +27,15 @@ __device__ __forceinline__ void store_channels(float4 value, T* to) {
     __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair_of<T>(value.x, value.y), pair_of<T>(value.z, value.w)));
 }
 
+// Four channels in shared memory.
+__device__ __forceinline__ float4 staged_channels(const float* from) { return *reinterpret_cast<const float4*>(from); }
+template <class T>
+__device__ __forceinline__ float4 staged_channels(const T* from) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    const float2 low = widen_pair<T>(bits.x), high = widen_pair<T>(bits.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
 __device__ __forceinline__ void add_products(float weight, float4 value, float4& sum) {
     sum.x += weight * value.x;
     sum.y += weight * value.y;

@@ -1,21 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of masks and logits for up x2. Shared memory has a line for each of 32 sources: its outputs' masks or
-// logits, in the order of channels. So threads read and write adjacent channels together.
+// logits, in the order of channels. So threads read and write adjacent channels together. Then a thread finishes each
+// output.
 #pragma once
 
 #include "cuda/grad_masks.h"
-#include "cuda/up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 
+constexpr int kRowsOfTile = kSourcesOfBlock / kColumns;
+static_assert(kBlock == kSourcesOfBlock * kOutputs, "each thread finishes one output");
+
 template <int K>
 struct Lines {
-    static constexpr int kSize = K * K * kOutputs + 1;  // so that lines begin in different banks
+    static constexpr int kSize = K * K * kOutputs;  // neighbouring lines begin in different banks
+    static_assert(kSize % 32 == 4);
 
     static __device__ __forceinline__ int index(const Problem& p, int tap, int output) {
         return p.from_logits ? tap * kOutputs + output : output * K * K + tap;
     }
 };
+
+// Shared memory for two stages of what is contracted, or for the lines after them.
+template <int K>
+int64_t bytes_of_stages_or_lines(int64_t bytes_of_stage) {
+    return std::max(2 * bytes_of_stage, kSourcesOfBlock * Lines<K>::kSize * int64_t{sizeof(float)});
+}
 
 // Finds elements of the lines in an array of the shape of masks or logits. The first line is that of source (i, j).
 // There are `Columns` sources in a row.
@@ -48,20 +59,37 @@ private:
     int rows_, columns_;  // that exist
 };
 
-// Copies the logits of 32 sources from (i, j) on into lines.
-template <int K, int Columns, int Threads, class T>
+// Calls f(element, staged) for each four channels of the logits of sources that exist.
+template <int K, int Columns, class M, class F>
+__device__ __forceinline__ void for_each_vector(const LinesInArray<K, Columns>& place, F f) {
+    constexpr int kVectors = K * K;  // of a source
+#pragma unroll 4
+    for (int k = thread_computed_late(); k < kSourcesOfBlock * kVectors; k += kBlock) {
+        const StagedElement at = place(k / kVectors, k % kVectors * kVector);
+        if (at.exists) f(at.from, at.to);
+    }
+}
+
+// Copies the logits of 32 sources from (i, j) on into lines. Some arrive as copies of this thread do.
+template <int K, int Columns, class T>
 __device__ __forceinline__ void load_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines) {
     constexpr int kOfSource = K * K * kOutputs;
     const Array& logits = p.logits;
+    const LinesInArray<K, Columns> place(p, logits, i, j);
     with_masks<T>(logits, [&](auto mask) {
-        copy_grid<Threads>(element<const decltype(mask)>(logits, n, group * kOfSource, i, j), kSourcesOfBlock,
-                           kOfSource, logits.stride_c < logits.stride_w, LinesInArray<K, Columns>(p, logits, i, j),
-                           lines);
+        using M = decltype(mask);
+        const M* const from = element<const M>(logits, n, group * kOfSource, i, j);
+        if (in_vectors<M>(logits)) {
+            for_each_vector<K, Columns, M>(
+                place, [&](int64_t element, int staged) { stage_vector(from + element, true, lines + staged); });
+        } else {
+            copy_grid<kBlock>(from, kSourcesOfBlock, kOfSource, logits.stride_c < logits.stride_w, place, lines);
+        }
     });
 }
 
 // Writes lines to the masks or logits of 32 sources from (i, j) on.
-template <int K, int Columns, int Threads, class T>
+template <int K, int Columns, class T>
 __device__ __forceinline__ void store_lines(const Problem& p, int64_t n, int64_t group, int i, int j,
                                             const float* lines, const Array& grad_masks) {
     constexpr int kOfSource = K * K * kOutputs;
@@ -70,7 +98,13 @@ __device__ __forceinline__ void store_lines(const Problem& p, int64_t n, int64_t
     with_masks<T>(grad_masks, [&](auto mask) {
         using M = decltype(mask);
         M* const to = element<M>(grad_masks, n, group * channels, i * up, j * up);
-        Walk<Threads> walk(kSourcesOfBlock, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
+        if (p.from_logits && in_vectors<M>(grad_masks)) {
+            for_each_vector<K, Columns, M>(place, [&](int64_t element, int staged) {
+                store_channels(*reinterpret_cast<const float4*>(lines + staged), to + element);
+            });
+            return;
+        }
+        Walk<kBlock> walk(kSourcesOfBlock, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
         for (; walk.in_grid(); walk.advance()) {
             const StagedElement at = place(walk.row(), walk.column());
             if (at.exists) to[at.from] = narrow<M>(lines[at.to]);
@@ -78,29 +112,71 @@ __device__ __forceinline__ void store_lines(const Problem& p, int64_t n, int64_t
     });
 }
 
-// Carries the gradients of masks in `lines` through the normaliser and writes them. `logits` is room for as many lines.
-// Ends with a barrier.
-template <int K, int Columns, int Threads, class T>
-__device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines,
-                                             float* logits, const Array& grad_masks) {
-    if (p.from_logits) load_lines<K, Columns, Threads, T>(p, n, group, i, j, logits);
+// Carries the gradient of an output's masks through the normaliser, all but the sigmoid before a softmax. `line` has
+// its logits. The other normalisers' loops are not unrolled, as a softmax is what matters.
+template <int K>
+__device__ __forceinline__ void through_staged_normalizer(carafepp_normalizer normalizer, float* line,
+                                                          float (&grad)[K * K]) {
+    if (normalizer == CARAFEPP_NONE) return;
+    if (normalizer != CARAFEPP_SOFTMAX) {
+#pragma unroll 1
+        for (int t = 0; t < K * K; t++) {
+            float& tap = line[t * kOutputs];
+            tap = normalizer == CARAFEPP_SIGMOID ? sigmoid(tap) : log_sigmoid(tap);
+        }
+    }
+    float masks[K * K];
+    load_each(line, kOutputs, masks);
+    if (normalizer == CARAFEPP_SIGMOID) {
+#pragma unroll
+        for (int t = 0; t < K * K; t++) grad[t] *= masks[t] * (1 - masks[t]);
+        return;
+    }
+    normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), masks);
+    normalize_registers_backward(CARAFEPP_SOFTMAX, TapsOfThread<K>(), masks, [](int) { return 0.0f; }, grad);
+}
+
+// Carries the gradient of an output's masks, in registers, through the normaliser and writes it. Four neighbouring
+// threads have the outputs of a source. `lines` is room for 32. Begins and ends with a barrier.
+template <int K, int Columns, class T>
+__device__ __forceinline__ void finish_outputs(const Problem& p, int64_t n, int64_t group, int i, int j,
+                                               float (&grad)[K * K], float* lines, const Array& grad_masks) {
     __syncthreads();
-    const int source = static_cast<int>(threadIdx.x) / kOutputs, output = static_cast<int>(threadIdx.x) % kOutputs;
+    if (p.from_logits) {
+        load_lines<K, Columns, T>(p, n, group, i, j, lines);
+        wait_for_copies();
+        __syncthreads();
+    }
+    const int thread = thread_computed_late(), source = thread / kOutputs, output = thread % kOutputs;
     const int own_i = i + source / Columns, own_j = j + source % Columns;
-    if (source < kSourcesOfBlock && own_i < p.features.h && own_j < p.features.w) {
-        const int begin = source * Lines<K>::kSize + Lines<K>::index(p, 0, output), step = Lines<K>::index(p, 1, 0);
-        const bool computed = own_i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
-        float grad[K * K];
+    const bool computed = own_i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
+    float* const line = lines + source * Lines<K>::kSize + Lines<K>::index(p, 0, output);
+    const int step = Lines<K>::index(p, 1, 0);
+    if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
+    if (computed && p.from_logits) through_staged_normalizer<K>(p.normalizer, line, grad);
 #pragma unroll
-        for (int t = 0; t < K * K; t++) grad[t] = computed ? lines[begin + t * step] : 0;  // where a crop leaves it out
-        if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
-        if (computed && p.from_logits) through_normalizer<K>(logits + begin, kOutputs, p.normalizer, grad);
-#pragma unroll
-        for (int t = 0; t < K * K; t++) lines[begin + t * step] = grad[t];
+    for (int t = 0; t < K * K; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
+    if (computed && p.from_logits && p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
+        const Pixel pixel{int64_t{own_i} * kUp + output / kUp, int64_t{own_j} * kUp + output % kUp};
+        const MaskPointer<T> logits = mask_at<T>(p, p.logits, n, group, 0, pixel);
+#pragma unroll 1
+        for (int t = 0; t < K * K; t++) line[t * step] *= sigmoid(-logits[t * kOutputs * p.logits.stride_c]);
     }
     __syncthreads();
-    store_lines<K, Columns, Threads, T>(p, n, group, i, j, lines, grad_masks);
+    store_lines<K, Columns, T>(p, n, group, i, j, lines, grad_masks);
     __syncthreads();
+}
+
+// The same with the gradients of masks in `lines`.
+template <int K, int Columns, class T>
+__device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines,
+                                             const Array& grad_masks) {
+    __syncthreads();
+    const int thread = thread_computed_late();
+    const float* const line = lines + thread / kOutputs * Lines<K>::kSize + Lines<K>::index(p, 0, thread % kOutputs);
+    float grad[K * K];
+    load_each(line, Lines<K>::index(p, 1, 0), grad);
+    finish_outputs<K, Columns, T>(p, n, group, i, j, grad, lines, grad_masks);
 }
 
 }  // namespace carafepp::cuda

@@ -12,7 +12,6 @@ namespace {
 constexpr int kColumnsOfWarp = 4, kRowsOfWarp = 2;  // sources
 constexpr int kColumnsOfBlock = kWarps * kColumnsOfWarp;
 constexpr int kChannelsOfStep = 8;  // of a warp at a time
-constexpr int kBefore = 2;          // pixels before the first source, from which on a warp loads
 static_assert(kBefore % 2 == 0 && kBefore >= 5 / 2, "loads are of pairs of columns and reach all taps");
 static_assert(kBefore + kColumnsOfWarp + 5 / 2 <= 8, "a product has eight pixels");
 static_assert(kColumnsOfBlock * kRowsOfWarp == kSourcesOfBlock, "a block has as many sources as there are lines");
@@ -45,7 +44,6 @@ __global__ void __launch_bounds__(kBlock, 3)
     const Array& grad_masks = arguments.result;           // of the shape of masks or logits
     constexpr int kRowPairs = (K + kRowsOfWarp - 1) / 2;  // of pixels
     float* const lines = shared_memory<float>();          // [source][channel of masks]
-    float* const logits = lines + kSourcesOfBlock * Lines<K>::kSize;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4, pair = lane % 4, upper = row / 4, column = row % 4;
     const int64_t channels_in_group = p.features.c / p.groups;
@@ -115,7 +113,7 @@ __global__ void __launch_bounds__(kBlock, 3)
                 }
             }
         }
-        finish_lines<K, kColumnsOfBlock, kBlock, T>(p, n, group, i, left, lines, logits, grad_masks);
+        finish_lines<K, kColumnsOfBlock, T>(p, n, group, i, left, lines, grad_masks);
     }
 }
 
@@ -130,7 +128,7 @@ void grad_masks_up2_nchw_mma(const Problem& p, const Array& grad_masks) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         const GradMasksUp2NchwMmaPlan plan(p, grad_masks);
         launch(grad_masks_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kBlock,
-               2 * kSourcesOfBlock * Lines<k>::kSize * int64_t{sizeof(float)}, p, grad_masks, plan);
+               kSourcesOfBlock * Lines<k>::kSize * int64_t{sizeof(float)}, p, grad_masks, plan);
     });
 }
 

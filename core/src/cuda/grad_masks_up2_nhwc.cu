@@ -1,142 +1,133 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. It transposes
-// features and gradients into shared memory, 16 channels at a time, so that pixels are adjacent. A thread contracts the
-// window of a source with its four outputs, with all sums in registers. Then the warps' sums are added and carried
-// through the normaliser. Adjacent taps leave together by way of shared memory.
-#include "cuda/channels.h"
+// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. It goes
+// through the channels a slice at a time, and the features of the next slice, with their halo, arrive meanwhile. Four
+// threads share a source: each has every fourth vector of channels. It contracts the window with the gradients of the
+// four outputs, with all sums in registers. Then the four exchange their sums, and each finishes one output.
 #include "cuda/grad_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kColumns = 8, kRows = kSourcesOfBlock / kColumns;  // of a tile
-static_assert(kWarps == kOutputs, "each warp gets one of the outputs of a source");
-constexpr int kChannelsStaged = 16;                          // staged at a time
-constexpr int kChannelsOfWarp = kChannelsStaged / kOutputs;  // of these, of a warp
+constexpr int kLanes = kOutputs;         // threads of a source
+constexpr int kStep = kLanes * kVector;  // channels of all of them at once
+constexpr int kSteps = kChannelsOfSlice / kStep;
+static_assert(kSteps == 2, "shared memory has the outputs of two");
 
-// The layout of staged features and gradients. Rows, outputs and channels are so far apart that neither the transposing
-// nor the contracting threads meet in a bank.
-template <int K>
-struct Staged {
-    static constexpr int kColumns = cuda::kColumns + K - 1, kRows = cuda::kRows + K - 1;
-    static constexpr int kRow = 24, kChannel = kRow * kRows + 2;
-    static constexpr int kOutput = kSourcesOfBlock + 4, kGradChannel = kOutput * kOutputs + 2;
-    static constexpr int kGrads = kChannelsStaged * kChannel, kSize = kGrads + kChannelsStaged * kGradChannel;
-
-    static constexpr int64_t bytes() {
-        const int sums = kBlock * K * K, lines = kSourcesOfBlock * Lines<K>::kSize;
-        return std::max({kSize, sums, lines}) * int64_t{sizeof(float)};
-    }
-};
-
-struct GradMasksUp2NhwcPlan {
-    int64_t tile_rows, tiles;  // of an image, of a row
-    int64_t items;
-
-    GradMasksUp2NhwcPlan(const Problem& p, const Array& grad_masks) {
-        tile_rows = ceil_div(p.features.h, kRows);
-        tiles = ceil_div(p.features.w, kColumns);
-        items = grad_masks.n * p.groups * tile_rows * tiles;
-    }
-};
-
-// Calls f(row, column, channel) for each pixel and every fourth channel, spread over the threads of a block.
-template <class F>
-__device__ __forceinline__ void for_each_vector(int rows, int columns, F f) {
-    constexpr int kVectors = kChannelsStaged / kVector;
-    for (int k = static_cast<int>(threadIdx.x); k < rows * columns * kVectors; k += kBlock) {
-        const int pixel = k / kVectors;
-        f(pixel / columns, pixel % columns, k % kVectors * kVector);
-    }
-}
-
-__device__ __forceinline__ void store_apart(float4 value, float* to, int channel) {
-    to[0] = value.x;
-    to[channel] = value.y;
-    to[2 * channel] = value.z;
-    to[3 * channel] = value.w;
-}
-
-// Stages the tile with its corner at source (i, j), with 0 outside the arrays. Ends with a barrier.
 template <int K, class T>
-__device__ void stage(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j, float* staged) {
-    using S = Staged<K>;
-    for_each_vector(S::kRows, S::kColumns, [&](int row, int column, int channel) {
-        const int y = i + row - K / 2, x = j + column - K / 2;
-        const bool exists = channel < channels && y >= 0 && y < p.features.h && x >= 0 && x < p.features.w;
-        store_apart(load_channels(element<const T>(p.features, n, c + channel, y, x), exists),
-                    staged + channel * S::kChannel + row * S::kRow + column, S::kChannel);
-    });
-    for_each_vector(kRows * kUp, kColumns * kUp, [&](int row, int column, int channel) {
-        const int out_i = i * kUp + row, out_j = j * kUp + column;
-        const bool exists = channel < channels && out_i < p.out_h && out_j < p.out_w;
-        const int source = row / kUp * kColumns + column / kUp, output = row % kUp * kUp + column % kUp;
-        store_apart(load_channels(element<const T>(p.grad_output, n, c + channel, out_i, out_j), exists),
-                    staged + S::kGrads + channel * S::kGradChannel + output * S::kOutput + source, S::kGradChannel);
-    });
-    __syncthreads();
+using Features = Halo<K, kRowsOfTile, kColumns + K - 1, kBlock, kVector, T>;
+
+// So that the threads that read together do so in different banks: columns that begin in the same ones have other
+// halves of a slice first.
+template <class T>
+__device__ __forceinline__ int swizzle(int column) {
+    return column / (sizeof(float) / sizeof(T)) % 2 * kLanes;
 }
 
-// sums[output][tap] += grad_output * features, over the channels that are staged for this warp.
-template <int K>
-__device__ __forceinline__ void sum_staged(const float* staged, int lane, int warp, float (&sums)[kOutputs][K * K]) {
-    using S = Staged<K>;
-    const float* window = staged + warp * kChannelsOfWarp * S::kChannel + lane / kColumns * S::kRow + lane % kColumns;
-    const float* grads = staged + S::kGrads + warp * kChannelsOfWarp * S::kGradChannel + lane;
-#pragma unroll 1
-    for (int c = 0; c < kChannelsOfWarp; c++, window += S::kChannel, grads += S::kGradChannel) {
-        float grad[kOutputs];
+// The gradients of a source's outputs in shared memory, for two steps: [step][output][thread][channel]. A thread copies
+// those that it reads.
+constexpr int kOutputsOfStep = kOutputs * kBlock * kVector;
+
+template <class T>
+struct OwnOutputs {
+    const T* from;
+    bool exist[kOutputs];
+
+    __device__ __forceinline__ OwnOutputs(const Problem& p, const TileOfBlock& tile, int out_i, int out_j, int channel)
+        : from(element<const T>(p.grad_output, tile.n, tile.c + channel, out_i, out_j)) {
 #pragma unroll
-        for (int o = 0; o < kOutputs; o++) grad[o] = grads[o * S::kOutput];
+        for (int o = 0; o < kOutputs; o++) exist[o] = out_i + o / kUp < p.out_h && out_j + o % kUp < p.out_w;
+    }
+
+    // Copies the channels of the next step; 0 where there are none.
+    __device__ __forceinline__ void copy(const Array& array, bool channels_exist, T* to) {
 #pragma unroll
-        for (int t = 0; t < K * K; t++) {
-            const float feature = window[t / K * S::kRow + t % K];
-#pragma unroll
-            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[o] * feature;
+        for (int o = 0; o < kOutputs; o++) {
+            copy_async<kVector * sizeof(T)>(to + o * kBlock * kVector,
+                                            from + o / kUp * array.stride_h + o % kUp * array.stride_w,
+                                            channels_exist && exist[o]);
         }
+        from += kStep;
+    }
+};
+
+__device__ __forceinline__ float product(float4 a, float4 b, float sum) {
+    sum += a.x * b.x;
+    sum += a.y * b.y;
+    sum += a.z * b.z;
+    sum += a.w * b.w;
+    return sum;
+}
+
+// grad = the sums of output `lane`, of the four threads of a source.
+template <int K>
+__device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][K * K], int lane, float (&grad)[K * K]) {
+    const auto add = [](bool second, int distance, float a, float b) {
+        return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, distance);
+    };
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        const bool lower = lane / kUp, right = lane % kUp;
+        grad[t] = add(right, 1, add(lower, kUp, sums[0][t], sums[2][t]), add(lower, kUp, sums[1][t], sums[3][t]));
     }
 }
 
+// Conversions of halves take registers that a third block would miss.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3)
-    grad_masks_up2_nhwc_kernel(Arguments arguments, GradMasksUp2NhwcPlan plan) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
+    grad_masks_up2_nhwc_kernel(Arguments arguments, TileUp2Plan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
-    constexpr int kTaps = K * K;
-    float* const shared = shared_memory<float>();
-    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
-              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
-    const int64_t channels_in_group = p.features.c / p.groups;
+    using F = Features<K, T>;
+    constexpr int kWidth = kColumns + K - 1;
+    T* const features = shared_memory<T>();  // two slices of [row][column][channel]
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient tile = divide(item, plan.tiles), tile_row = divide(tile.quotient, plan.tile_rows),
-                       image = divide(tile_row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const int i = static_cast<int>(tile_row.remainder) * kRows, j = static_cast<int>(tile.remainder) * kColumns;
-
-        float sums[kOutputs][kTaps] = {};
-        for (int64_t c = 0; c < channels_in_group; c += kChannelsStaged) {
-            stage<K, T>(p, n, group * channels_in_group + c, channels_in_group - c, i, j, shared);
-            sum_staged<K>(shared, lane, warp, sums);
-            __syncthreads();
-        }
-        float grad[kTaps];  // of output `warp`
-        sum_of_warps<K>(sums, shared, grad);
-
-        const int own_i = i + lane / kColumns, own_j = j + lane % kColumns;
-        const bool computed = own_i * kUp + warp / kUp < p.out_h && own_j * kUp + warp % kUp < p.out_w;
-        if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
-        if (p.from_logits) {
-            load_lines<K, kColumns, kBlock, T>(p, n, group, i, j, shared);
-            __syncthreads();
-        }
-        float* const line = shared + lane * Lines<K>::kSize + Lines<K>::index(p, 0, warp);
-        const int step = Lines<K>::index(p, 1, 0);
-        if (computed && p.from_logits) through_normalizer<K>(line, kOutputs, p.normalizer, grad);
+        const int thread = thread_computed_late(), lane = thread % kLanes, source = thread / kLanes;
+        const int row = source / kColumns, column = source % kColumns;
+        const TileOfBlock tile(p, plan, item, kRowsOfTile);
+        T* const grads = features + 2 * F::kElements + thread * kVector;
+        float sums[kOutputs][K * K] = {};
+        if (tile.channels > 0) {  // or there may be no arrays
+            F halo(p, tile, swizzle<T>);
+            halo.copy(p.features, tile.channels, features);
+            OwnOutputs<T> outputs(p, tile, (tile.top + row) * kUp, (tile.left + column) * kUp, lane * kVector);
+            outputs.copy(p.grad_output, lane * kVector < tile.channels, grads);
+            bool second = false;  // of the slices in shared memory
+#pragma unroll 1
+            for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+                wait_for_copies();
+                __syncthreads();
+                const T* const pixels = features + second * F::kElements + (row * kWidth + column) * kChannelsOfSlice;
+                second = !second;
+                if (channels > kChannelsOfSlice)
+                    halo.copy(p.features, channels - kChannelsOfSlice, features + second * F::kElements);
+#pragma unroll 1
+                for (int step = 0; step < kSteps && step * kStep < channels; step++) {
+                    if (step > 0) wait_for_copies();
+                    outputs.copy(p.grad_output, (step + 1) * kStep + lane * kVector < channels,
+                                 grads + (step + 1) % kSteps * kOutputsOfStep);
+                    float4 output[kOutputs];
 #pragma unroll
-        for (int t = 0; t < kTaps; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
-        __syncthreads();
-        store_lines<K, kColumns, kBlock, T>(p, n, group, i, j, shared, grad_masks);
-        __syncthreads();
+                    for (int o = 0; o < kOutputs; o++)
+                        output[o] = staged_channels(grads + step * kOutputsOfStep + o * kBlock * kVector);
+                    const int vector = step * kLanes + lane;
+#pragma unroll
+                    for (int b = 0; b < K; b++) {
+                        const T* pixel = pixels + b * kChannelsOfSlice + (vector ^ swizzle<T>(column + b)) * kVector;
+#pragma unroll
+                        for (int a = 0; a < K; a++, pixel += kWidth * kChannelsOfSlice) {
+                            const float4 feature = staged_channels(pixel);
+#pragma unroll
+                            for (int o = 0; o < kOutputs; o++)
+                                sums[o][a * K + b] = product(output[o], feature, sums[o][a * K + b]);
+                        }
+                    }
+                }
+            }
+        }
+        float grad[K * K];
+        exchange_sums<K>(sums, lane, grad);
+        finish_outputs<K, kColumns, T>(p, tile.n, tile.group, tile.top, tile.left, grad,
+                                       reinterpret_cast<float*>(features), grad_masks);
     }
 }
 
@@ -150,9 +141,11 @@ const char* cannot_run_grad_masks_up2_nhwc(const Problem& p, const Array&) {
 
 void grad_masks_up2_nhwc(const Problem& p, const Array& grad_masks) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const GradMasksUp2NhwcPlan plan(p, grad_masks);
-        launch(grad_masks_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, Staged<k>::bytes(), p, grad_masks,
-               plan);
+        using T = decltype(feature);
+        const TileUp2Plan plan(p, kRowsOfTile, 0);
+        launch(grad_masks_up2_nhwc_kernel<k, T>, plan.items, kBlock,
+               bytes_of_stages_or_lines<k>((Features<k, T>::kElements + kOutputsOfStep) * int64_t{sizeof(T)}), p,
+               grad_masks, plan);
     });
 }
 

@@ -22,15 +22,6 @@ struct Shares {
     using Features = Halo<K, kRows, kWidth, kThreads, kVector, T>;
 };
 
-// Four channels in shared memory.
-__device__ __forceinline__ float4 staged_channels(const float* from) { return *reinterpret_cast<const float4*>(from); }
-template <class T>
-__device__ __forceinline__ float4 staged_channels(const T* from) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(from);
-    const float2 low = widen_pair<T>(bits.x), high = widen_pair<T>(bits.y);
-    return make_float4(low.x, low.y, high.x, high.y);
-}
-
 template <int K, class T>
 __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
     reassemble_up2_nhwc_kernel(Arguments arguments, TileUp2Plan plan) {

@@ -18,13 +18,14 @@ struct TileUp2Plan {
     int64_t channel_blocks;    // of a group
     int64_t items;
 
-    TileUp2Plan(const Problem& p, int rows) {
+    // Items have fewer slices if there are less than `enough` items.
+    TileUp2Plan(const Problem& p, int rows, int64_t enough = kEnoughItems) {
         tile_rows = ceil_div(p.features.h, rows);
         tiles = ceil_div(p.features.w, kColumns);
         const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
                       all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kChannelsOfSlice), 1);
         slices = all;
-        while (slices > 2 && of_channels * ceil_div(all, slices) < kEnoughItems) slices = ceil_div(slices, 2);
+        while (slices > 2 && of_channels * ceil_div(all, slices) < enough) slices = ceil_div(slices, 2);
         channel_blocks = ceil_div(all, slices);
         items = of_channels * channel_blocks;
     }
