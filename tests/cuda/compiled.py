@@ -37,6 +37,11 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_down2_nhwc_kernel": 168,
     "grad_masks_up2_nchw_kernelILi5Ef": 168,
     "grad_masks_up2_nchw_kernel": 255,  # 16-bit dtypes
+    "grad_features_up2_nchw_kernelILi3ELb0Ef": 128,
+    "grad_features_up2_nchw_kernelILi3ELb1Ef": 128,
+    "grad_features_up2_nchw_kernelILi5ELb0Ef": 128,
+    "grad_features_up2_nchw_kernelILi5ELb1Ef": 128,
+    "grad_features_up2_nchw_kernel": 255,  # 16-bit dtypes
 }
 # Required instructions, by a part of the mangled name. LDG, STG: global memory; LDS, STS: shared.
 INSTRUCTIONS = {
@@ -91,7 +96,11 @@ INSTRUCTIONS = {
     r"grad_features_down2_kernelI\w*OfChannelsELi.EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
     r"grad_features_down2_kernelI\w*OfChannelsELi.E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
     r"grad_features_down2_kernelI\w*OfColumnsELi.EfE": (r"STG\S*\.64",),
-    r"grad_features_up2_nchw_kernel": (r"LDS\S*\.128", r"STS\S*\.128"),
+    r"grad_features_up2_nchw_kernelILi5ELb1EfE": (
+        r"LDG\S*\.128",
+        r"STG\S*\.64",
+        r"LDS\S*\.128",
+    ),
 }
 # The same by dtype: conversions to floats and from them. sm_75 has none of bfloat16.
 CONVERSIONS = {
@@ -112,7 +121,15 @@ BUDGETS = {
     "reassemble_up2_nhwc_mma.cu": {"float16": 422, "bfloat16": 386},
     "reassemble_down2_nchw.cu": {"float32": 100, "float16": 139, "bfloat16": 140},
     "reassemble_down2_nhwc.cu": {"float32": 219, "float16": 234, "bfloat16": 234},
-    "grad_features_up2_nhwc.cu": {"float32": 242, "float16": 242, "bfloat16": 259},
+    "grad_features_up2_nhwc.cu": {"float32": 1130, "float16": 1210, "bfloat16": 1210},
+    "grad_features_up2_nchw.cu": {
+        "float32 Lb1E": 1128,
+        "float16 Lb1E": 1181,
+        "bfloat16 Lb1E": 1317,
+        "float32 Lb0E": 1429,
+        "float16 Lb0E": 1466,
+        "bfloat16 Lb0E": 1466,
+    },
     "grad_features_up2_nchw_mma.cu": {"float16": 121, "bfloat16": 112},
     "grad_features_up2_nhwc_mma.cu": {"float16": 124, "bfloat16": 116},
     "grad_masks_up2_nhwc.cu": {"float32": 477, "float16": 596, "bfloat16": 596},

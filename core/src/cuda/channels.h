@@ -63,12 +63,12 @@ struct Lanes {
 
     // With `own` columns of a thread. Each column, and `halo` more, takes bytes of shared memory, of which there must
     // be enough.
-    Lanes(int64_t channels, int own, int64_t bytes_of_column, int halo = 0) : lanes(4) {
+    Lanes(int64_t channels, int own, int64_t bytes_of_column, int halo = 0, int most = 64) : lanes(4) {
         do {
             lanes *= 2;
             columns = kThreads / lanes * own;
             shared_bytes = (columns + halo) * bytes_of_column;
-        } while (lanes < 64 && (lanes < channels / kVector || shared_bytes > kSharedBytes));
+        } while (lanes < most && (lanes < channels / kVector || shared_bytes > kSharedBytes));
     }
 };
 

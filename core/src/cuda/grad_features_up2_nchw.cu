@@ -1,116 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent columns. For each row of sources, a block stages the masks of its
-// outputs as [source][tap][output]. It transposes both rows of grad_output into shared memory, channels adjacent, and
-// adds the products. The uppermost row is then complete. It is written by way of shared memory, so that neighbouring
-// threads have neighbouring columns.
+// The gradient of features for up x2 with adjacent columns. Neighbouring threads have neighbouring columns. A thread
+// loads outputs of two sources in a row at once, in each of its channels, and stores both columns.
+#include "cuda/columns.h"
 #include "cuda/grad_features_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kLanes = 16, kChannelsOfBlock = kLanes * kVector;        // of a block: threads along channels
-constexpr int kColumnsOfBlock = kThreads / kLanes * kColumnsOfThread;  // columns of sources of a block
+constexpr int kMostLanes = 32, kMostRows = 8;
+constexpr int kPairs = 4;  // of columns, of a warp
 
-// The staged part of a row of sources: the tile, and the halo whose windows reach into it.
-template <int K>
-struct Staged {
-    static constexpr int kSources = kColumnsOfBlock + K - 1, kMasks = kSources * K * K * kOutputs;
-    static constexpr int kOutputColumns = kSources * kUp;
-    static constexpr int kPixel = kChannelsOfBlock + 4;  // so that neighbouring pixels are written to different banks
-    static constexpr int kRow = kColumnsOfBlock + 1;     // of a channel of the result, likewise
-    static_assert(kChannelsOfBlock * kRow <= kOutputColumns * kPixel, "results take the place of gradients");
-    static constexpr int64_t kBytes = (kMasks + kOutputColumns * kPixel) * int64_t{sizeof(float)};
-};
-
-struct GradFeaturesUp2NchwPlan {
-    int64_t tile_rows, tiles;  // of an image, of a row
-    int64_t channel_blocks;    // of a group
-    int64_t items;
-
-    GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features) {
-        tile_rows = ceil_div(p.features.h, kRowsOfBlock);
-        tiles = ceil_div(p.features.w, kColumnsOfBlock);
-        channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfBlock);
-        items = grad_features.n * p.groups * tile_rows * tiles * channel_blocks;
+// Loads `Count` adjacent columns as floats, 0 where there are none.
+template <int Count, class T>
+__device__ __forceinline__ void load_floats(const T* from, bool exist, float* floats) {
+    if constexpr (Count == 4) {
+        const float4 four = load_channels(from, exist);
+        floats[0] = four.x, floats[1] = four.y, floats[2] = four.z, floats[3] = four.w;
+    } else if constexpr (Count == 2) {
+        const float2 two = load_columns(from, exist);
+        floats[0] = two.x, floats[1] = two.y;
+    } else {
+        floats[0] = exist ? widen(load_input(from)) : 0.0f;
     }
-};
-
-// grads[column][channel] = grad_output of row out_i, columns out_left and on; 0 where there is none. Ends with a
-// barrier.
-template <int K, class T>
-__device__ void stage_gradients(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_left,
-                                float* grads) {
-    using S = Staged<K>;
-    const T* const from = element<const T>(p.grad_output, n, c, out_i, out_left);  // [C, H', W']
-    for (int k = static_cast<int>(threadIdx.x); k < S::kOutputColumns * kLanes; k += kThreads) {
-        const int column = k % S::kOutputColumns, channel = k / S::kOutputColumns * kVector, out_j = out_left + column;
-        const bool inside = out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
-        const T* const own = from + channel * p.grad_output.stride_c + column;
-        const auto grad = [&](int q) {
-            return inside && channel + q < channels ? widen(own[q * p.grad_output.stride_c]) : 0.0f;
-        };
-        *reinterpret_cast<float4*>(grads + column * S::kPixel + channel) = make_float4(grad(0), grad(1), grad(2),
-                                                                                       grad(3));
-    }
-    __syncthreads();
 }
 
-template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2NchwPlan plan) {
+// `Vectors`: the outputs of two sources are aligned, and so are both columns of a thread.
+template <int K, bool Vectors, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2Plan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
+    const Array& grad_output = p.grad_output;
     constexpr int kRadius = K / 2;
-    using S = Staged<K>;
-    float* const masks = shared_memory<float>();  // [source][tap][output]
-    float* const grads = masks + S::kMasks;       // [column][channel]
-    const int channel = static_cast<int>(threadIdx.x) % kLanes * kVector,
-              own = static_cast<int>(threadIdx.x) / kLanes * kColumnsOfThread;
-    const int64_t channels_in_group = p.features.c / p.groups;
+    constexpr int kAtOnce = Vectors && kRadius % 2 == 0 ? 2 : 1;  // sources whose gradients are in registers
+    constexpr int kColumns = kAtOnce * kUp, kCount = Vectors ? kColumns : 1;  // their columns, those loaded at once
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       tile = divide(channel_block.quotient, plan.tiles),
-                       tile_row = divide(tile.quotient, plan.tile_rows), image = divide(tile_row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const int first = static_cast<int>(tile.remainder) * kColumnsOfBlock, j = first + own;
-        const int64_t in_group = channel_block.remainder * kChannelsOfBlock, c = group * channels_in_group + in_group;
-        const int channels = static_cast<int>(min(channels_in_group - in_group, int64_t{kChannelsOfBlock}));
-        const bool exists = channel < channels && j < p.features.w;
-        const auto add = [&](int i, float4(&sums)[K][kColumnsOfThread]) {
-            stage_sources<K, T>(p, n, group, i, first - kRadius, S::kSources, masks);
-            clear_cropped_masks<K>(p, i, first - kRadius, S::kSources, masks);
-            for (int row = 0; row < kUp; row++) {
-                stage_gradients<K, T>(p, n, c, channels, i * kUp + row, (first - kRadius) * kUp, grads);
-                if (exists) {
-                    const float2* const weights = reinterpret_cast<const float2*>(masks) + own * K * K * kUp + row;
-                    const float* const pixels = grads + own * kUp * S::kPixel + channel;
-                    const auto load = [&](int x, int q) {
-                        return *reinterpret_cast<const float4*>(pixels + (x * kUp + q) * S::kPixel);
-                    };
-                    add_outputs<K>(weights, kUp, load, sums);
+        // A warp has four pairs of columns, whose masks are in different banks.
+        const int thread = thread_computed_late(), pair = thread / kPairs / plan.lanes * kPairs + thread % kPairs;
+        const ColumnsOfThread at(p, plan, item, thread / kPairs % plan.lanes, pair);
+        const int j = at.first + at.own, out_left = (j - kRadius) * kUp;
+        const T* const all_grads = element<const T>(grad_output, at.n, at.c, 0, out_left);  // [C, H', W']
+        T* const to = element<T>(grad_features, at.n, at.c, 0, j);                          // [C, H, W]
+        const unsigned columns = outputs_that_exist<K>(p, out_left);
+        const auto load = [&](int i, int x, auto& grads) {
+            const T* row = all_grads + i * kUp * grad_output.stride_h + x * kUp;
+#pragma unroll
+            for (int r = 0; r < kUp; r++, row += grad_output.stride_h) {
+                const unsigned exist = i * kUp + r < p.out_h ? columns >> x * kUp : 0;
+                const T* channel = row;
+                float floats[kVector][kColumns];
+#pragma unroll
+                for (int c = 0; c < kVector; c++, channel += grad_output.stride_c) {
+#pragma unroll
+                    for (int q = 0; q < kColumns; q += kCount)
+                        load_floats<kCount>(channel + q, (exist >> q & 1) != 0 && c < at.channels, floats[c] + q);
                 }
-                __syncthreads();
+#pragma unroll
+                for (int q = 0; q < kColumns; q++) {
+                    grads[q / kUp][r * kUp + q % kUp] = make_float4(floats[0][q], floats[1][q], floats[2][q],
+                                                                    floats[3][q]);
+                }
             }
         };
-        go_down<K>(p, static_cast<int>(tile_row.remainder) * kRowsOfBlock, add,
-                   [&](int i, const float4(&sum)[kColumnsOfThread]) {
-            float* const own_rows = grads + channel * S::kRow + own;
-#pragma unroll
-            for (int s = 0; s < kColumnsOfThread; s++) {
-                own_rows[s] = sum[s].x;
-                own_rows[S::kRow + s] = sum[s].y;
-                own_rows[2 * S::kRow + s] = sum[s].z;
-                own_rows[3 * S::kRow + s] = sum[s].w;
-            }
-            __syncthreads();
-            const int column = static_cast<int>(threadIdx.x) % kColumnsOfBlock;
-            int q = static_cast<int>(threadIdx.x) / kColumnsOfBlock;
-            T* to = element<T>(grad_features, n, c + q, i, first + column);
-            for (; q < channels && first + column < p.features.w; q += kThreads / kColumnsOfBlock) {
-                *to = narrow<T>(grads[q * S::kRow + column]);
-                to += kThreads / kColumnsOfBlock * grad_features.stride_c;
-            }
-            __syncthreads();
+        go_down<K, kAtOnce, T>(p, plan, item, at, load, [&](int i, const float4(&sum)[kColumnsOfThread]) {
+            T* channel = to + i * grad_features.stride_h;
+            const auto store = [&](int c, float left, float right) {
+                if (c < at.channels) {
+                    if constexpr (Vectors) {
+                        store_columns(make_float2(left, right), channel);
+                    } else {
+                        channel[0] = narrow<T>(left);
+                        if (j + 1 < p.features.w) channel[1] = narrow<T>(right);
+                    }
+                }
+                channel += grad_features.stride_c;
+            };
+            store(0, sum[0].x, sum[1].x);
+            store(1, sum[0].y, sum[1].y);
+            store(2, sum[0].z, sum[1].z);
+            store(3, sum[0].w, sum[1].w);
         });
     }
 }
@@ -123,9 +91,11 @@ const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& gra
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const GradFeaturesUp2NchwPlan plan(p, grad_features);
-        launch(grad_features_up2_nchw_kernel<k, decltype(feature)>, plan.items, kThreads, Staged<k>::kBytes, p,
-               grad_features, plan);
+        using T = decltype(feature);
+        const GradFeaturesUp2Plan plan(p, k, kMostLanes, kMostRows);
+        const bool vectors = not_for_columns(p.grad_output, 4) == nullptr && not_for_columns(grad_features) == nullptr;
+        launch(vectors ? grad_features_up2_nchw_kernel<k, true, T> : grad_features_up2_nchw_kernel<k, false, T>,
+               plan.items, kThreads, plan.shared_bytes, p, grad_features, plan);
     });
 }
 
