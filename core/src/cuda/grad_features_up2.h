@@ -82,8 +82,9 @@ __device__ void clear_cropped_masks(const Problem& p, int i, int first, int sour
     if ((i + rows) * kUp <= p.out_h && (first + sources) * kUp <= p.out_w) return;
     for (int k = static_cast<int>(threadIdx.x); k < rows * sources * K * K * kOutputs; k += kThreads) {
         const int output = k % kOutputs, source = k / (K * K * kOutputs);
-        const int row = i + source / sources, column = first + source % sources;
-        if (row * kUp + output / kUp >= p.out_h || column * kUp + output % kUp >= p.out_w) staged[k] = 0;
+        const int row = rows == 1 ? 0 : source / sources, column = source - row * sources;
+        if ((i + row) * kUp + output / kUp >= p.out_h || (first + column) * kUp + output % kUp >= p.out_w)
+            staged[k] = 0;
     }
     __syncthreads();
 }
