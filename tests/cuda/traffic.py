@@ -327,6 +327,18 @@ def run(program: Path, problem: Case, how: tuple[str, str, str, str], blocks: in
     return counted
 
 
+def share_of(problem: Case) -> tuple[int, int]:
+    """Return the outputs of a source along an axis, and the sources, of a thread: see Share."""
+    most = ceil(problem.up / problem.down)
+    if most <= 3:
+        p = most
+    else:
+        p = 4 if ceil(most / 4) * 4 <= ceil(most / 3) * 3 else 3
+    if p == 2:
+        return p, 2
+    return p, 4 if problem.up == problem.down and problem.kernel_size >= 3 else 1
+
+
 def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> Code:
     """Return the machine code of an implementation, whose source has its name."""
     name = kernel.removesuffix("_cuda").removesuffix("_any")
@@ -337,7 +349,10 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     }.get(name, "")
     type_ = DTYPES[dtype]
     size = f"Li{problem.kernel_size}E"
-    wanted = {first + arguments + type_ for arguments in ("", size, f"{size}Lb1E")}
+    arguments = {"", size, f"{size}Lb1E"}
+    if name in ("reassemble_nhwc", "reassemble_nchw"):
+        arguments = {f"Li{p}ELi{s}ELb{int(name.endswith('nhwc'))}E" for p, s in [share_of(problem)]}
+    wanted = {first + of_kernel + type_ for of_kernel in arguments}
     source = "grad_features_down2.cu" if first else f"{name}.cu"
     for mangled, code in read_code(*tools, source).items():
         if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:

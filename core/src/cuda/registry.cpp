@@ -10,14 +10,17 @@
 
 namespace carafepp::cuda {
 
-// Kernels for one factor, faster ones first. A .cu file defines each, and why it cannot run a problem.
+// Kernels for one factor, faster ones first; of the forward then those for any factor. A .cu file defines each, and why
+// it cannot run a problem.
 #define CARAFEPP_REASSEMBLE_KERNELS(X, result)         \
     X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma) \
     X(result "_up2_nhwc", reassemble_up2_nhwc)         \
     X(result "_up2_nchw_mma", reassemble_up2_nchw_mma) \
     X(result "_up2_nchw", reassemble_up2_nchw)         \
     X(result "_down2_nhwc", reassemble_down2_nhwc)     \
-    X(result "_down2_nchw", reassemble_down2_nchw)
+    X(result "_down2_nchw", reassemble_down2_nchw)     \
+    X(result "_nhwc", reassemble_nhwc)                 \
+    X(result "_nchw", reassemble_nchw)
 #define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
     X(result "_up2_nhwc_mma", grad_features_up2_nhwc_mma) \
     X(result "_up2_nhwc", grad_features_up2_nhwc)         \
@@ -76,14 +79,14 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
                                       : cannot_run(problem, result);
 }
 
-// An entry of a kernel for one factor.
+// An entry of a fast kernel.
 #define CARAFEPP_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel},
 
 // clang-format off
-// The list of a result: its kernels for one factor, and the generic one.
-#define CARAFEPP_LIST(result, kernel, kernels_for_one_factor)   \
+// The list of a result: its fast kernels, and the generic one.
+#define CARAFEPP_LIST(result, kernel, fast_kernels)             \
     {                                                           \
-        kernels_for_one_factor(CARAFEPP_ENTRY, result)          \
+        fast_kernels(CARAFEPP_ENTRY, result)                    \
         {result "_any_cuda", runs_all, never_slower, kernel},   \
         {}                                                      \
     }
