@@ -43,6 +43,54 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "the features of a tile for any factor are read before they arrive",
+        "reassemble_tiles.h",
+        "            wait_for_copies();\n            __syncthreads();",
+        "            __syncthreads();",
+    ),
+    Mutant(
+        "the next slice for any factor is copied too early",
+        "reassemble_tiles.h",
+        "            to += channels_of_slice * output.stride_c;\n            __syncthreads();",
+        "            to += channels_of_slice * output.stride_c;",
+    ),
+    Mutant(
+        "the halo for any factor is a column short",
+        "reassemble_tiles.h",
+        "halo_columns = columns.sources(unit_columns) + k - 1;",
+        "halo_columns = columns.sources(unit_columns) + k - 2;",
+    ),
+    Mutant(
+        "the first rows of features meet one source too many",
+        "reassemble_tiles.h",
+        "for (int s = 1; s < S; s++) add_row(0, s);",
+        "for (int s = 1; s < S; s++) add_row(0, s + 1);",
+    ),
+    Mutant(
+        "masks beyond a border are kept for any factor",
+        "reassemble_tiles.h",
+        "if (inside) continue;",
+        "continue;",
+    ),
+    Mutant(
+        "a source has one output too many",
+        "reassemble_tiles.h",
+        "return min(first_output<Several>(position + 1), outputs);",
+        "return min(first_output<Several>(position + 1) + 1, outputs);",
+    ),
+    Mutant(
+        "neighbouring threads reduce half of an output's taps",
+        "reassemble_tiles.h",
+        "sum += __shfl_xor_sync(0xffffffffu, sum, distance);",
+        "sum += __shfl_xor_sync(0xffffffffu, sum, 1);",
+    ),
+    Mutant(
+        "tiles for any factor ignore the padding",
+        "reassemble_tiles.h",
+        "/ up)) + offset;",
+        "/ up));",
+    ),
+    Mutant(
         "masks are read before all are staged",
         "masks.h",
         "pitch) {\n    __syncthreads();\n    if (!p.from_logits) return;",

@@ -330,10 +330,8 @@ def run(program: Path, problem: Case, how: tuple[str, str, str, str], blocks: in
 def share_of(problem: Case) -> tuple[int, int]:
     """Return the outputs of a source along an axis, and the sources, of a thread: see Share."""
     most = ceil(problem.up / problem.down)
-    if most <= 3:
-        p = most
-    else:
-        p = 4 if ceil(most / 4) * 4 <= ceil(most / 3) * 3 else 3
+    fewer = min((4, 3), key=lambda p: ceil(most / p) * p)
+    p = fewer if most > 3 else most
     if p == 2:
         return p, 2
     return p, 4 if problem.up == problem.down and problem.kernel_size >= 3 else 1
@@ -351,7 +349,10 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
     if name in ("reassemble_nhwc", "reassemble_nchw"):
-        arguments = {f"Li{p}ELi{s}ELb{int(name.endswith('nhwc'))}E" for p, s in [share_of(problem)]}
+        p, s = share_of(problem)
+        vectors = name.endswith("nhwc")
+        whole = not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
+        arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
     wanted = {first + of_kernel + type_ for of_kernel in arguments}
     source = "grad_features_down2.cu" if first else f"{name}.cu"
     for mangled, code in read_code(*tools, source).items():

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward for any factor. A block has a tile of sources, whose masks it stages once. It goes through the channels a
-// slice at a time: it stages the slice's features with their halo as floats, four channels of a pixel in a vector. A
-// thread has a unit, which is `S` sources of a column with at most P x P outputs each, in one vector of channels. It
-// sums all their outputs in registers: a feature serves each of them, and each vector of masks four.
+// slice at a time. It stages the slice's features with their halo as floats, four channels of a pixel in a vector. A
+// unit is S sources of a column, with at most P x P outputs each. A thread has a unit in one vector of channels. It
+// sums all its outputs in registers: a feature serves each of them, and a vector of masks four.
 #pragma once
 
 #include "cuda/channels.h"
@@ -74,6 +74,7 @@ struct TilesPlan {
     int unit_rows, unit_columns;  // of a tile
     int vectors;                  // of a slice, a power of 2
     int halo_rows, halo_columns;
+    int apart;  // floats from tap to tap: an odd number of vectors, as taps begin in other banks then
     int64_t row_tiles, column_tiles;
     int64_t slices;          // of an item
     int64_t channel_blocks;  // of a group
@@ -115,11 +116,11 @@ private:
 
     void measure(const Problem& p, Share share) {
         const int outputs = share.s * share.p * share.p, k = static_cast<int>(p.kernel_size);
-        const int64_t units = unit_rows * unit_columns;
         halo_rows = rows.sources(unit_rows * share.s) + k - 1;
         halo_columns = columns.sources(unit_columns) + k - 1;
         const int64_t pixels = int64_t{halo_rows} * halo_columns;
-        shared_bytes = (k + share.s - 1) * k * units * pitch_of(outputs) * int64_t{sizeof(float4)} +
+        apart = (unit_rows * unit_columns * pitch_of(outputs) | 1) * 4;
+        shared_bytes = (k + share.s - 1) * k * int64_t{sizeof(float)} * apart +
                        pixels * (vectors * int64_t{sizeof(float4)} + int64_t{sizeof(int64_t)}) +
                        (unit_rows * share.s + unit_columns) * share.p * int64_t{sizeof(Line)};
     }
@@ -156,7 +157,7 @@ template <int P, int S>
 __device__ __forceinline__ void find_lines(const Problem& p, const TilesPlan& plan, const Tile& tile, Line* rows,
                                            Line* columns) {
     constexpr int kPitch = pitch_of(S * P * P) * 4;
-    const int apart = static_cast<int>(p.kernel_size) * plan.unit_rows * plan.unit_columns * kPitch;
+    const int apart = static_cast<int>(p.kernel_size) * plan.apart;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int up = p.from_logits ? static_cast<int>(p.factor.up) : 1;
     const auto find = [&](const Positions& axis, int position, int own, int64_t stride, int64_t stride_of_phase,
@@ -182,15 +183,15 @@ __device__ __forceinline__ void find_lines(const Problem& p, const TilesPlan& pl
     }
 }
 
-// Stages the masks of a tile as [tap][unit][source][output]: tap (a, b) of source s as number (a + s) * K + b. Taps
-// beyond a border are 0, as 0 * Inf is NaN. Some neighbouring threads have the taps of an output: of one to eight,
+// Stages the masks of a tile as [tap][unit][source][output]. Tap (a, b) of source s has the number (a + s) * K + b.
+// Taps beyond a border are 0, as 0 * Inf is NaN. Some neighbouring threads have the taps of an output: of one to eight,
 // those that load neighbours in memory. Ends with a barrier.
 template <int P, int S, class T>
 __device__ __forceinline__ void stage_tile(const Problem& p, const TilesPlan& plan, const Tile& tile, const Line* rows,
                                            const Line* columns, bool inside, float* masks) {
-    constexpr int kPitch = pitch_of(S * P * P) * 4, kInFlight = 4;
+    constexpr int kInFlight = 4;
     const int width = plan.unit_columns * P, outputs = plan.unit_rows * S * P * width;
-    const int k = static_cast<int>(p.kernel_size), apart = plan.unit_rows * plan.unit_columns * kPitch;
+    const int k = static_cast<int>(p.kernel_size), apart = plan.apart;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int64_t sub_pixels = p.from_logits ? p.factor.up * p.factor.up : 1, tap = sub_pixels * array.stride_c;
     const int threads = tap == 1 ? kNormalizers : 1, lane = static_cast<int>(threadIdx.x) % threads;
@@ -303,22 +304,22 @@ __device__ __forceinline__ void stage_slice(const T* from, int64_t stride_c, con
 }
 
 // Stores neighbouring columns of a row in one channel: all as a vector, or `there` of them.
-template <int P, class T>
-__device__ __forceinline__ void store_row(const float (&values)[P], bool whole, int there, int64_t stride_w, T* to) {
-    if constexpr (P == 2 || P == 4) {
-        if (whole) {
-            if constexpr (P == 2) store_columns(make_float2(values[0], values[1]), to);
-            if constexpr (P == 4) store_channels(make_float4(values[0], values[1], values[2], values[3]), to);
-            return;
-        }
-    }
+template <bool Whole, int P, class T>
+__device__ __forceinline__ void store_row(const float (&values)[P], int there, int64_t stride_w, T* to) {
+    if constexpr (Whole && P == 2) {
+        store_columns(make_float2(values[0], values[1]), to);
+    } else if constexpr (Whole && P == 4) {
+        store_channels(make_float4(values[0], values[1], values[2], values[3]), to);
+    } else {
 #pragma unroll
-    for (int q = 0; q < P; q++) {
-        if (q < there) to[q * stride_w] = narrow<T>(values[q]);
+        for (int q = 0; q < P; q++) {
+            if (q < there) to[q * stride_w] = narrow<T>(values[q]);
+        }
     }
 }
 
-template <int P, int S, bool Vectors, class T>
+// `Vectors`: a vector of channels is one in memory. `Whole`: the columns of a source are.
+template <int P, int S, bool Vectors, bool Whole, class T>
 __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments arguments, TilesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
@@ -326,8 +327,9 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
     constexpr bool kSeveral = P > 1;
     const int k = static_cast<int>(p.kernel_size), units = plan.unit_rows * plan.unit_columns;
     const int pixels_of_halo = plan.halo_rows * plan.halo_columns;
-    float4* const masks = shared_memory<float4>();                      // [tap][unit][source][output]
-    float4* const features = masks + (k + S - 1) * k * units * kPitch;  // of pixels and vectors
+    const int apart = plan.apart / 4;                          // vectors
+    float4* const masks = shared_memory<float4>();             // [tap][unit][source][output]
+    float4* const features = masks + (k + S - 1) * k * apart;  // of pixels and vectors
     int64_t* const pixels = reinterpret_cast<int64_t*>(features + pixels_of_halo * plan.vectors);
     Line* const row_lines = reinterpret_cast<Line*>(pixels + pixels_of_halo);
     Line* const column_lines = row_lines + plan.unit_rows * S * P;
@@ -384,7 +386,7 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
 #pragma unroll 1
                 for (int b = 0; b < k; b++) {
                     const float4* feature_at = own_features + b * pixel_step;
-                    const float4* weights = masks + (b * units + unit) * kPitch;
+                    const float4* weights = masks + b * apart + unit * kPitch;
                     // A row of features meets a row of taps of each source in [begin, end).
                     const auto add_row = [&](int begin, int end) __attribute__((always_inline)) {
                         const float4 feature = *feature_at;
@@ -399,7 +401,7 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
                                 if (at >= begin * P * P && at < end * P * P) add_products(weight[o], feature, sums[at]);
                             }
                         }
-                        weights += k * units * kPitch;
+                        weights += k * apart;
                     };
 #pragma unroll
                     for (int s = 1; s < S; s++) add_row(0, s);
@@ -430,8 +432,8 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
 #pragma unroll
                             for (int v = 0; v < kVector; v++) {
                                 if (v < channels_there)
-                                    store_row(values[v], plan.whole_columns, columns_there, output.stride_w,
-                                              row_to + v * output.stride_c);
+                                    store_row<Whole>(values[v], columns_there, output.stride_w,
+                                                     row_to + v * output.stride_c);
                             }
                         }
                     }
@@ -460,11 +462,14 @@ void reassemble_tiles(const Problem& p, const Array& output) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
         if constexpr (sizeof(T) < sizeof(double)) {
-            const auto kernel = share.p == 4   ? reassemble_tiles_kernel<4, 1, Vectors, T>
-                                : share.p == 3 ? reassemble_tiles_kernel<3, 1, Vectors, T>
-                                : share.p == 2 ? reassemble_tiles_kernel<2, 2, Vectors, T>
-                                : share.s == 4 ? reassemble_tiles_kernel<1, 4, Vectors, T>
-                                               : reassemble_tiles_kernel<1, 1, Vectors, T>;
+            const bool whole = !Vectors && plan.whole_columns;
+            const auto kernel = share.p == 4   ? whole ? reassemble_tiles_kernel<4, 1, Vectors, !Vectors, T>
+                                                       : reassemble_tiles_kernel<4, 1, Vectors, false, T>
+                                : share.p == 3 ? reassemble_tiles_kernel<3, 1, Vectors, false, T>
+                                : share.p == 2 ? whole ? reassemble_tiles_kernel<2, 2, Vectors, !Vectors, T>
+                                                       : reassemble_tiles_kernel<2, 2, Vectors, false, T>
+                                : share.s == 4 ? reassemble_tiles_kernel<1, 4, Vectors, false, T>
+                                               : reassemble_tiles_kernel<1, 1, Vectors, false, T>;
             launch(kernel, plan.items, kBlock, plan.shared_bytes, p, output, plan);
         }
     });
