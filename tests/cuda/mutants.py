@@ -70,7 +70,7 @@ MUTANTS = [
         "masks beyond a border are kept for any factor",
         "reassemble_tiles.h",
         "if (inside) continue;",
-        "continue;",
+        "if (inside || count > 0) continue;",
     ),
     Mutant(
         "a source has one output too many",
