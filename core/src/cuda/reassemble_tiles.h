@@ -104,7 +104,7 @@ struct TilesPlan {
         const int64_t tiles = p.features.n * p.groups * row_tiles * column_tiles * parts * parts;
         const int64_t all_slices = ceil_div(all, vectors);
         slices = all_slices;
-        while (slices > 1 && tiles * ceil_div(all_slices, slices) < kEnoughTiles) slices = ceil_div(slices, 2);
+        while (slices > 2 && tiles * ceil_div(all_slices, slices) < kEnoughTiles) slices = ceil_div(slices, 2);
         channel_blocks = ceil_div(all_slices, slices);
         items = tiles * channel_blocks;
         whole_columns = p.factor.down == 1 && p.factor.up % share.p == 0 && not_for_columns(output, share.p) == nullptr;
