@@ -51,6 +51,29 @@ inline const Case kCases[] = {
 #include "cases.inc"
 };
 
+// The parameters of a call: without crop and padding, or with those of a case.
+inline carafepp_params params_of(int up, int down, int kernel_size, int groups, int normalizer = CARAFEPP_SOFTMAX) {
+    carafepp_params params{};
+    params.struct_size = sizeof params;
+    params.up = up;
+    params.down = down;
+    params.kernel_size = kernel_size;
+    params.groups = groups;
+    params.normalizer = normalizer;
+    return params;
+}
+
+inline carafepp_params params_of(const Case& p, int normalizer = CARAFEPP_NONE) {
+    carafepp_params params = params_of(p.up, p.down, p.kernel_size, p.groups, normalizer);
+    params.flags = CARAFEPP_SIZE;
+    params.size[0] = p.out_h();
+    params.size[1] = p.out_w();
+    if (p.padded()) params.flags |= CARAFEPP_PADDING;
+    params.padding[0] = p.padding_h;
+    params.padding[1] = p.padding_w;
+    return params;
+}
+
 // A result, and the sum of the magnitudes of the products that it consists of.
 struct Sums {
     Numbers value, magnitude;

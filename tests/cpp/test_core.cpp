@@ -35,17 +35,6 @@ doctest::String last_error() { return carafepp_last_error(); }  // not a pointer
 
 // ---- arrays and calls ----
 
-carafepp_params params_of(int up, int down, int kernel_size, int groups, int normalizer = CARAFEPP_SOFTMAX) {
-    carafepp_params params{};
-    params.struct_size = sizeof params;
-    params.up = up;
-    params.down = down;
-    params.kernel_size = kernel_size;
-    params.groups = groups;
-    params.normalizer = normalizer;
-    return params;
-}
-
 carafepp_tensor tensor_of(void* data, const Shape& shape, carafepp_dtype dtype = CARAFEPP_FLOAT32) {
     carafepp_tensor tensor{};
     tensor.data = data;
@@ -59,17 +48,6 @@ carafepp_tensor tensor_of(void* data, const Shape& shape, carafepp_dtype dtype =
         stride *= std::max<int64_t>(tensor.shape[k], 1);
     }
     return tensor;
-}
-
-carafepp_params params_of(const Case& p, int normalizer = CARAFEPP_NONE) {
-    carafepp_params params = params_of(p.up, p.down, p.kernel_size, p.groups, normalizer);
-    params.flags = CARAFEPP_SIZE;
-    params.size[0] = p.out_h();
-    params.size[1] = p.out_w();
-    if (p.padded()) params.flags |= CARAFEPP_PADDING;
-    params.padding[0] = p.padding_h;
-    params.padding[1] = p.padding_w;
-    return params;
 }
 
 // Cases that plain loops compute at once.

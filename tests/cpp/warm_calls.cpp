@@ -39,15 +39,11 @@ void call_twice(const definition::Case& p, const char* layout, const char* resul
 
 void call_all(const definition::Case& p, bool channels_last) {
     const char* const layout = channels_last ? "NHWC" : "NCHW";
-    carafepp_params params{};
-    params.struct_size = sizeof params;
-    params.up = p.up;
-    params.down = p.down;
-    params.kernel_size = p.kernel_size;
-    params.groups = p.groups;
-    Tensor features(p.features(), channels_last), masks(p.masks(), channels_last), logits(p.logits(), channels_last),
-        output(p.output(), channels_last), grad_features = features, grad_masks = masks, grad_logits = logits;
-    for (Tensor* copied : {&grad_features, &grad_masks, &grad_logits}) copied->tensor.data = copied->values.data();
+    const carafepp_params params = definition::params_of(p.up, p.down, p.kernel_size, p.groups);
+    const auto tensor = [&](const definition::Shape& shape) { return Tensor(shape, channels_last); };
+    Tensor features = tensor(p.features()), masks = tensor(p.masks()), logits = tensor(p.logits()),
+           output = tensor(p.output()), grad_features = tensor(p.features()), grad_masks = tensor(p.masks()),
+           grad_logits = tensor(p.logits());
     const carafepp_tensor &x = features.tensor, &m = masks.tensor, &l = logits.tensor, &y = output.tensor;
     call_twice(p, layout, "reassemble", [&] { return carafepp_reassemble(&params, &x, &m, &y, nullptr); });
     call_twice(p, layout, "reassemble_with_logits",

@@ -359,12 +359,7 @@ void check_call(const Case& p, carafepp_function function, carafepp_normalizer n
                 const int64_t (*size)[2] = nullptr) {
     const std::string normalizers[] = {"softmax", "sigmoid", "sigmoid_normalized", "none"};
     INFO(function_name(function), ", normalizer ", normalizers[normalizer]);
-    carafepp_params params{};
-    params.struct_size = sizeof params;
-    params.up = p.up;
-    params.down = p.down;
-    params.kernel_size = p.kernel_size;
-    params.groups = p.groups;
+    carafepp_params params = params_of(p.up, p.down, p.kernel_size, p.groups);
     params.normalizer = normalizer;
     if (options.channels_last) params.flags |= CARAFEPP_CHANNELS_LAST;
     if (size != nullptr) {
