@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     if notes:
         pages.show("\n".join(f"- {note}" for note in notes))
     limits = {count: vars(peak) for count, peak in peaks.items()}
-    pages.write(asked, limits=limits, rows=rows, calls=calls)
+    pages.write(asked, [*calls, *rows], limits=limits)
     if asked.plot and asked.seconds:
         from . import plot
 
@@ -144,7 +144,7 @@ CALL_COLUMNS = {
     "arrays": lambda row: row["arrays"],
     "call": lambda row: row["name"],
     "us": report.number("seconds", 1e-6),
-    "p10-p90": lambda row: report.interval(row, 1e-6),
+    "quartiles": lambda row: report.interval(row, 1e-6),
     "carafepp's time / this one's": report.number("ratio"),
 }
 

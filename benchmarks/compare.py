@@ -127,7 +127,9 @@ def described(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict
     if candidate.samples and row["kind"] != "operator":
         pass_ = Pass(case, row["weights"], row["pass"])
         operations, traffic = pass_.flops, pass_.bytes(row["dtype"])
-        ceiling = peaks[candidate.threads].ceiling(operations, traffic, row["dtype"])
+        limits = peaks[candidate.threads]
+        ceiling = limits.ceiling(operations, traffic, row["dtype"])
+        row["limited_by"] = "memory" if ceiling < limits.peak(row["dtype"]) else "FMA"
         row |= {"flops": operations / row["seconds"], "bytes": traffic / row["seconds"]}
         row |= {"intensity": operations / traffic, "ceiling_flops": ceiling}
         row["share"] = row["flops"] / ceiling

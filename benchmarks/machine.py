@@ -100,14 +100,17 @@ class Peaks:
             f"{self.exponentials / 1e9:.2f} G/s; copy, GB/s read plus written: {', '.join(rates)}"
         )
 
-    def ceiling(self, flops: int, traffic: int, dtype: str) -> float:
-        """Return the operations a second that the roofline allows.
+    def peak(self, dtype: str) -> float:
+        """Return the operations a second in registers.
 
         float64 has half the lanes of float32; sums of 16-bit arrays are float32.
         """
+        return self.flops / (2 if dtype == "float64" else 1)
+
+    def ceiling(self, flops: int, traffic: int, dtype: str) -> float:
+        """Return the operations a second that the roofline allows."""
         nearest = min(self.copy, key=lambda size: abs(math.log(size / traffic)))
-        peak = self.flops / (2 if dtype == "float64" else 1)
-        return min(peak, flops * self.copy[nearest] / traffic)
+        return min(self.peak(dtype), flops * self.copy[nearest] / traffic)
 
 
 def measure(threads: list[int]) -> dict[int, Peaks]:

@@ -126,7 +126,7 @@ def columns(rows: list[dict]) -> dict[str, Callable[[dict], str]]:
     return {
         "": lambda row: row["name"],
         "time": report.multiple(rows, "seconds", 1e-3, "ms"),
-        "p10-p90, ms": report.interval,
+        "quartiles, ms": report.interval,
         "n": lambda row: str(row["samples"]),
         "peak memory": report.multiple(rows, "memory", 2**20, "MiB"),
         "parameters": lambda row: f"{row['parameters']:,}",
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         per_position = {"FLOPs a position": lambda row: f"{row['FLOPs a position']:,.0f}"}
         pages.table(f"{title}, threads: {asked.threads}", found, columns(found) | per_position)
         rows += found
-    pages.write(asked, rows=rows)
+    pages.write(asked, rows)
     return 0
 
 

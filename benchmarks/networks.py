@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         title = f"{name}: {found[0]['shape']}, {pass_}, float32, threads: {asked.threads}"
         pages.table(title, found, modules.columns(found) | more)
         rows += found
-    pages.write(asked, rows=rows)
+    pages.write(asked, rows)
     return 0
 
 

@@ -283,6 +283,12 @@ def composition(name: str, *how, compiled: bool = False) -> Candidate:
     return candidate
 
 
+def operator(name: str, arrays: Arrays, *how) -> Candidate:
+    """Return one of the other operators."""
+    layout = how[2]
+    return _candidate("operator", name, *operators(arrays, layout)[name], arrays, *how)
+
+
 def _candidate(kind, name, function, into, arrays, weights, pass_, layout, threads, fresh):
     """Return a candidate that computes `function` of inputs, or `into` of inputs and `out=`."""
     names = ["features"] if kind == "operator" else ["features", weights]

@@ -11,36 +11,21 @@ The candidates of a table, PyTorch's compositions too, take turns in one process
 no bar.
 """
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
 from cases import Case
 
-from . import implementations, machine, peers, problems, report, timing
-from .compare import SLACK, answer, described
-from .passes import BYTES, FLOPS, MIXED, Pass
+from . import bars, peers, problems, report
+from .bars import Bar, Rows, Table, composed, ours
+from .passes import MIXED
 from .problems import Arrays
 from .timing import Candidate
-from .truth import Truth
 
 DTYPE = "float32"
-LAYOUTS = ("NCHW", "NHWC")
-FACTS = {
-    "times": timing.HOW,
-    "FLOP": FLOPS,
-    "bytes": BYTES,
-    "roofline": "share of min(peak, FLOP * bandwidth of a copy of that size / bytes)",
-    "exp": "logits a second, divided by the exponentials that one thread computes in a second",
-    MIXED: "masks have the memory of FeatUp's, (N, H', W', K, K)",
-}
-
-Timed = list[tuple[Arrays, Candidate]]
-Rows = list[report.Row]
-Table = tuple[str, Timed, Callable[[Rows], None]]  # title; candidates; compares them with the bar
 
 
 def convex(cases: list[Case], layouts: list[str]) -> Iterator[Table]:
@@ -83,7 +68,6 @@ def factors(cases: list[Case], layouts: list[str]) -> Iterator[Table]:
 
 
 PARTS = {convex: problems.CONVEX, roofline: problems.ROOFLINE, factors: problems.FACTORS}
-PROBLEMS = {name: case for table in PARTS.values() for name, case in table.items()}
 
 
 def _arrays(cases: Iterable[Case]) -> Iterator[Arrays]:
@@ -95,21 +79,6 @@ def _title(case: Case) -> str:
     params = {**case.factors, "kernel_size": case.kernel_size}
     words += [f"{name}={value}" for name, value in params.items() if value != 1]
     return ", ".join(words)
-
-
-# Candidates
-
-
-def ours(arrays: Arrays, weights: str, pass_: str, layout: str) -> tuple[Arrays, Candidate]:
-    """Return carafepp's own choice."""
-    one = Pass(arrays.case, weights, pass_)
-    choice = implementations.CHOICE
-    return arrays, implementations.candidate(one, arrays, layout, choice, threads=1, fresh=False)
-
-
-def composed(name: str, arrays: Arrays, *how: str) -> tuple[Arrays, Candidate]:
-    """Return a composition; `how` tells its input, pass and layout."""
-    return arrays, peers.composition(name, arrays, *how, 1, False)
 
 
 def copy(arrays: Arrays) -> tuple[Arrays, Candidate]:
@@ -126,21 +95,21 @@ def copy(arrays: Arrays) -> tuple[Arrays, Candidate]:
     return arrays, Candidate("logits and output", call, labels=labels)
 
 
-# Bars
+# Bars: only carafepp's forward and forward+backward have one.
 
 
 def in_copies(rows: Rows) -> None:
     """Compare with the time of the copy, the first row."""
     limits = {"forward": 2, "forward+backward": 5}
     for row in rows[1:]:
-        limit, copies = limits[row["pass"]], row["seconds"] / rows[0]["seconds"]
-        _reach(row, f"{copies:.2f} copies", f"at most {limit}", copies <= limit)
+        copies, limit = row["seconds"] / rows[0]["seconds"], limits[row["pass"]]
+        _note(row, f"convex upsampling, {row['pass']}", "copies", ".2f", copies, limit)
 
 
 def in_roofline(rows: Rows) -> None:
     """Tell the shares of the roofline."""
     for row in rows:
-        _reach(row, f"{row['share']:.0%} of the roofline", "at least 60%", row["share"] >= 0.6)
+        _note(row, row["case"], "of the roofline", ".0%", row["share"], 0.6, least=True)
 
 
 def in_shares_of(base: str, rows: Rows) -> None:
@@ -148,91 +117,21 @@ def in_shares_of(base: str, rows: Rows) -> None:
     mine = [row for row in rows if row["kind"] == "carafepp"]
     shares = {row["pass"]: row["share"] for row in mine if row["case"] == base}
     for row in mine:
-        times = shares[row["pass"]] / row["share"]
         if row["case"] != base:
-            _reach(row, f"{times:.2f} times below {base}", "at most 1.5", times <= 1.5)
+            times = shares[row["pass"]] / row["share"]
+            work = f"other factors and K, from {row['weights']}"
+            _note(row, work, f"times below {base}", ".2f", times, 1.5)
 
 
-def _reach(row: report.Row, reached: str, bar: str, met: bool) -> None:
-    """Note what a row reaches; only carafepp's forward and forward+backward have a bar."""
-    row["reached"] = reached
-    if row["kind"] == "carafepp" and row["pass"].startswith("forward"):
-        row |= {"bar": bar, "met": met}
-
-
-def compare(timed: Timed, reach: Callable[[Rows], None], seconds: float, peaks) -> Rows:
-    """Check and time candidates; return a row for each, with an "error" if its answer is wrong.
-
-    If an answer is wrong, or `seconds` is 0, nothing is timed and no row has a bar.
-    """
-    truths: dict[tuple[Case, str], Truth] = {}
-    errors = {}
-    for arrays, candidate in timed:
-        key = arrays.case, candidate.labels["weights"]
-        if key not in truths:
-            truths[key] = Truth(*key, DTYPE, partial(arrays, layout="NCHW"))
-        slack = 1 if candidate.labels["kind"] == "carafepp" else SLACK[DTYPE]
-        try:
-            truths[key].check(answer(candidate, arrays), slack)
-        except AssertionError as error:
-            errors[candidate] = f"wrong: {error}"
-    if seconds and not errors:
-        timing.measure([candidate for _, candidate in timed], seconds)
-    rows = [
-        described(arrays.case, candidate, peaks) | {"error": errors.get(candidate)}
-        for arrays, candidate in timed
-    ]
-    for row in rows:
-        if "flops" in row and row["weights"] == "logits":
-            logits = math.prod(PROBLEMS[row["case"]].logits_shape)
-            row["exp"] = logits / row["seconds"] / peaks[1].exponentials
-    if seconds and not errors:
-        reach(rows)
-    return rows
-
-
-COLUMNS = {
-    "problem": lambda row: row["case"],
-    "implementation": lambda row: row["name"],
-    "pass": lambda row: row["pass"],
-    "from": lambda row: row["weights"],
-    "layout": lambda row: row["layout"],
-    **report.MEASURED,
-    "exp": report.number("exp", 1, ".0%"),
-    "reached": lambda row: row.get("reached", "-"),
-    "bar": lambda row: row.get("bar", "-"),
-    "met": lambda row: {True: "yes", False: "no", None: "-"}[row.get("met")],
-}
-KEYS = ("problem", "pass", "from", "layout", "ms", "reached", "bar", "met")
-BARS = {key: COLUMNS[key] for key in KEYS}
+def _note(row: report.Row, *bar, least: bool = False) -> None:
+    counts = row["kind"] == "carafepp" and row["pass"].startswith("forward")
+    bars.note(row, Bar(*bar, least), counts)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, print and write; return the exit status, 1 if an answer is wrong."""
-    parser = report.parser("benchmarks.relatives", __doc__, 10)
-    names = ", ".join(PROBLEMS)
-    parser.add_argument("--cases", default=PROBLEMS, type=report.words(PROBLEMS), help=names)
-    parser.add_argument("--layout", default=LAYOUTS, type=report.words(LAYOUTS))
-    parser.add_argument("--alone", action="store_true", help="without PyTorch's compositions")
-    asked = parser.parse_args(arguments)
-    peaks = machine.measure([1]) if asked.seconds else {}
-    limits = {f"peaks, threads: {count}": str(peak) for count, peak in peaks.items()}
-    pages = report.Report(**FACTS, **limits)
-    rows: Rows = []
-    for part, known in PARTS.items():
-        cases = [case for name, case in known.items() if name in asked.cases]
-        for title, timed, reach in part(cases, asked.layout):
-            if asked.alone:
-                timed = [one for one in timed if one[1].labels["kind"] != "composition"]
-            found = compare(timed, reach, asked.seconds, peaks)
-            pages.table(title, found, COLUMNS)
-            rows += [row | {"table": title} for row in found]
-    barred = [row for row in rows if "bar" in row]
-    if barred:
-        met = sum(row["met"] for row in barred)
-        pages.table(f"Bars: {met} of {len(barred)} are met", barred, BARS)
-    pages.write(asked, limits={count: vars(peak) for count, peak in peaks.items()}, rows=rows)
-    return 1 if any(row["error"] for row in rows) else 0
+    """Run the command."""
+    mixed = {MIXED: "masks have the memory of FeatUp's, (N, H', W', K, K)"}
+    return bars.main("benchmarks.relatives", __doc__, PARTS, arguments, **mixed)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def parser(command: str, description: str, seconds: float) -> argparse.ArgumentP
     made = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
     text = f"time budget of one comparison; default {seconds}"
     made.add_argument("--seconds", type=float, default=seconds, help=text)
-    made.add_argument("--json", metavar="FILE", type=Path, help="write all rows as data")
+    made.add_argument("--json", metavar="FILE", type=Path, help="append each row as a line of JSON")
     made.add_argument("--markdown", metavar="FILE", type=Path, help="write the printed tables")
     return made
 
@@ -59,8 +59,9 @@ class Report:
     def __init__(self, **facts: str):
         self.console = Console(markup=False, highlight=False)
         self.texts: list[str] = []
-        self.environment = {**environment(), **facts}
-        self.show("\n".join(f"- {key}: {value}" for key, value in self.environment.items()))
+        self.environment = environment()
+        facts = {**self.environment, **facts}
+        self.show("\n".join(f"- {key}: {value}" for key, value in facts.items()))
 
     def show(self, text: str) -> None:
         """Print a paragraph."""
@@ -99,10 +100,16 @@ class Report:
                 progress.update(task, description=name(one), completed=done, refresh=True)
                 yield one
 
-    def write(self, asked: argparse.Namespace, **data: Any) -> None:
-        """Write the files that the options ask for."""
+    def write(self, asked: argparse.Namespace, rows: list[Row], **run: Any) -> None:
+        """Write the files that the options ask for: tables, and rows with what they share.
+
+        A line of JSON has a row and its "run": the machine, the commit, and `run`. So rows of many
+        runs and machines can share a file.
+        """
         if asked.json:
-            asked.json.write_text(json.dumps({"environment": self.environment, **data}, indent=1))
+            run = {**self.environment, **run}
+            with asked.json.open("a") as file:
+                file.writelines(json.dumps({**row, "run": run}) + "\n" for row in rows)
         if asked.markdown:
             asked.markdown.write_text("\n\n".join(self.texts) + "\n")
 
@@ -130,8 +137,8 @@ def milliseconds(row: Row) -> str:
 
 
 def interval(row: Row, scale: float = 1e-3) -> str:
-    """Return the 10th and the 90th percentile, in milliseconds."""
-    return f"{row['seconds_p10'] / scale:.4g}-{row['seconds_p90'] / scale:.4g}"
+    """Return the first and the third quartile, in milliseconds."""
+    return f"{row['seconds_q1'] / scale:.4g}-{row['seconds_q3'] / scale:.4g}"
 
 
 def environment() -> dict[str, str]:
@@ -158,7 +165,7 @@ def _cpu() -> str:
 # The columns that tables of timed rows share.
 MEASURED = {
     "ms": milliseconds,
-    "p10-p90": lambda row: interval(row) if "seconds" in row else "-",
+    "quartiles": lambda row: interval(row) if "seconds" in row else "-",
     "n": lambda row: str(row["samples"]),
     "GFLOP/s": number("flops", 1e9, ".1f"),
     "roofline": number("share", 1, ".0%"),

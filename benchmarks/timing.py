@@ -66,7 +66,7 @@ class Candidate:
         row["samples"] = len(self.samples)
         if self.samples:
             low, median, high = spread(self.samples)
-            row |= {"seconds": median, "seconds_p10": low, "seconds_p90": high}
+            row |= {"seconds": median, "seconds_q1": low, "seconds_q3": high}
         return row
 
 
@@ -138,11 +138,10 @@ def sample(call: Callable[[], Any], calls: int, clock: Clock = wall_time) -> flo
 
 
 def spread(samples: list[float]) -> tuple[float, float, float]:
-    """Return the 10th percentile, the median and the 90th percentile."""
+    """Return the first quartile, the median and the third quartile."""
     if len(samples) == 1:
         return (samples[0],) * 3
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return tenths[0], statistics.median(samples), tenths[-1]
+    return tuple(statistics.quantiles(samples, n=4, method="inclusive"))
 
 
 def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
