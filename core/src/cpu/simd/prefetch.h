@@ -47,9 +47,16 @@ struct RowPrefetch {
     // Prefetches some lines; returns how many of them are not there.
     __attribute__((noinline)) int64_t prefetch_lines(int64_t lines) {
         while (lines > 0 && channels > 0) {
-            const int64_t end = std::min(at + 64 * lines, row_bytes);
+            const int64_t here = std::min(lines, (row_bytes - at + 63) / 64);
+            lines -= here;
+            const char *line = row + at, *const end = line + 64 * here;
+            for (; line + 256 <= end; line += 256) {
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) __builtin_prefetch(line + 64 * k, 0, 2);
+            }
 #pragma GCC unroll 1
-            for (; at < end; at += 64, lines--) __builtin_prefetch(row + at, 0, 2);
+            for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+            at += 64 * here;
             if (at >= row_bytes) step_to_next_row();
         }
         return lines;

@@ -3,8 +3,8 @@
 // The forward with columns in lanes, compiled once for each instruction set. A vector holds the same output (row,
 // phase) of neighbouring cells, and staged masks have the same order.
 //
-// For a block of outputs, the kernel stages the masks. Then it sweeps down the rows, some channels at a time and two
-// rows at a time. It stages the rows of features that the windows reach, contracts the taps of each tile, and writes
+// For a block of outputs, the kernel stages the masks. Then it sweeps down the rows, some channels and some rows at a
+// time. It stages the rows of features that the windows reach, contracts the taps of each tile, and writes
 // the outputs.
 #include <algorithm>
 #include <cassert>
@@ -25,10 +25,13 @@ constexpr int64_t kBlockFeatureVectors = 28 * 1024 / kVectorBytes;   // part of 
 constexpr int64_t kMostFeatureVectors = 1024 * 1024 / kVectorBytes;  // for wide rows
 constexpr int64_t kNonTemporalBytes = 64 * 1024;                     // outputs collected for non-temporal stores
 
-// A register tile has sums of one row of outputs, or of two rows with at most two phases.
+// A register tile has sums of one row of outputs, of two rows with at most two phases, or of three rows without a
+// factor.
 constexpr int kTilePhases = 4;
 constexpr int kTileChannelsOfOnePhase = kVectorRegisters == 32 ? 8 : 6, kFewChannels = 4;  // of one phase
 constexpr int kTileChannelsOfPhases = kVectorRegisters == 32 ? 4 : 3;
+constexpr int kTileChannelsOfThreeRows = kVectorRegisters == 32 ? 8 : 4;
+constexpr int kMostTileRows = 3;
 
 // ---- plan ----
 
@@ -45,8 +48,9 @@ struct ReassemblePlan {
     int64_t blocks_down, blocks_across, items;
     int64_t mask_row_size;  // [tap][phase][lane]; of a row of a tile
 
-    // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of two rows.
-    int64_t ring_rows, residue_stride, row_stride, channel_stride;
+    // Features are staged as [channel][row modulo ring_rows][residue][cell]. The ring holds the windows of `tile_rows`
+    // rows of outputs, which are contracted together.
+    int64_t tile_rows, ring_rows, residue_stride, row_stride, channel_stride;
     // Tiles whose features are read in place. The tiles before them are staged from the first cell on. The tiles behind
     // them are staged at `behind`, from column `column_behind` on.
     Range in_place;
@@ -56,13 +60,19 @@ struct ReassemblePlan {
     int register_tiles_count;
     int64_t register_channels;  // of a register tile, at most
 
-    bool stores_sums;           // into the output; otherwise first into `sums`: all phases of a tile of two rows
+    bool stores_sums;           // into the output; otherwise first into `sums`: all phases of a tile of rows
     bool non_temporal_vectors;  // each vector of sums is a non-temporal store
     bool non_temporal_rows;     // rows are collected first, as their vectors are not whole cache lines
-    int64_t line, rows_pitch;   // outputs of a cache line; of two rows of a channel, and a line if they share one
+    int64_t line, rows_pitch;   // outputs of a cache line; of rows of a channel, and a line if they share one
 
     int64_t masks_size, features_size, sums_size, rows_size, scratch_size;
 };
+
+// Tells if there are register tiles of three rows: without factors, of a kernel size that the compiler knows.
+bool contracts_three_rows(const Problem& p) {
+    const bool known = p.kernel_size == 3 || p.kernel_size == 5 || p.kernel_size == 7;
+    return p.factor.up == 1 && p.factor.down == 1 && known && p.features.dtype != CARAFEPP_FLOAT64;
+}
 
 // Tells if the outputs of a tile fill whole cache lines.
 bool tiles_are_lines(const Array& output, int64_t tile_columns) {
@@ -98,16 +108,20 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     plan.tile_columns = lanes * columns.phases;
     plan.mask_row_size = p.taps() * columns.phases * lanes;
 
-    plan.ring_rows = k + ceil_div(down, up);
+    const bool three_rows = contracts_three_rows(p);
+    plan.tile_rows = three_rows ? 3 : 2;
+    plan.ring_rows = k + ceil_div((plan.tile_rows - 1) * down, up);
     // Windows of one phase need more channels than those of several.
-    const int64_t register_channels = up > 1 && windows.count == 1 ? kTileChannelsOfPhases : kTileChannelsOfOnePhase;
+    const int64_t register_channels = three_rows                     ? kTileChannelsOfThreeRows
+                                      : up > 1 && windows.count == 1 ? kTileChannelsOfPhases
+                                                                     : kTileChannelsOfOnePhase;
     plan.register_channels = register_channels;
     const int64_t most_cells = kMostFeatureVectors * lanes / (register_channels * plan.ring_rows * down) -
                                columns.halo();
 
-    // A block has whole cells if their masks have room, else pairs of rows. A thread gets about four blocks, so no
-    // thread waits long for the others.
-    const int64_t row_step = up > 1 && up * plan.mask_row_size <= kBlockMaskVectors * lanes ? up : 2;
+    // A block has whole cells if their masks have room, else whole register tiles. A thread gets about four blocks, so
+    // no thread waits long for the others.
+    const int64_t row_step = up > 1 && up * plan.mask_row_size <= kBlockMaskVectors * lanes ? up : plan.tile_rows;
     const int64_t row_steps = ceil_div(p.out_h, row_step), masks_of_step = row_step * plan.mask_row_size;
     plan.block_tiles = share_size(plan.tiles, std::min(kBlockMaskVectors * lanes / masks_of_step, most_cells / lanes));
     plan.blocks_across = ceil_div(plan.tiles, plan.block_tiles);
@@ -145,20 +159,21 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
     }
 
     plan.line = 64 / itemsize(output.dtype);
-    Array pairs_of_rows = output;
-    pairs_of_rows.stride_h *= 2;
-    plan.rows_pitch = 2 * p.out_w + (tiles_are_lines(pairs_of_rows, 2 * p.out_w) ? 0 : plan.line);
+    Array rows_together = output;
+    rows_together.stride_h *= plan.tile_rows;
+    plan.rows_pitch = plan.tile_rows * p.out_w;
+    if (!tiles_are_lines(rows_together, plan.rows_pitch)) plan.rows_pitch += plan.line;
     plan.stores_sums = plan.register_tiles_count == 1 && output.stride_w == 1 &&
                        itemsize(output.dtype) * lanes == kVectorBytes;
     plan.non_temporal_vectors = plan.stores_sums && wants_non_temporal_stores(output) &&
                                 tiles_are_lines(output, plan.tile_columns);
     plan.non_temporal_rows = output.stride_w == 1 && wants_non_temporal_stores(output) && !plan.non_temporal_vectors &&
-                             plan.blocks_across == 1 && 2 * p.out_w >= plan.line &&
+                             plan.blocks_across == 1 && plan.tile_rows * p.out_w >= plan.line &&
                              plan.block_channels * plan.rows_pitch * itemsize(output.dtype) <= kNonTemporalBytes;
 
     plan.masks_size = plan.block_rows * plan.block_tiles * plan.mask_row_size;
     plan.features_size = plan.block_channels * plan.channel_stride + lanes;  // the last load may reach beyond
-    plan.sums_size = plan.stores_sums ? 0 : 2 * plan.block_channels * plan.tile_columns;
+    plan.sums_size = plan.stores_sums ? 0 : plan.tile_rows * plan.block_channels * plan.tile_columns;
     plan.rows_size = plan.non_temporal_rows ? plan.line + plan.block_channels * plan.rows_pitch : 0;
     plan.scratch_size = plan.masks_size + plan.features_size + plan.sums_size + plan.rows_size;
     return plan;
@@ -171,8 +186,8 @@ struct ReassembleBlock {
     Range rows;
     A* masks;     // [row][tile][tap][phase][lane]
     A* features;  // [channel][row modulo ring_rows][residue][cell]
-    A* sums;      // [channel][row][column]; two rows of a tile
-    T* outputs;   // [channel][row][column]; two whole rows, behind the rest of a cache line
+    A* sums;      // [channel][row][column]; rows of a tile
+    T* outputs;   // [channel][row][column]; whole rows, behind the rest of a cache line
 
     ReassembleBlock(const ReassemblePlan& plan, const Problem& p, const Columns& columns, int64_t item, A* scratch) {
         const int64_t across = item % plan.blocks_across, down = item / plan.blocks_across % plan.blocks_down;
@@ -196,9 +211,10 @@ struct ReassembleBlock {
     }
 };
 
-// ---- contraction: a tile of one or two rows of outputs ----
+// ---- contraction: a tile of some rows of outputs ----
 
-// The windows of the second row begin `window_step` rows of features after those of the first.
+// The windows of the second row begin `window_step` rows of features after those of the first. Those of the third row
+// begin one row after those of the second.
 template <class A>
 struct ReassembleRegisterTile {
     const A* features;  // staged, at the tile's first cell
@@ -209,7 +225,7 @@ struct ReassembleRegisterTile {
     int kernel_size;
     int begin, end;  // rows of features inside the border
     int window_step;
-    const A* masks[2];  // first tap of each row of outputs
+    const A* masks[kMostTileRows];  // first tap of each row of outputs
     int64_t tap_stride;
     A* outputs;  // first row of the first channel
     int64_t output_channel_stride, output_row_stride;
@@ -219,18 +235,15 @@ struct ReassembleRegisterTile {
     bool prefetches_outputs;  // those of the next rows
 };
 
-// Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs. K is the
-// kernel size of adjacent taps, or 0 if the compiler does not know it. Loads limit the speed: features and masks that
-// are used twice stay in registers. Addresses are pointers with constant offsets.
+// Adds the taps in rows [begin, end) of features, from one channel on, to rows [First, Last) of outputs, and steps
+// over their masks. K is the kernel size of adjacent taps, or 0 if the compiler does not know it. Loads limit the
+// speed: features and masks that are used twice stay in registers. Addresses are pointers with constant offsets.
 template <int K, int First, int Last, int R, int Q, int NC, class A>
 CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* channel, int begin, int end,
-                              Vector<A> (&sums)[R][Q][NC]) {
+                              const A* (&masks)[R], Vector<A> (&sums)[R][Q][NC]) {
     constexpr int L = kLanes<A>;
     const int kernel_size = K > 0 ? K : tile.kernel_size;
     const int64_t tap_stride = K > 0 ? Q * L : tile.tap_stride, row_size = kernel_size * tap_stride;
-    const A* masks[R];
-#pragma GCC unroll 2
-    for (int r = First; r < Last; r++) masks[r] = tile.masks[r] + (begin - r * tile.window_step) * row_size;
     for (int y = begin; y < end; y++) {
         const A* rows[NC];
         rows[0] = opaque(channel + tile.row_offsets[y]);
@@ -247,7 +260,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
             };
             if constexpr (NC > R * Q) {
                 Vector<A> taps[R][Q];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                 for (int r = First; r < Last; r++) {
 #pragma GCC unroll 4
                     for (int q = 0; q < Q; q++) taps[r][q] = in_register(load_mask(r, q));
@@ -255,7 +268,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
 #pragma GCC unroll 8
                 for (int c = 0; c < NC; c++) {
                     const Vector<A> feature = load_feature(c);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                     for (int r = First; r < Last; r++) {
 #pragma GCC unroll 4
                         for (int q = 0; q < Q; q++) sums[r][q][c] += taps[r][q] * feature;
@@ -265,7 +278,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
                 Vector<A> features[NC];
 #pragma GCC unroll 8
                 for (int c = 0; c < NC; c++) features[c] = load_feature(c);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                 for (int r = First; r < Last; r++) {
 #pragma GCC unroll 4
                     for (int q = 0; q < Q; q++) {
@@ -278,7 +291,7 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
         };
         const int64_t step = K > 0 ? row_size : tap_stride;
         const auto next_masks = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int r = First; r < Last; r++) masks[r] = opaque(masks[r] + step);
         };
         if constexpr (K > 0) {
@@ -291,21 +304,22 @@ CARAFEPP_INLINE void add_taps(const ReassembleRegisterTile<A>& tile, const A* ch
     }
 }
 
-// Interleaves the sums of all phases, and calls store_vector(vector, to, q) for each vector of outputs.
-template <int R, int Q, int NC, class A, class F>
-CARAFEPP_INLINE void write_cells(const Vector<A> (&sums)[R][Q][NC], const ReassembleRegisterTile<A>& tile, A* outputs,
-                                 F store_vector) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; r++) {
+// Calls store_vector(vector, to, q) for each vector of outputs. `Interleave` makes columns of the sums of all phases.
+template <bool Interleave, int R, int Q, int NC, class A, class F>
+CARAFEPP_INLINE void write_vectors(const Vector<A> (&sums)[R][Q][NC], const ReassembleRegisterTile<A>& tile, A* outputs,
+                                   F store_vector) {
+    // The compiler knows that stores to outputs do not change these.
+    const int64_t channel_stride = tile.output_channel_stride, row_stride = tile.output_row_stride;
 #pragma GCC unroll 8
-        for (int c = 0; c < NC; c++) {
-            A* const to = outputs + r * tile.output_row_stride + c * tile.output_channel_stride;
-            Vector<A> columns[Q];
+    for (int c = 0; c < NC; c++, outputs += channel_stride) {
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++) {
+            Vector<A> vectors[Q];
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; q++) columns[q] = sums[r][q][c];
-            interleave<A, Q>(columns);
+            for (int q = 0; q < Q; q++) vectors[q] = sums[r][q][c];
+            if constexpr (Interleave) interleave<A, Q>(vectors);
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; q++) store_vector(columns[q], to + q * kLanes<A>, q);
+            for (int q = 0; q < Q; q++) store_vector(vectors[q], outputs + r * row_stride + q * kLanes<A>, q);
         }
     }
 }
@@ -343,49 +357,52 @@ __attribute__((noinline)) void reassemble_channels(const ReassembleRegisterTile<
     constexpr int L = kLanes<A>;
     assert(channels >= NC);
     const int begin = tile.begin, end = tile.end, k = tile.kernel_size, step = tile.window_step;
+    const int64_t row_size = k * tile.tap_stride;
     for (int64_t c = 0; c < channels; c += NC) {
         // The last channels overlap those before: a full register tile is faster.
         if (c + NC > channels) c = channels - NC;
         const A* const features = tile.features + c * tile.channel_stride;
         A* const outputs = tile.outputs + c * tile.output_channel_stride;
         if (tile.prefetches_outputs) {
-            const A* next = outputs + 2 * tile.output_row_stride;
+            const A* next = outputs + std::max(R, 2) * tile.output_row_stride;
 #pragma GCC unroll 1
             for (int n = 0; n < NC; n++, next += tile.output_channel_stride) {
-                __builtin_prefetch(next, 1, 2);
-                if (R == 2) __builtin_prefetch(next + tile.output_row_stride, 1, 2);
+#pragma GCC unroll 3
+                for (int r = 0; r < R; r++) __builtin_prefetch(next + r * tile.output_row_stride, 1, 2);
             }
         }
         Vector<A> sums[R][Q][NC] = {};
+        const A* masks[R];
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++) masks[r] = tile.masks[r] + std::max(begin - r * step, 0) * row_size;
         if constexpr (R == 1) {
-            add_taps<K, 0, 1>(tile, features, begin, end, sums);
+            add_taps<K, 0, 1>(tile, features, begin, end, masks, sums);
+        } else if constexpr (R == 2) {
+            add_taps<K, 0, 1>(tile, features, begin, std::min({end, step, k}), masks, sums);
+            add_taps<K, 0, 2>(tile, features, std::max(begin, step), std::min(end, k), masks, sums);
+            add_taps<K, 1, 2>(tile, features, std::max({begin, step, k}), end, masks, sums);
         } else {
-            add_taps<K, 0, 1>(tile, features, begin, std::min({end, step, k}), sums);
-            add_taps<K, 0, 2>(tile, features, std::max(begin, step), std::min(end, k), sums);
-            add_taps<K, 1, 2>(tile, features, std::max({begin, step, k}), end, sums);
+            static_assert(R == 3 && K >= R, "a step for each row of features");
+            if (begin < 1) add_taps<K, 0, 1>(tile, features, 0, 1, masks, sums);
+            if (begin < 2) add_taps<K, 0, 2>(tile, features, 1, 2, masks, sums);
+            add_taps<K, 0, 3>(tile, features, std::max(begin, 2), std::min(end, K), masks, sums);
+            if (end > K) add_taps<K, 1, 3>(tile, features, K, K + 1, masks, sums);
+            if (end > K + 1) add_taps<K, 2, 3>(tile, features, K + 1, K + 2, masks, sums);
         }
         const int64_t columns = tile.columns;
+        const auto store_all = [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { store(vector, to); };
         if (!tile.interleaves) {
-#pragma GCC unroll 2
-            for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
-                for (int q = 0; q < Q; q++) {
-                    A* const to = outputs + r * tile.output_row_stride + q * L;
-#pragma GCC unroll 8
-                    for (int n = 0; n < NC; n++) store(sums[r][q][n], to + n * tile.output_channel_stride);
-                }
-            }
+            write_vectors<false>(sums, tile, outputs, store_all);
         } else if (columns < Q * L) {
-            write_cells(sums, tile, outputs, [columns](Vector<A> vector, A* to, int q) __attribute__((always_inline)) {
-                store_part(vector, to, columns - q * L);
-            });
+            write_vectors<true>(sums, tile, outputs,
+                                [columns](Vector<A> vector, A* to, int q)
+                                    __attribute__((always_inline)) { store_part(vector, to, columns - q * L); });
         } else if (tile.non_temporal) {
-            write_cells(sums, tile, outputs, [](Vector<A> vector, A* to, int) __attribute__((always_inline)) {
+            write_vectors<true>(sums, tile, outputs, [](Vector<A> vector, A* to, int) __attribute__((always_inline)) {
                 store_non_temporal(vector, to);
             });
         } else {
-            write_cells(sums, tile, outputs,
-                        [](Vector<A> vector, A* to, int) __attribute__((always_inline)) { store(vector, to); });
+            write_vectors<true>(sums, tile, outputs, store_all);
         }
     }
 }
@@ -418,18 +435,30 @@ void reassemble_rows_in_turn(const ReassembleRegisterTile<A>& both, int64_t chan
     }
 }
 
+// Tiles of three rows, or what is left at the end of a block.
+template <int K, class A>
+void reassemble_three_rows(const ReassembleRegisterTile<A>& tile, int64_t channels, int64_t rows) {
+    if (rows < 3) return reassemble_rows_together<0, 1, kTileChannelsOfOnePhase>(tile, channels, rows);
+    if (channels >= kTileChannelsOfThreeRows)
+        return reassemble_channels<K, 3, 1, kTileChannelsOfThreeRows>(tile, channels);
+    reassemble_rows_in_turn<0, 1, kTileChannelsOfOnePhase>(tile, channels, rows);
+}
+
 template <int K, class A>
 void reassemble_phases(const ReassembleRegisterTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     static_assert(kTilePhases == 4, "a case for each number of phases");
     switch (phases) {
-        case 1: reassemble_rows_together<K, 1, kTileChannelsOfOnePhase>(tile, channels, rows); break;
+        case 1:
+            if constexpr (K > 0) return reassemble_three_rows<K>(tile, channels, rows);
+            reassemble_rows_together<K, 1, kTileChannelsOfOnePhase>(tile, channels, rows);
+            break;
         case 2: reassemble_rows_together<K, 2, kTileChannelsOfPhases>(tile, channels, rows); break;
         case 3: reassemble_rows_in_turn<K, 3, kTileChannelsOfPhases>(tile, channels, rows); break;
         case 4: reassemble_rows_in_turn<K, 4, kTileChannelsOfPhases>(tile, channels, rows); break;
     }
 }
 
-// Contracts one or two rows of a tile, in some phases. Only floats have code for known kernel sizes, for its size.
+// Contracts some rows of a tile, in some phases. Only floats have code for known kernel sizes, for its size.
 template <class A>
 void reassemble_tile(const ReassembleRegisterTile<A>& tile, int phases, int64_t channels, int64_t rows) {
     if constexpr (std::is_same_v<A, float>) {
@@ -438,7 +467,7 @@ void reassemble_tile(const ReassembleRegisterTile<A>& tile, int phases, int64_t 
             case 5: return reassemble_phases<5>(tile, phases, channels, rows);
             case 7:
                 if (phases > 1) break;
-                return reassemble_rows_together<7, 1, kTileChannelsOfOnePhase>(tile, channels, rows);
+                return reassemble_three_rows<7>(tile, channels, rows);
         }
     }
     reassemble_phases<0>(tile, phases, channels, rows);
@@ -518,7 +547,7 @@ struct ReassembleNchw {
     RowPrefetch features_prefetch(const Block& b, int64_t channel, int64_t count, int64_t last, int64_t end) const {
         const bool below = last + 1 < b.rows.end;
         const int64_t first = below ? end : std::max<int64_t>(p.rows().source(b.rows.begin) - p.radius(), 0);
-        const int64_t next_last = std::min(below ? last + 2 : b.rows.begin + 1, b.rows.end - 1);
+        const int64_t next_last = std::min((below ? last : b.rows.begin - 1) + plan.tile_rows, b.rows.end - 1);
         const int64_t next_end = std::min(p.rows().source(next_last) + p.radius() + 1, p.features.h);
         const int64_t next = below ? channel : channel + count;
         const int64_t left = (b.group + 1) * channels - next;
@@ -543,8 +572,8 @@ struct ReassembleNchw {
     // Contracts all rows of a block, in `count` channels. The first sweep stages the masks.
     void sweep_rows(const Block& b, int64_t channel, int64_t count, bool stages_masks) const {
         int64_t staged = 0;  // rows of features before it are staged
-        for (int64_t i = b.rows.begin; i < b.rows.end; i += 2) {
-            const Range rows = {i, std::min(i + 2, b.rows.end)};
+        for (int64_t i = b.rows.begin; i < b.rows.end; i += plan.tile_rows) {
+            const Range rows = {i, std::min(i + plan.tile_rows, b.rows.end)};
             const Range window = {p.rows().source(i) - p.radius(), p.rows().source(rows.end - 1) + p.radius() + 1};
             assert(window.size() <= plan.ring_rows);
             staged = std::max(staged, window.begin);
@@ -557,13 +586,13 @@ struct ReassembleNchw {
             if (stages_masks) {
                 stage_masks(b, rows);
                 if (rows.end < b.rows.end)
-                    inputs[1] = masks_prefetch(b, {rows.end, std::min(rows.end + 2, b.rows.end)});
+                    inputs[1] = masks_prefetch(b, {rows.end, std::min(rows.end + plan.tile_rows, b.rows.end)});
             }
             contract_rows(b, channel, count, rows, window, inputs);
         }
     }
 
-    // Contracts one or two rows of outputs, whose windows together are the rows `window` of features.
+    // Contracts some rows of outputs, whose windows together are the rows `window` of features.
     void contract_rows(const Block& b, int64_t channel, int64_t count, Range rows, Range window,
                        RowPrefetch* inputs) const {
         int64_t ring_offsets[kMaxKernelSize + kMaxFactor], offsets_in_place[kMaxKernelSize + kMaxFactor];
@@ -579,13 +608,14 @@ struct ReassembleNchw {
         tile.kernel_size = static_cast<int>(p.kernel_size);
         tile.begin = static_cast<int>(std::max<int64_t>(-window.begin, 0));
         tile.end = static_cast<int>(std::min(window.end, p.features.h) - window.begin);
-        tile.window_step = static_cast<int>(window.size() - p.kernel_size);
+        tile.window_step = rows.size() > 2 ? 1 : static_cast<int>(window.size() - p.kernel_size);
         tile.tap_stride = columns.phases * L;
-        tile.output_channel_stride = plan.stores_sums ? channel_stride : 2 * plan.tile_columns;
+        tile.output_channel_stride = plan.stores_sums ? channel_stride : plan.tile_rows * plan.tile_columns;
         tile.output_row_stride = plan.stores_sums ? row_stride : plan.tile_columns;
         tile.interleaves = plan.register_tiles_count == 1;
         tile.non_temporal = plan.non_temporal_vectors;
-        tile.prefetches_outputs = plan.stores_sums && !plan.non_temporal_vectors && !plan.non_temporal_rows;
+        const bool prefetches_outputs = plan.stores_sums && !plan.non_temporal_vectors && !plan.non_temporal_rows;
+        const int64_t tiles_of_line = std::max<int64_t>(plan.line / plan.tile_columns, 1);
         const int64_t lines = ceil_div(inputs[0].lines() + inputs[1].lines(), b.tiles * plan.register_tiles_count);
         for (int64_t t = 0; t < b.tiles; t++) {
             const int64_t column = (b.first_cell + t * L) * p.factor.up;
@@ -596,6 +626,7 @@ struct ReassembleNchw {
             if constexpr (std::is_same_v<T, A>) {
                 if (plan.stores_sums) sums = result;
             }
+            tile.prefetches_outputs = prefetches_outputs && t % tiles_of_line == 0;
             const bool in_place = t >= plan.in_place.begin && t < plan.in_place.end;
             tile.channel_stride = in_place ? p.features.stride_c : plan.channel_stride;
             tile.row_offsets = in_place ? offsets_in_place : ring_offsets;
@@ -622,7 +653,7 @@ struct ReassembleNchw {
     void write_sums(A* sums, int64_t count, int64_t rows, int64_t tile_columns, T* result, int64_t channel_stride,
                     int64_t row_stride) const {
         const auto for_each_channel = [&](auto store_rows) __attribute__((always_inline)) {
-            for (int64_t c = 0; c < count; c++, sums += 2 * plan.tile_columns, result += channel_stride)
+            for (int64_t c = 0; c < count; c++, sums += plan.tile_rows * plan.tile_columns, result += channel_stride)
                 store_rows(sums, result);
         };
         const int phases = static_cast<int>(columns.phases);

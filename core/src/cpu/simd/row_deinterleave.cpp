@@ -129,14 +129,16 @@ void deinterleave_rows_of(const Array& array, int64_t n, int64_t channel, int64_
         return;
     }
     // Few rows of few channels stay in the level 1 cache, even if they lie in the same sets.
-    constexpr int64_t kChannels = 8, kElements = 2048;
-    const int64_t together = std::max<int64_t>(kElements / (kChannels * layout.factor * layout.lanes<A>()), 1);
+    constexpr int64_t kElements = 2048;
+    const int64_t row_elements = layout.factor * layout.lanes<A>();
+    const int64_t channels_together = std::max<int64_t>(512 / row_elements, 8);
+    const int64_t together = std::max<int64_t>(kElements / (channels_together * row_elements), 1);
     const auto shuffle_columns = [&](auto factor) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < channels; c += kChannels) {
+        for (int64_t c = 0; c < channels; c += channels_together) {
             for (int64_t r = 0; r < rows.size(); r += together) {
                 deinterleave_columns<decltype(factor)::value>(
                     array, element<const T>(array, n, channel + c, rows.begin + r, 0),
-                    std::min(channels - c, kChannels), std::min(rows.size() - r, together), layout,
+                    std::min(channels - c, channels_together), std::min(rows.size() - r, together), layout,
                     to + c * layout.channel_stride + r * layout.row_stride);
             }
         }
