@@ -4,8 +4,7 @@
 // phase) of neighbouring cells, and staged masks have the same order.
 //
 // For a block of outputs, the kernel stages the masks. Then it sweeps down the rows, some channels and some rows at a
-// time. It stages the rows of features that the windows reach, contracts the taps of each tile, and writes
-// the outputs.
+// time. It stages the rows of features that the windows reach, contracts the taps of each tile, and writes the outputs.
 #include <algorithm>
 #include <cassert>
 
@@ -615,13 +614,16 @@ struct ReassembleNchw {
         tile.interleaves = plan.register_tiles_count == 1;
         tile.non_temporal = plan.non_temporal_vectors;
         const bool prefetches_outputs = plan.stores_sums && !plan.non_temporal_vectors && !plan.non_temporal_rows;
+        // The first tile of a cache line prefetches it.
         const int64_t tiles_of_line = std::max<int64_t>(plan.line / plan.tile_columns, 1);
         const int64_t lines = ceil_div(inputs[0].lines() + inputs[1].lines(), b.tiles * plan.register_tiles_count);
-        for (int64_t t = 0; t < b.tiles; t++) {
-            const int64_t column = (b.first_cell + t * L) * p.factor.up;
-            const int64_t tile_columns = std::min(plan.tile_columns, p.out_w - column);
-            T* const result = plan.non_temporal_rows ? b.outputs + plan.line + column
-                                                     : element<T>(output, b.n, channel, rows.begin, column);
+        const int64_t columns_of_tile = plan.tile_columns, mask_row_size = plan.mask_row_size, tiles = b.tiles;
+        const int64_t first_column = b.first_cell * p.factor.up, result_stride = output.stride_w * columns_of_tile;
+        T* result = plan.non_temporal_rows ? b.outputs + plan.line
+                                           : element<T>(output, b.n, channel, rows.begin, first_column);
+        const A* masks_of_tile = b.masks_of(plan, rows.begin, 0);
+        for (int64_t t = 0; t < tiles; t++, result += result_stride, masks_of_tile += mask_row_size) {
+            const int64_t tile_columns = std::min(columns_of_tile, p.out_w - first_column - t * columns_of_tile);
             A* sums = b.sums;
             if constexpr (std::is_same_v<T, A>) {
                 if (plan.stores_sums) sums = result;
@@ -631,13 +633,13 @@ struct ReassembleNchw {
             tile.channel_stride = in_place ? p.features.stride_c : plan.channel_stride;
             tile.row_offsets = in_place ? offsets_in_place : ring_offsets;
             tile.features = features_of(b, channel, t);
+            tile.columns = plan.stores_sums ? tile_columns : columns_of_tile;
             for (int k = 0; k < plan.register_tiles_count; k++) {
                 const TilePhases& some = plan.register_tiles[k];
                 tile.tap_offsets = plan.tap_offsets[some.window];
                 for (int64_t r = 0; r < rows.size(); r++)
-                    tile.masks[r] = b.masks_of(plan, rows.begin + r, t) + some.first * L;
+                    tile.masks[r] = masks_of_tile + r * tiles * mask_row_size + some.first * L;
                 tile.outputs = sums + some.first * L;
-                tile.columns = plan.stores_sums ? tile_columns : plan.tile_columns;
                 inputs[1].prefetch_lines(inputs[0].prefetch_lines(lines));
                 reassemble_tile(tile, some.count, count, rows.size());
             }

@@ -178,12 +178,20 @@ void copy_non_temporal(const T* from, int64_t count, T* to) {
     const int64_t line = 64 / int64_t{sizeof(T)};
     int64_t k = std::min(count, (line - elements_before(to)) % line);
     std::copy_n(from, k, to);
-    for (; k + line <= count; k += line) {
-        for (int64_t byte = 0; byte < 64; byte += kVectorBytes) {
-            store_non_temporal(load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(from + k) + byte)),
-                               reinterpret_cast<float*>(reinterpret_cast<char*>(to + k) + byte));
+    const auto copy_lines = [&](auto lines) __attribute__((always_inline)) {
+        constexpr int kLines = decltype(lines)::value;
+        for (; k + kLines * line <= count; k += kLines * line) {
+            const char* const bytes = reinterpret_cast<const char*>(from + k);
+            char* const copies = reinterpret_cast<char*>(to + k);
+#pragma GCC unroll 16
+            for (int byte = 0; byte < kLines * 64; byte += kVectorBytes) {
+                store_non_temporal(load(reinterpret_cast<const float*>(bytes + byte)),
+                                   reinterpret_cast<float*>(copies + byte));
+            }
         }
-    }
+    };
+    copy_lines(std::integral_constant<int, 4>());
+    copy_lines(std::integral_constant<int, 1>());
     std::copy_n(from + k, count - k, to + k);
 }
 
