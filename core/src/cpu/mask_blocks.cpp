@@ -6,7 +6,9 @@
 
 namespace carafepp {
 
-constexpr int64_t kBlockSums = 4096;  // elements of a channel; in the level 1 cache
+// Elements of a block, in the level 2 cache: as long is each stream of masks. Elements of a channel, in the level 1
+// cache.
+constexpr int64_t kBlockSums = 16 * 1024, kChannelSums = 4096;
 
 int64_t rows_of_block(const Problem& p, int64_t vector, int64_t rows, int64_t most, int64_t groups_of_images) {
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(vector));
@@ -14,7 +16,7 @@ int64_t rows_of_block(const Problem& p, int64_t vector, int64_t rows, int64_t mo
     return share_size(rows, std::min(std::max<int64_t>(most, 1), ceil_div(rows, fewest)));
 }
 
-MaskBlocks::MaskBlocks(const Problem& problem, int64_t vector)
+MaskBlocks::MaskBlocks(const Problem& problem, int64_t vector, bool staged)
     : p(problem), up(p.factor.up), down(p.factor.down), k(p.kernel_size), channels(p.features.c / p.groups) {
     columns = share_size(std::max<int64_t>(ceil_div(p.out_w, up), 1), kFewColumns / up) * up;
     column_blocks = ceil_div(p.out_w, columns);
@@ -23,7 +25,9 @@ MaskBlocks::MaskBlocks(const Problem& problem, int64_t vector)
     residues = std::min(down, k);
     residue_stride = ceil_div(lanes + (k - 1) / down * up, vector) * vector;
     sources_row = residues * residue_stride;
-    const int64_t rows_of_sums = std::min(kBlockSums, kBlockFeatures / std::max<int64_t>(channels, 1)) / lanes;
+    const int64_t fewest_channels = std::max<int64_t>(channels, 1);
+    const int64_t most_sums = staged ? kChannelSums : std::max(kBlockSums / fewest_channels, kChannelSums);
+    const int64_t rows_of_sums = std::min(most_sums, kBlockFeatures / fewest_channels) / lanes;
     const int64_t rows_of_features = kBlockFeatures / std::max<int64_t>(channels * sources_row, 1) - k;
     const int64_t images = p.features.n * p.groups * column_blocks;
     rows = rows_of_block(p, vector, p.out_h, std::min(rows_of_sums, rows_of_features * up / down), images);

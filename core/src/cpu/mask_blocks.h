@@ -31,8 +31,8 @@ struct MaskBlocks {
     int64_t residues, residue_stride, sources_row, sources_channel;
     int64_t row_columns;  // of a row of features, before its columns are repeated
 
-    // A row has whole vectors of `vector` lanes.
-    MaskBlocks(const Problem& problem, int64_t vector);
+    // A row has whole vectors of `vector` lanes. Blocks are smaller if the masks of their tap rows are staged.
+    MaskBlocks(const Problem& problem, int64_t vector, bool staged);
 
     MaskBlock block(int64_t item) const;
 

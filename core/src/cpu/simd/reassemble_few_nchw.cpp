@@ -34,7 +34,7 @@ CARAFEPP_INLINE void add_tap(const Vector<A> (&masks)[N], const A* features, int
                              Vector<A> (&sums)[N][NC]) {
 #pragma GCC unroll 4
     for (int c = 0; c < NC; c++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < N; v++) sums[v][c] += masks[v] * load(features + c * channel_stride + v * kLanes<A>);
     }
 }
@@ -48,37 +48,61 @@ CARAFEPP_INLINE Vector<A> load_inside(const A* mask, const Range& inside, int64_
     return load_between(mask, static_cast<int>(begin), static_cast<int>(end));
 }
 
+// Adds the products of some tap rows to N tiles of NC channels. load_mask(mask, b) loads masks of tap column b.
+template <int N, int NC, class A, class F>
+CARAFEPP_INLINE void add_tap_rows_of_tiles(const FewContraction<A>& at, TapRows<const A> masks, const A* features,
+                                           A* outputs, F load_mask) {
+    constexpr int L = kLanes<A>;
+    const int64_t output_channel = at.output_channel, channel_stride = at.channel_stride;
+    const int k = at.kernel_size;
+    Vector<A> sums[N][NC];
+#pragma GCC unroll 4
+    for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) sums[v][c] = load(outputs + c * output_channel + v * L);
+    }
+    const A* mask = masks.first;
+    for (int left = masks.taps; left > 0; left -= k, features += at.row_stride) {
+        for (int b = 0; b < k; b++, mask += masks.step) {
+            Vector<A> of_tiles[N];
+#pragma GCC unroll 4
+            for (int v = 0; v < N; v++) of_tiles[v] = load_mask(mask + v * L, b);
+            add_tap<N, NC, A>(of_tiles, features + at.tap_offsets[b], channel_stride, sums);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) store(sums[v][c], outputs + c * output_channel + v * L);
+    }
+}
+
 // Adds the products of some tap rows to the outputs of NC channels. Does not read the masks of taps beyond the border.
 template <int NC, class A>
 __attribute__((noinline)) void add_tap_rows(const FewContraction<A>& at, TapRows<const A> masks, const A* features,
                                             A* outputs) {
-    constexpr int L = kLanes<A>;
-    constexpr int64_t kAhead = 256 / sizeof(A);  // elements from a mask to the one that is prefetched
-    const int64_t output_channel = at.output_channel, channel_stride = at.channel_stride, row_stride = at.row_stride;
-    const int64_t step = masks.step;
-    const int k = at.kernel_size;
-    for (int64_t q = 0; q < masks.cells; q += L) {
-        Vector<A> sums[1][NC];
-#pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) sums[0][c] = load(outputs + c * output_channel + q);
-        const auto add_taps = [&](auto load_mask) __attribute__((always_inline)) {
-            const A *mask = masks.first + q, *row = features + q;
-            for (int left = masks.taps; left > 0; left -= k, row += row_stride) {
-                for (int b = 0; b < k; b++, mask += step)
-                    add_tap<1, NC, A>({load_mask(mask, b)}, row + at.tap_offsets[b], channel_stride, sums);
-            }
-        };
-        if (q >= at.inside[0].begin && q + L <= at.inside[k - 1].end) {
-            add_taps([](const A* mask, int) __attribute__((always_inline)) {
-                __builtin_prefetch(mask + kAhead);
-                return load(mask);
-            });
-        } else {
-            add_taps([&](const A* mask, int b)
-                         __attribute__((always_inline)) { return load_inside(mask, at.inside[b], q); });
+    constexpr int N = std::max(4 / NC, 1);                      // tiles that share the steps from tap to tap
+    constexpr int64_t L = kLanes<A>, kAhead = 256 / sizeof(A);  // elements from a mask to the one that is prefetched
+    const Range inside = {at.inside[0].begin, at.inside[at.kernel_size - 1].end};  // cells whose taps all are
+    const auto load_whole = [](const A* mask, int) __attribute__((always_inline)) {
+        __builtin_prefetch(mask + kAhead);
+        return load(mask);
+    };
+    for (int64_t q = 0; q < masks.cells;) {
+        if (q >= inside.begin && q + N * L <= inside.end) {
+            add_tap_rows_of_tiles<N, NC>(at, masks.from(q), features + q, outputs + q, load_whole);
+            q += N * L;
+            continue;
         }
-#pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) store(sums[0][c], outputs + c * output_channel + q);
+        if (N > 1 && q >= inside.begin && q + L <= inside.end) {
+            add_tap_rows_of_tiles<1, NC>(at, masks.from(q), features + q, outputs + q, load_whole);
+        } else {
+            add_tap_rows_of_tiles<1, NC>(at, masks.from(q), features + q, outputs + q,
+                                         [&](const A* mask, int b) __attribute__((always_inline)) {
+                return load_inside(mask, at.inside[b], q);
+            });
+        }
+        q += L;
     }
 }
 
@@ -138,17 +162,35 @@ __attribute__((noinline)) void reassemble_few_logits(FewContraction<A> at, TapRo
 
 // ---- from masks: a lane is a column of outputs ----
 
+// deinterleave_rows() by a factor of 1. Copies rows that need neither widening nor gathering.
+template <class A>
+void stage_rows(const Array& array, int64_t n, int64_t channel, int64_t channels, Range rows,
+                const Deinterleaved& layout, A* to) {
+    if (array.stride_w != 1 || array.dtype != kDtypeOf<A>)
+        return deinterleave_rows(array, n, channel, channels, rows, layout, to);
+    const int64_t lanes = layout.lanes<A>(), begin = std::clamp<int64_t>(-layout.cell, 0, lanes);
+    const int64_t end = std::clamp(array.w - layout.cell, begin, lanes);
+    for (int64_t c = 0; c < channels; c++) {
+        for (int64_t i = rows.begin; i < rows.end; i++) {
+            A* const row = to + c * layout.channel_stride + (i - rows.begin) * layout.row_stride;
+            std::fill_n(row, begin, A{0});
+            std::copy_n(element<const A>(array, n, channel + c, i, layout.cell + begin), end - begin, row + begin);
+            std::fill_n(row + end, lanes - end, A{0});
+        }
+    }
+}
+
 template <class Sums>
 struct ReassembleFewMasks {
     using A = Sums;
 
     const Problem& p;
     const Array& output;
-    const MaskBlocks blocks{p, kLanes<A>};
+    const bool in_place = p.masks.stride_w == 1 && p.masks.dtype == kDtypeOf<A>;
+    const MaskBlocks blocks{p, kLanes<A>, !in_place};
     const int64_t k = p.kernel_size, channels = blocks.channels, items = blocks.items;
     const int64_t features_size = channels * blocks.sources_channel;
     const int64_t sums_channel = blocks.rows * blocks.lanes, sums_size = channels * sums_channel;
-    const bool in_place = p.masks.stride_w == 1 && p.masks.dtype == kDtypeOf<A>;
     const int64_t staged_size = std::max(channels * blocks.row_columns,
                                          in_place ? 0 : blocks.together * k * sums_channel);
     const int64_t scratch_size = features_size + sums_size + staged_size;
@@ -162,7 +204,15 @@ struct ReassembleFewMasks {
         for (int64_t c = 0; c < channels; c++) {
             const A* from = sums + c * sums_channel;
             for (int64_t i = block.rows.begin; i < block.rows.end; i++, from += blocks.lanes)
-                interleave_row(from, 0, 1, output, block.n, block.group * channels + c, i, block.columns);
+                write_row(from, block.n, block.group * channels + c, i, block.columns);
+        }
+    }
+
+    void write_row(const A* from, int64_t n, int64_t channel, int64_t row, Range columns) const {
+        if (output.stride_w == 1 && output.dtype == kDtypeOf<A>) {
+            std::copy_n(from, columns.size(), element<A>(output, n, channel, row, columns.begin));
+        } else {
+            interleave_row(from, 0, 1, output, n, channel, row, columns);
         }
     }
 
@@ -175,11 +225,11 @@ struct ReassembleFewMasks {
         to += (sources.begin - blocks.top(block.rows.begin)) * blocks.sources_row;
         if (up * down == 1) {
             const Deinterleaved layout{1, left, blocks.residue_stride, blocks.sources_channel, blocks.sources_row, 0};
-            return deinterleave_rows(p.features, block.n, channel, channels, sources, layout, to);
+            return stage_rows(p.features, block.n, channel, channels, sources, layout, to);
         }
         const Deinterleaved layout{1, left, blocks.row_columns, blocks.row_columns, 0, 0};
         for (int64_t i = sources.begin; i < sources.end; i++, to += blocks.sources_row) {
-            deinterleave_rows(p.features, block.n, channel, channels, {i, i + 1}, layout, row);
+            stage_rows(p.features, block.n, channel, channels, {i, i + 1}, layout, row);
             for (int64_t c = 0; c < channels; c++)
                 repeat_columns(row + c * blocks.row_columns, to + c * blocks.sources_channel);
         }
