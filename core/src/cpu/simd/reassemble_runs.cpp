@@ -113,29 +113,39 @@ Array staged(float* data, int64_t height, int64_t width, int64_t pitch) {
 
 // ---- contraction ----
 
-// Neighbouring outputs, and the union of their windows.
+// Neighbouring outputs. Masks and features are those of the first output, in the first row of taps inside the border.
 struct Run {
-    const float* features;  // staged; the first column of the union, in its first row inside the border
+    const float* features;  // staged
     int64_t row_stride;
-    int64_t source_stride;  // from output to output, of a run with staged masks
-    int rows, kernel_size;  // rows of taps inside the border; in each, taps with staged masks
-    int begin, end;         // columns inside the border
-    // From the first row inside on, tap t of output o is masks[o*cell_stride + t*tap_stride]. Staged masks are
-    // [tile][tap][lane], and cell_stride is that of tiles.
+    int rows;  // of taps inside the border
     const float* masks;
-    int64_t cell_stride, tap_stride;
-    int64_t next_masks;       // from masks to those of the next row of outputs, or 0: these are not prefetched
-    int64_t prefetch_stride;  // from one prefetch to the next
     float* outputs;
     int64_t output_stride;
     bool non_temporal;
+
+    // Writes the first `count` of them.
+    template <int P>
+    CARAFEPP_MEMBER void write(const Vector<float> (&sums)[P][kVectors], int64_t count = P) const {
+#pragma GCC unroll 8
+        for (int o = 0; o < P; o++) {
+            if (o < count) write_channels<kVectors, false>(sums[o], outputs + o * output_stride, 0, non_temporal);
+        }
+    }
+};
+
+// ---- masks in place: outputs share the union of their windows ----
+
+struct SharingRun : Run {
+    int begin, end;                    // columns of the union inside the border
+    int64_t tap_stride, output_masks;  // of masks, from tap to tap and from output to output
+    int64_t next_masks;                // from masks to those of the next row of outputs, or 0: these are not prefetched
 };
 
 // Adds column `C` of a row of the union to the outputs whose windows hold it. Output o reads it by its tap C - o*kDown.
 // The weights of these taps lie `distance` apart, from output to output: `low` reaches the first half of the outputs,
 // `high` the second.
 template <int C, int K, int kDown, int P>
-CARAFEPP_INLINE void add_column(const Run& run, const float* x, const float*& low, const float*& high,
+CARAFEPP_INLINE void add_column(const SharingRun& run, const float* x, const float*& low, const float*& high,
                                 int64_t tap_stride, int64_t distance, Vector<float> (&sums)[P][kVectors]) {
     constexpr int kFirst = C < K ? 0 : (C - K) / kDown + 1, kLast = std::min(P, C / kDown + 1);
     constexpr int kColumns = K + (P - 1) * kDown, kHalf = P / 2;
@@ -157,7 +167,7 @@ CARAFEPP_INLINE void add_column(const Run& run, const float* x, const float*& lo
 }
 
 template <int K, int kDown, int P, int... C>
-CARAFEPP_INLINE void add_columns(const Run& run, const float* x, const float* low, const float* high,
+CARAFEPP_INLINE void add_columns(const SharingRun& run, const float* x, const float* low, const float* high,
                                  int64_t tap_stride, int64_t distance, Vector<float> (&sums)[P][kVectors],
                                  std::integer_sequence<int, C...>) {
     (add_column<C, K, kDown>(run, x, low, high, tap_stride, distance, sums), ...);
@@ -165,26 +175,53 @@ CARAFEPP_INLINE void add_columns(const Run& run, const float* x, const float* lo
 
 // A register tile: a run of `P` outputs.
 template <int K, int kDown, int P>
-__attribute__((noinline)) void reassemble_run(const Run& run) {
+__attribute__((noinline)) void reassemble_run(const SharingRun& run) {
     Vector<float> sums[P][kVectors] = {};
-    const int64_t tap_stride = run.tap_stride, distance = run.cell_stride - kDown * tap_stride;
+    const int64_t tap_stride = run.tap_stride, distance = run.output_masks - kDown * tap_stride;
     const float *x = run.features, *masks = run.masks;
     for (int a = 0; a < run.rows; a++, x += run.row_stride, masks += K * run.tap_stride) {
         if (run.next_masks != 0 &&
             (tap_stride != 1 || a % 2 == 0)) {  // every other row of adjacent taps is a cache line further
             const float* next = masks + run.next_masks;
-            for (int k = 0; k < K; k++, next += run.prefetch_stride) __builtin_prefetch(next);
+            for (int k = 0; k < K; k++, next += tap_stride == 1 ? run.output_masks : tap_stride)
+                __builtin_prefetch(next);
         }
         add_columns<K, kDown>(run, x, masks, masks + P / 2 * distance, tap_stride, distance, sums,
                               std::make_integer_sequence<int, K + (P - 1) * kDown>());
     }
-#pragma GCC unroll 8
-    for (int o = 0; o < P; o++)
-        write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
+    run.write(sums);
 }
 
-// Contracts a run with staged masks. Outputs beyond the row are not written.
-__attribute__((noinline)) void reassemble_staged_run(const Run& run, int64_t outputs) {
+// A row of outputs. The pointers of `row` are those of column 0.
+void reassemble_sharing_row(const Problem& p, const SharingRun& row) {
+    constexpr int K = kRunKernelSize;
+    const bool down2 = p.factor.down == 2;
+    const auto run_long = down2 ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
+    const auto run_short = down2 ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
+    SharingRun run = row;
+    for (int64_t j = 0, count; j < p.out_w; j += count) {
+        const int64_t left = p.out_w - j;
+        count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
+        j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
+        const int64_t column = j * p.factor.down + p.offset_w - K / 2;
+        run.begin = static_cast<int>(std::max<int64_t>(-column, 0));
+        run.end = static_cast<int>(p.features.w - column);
+        run.features = row.features + column * kChannels;
+        run.masks = row.masks + j * run.output_masks;
+        run.outputs = row.outputs + j * run.output_stride;
+        (count == kLongRun ? run_long : run_short)(run);
+    }
+}
+
+// ---- staged masks ----
+
+struct StagedRun : Run {
+    int64_t source_stride;  // from output to output
+    int kernel_size;
+};
+
+// Contracts a run whose masks are [tap][lane]. Outputs beyond the row are not written.
+__attribute__((noinline)) void reassemble_staged_run(const StagedRun& run, int64_t outputs) {
     constexpr int P = kStagedRun;
     Vector<float> sums[P][kVectors] = {};
     const float *row = run.features, *masks = run.masks;
@@ -200,43 +237,18 @@ __attribute__((noinline)) void reassemble_staged_run(const Run& run, int64_t out
             }
         }
     }
-#pragma GCC unroll 8
-    for (int o = 0; o < P; o++) {
-        if (o < outputs)
-            write_channels<kVectors, false>(sums[o], run.outputs + o * run.output_stride, 0, run.non_temporal);
-    }
+    run.write(sums, outputs);
 }
 
-// A row of outputs whose masks are staged. The pointers of `row` are those of the first tap and of output 0.
-void reassemble_staged_row(const Problem& p, const Run& row) {
+// A row of outputs. The pointers of `row` are those of output 0; its masks are tiles of `tile_size`.
+void reassemble_staged_row(const Problem& p, const Run& row, int64_t tile_size) {
     constexpr int64_t L = kLanes<float>;
-    Run run = row;
+    StagedRun run{row, p.factor.down * kChannels, static_cast<int>(p.kernel_size)};
     for (int64_t j = 0; j < p.out_w; j += kStagedRun) {
-        run.masks = row.masks + j / L * row.cell_stride + j % L;
+        run.masks = row.masks + j / L * tile_size + j % L;
         reassemble_staged_run(run, p.out_w - j);
         run.features += kStagedRun * run.source_stride;
         run.outputs += kStagedRun * run.output_stride;
-    }
-}
-
-// A row of outputs. The pointers of `row` are those of column 0.
-void reassemble_row(const Problem& p, const Run& row) {
-    constexpr int K = kRunKernelSize;
-    const bool down2 = p.factor.down == 2;
-    const auto run_long = down2 ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
-    const auto run_short = down2 ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
-    Run run = row;
-    for (int64_t j = 0, count; j < p.out_w; j += count) {
-        const int64_t left = p.out_w - j;
-        count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
-        j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
-        const int64_t column = j * p.factor.down + p.offset_w - K / 2;
-        run.begin = static_cast<int>(std::max<int64_t>(-column, 0));
-        run.end = static_cast<int>(p.features.w - column);
-        run.features = row.features + column * kChannels;
-        run.masks = row.masks + j * run.cell_stride;
-        run.outputs = row.outputs + j * run.output_stride;
-        (count == kLongRun ? run_long : run_short)(run);
     }
 }
 
@@ -246,11 +258,6 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     A *const features = scratch + masks_size, *const outputs = features + features_size;
     Run run;
     run.row_stride = width * kChannels;
-    run.source_stride = p.factor.down * kChannels;
-    run.kernel_size = static_cast<int>(p.kernel_size);
-    run.cell_stride = in_place ? p.masks.stride_w : tile_size;
-    run.tap_stride = in_place ? p.masks.stride_c : L;
-    run.prefetch_stride = run.tap_stride == 1 ? run.cell_stride : run.tap_stride;
     run.output_stride = outputs_in_place ? output.stride_w : kChannels;
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
@@ -273,12 +280,12 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
                 run.outputs = outputs_in_place ? element<A>(output, n, channel, row, 0)
                                                : outputs + (row - rows.begin) * p.out_w * kChannels;
                 if (in_place) {
-                    run.next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
                     run.masks = element<const A>(p.masks, n, group * p.taps() + taps_before, row, 0);
-                    reassemble_row(p, run);
+                    const int64_t next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
+                    reassemble_sharing_row(p, {run, 0, 0, p.masks.stride_c, p.masks.stride_w, next_masks});
                 } else {
                     run.masks = scratch + (row - all_rows.begin) * tiles * tile_size + taps_before * L;
-                    reassemble_staged_row(p, run);
+                    reassemble_staged_row(p, run, tile_size);
                 }
             }
             if (outputs_in_place) continue;
