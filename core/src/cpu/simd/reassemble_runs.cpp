@@ -199,7 +199,9 @@ void reassemble_sharing_row(const Problem& p, const SharingRun& row) {
     const auto run_long = down2 ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
     const auto run_short = down2 ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
     SharingRun run = row;
-    for (int64_t j = 0, count; j < p.out_w; j += count) {
+    bool new_lines = true;  // of masks, in a row; every other run has none if taps are not adjacent
+    for (int64_t j = 0, count; j < p.out_w; j += count, new_lines = !new_lines || row.tap_stride == 1) {
+        run.next_masks = new_lines ? row.next_masks : 0;
         const int64_t left = p.out_w - j;
         count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
         j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
