@@ -35,6 +35,7 @@ CARAFEPP_INLINE void copy_pixels(const float* from, int64_t stride, int64_t colu
                                  int64_t pitch) {
     for (int64_t j = 0; j < columns; j++, from += stride, to += pitch) {
         __builtin_prefetch(from + channels, 0, 2);
+#pragma GCC unroll 2
         for (int64_t c = 0; c < channels; c += kLanes<float>) store(load(from + c), to + c);
     }
 }
@@ -58,7 +59,11 @@ void load_elements(const Array& array, int64_t n, int64_t channel, const Array& 
         A* const to = element<A>(image, 0, 0, row, 0);
         if constexpr (std::is_same_v<T, float>) {  // others do without this code, for its size
             if (array.stride_c == 1 && image.c % L == 0) {
-                copy_pixels(from, array.stride_w, columns, image.c, to, image.stride_w);
+                if (image.c == kRunChannels) {  // known to the compiler
+                    copy_pixels(from, array.stride_w, columns, kRunChannels, to, image.stride_w);
+                } else {
+                    copy_pixels(from, array.stride_w, columns, image.c, to, image.stride_w);
+                }
                 return;
             }
             if (array.stride_w == 1 && image.c == 2 * L && columns >= L) {
