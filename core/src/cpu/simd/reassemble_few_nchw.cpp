@@ -83,7 +83,8 @@ __attribute__((noinline)) void add_tap_rows(const FewContraction<A>& at, TapRows
                                             A* outputs) {
     constexpr int N = std::max(4 / NC, 1);                      // tiles that share the steps from tap to tap
     constexpr int64_t L = kLanes<A>, kAhead = 256 / sizeof(A);  // elements from a mask to the one that is prefetched
-    const Range inside = {at.inside[0].begin, at.inside[at.kernel_size - 1].end};  // cells whose taps all are
+    const Range inside = {at.inside[0].begin,                   // cells whose taps all are
+                          std::min<int64_t>(at.inside[at.kernel_size - 1].end, masks.cells)};
     const auto load_whole = [](const A* mask, int) __attribute__((always_inline)) {
         __builtin_prefetch(mask + kAhead);
         return load(mask);
