@@ -2,7 +2,7 @@
 // Two neighbouring columns, the first an even one, loaded and stored as one.
 #pragma once
 
-#include "cuda/platform.h"
+#include "cuda/channels.h"
 
 namespace carafepp::cuda {
 
@@ -19,6 +19,21 @@ __device__ __forceinline__ float2 load_columns(const T* from, bool exist) {
 template <class T>
 __device__ __forceinline__ void store_columns(float2 value, T* to) {
     __stcs(reinterpret_cast<uint32_t*>(to), pair_of<T>(value.x, value.y));
+}
+
+// Stores neighbouring columns of a row in one channel: all as a vector, or `there` of them.
+template <bool Whole, int P, class T>
+__device__ __forceinline__ void store_row(const float (&values)[P], int there, int64_t stride_w, T* to) {
+    if constexpr (Whole && P == 2) {
+        store_columns(make_float2(values[0], values[1]), to);
+    } else if constexpr (Whole && P == 4) {
+        store_channels(make_float4(values[0], values[1], values[2], values[3]), to);
+    } else {
+#pragma unroll
+        for (int q = 0; q < P; q++) {
+            if (q < there) to[q * stride_w] = narrow<T>(values[q]);
+        }
+    }
 }
 
 // Why columns of an array cannot be, or not `count` of them.

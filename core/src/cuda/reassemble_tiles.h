@@ -5,46 +5,14 @@
 // sums all its outputs in registers: a feature serves each of them, and a vector of masks four.
 #pragma once
 
-#include "cuda/channels.h"
 #include "cuda/columns.h"
+#include "cuda/positions.h"
+#include "cuda/stage_slice.h"
 
 namespace carafepp::cuda {
 
-constexpr int kBlock = 128;                // threads
 constexpr int64_t kTileBytes = 48 * 1024;  // of shared memory
 constexpr int64_t kEnoughTiles = 384;      // that keep all multiprocessors busy
-constexpr int64_t kNowhere = INT64_MIN;    // the place of what does not exist
-constexpr int kMostSize = INT32_MAX / 4;   // of the numbers that places of an axis are computed from
-
-// The positions of an axis. With `Several` outputs of a source, up > down, each is a source; else an output.
-struct Positions {
-    uint32_t up, down;
-    int offset, outputs;
-
-    Positions(Factor factor, int64_t offset_of_axis, int64_t outputs_of_axis)
-        : up(static_cast<uint32_t>(factor.up)),
-          down(static_cast<uint32_t>(factor.down)),
-          offset(static_cast<int>(offset_of_axis)),
-          outputs(static_cast<int>(outputs_of_axis)) {}
-
-    template <bool Several>
-    __device__ __forceinline__ int source(int position) const {
-        return (Several ? position : static_cast<int>(static_cast<uint32_t>(position) * down / up)) + offset;
-    }
-    template <bool Several>
-    __device__ __forceinline__ int first_output(int position) const {
-        return Several ? static_cast<int>((static_cast<uint32_t>(position) * up + down - 1) / down) : position;
-    }
-    template <bool Several>
-    __device__ __forceinline__ int end_output(int position) const {
-        return min(first_output<Several>(position + 1), outputs);
-    }
-    int count() const { return up > down ? static_cast<int>((outputs - 1) * int64_t{down} / up) + 1 : outputs; }
-    // The most rows or columns of features from the first to the last source of some positions.
-    int sources(int positions) const {
-        return up > down ? positions : static_cast<int>(ceil_div((positions - 1) * int64_t{down}, up)) + 1;
-    }
-};
 
 // The outputs of a thread: P x P of each of S sources.
 struct Share {
@@ -60,13 +28,6 @@ struct Share {
 // Vectors of masks of a unit, at an odd distance: neighbouring units begin in other banks.
 CARAFEPP_HOST_DEVICE constexpr int quads_of(int outputs) { return (outputs + 3) / 4; }
 CARAFEPP_HOST_DEVICE constexpr int pitch_of(int outputs) { return quads_of(outputs) | 1; }
-
-// A row or a column of outputs. The sums for a row and a column tell where masks are, and where they are staged.
-struct Line {
-    int64_t from;  // in global memory, or kNowhere
-    int to;        // in shared memory
-    int source;
-};
 
 struct TilesPlan {
     Positions rows, columns;
@@ -152,7 +113,8 @@ struct Tile {
     }
 };
 
-// Finds the rows and columns of outputs of a tile.
+// Finds the rows and columns of outputs of a tile. Masks are staged as [tap][unit][source][output]. Tap (a, b) of
+// source s has the number (a + s) * K + b.
 template <int P, int S>
 __device__ __forceinline__ void find_lines(const Problem& p, const TilesPlan& plan, const Tile& tile, Line* rows,
                                            Line* columns) {
@@ -180,141 +142,6 @@ __device__ __forceinline__ void find_lines(const Problem& p, const TilesPlan& pl
     for (int line = thread_computed_late(); line < plan.unit_columns * P; line += kBlock) {
         columns[line] = find(plan.columns, tile.left + line / P, tile.first_q + line % P, array.stride_w,
                              array.stride_c, line / P * kPitch + line % P);
-    }
-}
-
-// Stages the masks of a tile as [tap][unit][source][output]. Tap (a, b) of source s has the number (a + s) * K + b.
-// Taps beyond a border are 0, as 0 * Inf is NaN. Some neighbouring threads have the taps of an output: of one to eight,
-// those that load neighbours in memory. Ends with a barrier.
-template <int P, int S, class T>
-__device__ __forceinline__ void stage_tile(const Problem& p, const TilesPlan& plan, const Tile& tile, const Line* rows,
-                                           const Line* columns, bool inside, float* masks) {
-    constexpr int kInFlight = 4;
-    const int width = plan.unit_columns * P, outputs = plan.unit_rows * S * P * width;
-    const int k = static_cast<int>(p.kernel_size), apart = plan.apart;
-    const Array& array = p.from_logits ? p.logits : p.masks;
-    const int64_t sub_pixels = p.from_logits ? p.factor.up * p.factor.up : 1, tap = sub_pixels * array.stride_c;
-    const int threads = tap == 1 ? kNormalizers : 1, lane = static_cast<int>(threadIdx.x) % threads;
-    const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
-#pragma unroll 1
-    for (int before = 0; before < outputs; before += kBlock / threads) {  // all lanes of a warp, as they reduce
-        const int number = min(before + static_cast<int>(threadIdx.x) / threads, outputs - 1);
-        const Line row = rows[number / width], column = columns[number % width];
-        const bool exists = before + static_cast<int>(threadIdx.x) / threads < outputs && row.from != kNowhere &&
-                            column.from != kNowhere;
-        const int count = exists ? k * k : 0, step = apart * threads;
-        float* const first = masks + row.to + column.to + lane * apart;
-        with_masks<T>(array, [&](auto mask) {
-            using M = decltype(mask);
-            const M* from = element<const M>(array, tile.n, tile.group * p.taps() * sub_pixels, 0, 0) +
-                            (exists ? row.from + column.from : 0) + lane * tap;
-            float* to = first;
-#pragma unroll 1
-            for (int t = lane; t < count; t += kInFlight * threads, to += kInFlight * step) {
-                float taps[kInFlight];
-#pragma unroll
-                for (int load = 0; load < kInFlight; load++, from += tap * threads)
-                    taps[load] = t + load * threads < count ? widen(load_input(from)) : 0;
-#pragma unroll
-                for (int load = 0; load < kInFlight; load++) {
-                    if (t + load * threads < count) to[load * step] = taps[load];
-                }
-            }
-        });
-        if (normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-            float* at = first;
-#pragma unroll 1
-            for (int t = lane; t < count; t += threads, at += step)
-                *at = normalizer == CARAFEPP_SIGMOID ? sigmoid(*at) : log_sigmoid(*at);
-        }
-        if (normalizer == CARAFEPP_SOFTMAX || normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-            float largest = -INFINITY, sum = 0;
-            float* at = first;
-#pragma unroll 1
-            for (int t = lane; t < count; t += threads, at += step) largest = *at > largest ? *at : largest;
-            for (int distance = 1; distance < threads; distance *= 2)
-                largest = Larger()(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-            at = first;
-#pragma unroll 1
-            for (int t = lane; t < count; t += threads, at += step) {
-                *at = expf(*at - largest);
-                sum += *at;
-            }
-            for (int distance = 1; distance < threads; distance *= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-            const float scale = 1 / sum;
-            at = first;
-#pragma unroll 1
-            for (int t = lane; t < count; t += threads, at += step) *at *= scale;
-        }
-        if (inside) continue;
-        float* at = first;
-        int y = row.source - k / 2, x = column.source - k / 2 + lane;
-#pragma unroll 1
-        for (int t = lane; t < count; t += threads, at += step, x += threads) {
-            for (; x >= column.source + k - k / 2; x -= k) y++;
-            if (y < 0 || y >= p.features.h || x < 0 || x >= p.features.w) *at = 0;
-        }
-    }
-    __syncthreads();
-}
-
-// Stages a vector of channels of pixels from `first` on, of which `channels` channels exist; 0 elsewhere. Floats arrive
-// as copies of this thread do.
-template <bool Vectors, class T>
-__device__ __forceinline__ void stage_slice(const T* from, int64_t stride_c, const int64_t* pixels, int count,
-                                            int first, int step, int channels, float4* to, int to_step) {
-    constexpr int kInFlight = Vectors ? 4 : 2;
-#pragma unroll 1
-    for (int pixel = first; pixel < count; pixel += kInFlight * step) {
-        float4 values[kInFlight];
-#pragma unroll
-        for (int load = 0; load < kInFlight; load++) {
-            const int at = pixel + load * step;
-            if (std::is_same_v<T, float> && at >= count) break;
-            const int64_t place = at < count ? pixels[at] : kNowhere;
-            const int there = place != kNowhere ? channels : 0;
-            const T* const of_pixel = from + (place != kNowhere ? place : 0);
-            if constexpr (std::is_same_v<T, float>) {
-                float* const staged = reinterpret_cast<float*>(to + load * to_step);
-                if constexpr (Vectors) {
-                    copy_async<sizeof(float4)>(staged, of_pixel, there > 0);
-                } else {
-#pragma unroll
-                    for (int v = 0; v < kVector; v++)
-                        copy_async<sizeof(float)>(staged + v, of_pixel + v * stride_c, v < there);
-                }
-            } else if constexpr (Vectors) {
-                values[load] = load_channels(of_pixel, there > 0);
-            } else {
-                values[load].x = there > 0 ? widen(load_input(of_pixel)) : 0;
-                values[load].y = there > 1 ? widen(load_input(of_pixel + stride_c)) : 0;
-                values[load].z = there > 2 ? widen(load_input(of_pixel + 2 * stride_c)) : 0;
-                values[load].w = there > 3 ? widen(load_input(of_pixel + 3 * stride_c)) : 0;
-            }
-        }
-        if constexpr (!std::is_same_v<T, float>) {
-#pragma unroll
-            for (int load = 0; load < kInFlight; load++) {
-                if (pixel + load * step < count) to[load * to_step] = values[load];
-            }
-        }
-        to += kInFlight * to_step;
-    }
-}
-
-// Stores neighbouring columns of a row in one channel: all as a vector, or `there` of them.
-template <bool Whole, int P, class T>
-__device__ __forceinline__ void store_row(const float (&values)[P], int there, int64_t stride_w, T* to) {
-    if constexpr (Whole && P == 2) {
-        store_columns(make_float2(values[0], values[1]), to);
-    } else if constexpr (Whole && P == 4) {
-        store_channels(make_float4(values[0], values[1], values[2], values[3]), to);
-    } else {
-#pragma unroll
-        for (int q = 0; q < P; q++) {
-            if (q < there) to[q * stride_w] = narrow<T>(values[q]);
-        }
     }
 }
 
@@ -354,7 +181,8 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
         __syncthreads();
         const bool inside = top >= k / 2 && top - k / 2 + plan.halo_rows <= p.features.h && left >= k / 2 &&
                             left - k / 2 + plan.halo_columns <= p.features.w;
-        stage_tile<P, S, T>(p, plan, tile, row_lines, column_lines, inside, reinterpret_cast<float*>(masks));
+        stage_lines<T>(p, tile.n, tile.group, row_lines, plan.unit_rows * S * P, column_lines, plan.unit_columns * P,
+                       plan.apart, inside, reinterpret_cast<float*>(masks));
 
         const int row = tile.top + unit / plan.unit_columns * S, column = tile.left + unit % plan.unit_columns;
         const int out_j = plan.columns.first_output<kSeveral>(column) + tile.first_q;

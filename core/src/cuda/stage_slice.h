@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Features in shared memory, for any factor: a slice of some vectors of channels, with the halo of a tile.
+#pragma once
+
+#include "cuda/channels.h"
+#include "cuda/stage_lines.h"
+
+namespace carafepp::cuda {
+
+// Stages a vector of channels of pixels from `first` on, of which `channels` channels exist; 0 elsewhere. Floats arrive
+// as copies of this thread do.
+template <bool Vectors, class T>
+__device__ __forceinline__ void stage_slice(const T* from, int64_t stride_c, const int64_t* pixels, int count,
+                                            int first, int step, int channels, float4* to, int to_step) {
+    constexpr int kInFlight = Vectors ? 4 : 2;
+#pragma unroll 1
+    for (int pixel = first; pixel < count; pixel += kInFlight * step) {
+        float4 values[kInFlight];
+#pragma unroll
+        for (int load = 0; load < kInFlight; load++) {
+            const int at = pixel + load * step;
+            if (std::is_same_v<T, float> && at >= count) break;
+            const int64_t place = at < count ? pixels[at] : kNowhere;
+            const int there = place != kNowhere ? channels : 0;
+            const T* const of_pixel = from + (place != kNowhere ? place : 0);
+            if constexpr (std::is_same_v<T, float>) {
+                float* const staged = reinterpret_cast<float*>(to + load * to_step);
+                if constexpr (Vectors) {
+                    copy_async<sizeof(float4)>(staged, of_pixel, there > 0);
+                } else {
+#pragma unroll
+                    for (int v = 0; v < kVector; v++)
+                        copy_async<sizeof(float)>(staged + v, of_pixel + v * stride_c, v < there);
+                }
+            } else if constexpr (Vectors) {
+                values[load] = load_channels(of_pixel, there > 0);
+            } else {
+                values[load].x = there > 0 ? widen(load_input(of_pixel)) : 0;
+                values[load].y = there > 1 ? widen(load_input(of_pixel + stride_c)) : 0;
+                values[load].z = there > 2 ? widen(load_input(of_pixel + 2 * stride_c)) : 0;
+                values[load].w = there > 3 ? widen(load_input(of_pixel + 3 * stride_c)) : 0;
+            }
+        }
+        if constexpr (!std::is_same_v<T, float>) {
+#pragma unroll
+            for (int load = 0; load < kInFlight; load++) {
+                if (pixel + load * step < count) to[load * to_step] = values[load];
+            }
+        }
+        to += kInFlight * to_step;
+    }
+}
+
+}  // namespace carafepp::cuda
