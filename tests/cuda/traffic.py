@@ -124,12 +124,13 @@ def in_flight(loop: list[Instruction]) -> int:
         load = re.match(r"(?:@!?U?P\d+ )?(LDG\b\S*) R(\d+)", text)
         read = [int(register) for register in re.findall(r"\bR(\d+)", text)]
         if load:
+            read = read[1:]  # the address may be where it loads to
+        if any(first <= r < first + ceil(pending[first] / 4) for first in pending for r in read):
+            pending.clear()
+        if load:
             width = re.search(r"\.(64|128)\b", load[1])
             pending[int(load[2])] = int(width[1]) // 8 if width else 2 if ".U16" in load[1] else 4
             most = max(most, sum(pending.values()))
-            read = read[1:]
-        if any(first <= register < first + 4 for first in pending for register in read):
-            pending.clear()
     return most
 
 
