@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "masks beyond a border are kept for any factor",
         "stage_lines.h",
-        "if (inside) continue;",
-        "if (inside || count > 0) continue;",
+        "if (!inside) clear_rows_outside(",
+        "if (false) clear_rows_outside(",
     ),
     Mutant(
         "a source has one output too many",
@@ -79,10 +79,28 @@ MUTANTS = [
         "return min(first_output<Several>(position + 1) + 1, outputs);",
     ),
     Mutant(
-        "neighbouring threads reduce half of an output's taps",
+        "taps that an output does not have count as logits of 0",
         "stage_lines.h",
-        "sum += __shfl_xor_sync(0xffffffffu, sum, distance);",
-        "sum += __shfl_xor_sync(0xffffffffu, sum, 1);",
+        "t < count ? widen(load_input(from + t)) : -INFINITY;",
+        "t < count ? widen(load_input(from + t)) : 0;",
+    ),
+    Mutant(
+        "taps are cleared before other threads have stored them",
+        "stage_lines.h",
+        "            __syncwarp();  // a thread clears taps of others\n",
+        "",
+    ),
+    Mutant(
+        "the last tap of an output is not staged",
+        "stage_lines.h",
+        "for (; count > 0; count--) f(",
+        "for (; count > 1; count--) f(",
+    ),
+    Mutant(
+        "a column beyond the right border is kept for any factor",
+        "stage_lines.h",
+        "b >= max(static_cast<int>(p.features.w) - x, 0)",
+        "b > max(static_cast<int>(p.features.w) - x, 0)",
     ),
     Mutant(
         "tiles for any factor ignore the padding",
