@@ -700,16 +700,17 @@ void complete_mma(Thread* lanes) {
 
 }  // namespace
 
-void load_matrices(const void* row, uint32_t (&words)[4], Place place) {
+void load_matrices(bool transposed, const void* row, uint32_t (&words)[4], Place place) {
     constexpr size_t kBytes = 16;
     if (reinterpret_cast<uintptr_t>(row) % kBytes != 0) misaligned(row, kBytes, place);
     if (carafepp_trace_load != nullptr) carafepp_trace_load(row, kBytes, __builtin_return_address(0));
     const int lane = static_cast<int>(machine.current->number % kWarpSize);
     for (int k = 0; k < 8; k++) {
-        const int from = k / 2 * 8 + lane % 4 * 2 + k % 2;  // the lane that knows the row
+        const int quad = lane / 4, of_pair = lane % 4 * 2 + k % 2;
+        const int from = k / 2 * 8 + (transposed ? of_pair : quad);  // the lane that knows the row
         const uint64_t address = shuffle(Shuffle::kFrom, 0xffffffff, reinterpret_cast<uintptr_t>(row), from, 32, place);
-        Copy element{nullptr, reinterpret_cast<const uint16_t*>(address) + lane / 4, sizeof(uint16_t), sizeof(uint16_t),
-                     0};
+        Copy element{nullptr, reinterpret_cast<const uint16_t*>(address) + (transposed ? quad : of_pair),
+                     sizeof(uint16_t), sizeof(uint16_t), 0};
         element.shared = reinterpret_cast<uint16_t*>(&words[k / 2]) + k % 2;
         arrive(element);
     }

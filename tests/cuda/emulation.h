@@ -163,9 +163,10 @@ void wait_for_copies(int groups_left);
 
 enum class MmaType { kFloat16, kBFloat16 };
 
-// ldmatrix.x4.trans, of matrices of 8 x 8 elements of 16 bits in shared memory. Lane 8 * m + r tells where row r of
-// matrix m is. The word m of a lane has rows 2 * (lane % 4) and the next of column lane / 4. All 32 lanes take part.
-void load_matrices(const void* row, uint32_t (&words)[4], Place place);
+// ldmatrix.x4, of matrices of 8 x 8 elements of 16 bits in shared memory. Lane 8 * m + r tells where row r of matrix m
+// is. The word m of a lane has columns 2 * (lane % 4) and the next of row lane / 4, or with .trans rows 2 * (lane % 4)
+// and the next of column lane / 4. All 32 lanes take part.
+void load_matrices(bool transposed, const void* row, uint32_t (&words)[4], Place place);
 
 // sums[16][8] += a[16][k] * b[k][8] for k = 8 or 16, in the fragments of the PTX manual: `a` has k/4 registers of two
 // elements, `b` k/8. All 32 lanes take part.

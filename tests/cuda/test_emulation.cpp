@@ -279,23 +279,25 @@ TEST_CASE("vectors are loaded and stored") {
     }
 }
 
-__global__ void load_four_matrices(unsigned* result) {
+__global__ void load_four_matrices(bool transposed, unsigned* result) {
     uint16_t* const elements = shared<uint16_t>();  // [matrix][row][column]
     for (unsigned k = 0; k < 8; k++) elements[8 * threadIdx.x + k] = static_cast<uint16_t>(8 * threadIdx.x + k);
     __syncwarp();
     uint32_t words[4];
-    load_matrices(elements + 8 * threadIdx.x, words, Place::here());
+    load_matrices(transposed, elements + 8 * threadIdx.x, words, Place::here());
     for (unsigned m = 0; m < 4; m++) result[4 * threadIdx.x + m] = words[m];
 }
 
-TEST_CASE("a warp loads matrices, transposed") {
+TEST_CASE("a warp loads matrices, transposed or not") {
     for_each_setting([] {
-        std::vector<unsigned> result(128);
-        launch(load_four_matrices, 1, 32, 256 * sizeof(uint16_t), nullptr, result.data());
-        for (unsigned lane = 0; lane < 32; lane++) {
-            for (unsigned m = 0; m < 4; m++) {
-                const unsigned upper = 64 * m + lane % 4 * 16 + lane / 4;
-                CHECK(result[4 * lane + m] == (upper | (upper + 8) << 16));
+        for (const bool transposed : {false, true}) {
+            std::vector<unsigned> result(128);
+            launch(load_four_matrices, 1, 32, 256 * sizeof(uint16_t), nullptr, transposed, result.data());
+            for (unsigned lane = 0; lane < 32; lane++) {
+                for (unsigned m = 0; m < 4; m++) {
+                    const unsigned first = 64 * m + (transposed ? lane % 4 * 16 + lane / 4 : lane * 2);
+                    CHECK(result[4 * lane + m] == (first | (first + (transposed ? 8 : 1)) << 16));
+                }
             }
         }
     });

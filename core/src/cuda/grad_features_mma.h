@@ -1,56 +1,277 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plan of the gradients of features on tensor cores. Each warp of a block has a tile, in 64 channels. Some warps
-// stand beside each other in a row; the others have the next channels. Fewer channels leave more warps for the row.
+// The gradient of features for up x2 on tensor cores, in gather form. A block has a tile of the result of eight rows,
+// and a warp 4 x 4 pixels of it. Once the block stages the masks of all outputs whose windows reach the tile. Each warp
+// builds band matrices from them, which stay in its registers. Then the block goes through the channels a slice at a
+// time. It copies grad_output with its halo to where the masks were, multiplies it by the bands, and stores the sums by
+// way of shared memory. A zero of a band makes NaN of an infinite gradient. Sums that are not finite are computed
+// again, tap by tap.
 #pragma once
 
-#include "cuda/grad_features_up2.h"
 #include "cuda/mma.h"
 
 namespace carafepp::cuda {
 
-constexpr int kChannelsOfWarp = 64;
-constexpr int kWarps = kThreads / 32;  // of a block
+constexpr int kOfWarp = 4;                   // columns and rows of a warp's pixels
+constexpr int kRowsOfHalf = 2, kHalves = 2;  // of these pixels: a half is the columns of a product
+constexpr int kFour = 4, kFours = 2;         // sources of a product, and how many products they need
+constexpr int kBeforeTile = 2;               // columns of sources, and as many behind it
+constexpr int kChannelsOfMma = 16;
+constexpr int64_t kEnoughItems = 128;  // that keep all multiprocessors busy
+static_assert(kOfWarp + 2 * kBeforeTile == kFours * kFour && kBeforeTile >= 5 / 2, "all sources are in the fours");
 
-// The part of an item that a warp has: a tile in some channels.
-struct TileOfWarp {
-    int64_t n, group;
-    int first;         // column of the block
-    int left, top;     // corner of the tile
-    int warp_in_row;   // number of the tile in the block
-    int64_t in_group;  // first channel
-    int channels;      // none or fewer if the warp has no tile
+// A tile of the result with `Columns` columns, the sources whose windows reach it, and their outputs.
+template <int K, int Columns>
+struct TileShape {
+    static constexpr int kRows = 8, kColumns = Columns, kPixels = kRows * kColumns;
+    static constexpr int kThreads = kPixels / (kOfWarp * kOfWarp) * 32;
+    static constexpr int kSourceRows = kRows + K - 1, kSourceColumns = kColumns + 2 * kBeforeTile;
+    static constexpr int kSources = kSourceRows * kSourceColumns;
+    static constexpr int kGradRows = kUp * kSourceRows, kGradColumns = kUp * kSourceColumns;
 };
 
-template <int kTileColumns, int kTileRows>
 struct GradFeaturesMmaPlan {
-    int warps_in_row;            // of a block; the others have the next channels
-    int64_t block_rows, blocks;  // of an image, of a row
-    int64_t channel_blocks;      // of a group
+    int64_t before;            // columns of the first tile that are left of the result
+    int64_t tile_rows, tiles;  // of an image, of a row
+    int64_t channels;          // of an item
+    int64_t channel_blocks;    // of a group
     int64_t items;
 
-    explicit GradFeaturesMmaPlan(const Problem& p) {
-        const int64_t channels = p.features.c / p.groups;
-        warps_in_row = channels > 2 * kChannelsOfWarp ? 2 : channels > kChannelsOfWarp ? 4 : 8;
-        block_rows = ceil_div(p.features.h, kTileRows);
-        blocks = ceil_div(p.features.w, warps_in_row * kTileColumns);
-        channel_blocks = ceil_div(channels, kWarps / warps_in_row * kChannelsOfWarp);
-        items = p.features.n * p.groups * block_rows * blocks * channel_blocks;
-    }
-
-    __device__ TileOfWarp tile(const Problem& p, int64_t item, int warp) const {
-        const Quotient channel_block = divide(item, channel_blocks), block = divide(channel_block.quotient, blocks),
-                       block_row = divide(block.quotient, block_rows), image = divide(block_row.quotient, p.groups);
-        TileOfWarp at;
-        at.n = image.quotient;
-        at.group = image.remainder;
-        at.warp_in_row = warp % warps_in_row;
-        at.first = static_cast<int>(block.remainder) * warps_in_row * kTileColumns;
-        at.left = at.first + at.warp_in_row * kTileColumns;
-        at.top = static_cast<int>(block_row.remainder) * kTileRows;
-        at.in_group = (channel_block.remainder * (kWarps / warps_in_row) + warp / warps_in_row) * kChannelsOfWarp;
-        at.channels = static_cast<int>(min(p.features.c / p.groups - at.in_group, int64_t{kChannelsOfWarp}));
-        return at;
+    // Items have fewer channels if there are few of them.
+    GradFeaturesMmaPlan(const Problem& p, int rows, int columns, int channels_of_slice, int64_t before_first)
+        : before(before_first) {
+        tile_rows = ceil_div(p.features.h, rows);
+        tiles = ceil_div(p.features.w + before, columns);
+        const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
+                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, channels_of_slice), 1);
+        int64_t slices = all;
+        while (slices > 2 && of_channels * ceil_div(all, slices) < kEnoughItems) slices = ceil_div(slices, 2);
+        channels = slices * channels_of_slice;
+        channel_blocks = ceil_div(all, slices);
+        items = of_channels * channel_blocks;
     }
 };
+
+// An item: a tile of the result, in some channels.
+struct TileOfResult {
+    int64_t n, group, c;  // the first channel
+    int top, left;
+    int channels;
+
+    __device__ __forceinline__ TileOfResult(const Problem& p, const GradFeaturesMmaPlan& plan, int64_t item, int rows,
+                                            int columns) {
+        const Quotient channel_block = divide(item, computed_late(plan.channel_blocks)),
+                       tile = divide(channel_block.quotient, computed_late(plan.tiles)),
+                       tile_row = divide(tile.quotient, computed_late(plan.tile_rows)),
+                       image = divide(tile_row.quotient, computed_late(p.groups));
+        n = image.quotient;
+        group = image.remainder;
+        top = static_cast<int>(tile_row.remainder) * rows;
+        left = static_cast<int>(tile.remainder * columns - plan.before);
+        const int64_t channels_in_group = p.features.c / p.groups, first = channel_block.remainder * plan.channels;
+        c = group * channels_in_group + first;
+        channels = static_cast<int>(min(channels_in_group - first, plan.channels));
+    }
+};
+
+// ---- masks ----
+
+// Calls put(t, mask) for the taps of an output, where the normaliser is a sigmoid. It loads logits, `step` apart, again
+// in each loop: it is rarely needed, and would otherwise be long.
+template <int K, class Pointer, class Put>
+__device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normalizer, Pointer from, int64_t step,
+                                                     Put put) {
+    float largest = -INFINITY, sum = 0;
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
+#pragma unroll 1
+        for (int t = 0; t < K * K; t++) {
+            const float logit = log_sigmoid(from[t * step]);
+            largest = logit > largest ? logit : largest;
+        }
+#pragma unroll 1
+        for (int t = 0; t < K * K; t++) sum += expf(log_sigmoid(from[t * step]) - largest);
+    }
+#pragma unroll 1
+    for (int t = 0; t < K * K; t++) {
+        const float logit = from[t * step];
+        put(t, normalizer == CARAFEPP_SIGMOID ? sigmoid(logit) : expf(log_sigmoid(logit) - largest) / sum);
+    }
+}
+
+// Stages the masks of all outputs that reach a tile, times `scale`, as [row][column][tap][output] of sources; 0 where
+// there is no output. A thread normalises an output.
+template <int K, class Tile, class T>
+__device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const TileOfResult& tile, float scale,
+                                                    T* staged) {
+    constexpr int kTaps = K * K;
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    const bool channels_adjacent = array.stride_c < array.stride_w;
+    const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
+    // Calls f(n, c, h, w, put) with the place of an output's first tap; put(t, mask) stages a mask.
+    const auto for_each_output = [&](auto f) {
+#pragma unroll 1
+        for (int k = thread_computed_late(); k < Tile::kSources * kOutputs; k += Tile::kThreads) {
+            const int source = channels_adjacent ? k / kOutputs : k % Tile::kSources;
+            const int output = channels_adjacent ? k % kOutputs : k / Tile::kSources;
+            const int i = tile.top - K / 2 + source / Tile::kSourceColumns,
+                      j = tile.left - kBeforeTile + source % Tile::kSourceColumns;
+            const int out_i = i * kUp + output / kUp, out_j = j * kUp + output % kUp;
+            const bool exists = i >= 0 && j >= 0 && out_i < p.out_h && out_j < p.out_w;
+            T* const to = staged + source * kTaps * kOutputs + output;
+            f(exists, tile.group * kTaps * (p.from_logits ? kOutputs : 1) + (p.from_logits ? output : 0),
+              p.from_logits ? i : out_i, p.from_logits ? j : out_j,
+              [=](int t, float mask) { to[t * kOutputs] = narrow<T>(scale * mask); });
+        }
+    };
+    const bool plain = !p.from_logits || p.normalizer == CARAFEPP_NONE;
+    if (plain || p.normalizer == CARAFEPP_SOFTMAX) {
+        with_masks<T>(array, [&](auto mask) {
+            using M = decltype(mask);
+            for_each_output([&](bool exists, int64_t c, int i, int j, auto put) {
+                float taps[kTaps] = {};
+                if (exists) {
+                    const M* from = element<const M>(array, tile.n, c, i, j);
+#pragma unroll
+                    for (int t = 0; t < kTaps; t++, from += step) taps[t] = widen(load_input(from));
+                    if (!plain) normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), taps);
+                }
+#pragma unroll
+                for (int t = 0; t < kTaps; t++) put(t, taps[t]);
+            });
+        });
+    } else {
+        for_each_output([&](bool exists, int64_t c, int i, int j, auto put) {
+            if (exists) {
+                normalize_by_sigmoid<K>(p.normalizer, mask_element<T>(array, tile.n, c, i, j), step, put);
+            } else {
+#pragma unroll 1
+                for (int t = 0; t < kTaps; t++) put(t, 0);
+            }
+        });
+    }
+}
+
+// A lane's pairs of all band matrices that lead to a warp's pixels: from outputs of four sources in a row to the pixels
+// of a half.
+template <int K, class Tile>
+struct Bands {
+    static constexpr int kRows = K + kRowsOfHalf - 1;  // of sources that reach a half
+
+    uint32_t of[kHalves][kRows][kUp][kFours];
+
+    // From the staged masks of the first source that reaches the warp.
+    template <class T>
+    __device__ __forceinline__ Bands(const T* staged, int lane) {
+        const int y = lane / 4 / kOfWarp, x = lane / 4 % kOfWarp;  // the lane's pixel of a half
+#pragma unroll
+        for (int four = 0; four < kFours; four++) {
+            const int source = four * kFour + lane % 4;
+            const int b = x - source + kBeforeTile + K / 2;  // the tap that leads to the pixel
+#pragma unroll
+            for (int half = 0; half < kHalves; half++) {
+#pragma unroll
+                for (int s = 0; s < kRows; s++) {
+                    const int a = y - s + K - 1;
+                    uint2 pairs = make_uint2(0, 0);
+                    if (a >= 0 && a < K && b >= 0 && b < K) {
+                        const int at = (half * kRowsOfHalf + s) * Tile::kSourceColumns + source;
+                        pairs = *reinterpret_cast<const uint2*>(staged + ((at * K + a) * K + b) * kOutputs);
+                    }
+                    of[half][s][0][four] = pairs.x;
+                    of[half][s][1][four] = pairs.y;
+                }
+            }
+        }
+    }
+};
+
+// ---- slices of channels ----
+
+// Are both elements of a word finite? Adding 1 to an exponent of ones carries into the sign.
+template <class T>
+__device__ __forceinline__ bool are_finite(uint32_t word) {
+    constexpr uint32_t kLowestOfExponent = std::is_same_v<T, Float16> ? 0x04000400 : 0x00800080;
+    return (((word & 0x7fff7fff) + kLowestOfExponent) & 0x80008000) == 0;
+}
+
+// The kernel. A Slice knows how gradients and results of a slice lie in memory:
+//
+//     Slice(p, grad_features, tile, row, column)           of a warp's pixels in the tile
+//     copy(p, channels, grads)                             the next slice of grad_output, 0 where there is none
+//     load(grads, first, row, words)                       [four][eight channels] of a row of outputs that reach a warp
+//     put(sums, first, results)                            the warp's sums
+//     store(p, tile, grad_features, channels, results)     the next slice of the result
+//
+// `channels` are those of the slice and behind it; `first` is the first of a product. In the products of mma.m16n8k8
+// rows are channels, columns are the pixels of a half. The sum is over the two outputs in a row of four sources.
+template <int K, class T, class Slice>
+__device__ __forceinline__ void compute_grad_features(const Problem& p, const Array& grad_features,
+                                                      const GradFeaturesMmaPlan& plan) {
+    using Tile = typename Slice::Tile;
+    using OfTile = Bands<K, Tile>;
+    constexpr int kWarpsInRow = Tile::kColumns / kOfWarp;
+    T* const grads = shared_memory<T>();  // of a slice; before them, all masks
+    T* const results = grads + Slice::kGrads;
+    const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        const TileOfResult tile(p, plan, item, Tile::kRows, Tile::kColumns);
+        stage_masks_of_tile<K, Tile>(p, tile, scale, grads);
+        __syncthreads();
+        const int thread = thread_computed_late(), warp = thread / 32;
+        const int own_row = warp / kWarpsInRow * kOfWarp, own_column = warp % kWarpsInRow * kOfWarp;
+        const OfTile bands(grads + (own_row * Tile::kSourceColumns + own_column) * K * K * kOutputs, thread % 32);
+        __syncthreads();
+        Slice slice(p, grad_features, tile, own_row, own_column);
+#pragma unroll 1
+        for (int channels = tile.channels;; channels -= Slice::kChannels) {
+            if (channels > 0) slice.copy(p, channels, grads);
+            if (channels < tile.channels) slice.store(p, tile, grad_features, channels + Slice::kChannels, results);
+            if (channels <= 0) break;
+            wait_for_copies();
+            __syncthreads();
+#pragma unroll 1
+            for (int first = 0; first < Slice::kChannels; first += kChannelsOfMma) {
+                float sums[kHalves][4] = {};
+#pragma unroll
+                for (int y = 0; y < kOfWarp + K - 1; y++) {
+#pragma unroll
+                    for (int r = 0; r < kUp; r++) {
+                        uint32_t words[2 * kFours];
+                        slice.load(grads, first, y * kUp + r, words);
+#pragma unroll
+                        for (int half = 0; half < kHalves; half++) {
+                            const int s = y - half * kRowsOfHalf;
+                            if (s < 0 || s >= OfTile::kRows) continue;
+#pragma unroll
+                            for (int four = 0; four < kFours; four++) {
+                                const uint32_t of_channels[] = {words[2 * four], words[2 * four + 1]};
+                                multiply_add<T>(sums[half], of_channels, bands.of[half][s][r][four]);
+                            }
+                        }
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < kHalves * 4; k++) sums[k / 4][k % 4] *= unscale;
+                slice.put(sums, first, results);
+            }
+            __syncthreads();
+        }
+        __syncthreads();
+    }
+}
+
+// The shared memory of a block.
+template <class Slice, int K>
+constexpr int64_t kBytesOfBlock = int64_t{sizeof(uint16_t)} *
+                                  std::max(Slice::Tile::kSources * K * K * kOutputs,
+                                           Slice::kGrads + Slice::Tile::kPixels * Slice::kChannels);
+
+// Queues a kernel of K and T for a problem; `before`: see the plan.
+template <class Slice, int K>
+void launch_grad_features(void (*kernel)(Arguments, GradFeaturesMmaPlan), const Problem& p, const Array& grad_features,
+                          int64_t before) {
+    using Tile = typename Slice::Tile;
+    const GradFeaturesMmaPlan plan(p, Tile::kRows, Tile::kColumns, Slice::kChannels, before);
+    launch(kernel, plan.items, Tile::kThreads, kBytesOfBlock<Slice, K>, p, grad_features, plan);
+}
 
 }  // namespace carafepp::cuda

@@ -1,102 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent columns of 16 bits, on tensor cores, in gather form. A warp has a
-// tile of 2 x 8 pixels of the result in 64 channels. It goes through the rows of sources whose windows reach the tile,
-// and the block stages their masks. The masks that lead from outputs to pixels are a band matrix. The warp multiplies
-// grad_output by it, 16 channels and four sources of one row of outputs at a time. A zero of the band makes NaN of an
-// infinite gradient. Sums that are not finite are computed again, tap by tap.
+// The gradient of features for up x2 with adjacent columns of 16 bits, on tensor cores: see grad_features_mma.h. A tile
+// has 16 columns, so that its rows are whole sectors.
 #include "cuda/grad_features_mma.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kTileColumns = 8, kTileRows = 2;  // columns and rows of a tile
-constexpr int kChannelsOfMma = 16;
-using Plan = GradFeaturesMmaPlan<kTileColumns, kTileRows>;
-
-// In the products of mma.m16n8k8 rows are channels, columns are pixels of a row of the tile. The sum is over the two
-// outputs in a row of four sources.
+// A slice: gradients as [channel][row][column], results as [channel][pixel]. A thread copies some columns of all
+// channels, and stores two columns of some channels.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_up2_nchw_mma_kernel(Arguments arguments, Plan plan) {
-    const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;                                // [N, C, H, W]
-    constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTileColumns + K - 1;  // sources of a row that reach a tile
-    constexpr int kSteps = (kReach + 3) / 4;                                      // of four of them
-    float* const staged = shared_memory<float>();                                 // [source][tap][output]
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4;
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const int height = static_cast<int>(p.features.h), sources = plan.warps_in_row * kTileColumns + K - 1;
-    const float scale = scale_of_masks<T>(p);
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileOfWarp tile = plan.tile(p, item, warp);
-        const int64_t n = tile.n, group = tile.group;
-        const int first = tile.first, left = tile.left, warp_in_row = tile.warp_in_row, channels = tile.channels;
-        const int top = tile.top, bottom = min(top + kTileRows, height);
-        const int64_t c = group * channels_in_group + tile.in_group + row;  // and, with the next eight, c + 8
-        const bool exists = channels > 0 && left < p.features.w;
-        float sums[kChannelsOfWarp / kChannelsOfMma][kTileRows][4] = {};
-        for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
-            if (i * kUp >= p.out_h || p.out_w == 0) break;
-            stage_sources<K, T>(p, n, group, i, first - kRadius, sources, staged);
-            clear_cropped_masks<K>(p, i, first - kRadius, sources, staged);
-#pragma unroll 1
-            for (int step = 0; step < kUp * kSteps && exists; step++) {
-                const int r = step / kSteps, out_i = i * kUp + r;  // row of outputs
-                const int source = step % kSteps * 4 + pair;       // of this lane's outputs
-                const int out_j = (left - kRadius + source) * kUp;
-                const float* const masks = staged + (warp_in_row * kTileColumns + source) * kTaps * kOutputs + r * kUp;
-                const int b = row - source + K - 1;  // the tap that leads to this lane's column of a tile
-                uint32_t band[kTileRows];
-#pragma unroll
-                for (int y = 0; y < kTileRows; y++) {
-                    const int a = top + y - i + kRadius;
-                    const bool leads = a >= 0 && a < K && b >= 0 && b < K;
-                    const float* const weight = masks + (a * K + b) * kOutputs;
-                    band[y] = leads ? pair_of<T>(scale * weight[0], scale * weight[1]) : 0;
-                }
-                const bool there = source < kReach && out_i < p.out_h && out_j >= 0 && out_j < p.out_w;
-                const T* grads = element<const T>(p.grad_output, n, c, out_i, out_j);  // [C, H', W']
-#pragma unroll
-                for (int q = 0; q < kChannelsOfWarp / kChannelsOfMma;
-                     q++, grads += kChannelsOfMma * p.grad_output.stride_c) {
-                    const int channel = q * kChannelsOfMma + row;
-                    const uint32_t words[] = {
-                        load_word(grads, there && channel < channels),
-                        load_word(grads + 8 * p.grad_output.stride_c, there && channel + 8 < channels)};
-#pragma unroll
-                    for (int y = 0; y < kTileRows; y++) multiply_add<T>(sums[q][y], words, band[y]);
-                }
-            }
-            __syncthreads();
+struct SliceOfColumns {
+    using Tile = TileShape<K, 16>;
+    static constexpr int kChannels = kChannelsOfMma;
+    // Vectors of eight elements of a channel are odd in number, so that eight channels are in different banks.
+    static constexpr int kChannel = Tile::kGradRows * Tile::kGradColumns + 8, kGrads = kChannels * kChannel;
+    static constexpr int kChannelsAtOnce = 2 * Tile::kThreads / Tile::kPixels;  // that the block stores
+    static_assert(kChannel / 8 % 2 == 1);
+
+    const T* from;     // the corner of the gradients of the next slice
+    int out_i, out_j;  // which is this output
+    int matrices;      // place of the lane's row of the matrices
+    int put_at;        // place of the lane's first result
+    T* result;         // the thread's pair of columns in its first channel of the next slice
+
+    // The pair of columns that a thread stores.
+    static __device__ __forceinline__ int column_of(int thread) { return 2 * thread % Tile::kColumns; }
+    static __device__ __forceinline__ int row_of(int thread) { return 2 * thread / Tile::kColumns % Tile::kRows; }
+    static __device__ __forceinline__ int channel_of(int thread) { return 2 * thread / Tile::kPixels; }
+
+    __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfResult& tile,
+                                              int own_row, int own_column) {
+        const int thread = thread_computed_late(), lane = thread % 32;
+        out_i = (tile.top - K / 2) * kUp;
+        out_j = (tile.left - kBeforeTile) * kUp;
+        from = element<const T>(p.grad_output, tile.n, tile.c, out_i, out_j);
+        matrices = lane % 16 * kChannel + own_row * kUp * Tile::kGradColumns + own_column * kUp + lane / 16 * 8;
+        put_at = lane / 4 * Tile::kPixels + (own_row + lane % 4 / 2) * Tile::kColumns + own_column + lane % 2 * 2;
+        result = element<T>(grad_features, tile.n, tile.c + channel_of(thread), tile.top + row_of(thread),
+                            tile.left + column_of(thread));
+    }
+
+    template <int Count>
+    __device__ __forceinline__ void copy_columns(const Problem& p, int channels, T* grads) const {
+        constexpr int kInRow = Tile::kGradColumns / Count;
+        for (int k = thread_computed_late(); k < Tile::kGradRows * kInRow; k += Tile::kThreads) {
+            const int y = k / kInRow, x = k % kInRow * Count;
+            const bool exist = out_i + y >= 0 && out_i + y < p.out_h && out_j + x >= 0 && out_j + x < p.out_w;
+            const int end = exist ? channels : 0;
+            const T* column = from + y * p.grad_output.stride_h + x;
+            T* to = grads + y * Tile::kGradColumns + x;
+#pragma unroll 8
+            for (int q = 0; q < kChannels; q++, column += p.grad_output.stride_c, to += kChannel)
+                copy_async<Count * sizeof(T)>(to, column, q < end);
         }
-        if (!exists) continue;
-        // A lane's stores, of two columns each: two of every 16 channels, in both rows.
-        constexpr int kStores = kChannelsOfWarp / kChannelsOfMma * 2 * kTileRows;
-        const int x = left + 2 * pair;
-        struct Store {
-            int channel, y;
-        };
-        const auto store_at = [&](int number) {
-            return Store{number / (2 * kTileRows) * kChannelsOfMma + number % 2 * 8, top + number / 2 % kTileRows};
-        };
-        unsigned not_finite = 0;
-#pragma unroll
-        for (int number = 0; number < kStores; number++) {
-            const Store at = store_at(number);
-            if (at.y >= height || x >= p.features.w || at.channel + row >= channels) continue;
-            const float* const of = sums[number / (2 * kTileRows)][number / 2 % kTileRows] + number % 2 * 2;
-            T* const to = element<T>(grad_features, n, c + at.channel, at.y, x);
-            if (!store_sums<T>(of, 1 / scale, to)) not_finite |= 1u << number;
+    }
+
+    // Four columns at once, where these are aligned and exist together.
+    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
+        constexpr int kMost = 4;
+        const bool whole = (p.out_w | p.grad_output.stride_h | p.grad_output.stride_c) % kMost == 0;
+        if (whole && reinterpret_cast<uintptr_t>(from) % (kMost * sizeof(T)) == 0) {
+            copy_columns<kMost>(p, channels, grads);
+        } else {
+            copy_columns<2>(p, channels, grads);
         }
-#pragma unroll 1
-        for (int number = 0; not_finite >> number != 0; number++) {
-            const Store at = store_at(number);
-            for (int q = 0; q < 2 && (not_finite >> number & 1) != 0; q++) {
-                *element<T>(grad_features, n, c + at.channel, at.y,
-                            x + q) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel, at.y, x + q));
+        from += kChannels * p.grad_output.stride_c;
+    }
+
+    __device__ __forceinline__ void load(const T* grads, int, int row, uint32_t (&words)[4]) const {
+        load_matrices<false>(grads + matrices + row * Tile::kGradColumns, words);
+    }
+
+    __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, T* results) const {
+#pragma unroll
+        for (int half = 0; half < kHalves; half++) {
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                T* const to = results + put_at + k * 8 * Tile::kPixels + half * kRowsOfHalf * Tile::kColumns;
+                *reinterpret_cast<uint32_t*>(to) = pair_of<T>(sums[half][2 * k], sums[half][2 * k + 1]);
             }
         }
     }
+
+    __device__ __forceinline__ void store(const Problem& p, const TileOfResult& tile, const Array& grad_features,
+                                          int channels, const T* results) {
+        const int thread = thread_computed_late();
+        const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
+        const int end = row < p.features.h && column >= 0 && column < p.features.w ? channels : 0;
+        bool finite = true;
+        T* to = result;
+#pragma unroll
+        for (int q = 0; q < kChannels; q += kChannelsAtOnce, to += kChannelsAtOnce * grad_features.stride_c) {
+            const uint32_t word = *reinterpret_cast<const uint32_t*>(results + q * Tile::kPixels + 2 * thread);
+            if (q + channel_of(thread) >= end) continue;
+            store_word(word, to);
+            finite = finite && are_finite<T>(word);
+        }
+#pragma unroll 1
+        for (int k = finite ? 2 * end : 2 * channel_of(thread); k < 2 * min(end, kChannels); k++) {
+            if ((k / 2 - channel_of(thread)) % kChannelsAtOnce != 0) continue;
+            const int64_t c = tile.c + tile.channels - channels + k / 2;
+            T* const at = element<T>(grad_features, tile.n, c, row, column + k % 2);
+            if (!are_finite<T>(at->bits))
+                *at = narrow<T>(feature_tap_by_tap<T>(p, tile.n, tile.group, c, row, column + k % 2));
+        }
+        result += kChannels * grad_features.stride_c;
+    }
+};
+
+template <int K, class T>
+__global__ void __launch_bounds__(256, 2)
+    grad_features_up2_nchw_mma_kernel(Arguments arguments, GradFeaturesMmaPlan plan) {
+    compute_grad_features<K, T, SliceOfColumns<K, T>>(arguments.problem, arguments.result, plan);
+}
+
+// Columns of the first tile left of the result. So rows of a tile's gradients begin with a whole sector. None if that
+// takes more tiles.
+template <class Tile>
+int64_t columns_before(const Problem& p) {
+    constexpr int kBefore = Tile::kColumns / kUp - kBeforeTile;
+    const int64_t width = p.features.w;
+    return ceil_div(width + kBefore, Tile::kColumns) == ceil_div(width, Tile::kColumns) ? kBefore : 0;
 }
 
 }  // namespace
@@ -109,9 +133,10 @@ const char* cannot_run_grad_features_up2_nchw_mma(const Problem& p, const Array&
 
 void grad_features_up2_nchw_mma(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
-        const Plan plan(p);
-        launch(grad_features_up2_nchw_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
-               (plan.warps_in_row * kTileColumns + k - 1) * k * k * kBytesOfTap, p, grad_features, plan);
+        using T = decltype(feature);
+        using Slice = SliceOfColumns<k, T>;
+        launch_grad_features<Slice, k>(grad_features_up2_nchw_mma_kernel<k, T>, p, grad_features,
+                                       columns_before<typename Slice::Tile>(p));
     });
 }
 

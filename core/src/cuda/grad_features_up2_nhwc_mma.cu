@@ -1,93 +1,119 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent channels of 16 bits, on tensor cores, in gather form. A warp has a
-// tile of 4 x 4 pixels of the result in 64 channels. It goes through the rows of sources whose windows reach the tile,
-// and the block stages their masks. The masks that lead from outputs to pixels are a band matrix. The warp multiplies
-// it by grad_output, four sources of one row of outputs at a time. A zero of the band makes NaN of an infinite
-// gradient. Sums that are not finite are computed again, tap by tap.
+// The gradient of features for up x2 with adjacent channels of 16 bits, on tensor cores: see grad_features_mma.h. A
+// tile has eight columns.
 #include "cuda/grad_features_mma.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kTileSize = 4;  // columns, and rows, of a tile
-using Plan = GradFeaturesMmaPlan<kTileSize, kTileSize>;
-
-// In the products of mma.m16n8k8 rows are pixels of the tile, columns are channels. The sum is over the two outputs in
-// a row of four sources.
+// A slice: gradients as [row][column][channel], results as [pixel][channel]. A thread copies and stores eight channels
+// at once, of the pixels of a column.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) grad_features_up2_nhwc_mma_kernel(Arguments arguments, Plan plan) {
-    const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;                             // [N, C, H, W]
-    constexpr int kTaps = K * K, kRadius = K / 2, kReach = kTileSize + K - 1;  // sources of a row that reach a tile
-    float* const staged = shared_memory<float>();                              // [source][tap][output]
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = lane / 4, pair = lane % 4, loaded = channel_of_column(row);
-    const int64_t channels_in_group = p.features.c / p.groups;
-    const int height = static_cast<int>(p.features.h), sources = plan.warps_in_row * kTileSize + K - 1;
-    const float scale = scale_of_masks<T>(p);
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileOfWarp tile = plan.tile(p, item, warp);
-        const int64_t n = tile.n, group = tile.group;
-        const int first = tile.first, left = tile.left, warp_in_row = tile.warp_in_row, channels = tile.channels;
-        const int top = tile.top, bottom = min(top + kTileSize, height);
-        const int64_t c = group * channels_in_group + tile.in_group;
-        const bool exists = channels > 0 && left < p.features.w;
-        float sums[kWide][4] = {};
-        for (int i = max(top - kRadius, 0); i < min(bottom + kRadius, height); i++) {
-            if (i * kUp >= p.out_h || p.out_w == 0) break;
-            stage_sources<K, T>(p, n, group, i, first - kRadius, sources, staged);
-            clear_cropped_masks<K>(p, i, first - kRadius, sources, staged);
-#pragma unroll 1
-            for (int step = 0; step < kUp * 2 && exists; step++) {
-                const int r = step / 2, out_i = i * kUp + r;  // row of outputs
-                const int source = step % 2 * 4 + pair;       // of this lane's outputs
-                const int out_j = (left - kRadius + source) * kUp;
-                const auto grads = [&](int q) {
-                    const bool there = source < kReach && out_i < p.out_h && out_j + q >= 0 && out_j + q < p.out_w &&
-                                       loaded < channels;
-                    return load_words(element<const T>(p.grad_output, n, c + loaded, out_i, out_j + q), there);
-                };
-                const Words even = grads(0), odd = grads(1);
-                const float* const masks = staged + (warp_in_row * kTileSize + source) * kTaps * kOutputs + r * kUp;
-                const int b = row % kTileSize - source + K - 1;  // the tap that leads to this lane's column of a tile
-                uint32_t band[2];
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int a = top + row / kTileSize + half * 2 - i + kRadius;
-                    const bool leads = a >= 0 && a < K && b >= 0 && b < K;
-                    const float* const weight = masks + (a * K + b) * kOutputs;
-                    band[half] = leads ? pair_of<T>(scale * weight[0], scale * weight[1]) : 0;
-                }
-                multiply_add<T>(sums, band, even, odd);
-            }
-            __syncthreads();
+struct SliceOfChannels {
+    using Tile = TileShape<K, 8>;
+    static constexpr int kChannels = 32, kVectors = kChannels / kWide;
+    static constexpr int kGrads = Tile::kGradRows * Tile::kGradColumns * kChannels;
+    static constexpr int kRowsAtOnce = Tile::kThreads / (kVectors * Tile::kColumns);  // that the block stores
+    static_assert(Tile::kThreads >= kVectors * Tile::kGradColumns, "threads copy a row at once");
+
+    const T* from;             // the thread's vector of the next slice, in the first row
+    int rows_begin, rows_end;  // that exist in its column
+    int matrices;              // place of the lane's row of the matrices
+    int put_at;                // place of the lane's first result
+    T* result;                 // the thread's vector of the next slice
+
+    // Vectors that a warp loads or stores at once are in different banks.
+    static __device__ __forceinline__ int place(int row, int column, int vector) {
+        return ((row * Tile::kGradColumns + column) * kVectors + (vector ^ column / 2 % kVectors)) * kWide;
+    }
+    static __device__ __forceinline__ int place_of_result(int row, int column, int vector) {
+        return ((row * Tile::kColumns + column) * kVectors + (vector ^ (column / 2 % 2 + row % 2 * 2))) * kWide;
+    }
+
+    // What a thread copies and stores.
+    static __device__ __forceinline__ int vector_of(int thread) { return thread % kVectors; }
+    static __device__ __forceinline__ int column_of(int thread) { return thread / kVectors % Tile::kColumns; }
+    static __device__ __forceinline__ int row_of(int thread) { return thread / kVectors / Tile::kColumns; }
+
+    __device__ __forceinline__ SliceOfChannels(const Problem& p, const Array& grad_features, const TileOfResult& tile,
+                                               int own_row, int own_column) {
+        const int thread = thread_computed_late(), lane = thread % 32, x = thread / kVectors;
+        const int out_i = (tile.top - K / 2) * kUp, out_j = (tile.left - kBeforeTile) * kUp + x;
+        const int64_t c = tile.c + vector_of(thread) * kWide;
+        from = element<const T>(p.grad_output, tile.n, c, out_i, out_j);
+        rows_begin = -out_i;
+        constexpr int kUnused = (kBeforeTile - K / 2) * kUp;  // columns at either end
+        const bool used = x >= kUnused && x < Tile::kGradColumns - kUnused && out_j >= 0 && out_j < p.out_w;
+        rows_end = used ? static_cast<int>(p.out_h) - out_i : 0;
+        matrices = place(own_row * kUp, own_column * kUp + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        put_at = place_of_result(own_row + lane % 4 / 2, own_column + lane % 2 * 2, 0) + lane / 4;
+        result = element<T>(grad_features, tile.n, c, tile.top + row_of(thread), tile.left + column_of(thread));
+    }
+
+    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
+        const int thread = thread_computed_late(), x = thread / kVectors;
+        if (x >= Tile::kGradColumns) return;
+        const int end = vector_of(thread) * kWide < channels ? rows_end : 0;
+        const T* pixel = from;
+        grads += place(0, x, vector_of(thread));
+#pragma unroll 4
+        for (int y = 0; y < Tile::kGradRows; y++, grads += Tile::kGradColumns * kChannels) {
+            copy_async<kWide * sizeof(T)>(grads, pixel, y >= rows_begin && y < end);
+            pixel += p.grad_output.stride_h;
         }
-        if (!exists) continue;
-        // A lane's vectors of sums: pixel and first channel.
-        struct Store {
-            int y, x, channel;
-        };
-        const auto store_at = [&](int number) {
-            return Store{top + row / kTileSize + number / 2 * 2, left + row % kTileSize,
-                         channel_of_column(2 * pair + number % 2)};
-        };
-        unsigned not_finite = 0;
+        from += kChannels;
+    }
+
+    __device__ __forceinline__ void load(const T* grads, int first, int row, uint32_t (&words)[4]) const {
+        load_matrices(grads + (matrices ^ first) + row * Tile::kGradColumns * kChannels, words);
+    }
+
+    __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int first, T* results) const {
 #pragma unroll
-        for (int number = 0; number < 4; number++) {
-            const Store at = store_at(number);
-            if (at.y >= height || at.x >= p.features.w || at.channel >= channels) continue;
-            T* const to = element<T>(grad_features, n, c + at.channel, at.y, at.x);
-            if (!store_sums<T>(sums, number, 1 / scale, to)) not_finite |= 1u << number;
-        }
-#pragma unroll 1
-        for (int number = 0; not_finite >> number != 0; number++) {
-            const Store at = store_at(number);
-            for (int q = 0; q < kWide && (not_finite >> number & 1) != 0; q++) {
-                *element<T>(grad_features, n, c + at.channel + q, at.y,
-                            at.x) = narrow<T>(feature_tap_by_tap<T>(p, n, group, c + at.channel + q, at.y, at.x));
+        for (int half = 0; half < kHalves; half++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int pixel = half * kRowsOfHalf * Tile::kColumns + k % 2;
+                results[(put_at ^ (first + k / 2 * kWide)) + pixel * kChannels] = narrow<T>(sums[half][k]);
             }
         }
     }
+
+    __device__ __forceinline__ void store(const Problem& p, const TileOfResult& tile, const Array& grad_features,
+                                          int channels, const T* results) {
+        const int thread = thread_computed_late(), column = tile.left + column_of(thread);
+        const int rows = vector_of(thread) * kWide < channels && column < p.features.w
+                             ? static_cast<int>(p.features.h) - tile.top
+                             : 0;  // that exist
+        bool finite = true;
+        T* to = result;
+#pragma unroll
+        for (int row = row_of(thread); row < Tile::kRows;
+             row += kRowsAtOnce, to += kRowsAtOnce * grad_features.stride_h) {
+            const uint4 words = *reinterpret_cast<const uint4*>(
+                results + place_of_result(row, column_of(thread), vector_of(thread)));
+            if (row >= rows) continue;
+            __stcs(reinterpret_cast<uint4*>(to), words);
+            finite = finite && are_finite<T>(words.x) && are_finite<T>(words.y) && are_finite<T>(words.z) &&
+                     are_finite<T>(words.w);
+        }
+#pragma unroll 1
+        for (int k = finite ? Tile::kRows * kWide : row_of(thread) * kWide; k < Tile::kRows * kWide; k++) {
+            const int row = k / kWide, q = k % kWide;
+            if ((row - row_of(thread)) % kRowsAtOnce != 0 || row >= rows) continue;
+            const int64_t c = tile.c + tile.channels - channels + vector_of(thread) * kWide + q;
+            T* const at = element<T>(grad_features, tile.n, c, tile.top + row, column);
+            if (!are_finite<T>(at->bits))
+                *at = narrow<T>(feature_tap_by_tap<T>(p, tile.n, tile.group, c, tile.top + row, column));
+        }
+        result += kChannels;
+    }
+};
+
+template <int K, class T>
+__global__ void __launch_bounds__(128, 4)
+    grad_features_up2_nhwc_mma_kernel(Arguments arguments, GradFeaturesMmaPlan plan) {
+    compute_grad_features<K, T, SliceOfChannels<K, T>>(arguments.problem, arguments.result, plan);
 }
 
 }  // namespace
@@ -100,9 +126,8 @@ const char* cannot_run_grad_features_up2_nhwc_mma(const Problem& p, const Array&
 
 void grad_features_up2_nhwc_mma(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
-        const Plan plan(p);
-        launch(grad_features_up2_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kThreads,
-               (plan.warps_in_row * kTileSize + k - 1) * k * k * kBytesOfTap, p, grad_features, plan);
+        using T = decltype(feature);
+        launch_grad_features<SliceOfChannels<k, T>, k>(grad_features_up2_nhwc_mma_kernel<k, T>, p, grad_features, 0);
     });
 }
 

@@ -55,14 +55,22 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Loads four matrices of 8 x 8 elements of 16 bits from shared memory. Lane 8 * m + r tells where row r of matrix m is.
-// A lane gets two elements of column lane / 4 of each, in rows 2 * (lane % 4) and the next. So they are `b` below. All
-// lanes of a warp take part.
-template <class T>
+// A lane gets two elements of column lane / 4 of each, in rows 2 * (lane % 4) and the next. So they are `b` below.
+// Not transposed, it gets two elements of row lane / 4, as halves of `a` have them. All lanes of a warp take part.
+template <bool Transposed = true, class T>
 __device__ __forceinline__ void load_matrices(const T* row, uint32_t (&words)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-                 : "memory");
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (Transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(address)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(address)
+                     : "memory");
+    }
 }
 
 // sums += a * b on tensor cores, in the fragments of PTX's mma.m16n8k8. All lanes of a warp take part.

@@ -28,10 +28,10 @@ inline void wait_for_copies() {
     emulation::wait_for_copies(0);
 }
 
-template <class T>
+template <bool Transposed = true, class T>
 __forceinline__ void load_matrices(const T* row, uint32_t (&words)[4],
                                    emulation::Place place = emulation::Place::here()) {
-    emulation::load_matrices(row, words, place);
+    emulation::load_matrices(Transposed, row, words, place);
 }
 
 template <class T>
