@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/mma.h"
+#include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 
@@ -73,81 +74,116 @@ struct TileOfResult {
     }
 };
 
+// Where this warp's pixels begin in a tile.
+template <class Tile>
+struct PixelsOfWarp {
+    int row, column, lane;
+
+    __device__ __forceinline__ PixelsOfWarp() {
+        constexpr int kWarpsInRow = Tile::kColumns / kOfWarp;
+        const int thread = thread_computed_late(), warp = thread / 32;
+        row = warp / kWarpsInRow * kOfWarp;
+        column = warp % kWarpsInRow * kOfWarp;
+        lane = thread % 32;
+    }
+};
+
 // ---- masks ----
 
-// Calls put(t, mask) for the taps of an output, where the normaliser is a sigmoid. It loads logits, `step` apart, again
-// in each loop: it is rarely needed, and would otherwise be long.
-template <int K, class Pointer, class Put>
-__device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normalizer, Pointer from, int64_t step,
-                                                     Put put) {
+// Calls put(t, mask) for the taps of an output, where the normaliser is a sigmoid. It asks for logits again in each
+// loop: it is rarely needed, and with taps in registers would be long.
+template <int K, class Logit, class Put>
+__device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normalizer, Logit logit, Put put) {
     float largest = -INFINITY, sum = 0;
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
 #pragma unroll 1
         for (int t = 0; t < K * K; t++) {
-            const float logit = log_sigmoid(from[t * step]);
-            largest = logit > largest ? logit : largest;
+            const float tap = log_sigmoid(logit(t));
+            largest = tap > largest ? tap : largest;
         }
 #pragma unroll 1
-        for (int t = 0; t < K * K; t++) sum += expf(log_sigmoid(from[t * step]) - largest);
+        for (int t = 0; t < K * K; t++) sum += expf(log_sigmoid(logit(t)) - largest);
     }
 #pragma unroll 1
-    for (int t = 0; t < K * K; t++) {
-        const float logit = from[t * step];
-        put(t, normalizer == CARAFEPP_SIGMOID ? sigmoid(logit) : expf(log_sigmoid(logit) - largest) / sum);
+    for (int t = 0; t < K * K; t++)
+        put(t, normalizer == CARAFEPP_SIGMOID ? sigmoid(logit(t)) : expf(log_sigmoid(logit(t)) - largest) / sum);
+}
+
+// Copies the logits of a tile, which have the staged order. Ends with a barrier.
+template <int K, class Tile, class T>
+__device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const TileOfResult& tile, T* staged) {
+    constexpr int kTaps = K * K;
+    const int top = tile.top - K / 2, left = tile.left - kBeforeTile;
+    const T* const corner = element<const T>(p.logits, tile.n, tile.group * kTaps * kOutputs, top, left);
+    for (int k = thread_computed_late(); k < Tile::kSourceColumns * kTaps; k += Tile::kThreads) {
+        const int column = k / kTaps;
+        const int end = left + column >= 0 && left + column < p.features.w ? static_cast<int>(p.features.h) : 0;
+        const T* from = corner + column * p.logits.stride_w + k % kTaps * kOutputs;
+#pragma unroll 4
+        for (int row = 0; row < Tile::kSourceRows; row++, from += p.logits.stride_h) {
+            copy_async<kOutputs * sizeof(T)>(staged + (row * Tile::kSourceColumns * kTaps + k) * kOutputs, from,
+                                             top + row >= 0 && top + row < end);
+        }
     }
+    wait_for_copies();
+    __syncthreads();
 }
 
 // Stages the masks of all outputs that reach a tile, times `scale`, as [row][column][tap][output] of sources; 0 where
-// there is no output. A thread normalises an output.
+// there is no output. A thread normalises an output, whose logits it finds there or in their array.
 template <int K, class Tile, class T>
 __device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const TileOfResult& tile, float scale,
                                                     T* staged) {
     constexpr int kTaps = K * K;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const bool channels_adjacent = array.stride_c < array.stride_w;
-    const int64_t step = array.stride_c * (p.from_logits ? kOutputs : 1);
-    // Calls f(n, c, h, w, put) with the place of an output's first tap; put(t, mask) stages a mask.
-    const auto for_each_output = [&](auto f) {
+    const bool copied = p.from_logits && array.dtype == p.features.dtype && in_vectors<T>(array);
+    const int64_t step = copied ? kOutputs : array.stride_c * (p.from_logits ? kOutputs : 1);
+    if (copied) copy_logits_of_tile<K, Tile>(p, tile, staged);
+    // Calls f(exists, to, address) for each output, with the addresses of its first mask and first logit.
+    const auto for_each_output = [&](auto mask, auto f) {
+        using M = decltype(mask);
+        const int apart = p.from_logits ? 1 : kUp, top = tile.top - K / 2, left = tile.left - kBeforeTile;
+        const M* const corner = element<const M>(array, tile.n, tile.group * kTaps * (p.from_logits ? kOutputs : 1),
+                                                 top * apart, left * apart);
 #pragma unroll 1
         for (int k = thread_computed_late(); k < Tile::kSources * kOutputs; k += Tile::kThreads) {
             const int source = channels_adjacent ? k / kOutputs : k % Tile::kSources;
             const int output = channels_adjacent ? k % kOutputs : k / Tile::kSources;
-            const int i = tile.top - K / 2 + source / Tile::kSourceColumns,
-                      j = tile.left - kBeforeTile + source % Tile::kSourceColumns;
-            const int out_i = i * kUp + output / kUp, out_j = j * kUp + output % kUp;
-            const bool exists = i >= 0 && j >= 0 && out_i < p.out_h && out_j < p.out_w;
+            const int row = source / Tile::kSourceColumns, column = source % Tile::kSourceColumns;
+            const int out_row = row * kUp + output / kUp, out_column = column * kUp + output % kUp;
+            const bool exists = top + row >= 0 && left + column >= 0 && top * kUp + out_row < p.out_h &&
+                                left * kUp + out_column < p.out_w;
             T* const to = staged + source * kTaps * kOutputs + output;
-            f(exists, tile.group * kTaps * (p.from_logits ? kOutputs : 1) + (p.from_logits ? output : 0),
-              p.from_logits ? i : out_i, p.from_logits ? j : out_j,
-              [=](int t, float mask) { to[t * kOutputs] = narrow<T>(scale * mask); });
+            const M* const from = p.from_logits ? corner + row * array.stride_h + column * array.stride_w +
+                                                      output * array.stride_c
+                                                : corner + out_row * array.stride_h + out_column * array.stride_w;
+            f(exists, to, std::is_same_v<M, T> && copied ? reinterpret_cast<const M*>(to) : from);
         }
     };
+    const auto put = [=](T* to, int t, float mask) { to[t * kOutputs] = narrow<T>(scale * mask); };
     const bool plain = !p.from_logits || p.normalizer == CARAFEPP_NONE;
-    if (plain || p.normalizer == CARAFEPP_SOFTMAX) {
-        with_masks<T>(array, [&](auto mask) {
-            using M = decltype(mask);
-            for_each_output([&](bool exists, int64_t c, int i, int j, auto put) {
+    with_masks<T>(array, [&](auto mask) {
+        using M = decltype(mask);
+        if (plain || p.normalizer == CARAFEPP_SOFTMAX) {
+            for_each_output(mask, [&](bool exists, T* to, const M* from) {
                 float taps[kTaps] = {};
                 if (exists) {
-                    const M* from = element<const M>(array, tile.n, c, i, j);
 #pragma unroll
-                    for (int t = 0; t < kTaps; t++, from += step) taps[t] = widen(load_input(from));
+                    for (int t = 0; t < kTaps; t++, from += step) taps[t] = widen(*from);
                     if (!plain) normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), taps);
                 }
 #pragma unroll
-                for (int t = 0; t < kTaps; t++) put(t, taps[t]);
+                for (int t = 0; t < kTaps; t++) put(to, t, taps[t]);
             });
-        });
-    } else {
-        for_each_output([&](bool exists, int64_t c, int i, int j, auto put) {
-            if (exists) {
-                normalize_by_sigmoid<K>(p.normalizer, mask_element<T>(array, tile.n, c, i, j), step, put);
-            } else {
-#pragma unroll 1
-                for (int t = 0; t < kTaps; t++) put(t, 0);
-            }
-        });
-    }
+        } else {
+            for_each_output(mask, [&](bool exists, T* to, const M* from) {
+                const auto logit = [=](int t) { return widen(from[t * step]); };
+                if (exists) normalize_by_sigmoid<K>(p.normalizer, logit, [=](int t, float m) { put(to, t, m); });
+                for (int t = exists ? kTaps : 0; t < kTaps; t++) put(to, t, 0);
+            });
+        }
+    });
 }
 
 // A lane's pairs of all band matrices that lead to a warp's pixels: from outputs of four sources in a row to the pixels
@@ -158,13 +194,14 @@ struct Bands {
 
     uint32_t of[kHalves][kRows][kUp][kFours];
 
-    // From the staged masks of the first source that reaches the warp.
+    // From the staged masks of the tile.
     template <class T>
-    __device__ __forceinline__ Bands(const T* staged, int lane) {
-        const int y = lane / 4 / kOfWarp, x = lane / 4 % kOfWarp;  // the lane's pixel of a half
+    __device__ __forceinline__ Bands(const T* staged, PixelsOfWarp<Tile> own) {
+        const int y = own.lane / 4 / kOfWarp, x = own.lane / 4 % kOfWarp;  // the lane's pixel of a half
+        staged += (own.row * Tile::kSourceColumns + own.column) * K * K * kOutputs;
 #pragma unroll
         for (int four = 0; four < kFours; four++) {
-            const int source = four * kFour + lane % 4;
+            const int source = four * kFour + own.lane % 4;
             const int b = x - source + kBeforeTile + K / 2;  // the tap that leads to the pixel
 #pragma unroll
             for (int half = 0; half < kHalves; half++) {
@@ -195,11 +232,13 @@ __device__ __forceinline__ bool are_finite(uint32_t word) {
 
 // The kernel. A Slice knows how gradients and results of a slice lie in memory:
 //
-//     Slice(p, grad_features, tile, row, column)           of a warp's pixels in the tile
-//     copy(p, channels, grads)                             the next slice of grad_output, 0 where there is none
-//     load(grads, first, row, words)                       [four][eight channels] of a row of outputs that reach a warp
-//     put(sums, first, results)                            the warp's sums
-//     store(p, tile, grad_features, channels, results)     the next slice of the result
+//     Slice(p, grad_features, tile)
+//     copy(p, tile, channels, grads)                       the next slice of grad_output, 0 where there is none
+//     load(grads, row, words)                              [four][eight channels] of a row of outputs, where `grads`
+//     place_of_grads(own, first)                           are those that reach a warp, from this place on
+//     put(sums, first, own, results)                       the warp's sums
+//     store(p, tile, grad_features, channels, results)     the next slice of the result; notes if it is `finite`
+//     for_each_stored(channels, f)                         calls f(channel, row, column) for the thread's results
 //
 // `channels` are those of the slice and behind it; `first` is the first of a product. In the products of mma.m16n8k8
 // rows are channels, columns are the pixels of a half. The sum is over the two outputs in a row of four sources.
@@ -208,35 +247,34 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
                                                       const GradFeaturesMmaPlan& plan) {
     using Tile = typename Slice::Tile;
     using OfTile = Bands<K, Tile>;
-    constexpr int kWarpsInRow = Tile::kColumns / kOfWarp;
     T* const grads = shared_memory<T>();  // of a slice; before them, all masks
     T* const results = grads + Slice::kGrads;
     const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfResult tile(p, plan, item, Tile::kRows, Tile::kColumns);
+        Slice slice(p, grad_features, tile);
         stage_masks_of_tile<K, Tile>(p, tile, scale, grads);
         __syncthreads();
-        const int thread = thread_computed_late(), warp = thread / 32;
-        const int own_row = warp / kWarpsInRow * kOfWarp, own_column = warp % kWarpsInRow * kOfWarp;
-        const OfTile bands(grads + (own_row * Tile::kSourceColumns + own_column) * K * K * kOutputs, thread % 32);
+        const OfTile bands(grads, PixelsOfWarp<Tile>());
         __syncthreads();
-        Slice slice(p, grad_features, tile, own_row, own_column);
 #pragma unroll 1
         for (int channels = tile.channels;; channels -= Slice::kChannels) {
-            if (channels > 0) slice.copy(p, channels, grads);
+            if (channels > 0) slice.copy(p, tile, channels, grads);
             if (channels < tile.channels) slice.store(p, tile, grad_features, channels + Slice::kChannels, results);
             if (channels <= 0) break;
             wait_for_copies();
             __syncthreads();
 #pragma unroll 1
             for (int first = 0; first < Slice::kChannels; first += kChannelsOfMma) {
+                const PixelsOfWarp<Tile> own;
+                const T* const reach_warp = grads + Slice::place_of_grads(own, first);
                 float sums[kHalves][4] = {};
 #pragma unroll
                 for (int y = 0; y < kOfWarp + K - 1; y++) {
 #pragma unroll
                     for (int r = 0; r < kUp; r++) {
                         uint32_t words[2 * kFours];
-                        slice.load(grads, first, y * kUp + r, words);
+                        Slice::load(reach_warp, y * kUp + r, words);
 #pragma unroll
                         for (int half = 0; half < kHalves; half++) {
                             const int s = y - half * kRowsOfHalf;
@@ -251,9 +289,19 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
                 }
 #pragma unroll
                 for (int k = 0; k < kHalves * 4; k++) sums[k / 4][k % 4] *= unscale;
-                slice.put(sums, first, results);
+                Slice::put(sums, first, own, results);
             }
             __syncthreads();
+        }
+        if (!slice.finite) {
+            const TileOfResult again(p, plan, computed_late(item), Tile::kRows, Tile::kColumns);
+            slice.for_each_stored(again.channels, [&](int channel, int row, int column) {
+                const int i = again.top + row, j = again.left + column;
+                if (i >= p.features.h || j < 0 || j >= p.features.w) return;
+                T* const at = element<T>(grad_features, again.n, again.c + channel, i, j);
+                if (!are_finite<T>(at->bits))
+                    *at = narrow<T>(feature_tap_by_tap<T>(p, again.n, again.group, again.c + channel, i, j));
+            });
         }
         __syncthreads();
     }
@@ -262,8 +310,7 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
 // The shared memory of a block.
 template <class Slice, int K>
 constexpr int64_t kBytesOfBlock = int64_t{sizeof(uint16_t)} *
-                                  std::max(Slice::Tile::kSources * K * K * kOutputs,
-                                           Slice::kGrads + Slice::Tile::kPixels * Slice::kChannels);
+                                  std::max(Slice::Tile::kSources * K * K * kOutputs, Slice::kGrads + Slice::kResults);
 
 // Queues a kernel of K and T for a problem; `before`: see the plan.
 template <class Slice, int K>

@@ -14,34 +14,31 @@ struct SliceOfColumns {
     static constexpr int kChannels = kChannelsOfMma;
     // Vectors of eight elements of a channel are odd in number, so that eight channels are in different banks.
     static constexpr int kChannel = Tile::kGradRows * Tile::kGradColumns + 8, kGrads = kChannels * kChannel;
-    static constexpr int kChannelsAtOnce = 2 * Tile::kThreads / Tile::kPixels;  // that the block stores
+    static constexpr int kOfChannel = Tile::kPixels + 4, kResults = kChannels * kOfChannel;  // likewise two rows
+    static constexpr int kChannelsAtOnce = 2 * Tile::kThreads / Tile::kPixels;               // that the block stores
     static_assert(kChannel / 8 % 2 == 1);
 
-    const T* from;     // the corner of the gradients of the next slice
-    int out_i, out_j;  // which is this output
-    int matrices;      // place of the lane's row of the matrices
-    int put_at;        // place of the lane's first result
-    T* result;         // the thread's pair of columns in its first channel of the next slice
+    const T* from;  // the corner of the gradients of the next slice
+    T* result;      // the thread's pair of columns in its first channel of the next slice
+    bool finite = true;
 
     // The pair of columns that a thread stores.
     static __device__ __forceinline__ int column_of(int thread) { return 2 * thread % Tile::kColumns; }
     static __device__ __forceinline__ int row_of(int thread) { return 2 * thread / Tile::kColumns % Tile::kRows; }
     static __device__ __forceinline__ int channel_of(int thread) { return 2 * thread / Tile::kPixels; }
 
-    __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfResult& tile,
-                                              int own_row, int own_column) {
-        const int thread = thread_computed_late(), lane = thread % 32;
-        out_i = (tile.top - K / 2) * kUp;
-        out_j = (tile.left - kBeforeTile) * kUp;
-        from = element<const T>(p.grad_output, tile.n, tile.c, out_i, out_j);
-        matrices = lane % 16 * kChannel + own_row * kUp * Tile::kGradColumns + own_column * kUp + lane / 16 * 8;
-        put_at = lane / 4 * Tile::kPixels + (own_row + lane % 4 / 2) * Tile::kColumns + own_column + lane % 2 * 2;
+    __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfResult& tile) {
+        const int thread = thread_computed_late();
+        from = element<const T>(p.grad_output, tile.n, tile.c, (tile.top - K / 2) * kUp,
+                                (tile.left - kBeforeTile) * kUp);
         result = element<T>(grad_features, tile.n, tile.c + channel_of(thread), tile.top + row_of(thread),
                             tile.left + column_of(thread));
     }
 
     template <int Count>
-    __device__ __forceinline__ void copy_columns(const Problem& p, int channels, T* grads) const {
+    __device__ __forceinline__ void copy_columns(const Problem& p, const TileOfResult& tile, int channels,
+                                                 T* grads) const {
+        const int out_i = (tile.top - K / 2) * kUp, out_j = (tile.left - kBeforeTile) * kUp;
         constexpr int kInRow = Tile::kGradColumns / Count;
         for (int k = thread_computed_late(); k < Tile::kGradRows * kInRow; k += Tile::kThreads) {
             const int y = k / kInRow, x = k % kInRow * Count;
@@ -56,27 +53,33 @@ struct SliceOfColumns {
     }
 
     // Four columns at once, where these are aligned and exist together.
-    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
+    __device__ __forceinline__ void copy(const Problem& p, const TileOfResult& tile, int channels, T* grads) {
         constexpr int kMost = 4;
         const bool whole = (p.out_w | p.grad_output.stride_h | p.grad_output.stride_c) % kMost == 0;
         if (whole && reinterpret_cast<uintptr_t>(from) % (kMost * sizeof(T)) == 0) {
-            copy_columns<kMost>(p, channels, grads);
+            copy_columns<kMost>(p, tile, channels, grads);
         } else {
-            copy_columns<2>(p, channels, grads);
+            copy_columns<2>(p, tile, channels, grads);
         }
         from += kChannels * p.grad_output.stride_c;
     }
 
-    __device__ __forceinline__ void load(const T* grads, int, int row, uint32_t (&words)[4]) const {
-        load_matrices<false>(grads + matrices + row * Tile::kGradColumns, words);
+    static __device__ __forceinline__ int place_of_grads(PixelsOfWarp<Tile> own, int) {
+        return own.lane % 16 * kChannel + own.row * kUp * Tile::kGradColumns + own.column * kUp + own.lane / 16 * 8;
+    }
+    static __device__ __forceinline__ void load(const T* grads, int row, uint32_t (&words)[4]) {
+        load_matrices<false>(grads + row * Tile::kGradColumns, words);
     }
 
-    __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, T* results) const {
+    static __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, PixelsOfWarp<Tile> own,
+                                               T* results) {
+        results += own.lane / 4 * kOfChannel + (own.row + own.lane % 4 / 2) * Tile::kColumns + own.column +
+                   own.lane % 2 * 2;
 #pragma unroll
         for (int half = 0; half < kHalves; half++) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                T* const to = results + put_at + k * 8 * Tile::kPixels + half * kRowsOfHalf * Tile::kColumns;
+                T* const to = results + k * 8 * kOfChannel + half * kRowsOfHalf * Tile::kColumns;
                 *reinterpret_cast<uint32_t*>(to) = pair_of<T>(sums[half][2 * k], sums[half][2 * k + 1]);
             }
         }
@@ -87,24 +90,25 @@ struct SliceOfColumns {
         const int thread = thread_computed_late();
         const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
         const int end = row < p.features.h && column >= 0 && column < p.features.w ? channels : 0;
-        bool finite = true;
         T* to = result;
 #pragma unroll
-        for (int q = 0; q < kChannels; q += kChannelsAtOnce, to += kChannelsAtOnce * grad_features.stride_c) {
-            const uint32_t word = *reinterpret_cast<const uint32_t*>(results + q * Tile::kPixels + 2 * thread);
-            if (q + channel_of(thread) >= end) continue;
-            store_word(word, to);
+        for (int first = 0; first < kChannels; first += kChannelsAtOnce) {
+            const int channel = first + channel_of(thread);
+            const uint32_t word = *reinterpret_cast<const uint32_t*>(results + channel * kOfChannel +
+                                                                     2 * thread % Tile::kPixels);
+            if (channel < end) store_word(word, to);
             finite = finite && are_finite<T>(word);
+            to += kChannelsAtOnce * grad_features.stride_c;
         }
+        result = to;
+    }
+
+    template <class F>
+    static __device__ __forceinline__ void for_each_stored(int channels, F f) {
+        const int thread = thread_computed_late();
 #pragma unroll 1
-        for (int k = finite ? 2 * end : 2 * channel_of(thread); k < 2 * min(end, kChannels); k++) {
-            if ((k / 2 - channel_of(thread)) % kChannelsAtOnce != 0) continue;
-            const int64_t c = tile.c + tile.channels - channels + k / 2;
-            T* const at = element<T>(grad_features, tile.n, c, row, column + k % 2);
-            if (!are_finite<T>(at->bits))
-                *at = narrow<T>(feature_tap_by_tap<T>(p, tile.n, tile.group, c, row, column + k % 2));
-        }
-        result += kChannels * grad_features.stride_c;
+        for (int k = 2 * channel_of(thread); k < 2 * channels; k += k % 2 == 0 ? 1 : 2 * kChannelsAtOnce - 1)
+            f(k / 2, row_of(thread), column_of(thread) + k % 2);
     }
 };
 
