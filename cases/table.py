@@ -281,6 +281,7 @@ _CUDA_TABLE = [
     Case("crop_rows_c17", "blocks below the crop", 1, 17, 9, 4, up=2, size=(2, 8)),
     Case("crop_to_one_c4", "a single output", 2, 4, 4, 5, up=2, size=(1, 1)),
     Case("crop_of_up13", "phases beyond the crop", 1, 2, 2, 3, up=13, size=(3, 17)),
+    Case("up2_tiles", "tiles in rows and columns", 1, 8, 11, 18, up=2, kernel_size=5),
 ]
 CASES = {case.name: case for case in _TABLE}
 CUDA_CASES = {case.name: case for case in _CUDA_TABLE}

@@ -94,19 +94,22 @@ struct PixelsOfWarp {
 // loop: it is rarely needed, and with taps in registers would be long.
 template <int K, class Logit, class Put>
 __device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normalizer, Logit logit, Put put) {
-    float largest = -INFINITY, sum = 0;
-    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
+    if (normalizer == CARAFEPP_SIGMOID) {
 #pragma unroll 1
-        for (int t = 0; t < K * K; t++) {
-            const float tap = log_sigmoid(logit(t));
-            largest = tap > largest ? tap : largest;
-        }
-#pragma unroll 1
-        for (int t = 0; t < K * K; t++) sum += expf(log_sigmoid(logit(t)) - largest);
+        for (int t = 0; t < K * K; t++) put(t, sigmoid(logit(t)));
+        return;
     }
+    // sigmoid(x) is exp(min(x, 0)) / (1 + exp(-|x|)), and a common factor keeps sums from 0.
+    const auto least = [](float x) { return x < 0 ? x : 0; };
+    float largest = -INFINITY, sum = 0;
 #pragma unroll 1
-    for (int t = 0; t < K * K; t++)
-        put(t, normalizer == CARAFEPP_SIGMOID ? sigmoid(logit(t)) : expf(log_sigmoid(logit(t)) - largest) / sum);
+    for (int t = 0; t < K * K; t++) largest = fmaxf(largest, least(logit(t)));
+    const auto term = [&](float x) { return expf(least(x) - largest) / (1 + expf(-fabsf(x))); };
+#pragma unroll 1
+    for (int t = 0; t < K * K; t++) sum += term(logit(t));
+    const float scale = 1 / sum;
+#pragma unroll 1
+    for (int t = 0; t < K * K; t++) put(t, term(logit(t)) * scale);
 }
 
 // Copies the logits of a tile, which have the staged order. Ends with a barrier.
@@ -233,12 +236,11 @@ __device__ __forceinline__ bool are_finite(uint32_t word) {
 // The kernel. A Slice knows how gradients and results of a slice lie in memory:
 //
 //     Slice(p, grad_features, tile)
-//     copy(p, tile, channels, grads)                       the next slice of grad_output, 0 where there is none
-//     load(grads, row, words)                              [four][eight channels] of a row of outputs, where `grads`
-//     place_of_grads(own, first)                           are those that reach a warp, from this place on
-//     put(sums, first, own, results)                       the warp's sums
-//     store(p, tile, grad_features, channels, results)     the next slice of the result; notes if it is `finite`
-//     for_each_stored(channels, f)                         calls f(channel, row, column) for the thread's results
+//     copy(p, channels, grads)                     the next slice of grad_output, 0 where there is none
+//     load(grads, first, row, words)               [four][eight channels] of a row of outputs that reach a warp
+//     put(sums, first, results)                    the warp's sums
+//     store(grad_features, channels, results)      the next slice of the result; notes if it is `finite`
+//     for_each_stored(channels, f)                 calls f(channel, row, column) for the thread's results
 //
 // `channels` are those of the slice and behind it; `first` is the first of a product. In the products of mma.m16n8k8
 // rows are channels, columns are the pixels of a half. The sum is over the two outputs in a row of four sources.
@@ -259,22 +261,20 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
         __syncthreads();
 #pragma unroll 1
         for (int channels = tile.channels;; channels -= Slice::kChannels) {
-            if (channels > 0) slice.copy(p, tile, channels, grads);
-            if (channels < tile.channels) slice.store(p, tile, grad_features, channels + Slice::kChannels, results);
+            if (channels > 0) slice.copy(p, channels, grads);
+            if (channels < tile.channels) slice.store(grad_features, channels + Slice::kChannels, results);
             if (channels <= 0) break;
             wait_for_copies();
             __syncthreads();
 #pragma unroll 1
             for (int first = 0; first < Slice::kChannels; first += kChannelsOfMma) {
-                const PixelsOfWarp<Tile> own;
-                const T* const reach_warp = grads + Slice::place_of_grads(own, first);
                 float sums[kHalves][4] = {};
 #pragma unroll
                 for (int y = 0; y < kOfWarp + K - 1; y++) {
 #pragma unroll
                     for (int r = 0; r < kUp; r++) {
                         uint32_t words[2 * kFours];
-                        Slice::load(reach_warp, y * kUp + r, words);
+                        slice.load(grads, first, y * kUp + r, words);
 #pragma unroll
                         for (int half = 0; half < kHalves; half++) {
                             const int s = y - half * kRowsOfHalf;
@@ -289,7 +289,7 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
                 }
 #pragma unroll
                 for (int k = 0; k < kHalves * 4; k++) sums[k / 4][k % 4] *= unscale;
-                Slice::put(sums, first, own, results);
+                slice.put(sums, first, results);
             }
             __syncthreads();
         }
@@ -299,7 +299,7 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
                 const int i = again.top + row, j = again.left + column;
                 if (i >= p.features.h || j < 0 || j >= p.features.w) return;
                 T* const at = element<T>(grad_features, again.n, again.c + channel, i, j);
-                if (!are_finite<T>(at->bits))
+                if (!(fabsf(widen(*at)) < INFINITY))
                     *at = narrow<T>(feature_tap_by_tap<T>(p, again.n, again.group, again.c + channel, i, j));
             });
         }

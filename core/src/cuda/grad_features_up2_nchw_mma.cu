@@ -18,8 +18,12 @@ struct SliceOfColumns {
     static constexpr int kChannelsAtOnce = 2 * Tile::kThreads / Tile::kPixels;               // that the block stores
     static_assert(kChannel / 8 % 2 == 1);
 
-    const T* from;  // the corner of the gradients of the next slice
-    T* result;      // the thread's pair of columns in its first channel of the next slice
+    const T* from;     // the corner of the gradients of the next slice
+    int out_i, out_j;  // which is this output
+    int reach_warp;    // place of the lane's row of the matrices
+    int put_at;        // place of the lane's first sum
+    T* result;         // the thread's pair of columns in its first channel of the next slice
+    bool exists;       // the pair
     bool finite = true;
 
     // The pair of columns that a thread stores.
@@ -29,16 +33,21 @@ struct SliceOfColumns {
 
     __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfResult& tile) {
         const int thread = thread_computed_late();
-        from = element<const T>(p.grad_output, tile.n, tile.c, (tile.top - K / 2) * kUp,
-                                (tile.left - kBeforeTile) * kUp);
-        result = element<T>(grad_features, tile.n, tile.c + channel_of(thread), tile.top + row_of(thread),
-                            tile.left + column_of(thread));
+        out_i = (tile.top - K / 2) * kUp;
+        out_j = (tile.left - kBeforeTile) * kUp;
+        from = element<const T>(p.grad_output, tile.n, tile.c, out_i, out_j);
+        const PixelsOfWarp<Tile> own;
+        reach_warp = own.lane % 16 * kChannel + own.row * kUp * Tile::kGradColumns + own.column * kUp +
+                     own.lane / 16 * 8;
+        put_at = own.lane / 4 * kOfChannel + (own.row + own.lane % 4 / 2) * Tile::kColumns + own.column +
+                 own.lane % 2 * 2;
+        const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
+        result = element<T>(grad_features, tile.n, tile.c + channel_of(thread), row, column);
+        exists = row < p.features.h && column >= 0 && column < p.features.w;
     }
 
     template <int Count>
-    __device__ __forceinline__ void copy_columns(const Problem& p, const TileOfResult& tile, int channels,
-                                                 T* grads) const {
-        const int out_i = (tile.top - K / 2) * kUp, out_j = (tile.left - kBeforeTile) * kUp;
+    __device__ __forceinline__ void copy_columns(const Problem& p, int channels, T* grads) const {
         constexpr int kInRow = Tile::kGradColumns / Count;
         for (int k = thread_computed_late(); k < Tile::kGradRows * kInRow; k += Tile::kThreads) {
             const int y = k / kInRow, x = k % kInRow * Count;
@@ -53,54 +62,42 @@ struct SliceOfColumns {
     }
 
     // Four columns at once, where these are aligned and exist together.
-    __device__ __forceinline__ void copy(const Problem& p, const TileOfResult& tile, int channels, T* grads) {
+    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
         constexpr int kMost = 4;
         const bool whole = (p.out_w | p.grad_output.stride_h | p.grad_output.stride_c) % kMost == 0;
         if (whole && reinterpret_cast<uintptr_t>(from) % (kMost * sizeof(T)) == 0) {
-            copy_columns<kMost>(p, tile, channels, grads);
+            copy_columns<kMost>(p, channels, grads);
         } else {
-            copy_columns<2>(p, tile, channels, grads);
+            copy_columns<2>(p, channels, grads);
         }
         from += kChannels * p.grad_output.stride_c;
     }
 
-    static __device__ __forceinline__ int place_of_grads(PixelsOfWarp<Tile> own, int) {
-        return own.lane % 16 * kChannel + own.row * kUp * Tile::kGradColumns + own.column * kUp + own.lane / 16 * 8;
-    }
-    static __device__ __forceinline__ void load(const T* grads, int row, uint32_t (&words)[4]) {
-        load_matrices<false>(grads + row * Tile::kGradColumns, words);
+    __device__ __forceinline__ void load(const T* grads, int, int row, uint32_t (&words)[4]) const {
+        load_matrices<false>(grads + reach_warp + row * Tile::kGradColumns, words);
     }
 
-    static __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, PixelsOfWarp<Tile> own,
-                                               T* results) {
-        results += own.lane / 4 * kOfChannel + (own.row + own.lane % 4 / 2) * Tile::kColumns + own.column +
-                   own.lane % 2 * 2;
+    __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, T* results) const {
 #pragma unroll
         for (int half = 0; half < kHalves; half++) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                T* const to = results + k * 8 * kOfChannel + half * kRowsOfHalf * Tile::kColumns;
+                T* const to = results + put_at + k * 8 * kOfChannel + half * kRowsOfHalf * Tile::kColumns;
                 *reinterpret_cast<uint32_t*>(to) = pair_of<T>(sums[half][2 * k], sums[half][2 * k + 1]);
             }
         }
     }
 
-    __device__ __forceinline__ void store(const Problem& p, const TileOfResult& tile, const Array& grad_features,
-                                          int channels, const T* results) {
-        const int thread = thread_computed_late();
-        const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
-        const int end = row < p.features.h && column >= 0 && column < p.features.w ? channels : 0;
-        T* to = result;
+    __device__ __forceinline__ void store(const Array& grad_features, int channels, const T* results) {
+        const int thread = thread_computed_late(), end = exists ? channels - channel_of(thread) : 0;
+        results += channel_of(thread) * kOfChannel + 2 * thread % Tile::kPixels;
 #pragma unroll
-        for (int first = 0; first < kChannels; first += kChannelsAtOnce) {
-            const int channel = first + channel_of(thread);
-            const uint32_t word = *reinterpret_cast<const uint32_t*>(results + channel * kOfChannel +
-                                                                     2 * thread % Tile::kPixels);
-            if (channel < end) store_word(word, to);
+        for (int channel = 0; channel < kChannels; channel += kChannelsAtOnce) {
+            const uint32_t word = *reinterpret_cast<const uint32_t*>(results + channel * kOfChannel);
+            if (channel < end) store_word(word, result);
             finite = finite && are_finite<T>(word);
-            to += kChannelsAtOnce * grad_features.stride_c;
+            result += kChannelsAtOnce * grad_features.stride_c;
         }
-        result = to;
     }
 
     template <class F>

@@ -16,9 +16,15 @@ struct SliceOfChannels {
     static constexpr int kResults = Tile::kPixels * kChannels;
     static constexpr int kRowsAtOnce = Tile::kThreads / (kVectors * Tile::kColumns);  // that the block stores
     static_assert(Tile::kThreads >= kVectors * Tile::kGradColumns, "threads copy a row at once");
+    static_assert(kRowsAtOnce % 2 == 0, "rows that a thread stores have the same order of vectors");
 
-    const T* from;  // the thread's vector of the next slice, in the first row
-    T* result;      // the same of the result
+    const T* from;             // the thread's vector of the next slice, in the first row
+    int rows_begin, rows_end;  // that exist in its column
+    int copied_to;             // its place
+    int reach_warp;            // place of the lane's row of the matrices
+    int put_at;                // place of the lane's first sum
+    T* result;                 // the thread's vector of the next slice
+    int rows;                  // of its column that exist
     bool finite = true;
 
     // Vectors that a warp loads or stores at once are in different banks.
@@ -35,66 +41,63 @@ struct SliceOfChannels {
     static __device__ __forceinline__ int row_of(int thread) { return thread / kVectors / Tile::kColumns; }
 
     __device__ __forceinline__ SliceOfChannels(const Problem& p, const Array& grad_features, const TileOfResult& tile) {
-        const int thread = thread_computed_late();
-        const int64_t c = tile.c + vector_of(thread) * kWide;
-        from = element<const T>(p.grad_output, tile.n, c, (tile.top - K / 2) * kUp,
-                                (tile.left - kBeforeTile) * kUp + thread / kVectors);
-        result = element<T>(grad_features, tile.n, c, tile.top + row_of(thread), tile.left + column_of(thread));
-    }
-
-    __device__ __forceinline__ void copy(const Problem& p, const TileOfResult& tile, int channels, T* grads) {
         constexpr int kUnused = (kBeforeTile - K / 2) * kUp;  // columns at either end
         const int thread = thread_computed_late(), x = thread / kVectors;
         const int out_i = (tile.top - K / 2) * kUp, out_j = (tile.left - kBeforeTile) * kUp + x;
-        if (x >= Tile::kGradColumns) return;
-        const bool exist = x >= kUnused && x < Tile::kGradColumns - kUnused && out_j >= 0 && out_j < p.out_w &&
-                           vector_of(thread) * kWide < channels;
-        const int end = exist ? static_cast<int>(p.out_h) : 0;
+        const int64_t c = tile.c + vector_of(thread) * kWide;
+        from = element<const T>(p.grad_output, tile.n, c, out_i, out_j);
+        rows_begin = -out_i;
+        rows_end = x >= kUnused && x < Tile::kGradColumns - kUnused && out_j >= 0 && out_j < p.out_w
+                       ? static_cast<int>(p.out_h) - out_i
+                       : 0;
+        copied_to = place(0, x, vector_of(thread));
+        const PixelsOfWarp<Tile> own;
+        reach_warp = place(own.row * kUp, own.column * kUp + own.lane / 16 * 8 + own.lane % 8, own.lane / 8 % 2);
+        put_at = place_of_result(own.row + own.lane % 4 / 2, own.column + own.lane % 2 * 2, 0) + own.lane / 4;
+        const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
+        result = element<T>(grad_features, tile.n, c, row, column);
+        rows = column < p.features.w ? static_cast<int>(p.features.h) - row : 0;
+    }
+
+    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
+        const int thread = thread_computed_late();
+        if (thread >= kVectors * Tile::kGradColumns) return;
+        const int end = vector_of(thread) * kWide < channels ? rows_end : 0;
         const T* pixel = from;
-        grads += place(0, x, vector_of(thread));
-#pragma unroll 4
+        grads += copied_to;
+#pragma unroll 8
         for (int y = 0; y < Tile::kGradRows; y++, grads += Tile::kGradColumns * kChannels) {
-            copy_async<kWide * sizeof(T)>(grads, pixel, out_i + y >= 0 && out_i + y < end);
+            copy_async<kWide * sizeof(T)>(grads, pixel, y >= rows_begin && y < end);
             pixel += p.grad_output.stride_h;
         }
         from += kChannels;
     }
 
-    static __device__ __forceinline__ int place_of_grads(PixelsOfWarp<Tile> own, int first) {
-        return place(own.row * kUp, own.column * kUp + own.lane / 16 * 8 + own.lane % 8,
-                     first / kWide + own.lane / 8 % 2);
-    }
-    static __device__ __forceinline__ void load(const T* grads, int row, uint32_t (&words)[4]) {
-        load_matrices(grads + row * Tile::kGradColumns * kChannels, words);
+    __device__ __forceinline__ void load(const T* grads, int first, int row, uint32_t (&words)[4]) const {
+        load_matrices(grads + (reach_warp ^ first) + row * Tile::kGradColumns * kChannels, words);
     }
 
-    static __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int first, PixelsOfWarp<Tile> own,
-                                               T* results) {
+    __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int first, T* results) const {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            T* const to = results + own.lane / 4 +
-                          place_of_result(own.row + own.lane % 4 / 2, own.column + own.lane % 2 * 2 + k % 2,
-                                          first / kWide + k / 2);
+            T* const to = results + (put_at ^ (first + k / 2 * kWide)) + k % 2 * kChannels;
 #pragma unroll
             for (int half = 0; half < kHalves; half++)
                 to[half * kRowsOfHalf * Tile::kColumns * kChannels] = narrow<T>(sums[half][k]);
         }
     }
 
-    __device__ __forceinline__ void store(const Problem& p, const TileOfResult& tile, const Array& grad_features,
-                                          int channels, const T* results) {
+    __device__ __forceinline__ void store(const Array& grad_features, int channels, const T* results) {
         const int thread = thread_computed_late();
-        const bool exist = vector_of(thread) * kWide < channels && tile.left + column_of(thread) < p.features.w;
+        const int end = vector_of(thread) * kWide < channels ? rows : 0;
+        results += place_of_result(row_of(thread), column_of(thread), vector_of(thread));
         T* to = result;
 #pragma unroll
-        for (int first = 0; first < Tile::kRows; first += kRowsAtOnce) {
-            const int row = first + row_of(thread);
-            const uint4 words = *reinterpret_cast<const uint4*>(
-                results + place_of_result(row, column_of(thread), vector_of(thread)));
-            if (exist && tile.top + row < p.features.h) __stcs(reinterpret_cast<uint4*>(to), words);
+        for (int row = 0; row < Tile::kRows; row += kRowsAtOnce, to += kRowsAtOnce * grad_features.stride_h) {
+            const uint4 words = *reinterpret_cast<const uint4*>(results + row * Tile::kColumns * kChannels);
+            if (row < end) __stcs(reinterpret_cast<uint4*>(to), words);
             finite = finite && are_finite<T>(words.x) && are_finite<T>(words.y) && are_finite<T>(words.z) &&
                      are_finite<T>(words.w);
-            to += kRowsAtOnce * grad_features.stride_h;
         }
         result += kChannels;
     }

@@ -27,39 +27,6 @@ __device__ __forceinline__ Words load_words(const T* from, bool exist) {
     return {{words.x, words.y, words.z, words.w}};
 }
 
-// The first of the eight channels that a column of the products has, one in each of eight products. A lane stores two
-// neighbouring columns. They are permuted so that the four lanes of a row store 64 adjacent bytes: whole sectors. Loads
-// and stores both ask here, or channels would change places.
-__device__ __forceinline__ int channel_of_column(int column) { return (column / 2 + column % 2 * 4) * kWide; }
-
-// sums[channel of eight] += a * b, where a lane's pair of rows of b are two pixels. A column of the products is every
-// eighth channel, so that a lane loads and stores eight adjacent ones.
-template <class T>
-__device__ __forceinline__ void multiply_add(float (&sums)[kWide][4], const uint32_t (&a)[2], const Words& even,
-                                             const Words& odd) {
-#pragma unroll
-    for (int word = 0; word < 4; word++) {
-        multiply_add<T>(sums[2 * word], a, (even.of[word] & 0xffff) | odd.of[word] << 16);
-        multiply_add<T>(sums[2 * word + 1], a, even.of[word] >> 16 | (odd.of[word] & 0xffff0000));
-    }
-}
-
-// Writes element k of each of eight channels' sums; returns if all of them are finite.
-template <class T>
-__device__ __forceinline__ bool store_sums(const float (&sums)[kWide][4], int k, float scale, T* to) {
-    float values[kWide];
-    bool finite = true;
-#pragma unroll
-    for (int q = 0; q < kWide; q++) {
-        values[q] = sums[q][k] * scale;
-        finite = finite && fabsf(values[q]) < INFINITY;
-    }
-    __stcs(reinterpret_cast<uint4*>(to),
-           make_uint4(pair_of<T>(values[0], values[1]), pair_of<T>(values[2], values[3]),
-                      pair_of<T>(values[4], values[5]), pair_of<T>(values[6], values[7])));
-    return finite;
-}
-
 // ---- adjacent columns: two loaded and stored at once ----
 
 // Two columns of a channel as a word, 0 where there are none.
@@ -71,15 +38,6 @@ __device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
 template <class T>
 __device__ __forceinline__ void store_word(uint32_t word, T* to) {
     __stcs(reinterpret_cast<uint32_t*>(to), word);
-}
-
-// Writes two columns' sums; returns if they are finite. The first tells of both: an infinite factor meets the band of
-// both columns.
-template <class T>
-__device__ __forceinline__ bool store_sums(const float* sums, float scale, T* to) {
-    const float2 values = make_float2(sums[0] * scale, sums[1] * scale);
-    store_columns(values, to);
-    return fabsf(values.x) < INFINITY;
 }
 
 // ---- masks ----
