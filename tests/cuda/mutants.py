@@ -501,7 +501,7 @@ MUTANTS = [
         "both rows of a half have the masks of the upper one",
         "grad_features_mma.h",
         "const int a = y - s + K - 1;",
-        "const int a = K - 1 - s;",
+        "const int a = 2 * y - s + K - 1;",
     ),
     Mutant(
         "the last sources that reach a tile are left out",
