@@ -577,12 +577,6 @@ MUTANTS = [
         "slice.put(sums, first, results);\n            }",
     ),
     Mutant(
-        "logits become masks before they arrive",
-        "grad_features_mma.h",
-        "    wait_for_copies();\n    __syncthreads();\n}",
-        "    __syncthreads();\n}",
-    ),
-    Mutant(
         "an infinite gradient spreads beyond its window",
         "grad_features_mma.h",
         "if (!slice.finite) {",
