@@ -286,8 +286,8 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
         if (normalizer == CARAFEPP_SIGMOID) return;
     }
     float largest = -INFINITY, sum = 0;
-    own.each([&](int k, int) { largest = taps[k] > largest ? taps[k] : largest; });
-    largest = own.over_threads(largest, [](float a, float b) { return a > b ? a : b; });
+    own.each([&](int k, int) { largest = fmaxf(taps[k], largest); });  // of NaN and a number the number
+    largest = own.over_threads(largest, [](float a, float b) { return fmaxf(a, b); });
     own.each([&](int k, int) {
         taps[k] = expf(taps[k] - largest);
         sum += taps[k];

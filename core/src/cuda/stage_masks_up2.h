@@ -26,36 +26,66 @@ __device__ __forceinline__ void stage_vector(const M* from, bool exist, float* s
     *reinterpret_cast<float4*>(staged) = load_channels(from, exist);
 }
 
+// The same with one channel.
+__device__ __forceinline__ void stage_element(const float* from, bool exist, float* staged) {
+    copy_async<sizeof(float)>(staged, from, exist);
+}
+template <class M>
+__device__ __forceinline__ void stage_element(const M* from, bool exist, float* staged) {
+    *staged = exist ? widen(load_input(from)) : 0.0f;
+}
+
+// Copies logits of `rows` x `columns` sources, whose channels have the order [tap][output]. Columns [begin, end) of the
+// first `rows_end` rows exist. Neighbouring threads have neighbouring vectors of a source, or neighbouring sources; so
+// a thread finds its place once, and goes on by the same step.
+template <int K, int Threads, class M>
+__device__ __forceinline__ void copy_logits(const Array& logits, const M* from, int rows, int columns, int rows_end,
+                                            int begin, int end, float* staged) {
+    constexpr int kTaps = K * K, kElements = kTaps * kOutputs;  // of a source
+    const int thread = thread_computed_late();
+    if (in_vectors<M>(logits)) {
+        const int at_once = columns / static_cast<int>(ceil_div(columns, Threads / kTaps));  // sources
+        const int first = thread / kTaps;
+        if (first >= at_once) return;
+        from += first * logits.stride_w + thread % kTaps * kVector;
+        staged += thread * kVector;
+#pragma unroll 4
+        for (int row = 0; row < rows; row++, from += logits.stride_h, staged += columns * kElements) {
+            const M* vector = from;
+#pragma unroll 2
+            for (int before = 0; before < columns; before += at_once, vector += at_once * logits.stride_w) {
+                const int column = before + first;
+                if (columns % at_once != 0 && column >= columns) break;
+                stage_vector(vector, row < rows_end && column >= begin && column < end, staged + before * kElements);
+            }
+        }
+        return;
+    }
+    const int sources = rows * columns, lanes = min(sources, Threads), at_once = Threads / lanes;  // channels
+    const int channel = thread / lanes;
+    if (channel >= at_once) return;
+    for (int source = thread % lanes; source < sources; source += lanes) {
+        const int row = source / columns, column = source - row * columns;
+        const bool exist = row < rows_end && column >= begin && column < end;
+        const M* element = from + row * logits.stride_h + column * logits.stride_w + channel * logits.stride_c;
+#pragma unroll 8
+        for (int c = channel; c < kElements; c += at_once, element += at_once * logits.stride_c)
+            stage_element(element, exist, staged + source * kElements + c);
+    }
+}
+
 // Copies masks or logits of `rows` x `columns` sources from (i, first) on, in a block of `Threads`; 0 where there is
 // none. Some arrive as copies of this thread do.
 template <int K, int Threads, class M>
 __device__ __forceinline__ void copy_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first,
                                              int rows, int columns, float* staged) {
-    constexpr int kTaps = K * K, kElements = kTaps * kOutputs;    // of a source
+    constexpr int kTaps = K * K;
     const int begin = static_cast<int>(max(-first, int64_t{0}));  // columns that exist
     const int end = static_cast<int>(min(int64_t{columns}, p.features.w - first));
-    if (p.from_logits) {  // the channels of a source have the order [tap][output]
-        const Array& logits = p.logits;
-        const M* const from = element<const M>(logits, n, group * kElements, i, first);
+    if (p.from_logits) {
         const int rows_end = static_cast<int>(min(int64_t{rows}, p.features.h - i));
-        const auto place = [&](int source, int channel) {
-            const int row = rows == 1 ? 0 : source / columns, column = source - row * columns;
-            return StagedElement{row * logits.stride_h + column * logits.stride_w + channel * logits.stride_c,
-                                 source * kElements + channel, row < rows_end && column >= begin && column < end};
-        };
-        if (in_vectors<M>(logits)) {
-            for (int k = thread_computed_late(); k < rows * columns * kTaps; k += Threads) {
-                const StagedElement vector = place(k / kTaps, k % kTaps * kOutputs);
-                stage_vector(from + vector.from, vector.exists, staged + vector.to);
-            }
-        } else if (std::is_same_v<M, float> && logits.stride_w == 1) {
-            for (int k = thread_computed_late(); k < rows * columns * kElements; k += Threads) {
-                const StagedElement element = place(k % (rows * columns), k / (rows * columns));
-                copy_async<sizeof(float)>(staged + element.to, from + element.from, element.exists);
-            }
-        } else {
-            copy_grid<Threads>(from, rows * columns, kElements, logits.stride_c < logits.stride_w, place, staged);
-        }
+        copy_logits<K, Threads>(p.logits, element<const M>(p.logits, n, group * kTaps * kOutputs, i, first), rows,
+                                columns, rows_end, begin, end, staged);
         return;
     }
     const Array& masks = p.masks;
