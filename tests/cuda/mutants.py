@@ -228,8 +228,8 @@ MUTANTS = [
     Mutant(
         "the last column of a crop is written past",
         "reassemble_up2_nchw.cu",
-        "if (j * kUp + x < p.out_w) outputs[x]",
-        "if (j * kUp + x <= p.out_w) outputs[x]",
+        "if (exist && x < out_columns)",
+        "if (exist && x <= out_columns)",
     ),
     Mutant(
         "columns are contracted before they arrive",
@@ -240,9 +240,21 @@ MUTANTS = [
     Mutant(
         "a copied row below the last is not 0",
         "tile_up2.h",
-        "i < p.features.h && j >= 0",
-        "i <= p.features.h && j >= 0",
+        "y >= rows_begin && y < rows_end ?",
+        "y >= rows_begin && y <= rows_end ?",
         sanitizer="address",
+    ),
+    Mutant(
+        "the last channel of a slice is not copied",
+        "tile_up2.h",
+        "q + channel >= kChannelsOfSlice) break;",
+        "q + channel >= kChannelsOfSlice - 1) break;",
+    ),
+    Mutant(
+        "threads without a column copy logits",
+        "stage_masks_up2.h",
+        "if (first >= at_once) return;",
+        "",
     ),
     Mutant(
         "four columns are stored at once where rows are not aligned",
@@ -295,8 +307,8 @@ MUTANTS = [
     Mutant(
         "a source beyond the end of a row is written",
         "reassemble_up2_nhwc.cu",
-        "if (i * kUp + r >= p.out_h || j * kUp + q >= p.out_w) continue;",
-        "if (i * kUp + r >= p.out_h) continue;",
+        "r < out_rows && q < out_columns &&",
+        "r < out_rows &&",
     ),
     Mutant(
         "features are contracted before they arrive",
@@ -319,8 +331,8 @@ MUTANTS = [
     Mutant(
         "a copied halo is short of a column",
         "tile_up2.h",
-        "x < kColumns + K - 1 ?",
-        "x < kColumns + K - 2 ?",
+        "x < kColumns + K - 1) {",
+        "x < kColumns + K - 2) {",
     ),
     Mutant(
         "a copied halo is not 0 beyond the border",
@@ -464,14 +476,20 @@ MUTANTS = [
     Mutant(
         "rows of outputs change places",
         "reassemble_up2_nhwc_mma.cu",
-        "[q + k][r % kUp * 2] * unscale",
-        "[q + k][2 - r % kUp * 2] * unscale",
+        "[q + k] + r % kUp * 2;",
+        "[q + k] + 2 - r % kUp * 2;",
     ),
     Mutant(
-        "the second four sources have the masks of the first",
+        "two rows of pixels change places",
+        "reassemble_up2_nhwc_mma.cu",
+        "y = own_row + lane / kPixels % 2;",
+        "y = own_row + 1 - lane / kPixels % 2;",
+    ),
+    Mutant(
+        "odd sources have the masks of even ones",
         "reassemble_up2_nchw_mma.cu",
-        "masks + (s * kFour + source) * kOfSource",
-        "masks + source * kOfSource",
+        "row / kUp * kSourcesOfLane + s;",
+        "row / kUp * kSourcesOfLane;",
     ),
     Mutant(
         "windows of 3 x 3 begin a pixel too early",
@@ -488,14 +506,14 @@ MUTANTS = [
     Mutant(
         "a channel of another group is written",
         "reassemble_up2_nchw_mma.cu",
-        "if (channel + k < channels)",
-        "if (channel < channels)",
+        "if (half * 8 < own_channels)",
+        "if (half * 8 <= own_channels)",
     ),
     Mutant(
-        "neighbours exchange sums of the wrong four",
+        "the second eight pixels of a row begin too early",
         "reassemble_up2_nchw_mma.cu",
-        "odd ? words[0] : words[1], 4)",
-        "odd ? words[1] : words[0], 4)",
+        "min(8, kWidth - 2 - 2 * pair)",
+        "min(6, kWidth - 2 - 2 * pair)",
     ),
     Mutant(
         "both rows of a half have the masks of the upper one",

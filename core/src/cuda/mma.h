@@ -40,6 +40,21 @@ __device__ __forceinline__ void store_word(uint32_t word, T* to) {
     __stcs(reinterpret_cast<uint32_t*>(to), word);
 }
 
+// Adds 0 times both elements of a pair. So `zeros`, 0 at first, stay 0 as long as elements are finite.
+template <class T>
+__device__ __forceinline__ void add_zeros(uint32_t pair, uint32_t& zeros) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same_v<T, Float16>) {
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
+    } else {
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
+    }
+#else
+    const float2 elements = widen_pair<T>(pair);
+    if (!(fabsf(elements.x) < INFINITY && fabsf(elements.y) < INFINITY)) zeros = 1;
+#endif
+}
+
 // ---- masks ----
 
 // The scale of masks. Normalised masks are at most 1 and perhaps small, so as float16 they would lose bits.

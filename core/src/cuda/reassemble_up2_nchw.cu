@@ -13,13 +13,18 @@ constexpr int kRows = 8;             // of a tile
 constexpr int kSourcesOfThread = 2;  // neighbours in a row
 constexpr int kPairsInRow = kColumns / kSourcesOfThread, kPairs = kRows * kPairsInRow;
 constexpr int kChannelsOfThread = 8, kBlock = kPairs * kChannelsOfSlice / kChannelsOfThread;
-static_assert(kPairs == 32, "a warp has all sources in the same channels");
+constexpr int kRowsOfWarp = 4, kChannelsAtOnce = 32 / (kRowsOfWarp * kPairsInRow);  // of a warp
 
-// A tile's features: [channel][row][column].
-template <int K>
+// A tile's masks, and its features as [channel][row][column]. Neighbouring channels are in different banks.
+template <int K, class T>
 struct Staged {
-    static constexpr int kHeight = kRows + K - 1, kChannel = kHeight * kWidth;
     static constexpr int kMasks = kRows * kColumns * K * K * kOutputs;
+    static constexpr int kChannel = 144;
+    static_assert(kChannel >= (kRows + K - 1) * kWidth && kChannel % 32 == 16);
+    static constexpr int64_t kBytes = kMasks * int64_t{sizeof(float)} +
+                                      kChannelsOfSlice * kChannel * int64_t{sizeof(T)};
+    template <int Count>
+    using Features = HaloOfColumns<K, kRows, kBlock, kChannel, Count, T>;
 };
 
 struct ReassembleUp2NchwPlan {
@@ -51,31 +56,38 @@ __global__ void __launch_bounds__(kBlock, 3)
     reassemble_up2_nchw_kernel(Arguments arguments, ReassembleUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
-    using S = Staged<K>;
+    using S = Staged<K, T>;
     constexpr int kTaps = K * K;
     float* const masks = shared_memory<float>();                  // [row][column][tap][output]
     T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [channel][row][column]
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const int thread = thread_computed_late(), own = thread / kPairs * kChannelsOfThread;  // channel
-        // Rows of the first half of a warp are even ones, whose features are in different banks.
-        const int pair = thread % kPairs, row = pair / kPairsInRow % (kRows / 2) * 2 + pair / (kPairs / 2),
-                  column = pair % kPairsInRow * kSourcesOfThread;
+        // A quarter of a warp has a row in two channels, which have the same masks. Half of it has a row and the one
+        // after the next: their features, and those of two channels, are in different banks.
+        const int thread = thread_computed_late(), warp = thread / 32, lane = thread % 32;
+        const int row = warp % (kRows / kRowsOfWarp) * kRowsOfWarp + lane / (2 * kPairsInRow) % 2 * 2 + lane / 16;
+        const int column = lane % kPairsInRow * kSourcesOfThread;
+        const int own = warp / (kRows / kRowsOfWarp) * (kChannelsAtOnce * kChannelsOfThread) +
+                        lane / kPairsInRow % kChannelsAtOnce;  // channel, and every other one
         const TileOfBlock tile(p, plan.tiles, item, kRows);
         const int i = tile.top + row, j = tile.left + column;
-        const T* from = element<const T>(p.features, tile.n, tile.c, tile.top - K / 2, tile.left - kBefore);
-        T* to = element<T>(output, tile.n, tile.c + own, int64_t{i} * kUp, int64_t{j} * kUp);  // [C, H', W']
+        typename S::template Features<2> pairs(p, tile);
         const auto copy = [&](int channels) {
             if (plan.pairs) {
-                copy_rows<K, kRows, kBlock, 2>(p, from, tile, channels, S::kChannel, features);
+                pairs.copy(p.features, channels, features);
             } else {
-                copy_rows<K, kRows, kBlock, 1>(p, from, tile, channels, S::kChannel, features);
+                typename S::template Features<1> columns(p, tile);
+                columns.from += (tile.channels - channels) * p.features.stride_c;
+                columns.copy(p.features, channels, features);
             }
-            from += kChannelsOfSlice * p.features.stride_c;
         };
         copy(tile.channels);
         stage_sources<K, T, kBlock>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, kRows);
         clear_staged_outside<K, kBlock>(p, tile.left, kColumns, masks, kRows);
         const int a_begin = max(K / 2 - i, 0), a_end = min(K, static_cast<int>(p.features.h) + K / 2 - i);
+        T* to = element<T>(output, tile.n, tile.c + own, int64_t{i} * kUp, int64_t{j} * kUp);  // [C, H', W']
+        const int out_columns = static_cast<int>(
+            min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));  // that exist
+        const int out_rows = out_columns > 0 ? static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp)) : 0;
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
             wait_for_copies();
@@ -97,7 +109,7 @@ __global__ void __launch_bounds__(kBlock, 3)
                     float feature[kBefore + kSourcesOfThread + 2];
 #pragma unroll
                     for (int x = 0; x < kBefore + kSourcesOfThread + 2; x += 2) {
-                        const float2 columns = staged_columns(pixels + q * S::kChannel + x);
+                        const float2 columns = staged_columns(pixels + q * kChannelsAtOnce * S::kChannel + x);
                         feature[x] = columns.x;
                         feature[x + 1] = columns.y;
                     }
@@ -116,27 +128,27 @@ __global__ void __launch_bounds__(kBlock, 3)
             }
             __syncthreads();
             if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice);
-            T* channel = to;
-            to += kChannelsOfSlice * output.stride_c;
 #pragma unroll
-            for (int q = 0; q < kChannelsOfThread; q++, channel += output.stride_c) {
+            for (int r = 0; r < kUp; r++) {
+                T* outputs = to + r * output.stride_h;
+                const int own_channels = r < out_rows ? channels - own : 0;  // that exist
 #pragma unroll
-                for (int r = 0; r < kUp; r++) {
-                    if (own + q >= channels || i * kUp + r >= p.out_h) continue;
-                    T* const outputs = channel + r * output.stride_h;
+                for (int q = 0; q < kChannelsOfThread; q++, outputs += kChannelsAtOnce * output.stride_c) {
+                    const bool exist = q * kChannelsAtOnce < own_channels;
                     if constexpr (Fours) {
-                        if (j * kUp < p.out_w) {
+                        if (exist) {
                             store_four(make_float2(sums[q][0][r * kUp], sums[q][0][r * kUp + 1]),
                                        make_float2(sums[q][1][r * kUp], sums[q][1][r * kUp + 1]), outputs);
                         }
                     } else {
 #pragma unroll
                         for (int x = 0; x < kSourcesOfThread * kUp; x++) {
-                            if (j * kUp + x < p.out_w) outputs[x] = narrow<T>(sums[q][x / kUp][r * kUp + x % kUp]);
+                            if (exist && x < out_columns) outputs[x] = narrow<T>(sums[q][x / kUp][r * kUp + x % kUp]);
                         }
                     }
                 }
             }
+            to += kChannelsOfSlice * output.stride_c;
         }
     }
 }
@@ -153,9 +165,7 @@ void reassemble_up2_nchw(const Problem& p, const Array& output) {
         const ReassembleUp2NchwPlan plan(p);
         const bool fours = not_for_columns(output, 4) == nullptr;
         launch(fours ? reassemble_up2_nchw_kernel<k, true, T> : reassemble_up2_nchw_kernel<k, false, T>,
-               plan.tiles.items, kBlock,
-               Staged<k>::kMasks * int64_t{sizeof(float)} + kChannelsOfSlice * Staged<k>::kChannel * int64_t{sizeof(T)},
-               p, output, plan);
+               plan.tiles.items, kBlock, Staged<k, T>::kBytes, p, output, plan);
     });
 }
 

@@ -20,6 +20,9 @@ struct Shares {
     static constexpr int kThreads = kLanes * kColumns / kSourcesOfThread * kRows;
     static constexpr int kWidth = kColumns + K - 1, kMasks = kRows * kColumns * K * K * kOutputs;
     using Features = Halo<K, kRows, kWidth, kThreads, kVector, T>;
+
+    // Neighbouring pairs of columns have the same channels in different banks.
+    static __device__ __forceinline__ int swizzle(int column) { return column / kSourcesOfThread % kVectors * kLanes; }
 };
 
 template <int K, class T>
@@ -36,33 +39,42 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         const int lane = thread % S::kLanes, pair = thread / S::kLanes;
         const int row = pair / (kColumns / kSourcesOfThread),
                   column = pair % (kColumns / kSourcesOfThread) * kSourcesOfThread;
-        int channel[S::kVectors];  // every other pair has another order, as all begin in the same bank
-#pragma unroll
-        for (int v = 0; v < S::kVectors; v++) channel[v] = (lane + (v + pair) % S::kVectors * S::kLanes) * kVector;
         const TileOfBlock tile(p, plan, item, S::kRows);
         const int i = tile.top + row, j = tile.left + column;
-        typename S::Features halo(p, tile, [](int) { return 0; });
+        typename S::Features halo(p, tile, S::swizzle);
         halo.copy(p.features, tile.channels, features);
         stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, S::kRows);
         clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, S::kRows);
-        T* to = element<T>(output, tile.n, tile.c, int64_t{i} * kUp, int64_t{j} * kUp);  // [H', W', C]
         const int a_begin = max(K / 2 - i, 0), a_end = min(K, static_cast<int>(p.features.h) + K / 2 - i);
+        const float4* const first_weights = reinterpret_cast<const float4*>(masks) + (row * kColumns + column) * kTaps +
+                                            a_begin * K;
+        const T* first_pixels[S::kVectors];  // this thread's vectors in its first two columns, and in every other two
+#pragma unroll
+        for (int v = 0; v < S::kVectors; v++) {
+            first_pixels[v] = features + ((row + a_begin) * S::kWidth + column) * kPixel +
+                              (lane ^ S::swizzle(column + v * kSourcesOfThread)) * kVector;
+        }
+        T* to = element<T>(output, tile.n, tile.c + lane * kVector, int64_t{i} * kUp, int64_t{j} * kUp);  // [H', W', C]
+        const int out_rows = static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp));                      // that exist
+        const int out_columns = static_cast<int>(min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));
 #pragma unroll 1
-        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice, to += kChannelsOfSlice) {
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
             wait_for_copies();
             __syncthreads();
             float4 sums[kSourcesOfThread][kOutputs][S::kVectors] = {};
-            const float4* weights = reinterpret_cast<const float4*>(masks) + (row * kColumns + column) * kTaps +
-                                    a_begin * K;
-            const T* pixels = features + ((row + a_begin) * S::kWidth + column) * kPixel;
+            const float4* weights = first_weights;
+            const T* pixels[S::kVectors];
+#pragma unroll
+            for (int v = 0; v < S::kVectors; v++) pixels[v] = first_pixels[v];
 #pragma unroll 1
-            for (int a = a_begin; a < a_end; a++, weights += K, pixels += S::kWidth * kPixel) {
+            for (int a = a_begin; a < a_end; a++, weights += K) {
 #pragma unroll
                 for (int x = 0; x < K + kSourcesOfThread - 1; x++) {
                     float4 feature[S::kVectors];
 #pragma unroll
-                    for (int v = 0; v < S::kVectors; v++)
-                        feature[v] = staged_channels(pixels + x * kPixel + channel[v]);
+                    for (int v = 0; v < S::kVectors; v++) {
+                        feature[v] = staged_channels(pixels[(v + x / kSourcesOfThread) % S::kVectors] + x * kPixel);
+                    }
 #pragma unroll
                     for (int s = 0; s < kSourcesOfThread; s++) {
                         if (x - s < 0 || x - s >= K) continue;
@@ -76,6 +88,8 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
                         }
                     }
                 }
+#pragma unroll
+                for (int v = 0; v < S::kVectors; v++) pixels[v] += S::kWidth * kPixel;
             }
             __syncthreads();
             if (channels > kChannelsOfSlice) halo.copy(p.features, channels - kChannelsOfSlice, features);
@@ -84,14 +98,15 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
                 T* pixel = to + r * output.stride_h;
 #pragma unroll
                 for (int q = 0; q < kSourcesOfThread * kUp; q++, pixel += output.stride_w) {
-                    if (i * kUp + r >= p.out_h || j * kUp + q >= p.out_w) continue;
 #pragma unroll
                     for (int v = 0; v < S::kVectors; v++) {
-                        if (channel[v] < channels)
-                            store_channels(sums[q / kUp][r * kUp + q % kUp][v], pixel + channel[v]);
+                        const int channel = v * S::kLanes * kVector;  // from this thread's first one on
+                        if (r < out_rows && q < out_columns && channel + lane * kVector < channels)
+                            store_channels(sums[q / kUp][r * kUp + q % kUp][v], pixel + channel);
                     }
                 }
             }
+            to += kChannelsOfSlice;
         }
     }
 }

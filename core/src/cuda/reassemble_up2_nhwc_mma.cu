@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward for up x2 with adjacent channels of 16 bits, on tensor cores. A block has a tile of sources, and a warp
 // four neighbouring columns of two rows, with windows of K + 1 rows of at most eight pixels. Once it builds band
-// matrices from the staged masks of the outputs. Then it multiplies them by each row of pixels, a slice of channels at
-// a time, while the features of the next slice arrive. A row of pixels serves both rows of sources. A zero of the band
-// makes NaN of an infinite feature. Sums that are not finite are computed again, tap by tap.
+// matrices from the staged masks of the outputs. Then it multiplies them by two rows of pixels at once, a slice of
+// channels at a time, while the features of the next slice arrive. Rows of pixels serve both rows of sources. A zero of
+// the band makes NaN of an infinite feature. Sums that are not finite are computed again, tap by tap.
 #include "cuda/mma.h"
 #include "cuda/tile_up2.h"
 
@@ -26,8 +26,8 @@ constexpr int kMasks = kRows * kColumns * K * K * kOutputs;
 // Eight neighbouring pixels have the same channels in different banks.
 __device__ __forceinline__ int swizzle(int column) { return column / 2 % kProducts; }
 
-// In the products of mma.m16n8k8 rows are outputs, the upper ones first, and columns are channels. The sum is over
-// pixels.
+// In the products of mma.m16n8k16 rows are outputs, the upper ones first, and columns are channels. The sum is over the
+// pixels of two rows.
 template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, TileUp2Plan plan) {
     const Problem& p = arguments.problem;
@@ -42,9 +42,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         const int row = lane / 4, pair = lane % 4, odd = pair % 2;
         const int own_row = warp / kWarpsInRow * kRowsOfWarp, own_column = warp % kWarpsInRow * kColumnsOfWarp;
         const int source = row / kUp;  // of this lane's outputs
-        // This lane's row of the matrices of pixels.
-        const int x = own_column + lane % kPixels;
-        const int pixel = (own_row * kWidth + x) * kChannelsOfSlice + (lane / kPixels ^ swizzle(x)) * kWide;
+        // This lane's row of the matrices of pixels: two rows of pixels, in each of two products along channels.
+        const int x = own_column + lane % kPixels, y = own_row + lane / kPixels % 2;
+        const int pixel = (y * kWidth + x) * kChannelsOfSlice;
+        const int product = lane / (2 * kPixels);
         const TileOfBlock tile(p, plan, item, kRows);
         const int i = tile.top + own_row, j = tile.left + own_column;
         Features<K, T> halo(p, tile, swizzle);
@@ -53,45 +54,50 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         clear_staged_outside<K>(p, tile.left, kColumns, masks, kRows);
         // The masks of this lane's upper output.
         const float* const weights = masks + (own_row * kColumns + own_column + source) * kTaps * kOutputs + row % kUp;
-        uint32_t band[kRowsOfWarp][K][kUp];
+        uint32_t band[kRowsOfWarp][(K + 1) / 2][2 * kUp];  // of rows of pixels beyond the window 0
 #pragma unroll
         for (int s = 0; s < kRowsOfWarp; s++) {
 #pragma unroll
-            for (int a = 0; a < K; a++) {
-#pragma unroll
-                for (int r = 0; r < kUp; r++) {
-                    band[s][a][r] = pair_of_band<K, T>(weights + s * kColumns * kTaps * kOutputs + r * kUp, a,
-                                                       2 * pair - source, scale);
-                }
+            for (int k = 0; k < (K + kRowsOfWarp - 1) * kUp; k++) {
+                const int a = k / kUp - s, r = k % kUp;
+                band[s][k / (2 * kUp)][k % (2 * kUp)] = a < 0 || a >= K
+                                                            ? 0
+                                                            : pair_of_band<K, T>(
+                                                                  weights + s * kColumns * kTaps * kOutputs + r * kUp,
+                                                                  a, 2 * pair - source, scale);
             }
         }
         // A lane stores four channels: two of its own, two of its neighbour. So four lanes fill a sector.
         const int out_j = j * kUp + row, stored = odd * kWide + pair / 2 * 4;
         T* to = element<T>(output, tile.n, tile.c + stored, int64_t{i} * kUp, out_j);
+        const int out_rows =  // that exist, of this lane's column
+            out_j < p.out_w ? static_cast<int>(min(int64_t{kRowsOfWarp * kUp}, p.out_h - i * kUp)) : 0;
         bool second = false;  // of the slices in shared memory
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
             wait_for_copies();
             __syncthreads();
-            const T* pixels = features + second * Features<K, T>::kElements + pixel;
+            const T* const pixels = features + second * Features<K, T>::kElements + pixel;
             second = !second;
             if (channels > kChannelsOfSlice) {
                 halo.copy(p.features, channels - kChannelsOfSlice, features + second * Features<K, T>::kElements);
             }
             float sums[kRowsOfWarp][kProducts][4] = {};
 #pragma unroll
-            for (int y = 0; y < K + kRowsOfWarp - 1; y++, pixels += kWidth * kChannelsOfSlice) {
-                uint32_t words[kProducts];
-                load_matrices(pixels, words);
+            for (int k = 0; k < (K + 1) / 2; k++) {
 #pragma unroll
-                for (int s = 0; s < kRowsOfWarp; s++) {
-                    if (y - s < 0 || y - s >= K) continue;
+                for (int q = 0; q < kProducts; q += 2) {
+                    uint32_t words[4];  // of two rows in product q, and in the next one
+                    load_matrices(pixels + 2 * k * kWidth * kChannelsOfSlice + ((q + product) ^ swizzle(x)) * kWide,
+                                  words);
 #pragma unroll
-                    for (int q = 0; q < kProducts; q++) multiply_add<T>(sums[s][q], band[s][y - s], words[q]);
+                    for (int s = 0; s < kRowsOfWarp; s++) {
+                        multiply_add<T>(sums[s][q], band[s][k], {words[0], words[1]});
+                        multiply_add<T>(sums[s][q + 1], band[s][k], {words[2], words[3]});
+                    }
                 }
             }
-            const auto row_exists = [&](int r) { return i * kUp + r < p.out_h && out_j < p.out_w; };  // of outputs
-            float zero = 0;  // while all sums are finite
+            uint32_t zeros = 0;  // while all sums are finite
             T* of_row = to;
 #pragma unroll
             for (int r = 0; r < kRowsOfWarp * kUp; r++, of_row += output.stride_h) {
@@ -100,14 +106,12 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
                     uint32_t words[2];
 #pragma unroll
                     for (int k = 0; k < 2; k++) {
-                        const float low = sums[r / kUp][q + k][r % kUp * 2] * unscale;
-                        const float high = sums[r / kUp][q + k][r % kUp * 2 + 1] * unscale;
-                        words[k] = pair_of<T>(low, high);
-                        zero += low * 0;
-                        zero += high * 0;
+                        const float* const of = sums[r / kUp][q + k] + r % kUp * 2;
+                        words[k] = pair_of<T>(of[0] * unscale, of[1] * unscale);
+                        add_zeros<T>(words[k], zeros);
                     }
                     const uint32_t others = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
-                    if (row_exists(r) && q * kWide + stored < channels) {
+                    if (r < out_rows && q * kWide + stored < channels) {
                         __stcs(reinterpret_cast<uint2*>(of_row + q * kWide),
                                odd ? make_uint2(others, words[1]) : make_uint2(words[0], others));
                     }
@@ -115,10 +119,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
             }
             __syncwarp();  // a lane looks at what others have stored
 #pragma unroll 1
-            for (int number = zero == 0 ? kSums : 0; number < kSums; number++) {
+            for (int number = zeros == 0 ? kSums : 0; number < kSums; number++) {
                 const int r = number / (2 * kProducts);
                 const int channel = number / 2 % kProducts * kWide + 2 * pair + number % 2;
-                if (!row_exists(r) || channel >= channels) continue;
+                if (r >= out_rows || channel >= channels) continue;
                 const int64_t c = tile.c + tile.channels - channels + channel;
                 T* const at = element<T>(output, tile.n, c, i * int64_t{kUp} + r, out_j);
                 if (fabsf(widen(*at)) < INFINITY) continue;

@@ -63,11 +63,11 @@ template <int K, int Rows, int Width, int Threads, int Vector, class T>
 struct Halo {
     static constexpr int kVectors = kChannelsOfSlice / Vector, kHeight = Rows + K - 1;
     static constexpr int kElements = kHeight * Width * kChannelsOfSlice;
-    static constexpr int kRowsAtOnce = Threads / (kSlots * kVectors);
-    static_assert(Width <= kSlots && kRowsAtOnce > 0, "the threads copy whole rows at once");
+    static constexpr int kRowsAtOnce = Threads / (kSlots * kVectors), kSteps = ceil_div(kHeight, kRowsAtOnce);
+    static_assert(Width <= kSlots && kRowsAtOnce > 0 && kSteps <= 32, "the threads copy whole rows at once");
 
-    const T* from;             // the first pixel of this thread
-    int rows_begin, rows_end;  // of the halo, that exist in its column
+    const T* from;   // the first pixel of this thread
+    uint32_t exist;  // of bit k the pixel of step k
     int to;
 
     __device__ __forceinline__ Halo(const Problem& p, const TileOfBlock& tile, int (*swizzle)(int)) {
@@ -75,23 +75,31 @@ struct Halo {
         const int x = thread / kVectors % kSlots, y = thread / (kVectors * kSlots);
         const int i = tile.top - K / 2, j = tile.left - K / 2 + x;
         from = element<const T>(p.features, tile.n, tile.c + vector * Vector, i + y, j);
-        rows_begin = -i;
-        rows_end = j >= 0 && j < p.features.w && x < kColumns + K - 1 ? static_cast<int>(p.features.h) - i : 0;
+        exist = 0;
+        if (j >= 0 && j < p.features.w && x < kColumns + K - 1) {
+#pragma unroll
+            for (int k = 0; k < kSteps; k++) {
+                const int row = i + y + k * kRowsAtOnce;
+                exist |= static_cast<uint32_t>(row >= 0 && row < p.features.h) << k;
+            }
+        }
         to = (y * Width + x) * kChannelsOfSlice + (vector ^ swizzle(x)) * Vector;
     }
 
     // Copies the next slice, of which `channels` channels exist; 0 outside.
     __device__ __forceinline__ void copy(const Array& array, int channels, T* features) {
-        const int thread = thread_computed_late(), first = thread / (kVectors * kSlots);
+        const auto thread = static_cast<uint32_t>(thread_computed_late());  // by which quotients are shifts
+        const int first = static_cast<int>(thread / (kVectors * kSlots));
         if (thread / kVectors % kSlots >= Width) return;
-        const int end = thread % kVectors * Vector < channels ? rows_end : 0;
+        uint32_t rows = static_cast<int>(thread % kVectors) * Vector < channels ? exist : 0;
+        const int64_t step = kRowsAtOnce * array.stride_h;
         const T* pixel = from;
         features += to;
-#pragma unroll 2
-        for (int y = first; y < kHeight; y += kRowsAtOnce) {
-            copy_async<Vector * sizeof(T)>(features, pixel, y >= rows_begin && y < end);
-            pixel += kRowsAtOnce * array.stride_h;
-            features += kRowsAtOnce * Width * kChannelsOfSlice;
+#pragma unroll 4
+        for (int k = 0; k < kSteps; k++, pixel += step, rows >>= 1) {
+            if (kHeight % kRowsAtOnce != 0 && first + k * kRowsAtOnce >= kHeight) break;
+            copy_async<Vector * sizeof(T)>(features + k * kRowsAtOnce * Width * kChannelsOfSlice, pixel,
+                                           (rows & 1) != 0);
         }
         from += kChannelsOfSlice;
     }
@@ -111,21 +119,47 @@ __device__ __forceinline__ void copy_elements(T* to, const T* from, bool exist) 
     }
 }
 
-// Copies the features of a slice of `channels` channels for a tile of `Rows` rows with their halo, from the halo's
-// corner on: to [channel][row][column], with channels `apart`. 0 outside.
-template <int K, int Rows, int Threads, int Count, class T>
-__device__ __forceinline__ void copy_rows(const Problem& p, const T* from, const TileOfBlock& tile, int channels,
-                                          int apart, T* features) {
-    constexpr int kInRow = kWidth / Count;
-    for (int k = thread_computed_late(); k < (Rows + K - 1) * kInRow; k += Threads) {
-        const int y = k / kInRow, x = k % kInRow * Count, i = tile.top - K / 2 + y, j = tile.left - kBefore + x;
-        const bool exist = i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
-        const T* pixel = from + y * p.features.stride_h + x;
-        T* to = features + y * kWidth + x;
-#pragma unroll 4
-        for (int q = 0; q < kChannelsOfSlice; q++, pixel += p.features.stride_c, to += apart)
-            copy_elements<Count>(to, pixel, exist && q < channels);
+// The features of a tile of `Rows` rows with their halo in shared memory: [channel][row][column] of a slice, with
+// channels `Channel` elements apart. A thread copies `Count` columns of some rows in some channels. Threads of a warp
+// share rows, so that its accesses have few lines.
+template <int K, int Rows, int Threads, int Channel, int Count, class T>
+struct HaloOfColumns {
+    static constexpr int kHeight = Rows + K - 1, kInRow = kWidth / Count;
+    static constexpr int kChannelsAtOnce = 7, kRowsAtOnce = Threads / (kInRow * kChannelsAtOnce);
+    static_assert(kRowsAtOnce > 0, "the threads copy whole rows at once");
+
+    const T* from;
+    int row, channel, to;
+    int rows_begin, rows_end;  // of the halo, that exist in these columns
+
+    __device__ __forceinline__ HaloOfColumns(const Problem& p, const TileOfBlock& tile) {
+        const int thread = thread_computed_late(), x = thread % kInRow * Count;
+        row = thread / kInRow % kRowsAtOnce;
+        channel = thread / (kInRow * kRowsAtOnce);
+        const int i = tile.top - K / 2, j = tile.left - kBefore + x;
+        from = element<const T>(p.features, tile.n, tile.c + channel, i + row, j);
+        to = channel * Channel + row * kWidth + x;
+        rows_begin = -i;
+        rows_end = j >= 0 && j < p.features.w ? static_cast<int>(p.features.h) - i : 0;
     }
-}
+
+    // Copies the next slice, of which `channels` channels exist; 0 outside.
+    __device__ __forceinline__ void copy(const Array& array, int channels, T* features) {
+        const T* next = from;
+        from += kChannelsOfSlice * array.stride_c;
+        if (channel >= kChannelsAtOnce) return;
+#pragma unroll 1
+        for (int y = row; y < kHeight; y += kRowsAtOnce, next += kRowsAtOnce * array.stride_h) {
+            const int exist = y >= rows_begin && y < rows_end ? channels - channel : 0;  // so many channels
+            const T* pixel = next;
+            T* const staged = features + to + (y - row) * kWidth;
+#pragma unroll
+            for (int q = 0; q < kChannelsOfSlice; q += kChannelsAtOnce, pixel += kChannelsAtOnce * array.stride_c) {
+                if (q + kChannelsAtOnce > kChannelsOfSlice && q + channel >= kChannelsOfSlice) break;
+                copy_elements<Count>(staged + q * Channel, pixel, q < exist);
+            }
+        }
+    }
+};
 
 }  // namespace carafepp::cuda

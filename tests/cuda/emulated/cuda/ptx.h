@@ -40,5 +40,11 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
     constexpr MmaType kType = std::is_same_v<T, Float16> ? MmaType::kFloat16 : MmaType::kBFloat16;
     emulation::mma_m16n8k8(kType, sums, a, {b});
 }
+template <class T>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    using emulation::MmaType;
+    constexpr MmaType kType = std::is_same_v<T, Float16> ? MmaType::kFloat16 : MmaType::kBFloat16;
+    emulation::mma_m16n8k16(kType, sums, a, b);
+}
 
 }  // namespace carafepp::cuda
