@@ -247,8 +247,8 @@ MUTANTS = [
     Mutant(
         "the last channel of a slice is not copied",
         "tile_up2.h",
-        "q + channel >= kChannelsOfSlice) break;",
-        "q + channel >= kChannelsOfSlice - 1) break;",
+        "pixel, q < exist);",
+        "pixel, q + 1 < exist);",
     ),
     Mutant(
         "threads without a column copy logits",
