@@ -31,12 +31,12 @@ MOST_REGISTERS = 128
 MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_up2_nchw_kernel": 168,
     "reassemble_up2_nhwc_kernel": 168,
-    "grad_masks_up2_nhwc_kernel": 168,
+    "grad_masks_up2_nhwc_kernel": 255,  # all sums, and the gradients of a slice
+    "grad_masks_up2_nchw_kernel": 255,
+    "grad_masks_up2_nhwc_mma_kernel": 168,
     "grad_masks_up2_nchw_mma_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
-    "grad_masks_up2_nchw_kernelILi5Ef": 168,
-    "grad_masks_up2_nchw_kernel": 255,  # 16-bit dtypes
     "grad_features_up2_nchw_kernelILi3ELb0Ef": 128,
     "grad_features_up2_nchw_kernelILi3ELb1Ef": 128,
     "grad_features_up2_nchw_kernelILi5ELb0Ef": 128,
@@ -85,13 +85,13 @@ INSTRUCTIONS = {
     ),
     r"reassemble_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDGSTS"),
     r"grad_features_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS"),
-    r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDG\.E\.CONSTANT"),
+    r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS"),
     r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (
         r"HMMA",
         r"LDGSTS\S*\.128",
-        r"LDG\S*\.128",
         r"LDS\S*\.128",
     ),
+    r"grad_masks_up2_nchw_kernelILi.ELb1EfE": (r"LDGSTS", r"LDG\S*\.64", r"LDS\S*\.128"),
     r"reassemble_tiles_kernelILi.ELi.ELb1ELb0EfE": (
         r"LDGSTS\S*\.128",
         r"STG\S*\.128",
@@ -156,8 +156,15 @@ BUDGETS = {
     },
     "grad_features_up2_nchw_mma.cu": {"float16": 365, "bfloat16": 357},  # a slice, with its copies
     "grad_features_up2_nhwc_mma.cu": {"float16": 100, "bfloat16": 92},
-    "grad_masks_up2_nhwc.cu": {"float32": 477, "float16": 596, "bfloat16": 596},
-    "grad_masks_up2_nhwc_mma.cu": {"float16": 285, "bfloat16": 285},
+    "grad_masks_up2_nhwc.cu": {"float32": 962, "float16": 1200, "bfloat16": 1200},
+    "grad_masks_up2_nchw.cu": {
+        "float32 Lb1E": 1007,
+        "float32 Lb0E": 1057,
+        "float16": 1332,
+        "bfloat16": 1332,
+    },
+    "grad_masks_up2_nhwc_mma.cu": {"float16": 317, "bfloat16": 317},
+    "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
     "grad_features_down2.cu": {
         "float32 OfChannels": 191,
         "float16 OfChannels": 225,

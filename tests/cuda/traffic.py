@@ -122,7 +122,10 @@ def in_flight(loop: list[Instruction]) -> int:
     for instruction in loop + loop:  # an iteration may wait for loads of the one before
         text = instruction.text
         load = re.match(r"(?:@!?U?P\d+ )?(LDG\b\S*) R(\d+)", text)
-        read = [int(register) for register in re.findall(r"\bR(\d+)", text)]
+        read = [int(register) for register in re.findall(r"\bR(\d+)", text)][1 if load else 0 :]
+        words = {first + k for first, size in pending.items() for k in range(ceil(size / 4))}
+        if not words.isdisjoint(read):
+            pending.clear()
         if load:
             read = read[1:]  # the address may be where it loads to
         if any(first <= r < first + ceil(pending[first] / 4) for first in pending for r in read):

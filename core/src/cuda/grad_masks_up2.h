@@ -1,56 +1,376 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of masks and logits for up x2. Shared memory has a line for each of 32 sources: its outputs' masks or
-// logits, in the order of channels. So threads read and write adjacent channels together. Then a thread finishes each
-// output.
+// The gradients of masks and logits for up x2. A block has a tile of 4 x 16 sources. It goes through the channels a
+// slice at a time, and copies each slice's features with their halo, and the gradients, into shared memory. Then each
+// thread has the gradients of the masks of two neighbouring outputs, which it carries through the normaliser.
 #pragma once
 
+#include "cuda/channels.h"
 #include "cuda/grad_masks.h"
-#include "cuda/tile_up2.h"
+#include "cuda/stage_masks_up2.h"
 
 namespace carafepp::cuda {
 
-constexpr int kRowsOfTile = kSourcesOfBlock / kColumns;
-static_assert(kBlock == kSourcesOfBlock * kOutputs, "each thread finishes one output");
+// A tile of 4 x 16 sources. Thread r * kSourcesOfTile + s finishes the two outputs in row r of source s.
+constexpr int kTileRows = 4, kTileColumns = 16, kSourcesOfTile = kTileRows * kTileColumns;
+static_assert(kBlock == kSourcesOfTile * kUp, "each thread finishes two outputs");
 
-template <int K>
-struct Lines {
-    static constexpr int kSize = K * K * kOutputs;  // neighbouring lines begin in different banks
-    static_assert(kSize % 32 == 4);
+struct SourcesPlan {
+    uint32_t tile_rows, tiles, groups;  // of an image, of a row, of the channels
+    int channels;                       // of a group
+    int64_t items;
 
-    static __device__ __forceinline__ int index(const Problem& p, int tap, int output) {
-        return p.from_logits ? tap * kOutputs + output : output * K * K + tap;
+    explicit SourcesPlan(const Problem& p)
+        : tile_rows(static_cast<uint32_t>(ceil_div(p.features.h, kTileRows))),
+          tiles(static_cast<uint32_t>(ceil_div(p.features.w, kTileColumns))),
+          groups(static_cast<uint32_t>(p.groups)),
+          channels(static_cast<int>(p.features.c / p.groups)),
+          items(p.features.n * p.groups * tile_rows * tiles) {}
+};
+
+// Why these kernels do not take a problem: they count tiles and channels in 32 bits, and places in a tile.
+inline const char* not_for_tiles(const Problem& p, const Array& grad_masks) {
+    const int64_t images = p.features.n * p.groups, rows = ceil_div(p.features.h, kTileRows) + 1;
+    if (images > INT32_MAX / rows / (ceil_div(p.features.w, kTileColumns) + 1)) return "tiles are too many";
+    if (p.features.c > INT32_MAX) return "channels are too many";
+    const auto larger = [](int64_t stride, int64_t most) { return stride > most || stride < -most; };
+    for (const Array* array : {&p.features, &p.grad_output, &p.logits, &grad_masks}) {
+        if (array->empty()) continue;
+        if (larger(array->stride_c, INT32_MAX / kOutputs)) return "channels are too far apart";
+        if (larger(array->stride_h, INT32_MAX / 32) || larger(array->stride_w, INT32_MAX / 32))
+            return "pixels are too far apart";
+    }
+    return nullptr;
+}
+
+// The tile of an item, in all channels of a group.
+struct SourcesOfBlock {
+    int64_t n, group, c;  // the first channel
+    int top, left;
+
+    __device__ __forceinline__ SourcesOfBlock(const SourcesPlan& plan, int64_t item) {
+        const uint32_t number = static_cast<uint32_t>(item), row = number / plan.tiles, image = row / plan.tile_rows;
+        left = static_cast<int>(number % plan.tiles) * kTileColumns;
+        top = static_cast<int>(row % plan.tile_rows) * kTileRows;
+        n = image / plan.groups;
+        group = image % plan.groups;
+        c = group * plan.channels;
     }
 };
 
-// Shared memory for two stages of what is contracted, or for the lines after them.
-template <int K>
-int64_t bytes_of_stages_or_lines(int64_t bytes_of_stage) {
-    return std::max(2 * bytes_of_stage, kSourcesOfBlock * Lines<K>::kSize * int64_t{sizeof(float)});
+// ---- the contraction ----
+
+constexpr int kHaloRows = 2 * kWarps, kHaloColumns = kTileColumns + 5 - 1, kOutputRows = kTileRows * kUp;
+static_assert(kHaloRows >= kTileRows + 5 - 1, "the halo of 5 x 5 taps");
+
+// Copies features of a tile with its halo, with adjacent channels. Four lanes have the vectors of a pixel. A thread has
+// every other pixel of a column, and one of the columns beside the tile. In shared memory pixels and vectors are
+// `PixelsApart` and `VectorsApart`.
+template <int K, int Vector, int PixelsApart, int VectorsApart, class T>
+struct HaloOfVectors {
+    static constexpr int kLanes = 4, kRowsAtOnce = kBlock / kLanes / kTileColumns;
+    static_assert(kHaloRows * 4 == kBlock / kLanes, "a thread has one pixel beside the tile");
+
+    const T* inner;
+    int outer;  // from `inner` on
+    int stride_h;
+    int top, height;  // of the first inner pixel, and of its column, 0 if that does not exist
+    bool outer_exists;
+    int to_inner, to_outer;
+
+    __device__ __forceinline__ HaloOfVectors(const Problem& p, const SourcesOfBlock& tile, int thread) {
+        const int vector = thread % kLanes, pixel = thread / kLanes;
+        const int y = pixel / kTileColumns, x = pixel % kTileColumns + K / 2;
+        const int outer_y = pixel / 4, side = pixel % 4, outer_x = side < K / 2 ? side : side + kTileColumns;
+        const int left = tile.left - K / 2, i = tile.top - K / 2 + outer_y, j = left + outer_x;
+        top = tile.top - K / 2 + y;
+        height = left + x < p.features.w ? static_cast<int>(p.features.h) : 0;
+        outer_exists = outer_x < kTileColumns + K - 1 && i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
+        inner = element<const T>(p.features, tile.n, tile.c + vector * Vector, top, left + x);
+        stride_h = static_cast<int>(p.features.stride_h);
+        outer = (outer_y - y) * stride_h + (outer_x - x) * static_cast<int>(p.features.stride_w);
+        to_inner = (y * kHaloColumns + x) * PixelsApart + vector * VectorsApart;
+        to_outer = (outer_y * kHaloColumns + outer_x) * PixelsApart + vector * VectorsApart;
+    }
+
+    // Copies the next `channels` channels, of which this thread has some or none; 0 outside.
+    __device__ __forceinline__ void copy(int channels, bool has_some, T* slice) {
+#pragma unroll
+        for (int y = 0; y < kHaloRows; y += kRowsAtOnce) {
+            copy_async<Vector * sizeof(T)>(slice + to_inner + y * kHaloColumns * PixelsApart,
+                                           at_stride(inner, stride_h, y),
+                                           top + y >= 0 && top + y < (has_some ? height : 0));
+        }
+        copy_async<Vector * sizeof(T)>(slice + to_outer, inner + outer, has_some && outer_exists);
+        inner += channels;
+    }
+};
+
+// Without tensor cores two threads share a source: each has two vectors of four channels of a slice, whose features are
+// in shared memory as [vector][row][column][channel]. A warp has half of the columns of a tile. Vectors begin in
+// different banks.
+constexpr int kParts = kBlock / kSourcesOfTile, kOwnVectors = 2, kVectors = kParts * kOwnVectors;
+constexpr int kSlice = kVectors * kVector;  // channels
+constexpr int kVectorsApart = kHaloRows * kHaloColumns * kVector + 2 * kVector, kFeatures = kVectors * kVectorsApart;
+
+struct OwnSource {
+    int part, row, column;
+
+    explicit __device__ __forceinline__ OwnSource(int thread) {
+        constexpr int kColumnsOfWarp = 32 / kTileRows;
+        part = thread / kSourcesOfTile;
+        row = thread / kColumnsOfWarp % kTileRows;
+        column = thread % kColumnsOfWarp + thread / 32 % kParts * kColumnsOfWarp;
+    }
+    // Its window in the features of this thread's first vector.
+    __device__ __forceinline__ int window() const {
+        return part * kOwnVectors * kVectorsApart + (row * kHaloColumns + column) * kVector;
+    }
+    // All sources of its warp are beyond the last column.
+    __device__ __forceinline__ bool idle(const Problem& p, const SourcesOfBlock& tile) const {
+        return tile.left + column / (kTileColumns / kParts) * (kTileColumns / kParts) >= p.features.w;
+    }
+};
+
+// sums[output][tap] += grad * features of a window, over four channels.
+template <int K, class T>
+__device__ __forceinline__ void add_window(const T* window, const float (&grad)[kVector][kOutputs],
+                                           float (&sums)[kOutputs][K * K]) {
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        const float4 vector = staged_channels(window + (t / K * kHaloColumns + t % K) * kVector);
+        const float feature[kVector] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+        for (int q = 0; q < kVector; q++) {
+#pragma unroll
+            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[q][o] * feature[q];
+        }
+    }
 }
 
-// Finds elements of the lines in an array of the shape of masks or logits. The first line is that of source (i, j).
-// There are `Columns` sources in a row.
-template <int K, int Columns>
+// Room for a pair for each tap and thread, in shared memory. Taps are so far apart that neighbouring ones of a source
+// are in different banks.
+constexpr int kPairsApart = kBlock + 2;
+template <int K>
+constexpr int64_t kBytesOfPairs = K * K * kPairsApart * sizeof(float2);
+
+// The other thread of the source gets the sums of its row of outputs, the last two. `grad` are those of this thread's
+// row, of all channels. Begins with a barrier.
+template <int K>
+__device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][K * K], int thread, float2* pairs,
+                                              float (&grad)[kUp][K * K]) {
+    const float2* const own = pairs + thread;
+    float2* const others = pairs + (thread ^ kSourcesOfTile);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < K * K; t++) others[t * kPairsApart] = make_float2(sums[kUp][t], sums[kUp + 1][t]);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        grad[0][t] = sums[0][t] + own[t * kPairsApart].x;
+        grad[1][t] = sums[1][t] + own[t * kPairsApart].y;
+    }
+}
+
+// The gradients of the masks of a thread's outputs, from its pairs.
+template <int K>
+__device__ __forceinline__ void load_pairs(const float2* own, float (&grad)[kUp][K * K]) {
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        const float2 pair = own[t * kPairsApart];
+        grad[0][t] = pair.x;
+        grad[1][t] = pair.y;
+    }
+}
+
+// Writes the band of a warp's products to the pairs of all threads. A warp has four columns of a tile. sums[s][a] are
+// the products of a row of its sources and row a of their windows: rows are outputs, those of the upper row first, and
+// columns are pixels, from `Before` pixels ahead of the first window on.
+template <int K, int Before>
+__device__ __forceinline__ void stage_band(const float (&sums)[kTileRows][K][4], int thread, float2* pairs) {
+    const int warp = thread / 32, row = thread % 32 / 4, pair = thread % 4, column = row / kUp;  // of four sources
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+        const int b = 2 * pair + q - column - Before;
+        if (b < 0 || b >= K) continue;
+        float2* const first = pairs + b * kPairsApart + warp * (kTileColumns / kWarps) + column;
+#pragma unroll
+        for (int s = 0; s < kTileRows; s++) {
+#pragma unroll
+            for (int a = 0; a < K; a++) {
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+                    float2* const to = first + a * K * kPairsApart + r * kSourcesOfTile + s * kTileColumns;
+                    reinterpret_cast<float*>(to)[row % kUp] = sums[s][a][r * 2 + q];
+                }
+            }
+        }
+    }
+}
+
+// ---- the normaliser ----
+
+// Turns logits into exponentials of a softmax, that are masks once they are multiplied by `scale`. `mean` is that of
+// the gradients, weighted by masks, and multiplied by `scale` too.
+template <int K>
+__device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad)[K * K], float& scale, float& mean) {
+    constexpr float kLog2OfE = 1.44269504f;
+    float largest = -INFINITY, sum = 0;
+    mean = 0;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) largest = fmaxf(largest, taps[t]);
+    largest *= kLog2OfE;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        taps[t] = power_of_2(fmaf(taps[t], kLog2OfE, -largest));
+        sum += taps[t];
+        mean += taps[t] * grad[t];
+    }
+    scale = 1 / sum;
+    mean *= scale * scale;
+}
+
+// Carries the gradients of the masks of this thread's outputs through the normaliser. Their logits are in shared
+// memory, and change: own[t * step] are those of a tap. Most problems have a softmax, so what is for others is not
+// unrolled.
+template <int K>
+__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, float2* own, int step,
+                                                   float (&grad)[kUp][K * K]) {
+    constexpr int kTaps = K * K;
+    const auto for_each_pair = [&](auto f) {
+#pragma unroll 1
+        for (int t = 0; t < kTaps; t++) own[t * step] = make_float2(f(own[t * step].x), f(own[t * step].y));
+    };
+    if (normalizer != CARAFEPP_SOFTMAX) {
+        for_each_pair([&](float logit) {
+            const float mask = sigmoid(logit);
+            return normalizer == CARAFEPP_SIGMOID ? mask * (1 - mask) : log_sigmoid(logit);
+        });
+    }
+    float taps[kUp][kTaps];
+#pragma unroll
+    for (int t = 0; t < kTaps; t++) {
+        const float2 pair = own[t * step];
+        taps[0][t] = pair.x;
+        taps[1][t] = pair.y;
+    }
+#pragma unroll
+    for (int q = 0; q < kUp; q++) {
+        float scale = 1, mean = 0;  // of a sigmoid, whose taps are factors of the gradients
+        if (normalizer != CARAFEPP_SIGMOID) softmax<K>(taps[q], grad[q], scale, mean);
+#pragma unroll
+        for (int t = 0; t < kTaps; t++) grad[q][t] = taps[q][t] * (grad[q][t] * scale - mean);
+    }
+    if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
+    for_each_pair([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit
+#pragma unroll
+    for (int t = 0; t < kTaps; t++) {
+        const float2 factors = own[t * step];
+        grad[0][t] *= factors.x;
+        grad[1][t] *= factors.y;
+    }
+}
+
+// Where the two outputs of a thread are.
+struct OwnOutputsPlace {
+    int64_t n, group;
+    int i, j, r;  // source, and the row of its outputs
+
+    template <int K, class M>
+    __device__ __forceinline__ M* first_of(const Problem& p, const Array& array) const {
+        return p.from_logits ? element<M>(array, n, group * K * K * kOutputs + r * kUp, i, j)
+                             : element<M>(array, n, group * K * K, int64_t{i} * kUp + r, int64_t{j} * kUp);
+    }
+    __device__ __forceinline__ bool exists(const Problem& p) const { return i < p.features.h && j < p.features.w; }
+    __device__ __forceinline__ bool computed(const Problem& p, int q) const {
+        return exists(p) && i * kUp + r < p.out_h && j * kUp + q < p.out_w;
+    }
+};
+
+// Clears the taps beyond borders, whatever the gradient there.
+template <int K>
+__device__ __forceinline__ void clear_taps(const Problem& p, const OwnOutputsPlace& at, float (&grad)[kUp][K * K]) {
+    if (window_inside<K>(p, at.i, at.j)) return;
+#pragma unroll
+    for (int q = 0; q < kUp; q++) clear_taps_outside<K>(p, at.i, at.j, grad[q]);
+}
+
+__device__ __forceinline__ void store_mask(float value, float* to) { __stcs(to, value); }
+template <class M>
+__device__ __forceinline__ void store_mask(float value, M* to) {
+    __stcs(&to->bits, narrow<M>(value).bits);
+}
+
+// Carries the gradients of the masks of this thread's outputs through the normaliser and writes them, with adjacent
+// columns.
+template <int K, class T>
+__device__ __forceinline__ void finish_two_outputs(const Problem& p, const OwnOutputsPlace& at,
+                                                   float (&grad)[kUp][K * K], float2* own, const Array& grad_masks) {
+    const bool exists = at.exists(p);
+    const int logits_apart = exists ? static_cast<int>(p.logits.stride_c) : 0,
+              apart = exists ? static_cast<int>(grad_masks.stride_c) * (p.from_logits ? kOutputs : 1) : 0;
+    if (!exists) return;
+    clear_taps<K>(p, at, grad);
+    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+        with_masks<T>(p.logits, [&](auto mask) {
+            using M = const decltype(mask);
+            M* const logits = at.template first_of<K, M>(p, p.logits);
+#pragma unroll
+            for (int t = 0; t < K * K; t++) {
+                own[t * kPairsApart] = make_float2(
+                    widen(load_input(at_stride(logits, logits_apart, t * kOutputs))),
+                    widen(load_input(at_stride(logits, logits_apart, t * kOutputs + 1))));
+            }
+        });
+        through_normalizer<K>(p.normalizer, own, kPairsApart, grad);
+    }
+    with_masks<T>(grad_masks, [&](auto mask) {
+        using M = decltype(mask);
+        M* to = at.template first_of<K, M>(p, grad_masks);
+#pragma unroll
+        for (int q = 0; q < kUp; q++) {
+            if (at.computed(p, q)) {
+#pragma unroll
+                for (int t = 0; t < K * K; t++) store_mask(grad[q][t], at_stride(to, apart, t));
+            } else if (p.from_logits) {  // a crop leaves it out
+#pragma unroll 1
+                for (int t = 0; t < K * K; t++) *at_stride(to, apart, t) = M{};
+            }
+            to += p.from_logits ? grad_masks.stride_c : grad_masks.stride_w;
+        }
+    });
+}
+
+template <int K>
+struct Lines {
+    static constexpr int kSize = K * K * kOutputs;
+    static_assert(kSize % 32 == 4, "neighbouring lines begin in different banks");
+};
+
+// Finds elements of lines in an array of the shape of masks or logits, from the first source of a tile on.
+template <int K>
 class LinesInArray {
 public:
-    __device__ __forceinline__ LinesInArray(const Problem& p, const Array& array, int i, int j)
-        : array_(array),
-          from_logits_(p.from_logits),
-          rows_(static_cast<int>(p.from_logits ? p.features.h - i : min((p.features.h - i) * kUp, p.out_h - i * kUp))),
-          columns_(
-              static_cast<int>(p.from_logits ? p.features.w - j : min((p.features.w - j) * kUp, p.out_w - j * kUp))) {}
+    __device__ __forceinline__ LinesInArray(const Problem& p, const Array& array, const SourcesOfBlock& tile)
+        : array_(array), from_logits_(p.from_logits) {
+        const int rows = static_cast<int>(p.features.h) - tile.top,
+                  columns = static_cast<int>(p.features.w) - tile.left;
+        rows_ = from_logits_ ? rows : min(rows * kUp, static_cast<int>(p.out_h) - tile.top * kUp);
+        columns_ = from_logits_ ? columns : min(columns * kUp, static_cast<int>(p.out_w) - tile.left * kUp);
+    }
 
-    // The element `index` of a source's line. A crop leaves out masks, but no logits.
+    // The element of a source that is number `index` in the order of the array's channels. A crop leaves out masks, but
+    // no logits.
     __device__ __forceinline__ StagedElement operator()(int source, int index) const {
-        int row = source / Columns, column = source % Columns, channel = index;
+        int row = source / kTileColumns, column = source % kTileColumns, channel = index, staged = index;
         if (!from_logits_) {
             const int output = index / (K * K);
+            channel = index % (K * K);
+            staged = channel * kOutputs + output;
             row = row * kUp + output / kUp;
             column = column * kUp + output % kUp;
-            channel = index % (K * K);
         }
         return {row * array_.stride_h + column * array_.stride_w + channel * array_.stride_c,
-                source * Lines<K>::kSize + index, row < rows_ && column < columns_};
+                source * Lines<K>::kSize + staged, row < rows_ && column < columns_};
     }
 
 private:
@@ -59,124 +379,78 @@ private:
     int rows_, columns_;  // that exist
 };
 
-// Calls f(element, staged) for each four channels of the logits of sources that exist.
-template <int K, int Columns, class M, class F>
-__device__ __forceinline__ void for_each_vector(const LinesInArray<K, Columns>& place, F f) {
-    constexpr int kVectors = K * K;  // of a source
-#pragma unroll 4
-    for (int k = thread_computed_late(); k < kSourcesOfBlock * kVectors; k += kBlock) {
-        const StagedElement at = place(k / kVectors, k % kVectors * kVector);
-        if (at.exists) f(at.from, at.to);
+// Calls f(element, staged) for each four channels of the logits of sources of a tile that exist; `staged` is their
+// place in lines. A warp has every fourth source.
+template <int K, class M, class F>
+__device__ __forceinline__ void for_each_vector(const Problem& p, const Array& array, const SourcesOfBlock& tile,
+                                                float* lines, F f) {
+    const int thread = thread_computed_late(), warp = thread / 32, channel = thread % 32 * kVector;
+    const int rows = channel < Lines<K>::kSize ? static_cast<int>(p.features.h) - tile.top : 0;
+    const int columns = static_cast<int>(p.features.w) - tile.left - warp;
+    const int stride_h = rows > 0 ? static_cast<int>(array.stride_h) : 0,
+              stride_w = columns > 0 ? static_cast<int>(array.stride_w) : 0;
+    M* const first = element<M>(array, tile.n, tile.group * Lines<K>::kSize + channel, tile.top, tile.left + warp);
+#pragma unroll
+    for (int y = 0; y < kTileRows; y++) {
+        M* const row = at_stride(first, stride_h, y);
+#pragma unroll
+        for (int x = 0; x < kTileColumns; x += kWarps) {
+            if (y < rows && x < columns)
+                f(at_stride(row, stride_w, x), lines + (y * kTileColumns + x + warp) * Lines<K>::kSize + channel);
+        }
     }
 }
 
-// Copies the logits of 32 sources from (i, j) on into lines. Some arrive as copies of this thread do.
-template <int K, int Columns, class T>
-__device__ __forceinline__ void load_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines) {
-    constexpr int kOfSource = K * K * kOutputs;
-    const Array& logits = p.logits;
-    const LinesInArray<K, Columns> place(p, logits, i, j);
-    with_masks<T>(logits, [&](auto mask) {
-        using M = decltype(mask);
-        const M* const from = element<const M>(logits, n, group * kOfSource, i, j);
-        if (in_vectors<M>(logits)) {
-            for_each_vector<K, Columns, M>(
-                place, [&](int64_t element, int staged) { stage_vector(from + element, true, lines + staged); });
-        } else {
-            copy_grid<kBlock>(from, kSourcesOfBlock, kOfSource, logits.stride_c < logits.stride_w, place, lines);
-        }
-    });
-}
-
-// Writes lines to the masks or logits of 32 sources from (i, j) on.
-template <int K, int Columns, class T>
-__device__ __forceinline__ void store_lines(const Problem& p, int64_t n, int64_t group, int i, int j,
-                                            const float* lines, const Array& grad_masks) {
-    constexpr int kOfSource = K * K * kOutputs;
-    const LinesInArray<K, Columns> place(p, grad_masks, i, j);
-    const int up = p.from_logits ? 1 : kUp, channels = p.from_logits ? kOfSource : K * K;
+// The same with adjacent channels. Masks or logits of a source are a line in shared memory, as [tap][output], so that
+// threads read and write adjacent channels together. Begins and ends with a barrier.
+template <int K, class T>
+__device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutputsPlace& at, const SourcesOfBlock& tile,
+                                                float (&grad)[kUp][K * K], float* lines, const Array& grad_masks) {
+    constexpr int kTaps = K * K, kOfSource = Lines<K>::kSize;
+    const int source = (at.i - tile.top) * kTileColumns + at.j - tile.left;
+    float2* const own = reinterpret_cast<float2*>(lines + source * kOfSource + at.r * kUp);
+    clear_taps<K>(p, at, grad);
+    __syncthreads();
+    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+        with_masks<T>(p.logits, [&](auto mask) {
+            using M = const decltype(mask);
+            if (in_vectors<M>(p.logits)) {
+                for_each_vector<K, M>(p, p.logits, tile, lines,
+                                      [](M* from, float* staged) { stage_vector(from, true, staged); });
+            } else {
+                copy_grid<kBlock>(element<M>(p.logits, tile.n, tile.group * kOfSource, tile.top, tile.left),
+                                  kSourcesOfTile, kOfSource, p.logits.stride_c < p.logits.stride_w,
+                                  LinesInArray<K>(p, p.logits, tile), lines);
+            }
+        });
+        wait_for_copies();
+        __syncthreads();
+        through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
+    }
+    const bool computed[kUp] = {at.computed(p, 0), at.computed(p, 1)};  // or a crop leaves them out
+#pragma unroll
+    for (int t = 0; t < kTaps; t++)
+        own[t * kOutputs / kUp] = make_float2(computed[0] ? grad[0][t] : 0, computed[1] ? grad[1][t] : 0);
+    __syncthreads();
     with_masks<T>(grad_masks, [&](auto mask) {
         using M = decltype(mask);
-        M* const to = element<M>(grad_masks, n, group * channels, i * up, j * up);
         if (p.from_logits && in_vectors<M>(grad_masks)) {
-            for_each_vector<K, Columns, M>(place, [&](int64_t element, int staged) {
-                store_channels(*reinterpret_cast<const float4*>(lines + staged), to + element);
+            for_each_vector<K, M>(p, grad_masks, tile, lines, [](M* to, const float* staged) {
+                store_channels(*reinterpret_cast<const float4*>(staged), to);
             });
             return;
         }
-        Walk<kBlock> walk(kSourcesOfBlock, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
+        const LinesInArray<K> place(p, grad_masks, tile);
+        const int up = p.from_logits ? 1 : kUp, channels = p.from_logits ? kOfSource : kTaps;
+        M* const to = element<M>(grad_masks, tile.n, tile.group * channels, int64_t{tile.top} * up,
+                                 int64_t{tile.left} * up);
+        Walk<kBlock> walk(kSourcesOfTile, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
         for (; walk.in_grid(); walk.advance()) {
             const StagedElement at = place(walk.row(), walk.column());
             if (at.exists) to[at.from] = narrow<M>(lines[at.to]);
         }
     });
-}
-
-// Carries the gradient of an output's masks through the normaliser, all but the sigmoid before a softmax. `line` has
-// its logits. The other normalisers' loops are not unrolled, as a softmax is what matters.
-template <int K>
-__device__ __forceinline__ void through_staged_normalizer(carafepp_normalizer normalizer, float* line,
-                                                          float (&grad)[K * K]) {
-    if (normalizer == CARAFEPP_NONE) return;
-    if (normalizer != CARAFEPP_SOFTMAX) {
-#pragma unroll 1
-        for (int t = 0; t < K * K; t++) {
-            float& tap = line[t * kOutputs];
-            tap = normalizer == CARAFEPP_SIGMOID ? sigmoid(tap) : log_sigmoid(tap);
-        }
-    }
-    float masks[K * K];
-    load_each(line, kOutputs, masks);
-    if (normalizer == CARAFEPP_SIGMOID) {
-#pragma unroll
-        for (int t = 0; t < K * K; t++) grad[t] *= masks[t] * (1 - masks[t]);
-        return;
-    }
-    normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), masks);
-    normalize_registers_backward(CARAFEPP_SOFTMAX, TapsOfThread<K>(), masks, [](int) { return 0.0f; }, grad);
-}
-
-// Carries the gradient of an output's masks, in registers, through the normaliser and writes it. Four neighbouring
-// threads have the outputs of a source. `lines` is room for 32. Begins and ends with a barrier.
-template <int K, int Columns, class T>
-__device__ __forceinline__ void finish_outputs(const Problem& p, int64_t n, int64_t group, int i, int j,
-                                               float (&grad)[K * K], float* lines, const Array& grad_masks) {
     __syncthreads();
-    if (p.from_logits) {
-        load_lines<K, Columns, T>(p, n, group, i, j, lines);
-        wait_for_copies();
-        __syncthreads();
-    }
-    const int thread = thread_computed_late(), source = thread / kOutputs, output = thread % kOutputs;
-    const int own_i = i + source / Columns, own_j = j + source % Columns;
-    const bool computed = own_i * kUp + output / kUp < p.out_h && own_j * kUp + output % kUp < p.out_w;
-    float* const line = lines + source * Lines<K>::kSize + Lines<K>::index(p, 0, output);
-    const int step = Lines<K>::index(p, 1, 0);
-    if (computed) clear_taps_outside<K>(p, own_i, own_j, grad);  // whatever the gradient there
-    if (computed && p.from_logits) through_staged_normalizer<K>(p.normalizer, line, grad);
-#pragma unroll
-    for (int t = 0; t < K * K; t++) line[t * step] = computed ? grad[t] : 0;  // where a crop leaves it out
-    if (computed && p.from_logits && p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-        const Pixel pixel{int64_t{own_i} * kUp + output / kUp, int64_t{own_j} * kUp + output % kUp};
-        const MaskPointer<T> logits = mask_at<T>(p, p.logits, n, group, 0, pixel);
-#pragma unroll 1
-        for (int t = 0; t < K * K; t++) line[t * step] *= sigmoid(-logits[t * kOutputs * p.logits.stride_c]);
-    }
-    __syncthreads();
-    store_lines<K, Columns, T>(p, n, group, i, j, lines, grad_masks);
-    __syncthreads();
-}
-
-// The same with the gradients of masks in `lines`.
-template <int K, int Columns, class T>
-__device__ __forceinline__ void finish_lines(const Problem& p, int64_t n, int64_t group, int i, int j, float* lines,
-                                             const Array& grad_masks) {
-    __syncthreads();
-    const int thread = thread_computed_late();
-    const float* const line = lines + thread / kOutputs * Lines<K>::kSize + Lines<K>::index(p, 0, thread % kOutputs);
-    float grad[K * K];
-    load_each(line, Lines<K>::index(p, 1, 0), grad);
-    finish_outputs<K, Columns, T>(p, n, group, i, j, grad, lines, grad_masks);
 }
 
 }  // namespace carafepp::cuda

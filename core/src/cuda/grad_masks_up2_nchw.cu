@@ -1,84 +1,190 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for up x2 with adjacent columns. All warps of a block have the same sources, a lane
-// one source, a warp a part of the channels. A thread contracts the window with the gradients of the four outputs, with
-// all sums in registers. Then the warps' sums are added, always in the same order, and each warp holds one output. It
-// carries that through the normaliser and writes it.
-#include "cuda/grad_masks.h"
-#include "cuda/up2.h"
+// The gradient of masks or logits for up x2 with adjacent columns. A block has a tile of 4 x 16 sources. It goes
+// through the channels a slice at a time. The features of the next slice, with their halo, arrive meanwhile, such that
+// a thread reads four channels of a pixel as one vector. Two threads share a source: each has one vector of a slice. It
+// contracts the window with the gradients of the four outputs, with all sums in registers. Then the two exchange their
+// sums, and each finishes a row of outputs.
+#include "cuda/columns.h"
+#include "cuda/grad_masks_up2.h"
+#include "cuda/tile_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-static_assert(kWarps == kOutputs, "each warp gets one of the outputs of a source");
-
-// sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
-template <int K, bool Inside, class T>
-__device__ __forceinline__ void sum_source(const Problem& p, int64_t n, int64_t c, int64_t channels, int i, int j,
-                                           float (&sums)[kOutputs][K * K]) {
-    if (channels <= 0) return;                                                   // perhaps there is no array
-    const T* window = element<const T>(p.features, n, c, i - K / 2, j - K / 2);  // [C, H, W]
-    const T* grads = element<const T>(p.grad_output, n, c, int64_t{i} * kUp, int64_t{j} * kUp);  // [C, H', W']
-    const bool two_rows = i * kUp + 1 < p.out_h, two_columns = j * kUp + 1 < p.out_w;
-#pragma unroll 1
-    for (int64_t end = c + channels; c < end; c++, window += p.features.stride_c, grads += p.grad_output.stride_c) {
-        const float grad[kOutputs] = {widen(grads[0]), two_columns ? widen(grads[1]) : 0.0f,
-                                      two_rows ? widen(grads[p.grad_output.stride_h]) : 0.0f,
-                                      two_rows && two_columns ? widen(grads[p.grad_output.stride_h + 1]) : 0.0f};
-        for_each_tap<K, Inside>(p, window, i, j, [&](int t, float feature) {
-#pragma unroll
-            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[o] * feature;
-        });
-    }
-}
-
-// Conversions of halves take registers that a third block would miss.
+// Copies features of a tile with its halo. Four lanes have the channels of a pixel. A lane has two columns of two rows,
+// whole sectors, and one of the columns beside the tile.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_up2_nchw_kernel(Arguments arguments, TilePlan plan) {
+struct Halo {
+    const T* inner;
+    int outer;  // from `inner` on
+    bool inner_exist[2][2], outer_exists;
+    int channel, to_inner, to_outer, stride_c, stride_h;
+
+    __device__ __forceinline__ Halo(const Problem& p, const SourcesOfBlock& tile, int thread)
+        : channel(thread % kVector) {
+        const auto exists = [&](int y, int x) {
+            const int i = tile.top - K / 2 + y, j = tile.left - K / 2 + x;
+            return y < kTileRows + K - 1 && x < kTileColumns + K - 1 && i >= 0 && i < p.features.h && j >= 0 &&
+                   j < p.features.w;
+        };
+        const auto pixel = [&](int y, int x) {
+            return element<const T>(p.features, tile.n, tile.c + channel, tile.top - K / 2 + y, tile.left - K / 2 + x);
+        };
+        const auto place = [&](int y, int x) { return (y * kHaloColumns + x) * kVector + channel; };
+        int y = thread / 32, x = thread % 32 / kVector + K / 2;
+#pragma unroll
+        for (int k = 0; k < 4; k++) inner_exist[k / 2][k % 2] = exists(y + k / 2 * kWarps, x + k % 2 * 8);
+        inner = pixel(y, x);
+        const int inner_y = y, inner_x = x;
+        to_inner = place(y, x);
+        y = thread / 16;
+        x = thread / kVector % 4;
+        if (x >= K / 2) x += kTileColumns;
+        outer_exists = exists(y, x);
+        const bool any = outer_exists || inner_exist[0][0] || inner_exist[0][1] || inner_exist[1][0] ||
+                         inner_exist[1][1];
+        stride_c = any ? static_cast<int>(p.features.stride_c) : 0;
+        stride_h = any ? static_cast<int>(p.features.stride_h) : 0;
+        outer = (y - inner_y) * static_cast<int>(p.features.stride_h) + x - inner_x;
+        to_outer = place(y, x);
+    }
+
+    // Copies the next `channels` channels; 0 outside, and to the other channels of a slice.
+    __device__ __forceinline__ void copy(int channels, T* slice) {
+#pragma unroll
+        for (int vector = 0; vector < kVectors; vector++, slice += kVectorsApart) {
+            const bool exists = vector * kVector + channel < channels;
+            const T* const from = at_stride(inner, stride_c, vector * kVector);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                copy_elements<1>(slice + to_inner + (k / 2 * kWarps * kHaloColumns + k % 2 * 8) * kVector,
+                                 at_stride(from, stride_h, k / 2 * kWarps) + k % 2 * 8,
+                                 exists && inner_exist[k / 2][k % 2]);
+            }
+            copy_elements<1>(slice + to_outer, from + outer, exists && outer_exists);
+        }
+        inner = at_stride(inner, stride_c, channels);
+    }
+};
+
+// The gradients of a source's outputs, in this thread's channels of a slice: for each row, its own one first. Those of
+// outputs that do not exist are others', as nobody reads their sums.
+template <bool Pairs, class T>
+struct OwnOutputs {
+    const T* first;  // in the first channel
+    const T* from;   // in this thread's own row
+    int other;       // the other row, from the own one on
+    int next;        // column, from the left one on
+    int stride_c;
+    float grad[kOwnVectors][kVector][kOutputs] = {};
+
+    __device__ __forceinline__ OwnOutputs(const Problem& p, const SourcesOfBlock& tile, int i, int j, int part) {
+        const int bottom = static_cast<int>(p.out_h) - 1, right = static_cast<int>(p.out_w) - 1;
+        const int row = min(i * kUp + part, bottom), column = min(j * kUp, right / kUp * kUp);
+        first = element<const T>(p.grad_output, tile.n, tile.c, row, column);
+        other = (min(i * kUp + 1 - part, bottom) - row) * static_cast<int>(p.grad_output.stride_h);
+        next = column < right ? 1 : 0;
+        stride_c = static_cast<int>(p.grad_output.stride_c);
+        from = at_stride(first, stride_c, part * kOwnVectors * kVector);
+    }
+
+    // Loads a vector, of which `channels` channels exist.
+    __device__ __forceinline__ void load(int vector, int channels) {
+#pragma unroll
+        for (int q = 0; q < kVector; q++) {
+            if (q >= channels) continue;
+            const T* const own = at_stride(from, stride_c, vector * kVector + q);
+#pragma unroll
+            for (int r = 0; r < kUp; r++) {
+                const T* const columns = r == 0 ? own : own + other;
+                float2 pair;
+                if constexpr (Pairs) {
+                    pair = load_columns(columns, true);
+                } else {
+                    pair = make_float2(widen(load_input(columns)), widen(load_input(columns + next)));
+                }
+                grad[vector][q][r * kUp] = pair.x;
+                grad[vector][q][r * kUp + 1] = pair.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void advance(int channels) { from = at_stride(from, stride_c, channels); }
+
+    // Nobody needs what is loaded from now on.
+    __device__ __forceinline__ void end() {
+        from = first;
+        stride_c = 0;
+    }
+};
+
+// `Pairs`: of outputs are loaded at once.
+template <int K, bool Pairs, class T>
+__global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nchw_kernel(Arguments arguments, SourcesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
-    constexpr int kTaps = K * K;
-    float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
-    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
-              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
-    const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
+    T* const staged = shared_memory<T>();        // features of two slices
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const Pixel source = pixel_at(tile.remainder * kSourcesOfBlock + lane, p.features.w);
-        const int i = static_cast<int>(source.i), j = static_cast<int>(source.j);
-        const bool exists = i < p.features.h && i * kUp < p.out_h && j * kUp < p.out_w;
-        const bool inside = window_inside<K>(p, i, j);
-
-        float sums[kOutputs][kTaps] = {};
-        const int64_t first = warp * share, c = group * channels_in_group + first;
-        const int64_t channels = min(share, channels_in_group - first);
-        if (exists && inside) {
-            sum_source<K, true, T>(p, n, c, channels, i, j, sums);
-        } else if (exists) {
-            sum_source<K, false, T>(p, n, c, channels, i, j, sums);
+        const int thread = thread_computed_late();
+        const OwnSource source(thread);
+        const SourcesOfBlock tile(plan, item);
+        const int i = tile.top + source.row, j = tile.left + source.column;
+        const bool idle = source.idle(p, tile);
+        float sums[kOutputs][K * K] = {};                       // of outputs, those of this thread's row first
+        if (plan.channels > 0 && p.out_h > 0 && p.out_w > 0) {  // or there may be no arrays
+            Halo<K, T> halo(p, tile, thread);
+            OwnOutputs<Pairs, T> outputs(p, tile, i, j, source.part);
+            const int channels = static_cast<int>(computed_late(plan.channels));
+            int left = (channels - 1) / kSlice;             // slices, which have two buffers
+            const int first = (channels - 1) % kSlice + 1;  // channels, so that later slices are whole
+            halo.copy(first, staged + left % 2 * kFeatures);
+#pragma unroll
+            for (int v = 0; v < kOwnVectors; v++) outputs.load(v, first - (source.part * kOwnVectors + v) * kVector);
+            if (left == 0) outputs.end();
+            int step = first;  // to the channels that are loaded next, at the end the last ones once more
+#pragma unroll 1
+            for (; left >= 0; left--) {
+                wait_for_copies();
+                __syncthreads();
+                const T* window = staged + left % 2 * kFeatures + source.window();
+                if (left > 0) halo.copy(kSlice, staged + (left - 1) % 2 * kFeatures);
+                if (idle) continue;
+                outputs.advance(left > 0 ? step : 0);
+                step = kSlice;
+#pragma unroll
+                for (int v = 0; v < kOwnVectors; v++, window += kVectorsApart) {
+                    add_window<K>(window, outputs.grad[v], sums);
+                    outputs.load(v, kVector);
+                    __syncwarp();  // so that these loads are not put off
+                }
+            }
         }
-
-        float grad[kTaps];  // of output `warp`
-        sum_of_warps<K>(sums, shared, grad);
-
-        const Pixel output{int64_t{i} * kUp + warp / kUp, int64_t{j} * kUp + warp % kUp};
-        if (i < p.features.h) write_output<K, T>(p, n, group, output, i, j, kOutputs, grad, grad_masks);
+        float2* const pairs = reinterpret_cast<float2*>(staged);
+        float grad[kUp][K * K];
+        exchange_sums<K>(sums, thread, pairs, grad);
+        finish_two_outputs<K, T>(p, OwnOutputsPlace{tile.n, tile.group, i, j, source.part}, grad, pairs + thread,
+                                 grad_masks);
+        __syncthreads();
     }
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_up2_nchw(const Problem& p, const Array&) {
-    return not_for_columns_of_up2(p, p.features, p.grad_output);
+const char* cannot_run_grad_masks_up2_nchw(const Problem& p, const Array& grad_masks) {
+    if (const char* reason = not_for_columns_of_up2(p, p.features, p.grad_output)) return reason;
+    return not_for_tiles(p, grad_masks);
 }
 
 void grad_masks_up2_nchw(const Problem& p, const Array& grad_masks) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const int64_t tiles = ceil_div(p.features.h * p.features.w, kSourcesOfBlock);
-        const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
-        launch(grad_masks_up2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
-               kBlock * k * k * int64_t{sizeof(float)}, p, grad_masks, plan);
+        using T = decltype(feature);
+        const SourcesPlan plan(p);
+        const int64_t bytes = std::max<int64_t>(2 * kFeatures * sizeof(T), kBytesOfPairs<k>);
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (not_for_columns(p.grad_output) == nullptr)
+                return launch(grad_masks_up2_nchw_kernel<k, true, T>, plan.items, kBlock, bytes, p, grad_masks, plan);
+        }
+        launch(grad_masks_up2_nchw_kernel<k, false, T>, plan.items, kBlock, bytes, p, grad_masks, plan);
     });
 }
 

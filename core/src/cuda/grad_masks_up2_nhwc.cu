@@ -1,151 +1,101 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 8 x 4 sources. It goes
-// through the channels a slice at a time, and the features of the next slice, with their halo, arrive meanwhile. Four
-// threads share a source: each has every fourth vector of channels. It contracts the window with the gradients of the
-// four outputs, with all sums in registers. Then the four exchange their sums, and each finishes one output.
+// The gradient of masks or logits for up x2 with adjacent channels. A block has a tile of 4 x 16 sources. It goes
+// through the channels a slice at a time. The features of the next slice, with their halo, and the gradients arrive
+// meanwhile. Two threads share a source: each has two of the four vectors of a slice. It contracts the window with the
+// gradients of the four outputs, with all sums in registers. Then the two exchange their sums, and each finishes a row
+// of outputs.
 #include "cuda/grad_masks_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kLanes = kOutputs;         // threads of a source
-constexpr int kStep = kLanes * kVector;  // channels of all of them at once
-constexpr int kSteps = kChannelsOfSlice / kStep;
-static_assert(kSteps == 2, "shared memory has the outputs of two");
+// Gradients of a slice in shared memory: [vector][row][left or right][column of sources][channel]. Those that a thread
+// copies are in different banks, and those that neighbouring threads read.
+constexpr int kSideOfGrads = kTileColumns * kVector + kVector, kRowOfGrads = kUp * kSideOfGrads;
+constexpr int kVectorOfGrads = kOutputRows * kRowOfGrads + 2 * kVector, kGrads = kVectors * kVectorOfGrads;
+static_assert(kBlock == kVectors * kTileColumns * kUp, "the threads copy a row of gradients at once");
 
 template <int K, class T>
-using Features = Halo<K, kRowsOfTile, kColumns + K - 1, kBlock, kVector, T>;
-
-// So that the threads that read together do so in different banks: columns that begin in the same ones have other
-// halves of a slice first.
-template <class T>
-__device__ __forceinline__ int swizzle(int column) {
-    return column / (sizeof(float) / sizeof(T)) % 2 * kLanes;
-}
-
-// The gradients of a source's outputs in shared memory, for two steps: [step][output][thread][channel]. A thread copies
-// those that it reads.
-constexpr int kOutputsOfStep = kOutputs * kBlock * kVector;
-
-template <class T>
-struct OwnOutputs {
-    const T* from;
-    bool exist[kOutputs];
-
-    __device__ __forceinline__ OwnOutputs(const Problem& p, const TileOfBlock& tile, int out_i, int out_j, int channel)
-        : from(element<const T>(p.grad_output, tile.n, tile.c + channel, out_i, out_j)) {
-#pragma unroll
-        for (int o = 0; o < kOutputs; o++) exist[o] = out_i + o / kUp < p.out_h && out_j + o % kUp < p.out_w;
-    }
-
-    // Copies the channels of the next step; 0 where there are none.
-    __device__ __forceinline__ void copy(const Array& array, bool channels_exist, T* to) {
-#pragma unroll
-        for (int o = 0; o < kOutputs; o++) {
-            copy_async<kVector * sizeof(T)>(to + o * kBlock * kVector,
-                                            from + o / kUp * array.stride_h + o % kUp * array.stride_w,
-                                            channels_exist && exist[o]);
-        }
-        from += kStep;
-    }
-};
-
-__device__ __forceinline__ float product(float4 a, float4 b, float sum) {
-    sum += a.x * b.x;
-    sum += a.y * b.y;
-    sum += a.z * b.z;
-    sum += a.w * b.w;
-    return sum;
-}
-
-// grad = the sums of output `lane`, of the four threads of a source.
-template <int K>
-__device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][K * K], int lane, float (&grad)[K * K]) {
-    const auto add = [](bool second, int distance, float a, float b) {
-        return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, distance);
-    };
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        const bool lower = lane / kUp, right = lane % kUp;
-        grad[t] = add(right, 1, add(lower, kUp, sums[0][t], sums[2][t]), add(lower, kUp, sums[1][t], sums[3][t]));
-    }
-}
-
-// Conversions of halves take registers that a third block would miss.
-template <int K, class T>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == sizeof(float) ? 3 : 2)
-    grad_masks_up2_nhwc_kernel(Arguments arguments, TileUp2Plan plan) {
+__global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nhwc_kernel(Arguments arguments, SourcesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
-    using F = Features<K, T>;
-    constexpr int kWidth = kColumns + K - 1;
-    T* const features = shared_memory<T>();  // two slices of [row][column][channel]
+    T* const staged = shared_memory<T>();        // gradients, then features of two slices
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const int thread = thread_computed_late(), lane = thread % kLanes, source = thread / kLanes;
-        const int row = source / kColumns, column = source % kColumns;
-        const TileOfBlock tile(p, plan, item, kRowsOfTile);
-        T* const grads = features + 2 * F::kElements + thread * kVector;
-        float sums[kOutputs][K * K] = {};
-        if (tile.channels > 0) {  // or there may be no arrays
-            F halo(p, tile, swizzle<T>);
-            halo.copy(p.features, tile.channels, features);
-            OwnOutputs<T> outputs(p, tile, (tile.top + row) * kUp, (tile.left + column) * kUp, lane * kVector);
-            outputs.copy(p.grad_output, lane * kVector < tile.channels, grads);
-            bool second = false;  // of the slices in shared memory
+        const int thread = thread_computed_late();
+        const OwnSource source(thread);
+        const SourcesOfBlock tile(plan, item);
+        const bool idle = source.idle(p, tile);
+        float sums[kOutputs][K * K] = {};                       // of outputs, those of this thread's row first
+        if (plan.channels > 0 && p.out_h > 0 && p.out_w > 0) {  // or there may be no arrays
+            HaloOfVectors<K, kVector, kVector, kVectorsApart, T> halo(p, tile, thread);
+            const int vector = thread % kVectors, pixel = thread / kVectors;  // that are copied, of a row of outputs
+            const int out_i = tile.top * kUp, out_j = tile.left * kUp + pixel;
+            const T* grads = element<const T>(p.grad_output, tile.n, tile.c + vector * kVector, out_i, out_j);
+            const int rows = out_j < p.out_w ? static_cast<int>(p.out_h) - out_i : 0;  // that exist
+            const int grads_apart = rows > 0 ? static_cast<int>(p.grad_output.stride_h) : 0;
+            T* const to = staged + vector * kVectorOfGrads + pixel % kUp * kSideOfGrads + pixel / kUp * kVector;
+            const auto copy = [&](int channels, T* features) {
+                const bool has_some = vector * kVector < channels;
+                halo.copy(channels, has_some, features);
+#pragma unroll
+                for (int r = 0; r < kOutputRows; r++)
+                    copy_async<kVector * sizeof(T)>(to + r * kRowOfGrads, at_stride(grads, grads_apart, r),
+                                                    has_some && r < rows);
+                grads += channels;
+            };
+            const int channels = static_cast<int>(computed_late(plan.channels));
+            int left = (channels - 1) / kSlice;                                         // slices
+            copy((channels - 1) % kSlice + 1, staged + kGrads + left % 2 * kFeatures);  // so that later ones are whole
+            const T* const own = staged + source.part * kOwnVectors * kVectorOfGrads + source.row * kUp * kRowOfGrads +
+                                 source.column * kVector;
 #pragma unroll 1
-            for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+            for (; left >= 0; left--) {
                 wait_for_copies();
                 __syncthreads();
-                const T* const pixels = features + second * F::kElements + (row * kWidth + column) * kChannelsOfSlice;
-                second = !second;
-                if (channels > kChannelsOfSlice)
-                    halo.copy(p.features, channels - kChannelsOfSlice, features + second * F::kElements);
-#pragma unroll 1
-                for (int step = 0; step < kSteps && step * kStep < channels; step++) {
-                    if (step > 0) wait_for_copies();
-                    outputs.copy(p.grad_output, (step + 1) * kStep + lane * kVector < channels,
-                                 grads + (step + 1) % kSteps * kOutputsOfStep);
-                    float4 output[kOutputs];
+                float grad[kOwnVectors][kVector][kOutputs];
 #pragma unroll
-                    for (int o = 0; o < kOutputs; o++)
-                        output[o] = staged_channels(grads + step * kOutputsOfStep + o * kBlock * kVector);
-                    const int vector = step * kLanes + lane;
+                for (int v = 0; v < kOwnVectors; v++) {
 #pragma unroll
-                    for (int b = 0; b < K; b++) {
-                        const T* pixel = pixels + b * kChannelsOfSlice + (vector ^ swizzle<T>(column + b)) * kVector;
-#pragma unroll
-                        for (int a = 0; a < K; a++, pixel += kWidth * kChannelsOfSlice) {
-                            const float4 feature = staged_channels(pixel);
-#pragma unroll
-                            for (int o = 0; o < kOutputs; o++)
-                                sums[o][a * K + b] = product(output[o], feature, sums[o][a * K + b]);
-                        }
+                    for (int o = 0; o < kOutputs; o++) {
+                        const float4 output = staged_channels(
+                            own + v * kVectorOfGrads + (o / kUp ^ source.part) * kRowOfGrads + o % kUp * kSideOfGrads);
+                        grad[v][0][o] = output.x;
+                        grad[v][1][o] = output.y;
+                        grad[v][2][o] = output.z;
+                        grad[v][3][o] = output.w;
                     }
                 }
+                __syncthreads();  // the next gradients take the place of these
+                if (left > 0) copy(kSlice, staged + kGrads + (left - 1) % 2 * kFeatures);
+                if (idle) continue;
+                const T* window = staged + kGrads + left % 2 * kFeatures + source.window();
+#pragma unroll
+                for (int v = 0; v < kOwnVectors; v++, window += kVectorsApart) add_window<K>(window, grad[v], sums);
             }
         }
-        float grad[K * K];
-        exchange_sums<K>(sums, lane, grad);
-        finish_outputs<K, kColumns, T>(p, tile.n, tile.group, tile.top, tile.left, grad,
-                                       reinterpret_cast<float*>(features), grad_masks);
+        float2* const pairs = reinterpret_cast<float2*>(staged);
+        float grad[kUp][K * K];
+        exchange_sums<K>(sums, thread, pairs, grad);
+        finish_by_lines<K, T>(
+            p, OwnOutputsPlace{tile.n, tile.group, tile.top + source.row, tile.left + source.column, source.part}, tile,
+            grad, reinterpret_cast<float*>(pairs), grad_masks);
     }
 }
 
 }  // namespace
 
-const char* cannot_run_grad_masks_up2_nhwc(const Problem& p, const Array&) {
+const char* cannot_run_grad_masks_up2_nhwc(const Problem& p, const Array& grad_masks) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, p.grad_output);
+    if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
+    return not_for_tiles(p, grad_masks);
 }
 
 void grad_masks_up2_nhwc(const Problem& p, const Array& grad_masks) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        using T = decltype(feature);
-        const TileUp2Plan plan(p, kRowsOfTile, 0);
-        launch(grad_masks_up2_nhwc_kernel<k, T>, plan.items, kBlock,
-               bytes_of_stages_or_lines<k>((Features<k, T>::kElements + kOutputsOfStep) * int64_t{sizeof(T)}), p,
-               grad_masks, plan);
+        const int64_t bytes = std::max<int64_t>((kGrads + 2 * kFeatures) * sizeof(feature), kBytesOfPairs<k>);
+        const SourcesPlan plan(p);
+        launch(grad_masks_up2_nhwc_kernel<k, decltype(feature)>, plan.items, kBlock, bytes, p, grad_masks, plan);
     });
 }
 

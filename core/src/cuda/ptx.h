@@ -32,6 +32,21 @@ __device__ __forceinline__ int thread_computed_late() {
     return thread;
 }
 
+// from + number * stride, in elements. Compilers make two instructions of a sum in 64 bits; this is one.
+template <class T>
+__device__ __forceinline__ T* at_stride(T* from, int stride, int number) {
+    T* to;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(stride), "r"(number * static_cast<int>(sizeof(T))), "l"(from));
+    return to;
+}
+
+// 2^x, or 0 if that is no normal number.
+__device__ __forceinline__ float power_of_2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
 // Copies 4, 8 or 16 bytes from global to shared memory, or writes as many zeros if they do not exist. They are there
 // after wait_for_copies() and, for other threads, a barrier. From sm_80 on they pass no register.
 template <int Bytes>
@@ -95,7 +110,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&
 #endif
 }
 
-// The same with twice as many columns of a: those of two products above, one behind the other.
+// The same in the fragments of mma.m16n8k16: words 2 and 3 of a, and word 1 of b, have the upper half of the sum.
+// Devices before sm_80 take two steps.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -113,9 +129,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 #else
-    const uint32_t first[2] = {a[0], a[1]}, second[2] = {a[2], a[3]};
-    multiply_add<T>(sums, first, b[0]);
-    multiply_add<T>(sums, second, b[1]);
+    multiply_add<T>(sums, {a[0], a[1]}, b[0]);
+    multiply_add<T>(sums, {a[2], a[3]}, b[1]);
 #endif
 }
 

@@ -9,19 +9,6 @@ namespace carafepp::cuda {
 
 constexpr int kUp = 2, kOutputs = kUp * kUp;  // of a source
 
-// Calls f(t, feature) for each tap of a window in one channel, 0 beyond the borders. `Inside`: all taps are.
-template <int K, bool Inside, class T, class F>
-__device__ __forceinline__ void for_each_tap(const Problem& p, const T* window, int i, int j, F f) {
-#pragma unroll
-    for (int a = 0; a < K; a++, window += p.features.stride_h) {
-#pragma unroll
-        for (int b = 0; b < K; b++) {
-            const int t = a * K + b;
-            f(t, Inside || tap_inside<K>(p, i, j, t) ? widen(window[b]) : 0.0f);
-        }
-    }
-}
-
 // Why these kernels do not take a problem.
 inline const char* not_for_up2(const Problem& p, int64_t largest_kernel) {
     if (p.factor.up != kUp || p.factor.down != 1) return "the factor is not 2";

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "dtypes.h"
 
 namespace carafepp::cuda {
@@ -16,6 +18,13 @@ A* shared_memory() {
 
 inline int64_t computed_late(int64_t number) { return number; }
 inline int thread_computed_late() { return static_cast<int>(threadIdx.x); }
+
+template <class T>
+__forceinline__ T* at_stride(T* from, int stride, int number) {
+    return from + int64_t{stride} * number;
+}
+
+inline float power_of_2(float x) { return std::exp2(x); }
 
 template <int Bytes>
 __forceinline__ void copy_async(void* shared, const void* global, bool exist,
@@ -40,6 +49,7 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
     constexpr MmaType kType = std::is_same_v<T, Float16> ? MmaType::kFloat16 : MmaType::kBFloat16;
     emulation::mma_m16n8k8(kType, sums, a, {b});
 }
+
 template <class T>
 void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     using emulation::MmaType;
