@@ -18,10 +18,18 @@ static_assert(kColumnsOfWarp + 5 - 1 <= 8, "a product has eight pixels");
 // Elements of shared memory: features of a slice, as [row][column][channel], and gradients, as [row][thread][channel].
 constexpr int kPixels = kHaloRows * kHaloColumns * kChannels, kGrads = kOutputRows * kBlock * kWide;
 
+// Of a multiprocessor. Before sm_80 copies pass registers, that a third block would miss.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 3;
+#endif
+
 // In the products of mma.m16n8k16 rows are outputs, the upper ones first, and columns are pixels. The sum is over
 // channels, in any order: each lane has eight adjacent ones, for two products.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_up2_nhwc_mma_kernel(Arguments arguments, SourcesPlan plan) {
+__global__ void __launch_bounds__(kBlock, kBlocks)
+    grad_masks_up2_nhwc_mma_kernel(Arguments arguments, SourcesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     T* const staged = shared_memory<T>();        // gradients, then features of two slices
