@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of masks or logits for up x2 with adjacent columns. A block has a tile of 4 x 16 sources. It goes
 // through the channels a slice at a time. The features of the next slice, with their halo, arrive meanwhile, such that
-// a thread reads four channels of a pixel as one vector. Two threads share a source: each has one vector of a slice. It
-// contracts the window with the gradients of the four outputs, with all sums in registers. Then the two exchange their
-// sums, and each finishes a row of outputs.
+// a thread reads four channels of a pixel as one vector. Two threads share a source: each has two vectors of a slice,
+// and loads the gradients of the four outputs ahead. It contracts the window with them, with all sums in registers.
+// Then the two exchange their sums, and each finishes a row of outputs.
 #include "cuda/columns.h"
 #include "cuda/grad_masks_up2.h"
 #include "cuda/tile_up2.h"
