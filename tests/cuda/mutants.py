@@ -215,8 +215,8 @@ MUTANTS = [
     Mutant(
         "a thread has channels of another's",
         "grad_masks_up2_nchw.cu",
-        "first - (source.part * kOwnVectors + v) * kVector",
-        "first - (source.part + v) * kVector",
+        "from = at_stride(first, stride_c, part * kOwnVectors * kVector);",
+        "from = at_stride(first, stride_c, part * kVector);",
     ),
     Mutant(
         "gradients are loaded beyond the last channel",
@@ -239,10 +239,10 @@ MUTANTS = [
         "if (x >= K / 2 - 1) x += kTileColumns;",
     ),
     Mutant(
-        "taps beyond the last column are not cleared",
-        "window.h",
-        "j + K / 2 < p.features.w",
-        "j + K / 2 <= p.features.w",
+        "an infinite gradient of a tile meets a tap beyond a border",
+        "grad_masks_up2.h",
+        "if (window_inside<K>(p, at.i, at.j)) return;",
+        "if (at.i >= 0) return;",
     ),
     Mutant(
         "the last column of a crop is written past",
