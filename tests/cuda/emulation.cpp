@@ -537,10 +537,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), 
     machine.memory.begin_launch(shared_bytes);
     if (under_tsan()) machine.host.tsan_fibre = __tsan_get_current_fiber();
     // Blocks run in the order of threads. At random they are a step apart, coprime to their number. A sample has steps
-    // of the golden ratio, which meet no period of the grid.
+    // near the golden ratio, coprime too, which meet no period of the grid.
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     const uint64_t most = std::min(blocks, static_cast<uint64_t>(machine.settings.most_blocks_run));
     uint64_t first = 0, step = most < blocks ? static_cast<uint64_t>(0.618 * static_cast<double>(blocks)) : 1;
+    while (most < blocks && std::gcd(step, blocks) != 1) step++;
     if (machine.settings.order == Order::kReverse) {
         first = step = blocks - 1;
     } else if (machine.settings.order == Order::kRandom) {
