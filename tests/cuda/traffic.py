@@ -345,10 +345,6 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     """Return the machine code of an implementation, whose source has its name."""
     name = kernel.removesuffix("_cuda").removesuffix("_any")
     name = name.replace("_with_logits", "").replace("grad_logits", "grad_masks")
-    first = {
-        "grad_features_down2_nhwc": "NS1_10OfChannelsE",
-        "grad_features_down2_nchw": "NS1_9OfColumnsE",
-    }.get(name, "")
     type_ = DTYPES[dtype]
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
@@ -357,9 +353,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         vectors = name.endswith("nhwc")
         whole = not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
         arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
-    wanted = {first + of_kernel + type_ for of_kernel in arguments}
-    source = "grad_features_down2.cu" if first else f"{name}.cu"
-    for mangled, code in read_code(*tools, source).items():
+    wanted = {of_kernel + type_ for of_kernel in arguments}
+    for mangled, code in read_code(*tools, f"{name}.cu").items():
         if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:
             return code
     raise SystemExit(f"no machine code of {kernel}, {dtype}")

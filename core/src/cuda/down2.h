@@ -16,7 +16,7 @@ inline const char* not_for_down2(const Problem& p) {
     if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
     if (p.offset_h != 0 || p.offset_w != 0) return kLittlePadding;
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
-    if (p.features.h > INT32_MAX - 8 || p.features.w > INT32_MAX - 8) return "rows or columns are too many";
+    if (p.features.h > INT32_MAX - 128 || p.features.w > INT32_MAX - 128) return "rows or columns are too many";
     return nullptr;
 }
 

@@ -1,85 +1,132 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for down x2 with adjacent columns. A thread has two outputs, one below the other, in some channels. It
-// keeps the masks of both in registers and normalises them there. It loads the rows that both windows reach once, two
-// columns at a time. Blocks take pairs of outputs by number, so that small images fill them.
-#include "cuda/down2.h"
+// The forward for down x2 with adjacent columns. A block has a tile of outputs, whose masks it stages once. It goes
+// through the channels a slice at a time: it copies the slice's features, with their halo, into shared memory and
+// contracts them. A thread has 2 x 2 outputs in some channels. It keeps their masks in registers through all channels.
+#include "cuda/tile_down2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kBlock = 128;  // threads
-constexpr int kChannelsOfThread = 64;
+constexpr int kBlock = 128;                                 // threads
+constexpr int kRows = 8, kMostColumns = 28;                 // outputs of a tile
+constexpr int kOwnRows = 2, kOwnColumns = 2;                // of a thread
+constexpr int kWidth = kBefore + kDown * kMostColumns + 4;  // columns of features
+static_assert(kRows / kOwnRows * (kMostColumns / kOwnColumns) <= kBlock, "a thread for each unit");
 
-struct ReassembleDown2NchwPlan {
-    int64_t tiles;           // of pairs of outputs in an image
-    int64_t channel_blocks;  // of a group
-    int64_t items;
-
-    ReassembleDown2NchwPlan(const Problem& p, const Array& output) {
-        tiles = ceil_div(ceil_div(p.out_h, kPair) * p.out_w, kBlock);
-        channel_blocks = ceil_div(p.features.c / p.groups, kChannelsOfThread);
-        items = output.n * p.groups * tiles * channel_blocks;
-    }
+// The features of a slice: [channel][row][column].
+template <int K, class T>
+struct Slice {
+    static constexpr int kChannels = 32 / sizeof(T), kHeight = kDown * (kRows - 1) + K, kChannel = kHeight * kWidth;
+    using MasksOfTile = Masks<K, kRows, kMostColumns>;
+    static constexpr int64_t kBytes = std::max(MasksOfTile::kElements * int64_t{sizeof(float)},
+                                               kChannels * kChannel * int64_t{sizeof(T)});
 };
 
-// Both windows in `channels` channels. Unless `Inside`, taps beyond a border have no feature, and no weight.
-template <int K, bool Inside, class T>
-__device__ __forceinline__ void reassemble_pair(const Problem& p, int64_t n, int64_t c, int channels, int out_i,
-                                                int out_j, const float (&masks)[kPair][K * K], const Array& output) {
-    const T* windows = windows_at<K, T>(p, n, c, out_i, out_j);
-    T* outputs = element<T>(output, n, c, out_i, out_j);  // [C, H', W']
-    const bool two_rows = out_i + 1 < p.out_h;
-#pragma unroll 1
-    for (; channels > 0; channels--, windows += p.features.stride_c, outputs += output.stride_c) {
-        float sums[kPair] = {};
-        for_each_tap_of_pair<K, Inside>(p, windows, out_i, out_j,
-                                        [&](int o, int t, float feature) { sums[o] += masks[o][t] * feature; });
-        outputs[0] = narrow<T>(sums[0]);
-        if (two_rows) outputs[output.stride_h] = narrow<T>(sums[1]);
-    }
-}
+struct ReassembleDown2NchwPlan {
+    TileDown2Plan tiles;
+    bool fours;  // columns of features are copied four at once, or else two
+    bool pairs;  // columns of outputs are stored two at once
+
+    ReassembleDown2NchwPlan(const Problem& p, const Array& output, int channels_of_slice)
+        : tiles(p, p.out_h, p.out_w, kRows, even_columns(p.out_w, kMostColumns, kOwnColumns), channels_of_slice),
+          fours(not_for_columns(p.features, 4) == nullptr),
+          pairs(not_for_columns(output) == nullptr) {}
+};
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 4)
+__global__ void __launch_bounds__(kBlock, 3)
     reassemble_down2_nchw_kernel(Arguments arguments, ReassembleDown2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
-    const Array& array = p.from_logits ? p.logits : p.masks;
-    const int64_t channels_in_group = p.features.c / p.groups;
-    // plan.items once more: read from the plan, it costs the inner loop two instructions.
-    const int64_t items = output.n * p.groups * plan.tiles * plan.channel_blocks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       tile = divide(channel_block.quotient, plan.tiles), image = divide(tile.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const Pixel pair = pixel_at(tile.remainder * kBlock + threadIdx.x, p.out_w);
-        const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
-        if (pair.i * kPair >= p.out_h) continue;
+    using S = Slice<K, T>;
+    using M = typename S::MasksOfTile;
+    float* const masks = shared_memory<float>();  // [tap][row][column]
+    T* const features = shared_memory<T>();       // in the same place, later: [channel][row][column]
+    const auto place = [](int row, int column) { return row * kMostColumns + column; };
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const TileDown2 tile(p, plan.tiles, item, kRows, S::kChannels);
+        const int top = tile.top * kDown - K / 2, left = tile.left * kDown - kBefore;
+        const T* from = element<const T>(p.features, tile.n, tile.c, top, left);
+        M::template stage<kBlock, T>(p, tile.n, tile.group, tile.top, tile.left, masks, place);
+        M::template clear_outside<kBlock>(p, tile.top, tile.left, masks, place);
 
-        const bool inside = windows_inside<K>(p, out_i, out_j);
-        float masks[kPair][K * K] = {};
-#pragma unroll 1
-        for (int o = 0; o < kPair; o++) {  // the first moves up: the normaliser's code stands once
-            float own[K * K] = {};
-            if (out_i + o < p.out_h) {
-                load_taps<K>(mask_element<T>(array, n, group * p.taps(), out_i + o, out_j), array.stride_c,
-                             p.from_logits, p.normalizer, own);
-                // as 0 * Inf is NaN
-                if (!inside) clear_taps_outside<K>(p, (out_i + o) * kDown, out_j * kDown, own);
-            }
+        const int thread = thread_computed_late();
+        const int units_in_row =
+            static_cast<int>(min(int64_t{plan.tiles.columns}, p.out_w - tile.left + kOwnColumns - 1)) / kOwnColumns;
+        const int unit_rows = static_cast<int>(min(int64_t{kRows}, p.out_h - tile.top + kOwnRows - 1)) / kOwnRows;
+        // In half a warp are units of one row, if there are about as many: others are in the same banks.
+        const int apart = units_in_row > 12 ? 16 : units_in_row;
+        const int units = apart * unit_rows, sharers = kBlock / units, unit = thread % units;
+        const int row = unit / apart * kOwnRows, column = unit % apart * kOwnColumns;
+        const bool has_outputs = thread / units < sharers && unit % apart < units_in_row;
+        const int first = has_outputs ? thread / units : S::kChannels;
+        const int out_i = tile.top + row, out_j = tile.left + column;
+        float weights[kOwnRows][kOwnColumns][K * K];
 #pragma unroll
-            for (int t = 0; t < K * K; t++) {
-                masks[0][t] = masks[1][t];
-                masks[1][t] = own[t];
+        for (int t = 0; t < K * K; t++) {
+#pragma unroll
+            for (int r = 0; r < kOwnRows; r++) {
+                const float2 two = staged_columns(masks + t * M::kApart + place(row + r, column));
+                weights[r][0][t] = two.x, weights[r][1][t] = two.y;
             }
         }
-        const int64_t first = channel_block.remainder * kChannelsOfThread, c = group * channels_in_group + first;
-        const int channels = static_cast<int>(min(int64_t{kChannelsOfThread}, channels_in_group - first));
-        if (inside) {
-            reassemble_pair<K, true, T>(p, n, c, channels, out_i, out_j, masks, output);
-        } else {
-            reassemble_pair<K, false, T>(p, n, c, channels, out_i, out_j, masks, output);
+        T* to = element<T>(output, tile.n, tile.c + first, out_i, out_j);  // [C, H', W']
+        const bool below = out_i + 1 < p.out_h, right = out_j + 1 < p.out_w;
+        const T* const own_features = features + row * kDown * kWidth + column * kDown;
+        const int end = min(static_cast<int>(p.features.w), left + kBefore + kDown * plan.tiles.columns + 4);
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= S::kChannels) {
+            __syncthreads();
+            if (plan.fours) {
+                copy_rows<S::kHeight, kWidth, S::kChannels, kBlock, 4>(p.features, from, top, left, end, channels,
+                                                                       features);
+            } else {
+                copy_rows<S::kHeight, kWidth, S::kChannels, kBlock, 2>(p.features, from, top, left, end, channels,
+                                                                       features);
+            }
+            from += S::kChannels * p.features.stride_c;
+            wait_for_copies();
+            __syncthreads();
+            T* upper = to;
+            T* lower = to + output.stride_h;
+            to += S::kChannels * output.stride_c;
+#pragma unroll 1
+            for (int q = first; q < min(channels, S::kChannels); q += sharers) {
+                float sums[kOwnRows][kOwnColumns] = {};
+                const T* const pixels = own_features + q * S::kChannel;
+#pragma unroll
+                for (int y = 0; y < kDown * (kOwnRows - 1) + K; y++) {
+                    // columns from kBefore - 2 on
+                    const float2 before = staged_columns(pixels + y * kWidth + 2);
+                    const float4 four = staged_channels(pixels + y * kWidth + 4);
+                    const float behind = K > 3 ? widen(pixels[y * kWidth + 8]) : 0;
+                    const float feature[] = {before.x, before.y, four.x, four.y, four.z, four.w, behind};
+#pragma unroll
+                    for (int r = 0; r < kOwnRows; r++) {
+                        const int a = y - kDown * r;
+                        if (a < 0 || a >= K) continue;
+#pragma unroll
+                        for (int s = 0; s < kOwnColumns; s++) {
+#pragma unroll
+                            for (int b = 0; b < K; b++)
+                                sums[r][s] += weights[r][s][a * K + b] * feature[kDown * s + b + 2 - K / 2];
+                        }
+                    }
+                }
+                if (plan.pairs) {
+                    store_columns(make_float2(sums[0][0], sums[0][1]), upper);
+                    if (below) store_columns(make_float2(sums[1][0], sums[1][1]), lower);
+                } else {
+                    upper[0] = narrow<T>(sums[0][0]);
+                    if (right) upper[1] = narrow<T>(sums[0][1]);
+                    if (below) lower[0] = narrow<T>(sums[1][0]);
+                    if (below && right) lower[1] = narrow<T>(sums[1][1]);
+                }
+                upper += sharers * output.stride_c;
+                lower += sharers * output.stride_c;
+            }
         }
+        __syncthreads();
     }
 }
 
@@ -93,8 +140,10 @@ const char* cannot_run_reassemble_down2_nchw(const Problem& p, const Array& outp
 
 void reassemble_down2_nchw(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleDown2NchwPlan plan(p, output);
-        launch(reassemble_down2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock, 0, p, output, plan);
+        using S = Slice<k, decltype(feature)>;
+        const ReassembleDown2NchwPlan plan(p, output, S::kChannels);
+        launch(reassemble_down2_nchw_kernel<k, decltype(feature)>, plan.tiles.items, kBlock, S::kBytes, p, output,
+               plan);
     });
 }
 

@@ -1,110 +1,128 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for down x2 with adjacent channels. A block has neighbouring outputs of a row, a thread four channels of
-// four of them. The block stages the masks as [tap][output]. A feature serves all windows that hold it, and a vector of
-// masks four outputs.
-#include "cuda/channels.h"
-#include "cuda/down2.h"
+// The forward for down x2 with adjacent channels. A block has a tile of outputs, whose masks it stages once. It goes
+// through the channels a slice at a time: it copies the slice's features, with their halo, into shared memory and
+// contracts them. A thread has some neighbouring outputs in four channels: a feature serves all windows that hold it,
+// and a vector of masks all channels.
+#include "cuda/tile_down2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kOutputsOfThread = 4;
+constexpr int kRows = 8, kColumns = 8;  // outputs of a tile
+constexpr int kOutputs = kRows * kColumns;
 
-struct ReassembleDown2NhwcPlan {
-    int lanes, outputs;      // of a block: threads along channels, outputs along a row
-    int64_t tiles;           // of a row
-    int64_t channel_blocks;  // of a group
-    int64_t items;
-    int64_t shared_bytes;
+// How threads share a tile of kernel size K.
+template <int K, class T>
+struct Shares {
+    static constexpr int kChannels = kChannelsOfPixel<T>, kVectors = kChannels / kVector;
+    // Outputs of a thread. Features of 16 bits serve more of them, as they must be widened.
+    static constexpr int kOwnRows = sizeof(T) == 2 ? 4 : 2, kOwnColumns = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kBlock = kOutputs / (kOwnRows * kOwnColumns) * kVectors;  // threads
+    // The features of a tile. Columns at the same place of different threads are adjacent: in other banks.
+    static constexpr int kStep = kDown * kOwnColumns, kHeight = kDown * (kRows - 1) + K,
+                         kOfStep = (kDown * (kColumns - 1) + K + kStep - 1) / kStep, kWidth = kStep * kOfStep,
+                         kPixels = kHeight * kWidth;
+    using MasksOfTile = Masks<K, kRows, kColumns, kOutputs + 4>;  // taps begin in other banks
+    static constexpr int64_t kBytes = MasksOfTile::kElements * int64_t{sizeof(float)} +
+                                      kPixels * int64_t{kBytesOfPixel} + (kPixels + kBlock) * int64_t{sizeof(int)};
 
-    ReassembleDown2NhwcPlan(const Problem& p, const Array& output, int k) {
-        const int64_t channels_in_group = p.features.c / p.groups;
-        const Lanes block(channels_in_group, kOutputsOfThread, k * k * int64_t{sizeof(float)});
-        lanes = block.lanes;
-        outputs = block.columns;
-        tiles = ceil_div(p.out_w, outputs);
-        channel_blocks = ceil_div(channels_in_group, lanes * kVector);
-        items = output.n * p.groups * p.out_h * tiles * channel_blocks;
-        shared_bytes = block.shared_bytes;
+    // The place of an output's masks: those of a thread's column are adjacent.
+    static __device__ __forceinline__ int place(int row, int column) {
+        return (row / kOwnRows * kColumns + column) * kOwnRows + row % kOwnRows;
     }
 };
 
-// Stages the masks of outputs from (out_i, first) on, with 0 beyond the end of the row. Taps beyond the ends of a row
-// of features are 0 too, as 0 * Inf is NaN. Ends with a barrier.
-template <int K, class T>
-__device__ void stage_outputs(const Problem& p, int64_t n, int64_t group, int64_t out_i, int64_t first, int outputs,
-                              float* staged) {
-    const Array& array = p.from_logits ? p.logits : p.masks;
-    const int there = static_cast<int>(min(int64_t{outputs}, p.out_w - first));
-    with_masks<T>(array, [&](auto mask) {
-        copy_grid<kThreads>(element<const decltype(mask)>(array, n, group * K * K, out_i, first), K * K, outputs,
-                            array.stride_w <= array.stride_c, [&](int t, int q) {
-            return StagedElement{t * array.stride_c + q * array.stride_w, t * outputs + q, q < there};
-        }, staged);
-    });
-    __syncthreads();
-    if (p.from_logits) {
-        normalize_staged<K>(p.normalizer, staged, there, outputs, [](int output) { return output; });
-        __syncthreads();
-    }
-    const int64_t left = first * kDown - K / 2;
-    if (there == outputs && left >= 0 && left + kDown * (outputs - 1) + K <= p.features.w) return;
-    for (int k = static_cast<int>(threadIdx.x); k < K * K * outputs; k += kThreads) {
-        const int64_t x = left + kDown * (k % outputs) + k / outputs % K;
-        if (k % outputs >= there || x < 0 || x >= p.features.w) staged[k] = 0;
-    }
-    __syncthreads();
+// Neighbouring masks.
+__device__ __forceinline__ void load_masks_of(const float* from, float (&masks)[2]) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    masks[0] = two.x, masks[1] = two.y;
+}
+__device__ __forceinline__ void load_masks_of(const float* from, float (&masks)[4]) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    masks[0] = four.x, masks[1] = four.y, masks[2] = four.z, masks[3] = four.w;
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    reassemble_down2_nhwc_kernel(Arguments arguments, ReassembleDown2NhwcPlan plan) {
+__global__ void __launch_bounds__(Shares<K, T>::kBlock, 512 / Shares<K, T>::kBlock)
+    reassemble_down2_nhwc_kernel(Arguments arguments, TileDown2Plan plan) {
     const Problem& p = arguments.problem;
-    const Array& output = arguments.result;        // [N, C, H', W']
-    float* const staged = shared_memory<float>();  // [tap][output]
-    const int lane = static_cast<int>(threadIdx.x) % plan.lanes,
-              own = static_cast<int>(threadIdx.x) / plan.lanes * kOutputsOfThread;
-    const int64_t channels_in_group = p.features.c / p.groups;
+    const Array& output = arguments.result;  // [N, C, H', W']
+    using S = Shares<K, T>;
+    using M = typename S::MasksOfTile;
+    float* const masks = shared_memory<float>();                     // [tap][output]
+    T* const features = reinterpret_cast<T*>(masks + M::kElements);  // [pixel][channel]
+    int* const places = reinterpret_cast<int*>(features + S::kPixels * S::kChannels);
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient channel_block = divide(item, plan.channel_blocks),
-                       tile = divide(channel_block.quotient, plan.tiles), row = divide(tile.quotient, p.out_h),
-                       image = divide(row.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder, out_i = row.remainder;
-        const int64_t first = tile.remainder * plan.outputs, out_j = first + own;
-        const int64_t in_group = (channel_block.remainder * plan.lanes + lane) * kVector;
-        const int64_t c = group * channels_in_group + in_group;
-        stage_outputs<K, T>(p, n, group, out_i, first, plan.outputs, staged);
-        if (in_group < channels_in_group && out_j < p.out_w) {
-            float4 sums[kOutputsOfThread] = {};
-            const int64_t top = out_i * kDown - K / 2, left = out_j * kDown - K / 2;
-            const int a_begin = static_cast<int>(max(-top, int64_t{0}));
-            const int a_end = static_cast<int>(min(int64_t{K}, p.features.h - top));
-            const T* features = element<const T>(p.features, n, c, top + a_begin, left);  // [H, W, C]
+        const TileDown2 tile(p, plan, item, kRows, S::kChannels);
+        const int top = tile.top * kDown - K / 2, left = tile.left * kDown - K / 2;
+        find_pixels<S::kPixels, S::kBlock, T>(p.features, [&](int q) {
+            const int x = q % S::kWidth;
+            return make_int2(top + q / S::kWidth, left + x % S::kOfStep * S::kStep + x / S::kOfStep);
+        }, places);
+        __syncthreads();
+        const T* from = element<const T>(p.features, tile.n, tile.c, 0, 0);
+        copy_pixels<S::kPixels, S::kBlock>(from, places, tile.channels, features);
+        M::template stage<S::kBlock, T>(p, tile.n, tile.group, tile.top, tile.left, masks, S::place);
+        M::template clear_outside<S::kBlock>(p, tile.top, tile.left, masks, S::place);
+
+        const int thread = thread_computed_late(), channel = thread % S::kVectors * kVector;
+        const int columns = static_cast<int>(min(int64_t{kColumns}, p.out_w - tile.left));
+        const int unit = thread / S::kVectors, units_in_row = (columns + S::kOwnColumns - 1) / S::kOwnColumns;
+        const int row = unit / units_in_row * S::kOwnRows, column = unit % units_in_row * S::kOwnColumns;
+        const int out_i = tile.top + row;
+        const bool has_outputs = row < kRows && out_i < p.out_h;
+        T* to = element<T>(output, tile.n, tile.c + channel, out_i, tile.left + column);  // [H', W', C]
+        const float* const own_masks = masks + row * kColumns + column * S::kOwnRows;
+        const T* const own_features = features + (row * kDown * S::kWidth + column / S::kOwnColumns) * S::kChannels +
+                                      channel;
 #pragma unroll 1
-            for (int a = a_begin; a < a_end; a++, features += p.features.stride_h) {
-                float weights[K][kOutputsOfThread];
+        for (int channels = tile.channels; channels > 0; channels -= S::kChannels, to += S::kChannels) {
+            wait_for_copies();
+            __syncthreads();
+            float4 sums[S::kOwnRows][S::kOwnColumns] = {};
+            if (has_outputs) {
 #pragma unroll
-                for (int b = 0; b < K; b++) {
-                    const float4 of = *reinterpret_cast<const float4*>(staged + (a * K + b) * plan.outputs + own);
-                    weights[b][0] = of.x, weights[b][1] = of.y, weights[b][2] = of.z, weights[b][3] = of.w;
-                }
+                for (int x = 0; x < kDown * (S::kOwnColumns - 1) + K; x++) {
+                    const T* const pixels = own_features + (x % S::kStep * S::kOfStep + x / S::kStep) * S::kChannels;
+                    float weights[S::kOwnColumns][K][S::kOwnRows];
 #pragma unroll
-                for (int x = 0; x < K + kDown * (kOutputsOfThread - 1); x++) {
-                    const bool inside = left + x >= 0 && left + x < p.features.w;
-                    const float4 feature = load_channels(features + x * p.features.stride_w, inside);
+                    for (int s = 0; s < S::kOwnColumns; s++) {
+                        const int b = x - kDown * s;
+                        if (b < 0 || b >= K) continue;
 #pragma unroll
-                    for (int o = 0; o < kOutputsOfThread; o++) {
-                        const int b = x - kDown * o;
-                        if (b >= 0 && b < K) add_products(weights[b][o], feature, sums[o]);
+                        for (int a = 0; a < K; a++)
+                            load_masks_of(own_masks + (a * K + b) * M::kApart + s * S::kOwnRows, weights[s][a]);
+                    }
+#pragma unroll
+                    for (int y = 0; y < kDown * (S::kOwnRows - 1) + K; y++) {
+                        const float4 feature = staged_channels(pixels + y * S::kWidth * S::kChannels);
+#pragma unroll
+                        for (int r = 0; r < S::kOwnRows; r++) {
+                            const int a = y - kDown * r;
+                            if (a < 0 || a >= K) continue;
+#pragma unroll
+                            for (int s = 0; s < S::kOwnColumns; s++) {
+                                if (x >= kDown * s && x < kDown * s + K)
+                                    add_products(weights[s][a][r], feature, sums[r][s]);
+                            }
+                        }
                     }
                 }
             }
+            __syncthreads();
+            from += S::kChannels;
+            copy_pixels<S::kPixels, S::kBlock>(from, places, channels - S::kChannels, features);
+            if (!has_outputs || channel >= channels) continue;
 #pragma unroll
-            for (int o = 0; o < kOutputsOfThread; o++) {
-                if (out_j + o < p.out_w) store_channels(sums[o], element<T>(output, n, c, out_i, out_j + o));
+            for (int r = 0; r < S::kOwnRows; r++) {
+                if (out_i + r >= p.out_h) continue;
+                T* const pixel = to + r * output.stride_h;
+#pragma unroll
+                for (int s = 0; s < S::kOwnColumns; s++) {
+                    if (column + s < columns) store_channels(sums[r][s], pixel + s * output.stride_w);
+                }
             }
         }
-        __syncthreads();
     }
 }
 
@@ -112,14 +130,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 const char* cannot_run_reassemble_down2_nhwc(const Problem& p, const Array& output) {
     if (const char* reason = not_for_down2(p)) return reason;
-    if (const char* reason = not_for_vectors(p, p.features)) return reason;
+    if (const char* reason = not_for_pixels(p, p.features)) return reason;
     return not_for_vectors(p, output);
 }
 
 void reassemble_down2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const ReassembleDown2NhwcPlan plan(p, output, k);
-        launch(reassemble_down2_nhwc_kernel<k, decltype(feature)>, plan.items, kThreads, plan.shared_bytes, p, output,
+        using T = decltype(feature);
+        const TileDown2Plan plan(p, p.out_h, p.out_w, kRows, kColumns, kChannelsOfPixel<T>);
+        launch(reassemble_down2_nhwc_kernel<k, T>, plan.items, Shares<k, T>::kBlock, Shares<k, T>::kBytes, p, output,
                plan);
     });
 }
