@@ -704,7 +704,6 @@ MUTANTS = [
         "reassemble_down2_nhwc.cu",
         "            __syncthreads();\n            from += S::kChannels;",
         "            from += S::kChannels;",
-        sanitizer="thread",
     ),
     Mutant(
         "features arrive over masks that are still read",
