@@ -156,7 +156,7 @@ BUDGETS = {
         "bfloat16 ILi4ELi1E": 74,
     },
     "reassemble_down2_nchw.cu": {"float32": 156, "float16": 208, "bfloat16": 208},
-    "reassemble_down2_nhwc.cu": {"float32": 393, "float16": 1558, "bfloat16": 1558},
+    "reassemble_down2_nhwc.cu": {"float32": 706, "float16": 1558, "bfloat16": 1558},
     "grad_features_up2_nhwc.cu": {"float32": 1130, "float16": 1210, "bfloat16": 1210},
     "grad_features_up2_nchw.cu": {
         "float32 Lb1E": 1128,

@@ -16,7 +16,7 @@ template <int K, class T>
 struct Shares {
     static constexpr int kChannels = kChannelsOfPixel<T>, kVectors = kChannels / kVector;
     // Outputs of a thread. Features of 16 bits serve more of them, as they must be widened.
-    static constexpr int kOwnRows = sizeof(T) == 2 ? 4 : 2, kOwnColumns = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kOwnRows = 4, kOwnColumns = sizeof(T) == 2 ? 2 : 1;
     static constexpr int kBlock = kOutputs / (kOwnRows * kOwnColumns) * kVectors;  // threads
     // The features of a tile. Columns at the same place of different threads are adjacent: in other banks.
     static constexpr int kStep = kDown * kOwnColumns, kHeight = kDown * (kRows - 1) + K,
@@ -33,10 +33,6 @@ struct Shares {
 };
 
 // Neighbouring masks.
-__device__ __forceinline__ void load_masks_of(const float* from, float (&masks)[2]) {
-    const float2 two = *reinterpret_cast<const float2*>(from);
-    masks[0] = two.x, masks[1] = two.y;
-}
 __device__ __forceinline__ void load_masks_of(const float* from, float (&masks)[4]) {
     const float4 four = *reinterpret_cast<const float4*>(from);
     masks[0] = four.x, masks[1] = four.y, masks[2] = four.z, masks[3] = four.w;
