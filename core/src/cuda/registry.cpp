@@ -10,7 +10,7 @@
 
 namespace carafepp::cuda {
 
-// Kernels for one factor, faster ones first; of the forward then those for any factor. A .cu file defines each, and why
+// Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why
 // it cannot run a problem.
 #define CARAFEPP_REASSEMBLE_KERNELS(X, result)         \
     X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma) \
@@ -27,7 +27,9 @@ namespace carafepp::cuda {
     X(result "_up2_nchw_mma", grad_features_up2_nchw_mma) \
     X(result "_up2_nchw", grad_features_up2_nchw)         \
     X(result "_down2_nhwc", grad_features_down2_nhwc)     \
-    X(result "_down2_nchw", grad_features_down2_nchw)
+    X(result "_down2_nchw", grad_features_down2_nchw)     \
+    X(result "_nhwc", grad_features_nhwc)                 \
+    X(result "_nchw", grad_features_nchw)
 #define CARAFEPP_GRAD_MASKS_KERNELS(X, result)         \
     X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma) \
     X(result "_up2_nhwc", grad_masks_up2_nhwc)         \
