@@ -100,6 +100,12 @@ INSTRUCTIONS = {
     ),
     r"reassemble_tiles_kernelILi4ELi1ELb0ELb1EfE": (r"LDGSTS", r"STG\S*\.128", r"LDS\S*\.128"),
     r"reassemble_tiles_kernelILi.ELi.ELb1ELb0E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
+    r"grad_features_tiles_kernelILi.ELb1E": (
+        r"LDGSTS\S*\.128",
+        r"STG\S*\.128",
+        r"LDS\S*\.128",
+        r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32",
+    ),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.E\w*Float16": (
         r"LDGSTS\S*\.128",
@@ -177,6 +183,8 @@ BUDGETS = {
     },
     "grad_masks_up2_nhwc_mma.cu": {"float16": 317, "bfloat16": 317},
     "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
+    "grad_features_nhwc.cu": {"float32 ILi2E": 156, "float32 ILi1E": 92},
+    "grad_features_nchw.cu": {"float32 ILi2E": 156, "float32 ILi1E": 92},
     "grad_features_down2_nhwc.cu": {"float32": 202, "float16": 402, "bfloat16": 402},
     "grad_features_down2_nchw.cu": {"float32": 85, "float16": 105, "bfloat16": 105},
 }

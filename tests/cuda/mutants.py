@@ -43,6 +43,61 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "grad_output of a band is read before it arrives",
+        "grad_features_tiles.h",
+        "            wait_for_copies();\n            __syncthreads();",
+        "            __syncthreads();",
+    ),
+    Mutant(
+        "the next band is copied too early",
+        "grad_features_tiles.h",
+        "            }\n            __syncthreads();\n        }\n#pragma unroll",
+        "            }\n        }\n#pragma unroll",
+    ),
+    Mutant(
+        "masks of a band are sorted before all are normalised",
+        "grad_features_tiles.h",
+        "band, staged, scales);\n            __syncthreads();",
+        "band, staged, scales);",
+    ),
+    Mutant(
+        "the last row of outputs of four sources is left out",
+        "grad_features_tiles.h",
+        "add_rows(Number<3>(), Number<4>(), end[2], end[3]);",
+        "add_rows(Number<3>(), Number<4>(), end[2], end[3] - 1);",
+    ),
+    Mutant(
+        "a source has one output of its neighbour",
+        "grad_features_tiles.h",
+        "own_columns = first_columns[unit_column + k] - out_j;",
+        "own_columns = first_columns[unit_column + k + 1] - out_j;",
+    ),
+    Mutant(
+        "threads of a unit have the same rows",
+        "grad_features_tiles.h",
+        "y += (part - y) & (plan.parts - 1);",
+        "y += -y & (plan.parts - 1);",
+    ),
+    Mutant(
+        "sums of channels are turned before all are there",
+        "grad_features_tiles.h",
+        "                __syncthreads();\n                const int",
+        "                const int",
+    ),
+    Mutant(
+        "an output's taps are normalised without their scale",
+        "grad_tiles.h",
+        "scale = 1 / sum;",
+        "scale = 1;",
+    ),
+    Mutant(
+        "columns of sub-pixels are copied to the next phase",
+        "grad_tiles.h",
+        "min(own, count % pitch)",
+        "own",
+        sanitizer="address",
+    ),
+    Mutant(
         "the features of a tile for any factor are read before they arrive",
         "reassemble_tiles.h",
         "            wait_for_copies();\n            __syncthreads();",

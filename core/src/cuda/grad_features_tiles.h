@@ -21,7 +21,7 @@ struct GradFeaturesPlan {
     int most_rows, most_columns;  // of outputs whose windows touch a tile
     int band;                     // its rows
     Divisor width;                // of a row of a band: odd, as rows begin in other banks then
-    Divisor outputs;              // of a band
+    int outputs;                  // of a band
     int depth;                    // vectors from pixel to pixel: odd if channels arrive one by one
     int slot;                     // masks of a source in a row, in whole vectors
     int64_t row_tiles, column_tiles;
@@ -30,7 +30,7 @@ struct GradFeaturesPlan {
     int64_t shared_bytes;
 
     GradFeaturesPlan(const Problem& p, int vectors_of_thread, bool channels_adjacent)
-        : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w), width(3), outputs(3) {
+        : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w), width(1), outputs(0) {
         const int64_t all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1);
         const int k = static_cast<int>(p.kernel_size);
         for (lanes = 1; lanes < kMostLanes && lanes * vectors_of_thread < all;) lanes *= 2;
@@ -59,7 +59,7 @@ struct GradFeaturesPlan {
 private:
     // As many of `count` in each part as if `most` were in it: the last one is not much smaller.
     static int even(int64_t count, int64_t most) {
-        return static_cast<int>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)));
+        return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
     }
     int most_rows_of(int k) const { return std::max(rows.most(unit_rows * kOwn + k - 1), 1); }
 
@@ -69,12 +69,13 @@ private:
         most_columns = std::max(columns.most(unit_columns + k - 1), 2);
         width = Divisor(most_columns | 1);
         const int all = band * (most_columns | 1);
-        outputs = Divisor(all);
+        outputs = all;
         const int64_t grads = int64_t{all} * depth * int64_t{sizeof(float4)},
                       turned = int64_t{lanes} * kVector * (unit_rows * unit_columns | 1) * int64_t{sizeof(float)};
         shared_bytes = (most_rows + most_columns) * int64_t{sizeof(Line)} + std::max(grads, ceil_div(turned, 16) * 16) +
                        int64_t{k} * band * unit_columns * slot * int64_t{sizeof(float)} +
-                       (int64_t{k} * k + 1) * all * int64_t{sizeof(float)} + unit_columns * int64_t{sizeof(int)};
+                       (int64_t{k} * k + 1) * all * int64_t{sizeof(float)} +
+                       (unit_rows * kOwn + 2 * unit_columns + 2 * (k + 1)) * int64_t{sizeof(int)};
     }
 };
 
@@ -82,21 +83,27 @@ private:
 // sources beyond the tile are left out.
 __device__ __forceinline__ void sort_masks(const GradFeaturesPlan& plan, int k, const Band& band, int top, int left,
                                            const int* slots, const float* staged, const float* scales, float* masks) {
-    const int all = static_cast<int>(plan.outputs.number), height = plan.unit_rows * kOwn;
+    const int threads = static_cast<int>(blockDim.x), teams = max(threads / band.outputs, 1);
+    const int thread = thread_computed_late(), team = teams > 1 ? thread / band.outputs : 0;
+    const int apart = plan.band * plan.unit_columns * plan.slot;
 #pragma unroll 1
-    for (int item = thread_computed_late(); item < k * all; item += static_cast<int>(blockDim.x)) {
-        const int a = plan.outputs.quotient(item), output = plan.outputs.remainder(item, a);
-        const int y = plan.width.quotient(output), x = plan.width.remainder(output, y);
+    for (int output = thread - team * band.outputs; output < band.outputs; output += threads) {
+        const int y = band.width.quotient(output), x = output - y * band.width.number;
         if (y >= band.height || x >= band.columns_count) continue;
-        const int row = band.rows[y].source - k / 2 + a - top, column = band.columns[x].source - k / 2 - left;
-        if (row < 0 || row >= height) continue;
-        const int begin = max(-column, 0), end = min(plan.unit_columns - column, k);
+        const int row = band.rows[y].source - k / 2 - top, column = band.columns[x].source - k / 2 - left;
+        const int begin = max(-column, 0), count = min(plan.unit_columns - column, k) - begin;
+        const int end = min(plan.unit_rows * kOwn - row, k);
         const float scale = scales[output];
-        const float* from = staged + (a * k + begin) * all + output;
-        float* const to = masks + (a * plan.band + y) * plan.unit_columns * plan.slot + x;
-        const int* slot = slots + column + begin;
+        const float* const from = staged + begin * band.outputs + output;
+        float* const to = masks + y * plan.unit_columns * plan.slot + x;
+        const int* const slot = slots + column + begin;
 #pragma unroll 1
-        for (int b = begin; b < end; b++, from += all, slot++) to[*slot] = *from * scale;
+        for (int a = max(-row, 0) + team; a < end; a += teams) {
+            const float* mask = from + a * k * band.outputs;
+            float* const of_row = to + a * apart;
+#pragma unroll 2
+            for (int b = 0; b < count; b++, mask += band.outputs) of_row[slot[b]] = *mask * scale;
+        }
     }
 }
 
@@ -108,44 +115,55 @@ __device__ __forceinline__ void copy_grads(const Array& grad_output, const GradF
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     const int lanes = Vectors ? vectors : 32;  // that have a pixel each time, or pixels of a channel
     const int lane = thread % lanes, step = Vectors ? threads / lanes : 32;
-    const int first = Vectors ? thread / lanes : lane, first_row = first / band.columns_count;
+    int of_row = 1;  // pixels at once
+    while (of_row < band.columns_count && of_row * 2 <= step) of_row *= 2;
+    const int pixel = Vectors ? thread / lanes : lane, first_row = pixel / of_row, first_column = pixel % of_row;
     with_storage(grad_output.dtype, [&](auto storage) {
         using T = decltype(storage);
         const T* from = element<const T>(grad_output, n, c, top, left);
-        const auto walk = [&](auto copy) __attribute__((always_inline)) {
-            int y = first_row, x = first - first_row * band.columns_count;
+        from += first_column * grad_output.stride_w;
+        const int64_t step_from = of_row * grad_output.stride_w;
+        const int step_to = of_row * plan.depth, rows = step / of_row;
+        if (first_row >= rows) return;
+        const auto walk = [&](const T* at, auto copy) __attribute__((always_inline)) {
+            at += first_row * grad_output.stride_h;
 #pragma unroll 1
-            while (y < band.height) {
-                copy(y * grad_output.stride_h + x * grad_output.stride_w, (y * band.width + x) * plan.depth);
-                for (x += step; x >= band.columns_count; x -= band.columns_count) y++;
+            for (int y = first_row; y < band.height; y += rows, at += rows * grad_output.stride_h) {
+                const T* of_column = at;
+                int to = (y * band.width.number + first_column) * plan.depth;
+#pragma unroll 2
+                for (int x = first_column; x < band.columns_count; x += of_row, of_column += step_from, to += step_to)
+                    copy(of_column, to);
             }
         };
         if constexpr (Vectors) {
             from += lane * kVector;
             if (lane * kVector >= channels) return;
-            walk([&](int64_t place, int to) __attribute__((always_inline)) {
+            walk(from, [&](const T* at, int to) __attribute__((always_inline)) {
                 if constexpr (std::is_same_v<T, float>) {
-                    copy_async<sizeof(float4)>(grads + to + lane, from + place, true);
+                    copy_async<sizeof(float4)>(grads + to + lane, at, true);
                 } else {
-                    grads[to + lane] = load_channels(from + place);
+                    grads[to + lane] = load_channels(at);
                 }
             });
         } else {
 #pragma unroll 1
             for (int channel = thread / lanes; channel < channels; channel += threads / lanes) {
-                const T* const of_channel = from + channel * grad_output.stride_c;
                 float* const staged = reinterpret_cast<float*>(grads) + channel;
-                walk([&](int64_t place, int to) __attribute__((always_inline)) {
+                walk(from + channel * grad_output.stride_c, [&](const T* at, int to) __attribute__((always_inline)) {
                     if constexpr (std::is_same_v<T, float>) {
-                        copy_async<sizeof(float)>(staged + to * kVector, of_channel + place, true);
+                        copy_async<sizeof(float)>(staged + to * kVector, at, true);
                     } else {
-                        staged[to * kVector] = widen(load_input(of_channel + place));
+                        staged[to * kVector] = widen(load_input(at));
                     }
                 });
             }
         }
     });
 }
+
+template <int N>
+using Number = std::integral_constant<int, N>;
 
 // Adds the products of a row of outputs for sources [Begin, End) of a unit.
 template <int Begin, int End, int V>
@@ -188,7 +206,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     const int k = static_cast<int>(p.kernel_size), radius = k / 2, vectors = plan.lanes * V;
-    const int units = plan.unit_rows * plan.unit_columns, all = static_cast<int>(plan.outputs.number);
+    const int units = plan.unit_rows * plan.unit_columns, all = plan.outputs;
     Line* const rows = shared_memory<Line>();
     Line* const columns = rows + plan.most_rows;
     float4* const grads = reinterpret_cast<float4*>(columns + plan.most_columns);
@@ -197,6 +215,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     float* const staged = masks + k * plan.band * plan.unit_columns * plan.slot;
     float* const scales = staged + k * k * all;
     int* const slots = reinterpret_cast<int*>(scales + all);
+    int* const first_rows = slots + plan.unit_columns;  // of the windows that touch a source, and the next ones
+    int* const first_columns = first_rows + plan.unit_rows * kOwn + k + 1;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int lane = thread % plan.lanes, part = thread / plan.lanes % plan.parts,
               unit = min(thread / (plan.lanes * plan.parts), units - 1);
@@ -223,66 +243,59 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         find_lines(p, plan.columns, out_left, out_columns, array.stride_w, array.stride_c,
                    p.from_logits && array.stride_w < array.stride_c, columns);
 #pragma unroll 1
-        for (int j = thread; j < plan.unit_columns; j += threads)
-            slots[j] = j * plan.slot - (plan.columns.first(left + j - radius) - out_left);
+        for (int d = thread; d <= plan.unit_rows * kOwn + k; d += threads)
+            first_rows[d] = plan.rows.first(top + d - radius) - out_top;
+#pragma unroll 1
+        for (int d = thread; d <= plan.unit_columns + k; d += threads) {
+            first_columns[d] = plan.columns.first(left + d - radius) - out_left;
+            if (d < plan.unit_columns) slots[d] = d * plan.slot - first_columns[d];
+        }
+        __syncthreads();
 
         // Of the sources of this thread: outputs [begin[s], end[s]) of the tile, [out_j, out_j + own_columns).
         const int i = top + unit_row * kOwn, j = left + unit_column;
         const bool computes = has_unit && j < grad_features.w && lane * kVector < channels;
-        const int out_j = plan.columns.first(j - radius) - out_left,
-                  own_columns = plan.columns.first(j + k - radius) - out_left - out_j;
+        const int out_j = first_columns[unit_column], own_columns = first_columns[unit_column + k] - out_j;
         int begin[kOwn], end[kOwn];
 #pragma unroll
         for (int s = 0; s < kOwn; s++) {
-            const bool exists = computes && i + s < grad_features.h;
-            begin[s] = exists ? plan.rows.first(i + s - radius) - out_top : INT32_MAX;
-            end[s] = exists ? plan.rows.first(i + s + k - radius) - out_top : INT32_MAX;
+            begin[s] = first_rows[unit_row * kOwn + s];
+            end[s] = first_rows[unit_row * kOwn + s + k];
         }
         float4 sums[kOwn][V] = {};
-        __syncthreads();
 #pragma unroll 1
         for (int first = 0; first < out_rows && out_columns > 0; first += plan.band) {
-            const Band band{rows + first, min(plan.band, out_rows - first), columns, out_columns,
-                            static_cast<int>(plan.width.number)};
-            copy_masks(p, n, group, band, staged, all);
+            const Band band{rows + first, min(plan.band, out_rows - first), columns, out_columns, plan.width, all};
+            copy_masks(p, n, group, band, staged);
             copy_grads<Vectors>(p.grad_output, plan, n, c, channels, out_top + first, out_left, band, vectors, grads);
             wait_for_copies();
             __syncthreads();
-            normalize_band(p.from_logits ? p.normalizer : CARAFEPP_NONE, k * k, staged, all, all, scales);
+            normalize_band(p.from_logits ? p.normalizer : CARAFEPP_NONE, k * k, band, staged, scales);
             __syncthreads();
             sort_masks(plan, k, band, top, left, slots, staged, scales, masks);
             __syncthreads();
+            // Rows of outputs [from, to) have taps at the sources [lowest, highest).
+            const auto add_rows = [&](auto lowest, auto highest, int from, int to) __attribute__((always_inline)) {
+                constexpr int kLowest = decltype(lowest)::value, kHighest = decltype(highest)::value;
+                int y = max(from - first, 0);
+                y += (part - y) & (plan.parts - 1);
 #pragma unroll 1
-            for (int y = part; y < band.height; y += plan.parts) {
-                int lowest = 0, highest = 0;  // the sources whose windows have the row
-#pragma unroll
-                for (int s = 0; s < kOwn; s++) {
-                    lowest += end[s] <= first + y;
-                    highest += begin[s] <= first + y;
+                for (; y < min(to - first, band.height); y += plan.parts) {
+                    const int a = i + kLowest - band.rows[y].source + radius;
+                    add_row<kLowest, kHighest>(grads + (y * band.width.number + out_j) * plan.depth + lane, plan.depth,
+                                               plan.lanes,
+                                               masks + a * apart + (y * plan.unit_columns + unit_column) * plan.slot,
+                                               apart, own_columns, sums);
                 }
-                const int a = i + lowest - band.rows[y].source + radius;
-                const float* const weights = masks + a * apart + (y * plan.unit_columns + unit_column) * plan.slot;
-                const float4* const of_row = grads + (y * band.width + out_j) * plan.depth + lane;
-                const auto add = [&](auto from, auto to) __attribute__((always_inline)) {
-                    add_row<from, to>(of_row, plan.depth, plan.lanes, weights, apart, own_columns, sums);
-                };
-                const std::integral_constant<int, 0> _0;
-                const std::integral_constant<int, 1> _1;
-                const std::integral_constant<int, 2> _2;
-                const std::integral_constant<int, 3> _3;
-                const std::integral_constant<int, 4> _4;
-                switch (lowest * (kOwn + 1) + highest) {
-                    case 1: add(_0, _1); break;
-                    case 2: add(_0, _2); break;
-                    case 3: add(_0, _3); break;
-                    case 4: add(_0, _4); break;
-                    case 7: add(_1, _2); break;
-                    case 8: add(_1, _3); break;
-                    case 9: add(_1, _4); break;
-                    case 13: add(_2, _3); break;
-                    case 14: add(_2, _4); break;
-                    case 19: add(_3, _4); break;
-                }
+            };
+            if (computes) {
+                add_rows(Number<0>(), Number<1>(), begin[0], begin[1]);
+                add_rows(Number<0>(), Number<2>(), begin[1], begin[2]);
+                add_rows(Number<0>(), Number<3>(), begin[2], begin[3]);
+                add_rows(Number<0>(), Number<4>(), begin[3], end[0]);
+                add_rows(Number<1>(), Number<4>(), end[0], end[1]);
+                add_rows(Number<2>(), Number<4>(), end[1], end[2]);
+                add_rows(Number<3>(), Number<4>(), end[2], end[3]);
             }
             __syncthreads();
         }
@@ -363,7 +376,7 @@ void grad_features_tiles(const Problem& p, const Array& grad_features) {
 // Why no tile can be planned for a problem.
 inline const char* not_for_grad_features_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
-    if (p.out_h == 0 || p.out_w == 0) return nullptr;
+    if (p.kernel_size < 3) return "kernel_size is less than 3";
     return GradFeaturesPlan(p, 2, false).shared_bytes > kBandBytes ? "kernel_size or the factor is too large" : nullptr;
 }
 

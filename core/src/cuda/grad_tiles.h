@@ -39,17 +39,14 @@ struct Outputs {
 
 // Quotients of small numbers by one that is known beforehand.
 struct Divisor {
-    uint32_t number, reciprocal;
+    int number;
+    uint32_t reciprocal;
 
-    explicit Divisor(int number)
-        : number(static_cast<uint32_t>(number)), reciprocal(static_cast<uint32_t>((int64_t{1} << 32) / number + 1)) {}
+    explicit Divisor(int number) : number(number), reciprocal(static_cast<uint32_t>((int64_t{1} << 31) / number + 1)) {}
 
-    // For n * number < 2^32 and number > 1.
+    // For n * number < 2^31.
     __device__ __forceinline__ int quotient(int n) const {
-        return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * reciprocal >> 32);
-    }
-    __device__ __forceinline__ int remainder(int n, int quotient) const {
-        return n - quotient * static_cast<int>(number);
+        return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * reciprocal >> 31);
     }
 };
 
@@ -93,44 +90,47 @@ struct Band {
     int height;
     const Line* columns;
     int columns_count;
-    int width;
+    Divisor width;
+    int outputs;  // room for them
 };
 
-// Copies the masks or logits of a band to to[tap * apart + output]. They arrive as copies of this thread do. If taps
-// are adjacent in memory, neighbouring threads have neighbouring taps of an output; else neighbouring outputs.
-__device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t group, const Band& band, float* to,
-                                           int apart) {
+// Copies the masks or logits of a band to to[tap * outputs + output]. They arrive as copies of this thread do. If taps
+// are adjacent in memory, neighbouring threads have neighbouring taps of an output; else neighbouring outputs. Where
+// outputs are few, teams of threads have taps of each.
+__device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t group, const Band& band, float* to) {
     constexpr int kInFlight = 4;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int64_t sub_pixels = p.from_logits ? p.factor.up * p.factor.up : 1, tap = sub_pixels * array.stride_c;
     const int taps = static_cast<int>(p.taps()), threads = static_cast<int>(blockDim.x);
     const int together = tap <= array.stride_w && sub_pixels < 16 ? kNormalizers : 1;
-    const int all = band.height * band.columns_count * together, teams = max(threads / max(all, 1), 1);
-    const int team = static_cast<int>(threadIdx.x) / (teams > 1 ? all : threads);
+    const int all = band.outputs * together, teams = max(threads / all, 1);
+    const int thread = thread_computed_late(), team = teams > 1 ? thread / all : 0;
     if (team >= teams) return;
+    const int own = thread - team * all, first = own % together + team * together, step = together * teams;
+    const int64_t from_step = step * tap;
     with_storage(array.dtype, [&](auto storage) {
         using M = decltype(storage);
-        const M* const masks = element<const M>(array, n, group * taps * sub_pixels, 0, 0);
+        const M* const masks = element<const M>(array, n, group * taps * sub_pixels, 0, 0) + first * tap;
 #pragma unroll 1
-        for (int k = static_cast<int>(threadIdx.x) - team * all; k < all; k += threads) {
-            const int output = k / together, y = output / band.columns_count,
-                      x = band.columns[output - y * band.columns_count].next;
-            const int first = k % together + team * together, step = together * teams;
-            const M* from = masks + band.rows[y].from + band.columns[x].from + first * tap;
-            float* staged = to + first * apart + y * band.width + x;
+        for (int output = own / together; output < band.outputs; output += threads / together) {
+            const int y = band.width.quotient(output), column = output - y * band.width.number;
+            if (y >= band.height || column >= band.columns_count) continue;
+            const int x = band.columns[column].next;
+            const M* from = masks + band.rows[y].from + band.columns[x].from;
+            float* staged = to + first * band.outputs + y * band.width.number + x;
             if constexpr (std::is_same_v<M, float>) {
 #pragma unroll 4
-                for (int t = first; t < taps; t += step, from += step * tap, staged += step * apart)
+                for (int t = first; t < taps; t += step, from += from_step, staged += step * band.outputs)
                     copy_async<sizeof(float)>(staged, from, true);
             } else {
 #pragma unroll 1
                 for (int t = first; t < taps; t += kInFlight * step) {
                     float values[kInFlight];
 #pragma unroll
-                    for (int load = 0; load < kInFlight; load++, from += step * tap)
+                    for (int load = 0; load < kInFlight; load++, from += from_step)
                         values[load] = t + load * step < taps ? widen(load_input(from)) : 0;
 #pragma unroll
-                    for (int load = 0; load < kInFlight; load++, staged += step * apart) {
+                    for (int load = 0; load < kInFlight; load++, staged += step * band.outputs) {
                         if (t + load * step < taps) *staged = values[load];
                     }
                 }
@@ -139,34 +139,35 @@ __device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t 
     });
 }
 
-// Turns staged logits of `outputs` outputs into masks that scales[output] is a factor of. Neighbouring threads, a power
-// of 2 and at most eight, have the taps of an output.
-__device__ __forceinline__ void normalize_band(carafepp_normalizer normalizer, int taps, float* staged, int apart,
-                                               int outputs, float* scales) {
-    const int threads = static_cast<int>(blockDim.x);
+// Turns staged logits of a band into masks that scales[output] is a factor of. Neighbouring threads, a power of 2 and
+// at most eight, have the taps of an output.
+__device__ __forceinline__ void normalize_band(carafepp_normalizer normalizer, int taps, const Band& band,
+                                               float* staged, float* scales) {
+    const int threads = static_cast<int>(blockDim.x), thread = thread_computed_late();
     int together = 1;
-    while (together < kNormalizers && outputs * together * 2 <= threads) together *= 2;
-    const int lane = static_cast<int>(threadIdx.x) % together, step = together * apart;
+    while (together < kNormalizers && band.outputs * together * 2 <= threads) together *= 2;
+    const int lane = thread % together, step = together * band.outputs;
     const bool divides = normalizer == CARAFEPP_SOFTMAX || normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+    if (normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
 #pragma unroll 1
-    for (int before = 0; before < outputs; before += threads / together) {  // all lanes of a warp, as they reduce
-        const int output = before + static_cast<int>(threadIdx.x) / together;
-        float* const first = staged + output + lane * apart;
-        const float* const end = staged + (output < outputs ? taps * apart : 0);
-        if (normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
+        for (int k = thread; k < taps * band.outputs; k += threads)
+            staged[k] = normalizer == CARAFEPP_SIGMOID ? sigmoid(staged[k]) : log_sigmoid(staged[k]);
+        __syncthreads();
+    }
 #pragma unroll 1
-            for (float* at = first; at < end; at += step)
-                *at = normalizer == CARAFEPP_SIGMOID ? sigmoid(*at) : log_sigmoid(*at);
-        }
+    for (int before = 0; before < band.outputs; before += threads / together) {  // all lanes of a warp, as they reduce
+        const int output = before + thread / together, count = output < band.outputs ? taps : 0;
+        float* const first = staged + output + lane * band.outputs;
         float scale = 1;
         if (divides) {
-            float largest = -INFINITY, sum = 0;
-#pragma unroll 4
-            for (const float* at = first; at < end; at += step) largest = Larger()(*at, largest);
+            float largest = -INFINITY, sum = 0, *at = first;
+#pragma unroll 2
+            for (int t = lane; t < count; t += together, at += step) largest = Larger()(*at, largest);
             for (int distance = 1; distance < together; distance *= 2)
                 largest = Larger()(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-#pragma unroll 4
-            for (float* at = first; at < end; at += step) {
+            at = first;
+#pragma unroll 2
+            for (int t = lane; t < count; t += together, at += step) {
                 *at = expf(*at - largest);
                 sum += *at;
             }
@@ -174,7 +175,7 @@ __device__ __forceinline__ void normalize_band(carafepp_normalizer normalizer, i
                 sum += __shfl_xor_sync(0xffffffffu, sum, distance);
             scale = 1 / sum;
         }
-        if (output < outputs && lane == 0) scales[output] = scale;
+        if (count > 0 && lane == 0) scales[output] = scale;
     }
 }
 
