@@ -183,8 +183,8 @@ BUDGETS = {
     },
     "grad_masks_up2_nhwc_mma.cu": {"float16": 317, "bfloat16": 317},
     "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
-    "grad_features_nhwc.cu": {"float32 ILi2E": 156, "float32 ILi1E": 92},
-    "grad_features_nchw.cu": {"float32 ILi2E": 156, "float32 ILi1E": 92},
+    "grad_features_nhwc.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
+    "grad_features_nchw.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
     "grad_features_down2_nhwc.cu": {"float32": 202, "float16": 402, "bfloat16": 402},
     "grad_features_down2_nchw.cu": {"float32": 85, "float16": 105, "bfloat16": 105},
 }

@@ -43,6 +43,36 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "features and grad_output of a slice are read before they arrive",
+        "grad_masks_tiles.h",
+        "            wait_for_copies();\n            __syncthreads();\n#pragma unroll 1",
+        "            __syncthreads();\n#pragma unroll 1",
+    ),
+    Mutant(
+        "gradients of taps beyond a border are kept for any factor",
+        "grad_masks_tiles.h",
+        "if (!exists) grads[unit] = 0;",
+        "if (!exists && y >= band.height) grads[unit] = 0;",
+    ),
+    Mutant(
+        "the halo of an output is a row short",
+        "grad_masks_tiles.h",
+        "halo_rows = sources(rows, height) + kernel_size.number - 1;",
+        "halo_rows = sources(rows, height) + kernel_size.number - 2;",
+    ),
+    Mutant(
+        "only the last slice of channels counts",
+        "grad_masks_tiles.h",
+        "to[o] += sums[o];",
+        "to[o] = sums[o];",
+    ),
+    Mutant(
+        "neighbouring outputs share a source",
+        "grad_masks_tiles.h",
+        "if (feature[0] == feature[kQuad - 1]) {",
+        "if (feature[0] == feature[kQuad / 2]) {",
+    ),
+    Mutant(
         "grad_output of a band is read before it arrives",
         "grad_features_tiles.h",
         "            wait_for_copies();\n            __syncthreads();",

@@ -256,12 +256,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         const int i = top + unit_row * kOwn, j = left + unit_column;
         const bool computes = has_unit && j < grad_features.w && lane * kVector < channels;
         const int out_j = first_columns[unit_column], own_columns = first_columns[unit_column + k] - out_j;
-        int begin[kOwn], end[kOwn];
-#pragma unroll
-        for (int s = 0; s < kOwn; s++) {
-            begin[s] = first_rows[unit_row * kOwn + s];
-            end[s] = first_rows[unit_row * kOwn + s + k];
-        }
+        const int* const begin = first_rows + unit_row * kOwn;
+        const int* const end = begin + k;
         float4 sums[kOwn][V] = {};
 #pragma unroll 1
         for (int first = 0; first < out_rows && out_columns > 0; first += plan.band) {

@@ -94,30 +94,46 @@ struct Band {
     int outputs;  // room for them
 };
 
-// Copies the masks or logits of a band to to[tap * outputs + output]. They arrive as copies of this thread do. If taps
-// are adjacent in memory, neighbouring threads have neighbouring taps of an output; else neighbouring outputs. Where
-// outputs are few, teams of threads have taps of each.
-__device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t group, const Band& band, float* to) {
-    constexpr int kInFlight = 4;
-    const Array& array = p.from_logits ? p.logits : p.masks;
-    const int64_t sub_pixels = p.from_logits ? p.factor.up * p.factor.up : 1, tap = sub_pixels * array.stride_c;
-    const int taps = static_cast<int>(p.taps()), threads = static_cast<int>(blockDim.x);
-    const int together = tap <= array.stride_w && sub_pixels < 16 ? kNormalizers : 1;
+// Calls f(place, staged, first, step) for taps first, first + step ... of outputs of a band, in an array of the shape
+// of masks or logits: where the first one is in memory and, as [tap][output], in shared memory. If taps are adjacent in
+// memory, neighbouring threads have neighbouring taps of an output; else neighbouring outputs. Where outputs are few,
+// teams of threads have taps of each.
+template <class F>
+__device__ __forceinline__ void walk_band(const Array& array, int64_t tap, const Band& band, F f) {
+    const int threads = static_cast<int>(blockDim.x);
+    const int together = tap <= array.stride_w && tap < 16 ? kNormalizers : 1;
     const int all = band.outputs * together, teams = max(threads / all, 1);
     const int thread = thread_computed_late(), team = teams > 1 ? thread / all : 0;
     if (team >= teams) return;
     const int own = thread - team * all, first = own % together + team * together, step = together * teams;
-    const int64_t from_step = step * tap;
+#pragma unroll 1
+    for (int output = own / together; output < band.outputs; output += threads / together) {
+        const int y = band.width.quotient(output), column = output - y * band.width.number;
+        if (y >= band.height || column >= band.columns_count) continue;
+        const int x = band.columns[column].next;
+        f(band.rows[y].from + band.columns[x].from + first * tap, first * band.outputs + y * band.width.number + x,
+          first, step);
+    }
+}
+
+// Elements from tap to tap in an array of the shape of masks or logits.
+__device__ __forceinline__ int64_t taps_apart(const Problem& p, const Array& array) {
+    return array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+}
+
+// Copies the masks or logits of a band to to[tap * outputs + output]. They arrive as copies of this thread do.
+__device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t group, const Band& band, float* to) {
+    constexpr int kInFlight = 4;
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    const int64_t tap = taps_apart(p, array);
+    const int taps = static_cast<int>(p.taps());
     with_storage(array.dtype, [&](auto storage) {
         using M = decltype(storage);
-        const M* const masks = element<const M>(array, n, group * taps * sub_pixels, 0, 0) + first * tap;
-#pragma unroll 1
-        for (int output = own / together; output < band.outputs; output += threads / together) {
-            const int y = band.width.quotient(output), column = output - y * band.width.number;
-            if (y >= band.height || column >= band.columns_count) continue;
-            const int x = band.columns[column].next;
-            const M* from = masks + band.rows[y].from + band.columns[x].from;
-            float* staged = to + first * band.outputs + y * band.width.number + x;
+        const M* const masks = element<const M>(array, n, 0, 0, 0) + group * taps * tap;
+        walk_band(array, tap, band, [&](int64_t place, int own, int first, int step) {
+            const M* from = masks + place;
+            float* staged = to + own;
+            const int64_t from_step = step * tap;
             if constexpr (std::is_same_v<M, float>) {
 #pragma unroll 4
                 for (int t = first; t < taps; t += step, from += from_step, staged += step * band.outputs)
@@ -135,7 +151,7 @@ __device__ __forceinline__ void copy_masks(const Problem& p, int64_t n, int64_t 
                     }
                 }
             }
-        }
+        });
     });
 }
 

@@ -36,7 +36,9 @@ namespace carafepp::cuda {
     X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma) \
     X(result "_up2_nchw", grad_masks_up2_nchw)         \
     X(result "_down2_nhwc", grad_masks_down2_nhwc)     \
-    X(result "_down2_nchw", grad_masks_down2_nchw)
+    X(result "_down2_nchw", grad_masks_down2_nchw)     \
+    X(result "_nhwc", grad_masks_nhwc)                 \
+    X(result "_nchw", grad_masks_nchw)
 
 #define CARAFEPP_DECLARE(name, kernel)                                            \
     const char* cannot_run_##kernel(const Problem& problem, const Array& result); \
