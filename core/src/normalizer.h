@@ -8,8 +8,9 @@
 //     is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by the sum, as the
 //     definition does; a product with the reciprocal rounds otherwise.
 //   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h).
-//   - finish_staging() and stage_tile() share the taps of an output among threads (cuda/masks.h,
-//     cuda/reassemble_tiles.h).
+//   - finish_staging(), stage_tile() and normalize_band() share the taps of an output among threads (cuda/masks.h,
+//     cuda/reassemble_tiles.h, cuda/grad_tiles.h).
+//   - through_normalizer() works on masks without their scale in shared memory (cuda/grad_masks_tiles.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
 
