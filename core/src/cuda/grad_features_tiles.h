@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const int unit_row = unit / plan.unit_columns, unit_column = unit % plan.unit_columns;
     const int apart = plan.band * plan.unit_columns * plan.slot;  // from a row of taps to the next
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+        __syncthreads();  // nobody reads the tables of the last tile, though no output touched it
         const Quotient block = divide(item, computed_late(plan.channel_blocks)),
                        tile = divide(block.quotient, computed_late(plan.column_tiles)),
                        tile_row = divide(tile.quotient, computed_late(plan.row_tiles)),
