@@ -259,7 +259,7 @@ _CUDA_TABLE = [
     Case("pairs", "pairs of columns", 1, 20, 5, 38, up=2, kernel_size=5, groups=2),
     Case("pairs_k3", "the same, an odd number of channels", 2, 19, 3, 10, up=2),
     Case("vectors_crop", "a crop", 1, 24, 5, 18, up=2, kernel_size=5, groups=2, size=(9, 33)),
-    Case("up2_tiles", "several tiles of sources and slices", 1, 40, 6, 20, up=2, kernel_size=5),
+    Case("up2_slices", "several tiles of sources and slices", 1, 40, 6, 20, up=2, kernel_size=5),
     Case(
         "vectors_crop_rows", "a crop of one row", 1, 136, 3, 14, up=2, kernel_size=5, size=(5, 28)
     ),

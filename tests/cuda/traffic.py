@@ -127,10 +127,6 @@ def in_flight(loop: list[Instruction]) -> int:
         if not words.isdisjoint(read):
             pending.clear()
         if load:
-            read = read[1:]  # the address may be where it loads to
-        if any(first <= r < first + ceil(pending[first] / 4) for first in pending for r in read):
-            pending.clear()
-        if load:
             width = re.search(r"\.(64|128)\b", load[1])
             pending[int(load[2])] = int(width[1]) // 8 if width else 2 if ".U16" in load[1] else 4
             most = max(most, sum(pending.values()))

@@ -72,7 +72,8 @@ private:
         outputs = all;
         const int64_t grads = int64_t{all} * depth * int64_t{sizeof(float4)},
                       turned = int64_t{lanes} * kVector * (unit_rows * unit_columns | 1) * int64_t{sizeof(float)};
-        shared_bytes = (most_rows + most_columns) * int64_t{sizeof(Line)} + std::max(grads, ceil_div(turned, 16) * 16) +
+        shared_bytes = (most_rows + most_columns) * int64_t{sizeof(BandLine)} +
+                       std::max(grads, ceil_div(turned, 16) * 16) +
                        int64_t{k} * band * unit_columns * slot * int64_t{sizeof(float)} +
                        (int64_t{k} * k + 1) * all * int64_t{sizeof(float)} +
                        (unit_rows * kOwn + 2 * unit_columns + 2 * (k + 1)) * int64_t{sizeof(int)};
@@ -207,8 +208,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     const int k = static_cast<int>(p.kernel_size), radius = k / 2, vectors = plan.lanes * V;
     const int units = plan.unit_rows * plan.unit_columns, all = plan.outputs;
-    Line* const rows = shared_memory<Line>();
-    Line* const columns = rows + plan.most_rows;
+    BandLine* const rows = shared_memory<BandLine>();
+    BandLine* const columns = rows + plan.most_rows;
     float4* const grads = reinterpret_cast<float4*>(columns + plan.most_columns);
     const int turned = (plan.lanes * kVector * (units | 1) + kVector - 1) / kVector;
     float* const masks = reinterpret_cast<float*>(grads + max(all * plan.depth, turned));

@@ -64,7 +64,7 @@ private:
         const int64_t staged = (int64_t{halo_rows} * halo_columns.number + height * columns_of_tile) * depth *
                                int64_t{sizeof(float4)},
                       masks = (taps.number + 1) * int64_t{outputs} * int64_t{sizeof(float)};
-        shared_bytes = 2 * (height + columns_of_tile) * int64_t{sizeof(Line)} +
+        shared_bytes = 2 * (height + columns_of_tile) * int64_t{sizeof(BandLine)} +
                        std::max(staged, ceil_div(masks, 16) * 16) +
                        int64_t{taps.number} * outputs * int64_t{sizeof(float)};
     }
@@ -159,10 +159,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const Array& result = arguments.result;  // of the shape of masks or logits
     const int k = plan.kernel_size.number, taps = plan.taps.number, radius = k / 2;
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    Line* const rows = shared_memory<Line>();  // of the input
-    Line* const columns = rows + plan.height;
-    Line* const result_rows = columns + plan.columns_of_tile;
-    Line* const result_columns = result_rows + plan.height;
+    BandLine* const rows = shared_memory<BandLine>();  // of the input
+    BandLine* const columns = rows + plan.height;
+    BandLine* const result_rows = columns + plan.columns_of_tile;
+    BandLine* const result_columns = result_rows + plan.height;
     float4* const features = reinterpret_cast<float4*>(result_columns + plan.columns_of_tile);
     const int pixels = plan.halo_rows * plan.halo_columns.number;
     float4* const grad_output = features + pixels * plan.depth;

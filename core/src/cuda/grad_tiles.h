@@ -4,12 +4,12 @@
 #pragma once
 
 #include "cuda/channels.h"
+#include "cuda/positions.h"
 
 namespace carafepp::cuda {
 
 constexpr int kMostThreads = 256;          // of a block
 constexpr int64_t kBandBytes = 48 * 1024;  // of shared memory
-constexpr int kMostSize = INT32_MAX / 4;   // of the numbers that places of an axis are computed from
 constexpr int kMostFactor = 1 << 16;
 
 // The outputs of an axis, and the sources that they are centred on.
@@ -63,7 +63,7 @@ __device__ __forceinline__ void with_storage(carafepp_dtype dtype, F f) {
 }
 
 // A row or a column of outputs. The sums of `from` of both tell where an output's masks or logits are.
-struct Line {
+struct BandLine {
     int64_t from;
     int source;
     int next;  // of columns: the columns in the order of memory, where this one stands
@@ -71,7 +71,7 @@ struct Line {
 
 // Finds rows or columns [first, first + count) in an array of the shape of masks or logits.
 __device__ __forceinline__ void find_lines(const Problem& p, const Outputs& axis, int first, int count, int64_t stride,
-                                           int64_t stride_of_phase, bool phases_apart, Line* lines) {
+                                           int64_t stride_of_phase, bool phases_apart, BandLine* lines) {
     const int up = p.from_logits ? static_cast<int>(axis.up) : 1, pitch = phases_apart ? up : 1;
 #pragma unroll 1
     for (int k = static_cast<int>(threadIdx.x); k < count; k += static_cast<int>(blockDim.x)) {
@@ -86,9 +86,9 @@ __device__ __forceinline__ void find_lines(const Problem& p, const Outputs& axis
 
 // A band of rows of outputs in shared memory: output (y, x) has the number y * width + x.
 struct Band {
-    const Line* rows;
+    const BandLine* rows;
     int height;
-    const Line* columns;
+    const BandLine* columns;
     int columns_count;
     Divisor width;
     int outputs;  // room for them
