@@ -272,63 +272,6 @@ def test_nothing_is_recorded_for_tensors_without_grad(function, torch):
     assert all(result.is_inference() and not result.requires_grad for result in results)
 
 
-def test_a_call_without_gradient_skips_the_dispatcher_unless_somebody_looks_on(monkeypatch, torch):
-    """The operator's derivative rule is called by the dispatcher alone."""
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from carafepp.torch import operators
-
-    kernel = operators._door.compute
-    direct = []
-
-    def compute(*args, **options):
-        direct.append(sys._getframe(1).f_code is operators.call.__code__)
-        return kernel(*args, **options)
-
-    monkeypatch.setattr(operators._door, "compute", compute)
-    (x, m), params = integer_problem(torch, "reassemble")
-
-    def is_direct() -> bool:
-        direct.clear()
-        carafepp.reassemble(x, m, **params)
-        return direct == [True]
-
-    class Functions(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    assert is_direct()
-    with torch.inference_mode():
-        assert is_direct()
-        x, m = x.clone(), m.clone()
-        assert x.is_inference()
-        assert is_direct()
-    assert is_direct()
-    x, m = integer_problem(torch, "reassemble")[0]
-    for mode in (Functions, Operators):
-        seen: list[str] = []
-        with mode():
-            assert not is_direct()
-        assert any("carafepp" in name for name in seen)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        assert not is_direct()
-    assert "carafepp::reassemble" in {event.name for event in profile.events()}
-    with torch.autocast("cpu"):
-        assert not is_direct()
-    assert is_direct()
-    x.requires_grad_()
-    assert not is_direct()
-    with torch.no_grad():
-        assert is_direct()
-
-
 def test_inference_tensors_cannot_be_saved_for_a_derivative(torch):
     """PyTorch's own operators refuse it, too. Without a gradient, `out` is a tensor like others."""
     (x, m), params = integer_problem(torch, "reassemble")

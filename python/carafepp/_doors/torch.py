@@ -93,11 +93,9 @@ class PyTorch(Door):
 
 def _is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Tell whether pixels of several adjacent channels follow each other, row after row."""
-    if strides[1] != 1:
-        return False
     _, c, h, w = shape
-    _, _, stride_h, stride_w = strides
-    if c == 1 or h * w == 1:
+    _, stride_c, stride_h, stride_w = strides
+    if c == 1 or h * w == 1 or stride_c != 1:
         return False
     return (w == 1 or stride_w >= c) and (h == 1 or stride_h >= (stride_w * w if w > 1 else c))
 

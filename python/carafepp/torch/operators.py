@@ -47,14 +47,6 @@ try:  # the public API cannot express derivatives inside torch.func
 except ImportError:
     _SingleLevelFunction = None
 
-try:
-    from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _len_torch_function_stack
-    from torch._C import _dispatch_tls_local_exclude_set as _excluded
-    from torch._C import _dispatch_tls_local_include_set as _included
-    from torch.autograd import _profiler_enabled
-except ImportError:
-    _profiler_enabled = None
-
 Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, ...]
 
@@ -311,8 +303,6 @@ def call(
 
     PyTorch alone would truncate some parameters and would not know others.
     """
-    if not torch.compiler.is_compiling() and _reach_the_kernel(tensors):
-        return _door.compute(function, tensors, params, needed=needed)
     changed = {}
     for key, value in params.items():
         kind, default = _PARAMS[key]
@@ -341,45 +331,6 @@ def call(
                 raise not_an_array(function, FUNCTIONS[function].inputs[k], tensor) from None
         _door.compute(function, tensors, params, needed=needed)
         raise
-
-
-def _state_of_thread() -> tuple[int, int]:
-    """Return what every call of an operator meets: modes, transforms, traces, autocast."""
-    return _included().raw_repr(), _excluded().raw_repr()
-
-
-def _key_set(*names: str) -> int:
-    keys = DispatchKeySet(DispatchKey.Undefined)
-    for name in names:
-        keys |= DispatchKeySet(getattr(DispatchKey, name))
-    return int(keys.raw_repr())
-
-
-if _profiler_enabled is not None:
-    _plain_tensors, _plain_states = set(), {_state_of_thread()}
-    for _device in ("CPU", "CUDA"):
-        _inference = _device, f"Autocast{_device}"
-        _plain_tensors.add(_key_set(*_inference))
-        _plain_tensors.add(_key_set(*_inference, "ADInplaceOrView", f"Autograd{_device}"))
-    with torch.inference_mode():
-        _plain_states.add(_state_of_thread())
-
-
-def _reach_the_kernel(tensors: tuple[Any, ...]) -> bool:
-    """Tell whether an operator would just call its eager kernel.
-
-    The way there through PyTorch's dispatcher takes longer than a call on a small map.
-    """
-    grad_enabled = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) is not Tensor or (grad_enabled and tensor.requires_grad):
-            return False
-    if _profiler_enabled is None or _profiler_enabled() or _len_torch_function_stack():
-        return False
-    for tensor in tensors:
-        if _dispatch_keys(tensor).raw_repr() not in _plain_tensors:
-            return False
-    return _state_of_thread() in _plain_states and getattr(forward_ad, "_current_level", 0) < 0
 
 
 def _integer(function: str, name: str, value: Any) -> Any:
