@@ -591,19 +591,26 @@ def test_fast_kernels_reach_elements_beyond_2_31(function, name, layout, library
         except MemoryError as error:
             return skip("memory", str(error))
 
+    def check(kernel, arrays, outs, *where):
+        try:
+            with by(kernel, *where):
+                call_into(function, arrays, params, outs)
+        except NotImplementedError as error:  # another kernel takes what does not fit 32 bits
+            if "too far apart" not in str(error):
+                raise
+            call_into(function, arrays, params, outs)
+        with by(kernel, *where):
+            assert_equal(read(library, outs), expected)
+
     for axis, kernel in itertools.product(range(3), sorted(kernels)):
         for index in range(len(inputs)):
             arrays, outs = list(on_device), nans_like(library, expected)
             arrays[index] = far_apart(inputs[index], axis)
-            with by(kernel, "input", index, "axis", axis):
-                call_into(function, arrays, params, outs)
-                assert_equal(read(library, outs), expected)
+            check(kernel, arrays, outs, "input", index, "axis", axis)
         for index in range(len(expected)):
             outs = list(nans_like(library, expected))
             outs[index] = far_apart(np.full_like(expected[index], np.nan), axis)
-            with by(kernel, "result", index, "axis", axis):
-                call_into(function, on_device, params, outs)
-                assert_equal(read(library, outs), expected)
+            check(kernel, on_device, outs, "result", index, "axis", axis)
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@
 //   - normalize() serves the reference and the generic CUDA kernels, on tiles of any number of lanes: tap t of lane q
 //     is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by the sum, as the
 //     definition does; a product with the reciprocal rounds otherwise.
-//   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h).
-//   - finish_staging(), stage_tile() and normalize_band() share the taps of an output among threads (cuda/masks.h,
-//     cuda/reassemble_tiles.h, cuda/grad_tiles.h).
+//   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h). So does
+//     softmax() of the gradients for up x2, which also sums the gradients (cuda/grad_masks_up2.h).
+//   - normalize_by_sigmoid() asks for logits again, as it is rare (cuda/grad_features_mma.h).
+//   - finish_staging() and normalize_band() share the taps of an output among threads (cuda/masks.h,
+//     cuda/grad_tiles.h); normalize_line() has an output in a thread (cuda/stage_lines.h). All are in shared memory.
 //   - through_normalizer() works on masks without their scale in shared memory (cuda/grad_masks_tiles.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once

@@ -568,27 +568,15 @@ MUTANTS = [
     ),
     Mutant(
         "a zero of the band makes NaN of an infinite feature",
-        "mma.h",
-        "finite = finite && fabsf(values[q]) < INFINITY;",
-        "",
+        "reassemble_up2_nchw_mma.cu",
+        "number = zeros == 0 ? kSums : 0",
+        "number = kSums",
     ),
     Mutant(
         "a zero of the band makes NaN of an infinite feature's neighbours",
-        "mma.h",
-        "return fabsf(values.x) < INFINITY;",
-        "return true;",
-    ),
-    Mutant(
-        "pixels of a pair change places",
-        "mma.h",
-        "(even.of[word] & 0xffff) | odd.of[word] << 16",
-        "(odd.of[word] & 0xffff) | even.of[word] << 16",
-    ),
-    Mutant(
-        "both columns of a lane are of the same channels",
-        "mma.h",
-        "column / 2 + column % 2 * 4",
-        "column / 2 + column % 2 * 3",
+        "reassemble_up2_nhwc_mma.cu",
+        "number = zeros == 0 ? kSums : 0",
+        "number = kSums",
     ),
     Mutant(
         "vectors of a pixel are copied in another order than they are loaded in",

@@ -505,6 +505,10 @@ Inputs draw(const Case& p, Values values) {
                 case 6:
                     for (size_t at : logits) inputs.logits[at] = -10000;
                     break;
+                case 7: inputs.logits[one] = 1e30; break;
+                case 8:  // as those who mask out a window set them
+                    for (size_t at : logits) inputs.logits[at] = -1e30;
+                    break;
             }
         });
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with adjacent channels: a thread loads and stores four channels of a pixel as one vector.
+// Four channels of a pixel as one vector, in shared memory and, where channels are adjacent, in global memory.
 #pragma once
 
 #include "cuda/masks.h"
 
 namespace carafepp::cuda {
 
-constexpr int kVector = 4;  // channels of a thread
+constexpr int kVector = 4;  // channels
 
 // Loads give 0 where there are no channels: elements of 16 bits before they are widened, under one condition.
 __device__ __forceinline__ float4 load_channels(const float* from, bool exist = true) {

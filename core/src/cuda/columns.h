@@ -40,12 +40,12 @@ __device__ __forceinline__ void store_row(const float (&values)[P], int there, i
 inline const char* not_for_columns(const Array& array, int count = 2) {
     if (array.empty()) return nullptr;
     if (array.stride_w != 1) return "columns are not adjacent";
-    if (array.w % count != 0) return "columns are odd in number";
+    if (array.w % count != 0) return count == 2 ? "columns are odd in number" : "columns are no multiple of a vector";
     for (int64_t stride : {array.stride_n, array.stride_c, array.stride_h}) {
-        if (stride % count != 0) return "rows are not pairs of columns apart";
+        if (stride % count != 0) return "rows are not vectors of columns apart";
     }
     if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(count * itemsize(array.dtype)) != 0)
-        return "an array is not aligned to pairs of columns";
+        return "an array is not aligned to vectors of columns";
     return nullptr;
 }
 

@@ -41,8 +41,8 @@ struct GradFeaturesPlan {
         const int units = kMostThreads / (lanes * parts);
         unit_columns = even(p.features.w, std::max(units / 4, 8));
         unit_rows = even(ceil_div(p.features.h, kOwn), std::max(units / unit_columns, 1));
-        measure(k, even(most_rows_of(k), kBandBytes));
-        while (shared_bytes > kBandBytes && (band > 1 || unit_rows > 1 || unit_columns > 1)) {
+        measure(k, even(most_rows_of(k), kMostSharedBytes));
+        while (shared_bytes > kMostSharedBytes && (band > 1 || unit_rows > 1 || unit_columns > 1)) {
             if (band > 1) {
                 measure(k, even(most_rows, band - 1));
             } else {
@@ -68,9 +68,9 @@ private:
         most_rows = most_rows_of(k);
         most_columns = std::max(columns.most(unit_columns + k - 1), 2);
         width = Divisor(most_columns | 1);
-        const int all = band * (most_columns | 1);
-        outputs = all;
-        const int64_t grads = int64_t{all} * depth * int64_t{sizeof(float4)},
+        const int64_t all = int64_t{band} * (most_columns | 1);
+        outputs = static_cast<int>(all);  // if it fits
+        const int64_t grads = all * depth * int64_t{sizeof(float4)},
                       turned = int64_t{lanes} * kVector * (unit_rows * unit_columns | 1) * int64_t{sizeof(float)};
         shared_bytes = (most_rows + most_columns) * int64_t{sizeof(BandLine)} +
                        std::max(grads, ceil_div(turned, 16) * 16) +
@@ -87,6 +87,7 @@ __device__ __forceinline__ void sort_masks(const GradFeaturesPlan& plan, int k, 
     const int threads = static_cast<int>(blockDim.x), teams = max(threads / band.outputs, 1);
     const int thread = thread_computed_late(), team = teams > 1 ? thread / band.outputs : 0;
     const int apart = plan.band * plan.unit_columns * plan.slot;
+    if (team >= teams) return;
 #pragma unroll 1
     for (int output = thread - team * band.outputs; output < band.outputs; output += threads) {
         const int y = band.width.quotient(output), x = output - y * band.width.number;
@@ -375,7 +376,8 @@ void grad_features_tiles(const Problem& p, const Array& grad_features) {
 inline const char* not_for_grad_features_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.kernel_size < 3) return "kernel_size is less than 3";
-    return GradFeaturesPlan(p, 2, false).shared_bytes > kBandBytes ? "kernel_size or the factor is too large" : nullptr;
+    return GradFeaturesPlan(p, 2, false).shared_bytes > kMostSharedBytes ? "kernel_size or the factor is too large"
+                                                                         : nullptr;
 }
 
 }  // namespace carafepp::cuda

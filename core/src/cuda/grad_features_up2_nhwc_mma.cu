@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(128, 4)
 }  // namespace
 
 const char* cannot_run_grad_features_up2_nhwc_mma(const Problem& p, const Array& grad_features) {
+    if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     return not_compiled_for_bfloat16(p, grad_features_up2_nhwc_mma_kernel<5, BFloat16>);

@@ -37,12 +37,17 @@ struct GradMasksTilesPlan {
         plane_rows = static_cast<int>(p.from_logits ? p.logits.h * p.factor.up : p.out_h);
         plane_columns = static_cast<int>(p.from_logits ? p.logits.w * p.factor.up : p.out_w);
         for (vectors = 1; vectors < kMostVectors && vectors < all;) vectors *= 2;
-        depth = vectors | 1;
         height = 8;
         columns_of_tile = 16;
         measure();
-        while (shared_bytes > kBandBytes && (height > 1 || columns_of_tile > kQuad)) {
-            height > 1 ? height-- : columns_of_tile -= kQuad;
+        while (shared_bytes > kMostSharedBytes && (height > 1 || columns_of_tile > kQuad || vectors > 1)) {
+            if (height > 1) {
+                height--;
+            } else if (columns_of_tile > kQuad) {
+                columns_of_tile -= kQuad;
+            } else {
+                vectors /= 2;
+            }
             measure();
         }
         row_tiles = ceil_div(plane_rows, height);
@@ -56,6 +61,7 @@ private:
         return static_cast<int>(ceil_div((outputs_of_axis - 1) * int64_t{axis.down}, axis.up)) + 1;
     }
     void measure() {
+        depth = vectors | 1;
         halo_rows = sources(rows, height) + kernel_size.number - 1;
         halo_columns = Divisor(sources(columns, columns_of_tile) + kernel_size.number - 1);
         width = Divisor(columns_of_tile);
@@ -195,8 +201,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                         plan.width, plan.outputs};
         const int source_top = plan.rows.source(top) - radius, source_left = plan.columns.source(left) - radius;
         const int units = band.height * plan.quads.number * taps;
+        const int64_t contracted = band.height > 0 && existing_columns > 0 ? channels_in_group : 0;
 #pragma unroll 1
-        for (int64_t channel = 0; channel < channels_in_group; channel += plan.vectors * kVector) {
+        for (int64_t channel = 0; channel < contracted; channel += plan.vectors * kVector) {
             const int channels = static_cast<int>(min(channels_in_group - channel, int64_t{plan.vectors} * kVector));
             const int64_t c = group * channels_in_group + channel;
             stage_pixels<Vectors>(p.features, n, c, channels, source_top, source_left, static_cast<int>(p.features.h),
@@ -287,7 +294,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 // Why no tile can be planned for a problem.
 inline const char* not_for_grad_masks_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
-    return GradMasksTilesPlan(p).shared_bytes > kBandBytes ? "kernel_size is too large" : nullptr;
+    return GradMasksTilesPlan(p).shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
 }
 
 template <bool Vectors>

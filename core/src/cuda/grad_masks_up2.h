@@ -28,7 +28,7 @@ struct SourcesPlan {
 };
 
 // Why these kernels do not take a problem: they count tiles and channels in 32 bits, and places in a tile.
-inline const char* not_for_tiles(const Problem& p, const Array& grad_masks) {
+inline const char* not_for_source_tiles(const Problem& p, const Array& grad_masks) {
     const int64_t images = p.features.n * p.groups, rows = ceil_div(p.features.h, kTileRows) + 1;
     if (images > INT32_MAX / rows / (ceil_div(p.features.w, kTileColumns) + 1)) return "tiles are too many";
     if (p.features.c > INT32_MAX) return "channels are too many";
@@ -218,10 +218,9 @@ __device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad
     mean = 0;
 #pragma unroll
     for (int t = 0; t < K * K; t++) largest = fmaxf(largest, taps[t]);
-    largest *= kLog2OfE;
 #pragma unroll
     for (int t = 0; t < K * K; t++) {
-        taps[t] = power_of_2(fmaf(taps[t], kLog2OfE, -largest));
+        taps[t] = power_of_2((taps[t] - largest) * kLog2OfE);  // the difference first: logits may be huge
         sum += taps[t];
         mean += taps[t] * grad[t];
     }

@@ -67,8 +67,8 @@ struct Halo {
     }
 };
 
-// The gradients of a source's outputs, in this thread's channels of a slice: for each row, its own one first. Those of
-// outputs that do not exist are others', as nobody reads their sums.
+// The gradients of a source's outputs, in this thread's channels of a slice: for each row, its own one first. An
+// output that does not exist gets another's gradient: nobody reads its sum.
 template <bool Pairs, class T>
 struct OwnOutputs {
     const T* first;  // in the first channel
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nchw_kernel(Argument
 
 const char* cannot_run_grad_masks_up2_nchw(const Problem& p, const Array& grad_masks) {
     if (const char* reason = not_for_columns_of_up2(p, p.features, p.grad_output)) return reason;
-    return not_for_tiles(p, grad_masks);
+    return not_for_source_tiles(p, grad_masks);
 }
 
 void grad_masks_up2_nchw(const Problem& p, const Array& grad_masks) {

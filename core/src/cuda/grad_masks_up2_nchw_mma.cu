@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_up2_nchw_mma_kernel(Argu
 
 const char* cannot_run_grad_masks_up2_nchw_mma(const Problem& p, const Array& grad_masks) {
     if (const char* reason = not_for_columns_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    if (const char* reason = not_for_tiles(p, grad_masks)) return reason;
+    if (const char* reason = not_for_source_tiles(p, grad_masks)) return reason;
     return not_compiled_for_bfloat16(p, grad_masks_up2_nchw_mma_kernel<5, BFloat16>);
 }
 

@@ -88,7 +88,7 @@ const char* cannot_run_grad_masks_up2_nhwc(const Problem& p, const Array& grad_m
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
-    return not_for_tiles(p, grad_masks);
+    return not_for_source_tiles(p, grad_masks);
 }
 
 void grad_masks_up2_nhwc(const Problem& p, const Array& grad_masks) {

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks)
 #pragma unroll
                 for (int r = 0; r < kOutputRows; r++)
                     outputs[r] = *reinterpret_cast<const uint4*>(own + r * kBlock * kWide);
+                __syncwarp();  // before copies take their place
                 if (left > 0) copy(kChannels, staged + kGrads + (left - 1) % 2 * kPixels);
 #pragma unroll
                 for (int y = 0; y < kTileRows + K - 1; y++, pixels += kHaloColumns * kChannels) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks)
 
 const char* cannot_run_grad_masks_up2_nhwc_mma(const Problem& p, const Array& grad_masks) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output})) return reason;
-    if (const char* reason = not_for_tiles(p, grad_masks)) return reason;
+    if (const char* reason = not_for_source_tiles(p, grad_masks)) return reason;
     return not_compiled_for_bfloat16(p, grad_masks_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 

@@ -8,8 +8,7 @@
 
 namespace carafepp::cuda {
 
-constexpr int kMostThreads = 256;          // of a block
-constexpr int64_t kBandBytes = 48 * 1024;  // of shared memory
+constexpr int kMostThreads = 256;  // of a block
 constexpr int kMostFactor = 1 << 16;
 
 // The outputs of an axis, and the sources that they are centred on.
@@ -66,7 +65,7 @@ __device__ __forceinline__ void with_storage(carafepp_dtype dtype, F f) {
 struct BandLine {
     int64_t from;
     int source;
-    int next;  // of columns: the columns in the order of memory, where this one stands
+    int in_memory;  // of columns: the number of the one that stands here in the order of memory
 };
 
 // Finds rows or columns [first, first + count) in an array of the shape of masks or logits.
@@ -80,7 +79,7 @@ __device__ __forceinline__ void find_lines(const Problem& p, const Outputs& axis
         lines[k].source = axis.source(first + k);
         // Columns of a phase are neighbours in memory, if columns are.
         const int own = k % pitch;
-        lines[own * (count / pitch) + min(own, count % pitch) + k / pitch].next = k;
+        lines[own * (count / pitch) + min(own, count % pitch) + k / pitch].in_memory = k;
     }
 }
 
@@ -110,7 +109,7 @@ __device__ __forceinline__ void walk_band(const Array& array, int64_t tap, const
     for (int output = own / together; output < band.outputs; output += threads / together) {
         const int y = band.width.quotient(output), column = output - y * band.width.number;
         if (y >= band.height || column >= band.columns_count) continue;
-        const int x = band.columns[column].next;
+        const int x = band.columns[column].in_memory;
         f(band.rows[y].from + band.columns[x].from + first * tap, first * band.outputs + y * band.width.number + x,
           first, step);
     }

@@ -296,24 +296,8 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
     own.each([&](int k, int) { taps[k] *= scale; });
 }
 
-// Turns staged logits of `outputs` outputs into masks, in a block of kThreads. Tap t of an output is
-// staged[first(output) + t * step].
-template <int K, class First>
-__device__ void normalize_staged(carafepp_normalizer normalizer, float* staged, int outputs, int step, First first) {
-    const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
-    for (int before = 0; before < outputs; before += kThreads / kNormalizers) {
-        const int output = before + static_cast<int>(threadIdx.x) / kNormalizers;
-        const TapsOfEight<K> taps{lane, output < outputs ? K * K : 0};
-        float* const masks = staged + first(output);
-        float own[kOwnTaps<K>] = {};
-        taps.each([&](int k, int tap) { own[k] = masks[tap * step]; });
-        normalize_registers(normalizer, taps, own);
-        taps.each([&](int k, int tap) { masks[tap * step] = own[k]; });
-    }
-}
-
-// The same in a block of `Threads`, by fewer instructions: a thread has all taps of an output. Where outputs are few,
-// it takes longer.
+// Turns staged logits of `outputs` outputs into masks, in a block of `Threads`. Tap t of an output is
+// staged[first(output) + t * step]. A thread has all taps of an output.
 template <int K, int Threads, class First>
 __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, float* staged, int outputs, int step,
                                                First first) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels for up x2 on tensor cores, for arrays of 16 bits. In the fragments of PTX's mma.m16n8k8 a lane holds pairs of
-// elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows `row` and `row` + 8, columns 2 * pair
-// and 2 * pair + 1.
+// Kernels for up x2 on tensor cores, for arrays of 16 bits. In the fragments of PTX's mma.m16n8k8 and mma.m16n8k16 a
+// lane holds pairs of elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows `row` and `row` +
+// 8, columns 2 * pair and 2 * pair + 1.
 #pragma once
 
 #include <initializer_list>
@@ -12,28 +12,9 @@
 
 namespace carafepp::cuda {
 
-// ---- adjacent channels: eight loaded and stored at once ----
-
 constexpr int kWide = 8;  // channels in 16 bytes
 
-// Eight channels as words of two, 0 where there are none.
-struct Words {
-    uint32_t of[4];
-};
-template <class T>
-__device__ __forceinline__ Words load_words(const T* from, bool exist) {
-    if (!exist) return {};
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
-    return {{words.x, words.y, words.z, words.w}};
-}
-
-// ---- adjacent columns: two loaded and stored at once ----
-
-// Two columns of a channel as a word, 0 where there are none.
-template <class T>
-__device__ __forceinline__ uint32_t load_word(const T* from, bool exist) {
-    return exist ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
-}
+// ---- adjacent columns: two stored at once ----
 
 template <class T>
 __device__ __forceinline__ void store_word(uint32_t word, T* to) {

@@ -16,8 +16,9 @@
 
 namespace carafepp::cuda {
 
-constexpr int kThreads = 256;                // of a block
-constexpr int64_t kSharedBytes = 40 * 1024;  // that every device gives to every block
+constexpr int kThreads = 256;                    // of a block
+constexpr int64_t kMostSharedBytes = 48 * 1024;  // that every device gives to a block
+constexpr int64_t kSharedBytes = 40 * 1024;      // of a block of the generic kernels
 
 void check(cudaError_t error);            // throws Failure for an error, which it clears for the caller
 int architecture_of(const void* kernel);  // the current device runs code for this one: 80 is 8.0

@@ -24,7 +24,7 @@ struct Shares {
                          kPixels = kHeight * kWidth;
     using MasksOfTile = Masks<K, kRows, kColumns, kOutputs + 4>;  // taps begin in other banks
     static constexpr int64_t kBytes = MasksOfTile::kElements * int64_t{sizeof(float)} +
-                                      kPixels * int64_t{kBytesOfPixel} + (kPixels + kBlock) * int64_t{sizeof(int)};
+                                      kPixels * int64_t{kBytesOfPixel} + kPixels * int64_t{sizeof(int)};
 
     // The place of an output's masks: those of a thread's column are adjacent.
     static __device__ __forceinline__ int place(int row, int column) {

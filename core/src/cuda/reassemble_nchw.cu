@@ -4,7 +4,9 @@
 
 namespace carafepp::cuda {
 
-const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) { return not_for_tiles(p, output); }
+const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) {
+    return not_for_reassemble_tiles(p, output);
+}
 
 void reassemble_nchw(const Problem& p, const Array& output) { reassemble_tiles<false>(p, output); }
 

@@ -11,8 +11,7 @@
 
 namespace carafepp::cuda {
 
-constexpr int64_t kTileBytes = 48 * 1024;  // of shared memory
-constexpr int64_t kEnoughTiles = 384;      // that keep all multiprocessors busy
+constexpr int64_t kEnoughTiles = 384;  // that keep all multiprocessors busy
 
 // The outputs of a thread: P x P of each of S sources.
 struct Share {
@@ -46,13 +45,15 @@ struct TilesPlan {
     TilesPlan(const Problem& p, const Array& output, Share share)
         : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w) {
         const int64_t all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1);
-        parts = static_cast<int>(ceil_div(ceil_div(p.factor.up, p.factor.down), share.p));
+        // A crop may leave fewer outputs than a source has.
+        const int64_t outputs = std::min(ceil_div(p.factor.up, p.factor.down), std::max(p.out_h, p.out_w));
+        parts = static_cast<int>(ceil_div(outputs, share.p));
         for (vectors = 1; vectors < 8 && vectors < all;) vectors *= 2;
         unit_columns = even(columns.count(), share.p == 1 ? 16 : 8);
         unit_rows = even(static_cast<int>(ceil_div(rows.count(), share.s)),
                          std::max(kBlock / (vectors * unit_columns), 1));
         measure(p, share);
-        while (shared_bytes > kTileBytes && (unit_rows > 1 || vectors > 1 || unit_columns > 1)) {
+        while (shared_bytes > kMostSharedBytes && (unit_rows > 1 || vectors > 1 || unit_columns > 1)) {
             if (unit_rows > 1) {
                 unit_rows--;
             } else {
@@ -274,13 +275,13 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments a
 }
 
 // Why no tile can be planned for a problem.
-inline const char* not_for_tiles(const Problem& p, const Array& output) {
+inline const char* not_for_reassemble_tiles(const Problem& p, const Array& output) {
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
     for (int64_t size : {p.features.h, p.features.w, p.out_h, p.out_w}) {
         if (size > kMostSize / std::max(p.factor.up, p.factor.down)) return "rows or columns are too many";
     }
     if (p.out_h == 0 || p.out_w == 0) return nullptr;
-    return TilesPlan(p, output, Share(p)).shared_bytes > kTileBytes ? "kernel_size is too large" : nullptr;
+    return TilesPlan(p, output, Share(p)).shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
 }
 
 template <bool Vectors>

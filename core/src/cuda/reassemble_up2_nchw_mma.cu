@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nchw_mma_kernel(Ar
                     *to = narrow<T>(output_tap_by_tap<K, T>(
                         p, tile.n, c, i, j + s, masks + (kSourcesOfLane * pair + s) * kOfSource + r * kUp + q));
                 }
+                __syncwarp();  // all lanes take part in the next products
                 outputs += kChannelsOfMma * output.stride_c;
             }
         }

@@ -23,7 +23,7 @@ struct TileDown2Plan {
         tile_rows = ceil_div(height, rows);
         tiles = ceil_div(width, columns);
         const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
-                      all = ceil_div(p.features.c / p.groups, channels_of_slice);
+                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, channels_of_slice), 1);
         slices = all;
         while (slices > 2 && of_channels * ceil_div(all, slices) < kEnoughItems) slices = ceil_div(slices, 2);
         channel_blocks = ceil_div(all, slices);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void copy_pixels(const T* from, const int* places, in
 #pragma unroll
         for (int k = 0; k < kInFlight; k++) {
             const int q = before + k * kStep;  // and `first`
-            if (q < Count) place[k] = places[q];
+            if (q + kStep <= Count || first + q < Count) place[k] = places[q];
         }
 #pragma unroll
         for (int k = 0; k < kInFlight; k++) {
