@@ -44,7 +44,7 @@ class Bar:
     work : str
         A line of the summary.
     unit : str
-        What the numbers are, as "of the roofline".
+        The words behind the numbers, as "of the roofline".
     form : str
         How they are written, as ".0%".
     reached, limit : float

@@ -74,7 +74,7 @@ struct TileOfResult {
     }
 };
 
-// Where this warp's pixels begin in a tile.
+// The first of this warp's pixels in a tile.
 template <class Tile>
 struct PixelsOfWarp {
     int row, column, lane;

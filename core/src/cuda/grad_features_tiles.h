@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         }
         __syncthreads();
 
-        // Of the sources of this thread: outputs [begin[s], end[s]) of the tile, [out_j, out_j + own_columns).
+        // Source s of this thread has rows [begin[s], end[s]) of outputs, and columns [out_j, out_j + own_columns).
         const int i = top + unit_row * kOwn, j = left + unit_column;
         const bool computes = has_unit && j < grad_features.w && lane * kVector < channels;
         const int out_j = first_columns[unit_column], own_columns = first_columns[unit_column + k] - out_j;

@@ -35,7 +35,7 @@ struct SliceOfChannels {
         return ((row * Tile::kColumns + column) * kVectors + (vector ^ (column / 2 % 2 + row % 2 * 2))) * kWide;
     }
 
-    // What a thread copies and stores.
+    // A thread copies and stores this vector of this pixel.
     static __device__ __forceinline__ int vector_of(int thread) { return thread % kVectors; }
     static __device__ __forceinline__ int column_of(int thread) { return thread / kVectors % Tile::kColumns; }
     static __device__ __forceinline__ int row_of(int thread) { return thread / kVectors / Tile::kColumns; }

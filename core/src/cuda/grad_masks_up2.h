@@ -269,7 +269,7 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
     }
 }
 
-// Where the two outputs of a thread are.
+// The place of the two outputs of a thread.
 struct OwnOutputsPlace {
     int64_t n, group;
     int i, j, r;  // source, and the row of its outputs

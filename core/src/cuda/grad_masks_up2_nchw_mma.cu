@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_up2_nchw_mma_kernel(Argu
             const int channels = static_cast<int>(computed_late(plan.channels));
             int left = (channels - 1) / kChannels;                                          // slices
             copies.copy(p, (channels - 1) % kChannels + 1, staged + left % 2 * kElements);  // so that others are whole
-            // Of two rows, a lane tells where a row of one of four matrices is: of both halves of the channels.
+            // A lane tells where a row of one of four matrices is: two rows, and both halves of the channels.
             const int of_lane = warp * kPlace + lane / 16 * kRow + lane % 16 * kOfMatrix;
 #pragma unroll 1
             for (; left >= 0; left--) {

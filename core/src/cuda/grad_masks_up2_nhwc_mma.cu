@@ -18,7 +18,7 @@ static_assert(kColumnsOfWarp + 5 - 1 <= 8, "a product has eight pixels");
 // Elements of shared memory: features of a slice, as [row][column][channel], and gradients, as [row][thread][channel].
 constexpr int kPixels = kHaloRows * kHaloColumns * kChannels, kGrads = kOutputRows * kBlock * kWide;
 
-// Of a multiprocessor. Before sm_80 copies pass registers, that a third block would miss.
+// Blocks of a multiprocessor. Before sm_80 copies pass registers, which a third block would miss.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kBlocks = 2;
 #else

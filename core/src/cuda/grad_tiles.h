@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the gradients for any factor share. A block has a tile, and goes through its outputs in bands of rows. It stages
+// Shared by the gradients for any factor. A block has a tile, and goes through its outputs in bands of rows. It stages
 // the masks of a band as [tap][output]. Dtypes and layouts are asked for when it runs, as no inner loop does.
 #pragma once
 

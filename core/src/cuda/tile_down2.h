@@ -196,7 +196,7 @@ constexpr int kChannelsOfCopy = kBytesOfCopy / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kChannelsOfPixel = kBytesOfPixel / static_cast<int>(sizeof(T));
 
-// Where `Count` pixels of an image are, in copies from its first channel on; at(q) is pixel number q.
+// Finds `Count` pixels of an image: places, in copies from its first channel on. at(q) is pixel number q.
 template <int Count, int Threads, class T, class At>
 __device__ __forceinline__ void find_pixels(const Array& array, At at, int* places) {
 #pragma unroll 1
