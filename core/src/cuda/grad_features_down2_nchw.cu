@@ -26,13 +26,14 @@ struct Tile {
 };
 
 struct GradFeaturesDown2NchwPlan {
-    TileDown2Plan tiles;
+    Tiles tiles;
     int copied;  // columns of grad_output at once: 4, 2 or 1
     bool fours;  // columns of features are stored four at once, or else two
 
     GradFeaturesDown2NchwPlan(const Problem& p, const Array& grad_features, int channels_of_slice)
         : tiles(p, ceil_div(grad_features.h, kDown), ceil_div(grad_features.w, kDown), kRows,
-                even_columns(ceil_div(grad_features.w, kDown), kMostColumns, kAligned), channels_of_slice),
+                even_columns(ceil_div(grad_features.w, kDown), kMostColumns, kAligned), channels_of_slice,
+                kEnoughItems),
           copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
                  : not_for_columns(p.grad_output) == nullptr  ? 2
                                                               : 1),
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kBlock, 2)
     float* const masks = shared_memory<float>();                  // [tap][row][column]
     T* const grads = reinterpret_cast<T*>(masks + M::kElements);  // [channel][row][column]
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan.tiles, item, kRows, S::kChannels);
+        const TileOfItem tile(p, plan.tiles, item);
         const int top = tile.top - R::kBefore;
         M::template stage<kBlock, T>(p, tile.n, tile.group, top, tile.left - R::kBefore, masks,
                                      [](int row, int column) { return row * S::kColumns + column; });

@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_own(const float4 (&values)[2], T* to) {
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arguments arguments, TileDown2Plan plan) {
+__global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     using S = Tile<K>;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arg
     T* const grads = reinterpret_cast<T*>(masks + M::kElements);  // [output][channel]
     int* const places = reinterpret_cast<int*>(grads + S::kOutputs * kChannels);
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan, item, kRows, kChannels);
+        const TileOfItem tile(p, plan, item);
         const int top = tile.top - R::kBefore, left = tile.left - R::kBefore;
         find_pixels<S::kOutputs, kBlock, T>(
             p.grad_output, [&](int q) { return make_int2(top + q / S::kWidth, left + q % S::kWidth); }, places);
@@ -127,8 +127,8 @@ const char* cannot_run_grad_features_down2_nhwc(const Problem& p, const Array& g
 void grad_features_down2_nhwc(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const TileDown2Plan plan(p, ceil_div(grad_features.h, kDown), ceil_div(grad_features.w, kDown), kRows, kColumns,
-                                 kChannelsOfPixel<T>);
+        const Tiles plan(p, ceil_div(grad_features.h, kDown), ceil_div(grad_features.w, kDown), kRows, kColumns,
+                         kChannelsOfPixel<T>, kEnoughItems);
         launch(grad_features_down2_nhwc_kernel<k, T>, plan.items, kBlock, Tile<k>::kBytes, p, grad_features, plan);
     });
 }

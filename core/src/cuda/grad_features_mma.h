@@ -9,6 +9,7 @@
 
 #include "cuda/mma.h"
 #include "cuda/stage_masks_up2.h"
+#include "cuda/tiles.h"
 
 namespace carafepp::cuda {
 
@@ -28,50 +29,6 @@ struct TileShape {
     static constexpr int kSourceRows = kRows + K - 1, kSourceColumns = kColumns + 2 * kBeforeTile;
     static constexpr int kSources = kSourceRows * kSourceColumns;
     static constexpr int kGradRows = kUp * kSourceRows, kGradColumns = kUp * kSourceColumns;
-};
-
-struct GradFeaturesMmaPlan {
-    int64_t before;            // columns of the first tile that are left of the result
-    int64_t tile_rows, tiles;  // of an image, of a row
-    int64_t channels;          // of an item
-    int64_t channel_blocks;    // of a group
-    int64_t items;
-
-    // Items have fewer channels if there are few of them.
-    GradFeaturesMmaPlan(const Problem& p, int rows, int columns, int channels_of_slice, int64_t before_first)
-        : before(before_first) {
-        tile_rows = ceil_div(p.features.h, rows);
-        tiles = ceil_div(p.features.w + before, columns);
-        const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
-                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, channels_of_slice), 1);
-        int64_t slices = all;
-        while (slices > 2 && of_channels * ceil_div(all, slices) < kEnoughItems) slices = ceil_div(slices, 2);
-        channels = slices * channels_of_slice;
-        channel_blocks = ceil_div(all, slices);
-        items = of_channels * channel_blocks;
-    }
-};
-
-// An item: a tile of the result, in some channels.
-struct TileOfResult {
-    int64_t n, group, c;  // the first channel
-    int top, left;
-    int channels;
-
-    __device__ __forceinline__ TileOfResult(const Problem& p, const GradFeaturesMmaPlan& plan, int64_t item, int rows,
-                                            int columns) {
-        const Quotient channel_block = divide(item, computed_late(plan.channel_blocks)),
-                       tile = divide(channel_block.quotient, computed_late(plan.tiles)),
-                       tile_row = divide(tile.quotient, computed_late(plan.tile_rows)),
-                       image = divide(tile_row.quotient, computed_late(p.groups));
-        n = image.quotient;
-        group = image.remainder;
-        top = static_cast<int>(tile_row.remainder) * rows;
-        left = static_cast<int>(tile.remainder * columns - plan.before);
-        const int64_t channels_in_group = p.features.c / p.groups, first = channel_block.remainder * plan.channels;
-        c = group * channels_in_group + first;
-        channels = static_cast<int>(min(channels_in_group - first, plan.channels));
-    }
 };
 
 // The first of this warp's pixels in a tile.
@@ -114,7 +71,7 @@ __device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normali
 
 // Copies the logits of a tile, which have the staged order. Ends with a barrier.
 template <int K, class Tile, class T>
-__device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const TileOfResult& tile, T* staged) {
+__device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const TileOfItem& tile, T* staged) {
     constexpr int kTaps = K * K;
     const int top = tile.top - K / 2, left = tile.left - kBeforeTile;
     const T* const corner = element<const T>(p.logits, tile.n, tile.group * kTaps * kOutputs, top, left);
@@ -135,8 +92,7 @@ __device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const Tile
 // Stages the masks of all outputs that reach a tile, times `scale`, as [row][column][tap][output] of sources; 0 where
 // there is no output. A thread normalises an output, whose logits it finds there or in their array.
 template <int K, class Tile, class T>
-__device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const TileOfResult& tile, float scale,
-                                                    T* staged) {
+__device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const TileOfItem& tile, float scale, T* staged) {
     constexpr int kTaps = K * K;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const bool channels_adjacent = array.stride_c < array.stride_w;
@@ -245,15 +201,14 @@ __device__ __forceinline__ bool are_finite(uint32_t word) {
 // `channels` are those of the slice and behind it; `first` is the first of a product. In the products of mma.m16n8k8
 // rows are channels, columns are the pixels of a half. The sum is over the two outputs in a row of four sources.
 template <int K, class T, class Slice>
-__device__ __forceinline__ void compute_grad_features(const Problem& p, const Array& grad_features,
-                                                      const GradFeaturesMmaPlan& plan) {
+__device__ __forceinline__ void compute_grad_features(const Problem& p, const Array& grad_features, const Tiles& plan) {
     using Tile = typename Slice::Tile;
     using OfTile = Bands<K, Tile>;
     T* const grads = shared_memory<T>();  // of a slice; before them, all masks
     T* const results = grads + Slice::kGrads;
     const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileOfResult tile(p, plan, item, Tile::kRows, Tile::kColumns);
+        const TileOfItem tile(p, plan, item);
         Slice slice(p, grad_features, tile);
         stage_masks_of_tile<K, Tile>(p, tile, scale, grads);
         __syncthreads();
@@ -294,7 +249,7 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
             __syncthreads();
         }
         if (!slice.finite) {
-            const TileOfResult again(p, plan, computed_late(item), Tile::kRows, Tile::kColumns);
+            const TileOfItem again(p, plan, computed_late(item));
             slice.for_each_stored(again.channels, [&](int channel, int row, int column) {
                 const int i = again.top + row, j = again.left + column;
                 if (i >= p.features.h || j < 0 || j >= p.features.w) return;
@@ -312,12 +267,12 @@ template <class Slice, int K>
 constexpr int64_t kBytesOfBlock = int64_t{sizeof(uint16_t)} *
                                   std::max(Slice::Tile::kSources * K * K * kOutputs, Slice::kGrads + Slice::kResults);
 
-// Queues a kernel of K and T for a problem; `before`: see the plan.
+// Queues a kernel of K and T for a problem; `before`: see Tiles.
 template <class Slice, int K>
-void launch_grad_features(void (*kernel)(Arguments, GradFeaturesMmaPlan), const Problem& p, const Array& grad_features,
-                          int64_t before) {
+void launch_grad_features(void (*kernel)(Arguments, Tiles), const Problem& p, const Array& grad_features, int before) {
     using Tile = typename Slice::Tile;
-    const GradFeaturesMmaPlan plan(p, Tile::kRows, Tile::kColumns, Slice::kChannels, before);
+    const Tiles plan(p, p.features.h, p.features.w, Tile::kRows, Tile::kColumns, Slice::kChannels, kEnoughItems,
+                     before);
     launch(kernel, plan.items, Tile::kThreads, kBytesOfBlock<Slice, K>, p, grad_features, plan);
 }
 

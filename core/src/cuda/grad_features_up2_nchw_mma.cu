@@ -31,7 +31,7 @@ struct SliceOfColumns {
     static __device__ __forceinline__ int row_of(int thread) { return 2 * thread / Tile::kColumns % Tile::kRows; }
     static __device__ __forceinline__ int channel_of(int thread) { return 2 * thread / Tile::kPixels; }
 
-    __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfResult& tile) {
+    __device__ __forceinline__ SliceOfColumns(const Problem& p, const Array& grad_features, const TileOfItem& tile) {
         const int thread = thread_computed_late();
         out_i = (tile.top - K / 2) * kUp;
         out_j = (tile.left - kBeforeTile) * kUp;
@@ -110,15 +110,14 @@ struct SliceOfColumns {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(256, 2)
-    grad_features_up2_nchw_mma_kernel(Arguments arguments, GradFeaturesMmaPlan plan) {
+__global__ void __launch_bounds__(256, 2) grad_features_up2_nchw_mma_kernel(Arguments arguments, Tiles plan) {
     compute_grad_features<K, T, SliceOfColumns<K, T>>(arguments.problem, arguments.result, plan);
 }
 
 // Columns of the first tile left of the result. So rows of a tile's gradients begin with a whole sector. None if that
 // takes more tiles.
 template <class Tile>
-int64_t columns_before(const Problem& p) {
+int columns_before(const Problem& p) {
     constexpr int kBefore = Tile::kColumns / kUp - kBeforeTile;
     const int64_t width = p.features.w;
     return ceil_div(width + kBefore, Tile::kColumns) == ceil_div(width, Tile::kColumns) ? kBefore : 0;

@@ -40,7 +40,7 @@ struct SliceOfChannels {
     static __device__ __forceinline__ int column_of(int thread) { return thread / kVectors % Tile::kColumns; }
     static __device__ __forceinline__ int row_of(int thread) { return thread / kVectors / Tile::kColumns; }
 
-    __device__ __forceinline__ SliceOfChannels(const Problem& p, const Array& grad_features, const TileOfResult& tile) {
+    __device__ __forceinline__ SliceOfChannels(const Problem& p, const Array& grad_features, const TileOfItem& tile) {
         constexpr int kUnused = (kBeforeTile - K / 2) * kUp;  // columns at either end
         const int thread = thread_computed_late(), x = thread / kVectors;
         const int out_i = (tile.top - K / 2) * kUp, out_j = (tile.left - kBeforeTile) * kUp + x;
@@ -115,8 +115,7 @@ struct SliceOfChannels {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(128, 4)
-    grad_features_up2_nhwc_mma_kernel(Arguments arguments, GradFeaturesMmaPlan plan) {
+__global__ void __launch_bounds__(128, 4) grad_features_up2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
     compute_grad_features<K, T, SliceOfChannels<K, T>>(arguments.problem, arguments.result, plan);
 }
 

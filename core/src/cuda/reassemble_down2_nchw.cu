@@ -23,12 +23,13 @@ struct Slice {
 };
 
 struct ReassembleDown2NchwPlan {
-    TileDown2Plan tiles;
+    Tiles tiles;
     bool fours;  // columns of features are copied four at once, or else two
     bool pairs;  // columns of outputs are stored two at once
 
     ReassembleDown2NchwPlan(const Problem& p, const Array& output, int channels_of_slice)
-        : tiles(p, p.out_h, p.out_w, kRows, even_columns(p.out_w, kMostColumns, kOwnColumns), channels_of_slice),
+        : tiles(p, p.out_h, p.out_w, kRows, even_columns(p.out_w, kMostColumns, kOwnColumns), channels_of_slice,
+                kEnoughItems),
           fours(not_for_columns(p.features, 4) == nullptr),
           pairs(not_for_columns(output) == nullptr) {}
 };
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kBlock, 3)
     T* const features = shared_memory<T>();       // in the same place, later: [channel][row][column]
     const auto place = [](int row, int column) { return row * kMostColumns + column; };
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan.tiles, item, kRows, S::kChannels);
+        const TileOfItem tile(p, plan.tiles, item);
         const int top = tile.top * kDown - K / 2, left = tile.left * kDown - kBefore;
         const T* from = element<const T>(p.features, tile.n, tile.c, top, left);
         M::template stage<kBlock, T>(p, tile.n, tile.group, tile.top, tile.left, masks, place);

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_masks_of(const float* from, float (&masks)[
 
 template <int K, class T>
 __global__ void __launch_bounds__(Shares<K, T>::kBlock, 512 / Shares<K, T>::kBlock)
-    reassemble_down2_nhwc_kernel(Arguments arguments, TileDown2Plan plan) {
+    reassemble_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     using S = Shares<K, T>;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Shares<K, T>::kBlock, 512 / Shares<K, T>::kBlo
     T* const features = reinterpret_cast<T*>(masks + M::kElements);  // [pixel][channel]
     int* const places = reinterpret_cast<int*>(features + S::kPixels * S::kChannels);
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan, item, kRows, S::kChannels);
+        const TileOfItem tile(p, plan, item);
         const int top = tile.top * kDown - K / 2, left = tile.left * kDown - K / 2;
         find_pixels<S::kPixels, S::kBlock, T>(p.features, [&](int q) {
             const int x = q % S::kWidth;
@@ -133,7 +133,7 @@ const char* cannot_run_reassemble_down2_nhwc(const Problem& p, const Array& outp
 void reassemble_down2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const TileDown2Plan plan(p, p.out_h, p.out_w, kRows, kColumns, kChannelsOfPixel<T>);
+        const Tiles plan(p, p.out_h, p.out_w, kRows, kColumns, kChannelsOfPixel<T>, kEnoughItems);
         launch(reassemble_down2_nhwc_kernel<k, T>, plan.items, Shares<k, T>::kBlock, Shares<k, T>::kBytes, p, output,
                plan);
     });

@@ -28,10 +28,11 @@ struct Staged {
 };
 
 struct ReassembleUp2NchwPlan {
-    TileUp2Plan tiles;
+    Tiles tiles;
     bool pairs;  // of columns are copied at once
 
-    explicit ReassembleUp2NchwPlan(const Problem& p) : tiles(p, kRows), pairs(not_for_columns(p.features) == nullptr) {}
+    explicit ReassembleUp2NchwPlan(const Problem& p)
+        : tiles(tiles_of_up2(p, kRows)), pairs(not_for_columns(p.features) == nullptr) {}
 };
 
 // Two columns in shared memory.
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kBlock, 3)
         const int column = lane % kPairsInRow * kSourcesOfThread;
         const int own = warp / (kRows / kRowsOfWarp) * (kChannelsAtOnce * kChannelsOfThread) +
                         lane / kPairsInRow % kChannelsAtOnce;  // channel, and every other one
-        const TileOfBlock tile(p, plan.tiles, item, kRows);
+        const TileOfItem tile(p, plan.tiles, item);
         const int i = tile.top + row, j = tile.left + column;
         typename S::template Features<2> pairs(p, tile);
         const auto copy = [&](int channels) {

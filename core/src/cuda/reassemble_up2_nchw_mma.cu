@@ -30,7 +30,7 @@ struct Staged {
 // In the products of mma.m16n8k16 rows are channels, columns are the outputs of every other source. The sum is over 16
 // pixels of a row, of which the last ones are not in any window.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nchw_mma_kernel(Arguments arguments, TileUp2Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nchw_mma_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     using S = Staged<K, T>;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nchw_mma_kernel(Ar
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const int thread = thread_computed_late(), warp = thread / 32, lane = thread % 32;
         const int row = lane / 4, pair = lane % 4;
-        const TileOfBlock tile(p, plan, item, kRows);
+        const TileOfItem tile(p, plan, item);
         const int i = tile.top + warp, j = tile.left + kSourcesOfLane * pair;  // this lane's first source
         typename S::Features halo(p, tile);
         halo.copy(p.features, tile.channels, features);
@@ -141,7 +141,7 @@ const char* cannot_run_reassemble_up2_nchw_mma(const Problem& p, const Array& ou
 void reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const TileUp2Plan plan(p, kRows);
+        const Tiles plan = tiles_of_up2(p, kRows);
         launch(reassemble_up2_nchw_mma_kernel<k, T>, plan.items, kThreads,
                Staged<k, T>::kMasks * int64_t{sizeof(float)} + 2 * Staged<k, T>::kFeatures * int64_t{sizeof(T)}, p,
                output, plan);

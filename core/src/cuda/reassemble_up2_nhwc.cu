@@ -27,7 +27,7 @@ struct Shares {
 
 template <int K, class T>
 __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
-    reassemble_up2_nhwc_kernel(Arguments arguments, TileUp2Plan plan) {
+    reassemble_up2_nhwc_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     using S = Shares<K, T>;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         const int lane = thread % S::kLanes, pair = thread / S::kLanes;
         const int row = pair / (kColumns / kSourcesOfThread),
                   column = pair % (kColumns / kSourcesOfThread) * kSourcesOfThread;
-        const TileOfBlock tile(p, plan, item, S::kRows);
+        const TileOfItem tile(p, plan, item);
         const int i = tile.top + row, j = tile.left + column;
         typename S::Features halo(p, tile, S::swizzle);
         halo.copy(p.features, tile.channels, features);
@@ -122,7 +122,7 @@ const char* cannot_run_reassemble_up2_nhwc(const Problem& p, const Array& output
 void reassemble_up2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
         using S = Shares<k, decltype(feature)>;
-        const TileUp2Plan plan(p, S::kRows);
+        const Tiles plan = tiles_of_up2(p, S::kRows);
         launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.items, S::kThreads,
                S::kMasks * int64_t{sizeof(float)} + S::Features::kElements * int64_t{sizeof(feature)}, p, output, plan);
     });

@@ -29,7 +29,7 @@ __device__ __forceinline__ int swizzle(int column) { return column / 2 % kProduc
 // In the products of mma.m16n8k16 rows are outputs, the upper ones first, and columns are channels. The sum is over the
 // pixels of two rows.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, TileUp2Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         const int x = own_column + lane % kPixels, y = own_row + lane / kPixels % 2;
         const int pixel = (y * kWidth + x) * kChannelsOfSlice;
         const int product = lane / (2 * kPixels);
-        const TileOfBlock tile(p, plan, item, kRows);
+        const TileOfItem tile(p, plan, item);
         const int i = tile.top + own_row, j = tile.left + own_column;
         Features<K, T> halo(p, tile, swizzle);
         halo.copy(p.features, tile.channels, features);
@@ -147,7 +147,7 @@ const char* cannot_run_reassemble_up2_nhwc_mma(const Problem& p, const Array& ou
 void reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const TileUp2Plan plan(p, kRows);
+        const Tiles plan = tiles_of_up2(p, kRows);
         launch(reassemble_up2_nhwc_mma_kernel<k, T>, plan.items, kThreads,
                kMasks<k> * int64_t{sizeof(float)} + 2 * Features<k, T>::kElements * int64_t{sizeof(T)}, p, output,
                plan);

@@ -5,55 +5,11 @@
 
 #include "cuda/channels.h"
 #include "cuda/down2.h"
+#include "cuda/tiles.h"
 
 namespace carafepp::cuda {
 
 constexpr int64_t kEnoughItems = 768;  // that keep all multiprocessors evenly busy
-
-// The tiles of `height` x `width` outputs.
-struct TileDown2Plan {
-    int columns;               // of a tile
-    int64_t tile_rows, tiles;  // of an image, of a row
-    int64_t slices;            // of an item
-    int64_t channel_blocks;    // of a group
-    int64_t items;
-
-    TileDown2Plan(const Problem& p, int64_t height, int64_t width, int rows, int columns, int channels_of_slice)
-        : columns(columns) {
-        tile_rows = ceil_div(height, rows);
-        tiles = ceil_div(width, columns);
-        const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
-                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, channels_of_slice), 1);
-        slices = all;
-        while (slices > 2 && of_channels * ceil_div(all, slices) < kEnoughItems) slices = ceil_div(slices, 2);
-        channel_blocks = ceil_div(all, slices);
-        items = of_channels * channel_blocks;
-    }
-};
-
-// An item: a tile, in some channels.
-struct TileDown2 {
-    int64_t n, c;  // the first channel
-    int64_t group;
-    int top, left;  // output
-    int channels;
-
-    __device__ __forceinline__ TileDown2(const Problem& p, const TileDown2Plan& plan, int64_t item, int rows,
-                                         int channels_of_slice) {
-        const Quotient channel_block = divide(item, computed_late(plan.channel_blocks)),
-                       tile = divide(channel_block.quotient, computed_late(plan.tiles)),
-                       tile_row = divide(tile.quotient, computed_late(plan.tile_rows)),
-                       image = divide(tile_row.quotient, computed_late(p.groups));
-        n = image.quotient;
-        group = image.remainder;
-        top = static_cast<int>(tile_row.remainder) * rows;
-        left = static_cast<int>(tile.remainder) * plan.columns;
-        const int64_t channels_in_group = p.features.c / p.groups, most = plan.slices * channels_of_slice,
-                      first = channel_block.remainder * most;
-        c = group * channels_in_group + first;
-        channels = static_cast<int>(min(channels_in_group - first, most));
-    }
-};
 
 // ---- masks ----
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/stage_masks_up2.h"
+#include "cuda/tiles.h"
 
 namespace carafepp::cuda {
 
@@ -12,47 +13,10 @@ constexpr int kChannelsOfSlice = 32;
 constexpr int kSlots = 16;             // threads along the columns of a halo
 constexpr int64_t kEnoughItems = 384;  // that keep all multiprocessors busy
 
-struct TileUp2Plan {
-    int64_t tile_rows, tiles;  // of an image, of a row
-    int64_t slices;            // of an item
-    int64_t channel_blocks;    // of a group
-    int64_t items;
-
-    // Items have fewer slices if there are less than `enough` items.
-    TileUp2Plan(const Problem& p, int rows, int64_t enough = kEnoughItems) {
-        tile_rows = ceil_div(p.features.h, rows);
-        tiles = ceil_div(p.features.w, kColumns);
-        const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
-                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kChannelsOfSlice), 1);
-        slices = all;
-        while (slices > 2 && of_channels * ceil_div(all, slices) < enough) slices = ceil_div(slices, 2);
-        channel_blocks = ceil_div(all, slices);
-        items = of_channels * channel_blocks;
-    }
-};
-
-// An item: a tile, in some channels.
-struct TileOfBlock {
-    int64_t n, c;  // the first channel
-    int64_t group;
-    int top, left;  // source
-    int channels;
-
-    __device__ __forceinline__ TileOfBlock(const Problem& p, const TileUp2Plan& plan, int64_t item, int rows) {
-        const Quotient channel_block = divide(item, computed_late(plan.channel_blocks)),
-                       tile = divide(channel_block.quotient, computed_late(plan.tiles)),
-                       tile_row = divide(tile.quotient, computed_late(plan.tile_rows)),
-                       image = divide(tile_row.quotient, computed_late(p.groups));
-        n = image.quotient;
-        group = image.remainder;
-        top = static_cast<int>(tile_row.remainder) * rows;
-        left = static_cast<int>(tile.remainder) * kColumns;
-        const int64_t channels_in_group = p.features.c / p.groups,
-                      first = channel_block.remainder * plan.slices * kChannelsOfSlice;
-        c = group * channels_in_group + first;
-        channels = static_cast<int>(min(channels_in_group - first, plan.slices * kChannelsOfSlice));
-    }
-};
+// The tiles of `rows` rows of a problem.
+inline Tiles tiles_of_up2(const Problem& p, int rows) {
+    return Tiles(p, p.features.h, p.features.w, rows, kColumns, kChannelsOfSlice, kEnoughItems);
+}
 
 // ---- with adjacent channels ----
 
@@ -70,7 +34,7 @@ struct Halo {
     uint32_t exist;  // of bit k the pixel of step k
     int to;
 
-    __device__ __forceinline__ Halo(const Problem& p, const TileOfBlock& tile, int (*swizzle)(int)) {
+    __device__ __forceinline__ Halo(const Problem& p, const TileOfItem& tile, int (*swizzle)(int)) {
         const int thread = thread_computed_late(), vector = thread % kVectors;
         const int x = thread / kVectors % kSlots, y = thread / (kVectors * kSlots);
         const int i = tile.top - K / 2, j = tile.left - K / 2 + x;
@@ -132,7 +96,7 @@ struct HaloOfColumns {
     int row, channel, to;
     int rows_begin, rows_end;  // of the halo, that exist in these columns
 
-    __device__ __forceinline__ HaloOfColumns(const Problem& p, const TileOfBlock& tile) {
+    __device__ __forceinline__ HaloOfColumns(const Problem& p, const TileOfItem& tile) {
         const int thread = thread_computed_late(), x = thread % kInRow * Count;
         row = thread / kInRow % kRowsAtOnce;
         channel = thread / (kInRow * kRowsAtOnce);

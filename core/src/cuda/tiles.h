@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// How kernels for a factor of 2 or 1/2 divide their work. An item is a tile of one image and group, in all or some of
+// the group's channels. A block goes through the channels of an item a slice at a time.
+#pragma once
+
+#include "cuda/platform.h"
+
+namespace carafepp::cuda {
+
+struct Tiles {
+    int rows, columns;         // of a tile
+    int before;                // columns of the first tile that are left of the image
+    int64_t tile_rows, tiles;  // of an image, of a row
+    int64_t channels;          // of an item
+    int64_t channel_blocks;    // of a group
+    int64_t items;
+
+    // Items have fewer slices, but two at least, if there are less than `enough` items.
+    Tiles(const Problem& p, int64_t height, int64_t width, int rows, int columns, int channels_of_slice, int64_t enough,
+          int before = 0)
+        : rows(rows), columns(columns), before(before) {
+        tile_rows = ceil_div(height, rows);
+        tiles = ceil_div(width + before, columns);
+        const int64_t of_channels = p.features.n * p.groups * tile_rows * tiles,
+                      all = std::max<int64_t>(ceil_div(p.features.c / p.groups, channels_of_slice), 1);
+        int64_t slices = all;
+        while (slices > 2 && of_channels * ceil_div(all, slices) < enough) slices = ceil_div(slices, 2);
+        channels = slices * channels_of_slice;
+        channel_blocks = ceil_div(all, slices);
+        items = of_channels * channel_blocks;
+    }
+};
+
+struct TileOfItem {
+    int64_t n, group, c;  // the first channel
+    int top, left;
+    int channels;
+
+    __device__ __forceinline__ TileOfItem(const Problem& p, const Tiles& plan, int64_t item) {
+        const Quotient channel_block = divide(item, computed_late(plan.channel_blocks)),
+                       tile = divide(channel_block.quotient, computed_late(plan.tiles)),
+                       tile_row = divide(tile.quotient, computed_late(plan.tile_rows)),
+                       image = divide(tile_row.quotient, computed_late(p.groups));
+        n = image.quotient;
+        group = image.remainder;
+        top = static_cast<int>(tile_row.remainder) * plan.rows;
+        left = static_cast<int>(tile.remainder) * plan.columns - plan.before;
+        const int64_t channels_in_group = p.features.c / p.groups, first = channel_block.remainder * plan.channels;
+        c = group * channels_in_group + first;
+        channels = static_cast<int>(min(channels_in_group - first, plan.channels));
+    }
+};
+
+}  // namespace carafepp::cuda
