@@ -52,6 +52,29 @@ def test_a_loop_runs_as_often_as_its_accesses_say(code):
     assert code.executed(elsewhere) == 4 * 20 / 2  # if no line is the same, the innermost counts
 
 
+def test_loops_without_accesses_and_branches_not_taken(traffic):
+    sass = """
+	//## File "/x/core/src/cuda/masks.h", line 7 inlined at "/x/core/src/cuda/kernel.cu", line 3
+	//## File "/x/core/src/cuda/kernel.cu", line 3
+.L_x_1:
+        /*0000*/                   FMUL R9, R9, R9 ;
+        /*0010*/              @!P1 BRA `(.L_x_1) ;
+        /*0020*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+	//## File "/x/core/src/cuda/masks.h", line 7 inlined at "/x/core/src/cuda/kernel.cu", line 5
+	//## File "/x/core/src/cuda/kernel.cu", line 5
+        /*0040*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
+        /*0050*/                   HADD2.F32 R8, -RZ, R8.H0_H0 ;
+	//## File "/x/core/src/cuda/kernel.cu", line 9
+.L_x_2:
+        /*0060*/                   ST.E desc[UR4][R2.64], R8 ;
+        /*0070*/                   EXIT ;
+"""
+    code = traffic.Code(64, *traffic.parsed(sass))
+    accesses = Counter({(("masks.h:7", "kernel.cu:3"), "LDG"): 6, (("kernel.cu:9",), "STG"): 2})
+    assert code.executed(accesses) == (2 + 2 + 2) * (6 + 2) / 2
+
+
 def test_loads_are_in_flight_until_an_instruction_waits(code):
     assert code.in_flight == 16 + 4
 

@@ -1,8 +1,9 @@
 """Count what the CUDA kernels ask of a device, and estimate their time.
 
 The program `traffic` of an emulated build runs some blocks of a kernel and counts their accesses,
-warp by warp. nvcc and nvdisasm, if they are found, add registers and instructions of sm_90. A loop
-runs as often as the emulated code of its lines makes its accesses.
+warp by warp. nvcc and nvdisasm, if they are found, add registers and instructions of sm_90. Those
+of a loop run as often as the emulated code of their lines makes its accesses. A loop without
+accesses runs once each time. A branch for a dtype that is not there does not run.
 
     cmake --build BUILD --target traffic
     python tests/cuda/traffic.py --program BUILD/tests/cuda/traffic [--problems ...]
@@ -62,7 +63,9 @@ TO_L2, TO_DRAM = 280e-9, 600e-9  # seconds until a load arrives
 REGISTERS = 64 * 1024  # of a multiprocessor
 USUAL_REGISTERS = 128  # of a thread, without nvcc
 DTYPES = {"float32": "f", "float16": "NS_7Float16E", "bfloat16": "NS_8BFloat16E"}  # mangled
-ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDGSTS|LDG|STG|LDS|STS)M?\b")
+ACCESS = re.compile(r"^(?:@!?U?P\d+ )?(LDGSTS|LDG|STG|LDS|STS|LD|ST)M?\b")
+GENERIC = {"LD": "LDG", "ST": "STG"}  # where the compiler does not know that memory is global
+LEAVES = re.compile(r"^(?:@!?U?P\d+ )?(BRA|BRX|EXIT|RET|JMP)\b")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Instruction:
     def access(self) -> str | None:
         """Return LDG, STG, LDS, STS or LDGSTS, or None for no access of such memory."""
         kind = ACCESS.search(self.text)
-        return kind[1] if kind else None
+        return GENERIC.get(kind[1], kind[1]) if kind else None
 
 
 def in_flight(loop: list[Instruction]) -> int:
@@ -145,32 +148,51 @@ class Code:
                 ranges.append(range(labels[branch[1]], k + 1))
         self.code = code
         self._in_loops = {k for loop in compiled.innermost(ranges) for k in loop}
-        # The instructions of each loop without those of loops in it; last those in none.
-        self.regions: list[list[int]] = []
-        taken: set[int] = set()
-        for loop in [*sorted(ranges, key=len), range(len(code))]:
-            self.regions.append([k for k in loop if k not in taken])
-            taken.update(loop)
+        # Loops, outer ones first; the first is all. Each has its instructions without those of
+        # loops in it, cut where branches begin and end.
+        all_loops = [range(len(code)), *sorted(ranges, key=len, reverse=True)]
+        starts = set(labels.values())
+        starts |= {k + 1 for k, one in enumerate(code) if LEAVES.search(one.text)}
+        loop_of = {k: loop for loop in all_loops for k in loop}
+        self._stretches: dict[range, list[list[int]]] = {loop: [] for loop in all_loops}
+        for k, loop in loop_of.items():
+            if k in starts or loop_of.get(k - 1) != loop:
+                self._stretches[loop].append([])
+            self._stretches[loop][-1].append(k)
         loops = ([code[k] for k in loop] for loop in compiled.innermost(ranges))
         self.in_flight = max(map(in_flight, loops), default=0)
 
-    def executed(self, accesses: Accesses) -> float:
-        """Return how many instructions warps run that make so many accesses.
+    def _same(self, lines: Lines, kind: str) -> list[int]:
+        """Return the instructions that make an emulated access."""
+        of_kind = [k for k, one in enumerate(self.code) if one.access == kind]
+        same = [k for k in of_kind if self.code[k].lines[: len(lines)] == lines]
+        same = same or [k for k in of_kind if self.code[k].lines[:1] == lines[:1]]
+        return [k for k in same if k in self._in_loops] or same
 
-        A loop runs as often as its accesses say. A loop without one is not counted.
-        """
+    def executed(self, accesses: Accesses) -> float:
+        """Return how many instructions warps run that make so many accesses."""
         runs: Counter[int] = Counter()  # of each instruction that accesses memory
         for (lines, kind), times in accesses.items():
-            of_kind = [k for k, one in enumerate(self.code) if one.access == kind]
-            same = [k for k in of_kind if self.code[k].lines[: len(lines)] == lines]
-            same = same or [k for k in of_kind if self.code[k].lines[:1] == lines[:1]]
-            same = [k for k in same if k in self._in_loops] or same
+            same = self._same(lines, kind)
             for k in same:
                 runs[k] += times / len(same)
+        idle = {k for k, one in enumerate(self.code) if one.access} - {*runs}
+        # Those of lines that ran elsewhere are in a branch not taken, such as for another dtype.
+        seen = {(lines[:1], kind) for lines, kind in accesses}
+        branch = {k for k in idle if (self.code[k].lines[:1], self.code[k].access) in seen}
         total = 0.0
-        for region in self.regions:
-            known = [runs[k] for k in region if k in runs]
-            total += len(region) * sum(known) / max(1, len(known))
+        of_loop: dict[range, float] = {}
+        for loop, stretches in self._stretches.items():
+            inside = {k for stretch in stretches for k in stretch}
+            known = [runs[k] for k in inside if k in runs]
+            around = [n for outer, n in of_loop.items() if loop[0] in outer and loop[-1] in outer]
+            if known:
+                of_loop[loop] = sum(known) / len(known)
+            else:
+                of_loop[loop] = around[-1] if around and idle.isdisjoint(inside) else 0.0
+            for stretch in stretches:
+                if branch.isdisjoint(stretch) or not runs.keys().isdisjoint(stretch):
+                    total += len(stretch) * of_loop[loop]
         return total
 
 
