@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "call.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/kernels.h"
 #include "cuda/cuda.h"

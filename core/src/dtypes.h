@@ -6,11 +6,6 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
-
 #include "problem.h"
 
 namespace carafepp {
@@ -45,7 +40,9 @@ CARAFEPP_HOST_DEVICE inline float widen(BFloat16 value) { return float_of(uint32
 // device has an instruction for it, which agrees: every float16 is a float, so nothing is rounded.
 CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 #if defined(__CUDA_ARCH__)
-    return __half2float(__ushort_as_half(value.bits));
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
 #else
     const uint32_t exponent_and_fraction = uint32_t{value.bits & 0x7fffu} << 13;
     const uint32_t exponent = exponent_and_fraction & 0x0f800000u;
@@ -58,7 +55,8 @@ CARAFEPP_HOST_DEVICE inline float widen(Float16 value) {
 }
 
 // Rounds to nearest, ties to even: to Inf beyond the largest number, and to denormals. A device's instructions (cvt.rn)
-// agree in every bit, except that NaN may become another NaN.
+// agree in every bit, except that NaN may become another NaN. They stand here, as CUDA's headers for 16 bits take a
+// second of each source's compilation.
 template <class T>
 CARAFEPP_HOST_DEVICE T narrow(float value);
 
@@ -78,7 +76,9 @@ CARAFEPP_HOST_DEVICE inline double narrow<double>(double value) {
 template <>
 CARAFEPP_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+    BFloat16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+    return rounded;
 #else
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -90,7 +90,9 @@ CARAFEPP_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
 template <>
 CARAFEPP_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
 #if defined(__CUDA_ARCH__)
-    return {__half_as_ushort(__float2half_rn(value))};
+    Float16 rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+    return rounded;
 #else
     const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
     const uint32_t magnitude = bits_of(value) & 0x7fffffffu;

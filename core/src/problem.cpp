@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "problem.h"
-
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -8,6 +6,7 @@
 #include <locale>
 #include <sstream>
 
+#include "call.h"
 #include "dtypes.h"
 #include "overlap.h"
 

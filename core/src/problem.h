@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A checked call: shapes, index arithmetic (one source for host and device), and the sentences for wrong arguments.
+// A checked problem: shapes, and index arithmetic (one source for host and device).
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "carafepp/carafepp.h"
 
@@ -16,11 +15,6 @@
 namespace carafepp {
 
 constexpr int kMaxKernelSize = 31;
-
-struct Error {
-    carafepp_status status;
-    std::string message;
-};
 
 // One array of a call, its axes N, C, H, W whatever the caller's were; strides in elements.
 struct Array {
@@ -101,25 +95,5 @@ struct Problem {
                static_cast<double>(out_w);
     }
 };
-
-// The public name of a function without its prefix; it stands in brackets before a sentence.
-const char* function_name(carafepp_function function);
-
-// A checked call: the problem, and the results that its function writes, in the order of its signature.
-struct Call {
-    carafepp_params params;  // as the current version
-    Problem problem;
-    Array results[2];
-    bool wanted[2] = {false, false};
-};
-
-// Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
-// signature. Results may be NULL, while they are not known, without `results_required`.
-Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
-                bool results_required);
-
-// Fills shape[0 .. input->ndim) as carafepp_output_shape promises.
-void output_shape(carafepp_function function, const carafepp_params* params, const carafepp_tensor* input,
-                  int64_t* shape);
 
 }  // namespace carafepp

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <atomic>
 
+#include "cuda/cuda.h"
 #include "cuda/platform.h"
 
 namespace carafepp::cuda {
@@ -32,6 +33,8 @@ void check(cudaError_t error) {
     cudaGetLastError();  // or a caller would find it and think it its own
     throw failure;
 }
+
+void fail(const char* text) { throw Failure{text}; }
 
 // Keeps CUDA's answers for a kernel, by device; 0 is none yet.
 struct Architectures {

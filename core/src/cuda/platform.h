@@ -9,7 +9,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/cuda.h"
 #include "cuda/ptx.h"
 #include "dtypes.h"
 #include "problem.h"
@@ -20,8 +19,9 @@ constexpr int kThreads = 256;                    // of a block
 constexpr int64_t kMostSharedBytes = 48 * 1024;  // that every device gives to a block
 constexpr int64_t kSharedBytes = 40 * 1024;      // of a block of the generic kernels
 
-void check(cudaError_t error);            // throws Failure for an error, which it clears for the caller
-int architecture_of(const void* kernel);  // the current device runs code for this one: 80 is 8.0
+void check(cudaError_t error);             // throws Failure for an error, which it clears for the caller
+[[noreturn]] void fail(const char* text);  // throws Failure
+int architecture_of(const void* kernel);   // the current device runs code for this one: 80 is 8.0
 
 // The first parameter of every kernel; its plan is the second. Problem and result are one parameter, as nvcc needs
 // fewer registers so. Inner loops are up to 8% shorter than with two. Shapes: features [N, C, H, W], grad_output
@@ -60,7 +60,7 @@ void with_kernel_size(const Problem& p, F f) {
         if constexpr (sizeof(T) <= MostBytes)
             ((p.kernel_size == Sizes && (f(std::integral_constant<int, Sizes>(), T()), found = true)) || ...);
     });
-    if (!found) throw Failure{"no kernel for this kernel_size and dtype"};
+    if (!found) fail("no kernel for this kernel_size and dtype");
 }
 
 // Quotients of numbers that are not negative: in 32 bits where those do, as 64 take ten times as long.
@@ -92,11 +92,9 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     uint32_t bits;
     if constexpr (std::is_same_v<T, Float16>) {
-        const __half2 pair = __floats2half2_rn(low, high);
-        std::memcpy(&bits, &pair, sizeof bits);
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        std::memcpy(&bits, &pair, sizeof bits);
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     }
     return bits;
 #else

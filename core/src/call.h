@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The check of a call, with the sentences for wrong arguments. Kernels include problem.h alone: <string> takes most of
+// a second of each CUDA source's compilation.
+#pragma once
+
+#include <string>
+
+#include "problem.h"
+
+namespace carafepp {
+
+struct Error {
+    carafepp_status status;
+    std::string message;
+};
+
+// The public name of a function without its prefix; it stands in brackets before a sentence.
+const char* function_name(carafepp_function function);
+
+// A checked call: the problem, and the results that its function writes, in the order of its signature.
+struct Call {
+    carafepp_params params;  // as the current version
+    Problem problem;
+    Array results[2];
+    bool wanted[2] = {false, false};
+};
+
+// Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
+// signature. Results may be NULL, while they are not known, without `results_required`.
+Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
+                bool results_required);
+
+// Fills shape[0 .. input->ndim) as carafepp_output_shape promises.
+void output_shape(carafepp_function function, const carafepp_params* params, const carafepp_tensor* input,
+                  int64_t* shape);
+
+}  // namespace carafepp
