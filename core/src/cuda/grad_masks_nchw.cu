@@ -5,7 +5,7 @@
 
 namespace carafepp::cuda {
 
-const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) { return not_for_grad_masks_tiles(p); }
+const char* cannot_run_grad_masks_nchw(const Problem& p, const Array&) { return not_for_grad_masks_tiles<false>(p); }
 
 void grad_masks_nchw(const Problem& p, const Array& grad_masks) { grad_masks_tiles<false>(p, grad_masks); }
 

@@ -5,7 +5,7 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
-    if (const char* reason = not_for_grad_masks_tiles(p)) return reason;
+    if (const char* reason = not_for_grad_masks_tiles<true>(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, p.grad_output);
 }

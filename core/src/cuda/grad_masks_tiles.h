@@ -1,306 +1,518 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. It goes through the
-// channels in slices, with features and their halo and grad_output in shared memory, four channels in a vector. A
-// thread has one tap of four outputs of a row at a time, and adds what a slice gives to their sums in shared memory.
-// Neighbouring threads have neighbouring taps, so grad_output serves all at once. Then the sums go through the
-// normaliser, and are written in the order of memory.
+// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has four outputs
+// below each other and some taps of a column of their windows, with all sums in registers. The block goes through the
+// channels in slices, as vectors of four in shared memory: features with their halo, and grad_output. The next slice
+// arrives meanwhile. Outputs of a source share the features that a thread loads, and those of neighbouring sources most
+// of them. Then the threads of an output carry its sums through the normaliser together, and write them in the order
+// of memory.
 #pragma once
 
 #include "cuda/grad_tiles.h"
+#include "cuda/stage_slice.h"
 
 namespace carafepp::cuda {
 
-constexpr int kMostVectors = 4;  // of a slice
-constexpr int kQuad = 4;         // outputs of a thread
+constexpr int kQuad = 4;               // outputs of a thread
+constexpr int kMostTaps = 7;           // of a thread
+constexpr int kMostColumns = 32;       // of a tile
+constexpr int kThreadsOfTile = 320;    // at most
+constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
 
+// A row of outputs, or -1, and the source that it is centred on.
+struct Slot {
+    int row, source;
+};
+
+// Where the masks or logits of an output begin, or kNowhere, and its number in shared memory.
+struct OutputPlace {
+    int64_t from;
+    int own;
+};
+
+// Rows of outputs are in slots, of which a thread has four, a quad. A source with several rows has two slots, or whole
+// quads; some stay empty if it has fewer rows.
 struct GradMasksTilesPlan {
-    Outputs rows, columns;
-    int height, columns_of_tile;    // of a tile, in outputs
-    int plane_rows, plane_columns;  // of masks, or of the sub-pixels of logits
-    int vectors;                    // of a slice
-    int depth;                      // vectors from pixel to pixel: odd, as pixels begin in other banks then
+    Outputs rows, columns;  // of masks, or of the sub-pixels of logits
+    Divisor kernel_size;
+    int slots;               // of a source, or 0 if each row has its own source
+    int sources;             // neighbouring ones of a quad, or 0 for any four
+    int own_taps, segments;  // taps of a thread, and threads with a column of taps
+    int vectors;             // of a slice
+    Divisor width;           // of a tile: columns
+    int quads;               // of a tile: rows
     int halo_rows;
-    Divisor halo_columns, width, quads, taps, kernel_size;
-    int outputs;  // room for those of a tile: odd, as taps begin in other banks then
+    Divisor halo_columns;
+    int plane;                                            // pixels from vector to vector of a slice
+    Divisor rows_of_cell, columns_of_cell, cells_in_row;  // of a tile; a cell is the sub-pixels of logits, or one
+    int pitch, room;                                      // from row to row and from tap to tap of finished outputs
+    int threads;
     int64_t row_tiles, column_tiles, items;
-    int64_t shared_bytes;
+    int64_t places_bytes, shared_bytes;
 
-    explicit GradMasksTilesPlan(const Problem& p)
-        : rows(p.factor, p.offset_h, p.out_h),
-          columns(p.factor, p.offset_w, p.out_w),
-          halo_columns(1),
+    GradMasksTilesPlan(const Problem& p, bool vectors_in_memory)
+        : rows(p.factor, p.offset_h, p.from_logits ? p.logits.h * p.factor.up : p.out_h),
+          columns(p.factor, p.offset_w, p.from_logits ? p.logits.w * p.factor.up : p.out_w),
+          kernel_size(static_cast<int>(p.kernel_size)),
+          own_taps(0),
           width(1),
-          quads(1),
-          taps(static_cast<int>(p.taps())),
-          kernel_size(static_cast<int>(p.kernel_size)) {
-        const int64_t all = ceil_div(p.features.c / p.groups, kVector);
-        plane_rows = static_cast<int>(p.from_logits ? p.logits.h * p.factor.up : p.out_h);
-        plane_columns = static_cast<int>(p.from_logits ? p.logits.w * p.factor.up : p.out_w);
-        for (vectors = 1; vectors < kMostVectors && vectors < all;) vectors *= 2;
-        height = 8;
-        columns_of_tile = 16;
-        measure();
-        while (shared_bytes > kMostSharedBytes && (height > 1 || columns_of_tile > kQuad || vectors > 1)) {
-            if (height > 1) {
-                height--;
-            } else if (columns_of_tile > kQuad) {
-                columns_of_tile -= kQuad;
-            } else {
-                vectors /= 2;
-            }
-            measure();
+          halo_columns(1),
+          rows_of_cell(1),
+          columns_of_cell(1),
+          cells_in_row(1) {
+        const int k = kernel_size.number;
+        const int64_t most = std::min<int64_t>(ceil_div(p.factor.up, p.factor.down), rows.count);
+        const bool several = p.factor.up > p.factor.down;
+        slots = !several ? 0 : most <= 2 ? 2 : static_cast<int>(ceil_div(most, kQuad)) * kQuad;
+        sources = slots == 2 ? 2 : several ? 1 : p.factor.up == p.factor.down ? kQuad : 0;
+        for (int taps : {7, 5, 3}) {
+            const int segments_of_taps = static_cast<int>(ceil_div(k, taps));
+            if (own_taps != 0 && segments_of_taps * taps >= segments * own_taps) continue;
+            own_taps = taps;
+            segments = segments_of_taps;
         }
-        row_tiles = ceil_div(plane_rows, height);
-        column_tiles = ceil_div(plane_columns, columns_of_tile);
-        items = p.features.n * p.groups * row_tiles * column_tiles;
+        vectors = p.features.c / p.groups > kVector ? 2 : 1;
+        double least = INFINITY;
+        int best_columns = 0, best_quads = 1;
+        for (int most_columns = kMostColumns; most_columns > 0; most_columns /= 2) {
+            for (quads = 1; quads * k * segments <= kThreadsOfTile; quads++) {
+                measure(p, most_columns);
+                const double cost = cost_of_channels(p, vectors_in_memory);
+                if (threads > kThreadsOfTile || shared_bytes > kMostSharedBytes || cost >= least) continue;
+                least = cost;
+                best_columns = most_columns;
+                best_quads = quads;
+            }
+        }
+        quads = best_quads;
+        measure(p, best_columns == 0 ? 1 : best_columns);
     }
 
 private:
     // The most features from the first to the last source of some outputs.
-    static int sources(const Outputs& axis, int outputs_of_axis) {
-        return static_cast<int>(ceil_div((outputs_of_axis - 1) * int64_t{axis.down}, axis.up)) + 1;
+    static int sources_of(const Outputs& axis, int outputs) {
+        return static_cast<int>(ceil_div((outputs - 1) * int64_t{axis.down}, axis.up)) + 1;
     }
-    void measure() {
-        depth = vectors | 1;
-        halo_rows = sources(rows, height) + kernel_size.number - 1;
-        halo_columns = Divisor(sources(columns, columns_of_tile) + kernel_size.number - 1);
-        width = Divisor(columns_of_tile);
-        quads = Divisor(columns_of_tile / kQuad);
-        outputs = height * columns_of_tile | 1;
-        const int64_t staged = (int64_t{halo_rows} * halo_columns.number + height * columns_of_tile) * depth *
-                               int64_t{sizeof(float4)},
-                      masks = (taps.number + 1) * int64_t{outputs} * int64_t{sizeof(float)};
-        shared_bytes = 2 * (height + columns_of_tile) * int64_t{sizeof(BandLine)} +
-                       std::max(staged, ceil_div(masks, 16) * 16) +
-                       int64_t{taps.number} * outputs * int64_t{sizeof(float)};
+
+    // A tile of `quads` and of `most_columns` columns or somewhat less, such that the last one is not much smaller.
+    void measure(const Problem& p, int most_columns) {
+        const int k = kernel_size.number, quads_of_source = std::max(slots / kQuad, 1);
+        const int up = static_cast<int>(p.from_logits && p.factor.down == 1 ? p.factor.up : 1);
+        const int whole = up <= most_columns ? up : 1;  // a tile has whole cells
+        const int64_t tiles = std::max<int64_t>(ceil_div(columns.count, most_columns / whole * whole), 1);
+        width = Divisor(static_cast<int>(std::max<int64_t>(ceil_div(ceil_div(columns.count, tiles), whole), 1)) *
+                        whole);
+        const int rows_of_tile = quads * kQuad, outputs = rows_of_tile * width.number;
+        const int row_sources = slots == 0                     ? sources_of(rows, rows_of_tile)
+                                : slots == 2                   ? 2 * quads
+                                : quads % quads_of_source == 0 ? quads / quads_of_source
+                                                               : (quads + quads_of_source - 2) / quads_of_source + 1;
+        halo_rows = row_sources + std::max(segments * own_taps, k) - 1;
+        halo_columns = Divisor(sources_of(columns, width.number) + k - 1);
+        const int pixels = halo_rows * halo_columns.number + outputs;
+        // Threads that copy neighbouring vectors of a pixel do so to different banks.
+        plane = static_cast<int>(ceil_div(pixels, 8)) * 8 + 8 / vectors % 8;
+        const bool whole_rows = up > 1 && slots > 0 && rows_of_tile % slots == 0;
+        rows_of_cell = Divisor(whole_rows ? slots : 1);
+        columns_of_cell = Divisor(whole);
+        cells_in_row = Divisor(width.number / whole);
+        pitch = width.number + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
+        room = rows_of_tile * pitch | 1;              // and so do taps
+        threads = static_cast<int>(ceil_div(width.number * k * segments * quads, 32)) * 32;
+        const int64_t staged = 2 * vectors * plane * int64_t{sizeof(float4)},
+                      finished = k * (k * int64_t{sizeof(float)} + segments * int64_t{sizeof(float2)}) * room;
+        places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
+                                outputs * int64_t{sizeof(OutputPlace)});
+        shared_bytes = rows_of_tile * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
+        const int64_t all_quads = slots == 0 ? ceil_div(rows.count, kQuad)
+                                             : ceil_div((((rows.count - 1) * int64_t{rows.down}) / rows.up + 1) * slots,
+                                                        kQuad);
+        row_tiles = rows.count == 0 ? 0 : ceil_div(all_quads, quads);
+        column_tiles = ceil_div(columns.count, width.number);
+        items = p.features.n * p.groups * row_tiles * column_tiles;
+    }
+
+    // Roughly the instructions of the multiprocessor with the most tiles.
+    double cost_of_channels(const Problem& p, bool vectors_in_memory) const {
+        const double all = static_cast<double>(ceil_div(p.features.c / p.groups, kVector)), warps = threads / 32;
+        const double outputs = quads * kQuad * width.number;
+        const double contracted = warps * (kQuad * kVector * own_taps + 3 * (own_taps + 2 * kQuad) + 20);
+        const double copied = (outputs + halo_rows * halo_columns.number) * (vectors_in_memory ? 12 : 30) / 32;
+        const double finished = outputs * kernel_size.number * kernel_size.number * 30 / 32;
+        return static_cast<double>(ceil_div(items, kMultiprocessors)) * (all * (contracted + copied) + finished + 1000);
     }
 };
 
-// Stages some channels of pixels from (top, left) on: 0 where there are none. Floats arrive as copies of this thread
-// do.
-template <bool Vectors>
-__device__ __forceinline__ void stage_pixels(const Array& array, int64_t n, int64_t c, int channels, int top, int left,
-                                             int end_row, int end_column, int rows, const Divisor& columns, int vectors,
-                                             int depth, float4* to) {
-    const int threads = static_cast<int>(blockDim.x), thread = thread_computed_late();
-    const int lanes = Vectors ? vectors : kVector;  // of a pixel
-    const int lane = Vectors ? thread % lanes : thread / (threads / lanes);
-    const int step = threads / lanes;
-    with_storage(array.dtype, [&](auto storage) {
-        using T = decltype(storage);
-        const T* const from = element<const T>(array, n, c + lane * (Vectors ? kVector : 1), 0, 0);
+// The slot of a number, from the first row on.
+__device__ __forceinline__ Slot slot_of(const GradMasksTilesPlan& plan, int number) {
+    if (plan.slots == 0) return {number < plan.rows.count ? number : -1, plan.rows.source(number)};
+    const int source = number / plan.slots + plan.rows.offset;
+    const int row = plan.rows.first(source) + number % plan.slots;
+    return {row < plan.rows.first(source + 1) ? row : -1, source};
+}
+
+// Finds the outputs of a tile in an array of the shape of masks or logits, in the order of memory: where channels are
+// adjacent, by cells; else by columns of cells, which are apart.
+__device__ __forceinline__ void find_places(const Problem& p, const GradMasksTilesPlan& plan, const Array& array,
+                                            const Slot* slots, int left, OutputPlace* places) {
+    const int up = p.from_logits ? static_cast<int>(p.factor.up) : 1, outputs = kQuad * plan.quads * plan.width.number;
+    const bool by_cells = array.stride_c < array.stride_w;
 #pragma unroll 1
-        for (int pixel = Vectors ? thread / lanes : thread % step; pixel < rows * columns.number; pixel += step) {
-            const int y = columns.quotient(pixel), i = top + y, j = left + pixel - y * columns.number;
-            const bool exists = i >= 0 && i < end_row && j >= 0 && j < end_column;
-            const T* const at = from + (exists ? i * array.stride_h + j * array.stride_w : 0);
-            if constexpr (Vectors) {
-                const bool there = exists && lane * kVector < channels;
-                if constexpr (std::is_same_v<T, float>) {
-                    copy_async<sizeof(float4)>(to + pixel * depth + lane, there ? at : from, there);
-                } else {
-                    to[pixel * depth + lane] = load_channels(there ? at : from, there);
-                }
-            } else {
-                float* const staged = reinterpret_cast<float*>(to + pixel * depth);
-#pragma unroll 1
-                for (int channel = lane; channel < vectors * kVector; channel += lanes) {
-                    const bool there = exists && channel < channels;
-                    const T* const element_at = there ? at + (channel - lane) * array.stride_c : from;
-                    if constexpr (std::is_same_v<T, float>) {
-                        copy_async<sizeof(float)>(staged + channel, element_at, there);
-                    } else {
-                        staged[channel] = there ? widen(load_input(element_at)) : 0;
-                    }
-                }
-            }
+    for (int number = static_cast<int>(threadIdx.x); number < outputs; number += static_cast<int>(blockDim.x)) {
+        int rest = number, y = 0, x = 0;
+        const auto next = [&](const Divisor& count) {
+            const int all = rest;
+            rest = count.quotient(all);
+            return all - rest * count.number;
+        };
+        if (by_cells) {
+            x = next(plan.columns_of_cell);
+            y = next(plan.rows_of_cell);
+            x += next(plan.cells_in_row) * plan.columns_of_cell.number;
+            y += rest * plan.rows_of_cell.number;
+        } else {
+            x = next(plan.cells_in_row) * plan.columns_of_cell.number;
+            x += next(plan.columns_of_cell);
+            y = rest;
         }
-    });
+        const int row = slots[y].row, column = left + x, i = row / up, j = column / up;
+        OutputPlace place;
+        place.from = row < 0 || column >= plan.columns.count
+                         ? kNowhere
+                         : i * array.stride_h + j * array.stride_w +
+                               ((row - i * up) * up + column - j * up) * array.stride_c;
+        place.own = y * plan.pitch + x;
+        places[number] = place;
+    }
+}
+
+// Calls f(from, own, first, step) for taps first, first + step ... of outputs: where the first one is, in memory and in
+// shared memory. If taps are adjacent, neighbouring threads have neighbouring taps of an output; else neighbouring
+// outputs. Where outputs are few, teams of threads have taps of each.
+template <class F>
+__device__ __forceinline__ void for_each_place(const GradMasksTilesPlan& plan, const OutputPlace* places, int64_t tap,
+                                               F f) {
+    const int threads = static_cast<int>(blockDim.x), thread = thread_computed_late();
+    const int outputs = kQuad * plan.quads * plan.width.number, together = tap == 1 ? kNormalizers : 1;
+    const int all = outputs * together, teams = max(threads / all, 1), team = teams > 1 ? thread / all : 0;
+    if (team >= teams) return;
+    const int own = thread - team * all, first = own % together + team * together, step = together * teams;
+#pragma unroll 1
+    for (int output = own / together; output < outputs; output += threads / together) {
+        const OutputPlace place = places[output];
+        if (place.from != kNowhere) f(place.from + first * tap, first * plan.room + place.own, first, step);
+    }
 }
 
 __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
-// Carries gradients of masks of outputs through the normaliser, whose unscaled masks are staged.
-__device__ __forceinline__ void through_normalizer(const Problem& p, int64_t n, int64_t group, const Band& band,
-                                                   const float* masks, const float* scales, float* grads) {
-    const int taps = static_cast<int>(p.taps());
-    const int64_t tap = taps_apart(p, p.logits);
+template <int Number>
+using Constant = std::integral_constant<int, Number>;
+
+// Adds the products of a slice to the sums of four outputs and `Taps` taps below each other. With `Sources` neighbours,
+// or for 0 any, output o has its taps from features[apart[o]] on.
+template <int Taps, int Sources>
+__device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, const float4* features,
+                                             const int (&apart)[kQuad], const float4* grad_output,
+                                             float (&sums)[kQuad][kMostTaps]) {
+    const int row = plan.halo_columns.number;
 #pragma unroll 1
-    for (int output = static_cast<int>(threadIdx.x); output < band.outputs; output += static_cast<int>(blockDim.x)) {
-        const int y = band.width.quotient(output), x = output - y * band.width.number;
-        if (y >= band.height || x >= band.columns_count) continue;
-        const float scale = scales[output];
-        const float* mask = masks + output;
-        float* grad = grads + output;
-        if (p.normalizer == CARAFEPP_SIGMOID) {
-#pragma unroll 1
-            for (int t = 0; t < taps; t++, mask += band.outputs, grad += band.outputs) *grad *= *mask * (1 - *mask);
-            continue;
+    for (int v = 0; v < plan.vectors; v++, features += plan.plane, grad_output += plan.plane) {
+        float4 grad[kQuad];
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) grad[o] = grad_output[o * plan.width.number];
+        if constexpr (Sources > 0) {
+            const float4* feature = features + apart[0];
+#pragma unroll
+            for (int y = 0; y < Taps + Sources - 1; y++, feature += row) {
+                const float4 one = *feature;
+#pragma unroll
+                for (int o = 0; o < kQuad; o++) {
+                    const int tap = y - o * Sources / kQuad;
+                    if (tap >= 0 && tap < Taps) sums[o][tap] = dot(grad[o], one, sums[o][tap]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) {
+                const float4* feature = features + apart[o];
+#pragma unroll
+                for (int tap = 0; tap < Taps; tap++, feature += row)
+                    sums[o][tap] = dot(grad[o], *feature, sums[o][tap]);
+            }
         }
-        float mean = 0;  // weighted by masks
-#pragma unroll 4
-        for (int t = 0; t < taps; t++, mask += band.outputs, grad += band.outputs) mean += *mask * scale * *grad;
-        mask = masks + output, grad = grads + output;
-#pragma unroll 4
-        for (int t = 0; t < taps; t++, mask += band.outputs, grad += band.outputs)
-            *grad = *mask * scale * (*grad - mean);
-        if (p.normalizer != CARAFEPP_SIGMOID_NORMALIZED) continue;
-        grad = grads + output;
-        with_storage(p.logits.dtype, [&](auto storage) {
-            using M = decltype(storage);
-            const M* logit = element<const M>(p.logits, n, 0, 0, 0) + group * taps * tap + band.rows[y].from +
-                             band.columns[x].from;
-#pragma unroll 1
-            for (int t = 0; t < taps; t++, grad += band.outputs, logit += tap) *grad *= sigmoid(-widen(*logit));
-        });
     }
 }
 
+// Carries the sums of a thread through the normaliser. Its logits are staged, and change: own[o * pitch] is the first
+// of output o, and taps are `step` apart. The threads of an output are `parts`, and tell each other what they sum as
+// partial[part * room + o * pitch]. All threads of the block call it.
+__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, bool active, int count, float* own,
+                                                   int step, int pitch, int part, int parts, int room, float2* partial,
+                                                   float (&sums)[kQuad][kMostTaps]) {
+    constexpr float kLog2OfE = 1.44269504f;
+    const auto for_each_logit = [&](auto f) {
+#pragma unroll 1
+        for (int o = 0; o < kQuad; o++) {
+#pragma unroll 1
+            for (int tap = 0; tap < count; tap++) own[tap * step + o * pitch] = f(own[tap * step + o * pitch]);
+        }
+    };
+    // f for each tap of this thread: threads of a warp mostly have as many.
+    const auto for_each_tap = [&](auto f) {
+#pragma unroll
+        for (int tap = 0; tap < kMostTaps; tap++) {
+            if (tap >= count) break;
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) f(o, tap);
+        }
+    };
+    if (!active) count = 0;
+    if (normalizer == CARAFEPP_SIGMOID) {
+        for_each_logit([](float logit) {
+            const float mask = sigmoid(logit);
+            return mask * (1 - mask);
+        });
+        for_each_tap([&](int o, int tap) { sums[o][tap] *= own[tap * step + o * pitch]; });
+        return;
+    }
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) for_each_logit([](float logit) { return log_sigmoid(logit); });
+    float masks[kQuad][kMostTaps], largest[kQuad], sum[kQuad] = {}, mean[kQuad] = {};  // weighted by masks
+#pragma unroll
+    for (int o = 0; o < kQuad; o++) largest[o] = -INFINITY;
+    for_each_tap([&](int o, int tap) {
+        masks[o][tap] = own[tap * step + o * pitch];
+        largest[o] = fmaxf(largest[o], masks[o][tap]);
+    });
+    if (active) {
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) partial[part * room + o * pitch].x = largest[o];
+    }
+    __syncthreads();
+    if (active) {
+#pragma unroll 1
+        for (int other = 0; other < parts; other++) {
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) largest[o] = fmaxf(largest[o], partial[other * room + o * pitch].x);
+        }
+    }
+    for_each_tap([&](int o, int tap) {
+        masks[o][tap] = power_of_2((masks[o][tap] - largest[o]) *
+                                   kLog2OfE);  // the difference first: logits may be huge
+        sum[o] += masks[o][tap];
+        mean[o] += masks[o][tap] * sums[o][tap];
+    });
+    __syncthreads();
+    if (active) {
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) {
+            partial[part * room + o * pitch] = make_float2(sum[o], mean[o]);
+            sum[o] = mean[o] = 0;
+        }
+    }
+    __syncthreads();
+    if (active) {
+#pragma unroll 1
+        for (int other = 0; other < parts; other++) {
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) {
+                const float2 one = partial[other * room + o * pitch];
+                sum[o] += one.x;
+                mean[o] += one.y;
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) {
+            sum[o] = 1 / sum[o];
+            mean[o] *= sum[o] * sum[o];
+        }
+    }
+    for_each_tap([&](int o, int tap) { sums[o][tap] = masks[o][tap] * (sums[o][tap] * sum[o] - mean[o]); });
+    if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
+    for_each_logit([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit
+    for_each_tap([&](int o, int tap) { sums[o][tap] *= own[tap * step + o * pitch]; });
+}
+
 template <bool Vectors>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kThreadsOfTile, 2)
     grad_masks_tiles_kernel(Arguments arguments, GradMasksTilesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;  // of the shape of masks or logits
-    const int k = plan.kernel_size.number, taps = plan.taps.number, radius = k / 2;
+    const int k = plan.kernel_size.number, radius = k / 2, width = plan.width.number;
+    const int rows_of_tile = kQuad * plan.quads, outputs = rows_of_tile * width;
+    const int halo = plan.halo_rows * plan.halo_columns.number, parts = k * plan.segments;
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    BandLine* const rows = shared_memory<BandLine>();  // of the input
-    BandLine* const columns = rows + plan.height;
-    BandLine* const result_rows = columns + plan.columns_of_tile;
-    BandLine* const result_columns = result_rows + plan.height;
-    float4* const features = reinterpret_cast<float4*>(result_columns + plan.columns_of_tile);
-    const int pixels = plan.halo_rows * plan.halo_columns.number;
-    float4* const grad_output = features + pixels * plan.depth;
-    const int room = max((pixels + plan.height * plan.columns_of_tile) * plan.depth,
-                         ((taps + 1) * plan.outputs + kVector - 1) / kVector);
-    float* const masks = reinterpret_cast<float*>(features);  // when the channels are done
-    float* const scales = masks + taps * plan.outputs;
-    float* const grads = reinterpret_cast<float*>(features + room);  // [tap][output]
+    Slot* const slots = shared_memory<Slot>();
+    OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + rows_of_tile);
+    int64_t* const pixels = reinterpret_cast<int64_t*>(places);  // while there are channels: of features, of outputs
+    float4* const staged = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
+    float2* const partial = reinterpret_cast<float2*>(staged);  // [part][output], when the channels are done
+    float* const finished = reinterpret_cast<float*>(partial + parts * plan.room);  // [tap][output]
+
+    // This thread's column of outputs and of taps, its first row of taps, and its quad.
+    const int line = plan.width.quotient(thread), x = thread - line * width;
+    const int segment_line = plan.kernel_size.quotient(line), b = line - segment_line * k;
+    const int quad = segment_line / plan.segments, segment = segment_line - quad * plan.segments;
+    const int a = segment * plan.own_taps, count = min(k - a, plan.own_taps), own_slot = quad * kQuad;
+    const bool active = quad < plan.quads;
+    const int slice = plan.vectors * kVector;    // channels
+    const int stagers = threads / plan.vectors;  // of a vector
+    const int vector = Vectors ? thread % plan.vectors : thread / stagers,
+              first_pixel = Vectors ? thread / plan.vectors : thread % stagers;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const Quotient tile = divide(item, computed_late(plan.column_tiles)),
                        tile_row = divide(tile.quotient, computed_late(plan.row_tiles)),
                        image = divide(tile_row.quotient, computed_late(p.groups));
         const int64_t n = image.quotient, group = image.remainder, channels_in_group = p.features.c / p.groups;
-        const int top = static_cast<int>(tile_row.remainder) * plan.height,
-                  left = static_cast<int>(tile.remainder) * plan.columns_of_tile;
-        const Array& array = p.from_logits ? p.logits : p.masks;
-        const int64_t up = p.from_logits ? p.factor.up : 1;
-        find_lines(p, plan.rows, top, plan.height, array.stride_h, up * array.stride_c, false, rows);
-        find_lines(p, plan.rows, top, plan.height, result.stride_h, up * result.stride_c, false, result_rows);
-        // A crop leaves out some outputs, and a tile has fewer at an end.
-        const int existing_columns = max(min(plan.columns_of_tile, static_cast<int>(p.out_w) - left), 0),
-                  written_columns = min(plan.columns_of_tile, plan.plane_columns - left);
-        find_lines(p, plan.columns, left, existing_columns, array.stride_w, array.stride_c,
-                   p.from_logits && array.stride_w < array.stride_c, columns);
-        find_lines(p, plan.columns, left, written_columns, result.stride_w, result.stride_c,
-                   p.from_logits && result.stride_w < result.stride_c, result_columns);
-        for (int at = thread; at < taps * plan.outputs; at += threads) grads[at] = 0;
-        const Band band{rows,       max(min(plan.height, static_cast<int>(p.out_h) - top), 0),
-                        columns,    existing_columns,
-                        plan.width, plan.outputs};
-        const int source_top = plan.rows.source(top) - radius, source_left = plan.columns.source(left) - radius;
-        const int units = band.height * plan.quads.number * taps;
-        const int64_t contracted = band.height > 0 && existing_columns > 0 ? channels_in_group : 0;
+        const int first_slot = static_cast<int>(tile_row.remainder) * rows_of_tile,
+                  left = static_cast<int>(tile.remainder) * width;
+        const int source_top = slot_of(plan, first_slot).source - radius,
+                  source_left = plan.columns.source(left) - radius;
 #pragma unroll 1
-        for (int64_t channel = 0; channel < contracted; channel += plan.vectors * kVector) {
-            const int channels = static_cast<int>(min(channels_in_group - channel, int64_t{plan.vectors} * kVector));
-            const int64_t c = group * channels_in_group + channel;
-            stage_pixels<Vectors>(p.features, n, c, channels, source_top, source_left, static_cast<int>(p.features.h),
-                                  static_cast<int>(p.features.w), plan.halo_rows, plan.halo_columns, plan.vectors,
-                                  plan.depth, features);
-            stage_pixels<Vectors>(p.grad_output, n, c, channels, top, left, static_cast<int>(p.out_h),
-                                  static_cast<int>(p.out_w), plan.height, plan.width, plan.vectors, plan.depth,
-                                  grad_output);
+        for (int number = thread; number < rows_of_tile; number += threads)
+            slots[number] = slot_of(plan, first_slot + number);
+        __syncthreads();
+#pragma unroll 1
+        for (int pixel = thread; pixel < halo; pixel += threads) {
+            const int y = plan.halo_columns.quotient(pixel), i = source_top + y,
+                      j = source_left + pixel - y * plan.halo_columns.number;
+            const bool exists = i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
+            pixels[pixel] = exists ? i * p.features.stride_h + j * p.features.stride_w : kNowhere;
+        }
+#pragma unroll 1
+        for (int output = thread; output < outputs; output += threads) {
+            const int y = plan.width.quotient(output), row = slots[y].row, column = left + output - y * width;
+            const bool exists = row >= 0 && row < p.out_h && column < p.out_w;
+            pixels[halo + output] = exists ? row * p.grad_output.stride_h + column * p.grad_output.stride_w : kNowhere;
+        }
+        const int column = left + x, source = plan.columns.source(column) - radius + b;  // of this thread's taps
+        int apart[kQuad];                                                                // see add_products
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) {
+            const int y = active ? slots[own_slot + o].source - radius + a - source_top : 0;
+            apart[o] = y * plan.halo_columns.number + (active ? source - source_left : 0);
+        }
+        float sums[kQuad][kMostTaps] = {};
+        const int64_t channels = p.out_h > 0 && p.out_w > 0 ? channels_in_group : 0;  // or there may be no arrays
+        const int64_t slices = ceil_div(channels, slice), c = group * channels_in_group + vector * kVector;
+        int64_t features_at = n * p.features.stride_n + c * p.features.stride_c,
+                grads_at = n * p.grad_output.stride_n + c * p.grad_output.stride_c;
+#pragma unroll 1
+        for (int64_t number = 0; number <= slices; number++) {  // is staged, and the one before it contracted
             wait_for_copies();
             __syncthreads();
-#pragma unroll 1
-            for (int unit = thread; unit < units; unit += threads) {
-                const int quad = plan.taps.quotient(unit), t = unit - quad * taps;
-                const int a = plan.kernel_size.quotient(t), b = t - a * k;
-                const int y = plan.quads.quotient(quad), x = (quad - y * plan.quads.number) * kQuad;
-                if (x >= existing_columns) continue;
-                const int row = (rows[y].source - source_top - radius + a) * plan.halo_columns.number;
-                const float4* feature[kQuad];
-#pragma unroll
-                for (int o = 0; o < kQuad; o++) {
-                    const int source = columns[min(x + o, existing_columns - 1)].source;
-                    feature[o] = features + (row + source - source_left - radius + b) * plan.depth;
-                }
-                const float4* grad = grad_output + (y * plan.width.number + x) * plan.depth;
-                float sums[kQuad] = {};
-                if (feature[0] == feature[kQuad - 1]) {  // outputs of one source
-#pragma unroll 2
-                    for (int v = 0; v < plan.vectors; v++) {
-                        const float4 one = feature[0][v];
-#pragma unroll
-                        for (int o = 0; o < kQuad; o++) sums[o] = dot(grad[o * plan.depth + v], one, sums[o]);
-                    }
-                } else {
-#pragma unroll 1
-                    for (int v = 0; v < plan.vectors; v++) {
-#pragma unroll
-                        for (int o = 0; o < kQuad; o++) sums[o] = dot(grad[o * plan.depth + v], feature[o][v], sums[o]);
-                    }
-                }
-                float* const to = grads + t * plan.outputs + y * plan.width.number + x;
-#pragma unroll
-                for (int o = 0; o < kQuad; o++) to[o] += sums[o];
+            const int buffer = static_cast<int>(number % 2) * plan.vectors * plan.plane;
+            if (number < slices) {
+                const int there = static_cast<int>(min(channels - number * slice, int64_t{slice})) - vector * kVector;
+                float4* const to = staged + buffer + vector * plan.plane + first_pixel;
+                with_storage(p.features.dtype, [&](auto storage) {
+                    using T = decltype(storage);
+                    stage_slice<Vectors>(static_cast<const T*>(p.features.data) + features_at, p.features.stride_c,
+                                         pixels, halo, first_pixel, stagers, there, to, stagers);
+                    stage_slice<Vectors>(static_cast<const T*>(p.grad_output.data) + grads_at, p.grad_output.stride_c,
+                                         pixels + halo, outputs, first_pixel, stagers, there, to + halo, stagers);
+                });
+                features_at += slice * p.features.stride_c;
+                grads_at += slice * p.grad_output.stride_c;
             }
-            __syncthreads();
-        }
-        __syncthreads();
-        // 0 for a tap beyond a border, whatever the gradient there, and for an output that a crop leaves out.
-#pragma unroll 1
-        for (int unit = thread; unit < taps * plan.outputs; unit += threads) {
-            const int t = unit / plan.outputs, output = unit - t * plan.outputs;
-            const int y = plan.width.quotient(output), x = output - y * plan.width.number;
-            bool exists = y < band.height && x < existing_columns;
-            if (exists) {
-                const int a = plan.kernel_size.quotient(t), i = rows[y].source - radius + a,
-                          j = columns[x].source - radius + t - a * k;
-                exists = i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
+            if (number == 0 || !active) continue;
+            const float4* const features = staged + (plan.vectors * plan.plane - buffer);
+            const float4* const grads = features + halo + own_slot * width + x;
+            const auto add = [&](auto own_taps, auto sources) __attribute__((always_inline)) {
+                add_products<decltype(own_taps)::value, decltype(sources)::value>(plan, features, apart, grads, sums);
+            };
+            switch (plan.own_taps * 8 + plan.sources) {
+                case 24 + 0: add(Constant<3>(), Constant<0>()); break;
+                case 24 + 1: add(Constant<3>(), Constant<1>()); break;
+                case 24 + 2: add(Constant<3>(), Constant<2>()); break;
+                case 24 + 4: add(Constant<3>(), Constant<4>()); break;
+                case 40 + 0: add(Constant<5>(), Constant<0>()); break;
+                case 40 + 1: add(Constant<5>(), Constant<1>()); break;
+                case 40 + 2: add(Constant<5>(), Constant<2>()); break;
+                case 40 + 4: add(Constant<5>(), Constant<4>()); break;
+                case 56 + 0: add(Constant<7>(), Constant<0>()); break;
+                case 56 + 1: add(Constant<7>(), Constant<1>()); break;
+                case 56 + 2: add(Constant<7>(), Constant<2>()); break;
+                case 56 + 4: add(Constant<7>(), Constant<4>()); break;
             }
-            if (!exists) grads[unit] = 0;
         }
-        if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
-            copy_masks(p, n, group, band, masks);
-            wait_for_copies();
-            __syncthreads();
-            normalize_band(p.normalizer, taps, band, masks, scales);
-            __syncthreads();
-            through_normalizer(p, n, group, band, masks, scales, grads);
+        const bool inside = source_top >= 0 && source_top + plan.halo_rows <= p.features.h && source_left >= 0 &&
+                            source_left + plan.halo_columns.number <= p.features.w;
+        if (active && !inside) {  // a tap beyond a border is 0, whatever the gradient there
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) {
+                const int i = slots[own_slot + o].source - radius + a;
+#pragma unroll
+                for (int tap = 0; tap < kMostTaps; tap++) {
+                    if (i + tap < 0 || i + tap >= p.features.h || source < 0 || source >= p.features.w)
+                        sums[o][tap] = 0;
+                }
+            }
         }
-        __syncthreads();
-        const Band written{result_rows,    min(plan.height, plan.plane_rows - top),
-                           result_columns, written_columns,
-                           plan.width,     plan.outputs};
-        const int64_t tap = taps_apart(p, result);
-        with_storage(result.dtype, [&](auto storage) {
-            using M = decltype(storage);
-            M* const all = element<M>(result, n, 0, 0, 0) + group * taps * tap;
-            walk_band(result, tap, written, [&](int64_t place, int own, int first, int step) {
-                M* to = all + place;
-                const float* from = grads + own;
-#pragma unroll 2
-                for (int t = first; t < taps; t += step, to += step * tap, from += step * plan.outputs)
-                    *to = narrow<M>(*from);
+        __syncthreads();  // room of a slice is needed
+        const int own = own_slot * plan.pitch + x, step = k * plan.room;
+        float* const own_finished = finished + (a * k + b) * plan.room + own;
+        const auto for_each_place_of = [&](const Array& array, auto f) {
+            find_places(p, plan, array, slots, left, places);
+            __syncthreads();
+            const int64_t tap = taps_apart(p, array);
+            with_storage(array.dtype, [&](auto storage) {
+                using M = decltype(storage);
+                M* const first = element<M>(array, n, 0, 0, 0) + group * k * k * tap;
+                for_each_place(plan, places, tap, [&](int64_t from, int to, int first_tap, int taps_step) {
+                    f(first + from, finished + to, first_tap, taps_step, taps_step * tap);
+                });
             });
+        };
+        if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+            for_each_place_of(p.logits, [&](auto* from, float* to, int tap, int taps_step, int64_t from_step) {
+                using M = std::remove_pointer_t<decltype(from)>;
+                if constexpr (std::is_same_v<M, float>) {
+#pragma unroll 4
+                    for (; tap < k * k; tap += taps_step, from += from_step, to += taps_step * plan.room)
+                        copy_async<sizeof(float)>(to, from, true);
+                } else {
+#pragma unroll 4
+                    for (; tap < k * k; tap += taps_step, from += from_step, to += taps_step * plan.room)
+                        *to = widen(load_input(from));
+                }
+            });
+            wait_for_copies();
+            __syncthreads();
+            through_normalizer(p.normalizer, active, count, own_finished, step, plan.pitch, segment * k + b, parts,
+                               plan.room, partial + own, sums);
+        }
+        if (active) {
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) {
+                const bool computed = column < p.out_w && slots[own_slot + o].row < p.out_h;  // or a crop leaves it out
+#pragma unroll
+                for (int tap = 0; tap < kMostTaps; tap++) {
+                    if (tap < count) own_finished[tap * step + o * plan.pitch] = computed ? sums[o][tap] : 0;
+                }
+            }
+        }
+        for_each_place_of(result, [&](auto* to, const float* from, int tap, int taps_step, int64_t to_step) {
+            using M = std::remove_pointer_t<decltype(to)>;
+#pragma unroll 4
+            for (; tap < k * k; tap += taps_step, to += to_step, from += taps_step * plan.room) *to = narrow<M>(*from);
         });
         __syncthreads();
     }
 }
 
 // Why no tile can be planned for a problem.
-inline const char* not_for_grad_masks_tiles(const Problem& p) {
+template <bool Vectors>
+const char* not_for_grad_masks_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
-    return GradMasksTilesPlan(p).shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
+    return GradMasksTilesPlan(p, Vectors).shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
 }
 
 template <bool Vectors>
 void grad_masks_tiles(const Problem& p, const Array& grad_masks) {
-    const GradMasksTilesPlan plan(p);
-    launch(grad_masks_tiles_kernel<Vectors>, plan.items, kMostThreads, plan.shared_bytes, p, grad_masks, plan);
+    const GradMasksTilesPlan plan(p, Vectors);
+    launch(grad_masks_tiles_kernel<Vectors>, plan.items, plan.threads, plan.shared_bytes, p, grad_masks, plan);
 }
 
 }  // namespace carafepp::cuda
