@@ -8,19 +8,20 @@
 #pragma once
 
 #include "cuda/grad_tiles.h"
-#include "cuda/stage_slice.h"
 
 namespace carafepp::cuda {
 
-constexpr int kQuad = 4;               // outputs of a thread
-constexpr int kMostTaps = 7;           // of a thread
-constexpr int kMostColumns = 32;       // of a tile
-constexpr int kThreadsOfTile = 320;    // at most
+constexpr int kQuad = 4;             // outputs of a thread
+constexpr int kMostTaps = 7;         // of a thread
+constexpr int kMostVectors = 4;      // of a slice
+constexpr int kMostColumns = 32;     // of a tile
+constexpr int kThreadsOfTile = 320;  // at most
+constexpr int64_t kNowhere = INT64_MIN;
 constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
 
-// A row of outputs, or -1, and the source that it is centred on.
+// A row of outputs, or -1, and the source that it is centred on. It is row `phase` of the outputs of a row of cells.
 struct Slot {
-    int row, source;
+    int row, source, cell, phase;
 };
 
 // Where the masks or logits of an output begin, or kNowhere, and its number in shared memory.
@@ -34,26 +35,35 @@ struct OutputPlace {
 struct GradMasksTilesPlan {
     Outputs rows, columns;  // of masks, or of the sub-pixels of logits
     Divisor kernel_size;
-    int slots;               // of a source, or 0 if each row has its own source
-    int sources;             // neighbouring ones of a quad, or 0 for any four
-    int own_taps, segments;  // taps of a thread, and threads with a column of taps
-    int vectors;             // of a slice
-    Divisor width;           // of a tile: columns
-    int quads;               // of a tile: rows
+    Divisor cell;         // rows and columns of outputs of one: the sub-pixels of logits, or one
+    int slots;            // of a source, or 0 if each row has its own source
+    int sources;          // neighbouring ones of a quad, or 0 for any four
+    int own_taps;         // of a thread
+    Divisor segments;     // threads with a column of taps
+    int channels;         // of a group
+    int itemsize;         // of features, in bytes
+    int slices, vectors;  // vectors of a slice
+    Divisor width;        // of a tile: columns
+    int quads;            // of a tile: rows
     int halo_rows;
     Divisor halo_columns;
     int plane;                                            // pixels from vector to vector of a slice
-    Divisor rows_of_cell, columns_of_cell, cells_in_row;  // of a tile; a cell is the sub-pixels of logits, or one
+    Divisor rows_of_cell, columns_of_cell, cells_in_row;  // of a tile, whole ones or 1
     int pitch, room;                                      // from row to row and from tap to tap of finished outputs
     int threads;
-    int64_t row_tiles, column_tiles, items;
+    uint32_t row_tiles, column_tiles, groups;
+    int64_t items;
     int64_t places_bytes, shared_bytes;
 
     GradMasksTilesPlan(const Problem& p, bool vectors_in_memory)
         : rows(p.factor, p.offset_h, p.from_logits ? p.logits.h * p.factor.up : p.out_h),
           columns(p.factor, p.offset_w, p.from_logits ? p.logits.w * p.factor.up : p.out_w),
           kernel_size(static_cast<int>(p.kernel_size)),
+          cell(p.from_logits ? static_cast<int>(p.factor.up) : 1),
           own_taps(0),
+          segments(1),
+          channels(static_cast<int>(p.features.c / p.groups)),
+          itemsize(static_cast<int>(carafepp::itemsize(p.features.dtype))),
           width(1),
           halo_columns(1),
           rows_of_cell(1),
@@ -66,25 +76,34 @@ struct GradMasksTilesPlan {
         sources = slots == 2 ? 2 : several ? 1 : p.factor.up == p.factor.down ? kQuad : 0;
         for (int taps : {7, 5, 3}) {
             const int segments_of_taps = static_cast<int>(ceil_div(k, taps));
-            if (own_taps != 0 && segments_of_taps * taps >= segments * own_taps) continue;
+            if (own_taps != 0 && segments_of_taps * taps >= segments.number * own_taps) continue;
             own_taps = taps;
-            segments = segments_of_taps;
+            segments = Divisor(segments_of_taps);
         }
-        vectors = p.features.c / p.groups > kVector ? 2 : 1;
+        const int64_t all = ceil_div(p.features.c / p.groups, kVector);
         double least = INFINITY;
-        int best_columns = 0, best_quads = 1;
-        for (int most_columns = kMostColumns; most_columns > 0; most_columns /= 2) {
-            for (quads = 1; quads * k * segments <= kThreadsOfTile; quads++) {
-                measure(p, most_columns);
-                const double cost = cost_of_channels(p, vectors_in_memory);
-                if (threads > kThreadsOfTile || shared_bytes > kMostSharedBytes || cost >= least) continue;
-                least = cost;
-                best_columns = most_columns;
-                best_quads = quads;
+        int best_columns = 1, best_quads = 1, best_vectors = 1;
+        for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
+            if (vectors > 1 && vectors >= 2 * all) continue;
+            for (int most_columns = kMostColumns; most_columns > 0; most_columns /= 2) {
+                for (quads = 1; quads * k * segments.number <= kThreadsOfTile; quads++) {
+                    measure(p, most_columns);
+                    if (threads > kThreadsOfTile || shared_bytes > kMostSharedBytes) break;
+                    const double cost = cycles(vectors_in_memory);
+                    if (cost >= least) continue;
+                    least = cost;
+                    best_columns = most_columns;
+                    best_quads = quads;
+                    best_vectors = vectors;
+                }
+                if (most_columns <= 8 && least < INFINITY) break;
             }
+            if (vectors <= 2 && least < INFINITY) break;
         }
         quads = best_quads;
-        measure(p, best_columns == 0 ? 1 : best_columns);
+        vectors = best_vectors;
+        measure(p, best_columns);
+        slices = static_cast<int>(ceil_div(channels, vectors * kVector));
     }
 
 private:
@@ -106,7 +125,7 @@ private:
                                 : slots == 2                   ? 2 * quads
                                 : quads % quads_of_source == 0 ? quads / quads_of_source
                                                                : (quads + quads_of_source - 2) / quads_of_source + 1;
-        halo_rows = row_sources + std::max(segments * own_taps, k) - 1;
+        halo_rows = row_sources + std::max(segments.number * own_taps, k) - 1;
         halo_columns = Divisor(sources_of(columns, width.number) + k - 1);
         const int pixels = halo_rows * halo_columns.number + outputs;
         // Threads that copy neighbouring vectors of a pixel do so to different banks.
@@ -117,44 +136,54 @@ private:
         cells_in_row = Divisor(width.number / whole);
         pitch = width.number + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
         room = rows_of_tile * pitch | 1;              // and so do taps
-        threads = static_cast<int>(ceil_div(width.number * k * segments * quads, 32)) * 32;
+        threads = static_cast<int>(ceil_div(width.number * k * segments.number * quads, 32)) * 32;
         const int64_t staged = 2 * vectors * plane * int64_t{sizeof(float4)},
-                      finished = k * (k * int64_t{sizeof(float)} + segments * int64_t{sizeof(float2)}) * room;
+                      finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) * room;
         places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
                                 outputs * int64_t{sizeof(OutputPlace)});
         shared_bytes = rows_of_tile * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
         const int64_t all_quads = slots == 0 ? ceil_div(rows.count, kQuad)
                                              : ceil_div((((rows.count - 1) * int64_t{rows.down}) / rows.up + 1) * slots,
                                                         kQuad);
-        row_tiles = rows.count == 0 ? 0 : ceil_div(all_quads, quads);
-        column_tiles = ceil_div(columns.count, width.number);
+        row_tiles = rows.count == 0 ? 0 : static_cast<uint32_t>(ceil_div(all_quads, quads));
+        column_tiles = static_cast<uint32_t>(ceil_div(columns.count, width.number));
+        groups = static_cast<uint32_t>(p.groups);
         items = p.features.n * p.groups * row_tiles * column_tiles;
     }
 
-    // Roughly the instructions of the multiprocessor with the most tiles.
-    double cost_of_channels(const Problem& p, bool vectors_in_memory) const {
-        const double all = static_cast<double>(ceil_div(p.features.c / p.groups, kVector)), warps = threads / 32;
-        const double outputs = quads * kQuad * width.number;
-        const double contracted = warps * (kQuad * kVector * own_taps + 3 * (own_taps + 2 * kQuad) + 20);
-        const double copied = (outputs + halo_rows * halo_columns.number) * (vectors_in_memory ? 12 : 30) / 32;
-        const double finished = outputs * kernel_size.number * kernel_size.number * 30 / 32;
-        return static_cast<double>(ceil_div(items, kMultiprocessors)) * (all * (contracted + copied) + finished + 1000);
+    // Roughly what the multiprocessor with the most tiles takes: for instructions, or for accesses.
+    double cycles(bool vectors_in_memory) const {
+        const double all = static_cast<double>(ceil_div(channels, vectors * kVector)) * vectors, warps = threads / 32;
+        const double outputs = quads * kQuad * width.number, taps = kernel_size.number * kernel_size.number;
+        const double pixels = (outputs + halo_rows * halo_columns.number) / 32;
+        const int loads = sources > 0 ? own_taps + sources - 1 + kQuad : kQuad * (own_taps + 1);
+        const double instructions = all * (warps * (kQuad * kVector * own_taps + 2 * loads + 20) +
+                                           pixels * (vectors_in_memory ? 10 : 30)) +
+                                    outputs * taps + 1000 * warps;
+        const double accesses = all * (warps * 4 * loads + pixels * (vectors_in_memory ? 32 / vectors + 4 : 24)) +
+                                outputs * taps / 4;
+        return static_cast<double>(ceil_div(items, kMultiprocessors)) * std::max(instructions / 2.4, accesses);
     }
 };
 
 // The slot of a number, from the first row on.
 __device__ __forceinline__ Slot slot_of(const GradMasksTilesPlan& plan, int number) {
-    if (plan.slots == 0) return {number < plan.rows.count ? number : -1, plan.rows.source(number)};
-    const int source = number / plan.slots + plan.rows.offset;
-    const int row = plan.rows.first(source) + number % plan.slots;
-    return {row < plan.rows.first(source + 1) ? row : -1, source};
+    int row = number, source = plan.rows.source(number);
+    if (plan.slots > 0) {
+        source = number / plan.slots;
+        row = plan.rows.first(source + plan.rows.offset) + number - source * plan.slots;
+        source += plan.rows.offset;
+    }
+    const int end = plan.slots == 0 ? plan.rows.count : plan.rows.first(source + 1), cell = row / plan.cell.number;
+    return {row < end ? row : -1, source, cell, row - cell * plan.cell.number};
 }
 
 // Finds the outputs of a tile in an array of the shape of masks or logits, in the order of memory: where channels are
 // adjacent, by cells; else by columns of cells, which are apart.
-__device__ __forceinline__ void find_places(const Problem& p, const GradMasksTilesPlan& plan, const Array& array,
-                                            const Slot* slots, int left, OutputPlace* places) {
-    const int up = p.from_logits ? static_cast<int>(p.factor.up) : 1, outputs = kQuad * plan.quads * plan.width.number;
+__device__ __forceinline__ void find_places(const GradMasksTilesPlan& plan, const Array& array, const Slot* slots,
+                                            int left, OutputPlace* places) {
+    const int outputs = kQuad * plan.quads * plan.width.number, up = plan.cell.number;
+    const int left_cell = left / up, left_phase = left - left_cell * up;
     const bool by_cells = array.stride_c < array.stride_w;
 #pragma unroll 1
     for (int number = static_cast<int>(threadIdx.x); number < outputs; number += static_cast<int>(blockDim.x)) {
@@ -174,12 +203,13 @@ __device__ __forceinline__ void find_places(const Problem& p, const GradMasksTil
             x += next(plan.columns_of_cell);
             y = rest;
         }
-        const int row = slots[y].row, column = left + x, i = row / up, j = column / up;
+        const Slot row = slots[y];
+        const int j = plan.cell.quotient(left_phase + x), phase = left_phase + x - j * up;
         OutputPlace place;
-        place.from = row < 0 || column >= plan.columns.count
+        place.from = row.row < 0 || left + x >= plan.columns.count
                          ? kNowhere
-                         : i * array.stride_h + j * array.stride_w +
-                               ((row - i * up) * up + column - j * up) * array.stride_c;
+                         : row.cell * array.stride_h + (left_cell + j) * array.stride_w +
+                               (row.phase * up + phase) * array.stride_c;
         place.own = y * plan.pitch + x;
         places[number] = place;
     }
@@ -187,19 +217,70 @@ __device__ __forceinline__ void find_places(const Problem& p, const GradMasksTil
 
 // Calls f(from, own, first, step) for taps first, first + step ... of outputs: where the first one is, in memory and in
 // shared memory. If taps are adjacent, neighbouring threads have neighbouring taps of an output; else neighbouring
-// outputs. Where outputs are few, teams of threads have taps of each.
+// outputs.
 template <class F>
 __device__ __forceinline__ void for_each_place(const GradMasksTilesPlan& plan, const OutputPlace* places, int64_t tap,
                                                F f) {
-    const int threads = static_cast<int>(blockDim.x), thread = thread_computed_late();
-    const int outputs = kQuad * plan.quads * plan.width.number, together = tap == 1 ? kNormalizers : 1;
-    const int all = outputs * together, teams = max(threads / all, 1), team = teams > 1 ? thread / all : 0;
-    if (team >= teams) return;
-    const int own = thread - team * all, first = own % together + team * together, step = together * teams;
+    const int outputs = kQuad * plan.quads * plan.width.number, thread = thread_computed_late();
+    const int shift = tap == 1 ? 3 : 0, together = 1 << shift, first = thread & (together - 1);
 #pragma unroll 1
-    for (int output = own / together; output < outputs; output += threads / together) {
+    for (int output = thread >> shift; output < outputs; output += static_cast<int>(blockDim.x) >> shift) {
         const OutputPlace place = places[output];
-        if (place.from != kNowhere) f(place.from + first * tap, first * plan.room + place.own, first, step);
+        if (place.from != kNowhere) f(place.from + first * tap, first * plan.room + place.own, first, together);
+    }
+}
+
+// What a block copies: pixels of features, then of outputs. The addresses of their first channels are in shared memory,
+// or kNowhere.
+struct Pixels {
+    const int64_t* addresses;
+    int features, count;
+    int64_t feature_channel, output_channel;  // strides
+};
+
+// Stages a vector of channels from `channel` on, for the pixels `first`, first + step ... `channels` channels exist; 0
+// elsewhere. Floats arrive as copies of this thread do.
+template <bool Vectors, class T>
+__device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, int step, int channel, int channels,
+                                             float4* to) {
+    constexpr int kInFlight = 4;
+    const int64_t feature_at = channel * pixels.feature_channel, output_at = channel * pixels.output_channel;
+#pragma unroll 1
+    for (int pixel = first; pixel < pixels.count; pixel += kInFlight * step) {
+        float4 values[kInFlight];
+#pragma unroll
+        for (int load = 0; load < kInFlight; load++) {
+            const int at = pixel + load * step;
+            if (at >= pixels.count) break;
+            const int64_t address = pixels.addresses[at];
+            const int there = address != kNowhere ? channels : 0;
+            const bool of_features = Vectors || at < pixels.features;
+            const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
+            const T* const from = reinterpret_cast<const T*>(address) + (of_features ? feature_at : output_at);
+            if constexpr (std::is_same_v<T, float>) {
+                float* const staged = reinterpret_cast<float*>(to + at);
+                if constexpr (Vectors) {
+                    copy_async<sizeof(float4)>(staged, from, there > 0);
+                } else {
+#pragma unroll
+                    for (int v = 0; v < kVector; v++)
+                        copy_async<sizeof(float)>(staged + v, from + v * stride_c, v < there);
+                }
+            } else if constexpr (Vectors) {
+                values[load] = load_channels(from, there > 0);
+            } else {
+                values[load].x = there > 0 ? widen(load_input(from)) : 0;
+                values[load].y = there > 1 ? widen(load_input(from + stride_c)) : 0;
+                values[load].z = there > 2 ? widen(load_input(from + 2 * stride_c)) : 0;
+                values[load].w = there > 3 ? widen(load_input(from + 3 * stride_c)) : 0;
+            }
+        }
+        if constexpr (!std::is_same_v<T, float>) {
+#pragma unroll
+            for (int load = 0; load < kInFlight; load++) {
+                if (pixel + load * step < pixels.count) to[pixel + load * step] = values[load];
+            }
+        }
     }
 }
 
@@ -247,7 +328,7 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, con
 
 // Carries the sums of a thread through the normaliser. Its logits are staged, and change: own[o * pitch] is the first
 // of output o, and taps are `step` apart. The threads of an output are `parts`, and tell each other what they sum as
-// partial[part * room + o * pitch]. All threads of the block call it.
+// partial[part * room + o * pitch]. Of a sigmoid, factors of the sums stay staged. All threads of the block call it.
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, bool active, int count, float* own,
                                                    int step, int pitch, int part, int parts, int room, float2* partial,
                                                    float (&sums)[kQuad][kMostTaps]) {
@@ -259,8 +340,7 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
             for (int tap = 0; tap < count; tap++) own[tap * step + o * pitch] = f(own[tap * step + o * pitch]);
         }
     };
-    // f for each tap of this thread: threads of a warp mostly have as many.
-    const auto for_each_tap = [&](auto f) {
+    const auto for_each_tap = [&](auto f) __attribute__((always_inline)) {
 #pragma unroll
         for (int tap = 0; tap < kMostTaps; tap++) {
             if (tap >= count) break;
@@ -274,7 +354,6 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
             const float mask = sigmoid(logit);
             return mask * (1 - mask);
         });
-        for_each_tap([&](int o, int tap) { sums[o][tap] *= own[tap * step + o * pitch]; });
         return;
     }
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) for_each_logit([](float logit) { return log_sigmoid(logit); });
@@ -331,7 +410,6 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
     for_each_tap([&](int o, int tap) { sums[o][tap] = masks[o][tap] * (sums[o][tap] * sum[o] - mean[o]); });
     if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
     for_each_logit([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit
-    for_each_tap([&](int o, int tap) { sums[o][tap] *= own[tap * step + o * pitch]; });
 }
 
 template <bool Vectors>
@@ -341,11 +419,13 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     const Array& result = arguments.result;  // of the shape of masks or logits
     const int k = plan.kernel_size.number, radius = k / 2, width = plan.width.number;
     const int rows_of_tile = kQuad * plan.quads, outputs = rows_of_tile * width;
-    const int halo = plan.halo_rows * plan.halo_columns.number, parts = k * plan.segments;
+    const int halo = plan.halo_rows * plan.halo_columns.number, parts = k * plan.segments.number;
+    const int height_in = static_cast<int>(p.features.h), width_in = static_cast<int>(p.features.w),
+              height_out = static_cast<int>(p.out_h), width_out = static_cast<int>(p.out_w);
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     Slot* const slots = shared_memory<Slot>();
     OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + rows_of_tile);
-    int64_t* const pixels = reinterpret_cast<int64_t*>(places);  // while there are channels: of features, of outputs
+    int64_t* const addresses = reinterpret_cast<int64_t*>(places);  // of pixels, while there are channels
     float4* const staged = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
     float2* const partial = reinterpret_cast<float2*>(staged);  // [part][output], when the channels are done
     float* const finished = reinterpret_cast<float*>(partial + parts * plan.room);  // [tap][output]
@@ -353,38 +433,40 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     // This thread's column of outputs and of taps, its first row of taps, and its quad.
     const int line = plan.width.quotient(thread), x = thread - line * width;
     const int segment_line = plan.kernel_size.quotient(line), b = line - segment_line * k;
-    const int quad = segment_line / plan.segments, segment = segment_line - quad * plan.segments;
-    const int a = segment * plan.own_taps, count = min(k - a, plan.own_taps), own_slot = quad * kQuad;
+    const int quad = plan.segments.quotient(segment_line), segment = segment_line - quad * plan.segments.number;
+    const int a = segment * plan.own_taps, own_slot = quad * kQuad;
     const bool active = quad < plan.quads;
-    const int slice = plan.vectors * kVector;    // channels
+    const int count = active ? min(k - a, plan.own_taps) : 0;
     const int stagers = threads / plan.vectors;  // of a vector
     const int vector = Vectors ? thread % plan.vectors : thread / stagers,
               first_pixel = Vectors ? thread / plan.vectors : thread % stagers;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient tile = divide(item, computed_late(plan.column_tiles)),
-                       tile_row = divide(tile.quotient, computed_late(plan.row_tiles)),
-                       image = divide(tile_row.quotient, computed_late(p.groups));
-        const int64_t n = image.quotient, group = image.remainder, channels_in_group = p.features.c / p.groups;
-        const int first_slot = static_cast<int>(tile_row.remainder) * rows_of_tile,
-                  left = static_cast<int>(tile.remainder) * width;
-        const int source_top = slot_of(plan, first_slot).source - radius,
-                  source_left = plan.columns.source(left) - radius;
+        const uint32_t tile = static_cast<uint32_t>(item), tile_row = tile / plan.column_tiles,
+                       tile_image = tile_row / plan.row_tiles;
+        const int64_t n = tile_image / plan.groups, group = tile_image - n * plan.groups;
+        const int first_slot = static_cast<int>(tile_row - tile_image * plan.row_tiles) * rows_of_tile,
+                  left = static_cast<int>(tile - tile_row * plan.column_tiles) * width;
 #pragma unroll 1
         for (int number = thread; number < rows_of_tile; number += threads)
             slots[number] = slot_of(plan, first_slot + number);
         __syncthreads();
+        const int source_top = slots[0].source - radius, source_left = plan.columns.source(left) - radius;
+        const auto address = [&](const Array& array, int row, int column_at, bool exists) {
+            const int64_t place = n * array.stride_n + group * plan.channels * array.stride_c + row * array.stride_h +
+                                  column_at * array.stride_w;
+            return exists ? reinterpret_cast<int64_t>(array.data) + place * plan.itemsize : kNowhere;
+        };
 #pragma unroll 1
         for (int pixel = thread; pixel < halo; pixel += threads) {
             const int y = plan.halo_columns.quotient(pixel), i = source_top + y,
                       j = source_left + pixel - y * plan.halo_columns.number;
-            const bool exists = i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
-            pixels[pixel] = exists ? i * p.features.stride_h + j * p.features.stride_w : kNowhere;
+            addresses[pixel] = address(p.features, i, j, i >= 0 && i < height_in && j >= 0 && j < width_in);
         }
 #pragma unroll 1
         for (int output = thread; output < outputs; output += threads) {
             const int y = plan.width.quotient(output), row = slots[y].row, column = left + output - y * width;
-            const bool exists = row >= 0 && row < p.out_h && column < p.out_w;
-            pixels[halo + output] = exists ? row * p.grad_output.stride_h + column * p.grad_output.stride_w : kNowhere;
+            addresses[halo + output] = address(p.grad_output, row, column,
+                                               row >= 0 && row < height_out && column < width_out);
         }
         const int column = left + x, source = plan.columns.source(column) - radius + b;  // of this thread's taps
         int apart[kQuad];                                                                // see add_products
@@ -394,30 +476,24 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             apart[o] = y * plan.halo_columns.number + (active ? source - source_left : 0);
         }
         float sums[kQuad][kMostTaps] = {};
-        const int64_t channels = p.out_h > 0 && p.out_w > 0 ? channels_in_group : 0;  // or there may be no arrays
-        const int64_t slices = ceil_div(channels, slice), c = group * channels_in_group + vector * kVector;
-        int64_t features_at = n * p.features.stride_n + c * p.features.stride_c,
-                grads_at = n * p.grad_output.stride_n + c * p.grad_output.stride_c;
+        const int slices = height_out > 0 && width_out > 0 ? plan.slices : 0;  // or there may be no arrays
+        const Pixels pixels{addresses, halo, halo + outputs, p.features.stride_c, p.grad_output.stride_c};
+        int channel = vector * kVector, buffer = 0;
 #pragma unroll 1
-        for (int64_t number = 0; number <= slices; number++) {  // is staged, and the one before it contracted
+        for (int number = 0; number <= slices; number++) {  // is staged, and the one before it contracted
             wait_for_copies();
             __syncthreads();
-            const int buffer = static_cast<int>(number % 2) * plan.vectors * plan.plane;
             if (number < slices) {
-                const int there = static_cast<int>(min(channels - number * slice, int64_t{slice})) - vector * kVector;
-                float4* const to = staged + buffer + vector * plan.plane + first_pixel;
-                with_storage(p.features.dtype, [&](auto storage) {
-                    using T = decltype(storage);
-                    stage_slice<Vectors>(static_cast<const T*>(p.features.data) + features_at, p.features.stride_c,
-                                         pixels, halo, first_pixel, stagers, there, to, stagers);
-                    stage_slice<Vectors>(static_cast<const T*>(p.grad_output.data) + grads_at, p.grad_output.stride_c,
-                                         pixels + halo, outputs, first_pixel, stagers, there, to + halo, stagers);
+                float4* const to = staged + buffer + vector * plan.plane;
+                with_storage(p.features.dtype, [&](auto storage) __attribute__((always_inline)) {
+                    stage_pixels<Vectors, decltype(storage)>(pixels, first_pixel, stagers, channel,
+                                                             plan.channels - channel, to);
                 });
-                features_at += slice * p.features.stride_c;
-                grads_at += slice * p.grad_output.stride_c;
+                channel += plan.vectors * kVector;
             }
+            buffer = plan.vectors * plan.plane - buffer;
             if (number == 0 || !active) continue;
-            const float4* const features = staged + (plan.vectors * plan.plane - buffer);
+            const float4* const features = staged + buffer;
             const float4* const grads = features + halo + own_slot * width + x;
             const auto add = [&](auto own_taps, auto sources) __attribute__((always_inline)) {
                 add_products<decltype(own_taps)::value, decltype(sources)::value>(plan, features, apart, grads, sums);
@@ -437,66 +513,79 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                 case 56 + 4: add(Constant<7>(), Constant<4>()); break;
             }
         }
-        const bool inside = source_top >= 0 && source_top + plan.halo_rows <= p.features.h && source_left >= 0 &&
-                            source_left + plan.halo_columns.number <= p.features.w;
-        if (active && !inside) {  // a tap beyond a border is 0, whatever the gradient there
+        const bool inside = source_top >= 0 && source_top + plan.halo_rows <= height_in && source_left >= 0 &&
+                            source_left + plan.halo_columns.number <= width_in;
+        if (!inside && active) {  // a tap beyond a border is 0, whatever the gradient there
+            const int rows_there = source >= 0 && source < width_in ? height_in : 0;
 #pragma unroll
             for (int o = 0; o < kQuad; o++) {
                 const int i = slots[own_slot + o].source - radius + a;
 #pragma unroll
                 for (int tap = 0; tap < kMostTaps; tap++) {
-                    if (i + tap < 0 || i + tap >= p.features.h || source < 0 || source >= p.features.w)
-                        sums[o][tap] = 0;
+                    if (static_cast<unsigned>(i + tap) >= static_cast<unsigned>(rows_there)) sums[o][tap] = 0;
                 }
             }
         }
-        __syncthreads();  // room of a slice is needed
         const int own = own_slot * plan.pitch + x, step = k * plan.room;
         float* const own_finished = finished + (a * k + b) * plan.room + own;
-        const auto for_each_place_of = [&](const Array& array, auto f) {
-            find_places(p, plan, array, slots, left, places);
+        const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
+        __syncthreads();  // what follows takes the place of slices
+        if (normalized) {
+            find_places(plan, p.logits, slots, left, places);
             __syncthreads();
-            const int64_t tap = taps_apart(p, array);
-            with_storage(array.dtype, [&](auto storage) {
+            with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
                 using M = decltype(storage);
-                M* const first = element<M>(array, n, 0, 0, 0) + group * k * k * tap;
-                for_each_place(plan, places, tap, [&](int64_t from, int to, int first_tap, int taps_step) {
-                    f(first + from, finished + to, first_tap, taps_step, taps_step * tap);
+                const int64_t tap = taps_apart(p, p.logits);
+                const M* const all = element<const M>(p.logits, n, 0, 0, 0) + group * k * k * tap;
+                for_each_place(plan, places, tap,
+                               [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+                    const M* from = all + place;
+                    float* to = finished + first;
+#pragma unroll 4
+                    for (; t < k * k; t += further, from += further * tap, to += further * plan.room) {
+                        if constexpr (std::is_same_v<M, float>) {
+                            copy_async<sizeof(float)>(to, from, true);
+                        } else {
+                            *to = widen(load_input(from));
+                        }
+                    }
                 });
-            });
-        };
-        if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
-            for_each_place_of(p.logits, [&](auto* from, float* to, int tap, int taps_step, int64_t from_step) {
-                using M = std::remove_pointer_t<decltype(from)>;
-                if constexpr (std::is_same_v<M, float>) {
-#pragma unroll 4
-                    for (; tap < k * k; tap += taps_step, from += from_step, to += taps_step * plan.room)
-                        copy_async<sizeof(float)>(to, from, true);
-                } else {
-#pragma unroll 4
-                    for (; tap < k * k; tap += taps_step, from += from_step, to += taps_step * plan.room)
-                        *to = widen(load_input(from));
-                }
             });
             wait_for_copies();
             __syncthreads();
             through_normalizer(p.normalizer, active, count, own_finished, step, plan.pitch, segment * k + b, parts,
                                plan.room, partial + own, sums);
         }
+        find_places(plan, result, slots, left, places);
         if (active) {
+            const bool factors = normalized && p.normalizer != CARAFEPP_SOFTMAX;  // of the sums are there
+            bool computed[kQuad];                                                 // or a crop leaves it out
 #pragma unroll
-            for (int o = 0; o < kQuad; o++) {
-                const bool computed = column < p.out_w && slots[own_slot + o].row < p.out_h;  // or a crop leaves it out
+            for (int o = 0; o < kQuad; o++) computed[o] = column < width_out && slots[own_slot + o].row < height_out;
 #pragma unroll
-                for (int tap = 0; tap < kMostTaps; tap++) {
-                    if (tap < count) own_finished[tap * step + o * plan.pitch] = computed ? sums[o][tap] : 0;
+            for (int tap = 0; tap < kMostTaps; tap++) {
+                if (tap >= count) break;
+#pragma unroll
+                for (int o = 0; o < kQuad; o++) {
+                    float* const to = own_finished + tap * step + o * plan.pitch;
+                    const float factor = factors ? *to : 1;
+                    *to = computed[o] ? sums[o][tap] * factor : 0;
                 }
             }
         }
-        for_each_place_of(result, [&](auto* to, const float* from, int tap, int taps_step, int64_t to_step) {
-            using M = std::remove_pointer_t<decltype(to)>;
+        __syncthreads();
+        with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
+            using M = decltype(storage);
+            const int64_t tap = taps_apart(p, result);
+            M* const all = element<M>(result, n, 0, 0, 0) + group * k * k * tap;
+            for_each_place(plan, places, tap,
+                           [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+                M* to = all + place;
+                const float* from = finished + first;
 #pragma unroll 4
-            for (; tap < k * k; tap += taps_step, to += to_step, from += taps_step * plan.room) *to = narrow<M>(*from);
+                for (; t < k * k; t += further, to += further * tap, from += further * plan.room)
+                    *to = narrow<M>(*from);
+            });
         });
         __syncthreads();
     }
@@ -506,7 +595,10 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
 template <bool Vectors>
 const char* not_for_grad_masks_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
-    return GradMasksTilesPlan(p, Vectors).shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
+    if (p.features.c > INT32_MAX / 2) return "channels are too many";
+    const GradMasksTilesPlan plan(p, Vectors);
+    if (plan.items > INT32_MAX) return "tiles are too many";
+    return plan.shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
 }
 
 template <bool Vectors>
