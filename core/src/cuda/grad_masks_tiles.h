@@ -15,7 +15,7 @@ constexpr int kQuad = 4;             // outputs of a thread
 constexpr int kMostTaps = 7;         // of a thread
 constexpr int kMostVectors = 4;      // of a slice
 constexpr int kMostColumns = 32;     // of a tile
-constexpr int kThreadsOfTile = 320;  // at most
+constexpr int kThreadsOfTile = 256;  // at most
 constexpr int64_t kNowhere = INT64_MIN;
 constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
 
@@ -51,6 +51,7 @@ struct GradMasksTilesPlan {
     Divisor rows_of_cell, columns_of_cell, cells_in_row;  // of a tile, whole ones or 1
     int pitch, room;                                      // from row to row and from tap to tap of finished outputs
     int threads;
+    bool normalized;  // gradients go through the normaliser
     uint32_t row_tiles, column_tiles, groups;
     int64_t items;
     int64_t places_bytes, shared_bytes;
@@ -80,6 +81,7 @@ struct GradMasksTilesPlan {
             own_taps = taps;
             segments = Divisor(segments_of_taps);
         }
+        normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
         const int64_t all = ceil_div(p.features.c / p.groups, kVector);
         double least = INFINITY;
         int best_columns = 1, best_quads = 1, best_vectors = 1;
@@ -138,7 +140,10 @@ private:
         room = rows_of_tile * pitch | 1;              // and so do taps
         threads = static_cast<int>(ceil_div(width.number * k * segments.number * quads, 32)) * 32;
         const int64_t staged = 2 * vectors * plane * int64_t{sizeof(float4)},
-                      finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) * room;
+                      finished = k * room *
+                                 (normalized
+                                      ? 2 * k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}
+                                      : k * int64_t{sizeof(float)});
         places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
                                 outputs * int64_t{sizeof(OutputPlace)});
         shared_bytes = rows_of_tile * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
@@ -230,6 +235,9 @@ __device__ __forceinline__ void for_each_place(const GradMasksTilesPlan& plan, c
     }
 }
 
+template <int Number>
+using Constant = std::integral_constant<int, Number>;
+
 // What a block copies: pixels of features, then of outputs. The addresses of their first channels are in shared memory,
 // or kNowhere.
 struct Pixels {
@@ -243,20 +251,21 @@ struct Pixels {
 template <bool Vectors, class T>
 __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, int step, int channel, int channels,
                                              float4* to) {
-    constexpr int kInFlight = 4;
     const int64_t feature_at = channel * pixels.feature_channel, output_at = channel * pixels.output_channel;
-#pragma unroll 1
-    for (int pixel = first; pixel < pixels.count; pixel += kInFlight * step) {
-        float4 values[kInFlight];
+    // Stages `Count` pixels, whose loads are in flight together.
+    const auto stage = [&](int pixel, auto some) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(some)::value;
+        int64_t address[kCount];
+        [[maybe_unused]] float4 values[kCount];
 #pragma unroll
-        for (int load = 0; load < kInFlight; load++) {
+        for (int load = 0; load < kCount; load++) address[load] = pixels.addresses[pixel + load * step];
+#pragma unroll
+        for (int load = 0; load < kCount; load++) {
             const int at = pixel + load * step;
-            if (at >= pixels.count) break;
-            const int64_t address = pixels.addresses[at];
-            const int there = address != kNowhere ? channels : 0;
+            const int there = address[load] >> 32 != kNowhere >> 32 ? channels : 0;
             const bool of_features = Vectors || at < pixels.features;
-            const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
-            const T* const from = reinterpret_cast<const T*>(address) + (of_features ? feature_at : output_at);
+            [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
+            const T* const from = reinterpret_cast<const T*>(address[load]) + (of_features ? feature_at : output_at);
             if constexpr (std::is_same_v<T, float>) {
                 float* const staged = reinterpret_cast<float*>(to + at);
                 if constexpr (Vectors) {
@@ -277,19 +286,18 @@ __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, in
         }
         if constexpr (!std::is_same_v<T, float>) {
 #pragma unroll
-            for (int load = 0; load < kInFlight; load++) {
-                if (pixel + load * step < pixels.count) to[pixel + load * step] = values[load];
-            }
+            for (int load = 0; load < kCount; load++) to[pixel + load * step] = values[load];
         }
-    }
+    };
+    int pixel = first;
+#pragma unroll 1
+    for (; pixel + step < pixels.count; pixel += 2 * step) stage(pixel, Constant<2>());
+    if (pixel < pixels.count) stage(pixel, Constant<1>());
 }
 
 __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
-
-template <int Number>
-using Constant = std::integral_constant<int, Number>;
 
 // Adds the products of a slice to the sums of four outputs and `Taps` taps below each other. With `Sources` neighbours,
 // or for 0 any, output o has its taps from features[apart[o]] on.
@@ -326,90 +334,84 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, con
     }
 }
 
-// Carries the sums of a thread through the normaliser. Its logits are staged, and change: own[o * pitch] is the first
-// of output o, and taps are `step` apart. The threads of an output are `parts`, and tell each other what they sum as
-// partial[part * room + o * pitch]. Of a sigmoid, factors of the sums stay staged. All threads of the block call it.
-__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, bool active, int count, float* own,
-                                                   int step, int pitch, int part, int parts, int room, float2* partial,
-                                                   float (&sums)[kQuad][kMostTaps]) {
+// The taps of a thread in shared memory: output o has its first at o * pitch, and they are `step` apart.
+struct OwnTaps {
+    int count, step, pitch;
+
+    // Calls f(output, element of `first`, element of `second`) for each.
+    template <class F>
+    __device__ __forceinline__ void each(float* first, float* second, F f) const {
+#pragma unroll 1
+        for (int tap = 0; tap < count; tap++, first += step, second += step) {
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) f(o, first[o * pitch], second[o * pitch]);
+        }
+    }
+};
+
+// Carries the gradients of masks of a thread's taps through the normaliser. Their logits may change. The threads of an
+// output are `parts`, and tell each other what they sum, as partial[part * room + o * pitch]. All threads of a block
+// call it.
+__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, const OwnTaps& taps, float* logits,
+                                                   float* grads, int part, int parts, int room, float2* partial) {
     constexpr float kLog2OfE = 1.44269504f;
-    const auto for_each_logit = [&](auto f) {
-#pragma unroll 1
-        for (int o = 0; o < kQuad; o++) {
-#pragma unroll 1
-            for (int tap = 0; tap < count; tap++) own[tap * step + o * pitch] = f(own[tap * step + o * pitch]);
-        }
-    };
-    const auto for_each_tap = [&](auto f) __attribute__((always_inline)) {
-#pragma unroll
-        for (int tap = 0; tap < kMostTaps; tap++) {
-            if (tap >= count) break;
-#pragma unroll
-            for (int o = 0; o < kQuad; o++) f(o, tap);
-        }
-    };
-    if (!active) count = 0;
     if (normalizer == CARAFEPP_SIGMOID) {
-        for_each_logit([](float logit) {
+        taps.each(logits, grads, [](int, float logit, float& grad) {
             const float mask = sigmoid(logit);
-            return mask * (1 - mask);
+            grad *= mask * (1 - mask);
         });
         return;
     }
-    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) for_each_logit([](float logit) { return log_sigmoid(logit); });
-    float masks[kQuad][kMostTaps], largest[kQuad], sum[kQuad] = {}, mean[kQuad] = {};  // weighted by masks
-#pragma unroll
-    for (int o = 0; o < kQuad; o++) largest[o] = -INFINITY;
-    for_each_tap([&](int o, int tap) {
-        masks[o][tap] = own[tap * step + o * pitch];
-        largest[o] = fmaxf(largest[o], masks[o][tap]);
-    });
-    if (active) {
-#pragma unroll
-        for (int o = 0; o < kQuad; o++) partial[part * room + o * pitch].x = largest[o];
-    }
-    __syncthreads();
-    if (active) {
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)
+        taps.each(logits, grads, [](int, float& logit, float) { logit = log_sigmoid(logit); });
+    float largest[kQuad] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[kQuad] = {},
+          mean[kQuad] = {};  // of the gradients, weighted by masks
+    const auto mask = [&](int o, float logit) {
+        return power_of_2((logit - largest[o]) * kLog2OfE);  // the difference first: logits may be huge
+    };
+    const auto tell = [&](int o) -> float2& { return partial[part * room + o * taps.pitch]; };
+    // Calls f(output, what a thread told) for each.
+    const auto each_part = [&](auto f) {
 #pragma unroll 1
-        for (int other = 0; other < parts; other++) {
+        for (int other = 0; other < (taps.count > 0 ? parts : 0); other++) {
 #pragma unroll
-            for (int o = 0; o < kQuad; o++) largest[o] = fmaxf(largest[o], partial[other * room + o * pitch].x);
+            for (int o = 0; o < kQuad; o++) f(o, partial[other * room + o * taps.pitch]);
         }
+    };
+    taps.each(logits, grads, [&](int o, float logit, float) { largest[o] = fmaxf(largest[o], logit); });
+    if (taps.count > 0) {
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) tell(o).x = largest[o];
     }
-    for_each_tap([&](int o, int tap) {
-        masks[o][tap] = power_of_2((masks[o][tap] - largest[o]) *
-                                   kLog2OfE);  // the difference first: logits may be huge
-        sum[o] += masks[o][tap];
-        mean[o] += masks[o][tap] * sums[o][tap];
+    __syncthreads();
+    each_part([&](int o, float2 told) { largest[o] = fmaxf(largest[o], told.x); });
+    taps.each(logits, grads, [&](int o, float logit, float grad) {
+        const float unscaled = mask(o, logit);
+        sum[o] += unscaled;
+        mean[o] += unscaled * grad;
     });
     __syncthreads();
-    if (active) {
+    if (taps.count > 0) {
 #pragma unroll
         for (int o = 0; o < kQuad; o++) {
-            partial[part * room + o * pitch] = make_float2(sum[o], mean[o]);
+            tell(o) = make_float2(sum[o], mean[o]);
             sum[o] = mean[o] = 0;
         }
     }
     __syncthreads();
-    if (active) {
-#pragma unroll 1
-        for (int other = 0; other < parts; other++) {
+    each_part([&](int o, float2 told) {
+        sum[o] += told.x;
+        mean[o] += told.y;
+    });
 #pragma unroll
-            for (int o = 0; o < kQuad; o++) {
-                const float2 one = partial[other * room + o * pitch];
-                sum[o] += one.x;
-                mean[o] += one.y;
-            }
-        }
-#pragma unroll
-        for (int o = 0; o < kQuad; o++) {
-            sum[o] = 1 / sum[o];
-            mean[o] *= sum[o] * sum[o];
-        }
+    for (int o = 0; o < kQuad; o++) {
+        sum[o] = 1 / sum[o];
+        mean[o] *= sum[o] * sum[o];
     }
-    for_each_tap([&](int o, int tap) { sums[o][tap] = masks[o][tap] * (sums[o][tap] * sum[o] - mean[o]); });
-    if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
-    for_each_logit([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit
+    taps.each(logits, grads,
+              [&](int o, float logit, float& grad) { grad = mask(o, logit) * (grad * sum[o] - mean[o]); });
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)  // times the sigmoid of -logit
+        taps.each(logits, grads, [](int, float log_of_sigmoid, float& grad) { grad *= -expm1f(log_of_sigmoid); });
 }
 
 template <bool Vectors>
@@ -427,8 +429,9 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + rows_of_tile);
     int64_t* const addresses = reinterpret_cast<int64_t*>(places);  // of pixels, while there are channels
     float4* const staged = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
-    float2* const partial = reinterpret_cast<float2*>(staged);  // [part][output], when the channels are done
-    float* const finished = reinterpret_cast<float*>(partial + parts * plan.room);  // [tap][output]
+    float* const finished = reinterpret_cast<float*>(staged);  // [tap][output], when the channels are done
+    float* const logits = finished + k * k * plan.room;        // likewise
+    float2* const partial = reinterpret_cast<float2*>(logits + k * k * plan.room);  // [part][output]
 
     // This thread's column of outputs and of taps, its first row of taps, and its quad.
     const int line = plan.width.quotient(thread), x = thread - line * width;
@@ -451,10 +454,13 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             slots[number] = slot_of(plan, first_slot + number);
         __syncthreads();
         const int source_top = slots[0].source - radius, source_left = plan.columns.source(left) - radius;
+        const auto first_address = [&](const Array& array) {
+            return reinterpret_cast<int64_t>(array.data) +
+                   (n * array.stride_n + group * plan.channels * array.stride_c) * plan.itemsize;
+        };
         const auto address = [&](const Array& array, int row, int column_at, bool exists) {
-            const int64_t place = n * array.stride_n + group * plan.channels * array.stride_c + row * array.stride_h +
-                                  column_at * array.stride_w;
-            return exists ? reinterpret_cast<int64_t>(array.data) + place * plan.itemsize : kNowhere;
+            const int64_t place = row * array.stride_h + column_at * array.stride_w;
+            return exists ? first_address(array) + place * plan.itemsize : kNowhere;
         };
 #pragma unroll 1
         for (int pixel = thread; pixel < halo; pixel += threads) {
@@ -513,34 +519,38 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                 case 56 + 4: add(Constant<7>(), Constant<4>()); break;
             }
         }
+        __syncthreads();  // what follows takes the place of slices
+        const int own = own_slot * plan.pitch + x, first_own = (a * k + b) * plan.room + own;
+        const OwnTaps own_taps{count, k * plan.room, plan.pitch};
+        float* const grads = finished + first_own;
+#pragma unroll
+        for (int tap = 0; tap < kMostTaps; tap++) {
+            if (tap >= count) break;
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) grads[tap * own_taps.step + o * plan.pitch] = sums[o][tap];
+        }
         const bool inside = source_top >= 0 && source_top + plan.halo_rows <= height_in && source_left >= 0 &&
                             source_left + plan.halo_columns.number <= width_in;
-        if (!inside && active) {  // a tap beyond a border is 0, whatever the gradient there
-            const int rows_there = source >= 0 && source < width_in ? height_in : 0;
-#pragma unroll
-            for (int o = 0; o < kQuad; o++) {
-                const int i = slots[own_slot + o].source - radius + a;
-#pragma unroll
-                for (int tap = 0; tap < kMostTaps; tap++) {
-                    if (static_cast<unsigned>(i + tap) >= static_cast<unsigned>(rows_there)) sums[o][tap] = 0;
-                }
+        if (!inside) {  // a tap beyond a border is 0, whatever the gradient there
+            const bool column_there = source >= 0 && source < width_in;
+#pragma unroll 1
+            for (int at = 0; at < count * kQuad; at++) {
+                const int tap = at / kQuad, o = at % kQuad, i = slots[own_slot + o].source - radius + a + tap;
+                if (!column_there || i < 0 || i >= height_in) grads[tap * own_taps.step + o * plan.pitch] = 0;
             }
         }
-        const int own = own_slot * plan.pitch + x, step = k * plan.room;
-        float* const own_finished = finished + (a * k + b) * plan.room + own;
-        const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
-        __syncthreads();  // what follows takes the place of slices
-        if (normalized) {
+        if (plan.normalized) {
             find_places(plan, p.logits, slots, left, places);
             __syncthreads();
+            const int64_t tap = taps_apart(p, p.logits), first_tap = n * p.logits.stride_n + group * k * k * tap;
             with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
                 using M = decltype(storage);
-                const int64_t tap = taps_apart(p, p.logits);
-                const M* const all = element<const M>(p.logits, n, 0, 0, 0) + group * k * k * tap;
+                const M* const all = static_cast<const M*>(p.logits.data) + first_tap;
+
                 for_each_place(plan, places, tap,
                                [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
                     const M* from = all + place;
-                    float* to = finished + first;
+                    float* to = logits + first;
 #pragma unroll 4
                     for (; t < k * k; t += further, from += further * tap, to += further * plan.room) {
                         if constexpr (std::is_same_v<M, float>) {
@@ -553,31 +563,25 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             });
             wait_for_copies();
             __syncthreads();
-            through_normalizer(p.normalizer, active, count, own_finished, step, plan.pitch, segment * k + b, parts,
-                               plan.room, partial + own, sums);
+            through_normalizer(p.normalizer, own_taps, logits + first_own, grads, segment * k + b, parts, plan.room,
+                               partial + own);
         }
-        find_places(plan, result, slots, left, places);
-        if (active) {
-            const bool factors = normalized && p.normalizer != CARAFEPP_SOFTMAX;  // of the sums are there
-            bool computed[kQuad];                                                 // or a crop leaves it out
-#pragma unroll
-            for (int o = 0; o < kQuad; o++) computed[o] = column < width_out && slots[own_slot + o].row < height_out;
-#pragma unroll
-            for (int tap = 0; tap < kMostTaps; tap++) {
-                if (tap >= count) break;
-#pragma unroll
-                for (int o = 0; o < kQuad; o++) {
-                    float* const to = own_finished + tap * step + o * plan.pitch;
-                    const float factor = factors ? *to : 1;
-                    *to = computed[o] ? sums[o][tap] * factor : 0;
-                }
+        if (slots[rows_of_tile - 1].row >= height_out || slots[rows_of_tile - 1].row < 0 ||
+            left + width > width_out) {  // a crop leaves some out
+#pragma unroll 1
+            for (int at = 0; at < count * kQuad; at++) {
+                const int tap = at / kQuad, o = at % kQuad;
+                if (column >= width_out || slots[own_slot + o].row >= height_out)
+                    grads[tap * own_taps.step + o * plan.pitch] = 0;
             }
         }
+        find_places(plan, result, slots, left, places);
         __syncthreads();
+        const int64_t tap = taps_apart(p, result), first_tap = n * result.stride_n + group * k * k * tap;
         with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
             using M = decltype(storage);
-            const int64_t tap = taps_apart(p, result);
-            M* const all = element<M>(result, n, 0, 0, 0) + group * k * k * tap;
+            M* const all = static_cast<M*>(result.data) + first_tap;
+
             for_each_place(plan, places, tap,
                            [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
                 M* to = all + place;
