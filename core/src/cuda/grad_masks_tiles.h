@@ -14,7 +14,7 @@ namespace carafepp::cuda {
 constexpr int kQuad = 4;             // outputs of a thread
 constexpr int kMostTaps = 7;         // of a thread
 constexpr int kMostVectors = 4;      // of a slice
-constexpr int kMostColumns = 32;     // of a tile
+constexpr int kMostColumns = 64;     // of a tile
 constexpr int kThreadsOfTile = 256;  // at most
 constexpr int64_t kNowhere = INT64_MIN;
 constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
@@ -140,10 +140,7 @@ private:
         room = rows_of_tile * pitch | 1;              // and so do taps
         threads = static_cast<int>(ceil_div(width.number * k * segments.number * quads, 32)) * 32;
         const int64_t staged = 2 * vectors * plane * int64_t{sizeof(float4)},
-                      finished = k * room *
-                                 (normalized
-                                      ? 2 * k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}
-                                      : k * int64_t{sizeof(float)});
+                      finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) * room;
         places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
                                 outputs * int64_t{sizeof(OutputPlace)});
         shared_bytes = rows_of_tile * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
@@ -166,7 +163,8 @@ private:
                                            pixels * (vectors_in_memory ? 10 : 30)) +
                                     outputs * taps + 1000 * warps;
         const double accesses = all * (warps * 4 * loads + pixels * (vectors_in_memory ? 32 / vectors + 4 : 24)) +
-                                outputs * taps / 4;
+                                outputs * taps / 32 *
+                                    (6 + 2 * (vectors_in_memory ? 4 : 32 / std::min(cells_in_row.number, 32)));
         return static_cast<double>(ceil_div(items, kMultiprocessors)) * std::max(instructions / 2.4, accesses);
     }
 };
@@ -252,16 +250,20 @@ template <bool Vectors, class T>
 __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, int step, int channel, int channels,
                                              float4* to) {
     const int64_t feature_at = channel * pixels.feature_channel, output_at = channel * pixels.output_channel;
-    // Stages `Count` pixels, whose loads are in flight together.
-    const auto stage = [&](int pixel, auto some) __attribute__((always_inline)) {
-        constexpr int kCount = decltype(some)::value;
+    constexpr int kCount = std::is_same_v<T, float> ? 2 : 4;  // pixels whose loads are in flight together
+#pragma unroll 1
+    for (int pixel = first; pixel < pixels.count; pixel += kCount * step) {
         int64_t address[kCount];
         [[maybe_unused]] float4 values[kCount];
 #pragma unroll
-        for (int load = 0; load < kCount; load++) address[load] = pixels.addresses[pixel + load * step];
+        for (int load = 0; load < kCount; load++) {
+            const int at = pixel + load * step;
+            address[load] = at < pixels.count ? pixels.addresses[at] : kNowhere;
+        }
 #pragma unroll
         for (int load = 0; load < kCount; load++) {
             const int at = pixel + load * step;
+            if (at >= pixels.count) break;
             const int there = address[load] >> 32 != kNowhere >> 32 ? channels : 0;
             const bool of_features = Vectors || at < pixels.features;
             [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
@@ -286,13 +288,11 @@ __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, in
         }
         if constexpr (!std::is_same_v<T, float>) {
 #pragma unroll
-            for (int load = 0; load < kCount; load++) to[pixel + load * step] = values[load];
+            for (int load = 0; load < kCount; load++) {
+                if (pixel + load * step < pixels.count) to[pixel + load * step] = values[load];
+            }
         }
-    };
-    int pixel = first;
-#pragma unroll 1
-    for (; pixel + step < pixels.count; pixel += 2 * step) stage(pixel, Constant<2>());
-    if (pixel < pixels.count) stage(pixel, Constant<1>());
+    }
 }
 
 __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
@@ -334,36 +334,49 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, con
     }
 }
 
-// The taps of a thread in shared memory: output o has its first at o * pitch, and they are `step` apart.
+// The sums of a thread, and the same taps in shared memory: output o has its first at o * pitch, and they are `step`
+// apart.
 struct OwnTaps {
+    float* first;
     int count, step, pitch;
 
-    // Calls f(output, element of `first`, element of `second`) for each.
+    // Calls f(output, sum, element of shared memory) for each. Threads of a warp mostly have as many.
     template <class F>
-    __device__ __forceinline__ void each(float* first, float* second, F f) const {
-#pragma unroll 1
-        for (int tap = 0; tap < count; tap++, first += step, second += step) {
+    __device__ __forceinline__ void each(float (&sums)[kQuad][kMostTaps], F f) const {
+        float* at = first;
 #pragma unroll
-            for (int o = 0; o < kQuad; o++) f(o, first[o * pitch], second[o * pitch]);
+        for (int tap = 0; tap < kMostTaps; tap++, at += step) {
+            if (tap >= count) break;
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) f(o, sums[o][tap], at[o * pitch]);
+        }
+    }
+    // f(element) for each element of shared memory. What is rare is not unrolled.
+    template <class F>
+    __device__ __forceinline__ void replace(F f) const {
+#pragma unroll 1
+        for (int at = 0; at < count * kQuad; at++) {
+            float& element = first[at / kQuad * step + at % kQuad * pitch];
+            element = f(element);
         }
     }
 };
 
-// Carries the gradients of masks of a thread's taps through the normaliser. Their logits may change. The threads of an
-// output are `parts`, and tell each other what they sum, as partial[part * room + o * pitch]. All threads of a block
-// call it.
-__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, const OwnTaps& taps, float* logits,
-                                                   float* grads, int part, int parts, int room, float2* partial) {
+// Carries the gradients of masks of a thread's taps, `grads`, through the normaliser. Their logits are in shared
+// memory; of a sigmoid, factors of the gradients stay there. The threads of an output are `parts`, and tell each other
+// what they sum, as partial[part * room + o * pitch]. All threads of a block call it.
+__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, const OwnTaps& taps,
+                                                   float (&grads)[kQuad][kMostTaps], int part, int parts, int room,
+                                                   float2* partial) {
     constexpr float kLog2OfE = 1.44269504f;
     if (normalizer == CARAFEPP_SIGMOID) {
-        taps.each(logits, grads, [](int, float logit, float& grad) {
+        taps.replace([](float logit) {
             const float mask = sigmoid(logit);
-            grad *= mask * (1 - mask);
+            return mask * (1 - mask);
         });
         return;
     }
-    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)
-        taps.each(logits, grads, [](int, float& logit, float) { logit = log_sigmoid(logit); });
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) taps.replace([](float logit) { return log_sigmoid(logit); });
     float largest[kQuad] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[kQuad] = {},
           mean[kQuad] = {};  // of the gradients, weighted by masks
     const auto mask = [&](int o, float logit) {
@@ -378,14 +391,14 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
             for (int o = 0; o < kQuad; o++) f(o, partial[other * room + o * taps.pitch]);
         }
     };
-    taps.each(logits, grads, [&](int o, float logit, float) { largest[o] = fmaxf(largest[o], logit); });
+    taps.each(grads, [&](int o, float, float logit) { largest[o] = fmaxf(largest[o], logit); });
     if (taps.count > 0) {
 #pragma unroll
         for (int o = 0; o < kQuad; o++) tell(o).x = largest[o];
     }
     __syncthreads();
     each_part([&](int o, float2 told) { largest[o] = fmaxf(largest[o], told.x); });
-    taps.each(logits, grads, [&](int o, float logit, float grad) {
+    taps.each(grads, [&](int o, float grad, float logit) {
         const float unscaled = mask(o, logit);
         sum[o] += unscaled;
         mean[o] += unscaled * grad;
@@ -408,10 +421,9 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
         sum[o] = 1 / sum[o];
         mean[o] *= sum[o] * sum[o];
     }
-    taps.each(logits, grads,
-              [&](int o, float logit, float& grad) { grad = mask(o, logit) * (grad * sum[o] - mean[o]); });
-    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)  // times the sigmoid of -logit
-        taps.each(logits, grads, [](int, float log_of_sigmoid, float& grad) { grad *= -expm1f(log_of_sigmoid); });
+    taps.each(grads, [&](int o, float& grad, float logit) { grad = mask(o, logit) * (grad * sum[o] - mean[o]); });
+    if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)  // the sigmoid of -logit
+        taps.replace([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });
 }
 
 template <bool Vectors>
@@ -429,9 +441,8 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + rows_of_tile);
     int64_t* const addresses = reinterpret_cast<int64_t*>(places);  // of pixels, while there are channels
     float4* const staged = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
-    float* const finished = reinterpret_cast<float*>(staged);  // [tap][output], when the channels are done
-    float* const logits = finished + k * k * plan.room;        // likewise
-    float2* const partial = reinterpret_cast<float2*>(logits + k * k * plan.room);  // [part][output]
+    float2* const partial = reinterpret_cast<float2*>(staged);  // [part][output], when the channels are done
+    float* const finished = reinterpret_cast<float*>(partial + parts * plan.room);  // [tap][output]: logits, gradients
 
     // This thread's column of outputs and of taps, its first row of taps, and its quad.
     const int line = plan.width.quotient(thread), x = thread - line * width;
@@ -519,40 +530,36 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                 case 56 + 4: add(Constant<7>(), Constant<4>()); break;
             }
         }
-        __syncthreads();  // what follows takes the place of slices
-        const int own = own_slot * plan.pitch + x, first_own = (a * k + b) * plan.room + own;
-        const OwnTaps own_taps{count, k * plan.room, plan.pitch};
-        float* const grads = finished + first_own;
-#pragma unroll
-        for (int tap = 0; tap < kMostTaps; tap++) {
-            if (tap >= count) break;
-#pragma unroll
-            for (int o = 0; o < kQuad; o++) grads[tap * own_taps.step + o * plan.pitch] = sums[o][tap];
-        }
         const bool inside = source_top >= 0 && source_top + plan.halo_rows <= height_in && source_left >= 0 &&
                             source_left + plan.halo_columns.number <= width_in;
-        if (!inside) {  // a tap beyond a border is 0, whatever the gradient there
-            const bool column_there = source >= 0 && source < width_in;
-#pragma unroll 1
-            for (int at = 0; at < count * kQuad; at++) {
-                const int tap = at / kQuad, o = at % kQuad, i = slots[own_slot + o].source - radius + a + tap;
-                if (!column_there || i < 0 || i >= height_in) grads[tap * own_taps.step + o * plan.pitch] = 0;
+        if (!inside && active) {  // a tap beyond a border is 0, whatever the gradient there
+#pragma unroll
+            for (int o = 0; o < kQuad; o++) {
+                const int i = slots[own_slot + o].source - radius + a;  // of its first row
+                const int first = min(max(-i, 0), kMostTaps), end = min(max(height_in - i, 0), kMostTaps);
+                const bool column_there = source >= 0 && source < width_in;
+                const int there = column_there ? (1 << end) - (1 << min(first, end)) : 0;  // bits of taps
+#pragma unroll
+                for (int tap = 0; tap < kMostTaps; tap++) {
+                    if ((there & 1 << tap) == 0) sums[o][tap] = 0;
+                }
             }
         }
+        __syncthreads();  // what follows takes the place of slices
+        const int own = own_slot * plan.pitch + x;
+        const OwnTaps own_taps{finished + (a * k + b) * plan.room + own, count, k * plan.room, plan.pitch};
         if (plan.normalized) {
             find_places(plan, p.logits, slots, left, places);
             __syncthreads();
             const int64_t tap = taps_apart(p, p.logits), first_tap = n * p.logits.stride_n + group * k * k * tap;
-            with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
-                using M = decltype(storage);
-                const M* const all = static_cast<const M*>(p.logits.data) + first_tap;
-
-                for_each_place(plan, places, tap,
-                               [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
-                    const M* from = all + place;
-                    float* to = logits + first;
+            for_each_place(plan, places, tap,
+                           [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+                with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
+                    using M = decltype(storage);
+                    const M* from = static_cast<const M*>(p.logits.data) + first_tap + place;
+                    float* to = finished + first;
 #pragma unroll 4
-                    for (; t < k * k; t += further, from += further * tap, to += further * plan.room) {
+                    for (int at = t; at < k * k; at += further, from += further * tap, to += further * plan.room) {
                         if constexpr (std::is_same_v<M, float>) {
                             copy_async<sizeof(float)>(to, from, true);
                         } else {
@@ -563,31 +570,30 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             });
             wait_for_copies();
             __syncthreads();
-            through_normalizer(p.normalizer, own_taps, logits + first_own, grads, segment * k + b, parts, plan.room,
-                               partial + own);
+            through_normalizer(p.normalizer, own_taps, sums, segment * k + b, parts, plan.room, partial + own);
         }
+        const bool factors = plan.normalized && p.normalizer != CARAFEPP_SOFTMAX;  // are there
+        own_taps.each(sums, [&](int, float grad, float& to) { to = factors ? grad * to : grad; });
         if (slots[rows_of_tile - 1].row >= height_out || slots[rows_of_tile - 1].row < 0 ||
             left + width > width_out) {  // a crop leaves some out
 #pragma unroll 1
             for (int at = 0; at < count * kQuad; at++) {
                 const int tap = at / kQuad, o = at % kQuad;
                 if (column >= width_out || slots[own_slot + o].row >= height_out)
-                    grads[tap * own_taps.step + o * plan.pitch] = 0;
+                    own_taps.first[tap * own_taps.step + o * plan.pitch] = 0;
             }
         }
         find_places(plan, result, slots, left, places);
         __syncthreads();
         const int64_t tap = taps_apart(p, result), first_tap = n * result.stride_n + group * k * k * tap;
-        with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
-            using M = decltype(storage);
-            M* const all = static_cast<M*>(result.data) + first_tap;
-
-            for_each_place(plan, places, tap,
-                           [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
-                M* to = all + place;
+        for_each_place(plan, places, tap,
+                       [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+            with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
+                using M = decltype(storage);
+                M* to = static_cast<M*>(result.data) + first_tap + place;
                 const float* from = finished + first;
 #pragma unroll 4
-                for (; t < k * k; t += further, to += further * tap, from += further * plan.room)
+                for (int at = t; at < k * k; at += further, to += further * tap, from += further * plan.room)
                     *to = narrow<M>(*from);
             });
         });
