@@ -31,7 +31,12 @@ constexpr Result kResultsOf[7][2] = {
 // The kernels for a result of a call, or NULL.
 const Kernel* list_of(carafepp_device device, carafepp_function function, int k) {
     const Result result = kResultsOf[function][k];
-    return result == kResults ? nullptr : registry_of(device)[result];
+    return result == kResults ? nullptr : registry_of(device).of[result];
+}
+
+// Those of both gradients, or NULL.
+const KernelOfBoth* list_of_both(carafepp_device device, carafepp_function function) {
+    return kResultsOf[function][1] == kResults ? nullptr : registry_of(device).of_both;
 }
 
 bool log_choices() {
@@ -46,49 +51,74 @@ bool log_choices() {
     throw Error{status, std::string("[") + function_name(function) + "] " + sentence};
 }
 
-const Kernel* find(const Kernel* list, const char* name) {
+template <class Entry>
+const Entry* find(const Entry* list, const char* name) {
     for (; list != nullptr && list->name != nullptr; list++) {
         if (std::strcmp(list->name, name) == 0) return list;
     }
     return nullptr;
 }
 
+[[noreturn]] void fail_forced(carafepp_function function, const char* name, const char* reason) {
+    fail(CARAFEPP_NOT_IMPLEMENTED, function, std::string("implementation ") + name + " declines: " + reason + ".");
+}
+
 // A forced name counts for the list that it stands in. The other results of a call choose as always.
 void check_forced(carafepp_function function, const char* name, const Registry& registry) {
     if (name == nullptr) return;
-    for (const Kernel* list : registry) {
+    for (const Kernel* list : registry.of) {
         if (find(list, name)) return;
     }
+    if (find(registry.of_both, name)) return;
     fail(CARAFEPP_VALUE_ERROR, function,
          std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
 }
 
-// The forced kernel, or the first of a list that can run a problem and is not slower than a later one.
-const Kernel& choose(carafepp_function function, const Kernel* list, const char* forced_name, const Problem& problem,
-                     const Array& result) {
-    const Kernel* forced = forced_name ? find(list, forced_name) : nullptr;
+// The forced kernel, or the first of a list that can run a problem and is not slower than a later one; or NULL.
+// `results` are one, or two for a kernel of both gradients.
+template <class Entry, class... Results>
+const Entry* choose(carafepp_function function, const Entry* list, const char* forced_name, const Problem& problem,
+                    const Results&... results) {
+    const Entry* forced = forced_name ? find(list, forced_name) : nullptr;
     std::string log;
-    const auto skip = [&](const Kernel& kernel, const char* why, const char* reason) {
+    const auto skip = [&](const Entry& kernel, const char* why, const char* reason) {
         if (reason != nullptr && log_choices()) log += std::string("; ") + kernel.name + why + reason;
         return reason != nullptr;
     };
-    const Kernel* chosen = forced ? forced : list;
+    const Entry* chosen = forced ? forced : list;
     if (forced != nullptr) {
-        if (const char* reason = forced->cannot_run(problem, result)) {
-            fail(CARAFEPP_NOT_IMPLEMENTED, function,
-                 std::string("implementation ") + forced->name + " declines: " + reason + ".");
-        }
+        if (const char* reason = forced->cannot_run(problem, results...)) fail_forced(function, forced->name, reason);
     } else {
-        while (skip(*chosen, " declines: ", chosen->cannot_run(problem, result)) ||
-               skip(*chosen, " is slower: ", chosen->slower(problem, result))) {
+        while (chosen->name != nullptr && (skip(*chosen, " declines: ", chosen->cannot_run(problem, results...)) ||
+                                           skip(*chosen, " is slower: ", chosen->slower(problem, results...)))) {
             chosen++;
         }
     }
     if (log_choices()) {
-        std::fprintf(stderr, "carafepp: [%s] %s%s%s\n", function_name(function), chosen->name,
-                     forced ? " (forced)" : "", log.c_str());
+        std::fprintf(stderr, "carafepp: [%s] %s%s%s\n", function_name(function),
+                     chosen->name ? chosen->name : "no kernel of both gradients", forced ? " (forced)" : "",
+                     log.c_str());
     }
-    return *chosen;
+    return chosen->name ? chosen : nullptr;
+}
+
+// Why kernels of both gradients cannot run, or NULL.
+constexpr const char* kOneNotWanted = "it computes both gradients, and one is not wanted";
+
+// The kernel of both gradients that runs a call, or NULL.
+const KernelOfBoth* choose_of_both(carafepp_function function, const Call& call) {
+    const carafepp_device device = call.problem.device;
+    const KernelOfBoth* const list = list_of_both(device, function);
+    const char* const name = call.params.implementation;
+    if (list == nullptr) return nullptr;
+    if (name != nullptr && (find(list_of(device, function, 0), name) || find(list_of(device, function, 1), name)))
+        return nullptr;
+    if (!call.wanted[0] || !call.wanted[1]) {
+        if (name != nullptr && find(list, name)) fail_forced(function, name, kOneNotWanted);
+        return nullptr;
+    }
+    if (call.results[0].empty() || call.results[1].empty()) return nullptr;  // the other has zeros
+    return choose(function, list, name, call.problem, call.results[0], call.results[1]);
 }
 
 Call check(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
@@ -123,11 +153,13 @@ void run(carafepp_function function, const carafepp_params* params, const carafe
     Call call = check(function, params, tensors, true);
     call.problem.stream = stream;
     on_device(function, call.problem, [&] {
+        if (const KernelOfBoth* both = choose_of_both(function, call))
+            return both->run(call.problem, call.results[0], call.results[1]);
         const Kernel* chosen[2] = {};  // before any runs, since a choice may fail
         for (int k = 0; k < 2; k++) {
             const Kernel* list = list_of(call.problem.device, function, k);
             if (call.wanted[k])
-                chosen[k] = &choose(function, list, call.params.implementation, call.problem, call.results[k]);
+                chosen[k] = choose(function, list, call.params.implementation, call.problem, call.results[k]);
         }
         const auto run_both = chosen[0] != nullptr ? chosen[0]->run_both : nullptr;
         if (run_both != nullptr && chosen[1] != nullptr && chosen[1]->run_both == run_both &&
@@ -264,6 +296,13 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
         }
         Call call = check(function, params, tensors, false);
         on_device(function, call.problem, [&] {
+            const KernelOfBoth* both = list_of_both(call.problem.device, function);
+            for (; both != nullptr && both->name != nullptr; both++) {
+                visit(user, both->name,
+                      call.wanted[0] != call.wanted[1]
+                          ? kOneNotWanted
+                          : both->cannot_run(call.problem, call.results[0], call.results[1]));
+            }
             for (int k = 0; k < 2; k++) {
                 const Kernel* kernel = list_of(call.problem.device, function, k);
                 for (; kernel != nullptr && kernel->name != nullptr; kernel++)

@@ -17,6 +17,14 @@ struct Kernel {
     bool (*run_both)(const Problem&, const Array& grad_features, const Array& grad_masks) = nullptr;
 };
 
+// A kernel that computes both gradients of a backward. Its `slower` says why two kernels are faster, or NULL.
+struct KernelOfBoth {
+    const char* name;
+    const char* (*cannot_run)(const Problem&, const Array& grad_features, const Array& grad_masks);
+    const char* (*slower)(const Problem&, const Array& grad_features, const Array& grad_masks);
+    void (*run)(const Problem&, const Array& grad_features, const Array& grad_masks);  // which have elements
+};
+
 // The results that kernels compute. With logits, an output has names of its own but the same kernels. An empty result,
 // whose shape is not known yet, may come to `cannot_run` and `slower`.
 enum Result {
@@ -30,9 +38,12 @@ enum Result {
     kResults,
 };
 
-// The kernels for each result: faster ones first, last one that runs every problem. A list ends with an entry without a
-// name.
-using Registry = const Kernel* const[kResults];
+// The kernels for each result: faster ones first, last one that runs every problem. Those of both gradients come before
+// them, where both are wanted. A list ends with an entry without a name.
+struct Registry {
+    const Kernel* of[kResults];
+    const KernelOfBoth* of_both;  // or NULL
+};
 
 inline const char* runs_all(const Problem&, const Array&) { return nullptr; }
 inline const char* never_slower(const Problem&, const Array&) { return nullptr; }

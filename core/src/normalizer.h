@@ -9,7 +9,8 @@
 //     definition does; a product with the reciprocal rounds otherwise.
 //   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h). So does
 //     softmax() of the gradients for up x2, which also sums the gradients (cuda/grad_masks_up2.h).
-//   - normalize_by_sigmoid() asks for logits again, as it is rare (cuda/grad_features_mma.h).
+//   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/grad_features_mma.h). The second asks
+//     for logits again, as it is rare.
 //   - finish_staging() and normalize_band() share the taps of an output among threads (cuda/masks.h,
 //     cuda/grad_tiles.h); normalize_line() has an output in a thread (cuda/stage_lines.h). All are in shared memory.
 //   - through_normalizer() works on masks without their scale in shared memory (cuda/grad_masks_tiles.h).

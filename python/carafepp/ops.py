@@ -789,7 +789,7 @@ def list_implementations(
     list of (name, reason)
         The reason is None if the implementation can run the problem; else it tells why not. Names
         are ``<result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>``, as carafepp.h describes. A
-        backward lists the implementations for its first result, then for its second.
+        backward lists the implementations for both results, for its first, then for its second.
 
     Raises
     ------

@@ -50,7 +50,6 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;  // in a block
 constexpr unsigned kWarpSize = 32;
-constexpr size_t kMaxSharedBytes = 48 * 1024;  // more is to be asked for with cudaFuncSetAttribute
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN in every type
@@ -195,7 +194,7 @@ struct Clocks {
 // the one before.
 struct BlockMemory {
     static constexpr size_t kMargin = 1024 + 16;  // so that memory is aligned to 16 bytes and not by chance to more
-    static constexpr size_t kBytes = kPageBytes + kMargin + kMaxSharedBytes + kMargin;
+    static constexpr size_t kBytes = kPageBytes + kMargin + kMostSharedBytes + kMargin;
 
     char* base = nullptr;
 
@@ -209,7 +208,7 @@ struct BlockMemory {
         std::memset(margin(), kPoison, kMargin + bytes + kMargin);
         if (under_asan()) {
             __asan_poison_memory_region(margin(), kMargin);
-            __asan_poison_memory_region(shared() + bytes, kMaxSharedBytes - bytes + kMargin);
+            __asan_poison_memory_region(shared() + bytes, kMostSharedBytes - bytes + kMargin);
         }
     }
 
@@ -499,8 +498,8 @@ void check_launch(size_t shared_bytes) {
         fail("a block must be from (1, 1, 1) to (1024, 1024, 64), of at most 1024 threads; got (%u, %u, %u)", block.x,
              block.y, block.z);
     }
-    if (shared_bytes > kMaxSharedBytes) {
-        fail("a block must have at most %zu bytes of shared memory; got %zu", kMaxSharedBytes, shared_bytes);
+    if (shared_bytes > kMostSharedBytes) {
+        fail("a block must have at most %zu bytes of shared memory; got %zu", kMostSharedBytes, shared_bytes);
     }
 }
 

@@ -95,6 +95,8 @@ uint64_t mmas_run();
 uint64_t bytes_copied();
 uint64_t groups_copied();
 
+constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block
+
 // Shared memory of the running block, at least 16-byte aligned as on a device, and its size.
 void* shared_memory();
 size_t shared_bytes();

@@ -569,8 +569,8 @@ MUTANTS = [
     Mutant(
         "logits are copied over sums that are still read",
         "grad_masks_up2.h",
-        "    clear_taps<K>(p, at, grad);\n    __syncthreads();",
-        "    clear_taps<K>(p, at, grad);",
+        "    if (takes_part) clear_taps<K>(p, at, grad);\n    __syncthreads();",
+        "    if (takes_part) clear_taps<K>(p, at, grad);",
     ),
     Mutant(
         "logits are read before they arrive",
@@ -587,8 +587,8 @@ MUTANTS = [
     Mutant(
         "lines are stored before other threads have written them",
         "grad_masks_up2.h",
-        "grad[1][t] : 0);\n    __syncthreads();",
-        "grad[1][t] : 0);",
+        "grad[1][t] : 0);\n    }\n    __syncthreads();",
+        "grad[1][t] : 0);\n    }",
     ),
     Mutant(
         "a zero of the band makes NaN of an infinite feature",
@@ -610,9 +610,9 @@ MUTANTS = [
     ),
     Mutant(
         "channels are stored in another order than they are loaded in",
-        "grad_features_up2_nhwc_mma.cu",
-        "(put_at ^ (first + k / 2 * kWide))",
-        "(put_at + first + k / 2 * kWide)",
+        "slice_of_channels.h",
+        "(to ^ (first + k / 2 * kWide))",
+        "(to + first + k / 2 * kWide)",
     ),
     Mutant(
         "rows of outputs change places",
@@ -738,20 +738,20 @@ MUTANTS = [
     Mutant(
         "the next gradients arrive over those that are multiplied",
         "grad_features_mma.h",
-        "slice.put(sums, first, results);\n            }\n            __syncthreads();",
-        "slice.put(sums, first, results);\n            }",
+        "multiply_slice<K>(slice, bands, grads, unscale, results);\n            __syncthreads();",
+        "multiply_slice<K>(slice, bands, grads, unscale, results);",
     ),
     Mutant(
         "an infinite gradient spreads beyond its window",
         "grad_features_mma.h",
-        "if (!slice.finite) {",
-        "if (slice.finite) {",
+        "if (!slice.finite) compute_again",
+        "if (slice.finite) compute_again",
     ),
     Mutant(
         "masks of the next tile are staged over results that are still read",
         "grad_features_mma.h",
-        "            });\n        }\n        __syncthreads();\n    }",
-        "            });\n        }\n    }",
+        "plan, item, slice);\n        __syncthreads();\n    }",
+        "plan, item, slice);\n    }",
     ),
     Mutant(
         "a pair of columns reaches beyond the row",
@@ -855,6 +855,64 @@ MUTANTS = [
         "grad_masks_down2_nhwc.cu",
         "computed ? sums[o][k] : 0;",
         "taps.count > 0 ? sums[o][k] : 0;",
+    ),
+    Mutant(
+        "slices of both gradients are multiplied before they arrive",
+        "backward_up2_nhwc_mma.cu",
+        "                wait_for_copies();\n",
+        "",
+    ),
+    Mutant(
+        "the next slice arrives over the one that is multiplied",
+        "backward_up2_nhwc_mma.cu",
+        "slices + (k + 1) % 2 * kOfSlice",
+        "slices + k % 2 * kOfSlice",
+    ),
+    Mutant(
+        "the first slice arrives over masks that are still read",
+        "backward_up2_nhwc_mma.cu",
+        "T* const masks = slices + kOfSlice;",
+        "T* const masks = slices;",
+    ),
+    Mutant(
+        "bands are staged over a slice that is still multiplied",
+        "backward_up2_nhwc_mma.cu",
+        "            sync_warps_of_block();\n            stage_band<K, kBeforeTile - K / 2>"
+        "(products.sums, thread_of_role() % kBlock, pairs_of_thread<K>(slices));\n",
+        "            stage_band<K, kBeforeTile - K / 2>"
+        "(products.sums, thread_of_role() % kBlock, pairs_of_thread<K>(slices));\n"
+        "            sync_warps_of_block();\n",
+    ),
+    Mutant(
+        "both halves of a tile are the upper one",
+        "backward_up2_nhwc_mma.cu",
+        "again.top + half * kTileRows",
+        "again.top",
+    ),
+    Mutant(
+        "a warp stores results that its other lanes have not put",
+        "backward_up2_nhwc_mma.cu",
+        "                __syncwarp();\n                slice.store",
+        "                slice.store",
+    ),
+    Mutant(
+        "the windows of both gradients begin a row late",
+        "backward_up2_nhwc_mma.cu",
+        "Features<K>::place(own.row + matrix / 2,",
+        "Features<K>::place(own.row + 1 + matrix / 2,",
+    ),
+    Mutant(
+        "the last column of a slice with its halo is not copied",
+        "slice_of_channels.h",
+        "column < columns - unused &&",
+        "column < columns - unused - 1 &&",
+    ),
+    Mutant(
+        "a slice has columns beyond the border",
+        "slice_of_channels.h",
+        "j >= 0 && j < array.w;",
+        "j >= 0 && j <= array.w;",
+        sanitizer="address",
     ),
 ]
 

@@ -62,6 +62,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     attributes->ptxVersion = architecture(current);
     return answer(refusal);
 }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+size_t shared_bytes_of(const void*) { return 0; }
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return answer(refusal); }
 
 // ---- the tests ----

@@ -668,6 +668,33 @@ void check_every_other_case(size_t first) {
 TEST_CASE("even cases of the table") { check_every_other_case(0); }
 TEST_CASE("odd cases of the table") { check_every_other_case(1); }
 
+TEST_CASE("a kernel of both gradients runs only where both are wanted") {
+    if (device != CARAFEPP_CUDA) return;
+    const Case p = {"both gradients", 1, 8, 3, 4, 2, 1, 3, 1};
+    const auto zeros = [](const Shape& shape) {
+        auto array = std::make_unique<Array>(shape, CARAFEPP_FLOAT16, kNhwc);
+        array->write(Numbers(static_cast<size_t>(count(shape))));
+        return array;
+    };
+    const auto grad_output = zeros(p.output()), features = zeros(p.features()), masks = zeros(p.masks()),
+               grad_features = zeros(p.features()), grad_masks = zeros(p.masks());
+    std::vector<carafepp_tensor> tensors;
+    for (const auto* array : {&grad_output, &features, &masks, &grad_features, &grad_masks})
+        tensors.push_back((*array)->tensor(false));
+    carafepp_params params = params_of(p.up, p.down, p.kernel_size, p.groups);
+    params.implementation = "backward_up2_nhwc_mma_cuda";
+    const auto backward = [&](const carafepp_tensor* to_features, const carafepp_tensor* to_masks) {
+        return carafepp_reassemble_backward(&params, &tensors[0], &tensors[1], &tensors[2], to_features, to_masks,
+                                            nullptr);
+    };
+    CHECK(backward(&tensors[3], &tensors[4]) == CARAFEPP_OK);
+    CHECK(backward(&tensors[3], nullptr) == CARAFEPP_NOT_IMPLEMENTED);
+    CHECK(backward(nullptr, &tensors[4]) == CARAFEPP_NOT_IMPLEMENTED);
+    CHECK(std::string(carafepp_last_error()) ==
+          "[reassemble_backward] implementation backward_up2_nhwc_mma_cuda declines: it computes both gradients, and "
+          "one is not wanted.");
+}
+
 // Inputs of which many elements are one in memory: strides of 0.
 TEST_CASE("inputs may repeat elements") {
     const Case p = {"repeated elements", 3, 8, 4, 5, 2, 1, 3, 1};

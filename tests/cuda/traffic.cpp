@@ -3,8 +3,8 @@
 //
 //     traffic PASS WEIGHTS DTYPE LAYOUT N C H W UP DOWN K GROUPS BLOCKS
 //
-// PASS is forward, grad_features or grad_weights, WEIGHTS masks or logits. It runs BLOCKS blocks of the best kernel,
-// spread evenly over the grid. It prints one line of JSON: the counts of these blocks.
+// PASS is forward, grad_features, grad_weights or backward (both gradients), WEIGHTS masks or logits. It runs BLOCKS
+// blocks of the best kernel, spread evenly over the grid. It prints one line of JSON: the counts of these blocks.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -158,29 +158,31 @@ int main(int count, char** arguments) {
     const carafepp_tensor features = make_tensor("features", dtype, nhwc, {n, c, h, w});
     const carafepp_tensor masks = make_tensor("weights", dtype, nhwc, weights_shape);
     const carafepp_tensor outputs = make_tensor("outputs", dtype, nhwc, {n, c, out_h, out_w});
-    carafepp_tensor result = outputs;
-    if (pass == "grad_features") result = make_tensor("grad_features", dtype, nhwc, {n, c, h, w});
-    if (pass == "grad_weights") result = make_tensor("grad_weights", dtype, nhwc, weights_shape);
+    const bool forward = pass == "forward", of_features = pass == "grad_features" || pass == "backward",
+               of_weights = pass == "grad_weights" || pass == "backward";
+    carafepp_tensor grad_features{}, grad_weights{};
+    if (of_features) grad_features = make_tensor("grad_features", dtype, nhwc, {n, c, h, w});
+    if (of_weights) grad_weights = make_tensor("grad_weights", dtype, nhwc, weights_shape);
     carafepp::emulation::settings().most_blocks_run = number(13);
 
     std::string kernel;
-    if (pass == "forward") {
+    if (forward) {
         const auto function = from_logits ? CARAFEPP_REASSEMBLE_WITH_LOGITS : CARAFEPP_REASSEMBLE;
-        kernel = best(params, function, {&features, &masks, &result}, "reassemble");
+        kernel = best(params, function, {&features, &masks, &outputs}, "reassemble");
         params.implementation = kernel.c_str();
-        call((from_logits ? carafepp_reassemble_with_logits : carafepp_reassemble)(&params, &features, &masks, &result,
+        call((from_logits ? carafepp_reassemble_with_logits : carafepp_reassemble)(&params, &features, &masks, &outputs,
                                                                                    nullptr));
     } else {
         const auto function = from_logits ? CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD : CARAFEPP_REASSEMBLE_BACKWARD;
-        const bool of_features = pass == "grad_features";
-        const carafepp_tensor *const grad_features = of_features ? &result : nullptr, *const grad_weights =
-                                                                                          of_features ? nullptr
-                                                                                                      : &result;
-        kernel = best(params, function, {&outputs, &features, &masks, grad_features, grad_weights},
-                      of_features ? "grad_features" : "grad_" + weights);
+        const carafepp_tensor *const to_features = of_features ? &grad_features : nullptr, *const to_weights =
+                                                                                               of_weights
+                                                                                                   ? &grad_weights
+                                                                                                   : nullptr;
+        kernel = best(params, function, {&outputs, &features, &masks, to_features, to_weights},
+                      pass == "grad_weights" ? "grad_" + weights : pass);
         params.implementation = kernel.c_str();
         call((from_logits ? carafepp_reassemble_with_logits_backward : carafepp_reassemble_backward)(
-            &params, &outputs, &features, &masks, grad_features, grad_weights, nullptr));
+            &params, &outputs, &features, &masks, to_features, to_weights, nullptr));
     }
     carafepp::trace::finish();
     print(kernel);

@@ -101,7 +101,7 @@ _TABLE = [
     Case("involution", "RedNet's third stage", 32, 256, 28, 28, kernel_size=7, groups=16),
 ]
 PROBLEMS = {case.name: case for case in _TABLE}
-PASSES = ("forward", "grad_features", "grad_weights")
+PASSES = ("forward", "grad_features", "grad_weights", "backward")
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--nvcc", default=shutil.which("nvcc"))
     parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES[:3])
     parser.add_argument("--weights", nargs="+", choices=("masks", "logits"), default=["logits"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
     parser.add_argument("--layouts", nargs="+", choices=("NHWC", "NCHW"), default=["NHWC", "NCHW"])

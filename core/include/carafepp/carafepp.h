@@ -147,7 +147,7 @@ typedef struct carafepp_params {
     int32_t groups;                 /* at least 1 */
     carafepp_normalizer normalizer; /* read by the functions of logits */
     uint32_t flags;
-    const char* implementation; /* NULL: the best. Else the name of a listed one, forced for the result that it gives */
+    const char* implementation; /* NULL: the best. Else the name of a listed one, forced for what it gives */
     int64_t size[2];            /* H', W', with CARAFEPP_SIZE */
     int64_t padding[2];         /* rows, columns, with CARAFEPP_PADDING: for functions that read features */
     int64_t reserved[2];        /* 0 */
@@ -241,12 +241,13 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
 
 /* Calls visit(user, name, declines) for every implementation of `function`, in the order of preference. `declines` is
  * NULL for one that can run the problem, else the reason. One that can run, runs if it is forced. Otherwise the first
- * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which).
+ * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which). For a backward there may be
+ * implementations of both gradients. They come first, and run only where both are wanted.
  * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known.
  * Strings live until visit returns. Names follow one grammar:
  *     <result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
- *             normalize_masks_backward
+ *             normalize_masks_backward, backward (both gradients)
  *     factor: up2 or down2, of a kernel for that factor alone
  *     few:    of a kernel for few channels in a group
  *     runs:   of a kernel for runs of neighbouring outputs, each centred on a source of its own

@@ -67,8 +67,9 @@ constexpr Kernel kOfNormalizeMasksBackward[] = CARAFEPP_NORMALIZER_LIST(normaliz
 }  // namespace
 
 const Registry kernels = {
-    kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures,           kOfGradMasks,
-    kOfGradLogits, kOfNormalizeMasks,       kOfNormalizeMasksBackward,
+    {kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures, kOfGradMasks, kOfGradLogits, kOfNormalizeMasks,
+     kOfNormalizeMasksBackward},
+    nullptr,
 };
 
 }  // namespace carafepp::cpu

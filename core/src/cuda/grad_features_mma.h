@@ -34,13 +34,13 @@ struct TileShape {
 // The first of this warp's pixels in a tile.
 template <class Tile>
 struct PixelsOfWarp {
-    int row, column, lane;
+    int number, row, column, lane;
 
-    __device__ __forceinline__ PixelsOfWarp() {
+    explicit __device__ __forceinline__ PixelsOfWarp(int thread = thread_computed_late()) {
         constexpr int kWarpsInRow = Tile::kColumns / kOfWarp;
-        const int thread = thread_computed_late(), warp = thread / 32;
-        row = warp / kWarpsInRow * kOfWarp;
-        column = warp % kWarpsInRow * kOfWarp;
+        number = thread / 32;
+        row = number / kWarpsInRow * kOfWarp;
+        column = number % kWarpsInRow * kOfWarp;
         lane = thread % 32;
     }
 };
@@ -69,13 +69,30 @@ __device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normali
     for (int t = 0; t < K * K; t++) put(t, term(logit(t)) * scale);
 }
 
+// Turns the logits of an output into masks. The device's power of 2 is exact enough for 16 bits.
+template <int Taps>
+__device__ __forceinline__ void softmax(float (&taps)[Taps]) {
+    constexpr float kLog2OfE = 1.44269504f;
+    float largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int t = 0; t < Taps; t++) largest = fmaxf(largest, taps[t]);
+#pragma unroll
+    for (int t = 0; t < Taps; t++) {
+        taps[t] = power_of_2((taps[t] - largest) * kLog2OfE);  // the difference first: logits may be huge
+        sum += taps[t];
+    }
+    const float scale = 1 / sum;
+#pragma unroll
+    for (int t = 0; t < Taps; t++) taps[t] *= scale;
+}
+
 // Copies the logits of a tile, which have the staged order. Ends with a barrier.
-template <int K, class Tile, class T>
+template <int K, class Tile, int Threads, class T>
 __device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const TileOfItem& tile, T* staged) {
     constexpr int kTaps = K * K;
     const int top = tile.top - K / 2, left = tile.left - kBeforeTile;
     const T* const corner = element<const T>(p.logits, tile.n, tile.group * kTaps * kOutputs, top, left);
-    for (int k = thread_computed_late(); k < Tile::kSourceColumns * kTaps; k += Tile::kThreads) {
+    for (int k = thread_computed_late(); k < Tile::kSourceColumns * kTaps; k += Threads) {
         const int column = k / kTaps;
         const int end = left + column >= 0 && left + column < p.features.w ? static_cast<int>(p.features.h) : 0;
         const T* from = corner + column * p.logits.stride_w + k % kTaps * kOutputs;
@@ -91,14 +108,14 @@ __device__ __forceinline__ void copy_logits_of_tile(const Problem& p, const Tile
 
 // Stages the masks of all outputs that reach a tile, times `scale`, as [row][column][tap][output] of sources; 0 where
 // there is no output. A thread normalises an output, whose logits it finds there or in their array.
-template <int K, class Tile, class T>
+template <int K, class Tile, int Threads = Tile::kThreads, class T>
 __device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const TileOfItem& tile, float scale, T* staged) {
     constexpr int kTaps = K * K;
     const Array& array = p.from_logits ? p.logits : p.masks;
     const bool channels_adjacent = array.stride_c < array.stride_w;
     const bool copied = p.from_logits && array.dtype == p.features.dtype && in_vectors<T>(array);
     const int64_t step = copied ? kOutputs : array.stride_c * (p.from_logits ? kOutputs : 1);
-    if (copied) copy_logits_of_tile<K, Tile>(p, tile, staged);
+    if (copied) copy_logits_of_tile<K, Tile, Threads>(p, tile, staged);
     // Calls f(exists, to, address) for each output, with the addresses of its first mask and first logit.
     const auto for_each_output = [&](auto mask, auto f) {
         using M = decltype(mask);
@@ -106,7 +123,7 @@ __device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const Tile
         const M* const corner = element<const M>(array, tile.n, tile.group * kTaps * (p.from_logits ? kOutputs : 1),
                                                  top * apart, left * apart);
 #pragma unroll 1
-        for (int k = thread_computed_late(); k < Tile::kSources * kOutputs; k += Tile::kThreads) {
+        for (int k = thread_computed_late(); k < Tile::kSources * kOutputs; k += Threads) {
             const int source = channels_adjacent ? k / kOutputs : k % Tile::kSources;
             const int output = channels_adjacent ? k % kOutputs : k / Tile::kSources;
             const int row = source / Tile::kSourceColumns, column = source % Tile::kSourceColumns;
@@ -130,7 +147,7 @@ __device__ __forceinline__ void stage_masks_of_tile(const Problem& p, const Tile
                 if (exists) {
 #pragma unroll
                     for (int t = 0; t < kTaps; t++, from += step) taps[t] = widen(*from);
-                    if (!plain) normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), taps);
+                    if (!plain) softmax(taps);
                 }
 #pragma unroll
                 for (int t = 0; t < kTaps; t++) put(to, t, taps[t]);
@@ -151,7 +168,7 @@ template <int K, class Tile>
 struct Bands {
     static constexpr int kRows = K + kRowsOfHalf - 1;  // of sources that reach a half
 
-    uint32_t of[kHalves][kRows][kUp][kFours];
+    uint32_t of[kHalves][kRows][kFours][kUp];
 
     // From the staged masks of the tile.
     template <class T>
@@ -172,8 +189,8 @@ struct Bands {
                         const int at = (half * kRowsOfHalf + s) * Tile::kSourceColumns + source;
                         pairs = *reinterpret_cast<const uint2*>(staged + ((at * K + a) * K + b) * kOutputs);
                     }
-                    of[half][s][0][four] = pairs.x;
-                    of[half][s][1][four] = pairs.y;
+                    of[half][s][four][0] = pairs.x;
+                    of[half][s][four][1] = pairs.y;
                 }
             }
         }
@@ -189,17 +206,57 @@ __device__ __forceinline__ bool are_finite(uint32_t word) {
     return (((word & 0x7fff7fff) + kLowestOfExponent) & 0x80008000) == 0;
 }
 
+// The products of a slice with a warp's bands. In those of mma.m16n8k16 rows are channels and columns are the pixels of
+// a half. The sum is over the outputs of four sources, the upper ones first.
+template <int K, class Slice, class OfTile, class T>
+__device__ __forceinline__ void multiply_slice(const Slice& slice, const OfTile& bands, const T* grads, float unscale,
+                                               T* results) {
+#pragma unroll 1
+    for (int first = 0; first < Slice::kChannels; first += kChannelsOfMma) {
+        float sums[kHalves][4] = {};
+#pragma unroll
+        for (int y = 0; y < kOfWarp + K - 1; y++) {
+#pragma unroll
+            for (int four = 0; four < kFours; four++) {
+                uint32_t words[4];
+                slice.load(grads, first, y, four, words);
+#pragma unroll
+                for (int half = 0; half < kHalves; half++) {
+                    const int s = y - half * kRowsOfHalf;
+                    if (s >= 0 && s < OfTile::kRows) multiply_add<T>(sums[half], words, bands.of[half][s][four]);
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kHalves * 4; k++) sums[k / 4][k % 4] *= unscale;
+        slice.put(sums, first, results);
+    }
+}
+
+// Computes the sums of a thread again that are not finite.
+template <class T, class Slice>
+__device__ __forceinline__ void compute_again(const Problem& p, const Array& grad_features, const Tiles& plan,
+                                              int64_t item, const Slice& slice) {
+    const TileOfItem again(p, plan, computed_late(item));
+    slice.for_each_stored(again.channels, [&](int channel, int row, int column) {
+        const int i = again.top + row, j = again.left + column;
+        if (i >= p.features.h || j < 0 || j >= p.features.w) return;
+        T* const at = element<T>(grad_features, again.n, again.c + channel, i, j);
+        if (!(fabsf(widen(*at)) < INFINITY))
+            *at = narrow<T>(feature_tap_by_tap<T>(p, again.n, again.group, again.c + channel, i, j));
+    });
+}
+
 // The kernel. A Slice knows how gradients and results of a slice lie in memory:
 //
 //     Slice(p, grad_features, tile)
 //     copy(p, channels, grads)                     the next slice of grad_output, 0 where there is none
-//     load(grads, first, row, words)               [four][eight channels] of a row of outputs that reach a warp
+//     load(grads, first, row, four, words)         [row of outputs][eight channels] of sources that reach a warp
 //     put(sums, first, results)                    the warp's sums
 //     store(grad_features, channels, results)      the next slice of the result; notes if it is `finite`
 //     for_each_stored(channels, f)                 calls f(channel, row, column) for the thread's results
 //
-// `channels` are those of the slice and behind it; `first` is the first of a product. In the products of mma.m16n8k8
-// rows are channels, columns are the pixels of a half. The sum is over the two outputs in a row of four sources.
+// `channels` are those of the slice and behind it; `first` is the first of a product.
 template <int K, class T, class Slice>
 __device__ __forceinline__ void compute_grad_features(const Problem& p, const Array& grad_features, const Tiles& plan) {
     using Tile = typename Slice::Tile;
@@ -221,43 +278,10 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
             if (channels <= 0) break;
             wait_for_copies();
             __syncthreads();
-#pragma unroll 1
-            for (int first = 0; first < Slice::kChannels; first += kChannelsOfMma) {
-                float sums[kHalves][4] = {};
-#pragma unroll
-                for (int y = 0; y < kOfWarp + K - 1; y++) {
-#pragma unroll
-                    for (int r = 0; r < kUp; r++) {
-                        uint32_t words[2 * kFours];
-                        slice.load(grads, first, y * kUp + r, words);
-#pragma unroll
-                        for (int half = 0; half < kHalves; half++) {
-                            const int s = y - half * kRowsOfHalf;
-                            if (s < 0 || s >= OfTile::kRows) continue;
-#pragma unroll
-                            for (int four = 0; four < kFours; four++) {
-                                const uint32_t of_channels[] = {words[2 * four], words[2 * four + 1]};
-                                multiply_add<T>(sums[half], of_channels, bands.of[half][s][r][four]);
-                            }
-                        }
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < kHalves * 4; k++) sums[k / 4][k % 4] *= unscale;
-                slice.put(sums, first, results);
-            }
+            multiply_slice<K>(slice, bands, grads, unscale, results);
             __syncthreads();
         }
-        if (!slice.finite) {
-            const TileOfItem again(p, plan, computed_late(item));
-            slice.for_each_stored(again.channels, [&](int channel, int row, int column) {
-                const int i = again.top + row, j = again.left + column;
-                if (i >= p.features.h || j < 0 || j >= p.features.w) return;
-                T* const at = element<T>(grad_features, again.n, again.c + channel, i, j);
-                if (!(fabsf(widen(*at)) < INFINITY))
-                    *at = narrow<T>(feature_tap_by_tap<T>(p, again.n, again.group, again.c + channel, i, j));
-            });
-        }
+        if (!slice.finite) compute_again<T>(p, grad_features, plan, item, slice);
         __syncthreads();
     }
 }

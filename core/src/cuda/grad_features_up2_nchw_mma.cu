@@ -37,8 +37,7 @@ struct SliceOfColumns {
         out_j = (tile.left - kBeforeTile) * kUp;
         from = element<const T>(p.grad_output, tile.n, tile.c, out_i, out_j);
         const PixelsOfWarp<Tile> own;
-        reach_warp = own.lane % 16 * kChannel + own.row * kUp * Tile::kGradColumns + own.column * kUp +
-                     own.lane / 16 * 8;
+        reach_warp = own.lane % 16 * kChannel + (own.row * kUp + own.lane / 16) * Tile::kGradColumns + own.column * kUp;
         put_at = own.lane / 4 * kOfChannel + (own.row + own.lane % 4 / 2) * Tile::kColumns + own.column +
                  own.lane % 2 * 2;
         const int row = tile.top + row_of(thread), column = tile.left + column_of(thread);
@@ -73,8 +72,8 @@ struct SliceOfColumns {
         from += kChannels * p.grad_output.stride_c;
     }
 
-    __device__ __forceinline__ void load(const T* grads, int, int row, uint32_t (&words)[4]) const {
-        load_matrices<false>(grads + reach_warp + row * Tile::kGradColumns, words);
+    __device__ __forceinline__ void load(const T* grads, int, int row, int four, uint32_t (&words)[4]) const {
+        load_matrices<false>(grads + reach_warp + row * kUp * Tile::kGradColumns + four * kFour * kUp, words);
     }
 
     __device__ __forceinline__ void put(const float (&sums)[kHalves][4], int, T* results) const {

@@ -55,6 +55,8 @@ struct SourcesOfBlock {
         group = image % plan.groups;
         c = group * plan.channels;
     }
+    __device__ __forceinline__ SourcesOfBlock(int64_t n, int64_t group, int64_t c, int top, int left)
+        : n(n), group(group), c(c), top(top), left(left) {}
 };
 
 // ---- the contraction ----
@@ -383,7 +385,7 @@ private:
 template <int K, class M, class F>
 __device__ __forceinline__ void for_each_vector(const Problem& p, const Array& array, const SourcesOfBlock& tile,
                                                 float* lines, F f) {
-    const int thread = thread_computed_late(), warp = thread / 32, channel = thread % 32 * kVector;
+    const int thread = thread_computed_late() % kBlock, warp = thread / 32, channel = thread % 32 * kVector;
     const int rows = channel < Lines<K>::kSize ? static_cast<int>(p.features.h) - tile.top : 0;
     const int columns = static_cast<int>(p.features.w) - tile.left - warp;
     const int stride_h = rows > 0 ? static_cast<int>(array.stride_h) : 0,
@@ -400,37 +402,11 @@ __device__ __forceinline__ void for_each_vector(const Problem& p, const Array& a
     }
 }
 
-// The same with adjacent channels. Masks or logits of a source are a line in shared memory, as [tap][output], so that
-// threads read and write adjacent channels together. Begins and ends with a barrier.
+// Writes the lines of a tile, with adjacent channels.
 template <int K, class T>
-__device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutputsPlace& at, const SourcesOfBlock& tile,
-                                                float (&grad)[kUp][K * K], float* lines, const Array& grad_masks) {
-    constexpr int kTaps = K * K, kOfSource = Lines<K>::kSize;
-    const int source = (at.i - tile.top) * kTileColumns + at.j - tile.left;
-    float2* const own = reinterpret_cast<float2*>(lines + source * kOfSource + at.r * kUp);
-    clear_taps<K>(p, at, grad);
-    __syncthreads();
-    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
-        with_masks<T>(p.logits, [&](auto mask) {
-            using M = const decltype(mask);
-            if (in_vectors<M>(p.logits)) {
-                for_each_vector<K, M>(p, p.logits, tile, lines,
-                                      [](M* from, float* staged) { stage_vector(from, true, staged); });
-            } else {
-                copy_grid<kBlock>(element<M>(p.logits, tile.n, tile.group * kOfSource, tile.top, tile.left),
-                                  kSourcesOfTile, kOfSource, p.logits.stride_c < p.logits.stride_w,
-                                  LinesInArray<K>(p, p.logits, tile), lines);
-            }
-        });
-        wait_for_copies();
-        __syncthreads();
-        through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
-    }
-    const bool computed[kUp] = {at.computed(p, 0), at.computed(p, 1)};  // or a crop leaves them out
-#pragma unroll
-    for (int t = 0; t < kTaps; t++)
-        own[t * kOutputs / kUp] = make_float2(computed[0] ? grad[0][t] : 0, computed[1] ? grad[1][t] : 0);
-    __syncthreads();
+__device__ __forceinline__ void store_lines(const Problem& p, const SourcesOfBlock& tile, float* lines,
+                                            const Array& grad_masks) {
+    constexpr int kOfSource = Lines<K>::kSize;
     with_masks<T>(grad_masks, [&](auto mask) {
         using M = decltype(mask);
         if (p.from_logits && in_vectors<M>(grad_masks)) {
@@ -440,7 +416,7 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
             return;
         }
         const LinesInArray<K> place(p, grad_masks, tile);
-        const int up = p.from_logits ? 1 : kUp, channels = p.from_logits ? kOfSource : kTaps;
+        const int up = p.from_logits ? 1 : kUp, channels = p.from_logits ? kOfSource : K * K;
         M* const to = element<M>(grad_masks, tile.n, tile.group * channels, int64_t{tile.top} * up,
                                  int64_t{tile.left} * up);
         Walk<kBlock> walk(kSourcesOfTile, kOfSource, grad_masks.stride_c < grad_masks.stride_w);
@@ -449,6 +425,46 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
             if (at.exists) to[at.from] = narrow<M>(lines[at.to]);
         }
     });
+}
+
+// As finish_two_outputs(), with adjacent channels. Masks or logits of a source are a line in shared memory, as
+// [tap][output], so that threads read and write adjacent channels together. Begins and ends with a barrier of the
+// block, of which some threads may not take part in the rest.
+template <int K, class T>
+__device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutputsPlace& at, const SourcesOfBlock& tile,
+                                                float (&grad)[kUp][K * K], float* lines, const Array& grad_masks,
+                                                bool takes_part = true) {
+    constexpr int kTaps = K * K, kOfSource = Lines<K>::kSize;
+    const int source = (at.i - tile.top) * kTileColumns + at.j - tile.left;
+    float2* const own = reinterpret_cast<float2*>(lines + source * kOfSource + at.r * kUp);
+    if (takes_part) clear_taps<K>(p, at, grad);
+    __syncthreads();
+    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+        if (takes_part) {
+            with_masks<T>(p.logits, [&](auto mask) {
+                using M = const decltype(mask);
+                if (in_vectors<M>(p.logits)) {
+                    for_each_vector<K, M>(p, p.logits, tile, lines,
+                                          [](M* from, float* staged) { stage_vector(from, true, staged); });
+                } else {
+                    copy_grid<kBlock>(element<M>(p.logits, tile.n, tile.group * kOfSource, tile.top, tile.left),
+                                      kSourcesOfTile, kOfSource, p.logits.stride_c < p.logits.stride_w,
+                                      LinesInArray<K>(p, p.logits, tile), lines);
+                }
+            });
+        }
+        wait_for_copies();
+        __syncthreads();
+        if (takes_part) through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
+    }
+    if (takes_part) {
+        const bool computed[kUp] = {at.computed(p, 0), at.computed(p, 1)};  // or a crop leaves them out
+#pragma unroll
+        for (int t = 0; t < kTaps; t++)
+            own[t * kOutputs / kUp] = make_float2(computed[0] ? grad[0][t] : 0, computed[1] ? grad[1][t] : 0);
+    }
+    __syncthreads();
+    if (takes_part) store_lines<K, T>(p, tile, lines, grad_masks);
     __syncthreads();
 }
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ void with_masks(const Array& masks, F f) {
     }
 }
 
-// The elements of a grid, spread over a block. Adjacent threads get adjacent elements: of a row if
+// The elements of a grid, spread over a block or a part of it. Adjacent threads get adjacent elements: of a row if
 // `columns_adjacent`, else of a column. A thread divides once, as quotients take long.
 template <int Threads>
 class Walk {
@@ -81,8 +81,8 @@ public:
           inner_size_(columns_adjacent ? columns : rows),
           outer_step_(Threads / inner_size_),
           inner_step_(Threads % inner_size_),
-          outer_(static_cast<int>(threadIdx.x) / inner_size_),
-          inner_(static_cast<int>(threadIdx.x) % inner_size_) {}
+          outer_(static_cast<int>(threadIdx.x) % Threads / inner_size_),
+          inner_(static_cast<int>(threadIdx.x) % Threads % inner_size_) {}
 
     __device__ __forceinline__ bool in_grid() const { return outer_ < outer_size_; }
     __device__ __forceinline__ int row() const { return columns_adjacent_ ? outer_ : inner_; }

@@ -23,6 +23,9 @@ void check(cudaError_t error);             // throws Failure for an error, which
 [[noreturn]] void fail(const char* text);  // throws Failure
 int architecture_of(const void* kernel);   // the current device runs code for this one: 80 is 8.0
 
+// Why the current device gives a block less than `bytes` of shared memory, or NULL.
+const char* not_for_shared_memory(int64_t bytes);
+
 // The first parameter of every kernel; its plan is the second. Problem and result are one parameter, as nvcc needs
 // fewer registers so. Inner loops are up to 8% shorter than with two. Shapes: features [N, C, H, W], grad_output
 // [N, C, H', W'], masks [N, groups * K * K, H', W'], logits
@@ -39,13 +42,17 @@ struct TilePlan {
 };
 
 // Queues blocks of `threads` on the stream of a problem. They go on to the next item when there are more items than a
-// grid can have blocks.
+// grid can have blocks. `shared_bytes` may be as many as not_for_shared_memory() allows.
 template <class Plan>
 void launch(void (*kernel)(Arguments, Plan), int64_t items, int threads, int64_t shared_bytes, const Problem& problem,
             const Array& result, std::common_type_t<Plan> plan) {
     Arguments arguments{problem, result};
     void* parameters[] = {&arguments, &plan};
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX)));
+    if (shared_bytes > kMostSharedBytes) {
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    }
     check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters,
                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(problem.stream)));
 }

@@ -40,6 +40,9 @@ __device__ __forceinline__ T* at_stride(T* from, int stride, int number) {
     return to;
 }
 
+// A barrier of the block where warps may wait at different lines: those that have loops of their own.
+__device__ __forceinline__ void sync_warps_of_block() { asm volatile("bar.sync 0;" ::: "memory"); }
+
 // 2^x, or 0 if that is no normal number.
 __device__ __forceinline__ float power_of_2(float x) {
     float power;

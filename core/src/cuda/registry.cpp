@@ -40,12 +40,21 @@ namespace carafepp::cuda {
     X(result "_nhwc", grad_masks_nhwc)                 \
     X(result "_nchw", grad_masks_nchw)
 
+// Kernels that compute both gradients.
+#define CARAFEPP_BACKWARD_KERNELS(X) X("backward_up2_nhwc_mma", backward_up2_nhwc_mma)
+
 #define CARAFEPP_DECLARE(name, kernel)                                            \
     const char* cannot_run_##kernel(const Problem& problem, const Array& result); \
     void kernel(const Problem& problem, const Array& result);
 CARAFEPP_REASSEMBLE_KERNELS(CARAFEPP_DECLARE, )
 CARAFEPP_GRAD_FEATURES_KERNELS(CARAFEPP_DECLARE, )
 CARAFEPP_GRAD_MASKS_KERNELS(CARAFEPP_DECLARE, )
+
+#define CARAFEPP_DECLARE_BACKWARD(name, kernel)                                                                   \
+    const char* cannot_run_##kernel(const Problem& problem, const Array& grad_features, const Array& grad_masks); \
+    const char* slower_##kernel(const Problem& problem, const Array& grad_features, const Array& grad_masks);     \
+    void kernel(const Problem& problem, const Array& grad_features, const Array& grad_masks);
+CARAFEPP_BACKWARD_KERNELS(CARAFEPP_DECLARE_BACKWARD)
 
 // Generic kernels run every problem.
 void reassemble(const Problem& problem, const Array& output);
@@ -77,14 +86,17 @@ const Environment& environment() {
 }
 
 // A fast kernel runs nothing where the environment leaves only the generic ones.
-template <const char* (*cannot_run)(const Problem&, const Array&)>
-const char* cannot_run_here(const Problem& problem, const Array& result) {
+template <auto cannot_run, class... Results>
+const char* cannot_run_here(const Problem& problem, const Results&... results) {
     return environment().only_generic ? "CARAFEPP_CUDA_KERNELS allows generic kernels only"
-                                      : cannot_run(problem, result);
+                                      : cannot_run(problem, results...);
 }
 
 // An entry of a fast kernel.
 #define CARAFEPP_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel},
+
+#define CARAFEPP_ENTRY_OF_BOTH(name, kernel) \
+    {name "_cuda", cannot_run_here<cannot_run_##kernel>, slower_##kernel, kernel},
 
 // clang-format off
 // The list of a result: its fast kernels, and the generic one.
@@ -106,11 +118,14 @@ constexpr Kernel kOfNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, n
 constexpr Kernel kOfNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_cuda", runs_all, never_slower, normalize_masks_backward}, {}};
 
+constexpr KernelOfBoth kOfBoth[] = {CARAFEPP_BACKWARD_KERNELS(CARAFEPP_ENTRY_OF_BOTH){}};
+
 }  // namespace
 
 const Registry kernels = {
-    kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures,           kOfGradMasks,
-    kOfGradLogits, kOfNormalizeMasks,       kOfNormalizeMasksBackward,
+    {kOfReassemble, kOfReassembleWithLogits, kOfGradFeatures, kOfGradMasks, kOfGradLogits, kOfNormalizeMasks,
+     kOfNormalizeMasksBackward},
+    kOfBoth,
 };
 
 const char* wrong_environment() { return *environment().wrong ? environment().wrong : nullptr; }

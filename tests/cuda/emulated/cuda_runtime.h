@@ -13,13 +13,20 @@ using std::max, std::min;
 
 enum cudaError_t {
     cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
     cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
 };
 
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaFuncAttributes {
     int ptxVersion;
@@ -34,6 +41,15 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 
+// Allows a kernel that much dynamic shared memory, and tells how much it has.
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+size_t shared_bytes_of(const void* kernel);
+
 // `thread` is a std::function that runs one thread: C++ cannot call a kernel by its address alone.
 cudaError_t cudaLaunchKernel(const void* thread, dim3 grid, dim3 block, void** parameters, size_t shared_bytes,
                              cudaStream_t stream);
@@ -47,6 +63,7 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** parameters,
                              size_t shared_bytes, cudaStream_t stream) {
     carafepp::emulation::check_parameters<Parameters...>();
+    if (shared_bytes > shared_bytes_of(reinterpret_cast<const void*>(kernel))) return cudaErrorInvalidValue;
     const std::function<void()> thread = [=] {
         run_thread(kernel, parameters, std::index_sequence_for<Parameters...>());
     };

@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The runtime of emulated devices. Every number is one; it runs code for 9.0 and refuses nothing. A launch returns when
-// its kernel has ended.
+// The runtime of emulated devices. Every number is one; it runs code for 9.0. It refuses launches with more shared
+// memory than their kernel has. A launch returns when its kernel has ended.
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
 
 static thread_local int current_device = 0;
 
-const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
-const char* cudaGetErrorString(cudaError_t) { return "no emulated device fails"; }
+// The shared memory of kernels that have more than others.
+static std::mutex mutex;
+static std::map<const void*, size_t> most_shared_bytes;
+
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
+const char* cudaGetErrorString(cudaError_t) { return "too much shared memory"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -25,8 +32,23 @@ cudaError_t cudaSetDevice(int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+                 ? static_cast<int>(carafepp::emulation::kMostSharedBytes)
+                 : 0;
     return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+    const std::lock_guard lock(mutex);
+    most_shared_bytes[kernel] = static_cast<size_t>(value);
+    return cudaSuccess;
+}
+
+size_t shared_bytes_of(const void* kernel) {
+    const std::lock_guard lock(mutex);
+    const auto found = most_shared_bytes.find(kernel);
+    return found == most_shared_bytes.end() ? 48 * 1024 : found->second;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {

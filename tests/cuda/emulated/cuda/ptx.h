@@ -24,6 +24,8 @@ __forceinline__ T* at_stride(T* from, int stride, int number) {
     return from + int64_t{stride} * number;
 }
 
+inline void sync_warps_of_block() { __syncthreads(); }
+
 inline float power_of_2(float x) { return std::exp2(x); }
 
 template <int Bytes>
