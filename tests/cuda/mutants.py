@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "masks beyond a border are kept for any factor",
         "stage_lines.h",
-        "if (!inside) clear_rows_outside(",
-        "if (false) clear_rows_outside(",
+        "if (!inside) clear_outside(row, column, 0, 1, to);",
+        "if (false) clear_outside(row, column, 0, 1, to);",
     ),
     Mutant(
         "a source has one output too many",

@@ -371,6 +371,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         vectors = name.endswith("nhwc")
         whole = not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
         arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
+    if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
+        arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
         wide = problem.c // problem.groups > 64
         arguments, type_ = {f"Li{1 + wide}ELb{int(name.endswith('nhwc'))}E"}, ""

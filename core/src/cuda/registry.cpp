@@ -19,7 +19,9 @@ namespace carafepp::cuda {
     X(result "_up2_nchw", reassemble_up2_nchw)         \
     X(result "_down2_nhwc", reassemble_down2_nhwc)     \
     X(result "_down2_nchw", reassemble_down2_nchw)     \
+    X(result "_nhwc_mma", reassemble_nhwc_mma)         \
     X(result "_nhwc", reassemble_nhwc)                 \
+    X(result "_nchw_mma", reassemble_nchw_mma)         \
     X(result "_nchw", reassemble_nchw)
 #define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
     X(result "_up2_nhwc_mma", grad_features_up2_nhwc_mma) \

@@ -38,18 +38,18 @@ __device__ __forceinline__ void for_each_output(const Line* rows, int height, co
     }
 }
 
-// Clears the taps of an output that are beyond the borders: a thread those of row `first` and each `step`-th more.
-__device__ __forceinline__ void clear_rows_outside(const Problem& p, const Line& row, const Line& column, int apart,
-                                                   int first, int step, float* taps) {
+// Calls f(a, b) for the taps of an output that are beyond the borders: in rows `first` and each `step`-th more.
+template <class F>
+__device__ __forceinline__ void for_each_tap_outside(const Problem& p, const Line& row, const Line& column, int first,
+                                                     int step, F f) {
     const int k = static_cast<int>(p.kernel_size), y = row.source - k / 2, x = column.source - k / 2;
 #pragma unroll 1
     for (int a = first; a < k; a += step) {
         const bool there = y + a >= 0 && y + a < p.features.h;
-        float* const of_row = taps + a * k * apart;
 #pragma unroll 1
-        for (int b = 0; b < (there ? min(-x, k) : k); b++) of_row[b * apart] = 0;
+        for (int b = 0; b < (there ? min(-x, k) : k); b++) f(a, b);
 #pragma unroll 1
-        for (int b = k - 1; b >= max(static_cast<int>(p.features.w) - x, 0); b--) of_row[b * apart] = 0;
+        for (int b = k - 1; b >= max(static_cast<int>(p.features.w) - x, 0); b--) f(a, b);
     }
 }
 
@@ -125,6 +125,9 @@ __device__ __forceinline__ void stage_lines(const Problem& p, int64_t n, int64_t
     const int64_t first = n * array.stride_n + group * p.taps() * tap;
     const int k = static_cast<int>(p.kernel_size);
     const int lane = static_cast<int>(threadIdx.x) % kNormalizers;
+    const auto clear_outside = [&](const Line& row, const Line& column, int begin, int step, float* to) {
+        for_each_tap_outside(p, row, column, begin, step, [&](int a, int b) { to[(a * k + b) * apart] = 0; });
+    };
     if (tap == 1 && k <= kMostOfEight && (normalizer == CARAFEPP_SOFTMAX || normalizer == CARAFEPP_NONE)) {
         for_each_output<kNormalizers>(rows, height, columns, width, [&](Line row, Line column, bool exists) {
             const int count = exists ? k * k - lane : 0;
@@ -145,7 +148,7 @@ __device__ __forceinline__ void stage_lines(const Problem& p, int64_t n, int64_t
             });
             if (inside) return;
             __syncwarp();  // a thread clears taps of others
-            if (exists) clear_rows_outside(p, row, column, apart, lane, kNormalizers, to);
+            if (exists) clear_outside(row, column, lane, kNormalizers, to);
         });
     } else {
         for_each_output<1>(rows, height, columns, width, [&](Line row, Line column, bool exists) {
@@ -169,7 +172,7 @@ __device__ __forceinline__ void stage_lines(const Problem& p, int64_t n, int64_t
                 });
             });
             normalize_line(normalizer, k * k, apart, largest, to);
-            if (!inside) clear_rows_outside(p, row, column, apart, 0, 1, to);
+            if (!inside) clear_outside(row, column, 0, 1, to);
         });
     }
     __syncthreads();
