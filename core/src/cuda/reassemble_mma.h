@@ -44,6 +44,7 @@ struct PatchesPlan {
     int pixel;            // elements from pixel to pixel
     int buffers;          // of slices
     int columns_at_once;  // that are stored
+    bool pairs;           // of columns are loaded
     int64_t row_tiles, column_tiles;
     int64_t slices;          // of an item
     int64_t channel_blocks;  // of a group
@@ -53,17 +54,19 @@ struct PatchesPlan {
     PatchesPlan(const Problem& p, const Array& output, bool vectors)
         : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w) {
         columns_at_once = not_for_columns(output, 4) == nullptr ? 4 : not_for_columns(output) == nullptr ? 2 : 1;
+        pairs = !vectors && not_for_columns(p.features) == nullptr;
         choose_patch(p, vectors);
         choose_tile(p, vectors);
     }
 
 private:
-    // The most sources of `count` outputs, the first of which is a multiple of it.
-    static int most_sources(const Problem& p, int64_t outputs, int count) {
-        int64_t most = 1;
-        for (int64_t k = 0; k < std::min(p.factor.up, ceil_div(outputs, count)); k++)
-            most = std::max(most, p.factor.source((k + 1) * count - 1) - p.factor.source(k * count) + 1);
-        return static_cast<int>(std::min<int64_t>(most, INT16_MAX));
+    // The most sources from an output to the one `further` behind it. Both are in a block of so many outputs; blocks
+    // follow each other from output 0 on.
+    static int most_sources(Factor factor, int64_t further, int64_t block) {
+        const bool aligned = block * factor.down % factor.up == 0 || (factor.down == 1 && factor.up % block == 0);
+        const int64_t numerator = further * factor.down;
+        return static_cast<int>(
+            std::min<int64_t>(aligned ? numerator / factor.up : ceil_div(numerator, factor.up), INT16_MAX));
     }
 
     // The shape with the fewest steps. Where columns are adjacent, a patch of fewer rows is stored by fewer accesses.
@@ -73,8 +76,8 @@ private:
         int64_t least = INT64_MAX;
         for (const int height : {4, 2, 1}) {
             const Size shape{height, kPatch / height};
-            const Size read{most_sources(p, p.out_h, shape.rows) + beside,
-                            most_sources(p, p.out_w, shape.columns) + beside};
+            const Size read{most_sources(p.factor, shape.rows - 1, shape.rows) + 1 + beside,
+                            most_sources(p.factor, shape.columns - 1, shape.columns) + 1 + beside};
             const int64_t needed = ceil_div(int64_t{read.rows} * read.columns, kStep);
             const int64_t cost = ceil_div(p.out_h, shape.rows) * ceil_div(p.out_w, shape.columns) *
                                  (needed + kCostOfStore * (vectors ? 1 : height));
@@ -125,14 +128,17 @@ private:
     static int even(int64_t count, int most) { return static_cast<int>(ceil_div(count, ceil_div(count, most))); }
 
     void measure(const Problem& p, bool vectors, int64_t channels_of_group) {
-        const auto before = [&](int outputs) {
-            return static_cast<int>(ceil_div(outputs * p.factor.down, p.factor.up));
-        };
-        halo.rows = before((tile.rows - 1) * patch.rows) + window.rows;
-        halo.columns = before((tile.columns - 1) * patch.columns) + window.columns;
+        const int outputs_across = tile.columns * patch.columns;
+        halo.rows = most_sources(p.factor, (tile.rows - 1) * patch.rows, tile.rows * patch.rows) + window.rows;
+        halo.columns = most_sources(p.factor, outputs_across - patch.columns, outputs_across) + window.columns;
+        // Halos begin with an even column where two columns are loaded at once.
+        const bool even_tiles = outputs_across * p.factor.down % (2 * p.factor.up) == 0;
+        if (pairs && !(even_tiles && (p.offset_w - p.kernel_size / 2) % 2 == 0)) halo.columns++;
         // If rows are as far apart as those of a window, modulo 8, eight pixels of a step begin in different banks.
+        constexpr int kMostMore = 5;
         const int more = ((window.columns - halo.columns) % 8 + 8) % 8;
-        pitch = halo.columns + (window.columns % 8 != 0 ? more : 0);
+        pitch = halo.columns + (window.columns % 8 != 0 && more <= kMostMore ? more : 0);
+        if (pairs) pitch += pitch % 2;
         pixel = channels + kWide;  // an odd number of vectors, too
         buffers = vectors && channels_of_group > channels ? 2 : 1;
         const int64_t patches = tile.count(), pixels = int64_t{halo.rows} * pitch;
@@ -145,7 +151,7 @@ private:
 
     // In cycles of a multiprocessor, about.
     double cost_of_item(const Problem& p, bool vectors) const {
-        constexpr double kOfItem = 600, kOfSlice = 100, kOfMask = 0.25, kBytes = 22;  // from the L2 in a cycle
+        constexpr double kOfItem = 1500, kOfSlice = 100, kOfMask = 0.25, kBytes = 22;  // from the L2 in a cycle
         const int64_t sectors = vectors ? int64_t{halo.count()} * channels / 16
                                         : int64_t{halo.rows} * (halo.columns / 16 + 1) * channels;
         const double turns = static_cast<double>(ceil_div(tile.count(), kWarps)),
@@ -209,44 +215,66 @@ __device__ __forceinline__ void find_lines(const Problem& p, const PatchesPlan& 
     }
 }
 
-// Stages eight channels of pixels from `first` on, of which `channels` exist; 0 elsewhere. Where channels are adjacent
-// they arrive as copies of this thread do.
-template <bool Vectors, class T>
-__device__ __forceinline__ void stage_pixels(const T* from, int64_t stride_c, const int64_t* pixels, int count,
-                                             int first, int step, int channels, T* to, int apart) {
-    if constexpr (Vectors) {
+// Stages eight channels of pixels from `first` on, of which `channels` exist; 0 for pixels that do not. Channels are
+// adjacent. They arrive as copies of this thread do.
+template <class T>
+__device__ __forceinline__ void copy_pixels(const T* from, const int64_t* pixels, int count, int first, int step,
+                                            int channels, T* to, int apart) {
 #pragma unroll 4
-        for (int pixel = first; pixel < count; pixel += step) {
-            const int64_t place = pixels[pixel];
-            const bool exists = place != kNowhere && channels > 0;
-            copy_async<kWide * sizeof(T)>(to + pixel * apart, from + (exists ? place : 0), exists);
-        }
-    } else {
-        constexpr int kInFlight = 2;
-        const int stride = static_cast<int>(stride_c);
+    for (int pixel = first; pixel < count; pixel += step) {
+        const int64_t place = pixels[pixel];
+        const bool exists = place != kNowhere && channels > 0;
+        copy_async<kWide * sizeof(T)>(to + pixel * apart, from + (exists ? place : 0), exists);
+    }
+}
+
+// The same where channels are `stride` apart: `Columns` neighbouring pixels at once, by way of registers. Instead of
+// channels that do not exist it stages the last one.
+template <int Columns, class T>
+__device__ __forceinline__ void transpose_pixels(const T* from, int stride, const int64_t* pixels, int count, int first,
+                                                 int step, int channels, T* to, int apart) {
+    constexpr int kInFlight = 2;
+    using Word = std::conditional_t<Columns == 2, uint32_t, uint16_t>;
+    int numbers[kWide];
+#pragma unroll
+    for (int v = 0; v < kWide; v++) numbers[v] = min(v, channels - 1);
 #pragma unroll 1
-        for (int pixel = first; pixel < count; pixel += kInFlight * step) {
-            uint32_t elements[kInFlight][kWide];
+    for (int pixel = first * Columns; pixel < count; pixel += kInFlight * step * Columns) {
+        uint32_t words[kInFlight][kWide];
+        bool exists[kInFlight];
 #pragma unroll
-            for (int load = 0; load < kInFlight; load++) {
-                const int at = pixel + load * step;
-                const int64_t place = at < count ? pixels[at] : kNowhere;
-                const T* const of_pixel = from + (place != kNowhere ? place : 0);
-                const int there = place != kNowhere ? channels : 0;
+        for (int load = 0; load < kInFlight; load++) {
+            const int64_t place = pixels[min(pixel + load * step * Columns, count - Columns)];
+            exists[load] = place != kNowhere;
+            const T* const of_pixel = from + (exists[load] ? place : 0);
 #pragma unroll
-                for (int v = 0; v < kWide; v++)
-                    elements[load][v] = v < there ? load_input(at_stride(of_pixel, stride, v)).bits : 0;
-            }
+            for (int v = 0; v < kWide; v++)
+                words[load][v] = __ldg(reinterpret_cast<const Word*>(at_stride(of_pixel, stride, numbers[v])));
+        }
 #pragma unroll
-            for (int load = 0; load < kInFlight; load++) {
-                const uint32_t (&of)[kWide] = elements[load];
-                if (pixel + load * step >= count) break;
-                *reinterpret_cast<uint4*>(to + (pixel + load * step) * apart) = make_uint4(
-                    of[0] | of[1] << 16, of[2] | of[3] << 16, of[4] | of[5] << 16, of[6] | of[7] << 16);
+        for (int load = 0; load < kInFlight; load++) {
+            const int at = pixel + load * step * Columns;
+            if (at >= count) break;
+#pragma unroll
+            for (int k = 0; k < Columns; k++) {
+                // Eight neighbouring threads store to different banks if four of them begin with the second column.
+                const int column = Columns == 2 ? (first / 4 + k) % 2 : 0;
+                uint32_t of[kWide / 2];
+#pragma unroll
+                for (int v = 0; v < kWide; v += 2) {
+                    const uint32_t one = words[load][v], other = words[load][v + 1];
+                    of[v / 2] = column == 0 ? (one & 0xffff) | other << 16 : one >> 16 | (other & 0xffff0000);
+                }
+                *reinterpret_cast<uint4*>(to + (at + column) * apart) = exists[load]
+                                                                            ? make_uint4(of[0], of[1], of[2], of[3])
+                                                                            : make_uint4(0, 0, 0, 0);
             }
         }
     }
 }
+
+// A number that all lanes have, such that compilers see it: they split no branch on it.
+__device__ __forceinline__ int same_in_warp(int number) { return __shfl_sync(0xffffffffu, number, 0); }
 
 // Adds a step's products with two matrices `b`.
 template <class T>
@@ -267,20 +295,31 @@ __device__ __forceinline__ uint4 transpose_words(const uint32_t (&words)[4], int
     return upper ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
 }
 
-// Stores neighbouring outputs of a row, of which `there` exist: `at_once` in an access.
+// Stores neighbouring outputs of four channels, of which `channels` exist, eight channels apart; `there` outputs exist.
+// `at_once` are stored in an access.
 template <class T>
-__device__ __forceinline__ void store_quad(uint2 words, int there, int at_once, int64_t stride_w, T* to) {
+__device__ __forceinline__ void store_quads(const uint2 (&words)[4], int there, int at_once, int channels,
+                                            const Array& output, T* to) {
+    const int64_t step = 8 * output.stride_c;
     if (at_once == kQuad) {
-        if (there > 0) __stcs(reinterpret_cast<uint2*>(to), words);
+#pragma unroll
+        for (int q = 0; q < 4; q++, to += step) {
+            if (there > 0 && q * 8 < channels) __stcs(reinterpret_cast<uint2*>(to), words[q]);
+        }
         return;
     }
 #pragma unroll 1
-    for (int q = 0; q < there; q += at_once, to += at_once * stride_w) {
-        const uint32_t word = q < 2 ? words.x : words.y;
-        if (at_once == 2) {
-            store_word(word, to);
-        } else {
-            *to = T{static_cast<uint16_t>(word >> q % 2 * 16)};
+    for (int first = 0; first < there; first += at_once, to += at_once * output.stride_w) {
+        T* at = to;
+#pragma unroll
+        for (int q = 0; q < 4; q++, at += step) {
+            const uint32_t word = first < 2 ? words[q].x : words[q].y;
+            if (q * 8 >= channels) break;
+            if (at_once == 2) {
+                store_word(word, at);
+            } else {
+                *at = T{static_cast<uint16_t>(word >> first % 2 * 16)};
+            }
         }
     }
 }
@@ -350,7 +389,8 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
     const int k = static_cast<int>(p.kernel_size), patches = plan.tile.count();
     const int pixels_of_halo = plan.halo.rows * plan.pitch, slice = pixels_of_halo * plan.pixel;
     const Room<T> room(plan);
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int warp = same_in_warp(thread / 32);
     const int row = lane / 4, pair = lane % 4;
     const int vectors = plan.channels / kWide, stagers = kBlock / vectors;
     const int vector = Vectors ? thread % vectors : thread / stagers,
@@ -367,7 +407,9 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
 
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfPatches tile(p, plan, static_cast<uint32_t>(item));
-        const int top = plan.rows.source<false>(tile.top) - k / 2, left = plan.columns.source<false>(tile.left) - k / 2;
+        const int top = plan.rows.source<false>(tile.top) - k / 2;
+        int left = plan.columns.source<false>(tile.left) - k / 2;
+        if (plan.pairs) left -= left & 1;
 #pragma unroll 1
         for (int pixel = thread; pixel < pixels_of_halo; pixel += kBlock) {
             const int y = pixel / plan.pitch, x = pixel - y * plan.pitch, i = top + y, j = left + x;
@@ -394,8 +436,17 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
         __syncthreads();
         const T* from = element<const T>(p.features, tile.n, tile.c + vector * kWide, 0, 0);
         const auto stage_next = [&](int channels, T* to) {
-            stage_pixels<Vectors>(from, p.features.stride_c, room.pixels, pixels_of_halo, first_pixel, stagers,
-                                  channels - vector * kWide, to + vector * kWide, plan.pixel);
+            const int there = channels - vector * kWide, stride = static_cast<int>(p.features.stride_c);
+            to += vector * kWide;
+            if (Vectors) {
+                copy_pixels(from, room.pixels, pixels_of_halo, first_pixel, stagers, there, to, plan.pixel);
+            } else if (plan.pairs) {
+                transpose_pixels<2>(from, stride, room.pixels, pixels_of_halo, first_pixel, stagers, there, to,
+                                    plan.pixel);
+            } else {
+                transpose_pixels<1>(from, stride, room.pixels, pixels_of_halo, first_pixel, stagers, there, to,
+                                    plan.pixel);
+            }
             from += plan.channels * p.features.stride_c;
         };
         if (Vectors) stage_next(tile.channels, room.features);
@@ -426,10 +477,11 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                 second = !second;
                 stage_next(channels - plan.channels, room.features + second * slice);
             }
-            const bool both = min(channels, plan.channels) > kChannelsOfMma;  // products along channels
+            const int there = min(channels, plan.channels);
+            const bool both = there > kChannelsOfMma;  // products along channels
 #pragma unroll 1
             for (int patch = warp; patch < patches; patch += kWarps) {
-                const int corner = room.corners[patch];
+                const int corner = same_in_warp(room.corners[patch]);
                 if (corner < 0) continue;
                 const T* band = room.bands + (patch * kPatch + matrix_row) * plan.apart + matrix_half;
                 const T* const window = staged + corner + matrix_half;
@@ -463,23 +515,23 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                             add_zeros<T>(words[q], zeros);
                         }
                         const uint4 vector_of_channels = transpose_words(words, lane);
-                        if (half * 2 + row % 2 < quad.there && first_channel < channels)
+                        if (half * 2 + row % 2 < quad.there && first_channel < there)
                             __stcs(reinterpret_cast<uint4*>(to), vector_of_channels);
                     }
                 } else {
                     const float2 left_factors = *reinterpret_cast<const float2*>(factors),
                                  right_factors = *reinterpret_cast<const float2*>(factors + 8);
+                    uint2 words[4];  // of channels
 #pragma unroll
-                    for (int q = 0; q < 4; q++, to += 8 * output.stride_c) {  // channels
+                    for (int q = 0; q < 4; q++) {
                         const float *const first = sums[q / 2][0] + q % 2 * 2, *const second = sums[q / 2][1] +
                                                                                                q % 2 * 2;
-                        const uint2 words{pair_of<T>(first[0] * left_factors.x, first[1] * left_factors.y),
-                                          pair_of<T>(second[0] * right_factors.x, second[1] * right_factors.y)};
-                        add_zeros<T>(words.x, zeros);
-                        add_zeros<T>(words.y, zeros);
-                        if (q * 8 + row < channels)
-                            store_quad(words, quad.there, plan.columns_at_once, output.stride_w, to);
+                        words[q] = make_uint2(pair_of<T>(first[0] * left_factors.x, first[1] * left_factors.y),
+                                              pair_of<T>(second[0] * right_factors.x, second[1] * right_factors.y));
+                        add_zeros<T>(words[q].x, zeros);
+                        add_zeros<T>(words[q].y, zeros);
                     }
+                    store_quads(words, quad.there, plan.columns_at_once, there - row, output, to);
                 }
             }
             to_slice += plan.channels * output.stride_c;

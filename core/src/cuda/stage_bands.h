@@ -71,31 +71,44 @@ private:
         for_each_tap_outside(p, row, column, lane, lanes, [&](int a, int b) { first[a * window_columns + b] = T{}; });
     }
 
-    // Where taps are adjacent: eight threads have those of an output, in registers.
+    // Where taps are adjacent: eight threads have those of an output, in registers. K * K is 8 m + 1: a thread has m of
+    // them, and the first one also the last tap.
     template <class M>
     __device__ __forceinline__ void stage_adjacent(const M* from, bool softmax) const {
+        constexpr int kMost = kOwnTaps<kMostOfEight> - 1;
         const int count = static_cast<int>(p.taps()), lane = static_cast<int>(threadIdx.x) % kNormalizers;
-        const TapsInRegisters own;
-        int places[kOwnTaps<kMostOfEight>];
-        own.each([&](int i, int t) { places[i] = taps[t + lane]; });
+        int places[kMost];
+#pragma unroll
+        for (int i = 0; i < kMost; i++) places[i] = taps[i * kNormalizers + lane];
+        const int last_place = taps[count - 1];
         for_each_output<kNormalizers>(rows, height, columns, width, [&](Line row, Line column, bool exists) {
-            const int there = exists ? count - lane : 0;
-            const M* const logits = from + (exists ? computed_late(row.from + column.from + lane) : 0);
-            TapsInRegisters::Taps values;
-            float largest = -INFINITY, sum = 1;
-            own.each([&](int i, int t) { values[i] = t < there ? widen(load_input(logits + t)) : -INFINITY; });
+            const M* const logits = from + (exists ? computed_late(row.from + column.from) : 0);
+            float values[kMost], last = widen(load_input(logits + count - 1)), sum = 1;
+#pragma unroll
+            for (int i = 0; i < kMost; i++) {
+                values[i] = -INFINITY;
+                if ((i + 1) * kNormalizers < count) values[i] = widen(load_input(logits + lane + i * kNormalizers));
+            }
             if (softmax) {
+                float largest = last;
                 for (float value : values) largest = fmaxf(largest, value);
                 largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
-                sum = 0;
+                last = power(last, largest);
+                sum = lane == 0 ? last : 0;
                 for (float& value : values) sum += value = power(value, largest);
                 sum = over_normalizers(sum, [](float a, float b) { return a + b; });
             }
-            T* const to = first_of(row, column);
-            own.each([&](int i, int t) {
-                if (t < there) to[places[i]] = narrow<T>(values[i]);
-            });
-            if (lane == 0 && exists) put_factor(row, column, 1 / sum);
+            if (exists) {
+                T* const to = first_of(row, column);
+#pragma unroll
+                for (int i = 0; i < kMost; i++) {
+                    if ((i + 1) * kNormalizers < count) to[places[i]] = narrow<T>(values[i]);
+                }
+                if (lane == 0) {
+                    to[last_place] = narrow<T>(last);
+                    put_factor(row, column, 1 / sum);
+                }
+            }
             if (inside) return;
             __syncwarp();  // a thread clears taps of others
             if (exists) clear_outside(row, column, lane, kNormalizers);
