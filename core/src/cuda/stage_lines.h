@@ -66,6 +66,7 @@ __device__ __forceinline__ void in_chunks(int count, F f) {
 __device__ __forceinline__ void normalize_line(carafepp_normalizer normalizer, int count, int apart, float largest,
                                                float* taps) {
     constexpr int kChunk = 8;
+    constexpr float kLog2OfE = 1.44269504f;
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer != CARAFEPP_SOFTMAX) {
         largest = -INFINITY;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void normalize_line(carafepp_normalizer normalizer, i
     in_chunks<kChunk>(count, [&](auto chunk) {
 #pragma unroll
         for (int i = 0; i < decltype(chunk)::value; i++, at += apart) {
-            const float power = expf(*at - largest);
+            const float power = power_of_2((*at - largest) * kLog2OfE);  // the difference first: logits may be huge
             *at = power;
             sum += power;
         }
