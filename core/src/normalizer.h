@@ -13,6 +13,7 @@
 //     for logits again, as it is rare.
 //   - finish_staging() and normalize_band() share the taps of an output among threads (cuda/masks.h,
 //     cuda/grad_tiles.h); normalize_line() has an output in a thread (cuda/stage_lines.h). All are in shared memory.
+//   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
 //   - through_normalizer() works on masks without their scale in shared memory (cuda/grad_masks_tiles.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
