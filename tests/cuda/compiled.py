@@ -84,7 +84,7 @@ INSTRUCTIONS = {
         r"LDGSTS\S*\.128",
         r"STG\S*\.128",
     ),
-    r"backward_up2_nhwc_mma_kernelILi.E\w*Float16": (
+    r"backward_up2_nhwc_mma_kernelILi5E\w*Float16": (
         r"HMMA",
         r"LDSM\S*\.4",
         r"LDGSTS\S*\.128",

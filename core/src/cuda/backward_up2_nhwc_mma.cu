@@ -188,9 +188,11 @@ constexpr int64_t kBytes = int64_t{sizeof(T)} * kElementsOfBlock<K, T>;
 const char* cannot_run_backward_up2_nhwc_mma(const Problem& p, const Array& grad_features, const Array& grad_masks) {
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &p.grad_output, &grad_features})) return reason;
+    if (p.kernel_size != 5) return "kernel_size is not 5";
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     if (const char* reason = not_for_source_tiles(p, grad_masks)) return reason;
-    if (!is_compiled_for(80, backward_up2_nhwc_mma_kernel<5, Float16>)) return "this build has no code for the device";
+    if (!is_compiled_for(80, backward_up2_nhwc_mma_kernel<5, Float16>))
+        return "the device is older than sm_80, or this build has no code for it";
     return not_for_shared_memory(kBytes<5, Float16>);
 }
 
@@ -199,7 +201,7 @@ const char* slower_backward_up2_nhwc_mma(const Problem& p, const Array&, const A
 }
 
 void backward_up2_nhwc_mma(const Problem& p, const Array& grad_features, const Array& grad_masks) {
-    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(Float16), 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
         const BackwardPlan plan{tiles_of(p), grad_masks};
         launch(backward_up2_nhwc_mma_kernel<k, T>, plan.tiles.items, kThreadsOfBlock, kBytes<k, T>, p, grad_features,
