@@ -112,6 +112,8 @@ INSTRUCTIONS = {
         r"LDS\S*\.128",
         r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32",
     ),
+    r"grad_masks_tiles_kernelILb1E": (r"LDGSTS\S*\.128", r"LDG\S*\.64", r"LDS\S*\.128"),
+    r"grad_masks_tiles_kernelILb0E": (r"LDGSTS", r"LDS\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"reassemble_down2_nhwc_kernelILi.E\w*Float16": (
         r"LDGSTS\S*\.128",
@@ -190,6 +192,8 @@ BUDGETS = {
     },
     "grad_masks_up2_nhwc_mma.cu": {"float16": 318, "bfloat16": 318},
     "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
+    "grad_masks_nhwc.cu": {"float32": 1773},  # a slice, with its copies and all sorts of quads
+    "grad_masks_nchw.cu": {"float32": 2074},
     "grad_features_nhwc.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
     "grad_features_nchw.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
     "grad_features_down2_nhwc.cu": {"float32": 210, "float16": 411, "bfloat16": 411},

@@ -11,13 +11,13 @@
 
 namespace carafepp::cuda {
 
-constexpr int kQuad = 4;             // outputs of a thread
-constexpr int kMostTaps = 7;         // of a thread
-constexpr int kMostVectors = 4;      // of a slice
-constexpr int kMostColumns = 64;     // of a tile
-constexpr int kThreadsOfTile = 256;  // at most
-constexpr int64_t kNowhere = INT64_MIN;
-constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
+constexpr int kQuad = 4;                 // outputs of a thread
+constexpr int kMostTaps = 7;             // of a thread
+constexpr int kMostVectors = 4;          // of a slice
+constexpr int kMostColumns = 64;         // of a tile
+constexpr int kThreadsOfTile = 256;      // at most
+constexpr int64_t kNowhere = INT64_MIN;  // the place of what does not exist
+constexpr int kMultiprocessors = 132;    // of the device that tiles are chosen for
 
 // A row of outputs, or -1, and the source that it is centred on. It is row `phase` of the outputs of a row of cells.
 struct Slot {
@@ -153,7 +153,7 @@ private:
         items = p.features.n * p.groups * row_tiles * column_tiles;
     }
 
-    // Roughly what the multiprocessor with the most tiles takes: for instructions, or for accesses.
+    // Roughly what the multiprocessor with the most tiles takes, for instructions and for accesses.
     double cycles(bool vectors_in_memory) const {
         const double all = static_cast<double>(ceil_div(channels, vectors * kVector)) * vectors, warps = threads / 32;
         const double outputs = quads * kQuad * width.number, taps = kernel_size.number * kernel_size.number;
@@ -165,7 +165,9 @@ private:
         const double accesses = all * (warps * 4 * loads + pixels * (vectors_in_memory ? 32 / vectors + 4 : 24)) +
                                 outputs * taps / 32 *
                                     (6 + 2 * (vectors_in_memory ? 4 : 32 / std::min(cells_in_row.number, 32)));
-        return static_cast<double>(ceil_div(items, kMultiprocessors)) * std::max(instructions / 2.4, accesses);
+        const double issue = instructions / 2.4, longer = std::max(issue, accesses),
+                     shorter = std::min(issue, accesses);
+        return static_cast<double>(ceil_div(items, kMultiprocessors)) * (longer + shorter / 2);  // partly at once
     }
 };
 
@@ -605,6 +607,7 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
 template <bool Vectors>
 const char* not_for_grad_masks_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
+    if (p.factor.up > kMostFactor / 2) return "the factor is too large";
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
     const GradMasksTilesPlan plan(p, Vectors);
     if (plan.items > INT32_MAX) return "tiles are too many";
