@@ -38,11 +38,8 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "reassemble_down2_nchw_kernel": 168,
     "grad_masks_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,
-    "grad_features_up2_nchw_kernelILi3ELb0Ef": 128,
-    "grad_features_up2_nchw_kernelILi3ELb1Ef": 128,
-    "grad_features_up2_nchw_kernelILi5ELb0Ef": 128,
-    "grad_features_up2_nchw_kernelILi5ELb1Ef": 128,
-    "grad_features_up2_nchw_kernel": 255,  # 16-bit dtypes
+    "grad_features_up2_nhwc_kernel": 168,  # with a quarter of the masks of four pixels
+    "grad_features_up2_nchw_kernel": 168,
 }
 # Required instructions, by a part of the mangled name. LDG, STG: global memory; LDS, STS: shared.
 INSTRUCTIONS = {
@@ -53,14 +50,14 @@ INSTRUCTIONS = {
         r"LDS\S*\.128",
     ),
     r"grad_features_up2_nhwc_kernelILi.EfE": (
-        r"LDG\S*\.128",
+        r"LDGSTS\S*\.128",
         r"STG\S*\.128",
         r"LDS\S*\.128",
     ),
     r"grad_features_up2_nhwc_kernelILi.E\w*Float16": (
-        r"LDG\S*\.64",
+        r"LDGSTS\S*\.64",
         r"STG\S*\.64",
-        r"LDS\S*\.128",
+        r"LDS\S*\.64",
     ),
     r"grad_masks_up2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"),
     r"grad_masks_up2_nhwc_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
@@ -130,8 +127,8 @@ INSTRUCTIONS = {
         r"LDS\S*\.64",
     ),
     r"grad_features_down2_nchw_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"STG\S*\.64"),
-    r"grad_features_up2_nchw_kernelILi5ELb1EfE": (
-        r"LDG\S*\.128",
+    r"grad_features_up2_nchw_kernelILi.EfE": (
+        r"LDGSTS\S*\.128",
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
@@ -171,15 +168,8 @@ BUDGETS = {
     },
     "reassemble_down2_nchw.cu": {"float32": 156, "float16": 208, "bfloat16": 208},
     "reassemble_down2_nhwc.cu": {"float32": 706, "float16": 1558, "bfloat16": 1558},
-    "grad_features_up2_nhwc.cu": {"float32": 1136, "float16": 1210, "bfloat16": 1210},
-    "grad_features_up2_nchw.cu": {
-        "float32 Lb1E": 1134,
-        "float16 Lb1E": 1201,
-        "bfloat16 Lb1E": 1389,
-        "float32 Lb0E": 1433,
-        "float16 Lb0E": 1466,
-        "bfloat16 Lb0E": 1466,
-    },
+    "grad_features_up2_nhwc.cu": {"float32": 961, "float16": 1253, "bfloat16": 1253},
+    "grad_features_up2_nchw.cu": {"float32": 1215, "float16": 1536, "bfloat16": 1536},  # a slice
     "grad_features_up2_nchw_mma.cu": {"float16": 357, "bfloat16": 349},  # a slice, with its copies
     "grad_features_up2_nhwc_mma.cu": {"float16": 89, "bfloat16": 80},
     "backward_up2_nhwc_mma.cu": {"float16": 90, "bfloat16": 82},  # the gradient of features

@@ -210,6 +210,13 @@ CARAFEPP_SHUFFLE(__shfl_xor_sync, kXor)
 CARAFEPP_SHUFFLE(__shfl_down_sync, kDown)
 CARAFEPP_SHUFFLE(__shfl_up_sync, kUp)
 
+inline int __any_sync(unsigned mask, int predicate,
+                      carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
+    for (int distance = 1; distance < warpSize; distance *= 2)
+        predicate |= __shfl_xor_sync(mask, predicate, distance, warpSize, place);
+    return predicate;
+}
+
 template <class T>
 __forceinline__ T __ldg(const T* address, carafepp::emulation::Place place = carafepp::emulation::Place::here()) {
     carafepp::emulation::check_aligned(address, place);

@@ -12,7 +12,6 @@ namespace carafepp::trace {
 namespace {
 
 constexpr int kWarpSize = 32, kSectorBytes = 32, kLineBytes = 128, kBanks = 32, kWordBytes = 4;
-constexpr size_t kMostSharedBytes = 48 * 1024;
 constexpr uint8_t kShared = 255;  // in the place of an array's number
 
 Trace result;
@@ -177,7 +176,7 @@ __attribute__((noinline)) void record(const void* pointer, size_t bytes, bool st
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
     const uintptr_t shared = reinterpret_cast<uintptr_t>(emulation::shared_memory());
     uint8_t array = 0;
-    if (address - shared < kMostSharedBytes) {
+    if (address - shared < emulation::kMostSharedBytes) {
         array = kShared;
     } else {
         const auto& arrays = result.arrays;

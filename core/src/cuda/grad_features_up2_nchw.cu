@@ -1,101 +1,157 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent columns. Neighbouring threads have neighbouring columns. A thread
-// loads outputs of two sources in a row at once, in each of its channels, and stores both columns.
+// The gradient of features for up x2 with adjacent columns: see grad_features_up2.h. In the end a
+// thread has every other channel of a slice, of a row of its quad.
 #include "cuda/columns.h"
 #include "cuda/grad_features_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kMostLanes = 32, kMostRows = 8;
-constexpr int kPairs = 4;  // of columns, of a warp
+constexpr int kQuadsInRow = 8;  // of a warp
+constexpr int kChannels = 8;    // of a slice
+// Gradients of a slice: [channel][row][column]. Neighbouring quads, rows and halves of sources are in different banks.
+static_assert(kGradsInRow / kVector % 8 == 2 && kQuad * kUp == kVector);
 
-// Loads `Count` adjacent columns as floats, 0 where there are none.
+template <int K>
+constexpr int kChannel = MasksOfQuad<K>::kGradRows * kGradsInRow;
+template <int K, class T>
+constexpr int64_t kBytes = std::max(MasksOfQuad<K>::kStaged * int64_t{sizeof(float)},
+                                    kChannels* kChannel<K>* int64_t{sizeof(T)});
+
+struct GradFeaturesUp2NchwPlan {
+    Tiles tiles;
+    int copied;  // columns of grad_output at once: 4, 2 or 1
+    bool pairs;  // both columns of a quad are stored at once
+
+    GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features)
+        : tiles(p, p.features.h, p.features.w, kRows, kColumns, kChannels, kEnoughItems, columns_before(p)),
+          copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
+                 : not_for_columns(p.grad_output) == nullptr  ? 2
+                                                              : 1),
+          pairs(not_for_columns(grad_features) == nullptr) {}
+
+    // Columns of the first tile left of the result: so rows of a tile's gradients begin with a whole sector. None if
+    // that takes more tiles.
+    static int columns_before(const Problem& p) {
+        const int64_t width = p.features.w;
+        return ceil_div(width + kBefore, kColumns) == ceil_div(width, kColumns) ? kBefore : 0;
+    }
+};
+
+// Copies `Count` columns at once: of 2 bytes not by themselves.
 template <int Count, class T>
-__device__ __forceinline__ void load_floats(const T* from, bool exist, float* floats) {
-    if constexpr (Count == 4) {
-        const float4 four = load_channels(from, exist);
-        floats[0] = four.x, floats[1] = four.y, floats[2] = four.z, floats[3] = four.w;
-    } else if constexpr (Count == 2) {
-        const float2 two = load_columns(from, exist);
-        floats[0] = two.x, floats[1] = two.y;
+__device__ __forceinline__ void copy_columns(T* to, const T* from, bool exist) {
+    if constexpr (Count * sizeof(T) >= 4) {
+        copy_async<Count * sizeof(T)>(to, from, exist);
     } else {
-        floats[0] = exist ? widen(load_input(from)) : 0.0f;
+        *to = exist ? load_input(from) : T{};
     }
 }
 
-// `Vectors`: the outputs of two sources are aligned, and so are both columns of a thread.
-template <int K, bool Vectors, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
-    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2Plan plan) {
+// Copies a slice, of which `channels` channels exist, from output (i, j) on: `Count` columns at once, 0 where there is
+// no output.
+template <int K, int Count, class T>
+__device__ __forceinline__ void copy_slice(const Problem& p, const T* from, int i, int j, int channels, T* grads) {
+    constexpr int kVectorsInRow = kGradsInRow / Count, kVectors = kChannel<K> / Count;
+    const Array& grad_output = p.grad_output;
+#pragma unroll 1
+    for (int k = thread_computed_late(); k < kVectors; k += kBlock) {
+        const int y = k / kVectorsInRow, x = k % kVectorsInRow * Count;
+        const bool exist = static_cast<unsigned>(i + y) < static_cast<unsigned>(p.out_h) &&
+                           static_cast<unsigned>(j + x) < static_cast<unsigned>(p.out_w);
+        const int end = exist ? channels : 0;
+        const T* const columns = at_stride(from, static_cast<int>(grad_output.stride_h), y) + x;
+#pragma unroll
+        for (int c = 0; c < kChannels; c++) {
+            copy_columns<Count>(grads + k * Count + c * kChannel<K>,
+                                at_stride(columns, static_cast<int>(grad_output.stride_c), c), c < end);
+        }
+    }
+}
+
+template <int K, class T>
+__global__ void __launch_bounds__(kBlock, 3)
+    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
-    const Array& grad_output = p.grad_output;
-    constexpr int kRadius = K / 2;
-    constexpr int kAtOnce = Vectors && kRadius % 2 == 0 ? 2 : 1;  // sources whose gradients are in registers
-    constexpr int kColumns = kAtOnce * kUp, kCount = Vectors ? kColumns : 1;  // their columns, those loaded at once
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        // A warp has four pairs of columns, whose masks are in different banks.
-        const int thread = thread_computed_late(), pair = thread / kPairs / plan.lanes * kPairs + thread % kPairs;
-        const ColumnsOfThread at(p, plan, item, thread / kPairs % plan.lanes, pair);
-        const int j = at.first + at.own, out_left = (j - kRadius) * kUp;
-        const T* const all_grads = element<const T>(grad_output, at.n, at.c, 0, out_left);  // [C, H', W']
-        T* const to = element<T>(grad_features, at.n, at.c, 0, j);                          // [C, H, W]
-        const unsigned columns = outputs_that_exist<K>(p, out_left);
-        const auto load = [&](int i, int x, auto& grads) {
-            const T* row = all_grads + i * kUp * grad_output.stride_h + x * kUp;
+    using Masks = MasksOfQuad<K>;
+    T* const grads = shared_memory<T>();  // of a slice; before them, masks
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const TileOfItem tile(p, plan.tiles, item);
+        const PartOfQuad own = PartOfQuad::of_thread<kQuadsInRow>();
+        Masks masks;
+        masks.template take<T>(p, tile, own, shared_memory<float>());
+        const T* rows[Masks::kHalf];  // of the outputs that reach the thread
 #pragma unroll
-            for (int r = 0; r < kUp; r++, row += grad_output.stride_h) {
-                const unsigned exist = i * kUp + r < p.out_h ? columns >> x * kUp : 0;
-                const T* channel = row;
-                float floats[kVector][kColumns];
-#pragma unroll
-                for (int c = 0; c < kVector; c++, channel += grad_output.stride_c) {
-#pragma unroll
-                    for (int q = 0; q < kColumns; q += kCount)
-                        load_floats<kCount>(channel + q, (exist >> q & 1) != 0 && c < at.channels, floats[c] + q);
-                }
-#pragma unroll
-                for (int q = 0; q < kColumns; q++) {
-                    grads[q / kUp][r * kUp + q % kUp] = make_float4(floats[0][q], floats[1][q], floats[2][q],
-                                                                    floats[3][q]);
-                }
+        for (int y = 0; y < Masks::kHalf; y++)
+            rows[y] = grads + (own.source_row<K>(y) * kUp + own.parity) * kGradsInRow + own.column * kUp;
+        const int i = tile.top + own.row + own.half, j = tile.left + own.column;
+        const int columns = i < grad_features.h && j >= 0 ? static_cast<int>(min(grad_features.w - j, int64_t{kQuad}))
+                                                          : 0;
+        const int out_top = (tile.top - K / 2) * kUp, out_left = (tile.left - kBefore) * kUp;
+        const T* from = element<const T>(p.grad_output, tile.n, tile.c, out_top, out_left);
+        T* to = element<T>(grad_features, tile.n, tile.c + own.parity, i, j);  // [C, H, W]
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= kChannels) {
+            if (plan.copied == 4) {
+                copy_slice<K, 4>(p, from, out_top, out_left, channels, grads);
+            } else if (plan.copied == 2) {
+                copy_slice<K, 2>(p, from, out_top, out_left, channels, grads);
+            } else {
+                copy_slice<K, 1>(p, from, out_top, out_left, channels, grads);
             }
-        };
-        go_down<K, kAtOnce, T>(p, plan, item, at, load, [&](int i, const float4(&sum)[kColumnsOfThread]) {
-            T* channel = to + i * grad_features.stride_h;
-            const auto store = [&](int c, float left, float right) {
-                if (c < at.channels) {
-                    if constexpr (Vectors) {
-                        store_columns(make_float2(left, right), channel);
-                    } else {
-                        channel[0] = narrow<T>(left);
-                        if (j + 1 < p.features.w) channel[1] = narrow<T>(right);
+            from += kChannels * p.grad_output.stride_c;
+            wait_for_copies();
+            __syncthreads();
+            if (warp_has(columns > 0)) {
+                float sums[kChannels][kQuad][kQuad] = {}, results[kChannels / 2][kQuad];
+#pragma unroll
+                for (int c = 0; c < kChannels; c++) {
+#pragma unroll
+                    for (int y = 0; y < Masks::kHalf; y++) {
+#pragma unroll
+                        for (int x = 0; x < kReach; x += kVector / kUp) {
+                            const float4 four = staged_channels(rows[y] + c * kChannel<K> + x * kUp);
+                            masks.add(y, x, 0, four.x, sums[c]);
+                            masks.add(y, x, 1, four.y, sums[c]);
+                            masks.add(y, x + 1, 0, four.z, sums[c]);
+                            masks.add(y, x + 1, 1, four.w, sums[c]);
+                        }
                     }
                 }
-                channel += grad_features.stride_c;
-            };
-            store(0, sum[0].x, sum[1].x);
-            store(1, sum[0].y, sum[1].y);
-            store(2, sum[0].z, sum[1].z);
-            store(3, sum[0].w, sum[1].w);
-        });
+                add_sums(own, sums, results);
+                const int there = columns > 0 ? channels - own.parity : 0;  // channels, from the thread's first one on
+                T* channel = to;
+#pragma unroll
+                for (int c = 0; c < kChannels; c += 2, channel += 2 * grad_features.stride_c) {
+                    if (c >= there) continue;
+                    if (plan.pairs) {
+                        store_columns(make_float2(results[c / 2][0], results[c / 2][1]), channel);
+                    } else {
+                        channel[0] = narrow<T>(results[c / 2][0]);
+                        if (columns > 1) channel[1] = narrow<T>(results[c / 2][1]);
+                    }
+                }
+            }
+            to += kChannels * grad_features.stride_c;
+            __syncthreads();
+        }
     }
 }
 
 }  // namespace
 
 const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
+    if (std::abs(p.grad_output.stride_h) > INT32_MAX || std::abs(p.grad_output.stride_c) > INT32_MAX)
+        return "rows or channels are too far apart";
     return not_for_columns_of_up2(p, p.grad_output, grad_features);
 }
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const GradFeaturesUp2Plan plan(p, k, kMostLanes, kMostRows);
-        const bool vectors = not_for_columns(p.grad_output, 4) == nullptr && not_for_columns(grad_features) == nullptr;
-        launch(vectors ? grad_features_up2_nchw_kernel<k, true, T> : grad_features_up2_nchw_kernel<k, false, T>,
-               plan.items, kThreads, plan.shared_bytes, p, grad_features, plan);
+        const GradFeaturesUp2NchwPlan plan(p, grad_features);
+        launch(grad_features_up2_nchw_kernel<k, T>, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
     });
 }
 

@@ -17,6 +17,7 @@ namespace carafepp::cuda {
 
 constexpr int kThreads = 256;                    // of a block
 constexpr int64_t kMostSharedBytes = 48 * 1024;  // that every device gives to a block
+constexpr int64_t kMostAskedBytes = 64 * 1024;   // and to one that asks for more
 constexpr int64_t kSharedBytes = 40 * 1024;      // of a block of the generic kernels
 
 void check(cudaError_t error);             // throws Failure for an error, which it clears for the caller
