@@ -36,8 +36,8 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_up2_nhwc_mma_kernel": 255,  # on sm_75; 168 on others
     "grad_masks_up2_nchw_mma_kernel": 168,
     "reassemble_down2_nchw_kernel": 168,
-    "grad_masks_down2_nchw_kernel": 168,
-    "grad_masks_down2_nhwc_kernel": 168,
+    "grad_masks_down2_nhwc_mma_kernel": 168,
+    "grad_masks_down2_nchw_mma_kernel": 255,  # on sm_75; 128 on others
     "grad_features_up2_nhwc_kernel": 168,  # with a quarter of the masks of four pixels
     "grad_features_up2_nchw_kernel": 168,
 }
@@ -61,8 +61,12 @@ INSTRUCTIONS = {
     ),
     r"grad_masks_up2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"),
     r"grad_masks_up2_nhwc_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
-    r"grad_masks_down2_nhwc_kernelILi.EfE": (r"LDG\S*\.128",),
-    r"grad_masks_down2_nhwc_kernelILi.E\w*Float16": (r"LDG\S*\.64",),
+    r"grad_masks_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"LDS\S*\.128"),
+    r"grad_masks_down2_nhwc_mma_kernelILi.E\w*Float16": (
+        r"HMMA",
+        r"LDGSTS\S*\.128",
+        r"LDS\S*\.128",
+    ),
     r"reassemble_up2_nchw_kernelILi.ELb1EfE": (
         r"LDGSTS\S*\.64",
         r"STG\S*\.128",
@@ -119,7 +123,12 @@ INSTRUCTIONS = {
     ),
     r"reassemble_down2_nchw_kernelILi.EfE": (r"LDGSTS\S*\.128", r"STG\S*\.64", r"LDS\S*\.128"),
     r"reassemble_down2_nchw_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
-    r"grad_masks_down2_nchw_kernelILi.EfE": (r"LDG\S*\.64",),
+    r"grad_masks_down2_nchw_kernel": (r"LDGSTS\S*\.128", r"LDS\S*\.64"),
+    r"grad_masks_down2_nchw_mma_kernelILi.E\w*Float16": (
+        r"HMMA",
+        r"LDSM\S*\.4",
+        r"LDGSTS\S*\.64",
+    ),
     r"grad_features_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"grad_features_down2_nchw_kernelILi.EfE": (
         r"LDGSTS\S*\.128",
@@ -167,7 +176,7 @@ BUDGETS = {
         "bfloat16 ILi4ELi1E": 74,
     },
     "reassemble_down2_nchw.cu": {"float32": 156, "float16": 208, "bfloat16": 208},
-    "reassemble_down2_nhwc.cu": {"float32": 706, "float16": 1558, "bfloat16": 1558},
+    "reassemble_down2_nhwc.cu": {"float32": 712, "float16": 1559, "bfloat16": 1559},
     "grad_features_up2_nhwc.cu": {"float32": 961, "float16": 1253, "bfloat16": 1253},
     "grad_features_up2_nchw.cu": {"float32": 1215, "float16": 1536, "bfloat16": 1536},  # a slice
     "grad_features_up2_nchw_mma.cu": {"float16": 357, "bfloat16": 349},  # a slice, with its copies
@@ -182,11 +191,15 @@ BUDGETS = {
     },
     "grad_masks_up2_nhwc_mma.cu": {"float16": 318, "bfloat16": 318},
     "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
+    "grad_masks_down2_nhwc.cu": {"float32": 403},
+    "grad_masks_down2_nchw.cu": {"float32": 78},
+    "grad_masks_down2_nhwc_mma.cu": {"float16": 331, "bfloat16": 331},
+    "grad_masks_down2_nchw_mma.cu": {"float16": 296, "bfloat16": 296},
     "grad_masks_nhwc.cu": {"float32": 1773},  # a slice, with its copies and all sorts of quads
     "grad_masks_nchw.cu": {"float32": 2074},
     "grad_features_nhwc.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
     "grad_features_nchw.cu": {"float32 ILi2E": 240, "float32 ILi1E": 144},
-    "grad_features_down2_nhwc.cu": {"float32": 210, "float16": 411, "bfloat16": 411},
+    "grad_features_down2_nhwc.cu": {"float32": 211, "float16": 413, "bfloat16": 413},
     "grad_features_down2_nchw.cu": {"float32": 85, "float16": 105, "bfloat16": 105},
 }
 MOST_TO_STAGE = 65  # instructions for a load or store

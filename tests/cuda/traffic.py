@@ -378,7 +378,7 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         arguments, type_ = {f"Li{1 + wide}ELb{int(name.endswith('nhwc'))}E"}, ""
     if name in ("grad_masks_nhwc", "grad_masks_nchw"):
         arguments, type_ = {f"Lb{int(name.endswith('nhwc'))}E"}, ""
-    wanted = {of_kernel + type_ for of_kernel in arguments}
+    wanted = {of_kernel + type_ for of_kernel in arguments} | {size}  # some are of one dtype
     for mangled, code in read_code(*tools, f"{name}.cu").items():
         if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:
             return code

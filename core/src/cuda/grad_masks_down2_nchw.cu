@@ -1,79 +1,120 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for down x2 with adjacent columns. All warps of a block have the same pairs of
-// outputs, one below the other. A lane has one pair, a warp a part of the channels. A thread contracts both windows
-// with their gradients, with all sums in registers. Then the warps' sums are added, always in the same order. Each of
-// two warps holds one output of the pair. It carries that through the normaliser and writes it.
-#include "cuda/down2.h"
-#include "cuda/grad_masks.h"
+// The gradient of masks or logits for down x2 with adjacent columns. A block has a tile of 4 x 28 outputs. A thread has
+// an output and the one below it, in some channels of each slice: more threads share a pair where rows are short. It
+// contracts both windows with their gradients, with all sums in registers. Then the sums of the threads of a pair are
+// added, always in the same order.
+#include "cuda/grad_masks_down2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-static_assert(kWarps >= kPair, "a warp for each output of a pair");
-
-// sums[output][tap] += grad_output * features, over `channels`. Unless `Inside`, taps beyond a border have no feature.
-template <int K, bool Inside, class T>
-__device__ __forceinline__ void sum_pair(const Problem& p, int64_t n, int64_t c, int64_t channels, int out_i, int out_j,
-                                         float (&sums)[kPair][K * K]) {
-    if (channels <= 0) return;  // perhaps there is no array
-    const T* windows = windows_at<K, T>(p, n, c, out_i, out_j);
-    const T* grads = element<const T>(p.grad_output, n, c, out_i, out_j);  // [C, H', W']
-    const bool two_rows = out_i + 1 < p.out_h;
-#pragma unroll 1
-    for (; channels > 0; channels--, windows += p.features.stride_c, grads += p.grad_output.stride_c) {
-        const float grad[kPair] = {widen(grads[0]), two_rows ? widen(grads[p.grad_output.stride_h]) : 0.0f};
-        for_each_tap_of_pair<K, Inside>(p, windows, out_i, out_j,
-                                        [&](int o, int t, float feature) { sums[o][t] += grad[o] * feature; });
+// A slice: features and gradients as [channel][row][column], of as many channels as two slices fit.
+constexpr int kChannels = 6;
+template <int K>
+struct PlaceOfFeature {
+    static constexpr int kChannel = kHeight<K> * kWidth, kElements = kChannels * kChannel;
+    __device__ __forceinline__ int operator()(int channel, int row, int column) const {
+        return channel * kChannel + row * kWidth + column;
     }
-}
+};
+struct PlaceOfGrad {
+    static constexpr int kChannel = kTileRows * kMostColumns, kElements = kChannels * kChannel;
+    __device__ __forceinline__ int operator()(int channel, int row, int column) const {
+        return channel * kChannel + row * kMostColumns + column;
+    }
+};
+template <int K>
+constexpr int kSlice = PlaceOfFeature<K>::kElements + PlaceOfGrad::kElements;
 
-template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nchw_kernel(Arguments arguments, TilePlan plan) {
+template <int K>
+__global__ void __launch_bounds__(kBlock, 4) grad_masks_down2_nchw_kernel(Arguments arguments, ColumnsDown2Plan plan) {
     const Problem& p = arguments.problem;
-    const Array& grad_masks = arguments.result;    // of the shape of masks or logits
-    float* const shared = shared_memory<float>();  // [warp][tap][lane], of one output
-    const int lane = static_cast<int>(threadIdx.x) % kSourcesOfBlock,
-              warp = static_cast<int>(threadIdx.x) / kSourcesOfBlock;
-    const int64_t channels_in_group = p.features.c / p.groups, share = (channels_in_group + kWarps - 1) / kWarps;
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const Quotient tile = divide(item, plan.tiles), image = divide(tile.quotient, p.groups);
-        const int64_t n = image.quotient, group = image.remainder;
-        const Pixel pair = pixel_at(tile.remainder * kSourcesOfBlock + lane, grad_masks.w);
-        const int out_i = static_cast<int>(pair.i) * kPair, out_j = static_cast<int>(pair.j);
-        const bool exists = out_i < p.out_h && out_j < p.out_w;
-
+    const Array& grad_masks = arguments.result;  // of the shape of masks or logits
+    float* const staged = shared_memory<float>();
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const TileDown2 tile(p, plan.tiles, item, kTileRows, kAllChannels);
+        const int thread = thread_computed_late();
+        const int columns = static_cast<int>(min(int64_t{plan.tiles.columns}, grad_masks.w - tile.left));
+        // In half a warp are pairs of one row, or of few: others are in the same banks.
+        const int apart = columns > 16 ? 32 : columns > 8 ? 16 : 8;
+        const int units = grad_masks.h - tile.top > kPair ? 2 * apart : apart, sharers = kBlock / units;
+        const int unit = thread % units, row = unit / apart * kPair, column = unit % apart;
+        const int first = column < columns ? thread / units : kChannels;
         float sums[kPair][K * K] = {};
-        const int64_t first = warp * share, c = group * channels_in_group + first;
-        const int64_t channels = min(share, channels_in_group - first);
-        if (exists && windows_inside<K>(p, out_i, out_j)) {
-            sum_pair<K, true, T>(p, n, c, channels, out_i, out_j, sums);
-        } else if (exists) {
-            sum_pair<K, false, T>(p, n, c, channels, out_i, out_j, sums);
+        CopiesOfTile<K, kChannels, kBlock, float, PlaceOfFeature<K>, PlaceOfGrad> copies(p, plan, tile);
+        int slice = 0;  // the first element
+        copies.copy(tile.channels, staged, staged + PlaceOfFeature<K>::kElements);
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= kChannels) {
+            wait_for_copies();
+            __syncthreads();
+            float* const next = staged + (kSlice<K> - slice);
+            copies.copy(channels - kChannels, next, next + PlaceOfFeature<K>::kElements);
+            const float* windows = staged + slice +
+                                   PlaceOfFeature<K>()(first, row * kDown, column * kDown + kBefore - 2);
+            const float* grads = staged + slice + PlaceOfFeature<K>::kElements + PlaceOfGrad()(first, row, column);
+#pragma unroll 1
+            for (int q = first; q < min(channels, kChannels); q += sharers) {
+                const float grad[kPair] = {grads[0], grads[kMostColumns]};
+#pragma unroll
+                for (int y = 0; y < K + kDown; y++) {
+                    float feature[K + 1];  // from an even column on
+#pragma unroll
+                    for (int x = 0; x < K + 1; x += 2) {
+                        const float2 two = staged_columns(windows + y * kWidth + x);
+                        feature[x] = two.x, feature[x + 1] = two.y;
+                    }
+#pragma unroll
+                    for (int o = 0; o < kPair; o++) {
+                        const int a = y - kDown * o;
+                        if (a < 0 || a >= K) continue;
+#pragma unroll
+                        for (int b = 0; b < K; b++) sums[o][a * K + b] += grad[o] * feature[b + 2 - K / 2];
+                    }
+                }
+                windows += sharers * PlaceOfFeature<K>::kChannel;
+                grads += sharers * PlaceOfGrad::kChannel;
+            }
+            slice = kSlice<K> - slice;
         }
-
-        float grad[K * K];  // of output `warp`
-        sum_of_warps<K>(sums, shared, grad);
-        const Pixel output{out_i + warp, out_j};
-        if (warp < kPair && output.i < grad_masks.h)
-            write_output<K, T>(p, n, group, output, (out_i + warp) * kDown, out_j * kDown, 1, grad, grad_masks);
+        __syncthreads();
+        float* const own = staged + (row * kMostColumns + column) * K * K;  // [output][tap]
+#pragma unroll 1
+        for (int sharer = 0; sharer < min(sharers, kChannels); sharer++) {
+            if (first == sharer) {
+#pragma unroll
+                for (int o = 0; o < kPair; o++) {
+#pragma unroll
+                    for (int t = 0; t < K * K; t++) {
+                        float& sum = own[o * kMostColumns * K * K + t];
+                        sum = sharer == 0 ? sums[o][t] : sum + sums[o][t];
+                    }
+                }
+            }
+            __syncthreads();
+        }
+        finish_tile<K, kMostColumns, kBlock, float>(p, tile, columns, staged, grad_masks);
     }
 }
 
 }  // namespace
 
 const char* cannot_run_grad_masks_down2_nchw(const Problem& p, const Array&) {
-    if (const char* reason = not_for_down2(p)) return reason;
-    if (!p.grad_output.empty() && p.grad_output.stride_w != 1) return "columns are not adjacent";
-    return not_for_columns(p.features);
+    if (const char* reason = not_for_columns_down2(p)) return reason;
+    return p.features.dtype != CARAFEPP_FLOAT32 ? "features are not float32" : nullptr;
 }
 
 void grad_masks_down2_nchw(const Problem& p, const Array& grad_masks) {
-    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        const int64_t tiles = ceil_div(ceil_div(grad_masks.h, kPair) * grad_masks.w, kSourcesOfBlock);
-        const TilePlan plan{tiles, grad_masks.n * p.groups * tiles};
-        launch(grad_masks_down2_nchw_kernel<k, decltype(feature)>, plan.items, kBlock,
-               kBlock * k * k * int64_t{sizeof(float)}, p, grad_masks, plan);
-    });
+    const ColumnsDown2Plan plan(p, grad_masks);
+    const auto launch_for = [&](auto k) {
+        const int64_t bytes = std::max<int64_t>(2 * kSlice<k> * sizeof(float), kBytesOfSums<k, kMostColumns>);
+        launch(grad_masks_down2_nchw_kernel<k>, plan.tiles.items, kBlock, bytes, p, grad_masks, plan);
+    };
+    if (p.kernel_size == 3) {
+        launch_for(std::integral_constant<int, 3>());
+    } else {
+        launch_for(std::integral_constant<int, 5>());
+    }
 }
 
 }  // namespace carafepp::cuda

@@ -211,66 +211,6 @@ __device__ __forceinline__ void stage_band(const float (&sums)[kTileRows][K][4],
 
 // ---- the normaliser ----
 
-// Turns logits into exponentials of a softmax, that are masks once they are multiplied by `scale`. `mean` is that of
-// the gradients, weighted by masks, and multiplied by `scale` too.
-template <int K>
-__device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad)[K * K], float& scale, float& mean) {
-    constexpr float kLog2OfE = 1.44269504f;
-    float largest = -INFINITY, sum = 0;
-    mean = 0;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) largest = fmaxf(largest, taps[t]);
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        taps[t] = power_of_2((taps[t] - largest) * kLog2OfE);  // the difference first: logits may be huge
-        sum += taps[t];
-        mean += taps[t] * grad[t];
-    }
-    scale = 1 / sum;
-    mean *= scale * scale;
-}
-
-// Carries the gradients of the masks of this thread's outputs through the normaliser. Their logits are in shared
-// memory, and change: own[t * step] are those of a tap. Most problems have a softmax, so what is for others is not
-// unrolled.
-template <int K>
-__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, float2* own, int step,
-                                                   float (&grad)[kUp][K * K]) {
-    constexpr int kTaps = K * K;
-    const auto for_each_pair = [&](auto f) {
-#pragma unroll 1
-        for (int t = 0; t < kTaps; t++) own[t * step] = make_float2(f(own[t * step].x), f(own[t * step].y));
-    };
-    if (normalizer != CARAFEPP_SOFTMAX) {
-        for_each_pair([&](float logit) {
-            const float mask = sigmoid(logit);
-            return normalizer == CARAFEPP_SIGMOID ? mask * (1 - mask) : log_sigmoid(logit);
-        });
-    }
-    float taps[kUp][kTaps];
-#pragma unroll
-    for (int t = 0; t < kTaps; t++) {
-        const float2 pair = own[t * step];
-        taps[0][t] = pair.x;
-        taps[1][t] = pair.y;
-    }
-#pragma unroll
-    for (int q = 0; q < kUp; q++) {
-        float scale = 1, mean = 0;  // of a sigmoid, whose taps are factors of the gradients
-        if (normalizer != CARAFEPP_SIGMOID) softmax<K>(taps[q], grad[q], scale, mean);
-#pragma unroll
-        for (int t = 0; t < kTaps; t++) grad[q][t] = taps[q][t] * (grad[q][t] * scale - mean);
-    }
-    if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
-    for_each_pair([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit
-#pragma unroll
-    for (int t = 0; t < kTaps; t++) {
-        const float2 factors = own[t * step];
-        grad[0][t] *= factors.x;
-        grad[1][t] *= factors.y;
-    }
-}
-
 // The place of the two outputs of a thread.
 struct OwnOutputsPlace {
     int64_t n, group;

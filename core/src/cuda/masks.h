@@ -257,25 +257,6 @@ struct TapsOfThread {
 template <int K>
 constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
 
-// Every eighth of `count` taps in each of eight threads; `lane` numbers these. All lanes of a warp call it.
-template <int K>
-struct TapsOfEight {
-    int lane, count;
-
-    template <class F>
-    __device__ __forceinline__ void each(F f) const {
-#pragma unroll
-        for (int k = 0; k < kOwnTaps<K>; k++) {
-            const int tap = k * kNormalizers + lane;
-            if (tap < count) f(k, tap);
-        }
-    }
-    template <class F>
-    __device__ __forceinline__ float over_threads(float value, F f) const {
-        return over_normalizers(value, f);
-    }
-};
-
 // The formulas of normalizer.h once more, for registers: with its loops over memory, taps would leave the registers.
 template <class Taps, int Count>
 __device__ __forceinline__ void normalize_registers(carafepp_normalizer normalizer, Taps own, float (&taps)[Count]) {

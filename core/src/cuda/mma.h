@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels for up x2 on tensor cores, for arrays of 16 bits. In the fragments of PTX's mma.m16n8k8 and mma.m16n8k16 a
-// lane holds pairs of elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows `row` and `row` +
-// 8, columns 2 * pair and 2 * pair + 1.
+// Kernels on tensor cores, for arrays of 16 bits; most are for up x2. In the fragments of PTX's mma.m16n8k8 and
+// mma.m16n8k16 a lane holds pairs of elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows
+// `row` and `row` + 8, columns 2 * pair and 2 * pair + 1.
 #pragma once
 
 #include <initializer_list>
@@ -89,9 +89,12 @@ __device__ float feature_tap_by_tap(const Problem& p, int64_t n, int64_t group, 
 
 // ---- why these kernels do not take a problem ----
 
+inline const char* not_of_16_bits(const Problem& p) {
+    return itemsize(p.features.dtype) != 2 ? "features are not of 16 bits" : nullptr;
+}
 inline const char* not_for_mma(const Problem& p) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
-    return itemsize(p.features.dtype) != 2 ? "features are not of 16 bits" : nullptr;
+    return not_of_16_bits(p);
 }
 
 // With channels, or columns, of some arrays in fragments.

@@ -32,14 +32,16 @@ namespace carafepp::cuda {
     X(result "_down2_nchw", grad_features_down2_nchw)     \
     X(result "_nhwc", grad_features_nhwc)                 \
     X(result "_nchw", grad_features_nchw)
-#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)         \
-    X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma) \
-    X(result "_up2_nhwc", grad_masks_up2_nhwc)         \
-    X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma) \
-    X(result "_up2_nchw", grad_masks_up2_nchw)         \
-    X(result "_down2_nhwc", grad_masks_down2_nhwc)     \
-    X(result "_down2_nchw", grad_masks_down2_nchw)     \
-    X(result "_nhwc", grad_masks_nhwc)                 \
+#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)             \
+    X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma)     \
+    X(result "_up2_nhwc", grad_masks_up2_nhwc)             \
+    X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma)     \
+    X(result "_up2_nchw", grad_masks_up2_nchw)             \
+    X(result "_down2_nhwc_mma", grad_masks_down2_nhwc_mma) \
+    X(result "_down2_nhwc", grad_masks_down2_nhwc)         \
+    X(result "_down2_nchw_mma", grad_masks_down2_nchw_mma) \
+    X(result "_down2_nchw", grad_masks_down2_nchw)         \
+    X(result "_nhwc", grad_masks_nhwc)                     \
     X(result "_nchw", grad_masks_nchw)
 
 // Kernels that compute both gradients.

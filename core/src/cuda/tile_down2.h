@@ -164,13 +164,15 @@ __device__ __forceinline__ void find_pixels(const Array& array, At at, int* plac
     }
 }
 
-// Copies a slice of these pixels, of which `channels` channels exist, to [pixel][channel]; 0 where there is no pixel.
+// Copies a slice of these pixels, of which `channels` channels exist, to [pixel][channel]; 0 where there is none. It
+// does nothing without channels.
 template <int Count, int Threads, class T>
 __device__ __forceinline__ void copy_pixels(const T* from, const int* places, int channels, T* staged) {
     constexpr int kCopies = kBytesOfPixel / kBytesOfCopy, kInFlight = 4, kStep = Threads / kCopies;
     const int thread = thread_computed_late(), first = thread / kCopies,
               channel = thread % kCopies * kChannelsOfCopy<T>;
-    if (channel >= channels) return;
+    if (channels <= 0) return;
+    const bool has_some = channel < channels;
     from += channel;
     staged += first * kChannelsOfPixel<T> + channel;
     places += first;
@@ -187,7 +189,8 @@ __device__ __forceinline__ void copy_pixels(const T* from, const int* places, in
             const int q = before + k * kStep;
             if (q + kStep <= Count || first + q < Count) {
                 copy_async<kBytesOfCopy>(staged + q * kChannelsOfPixel<T>,
-                                         from + int64_t{place[k]} * kChannelsOfCopy<T>, place[k] != kNowhere);
+                                         from + int64_t{place[k]} * kChannelsOfCopy<T>,
+                                         has_some && place[k] != kNowhere);
             }
         }
     }
