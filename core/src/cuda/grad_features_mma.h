@@ -72,7 +72,6 @@ __device__ __forceinline__ void normalize_by_sigmoid(carafepp_normalizer normali
 // Turns the logits of an output into masks. The device's power of 2 is exact enough for 16 bits.
 template <int Taps>
 __device__ __forceinline__ void softmax(float (&taps)[Taps]) {
-    constexpr float kLog2OfE = 1.44269504f;
     float largest = -INFINITY, sum = 0;
 #pragma unroll
     for (int t = 0; t < Taps; t++) largest = fmaxf(largest, taps[t]);

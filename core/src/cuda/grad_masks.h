@@ -14,7 +14,6 @@ constexpr int kWarps = 4, kBlock = kWarps * 32;  // of a block, threads
 // the gradients, weighted by masks, and multiplied by `scale` too.
 template <int K>
 __device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad)[K * K], float& scale, float& mean) {
-    constexpr float kLog2OfE = 1.44269504f;
     float largest = -INFINITY, sum = 0;
     mean = 0;
 #pragma unroll

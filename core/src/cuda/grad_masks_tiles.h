@@ -370,7 +370,6 @@ struct OwnTaps {
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, const OwnTaps& taps,
                                                    float (&grads)[kQuad][kMostTaps], int part, int parts, int room,
                                                    float2* partial) {
-    constexpr float kLog2OfE = 1.44269504f;
     if (normalizer == CARAFEPP_SIGMOID) {
         taps.replace([](float logit) {
             const float mask = sigmoid(logit);

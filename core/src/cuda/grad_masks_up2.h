@@ -69,14 +69,13 @@ static_assert(kHaloRows >= kTileRows + 5 - 1, "the halo of 5 x 5 taps");
 // `PixelsApart` and `VectorsApart`.
 template <int K, int Vector, int PixelsApart, int VectorsApart, class T>
 struct HaloOfVectors {
-    static constexpr int kLanes = 4, kRowsAtOnce = kBlock / kLanes / kTileColumns;
+    static constexpr int kLanes = 4, kRowsAtOnce = kBlock / kLanes / kTileColumns, kSteps = kHaloRows / kRowsAtOnce;
     static_assert(kHaloRows * 4 == kBlock / kLanes, "a thread has one pixel beside the tile");
 
     const T* inner;
     int outer;  // from `inner` on
     int stride_h;
-    int top, height;  // of the first inner pixel, and of its column, 0 if that does not exist
-    bool outer_exists;
+    uint32_t exist;  // of bit k the inner pixel of step k, of bit kSteps the outer one
     int to_inner, to_outer;
 
     __device__ __forceinline__ HaloOfVectors(const Problem& p, const SourcesOfBlock& tile, int thread) {
@@ -84,9 +83,15 @@ struct HaloOfVectors {
         const int y = pixel / kTileColumns, x = pixel % kTileColumns + K / 2;
         const int outer_y = pixel / 4, side = pixel % 4, outer_x = side < K / 2 ? side : side + kTileColumns;
         const int left = tile.left - K / 2, i = tile.top - K / 2 + outer_y, j = left + outer_x;
-        top = tile.top - K / 2 + y;
-        height = left + x < p.features.w ? static_cast<int>(p.features.h) : 0;
-        outer_exists = outer_x < kTileColumns + K - 1 && i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
+        const int top = tile.top - K / 2 + y;
+        const bool outer_exists = outer_x < kTileColumns + K - 1 && i >= 0 && i < p.features.h && j >= 0 &&
+                                  j < p.features.w;
+        exist = static_cast<uint32_t>(outer_exists) << kSteps;
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+            const int row = top + k * kRowsAtOnce;
+            exist |= static_cast<uint32_t>(left + x < p.features.w && row >= 0 && row < p.features.h) << k;
+        }
         inner = element<const T>(p.features, tile.n, tile.c + vector * Vector, top, left + x);
         stride_h = static_cast<int>(p.features.stride_h);
         outer = (outer_y - y) * stride_h + (outer_x - x) * static_cast<int>(p.features.stride_w);
@@ -96,13 +101,13 @@ struct HaloOfVectors {
 
     // Copies the next `channels` channels, of which this thread has some or none; 0 outside.
     __device__ __forceinline__ void copy(int channels, bool has_some, T* slice) {
+        const uint32_t copied = has_some ? exist : 0;
 #pragma unroll
-        for (int y = 0; y < kHaloRows; y += kRowsAtOnce) {
-            copy_async<Vector * sizeof(T)>(slice + to_inner + y * kHaloColumns * PixelsApart,
-                                           at_stride(inner, stride_h, y),
-                                           top + y >= 0 && top + y < (has_some ? height : 0));
+        for (int k = 0; k < kSteps; k++) {
+            copy_async<Vector * sizeof(T)>(slice + to_inner + k * kRowsAtOnce * kHaloColumns * PixelsApart,
+                                           at_stride(inner, stride_h, k * kRowsAtOnce), (copied >> k & 1) != 0);
         }
-        copy_async<Vector * sizeof(T)>(slice + to_outer, inner + outer, has_some && outer_exists);
+        copy_async<Vector * sizeof(T)>(slice + to_outer, inner + outer, (copied >> kSteps & 1) != 0);
         inner += channels;
     }
 };

@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nchw_kernel(Argument
             const int channels = static_cast<int>(computed_late(plan.channels));
             int left = (channels - 1) / kSlice;             // slices, which have two buffers
             const int first = (channels - 1) % kSlice + 1;  // channels, so that later slices are whole
-            halo.copy(first, staged + left % 2 * kFeatures);
+            int place = 0;                                  // of the slice that is contracted
+            halo.copy(first, staged);
 #pragma unroll
             for (int v = 0; v < kOwnVectors; v++) outputs.load(v, first - (source.part * kOwnVectors + v) * kVector);
             if (left == 0) outputs.end();
@@ -146,8 +147,9 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nchw_kernel(Argument
             for (; left >= 0; left--) {
                 wait_for_copies();
                 __syncthreads();
-                const T* window = staged + left % 2 * kFeatures + source.window();
-                if (left > 0) halo.copy(kSlice, staged + (left - 1) % 2 * kFeatures);
+                const T* window = staged + place + source.window();
+                place = kFeatures - place;
+                if (left > 0) halo.copy(kSlice, staged + place);
                 if (idle) continue;
                 outputs.advance(left > 0 ? step : 0);
                 step = kSlice;

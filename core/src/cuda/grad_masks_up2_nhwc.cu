@@ -44,8 +44,10 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nhwc_kernel(Argument
                 grads += channels;
             };
             const int channels = static_cast<int>(computed_late(plan.channels));
-            int left = (channels - 1) / kSlice;                                         // slices
-            copy((channels - 1) % kSlice + 1, staged + kGrads + left % 2 * kFeatures);  // so that later ones are whole
+            int left = (channels - 1) / kSlice;  // slices
+            T* const slices = staged + kGrads;
+            int place = 0;                              // of the slice that is contracted
+            copy((channels - 1) % kSlice + 1, slices);  // so that later ones are whole
             const T* const own = staged + source.part * kOwnVectors * kVectorOfGrads + source.row * kUp * kRowOfGrads +
                                  source.column * kVector;
 #pragma unroll 1
@@ -66,9 +68,10 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nhwc_kernel(Argument
                     }
                 }
                 __syncthreads();  // the next gradients take the place of these
-                if (left > 0) copy(kSlice, staged + kGrads + (left - 1) % 2 * kFeatures);
+                const T* window = slices + place + source.window();
+                place = kFeatures - place;
+                if (left > 0) copy(kSlice, slices + place);
                 if (idle) continue;
-                const T* window = staged + kGrads + left % 2 * kFeatures + source.window();
 #pragma unroll
                 for (int v = 0; v < kOwnVectors; v++, window += kVectorsApart) add_window<K>(window, grad[v], sums);
             }

@@ -257,6 +257,8 @@ struct TapsOfThread {
 template <int K>
 constexpr int kOwnTaps = (K * K + kNormalizers - 1) / kNormalizers;
 
+constexpr float kLog2OfE = 1.44269504f;
+
 // The formulas of normalizer.h once more, for registers: with its loops over memory, taps would leave the registers.
 template <class Taps, int Count>
 __device__ __forceinline__ void normalize_registers(carafepp_normalizer normalizer, Taps own, float (&taps)[Count]) {
@@ -270,7 +272,7 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
     own.each([&](int k, int) { largest = fmaxf(taps[k], largest); });  // of NaN and a number the number
     largest = own.over_threads(largest, [](float a, float b) { return fmaxf(a, b); });
     own.each([&](int k, int) {
-        taps[k] = expf(taps[k] - largest);
+        taps[k] = power_of_2((taps[k] - largest) * kLog2OfE);  // the difference first: logits may be huge
         sum += taps[k];
     });
     const float scale = 1 / own.over_threads(sum, [](float a, float b) { return a + b; });
@@ -278,7 +280,7 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
 }
 
 // Turns staged logits of `outputs` outputs into masks, in a block of `Threads`. Tap t of an output is
-// staged[first(output) + t * step]. A thread has all taps of an output.
+// staged[first(output) + t * step]. A thread has all taps of two neighbouring outputs, which are one vector.
 template <int K, int Threads, class First>
 __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, float* staged, int outputs, int step,
                                                First first) {
@@ -291,14 +293,20 @@ __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, f
         __syncthreads();
     }
 #pragma unroll 1
-    for (int output = thread_computed_late(); output < outputs; output += Threads) {
+    for (int output = thread_computed_late() * 2; output < outputs; output += Threads * 2) {
         float* const masks = staged + first(output);
-        float taps[K * K];
+        float taps[2][K * K];
 #pragma unroll
-        for (int t = 0; t < K * K; t++) taps[t] = masks[t * step];
-        normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), taps);
+        for (int t = 0; t < K * K; t++) {
+            const float2 pair = *reinterpret_cast<const float2*>(masks + t * step);
+            taps[0][t] = pair.x;
+            taps[1][t] = pair.y;
+        }
 #pragma unroll
-        for (int t = 0; t < K * K; t++) masks[t * step] = taps[t];
+        for (auto& of_output : taps) normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), of_output);
+#pragma unroll
+        for (int t = 0; t < K * K; t++)
+            *reinterpret_cast<float2*>(masks + t * step) = make_float2(taps[0][t], taps[1][t]);
     }
 }
 

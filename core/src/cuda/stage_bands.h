@@ -52,7 +52,7 @@ struct BandStage {
 private:
     // Scaled as masks are, without the sum. The difference comes first: logits may be huge.
     static __device__ __forceinline__ float power(float logit, float largest) {
-        constexpr float kLog2OfE = 1.44269504f, kLog2OfScale = std::is_same_v<T, Float16> ? 15 : 0;
+        constexpr float kLog2OfScale = std::is_same_v<T, Float16> ? 15 : 0;
         return power_of_2((logit - largest) * kLog2OfE + kLog2OfScale);
     }
 

@@ -66,7 +66,6 @@ __device__ __forceinline__ void in_chunks(int count, F f) {
 __device__ __forceinline__ void normalize_line(carafepp_normalizer normalizer, int count, int apart, float largest,
                                                float* taps) {
     constexpr int kChunk = 8;
-    constexpr float kLog2OfE = 1.44269504f;
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer != CARAFEPP_SOFTMAX) {
         largest = -INFINITY;
