@@ -13,6 +13,8 @@
 #include <numeric>
 #include <vector>
 
+#include "boxes.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -39,6 +41,7 @@ __attribute__((weak)) void __tsan_release(void* clock);
 extern "C" {
 __attribute__((weak)) void carafepp_trace_copy(const void* shared, const void* global, size_t bytes, size_t bytes_read,
                                                const void* code);
+__attribute__((weak)) void carafepp_trace_row(const void* global, size_t bytes_read, size_t bytes);
 __attribute__((weak)) void carafepp_trace_load(const void* shared, size_t bytes, const void* code);
 }
 
@@ -142,7 +145,7 @@ void switch_fibre(Fibre& from, Fibre& to, bool for_good) {
 
 // ---- the state of a running kernel ----
 
-enum class State { kReady, kAtBarrier, kInCollective, kEnded };
+enum class State { kReady, kAtBarrier, kInCollective, kAtPhase, kEnded };
 enum class Collective { kSync, kShuffle, kMma };
 
 struct Copy {
@@ -150,6 +153,24 @@ struct Copy {
     const void* global;
     size_t bytes, bytes_read;
     int group;
+};
+
+// A box on its way. Its rows are adjacent in shared memory.
+struct Box {
+    char* shared;
+    TensorMap map;
+    int first[TensorMap::kAxes];
+
+    size_t row_bytes() const { return map.box[0] * static_cast<size_t>(map.strides[0]); }
+    size_t bytes() const { return row_bytes() * map.box[1] * map.box[2] * map.box[3]; }
+};
+
+// A barrier in shared memory, for copies of boxes.
+struct PhaseBarrier {
+    const uint64_t* address;
+    bool phase = false, arrived = false;  // the one that is not complete, and of its arrival
+    int64_t bytes_expected = 0;           // more than have come
+    std::vector<Box> boxes{};             // that are deferred
 };
 
 // The part of a collective that one lane brings, and gets.
@@ -193,7 +214,7 @@ struct Clocks {
 // Shared memory between two margins, and clocks. Under TSan each block has new ones, or TSan sees races of a block with
 // the one before.
 struct BlockMemory {
-    static constexpr size_t kMargin = 1024 + 16;  // so that memory is aligned to 16 bytes and not by chance to more
+    static constexpr size_t kMargin = 1024 + 128;  // so that memory is aligned to 128 bytes and not by chance to more
     static constexpr size_t kBytes = kPageBytes + kMargin + kMostSharedBytes + kMargin;
 
     char* base = nullptr;
@@ -241,6 +262,7 @@ struct Machine {
     unsigned count = 0, ended = 0, at_barrier = 0;  // threads of this block
     const Thread* first_at_barrier = nullptr;
     bool barrier_phase = false;
+    std::vector<PhaseBarrier> phase_barriers;
     void (*call)(const void*) = nullptr;
     const void* kernel = nullptr;
     Settings settings;
@@ -311,7 +333,9 @@ bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || st
     for (const Thread* thread = machine.block; thread < machine.block + machine.count && shown < 8; thread++) {
         if (thread->state == State::kEnded) continue;
         std::fprintf(stderr, "    %s waits at %s:%d for %s\n", name_of(*thread), thread->place.file, thread->place.line,
-                     thread->state == State::kAtBarrier ? "its block" : "its warp");
+                     thread->state == State::kAtBarrier ? "its block"
+                     : thread->state == State::kAtPhase ? "copies"
+                                                        : "its warp");
         shown++;
     }
     fail("deadlock");
@@ -446,6 +470,7 @@ void begin_block(uint64_t number) {
     if (under_tsan()) __tsan_release(&start_of_block);
     machine.block = machine.threads.data() + (under_tsan() && number % 2 == 1 ? kMaxThreads : 0);
     machine.ended = machine.at_barrier = 0;
+    machine.phase_barriers.clear();
     std::fill(std::begin(machine.warps), std::end(machine.warps), Warp{});
     const bool reverse = machine.settings.order == Order::kReverse;
     for (unsigned k = 0; k < machine.count; k++) {
@@ -482,6 +507,10 @@ void run_block(uint64_t number) {
     }
     if (!machine.memory.margins_are_untouched(machine.shared_bytes)) {
         fail("a thread wrote beyond the %zu bytes of shared memory", machine.shared_bytes);
+    }
+    for (const PhaseBarrier& barrier : machine.phase_barriers) {
+        if (barrier.arrived || barrier.bytes_expected != 0 || !barrier.boxes.empty())
+            fail("a block has ended before its copies have arrived");
     }
     machine.threads_run += machine.count;
 }
@@ -658,6 +687,127 @@ void wait_for_copies(int groups_left) {
         if (arrived(copy)) arrive(copy);
     }
     thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), arrived), thread.copies.end());
+}
+
+// ---- copies of boxes ----
+
+namespace {
+
+// The places of the rows of a box: f(in shared memory, first existing byte, bytes that exist, bytes before them).
+template <class F>
+void for_each_row(const Box& box, F f) {
+    const TensorMap& map = box.map;
+    const int64_t begin = std::clamp<int64_t>(-int64_t{box.first[0]}, 0, map.box[0]),
+                  end = std::clamp<int64_t>(map.sizes[0] - box.first[0], begin, map.box[0]);
+    char* row = box.shared;
+    uint32_t at[TensorMap::kAxes] = {};
+    for (at[3] = 0; at[3] < map.box[3]; at[3]++) {
+        for (at[2] = 0; at[2] < map.box[2]; at[2]++) {
+            for (at[1] = 0; at[1] < map.box[1]; at[1]++, row += box.row_bytes()) {
+                bool exists = begin < end;
+                const char* from = map.data;
+                for (int axis = 1; axis < TensorMap::kAxes; axis++) {
+                    const int64_t index = box.first[axis] + int64_t{at[axis]};
+                    exists = exists && index >= 0 && index < map.sizes[axis];
+                    from += index * map.strides[axis];
+                }
+                f(row, from + (box.first[0] + begin) * map.strides[0],
+                  static_cast<size_t>(exists ? (end - begin) * map.strides[0] : 0),
+                  static_cast<size_t>(begin * map.strides[0]));
+            }
+        }
+    }
+}
+
+PhaseBarrier& find_barrier(const uint64_t* address, Place place) {
+    for (PhaseBarrier& barrier : machine.phase_barriers) {
+        if (barrier.address == address) return barrier;
+    }
+    fail("%s uses a barrier at %s:%d that has not begun", name_of(*machine.current), place.file, place.line);
+}
+
+void check_shared(const void* address, size_t bytes, size_t alignment, Place place) {
+    const char* const begin = static_cast<const char*>(address);
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0) misaligned(address, alignment, place);
+    if (begin < machine.memory.shared() || begin + bytes > machine.memory.shared() + machine.shared_bytes) {
+        fail("%s copies beyond the %zu bytes of shared memory at %s:%d", name_of(*machine.current),
+             machine.shared_bytes, place.file, place.line);
+    }
+}
+
+// Ends a phase whose arrival and bytes have come. Who waits for it goes on.
+void complete_phase(PhaseBarrier& barrier) {
+    if (!barrier.arrived || barrier.bytes_expected != 0) return;
+    barrier.arrived = false;
+    barrier.phase = !barrier.phase;
+    for (unsigned k = 0; k < machine.count; k++) {
+        if (machine.block[k].state == State::kAtPhase) machine.make_ready(machine.block[k]);  // it looks again
+    }
+}
+
+void arrive(PhaseBarrier& barrier, const Box& box) {
+    for_each_row(box, [&](char* row, const char* from, size_t bytes_read, size_t before) {
+        std::memset(row, 0, box.row_bytes());
+        if (bytes_read > 0) std::memcpy(row + before, from, bytes_read);
+    });
+    barrier.bytes_expected -= static_cast<int64_t>(box.bytes());
+    if (under_tsan()) __tsan_release(const_cast<uint64_t*>(barrier.address));
+}
+
+}  // namespace
+
+void begin_barrier(uint64_t* barrier, Place place) {
+    check_shared(barrier, sizeof *barrier, sizeof *barrier, place);
+    for (const PhaseBarrier& other : machine.phase_barriers) {
+        if (other.address == barrier) fail("a barrier begins twice at %s:%d", place.file, place.line);
+    }
+    std::memset(barrier, 0, sizeof *barrier);
+    machine.phase_barriers.push_back({barrier});
+}
+
+void expect_bytes(uint64_t* address, size_t bytes, Place place) {
+    PhaseBarrier& barrier = find_barrier(address, place);
+    if (barrier.arrived) fail("a phase has two arrivals at %s:%d", place.file, place.line);
+    if (under_tsan()) __tsan_release(address);
+    barrier.arrived = true;
+    barrier.bytes_expected += static_cast<int64_t>(bytes);
+    complete_phase(barrier);
+}
+
+void copy_box(void* shared, const TensorMap& map, const int (&first)[TensorMap::kAxes], uint64_t* address,
+              Place place) {
+    PhaseBarrier& barrier = find_barrier(address, place);
+    Box box{static_cast<char*>(shared), map, {}};
+    std::copy_n(first, TensorMap::kAxes, box.first);
+    check_shared(shared, box.bytes(), 128, place);
+    machine.bytes_copied += box.bytes();
+    machine.groups_copied += machine.count;  // a thread copies for all
+    if (carafepp_trace_row != nullptr) {
+        for_each_row(box, [&](char*, const char* from, size_t bytes_read, size_t) {
+            carafepp_trace_row(from, bytes_read, box.row_bytes());
+        });
+    }
+    if (machine.settings.deferred_copies) {
+        std::memset(shared, kPoison, box.bytes());
+        barrier.boxes.push_back(box);
+    } else {
+        arrive(barrier, box);
+        complete_phase(barrier);
+    }
+}
+
+void wait_for_phase(const uint64_t* address, bool phase, Place place) {
+    Thread& thread = *machine.current;
+    while (find_barrier(address, place).phase == phase) {
+        PhaseBarrier& barrier = find_barrier(address, place);
+        for (const Box& box : barrier.boxes) arrive(barrier, box);
+        barrier.boxes.clear();
+        complete_phase(barrier);
+        if (barrier.phase != phase) break;
+        machine.wait(thread, State::kAtPhase, place);
+        suspend();
+    }
+    if (under_tsan()) __tsan_acquire(const_cast<uint64_t*>(address));
 }
 
 // ---- tensor cores ----

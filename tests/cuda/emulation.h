@@ -97,7 +97,7 @@ uint64_t groups_copied();
 
 constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block
 
-// Shared memory of the running block, at least 16-byte aligned as on a device, and its size.
+// Shared memory of the running block, aligned to 128 bytes as kernels ask for it, and its size.
 void* shared_memory();
 size_t shared_bytes();
 

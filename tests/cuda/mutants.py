@@ -416,8 +416,50 @@ MUTANTS = [
     Mutant(
         "columns are contracted before they arrive",
         "reassemble_up2_nchw.cu",
-        "            wait_for_copies();\n            __syncthreads();",
-        "            __syncthreads();",
+        "                wait_for_copies();\n                __syncthreads();",
+        "                __syncthreads();",
+    ),
+    Mutant(
+        "a box is read before it arrives",
+        "reassemble_up2_nchw.cu",
+        "                wait_for_phase(barrier, phase);\n",
+        "",
+    ),
+    Mutant(
+        "the phase of a box is that of the one before",
+        "reassemble_up2_nchw.cu",
+        "                phase ^= 1;\n",
+        "",
+    ),
+    Mutant(
+        "a box arrives over another that is still read",
+        "reassemble_up2_nchw.cu",
+        "            __syncthreads();\n            if (channels > kChannelsOfSlice)",
+        "            if (channels > kChannelsOfSlice)",
+    ),
+    Mutant(
+        "a box has a row less than its halo",
+        "reassemble_up2_nchw.cu",
+        "kWidth, S::kBoxRows,",
+        "kWidth, S::kBoxRows - 1,",
+    ),
+    Mutant(
+        "fewer bytes of a box are expected",
+        "reassemble_up2_nchw.cu",
+        "expect_bytes(barrier, S::kFeatures * sizeof(T));",
+        "expect_bytes(barrier, S::kFeatures);",
+    ),
+    Mutant(
+        "a box begins a column too late",
+        "reassemble_up2_nchw.cu",
+        "tile.left - kBefore, tile.top",
+        "tile.left - kBefore + 1, tile.top",
+    ),
+    Mutant(
+        "the border of a box is not filled",
+        "reassemble_up2_nchw.cu",
+        "tile.left - kBefore, tile.top",
+        "max(tile.left - kBefore, 0), tile.top",
     ),
     Mutant(
         "a copied row below the last is not 0",
@@ -441,14 +483,14 @@ MUTANTS = [
     Mutant(
         "four columns are stored at once where rows are not aligned",
         "reassemble_up2_nchw.cu",
-        "not_for_columns(output, 4) == nullptr;",
-        "output.w % 4 == 0;",
+        "not_for_columns(output, 4) == nullptr)",
+        "output.w % 4 == 0)",
     ),
     Mutant(
         "four columns are stored at once where a row has fewer",
         "reassemble_up2_nchw.cu",
-        "not_for_columns(output, 4) == nullptr;",
-        "true;",
+        "not_for_columns(output, 4) == nullptr)",
+        "true)",
     ),
     Mutant(
         "an infinite mask meets a tap beyond a border",

@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "boxes.h"
 #include "emulation.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -345,6 +346,68 @@ TEST_CASE("copies arrive when they are waited for") {
     for_each_setting([] { CHECK((tiles_are_right<1>())); });
 }
 
+// Boxes in turn, into two buffers: the next is on its way while threads read the one before.
+struct BoxMistakes {
+    bool waits = true, right_phase = true, right_bytes = true, barrier = true;
+};
+constexpr BoxMistakes kNoMistake;
+constexpr unsigned kElementsOfBox = 16;
+constexpr int kBoxes = 6, kFirsts[kBoxes][TensorMap::kAxes] = {{0, 0, 0, 0}, {-2, 1, 0, 1}, {6, -1, -1, 0},
+                                                               {3, 2, 1, 1}, {4, 0, 0, -1}, {-4, 0, 0, 0}};
+
+template <const BoxMistakes& of>
+__global__ void read_boxes(const TensorMap map, float* result) {
+    char* const memory = static_cast<char*>(shared_memory());
+    uint64_t* const barriers = reinterpret_cast<uint64_t*>(memory + 2 * 128);
+    const auto fetch = [&](int box) {
+        if (threadIdx.x != 0 || box >= kBoxes) return;
+        expect_bytes(barriers + box % 2, kElementsOfBox * sizeof(float) - (of.right_bytes ? 0 : 4));
+        copy_box(memory + box % 2 * 128, map, kFirsts[box], barriers + box % 2);
+    };
+    if (threadIdx.x == 0) {
+        begin_barrier(barriers);
+        begin_barrier(barriers + 1);
+    }
+    __syncthreads();
+    fetch(0);
+    for (int box = 0; box < kBoxes; box++) {
+        fetch(box + 1);
+        if (of.waits) wait_for_phase(barriers + box % 2, of.right_phase ? box / 2 % 2 : 1 - box / 2 % 2);
+        result[box * static_cast<int>(kElementsOfBox) + static_cast<int>(threadIdx.x)] = reinterpret_cast<const float*>(
+            memory + box % 2 * 128)[threadIdx.x];
+        if (of.barrier) __syncthreads();
+    }
+}
+
+template <const BoxMistakes& of = kNoMistake>
+bool boxes_are_right() {
+    constexpr int kSizes[] = {8, 3, 2, 2}, kBox[] = {4, 2, 2, 1};
+    alignas(16) static float values[8 * 3 * 2 * 2];
+    for (size_t k = 0; k < std::size(values); k++) values[k] = static_cast<float>(k + 1);
+    TensorMap map{reinterpret_cast<const char*>(values), {8, 3, 2, 2}, {4, 4 * 8, 4 * 24, 4 * 48}, {4, 2, 2, 1}};
+    std::vector<float> result(kBoxes * kElementsOfBox, kNaN), expected;
+    for (const auto& first : kFirsts) {
+        for (int k = 0; k < static_cast<int>(kElementsOfBox); k++) {
+            int rest = k, offset = 0, size = 1;
+            bool exists = true;
+            for (int axis = 0; axis < TensorMap::kAxes; axis++) {
+                const int index = first[axis] + rest % kBox[axis];
+                rest /= kBox[axis];
+                exists = exists && index >= 0 && index < kSizes[axis];
+                offset += index * size;
+                size *= kSizes[axis];
+            }
+            expected.push_back(exists ? values[offset] : 0);
+        }
+    }
+    launch(read_boxes<of>, 1, kElementsOfBox, 2 * 128 + 16, nullptr, map, result.data());
+    return result == expected;
+}
+
+TEST_CASE("boxes arrive when they are waited for") {
+    for_each_setting([] { CHECK(boxes_are_right()); });
+}
+
 // ---- tensor cores ----
 
 // The fragments as the PTX manual defines them, element by element: row and column of element i of a lane.
@@ -490,6 +553,19 @@ TEST_CASE("a copy that other threads need takes a barrier" * doctest::skip(kUnde
 
 // ---- mistakes that end the process ----
 
+constexpr BoxMistakes kWithoutWait{false}, kWrongPhase{true, false}, kWrongBytes{true, true, false},
+    kWithoutBarrier{true, true, true, false};
+
+__global__ void use_no_barrier() { expect_bytes(static_cast<uint64_t*>(shared_memory()), 64); }
+
+__global__ void begin_a_barrier_twice() { begin_barrier(static_cast<uint64_t*>(shared_memory())); }
+
+__global__ void copy_a_box_beside(const TensorMap map) {
+    uint64_t* const barrier = static_cast<uint64_t*>(shared_memory());
+    begin_barrier(barrier);
+    copy_box(barrier + 2, map, {0, 0, 0, 0}, barrier);
+}
+
 __global__ void barrier_in_a_branch() {
     if (threadIdx.x < 16) {
         __syncthreads();
@@ -586,6 +662,26 @@ const Mistake kMistakes[] = {
      "which is not aligned to 8 bytes"},
     {"copy_beyond", Mistake::kAlways, [] { launch(copy_beyond, 1, 5, 36, nullptr, numbers); },
      "thread (4, 0, 0) copies beyond the 36 bytes"},
+    {"boxes_of_other_sizes", Mistake::kAlways, [] { boxes_are_right<kWrongBytes>(); }, "for copies"},
+    {"boxes_without_a_wait", Mistake::kAlways,
+     [] {
+    settings().deferred_copies = true;
+    boxes_are_right<kWithoutWait>();
+}, "has two arrivals"},
+    {"boxes_of_the_wrong_phase", Mistake::kAlways,
+     [] {
+    settings().deferred_copies = true;
+    boxes_are_right<kWrongPhase>();
+}, "has two arrivals"},
+    {"use_no_barrier", Mistake::kAlways, [] { launch(use_no_barrier, 1, 1, 8, nullptr); }, "that has not begun"},
+    {"begin_a_barrier_twice", Mistake::kAlways, [] { launch(begin_a_barrier_twice, 1, 2, 8, nullptr); },
+     "begins twice"},
+    {"copy_a_box_beside", Mistake::kAlways,
+     [] {
+    launch(copy_a_box_beside, 1, 1, 256, nullptr,
+           TensorMap{reinterpret_cast<const char*>(numbers), {4, 1, 1, 1}, {4, 16, 16, 16}, {4, 1, 1, 1}});
+}, "which is not aligned to 128 bytes"},
+    {"boxes_ahead_of_threads", Mistake::kAlways, [] { boxes_are_right<kWithoutBarrier>(); }, "deadlock"},
     {"write_beyond", Mistake::kAlways, [] { launch(write_beyond, 1, 5, 16, nullptr); },
      kUnderAsan ? "use-after-poison" : "wrote beyond the 16 bytes of shared memory"},
     {"write_before", Mistake::kAlways, [] { launch(write_before, 1, 5, 20, nullptr); },

@@ -218,6 +218,23 @@ void carafepp_trace_copy(const void* shared, const void* global, size_t bytes, s
     if (bytes_read > 0) record(global, bytes_read, false, code, true);
     record(shared, bytes, true, code, true);
 }
+// A row of a box. It passes by the L1, and no lane asks for it.
+void carafepp_trace_row(const void* global, size_t bytes_read, size_t bytes) {
+    using namespace carafepp::trace;
+    const int64_t wavefronts = static_cast<int64_t>(bytes + kLineBytes - 1) / kLineBytes;
+    result.shared.wavefronts += wavefronts;
+    result.shared.fewest_wavefronts += wavefronts;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(global);
+    for (Array& array : result.arrays) {
+        if (bytes_read == 0 || begin < array.begin || begin >= array.end) continue;
+        Counts& of = array.counts;
+        const uintptr_t sectors = (begin + bytes_read - 1) / kSectorBytes - begin / kSectorBytes + 1;
+        of.loads++;
+        of.loaded_bytes += static_cast<int64_t>(bytes_read);
+        of.load_sectors += static_cast<int64_t>(sectors);
+        for (int64_t& of_size : of.l2_sectors) of_size += static_cast<int64_t>(sectors);
+    }
+}
 void carafepp_trace_load(const void* shared, size_t bytes, const void* code) { record(shared, bytes, false, code); }
 
 // The functions that -fsanitize=thread calls.

@@ -4,7 +4,7 @@
 // Kernels compiled with -fsanitize=thread call a function before each access. trace.cpp has these functions, instead of
 // ThreadSanitizer. Accesses of 32 lanes are one of a warp if they are at the same place in the code, for the same time.
 // If a condition lets some lanes skip an access, the times of later ones differ. Copies of cp.async and instructions of
-// tensor cores are not among them.
+// tensor cores are not among them. Rows of boxes that are copied count as loads that pass by the L1.
 #pragma once
 
 #include <cstddef>

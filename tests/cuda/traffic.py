@@ -366,6 +366,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     type_ = DTYPES[dtype]
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
+    if name == "reassemble_up2_nchw":
+        arguments = {f"{size}Li2E"}  # boxes
     if name in ("reassemble_nhwc", "reassemble_nchw"):
         p, s = share_of(problem)
         vectors = name.endswith("nhwc")

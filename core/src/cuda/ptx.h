@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dynamic shared memory and PTX, which only nvcc compiles. An emulated build has tests/cuda/emulated first on its
-// include path. The files cuda/ptx.h and cuda_runtime.h there take the place of this one and of CUDA's. Nothing else
+// include path. The files cuda/ptx.h, cuda/boxes.h and those of CUDA there take the place of these. Nothing else
 // differs.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace carafepp::cuda {
 // The dynamic shared memory of a block.
 template <class A>
 __device__ __forceinline__ A* shared_memory() {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     return reinterpret_cast<A*>(memory);
 }
 

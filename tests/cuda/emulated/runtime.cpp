@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The runtime of emulated devices. Every number is one; it runs code for 9.0. It refuses launches with more shared
 // memory than their kernel has. A launch returns when its kernel has ended.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <map>
 #include <mutex>
+
+#include "../boxes.h"
 
 static thread_local int current_device = 0;
 
@@ -53,6 +57,38 @@ size_t shared_bytes_of(const void* kernel) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     attributes->ptxVersion = 90;
+    return cudaSuccess;
+}
+
+// Refuses what the driver does.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t axes, void* data,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    using carafepp::emulation::TensorMap;
+    const int64_t itemsize = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 4;
+    if (axes != TensorMap::kAxes || reinterpret_cast<uintptr_t>(data) % 16 != 0 || box[0] * itemsize % 16 != 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    TensorMap tensor{static_cast<const char*>(data), {}, {itemsize}, {}};
+    for (int axis = 0; axis < TensorMap::kAxes; axis++) {
+        if (sizes[axis] == 0 || sizes[axis] > cuuint64_t{1} << 32 || box[axis] == 0 || box[axis] > 256 ||
+            element_strides[axis] != 1)
+            return CUDA_ERROR_INVALID_VALUE;
+        if (axis > 0 && (strides[axis - 1] % 16 != 0 || strides[axis - 1] >= cuuint64_t{1} << 40))
+            return CUDA_ERROR_INVALID_VALUE;
+        tensor.sizes[axis] = static_cast<int64_t>(sizes[axis]);
+        if (axis > 0) tensor.strides[axis] = static_cast<int64_t>(strides[axis - 1]);
+        tensor.box[axis] = box[axis];
+    }
+    static_assert(sizeof tensor <= sizeof *map);
+    std::memcpy(map, &tensor, sizeof tensor);
+    return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+    *function = reinterpret_cast<void*>(cuTensorMapEncodeTiled);
+    *result = cudaDriverEntryPointSuccess;
     return cudaSuccess;
 }
 
