@@ -9,9 +9,13 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 static Encode find_encode() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
+    constexpr char kName[] = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
     constexpr unsigned kVersion = 12000;  // of CUDA, that has it first
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kVersion,
-                                                               cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(kName, &function, kVersion, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found);
+#endif
     if (error != cudaSuccess) cudaGetLastError();  // or a caller would find it and think it its own
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }

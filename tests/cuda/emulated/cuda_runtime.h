@@ -11,6 +11,8 @@
 
 using std::max, std::min;
 
+#define CUDART_VERSION 13000
+
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
