@@ -7,14 +7,15 @@
 //   - normalize() serves the reference and the generic CUDA kernels, on tiles of any number of lanes: tap t of lane q
 //     is tile[t*pitch + q]. Compilers vectorise its innermost loops over lanes. It divides by the sum, as the
 //     definition does; a product with the reciprocal rounds otherwise.
-//   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h, cuda/grad_masks.h). So does
-//     softmax() of the gradients for up x2, which also sums the gradients (cuda/grad_masks_up2.h).
+//   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h). So does softmax() of the
+//     gradients for up x2 and down x2, which also sums the gradients (cuda/grad_masks.h).
 //   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/grad_features_mma.h). The second asks
 //     for logits again, as it is rare.
 //   - finish_staging() and normalize_band() share the taps of an output among threads (cuda/masks.h,
 //     cuda/grad_tiles.h); normalize_line() has an output in a thread (cuda/stage_lines.h). All are in shared memory.
 //   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
-//   - through_normalizer() works on masks without their scale in shared memory (cuda/grad_masks_tiles.h).
+//   - through_normalizer() has some taps of four outputs in a thread, and the sums in registers
+//     (cuda/grad_masks_tiles.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
 
