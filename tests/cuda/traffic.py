@@ -98,6 +98,8 @@ _TABLE = [
     Case("up2_k7", "a large kernel", 2, 256, 50, 76, up=2, kernel_size=7),
     Case("same", "a filter", 2, 256, 100, 152, kernel_size=5),
     Case("r32", "a fraction", 2, 256, 50, 76, up=3, down=2, kernel_size=5),
+    Case("down3", "an odd factor", 64, 256, 56, 56, down=3, kernel_size=5),
+    Case("down4", "a large factor", 64, 256, 56, 56, down=4, kernel_size=5),
     Case("involution", "RedNet's third stage", 32, 256, 28, 28, kernel_size=7, groups=16),
 ]
 PROBLEMS = {case.name: case for case in _TABLE}
