@@ -378,8 +378,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
-        wide = problem.c // problem.groups > 64
-        arguments, type_ = {f"Li{1 + wide}ELb{int(name.endswith('nhwc'))}E"}, ""
+        of_thread = 1 + (problem.c // problem.groups > 4)
+        arguments, type_ = {f"Li{of_thread}ELb{int(name.endswith('nhwc'))}E"}, ""
     if name in ("grad_masks_nhwc", "grad_masks_nchw"):
         arguments, type_ = {f"Lb{int(name.endswith('nhwc'))}E"}, ""
     wanted = {of_kernel + type_ for of_kernel in arguments} | {size}  # some are of one dtype

@@ -1,230 +1,413 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for any factor. A block has a tile of sources in a slice of channels. It goes through the
-// outputs whose windows touch the tile, in bands of rows. It stages the masks of a band, sorted by source, and
-// grad_output with four channels of a pixel in a vector. A thread has a unit, kOwn sources of a column, in some vectors
-// of channels: a vector of grad_output serves each source whose window has it, and a mask all vectors. Where channels
-// are few, several threads have a unit, each every so many rows of a band.
+// outputs whose windows touch the tile, in bands of rows. It stages the masks of a band as [output][tap], and in
+// smaller bands grad_output, with four channels of a pixel in a vector. A thread has a unit, kOwn sources of a row, in
+// some vectors of channels. A vector of grad_output serves each source of the unit whose window has it, and a mask
+// serves all vectors. Each column of sources that outputs are centred on has a loop of its own, which knows the sources
+// that such outputs touch. Where units are few, several threads have one, each every so many rows of a band.
 #pragma once
 
+#include "cuda/columns.h"
 #include "cuda/grad_tiles.h"
 
 namespace carafepp::cuda {
 
-constexpr int kOwn = 4;         // sources of a thread
-constexpr int kMostLanes = 16;  // threads of a unit along the channels
-constexpr int kMostParts = 4;   // threads of a unit along the rows of a band
+constexpr int kOwn = 4;                 // sources of a thread
+constexpr int kThreadsOfTile = 256;     // at most
+constexpr int kMostLanes = 32;          // threads of a unit along the channels: a warp
+constexpr int kFewestLanes = 8;         // of those, if there are channels
+constexpr int kMostParts = 8;           // threads of a unit along the rows of a band
+constexpr int kMostUnitColumns = 16;    // of a tile
+constexpr int kTapsOfThread = 13;       // of an output, at most: half of 5 x 5, a quarter of 7 x 7
+constexpr int kMostWindow = 19;         // kernel_size: a warp has the taps of an output
+constexpr int kBlocksAtOnce = 2 * 132;  // that a large device runs
 
 struct GradFeaturesPlan {
     Outputs rows, columns;
     int lanes, parts, threads;
-    int unit_rows, unit_columns;  // of a tile
+    int height, unit_columns;     // rows of sources and units in a row, of a tile
     int most_rows, most_columns;  // of outputs whose windows touch a tile
-    int band;                     // its rows
-    Divisor width;                // of a row of a band: odd, as rows begin in other banks then
-    int outputs;                  // of a band
-    int depth;                    // vectors from pixel to pixel: odd if channels arrive one by one
-    int slot;                     // masks of a source in a row, in whole vectors
+    int band, mask_band;          // rows of which grad_output and masks are staged at once
+    Divisor width;                // of a row of a band: odd where threads of a warp have several rows
+    int depth;                    // vectors from pixel to pixel: odd, as pixels begin in other banks then
+    int64_t tap;                  // elements from tap to tap of masks or logits
+    int log_together;             // 2^log_together threads have the taps of an output
+    int copy_rows, copy_columns, log_copy_columns;  // pixels of grad_output that the block copies at once
+    bool whole_units;                               // four columns are stored at once
     int64_t row_tiles, column_tiles;
     int64_t channel_blocks;  // of a group
     int64_t items;
     int64_t shared_bytes;
 
-    GradFeaturesPlan(const Problem& p, int vectors_of_thread, bool channels_adjacent)
-        : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w), width(1), outputs(0) {
+    // With `vectors` of channels of a thread.
+    GradFeaturesPlan(const Problem& p, int vectors, bool channels_adjacent, const Array& grad_features)
+        : GradFeaturesPlan(p, 1, vectors) {
         const int64_t all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1);
         const int k = static_cast<int>(p.kernel_size);
-        for (lanes = 1; lanes < kMostLanes && lanes * vectors_of_thread < all;) lanes *= 2;
-        for (parts = 1; parts < kMostParts && parts * lanes < kMostParts;) parts *= 2;
-        depth = lanes * vectors_of_thread | (channels_adjacent ? 0 : 1);
-        channel_blocks = ceil_div(all, lanes * vectors_of_thread);
-        slot = static_cast<int>(ceil_div(columns.most(k), kVector)) * kVector;
-        const int units = kMostThreads / (lanes * parts);
-        unit_columns = even(p.features.w, std::max(units / 4, 8));
-        unit_rows = even(ceil_div(p.features.h, kOwn), std::max(units / unit_columns, 1));
-        measure(k, even(most_rows_of(k), kMostSharedBytes));
-        while (shared_bytes > kMostSharedBytes && (band > 1 || unit_rows > 1 || unit_columns > 1)) {
-            if (band > 1) {
-                measure(k, even(most_rows, band - 1));
-            } else {
-                (unit_rows > 1 ? unit_rows : unit_columns) -= 1;
-                measure(k, 1);
-            }
+        int most_lanes = 1;
+        while (most_lanes < kMostLanes && most_lanes * vectors < all) most_lanes *= 2;
+        GradFeaturesPlan best = *this;
+        double least = INFINITY;
+        for (int tried = most_lanes; tried >= kFewestLanes || least == INFINITY; tried /= 2) {
+            GradFeaturesPlan plan(p, tried, vectors);
+            plan.channel_blocks = ceil_div(all, tried * vectors);
+            const double cost = plan.choose_tile(p, k, vectors);
+            if (cost < least) least = cost, best = plan;
         }
-        threads = static_cast<int>(ceil_div(unit_rows * unit_columns * lanes * parts, 32)) * 32;
-        row_tiles = ceil_div(p.features.h, unit_rows * kOwn);
-        column_tiles = ceil_div(p.features.w, unit_columns);
-        items = p.features.n * p.groups * row_tiles * column_tiles * channel_blocks;
+        *this = best;
+        choose_bands(k);
+        tap = p.from_logits ? p.logits.stride_c * p.factor.up * p.factor.up : p.masks.stride_c;
+        whole_units = not_for_columns(grad_features, kOwn) == nullptr;
+        const int units = height * unit_columns;
+        const int most_parts = std::min({band, kMostParts, 32 / lanes, kThreadsOfTile / (units * lanes)});
+        for (parts = 1; parts * 2 <= most_parts;) parts *= 2;
+        threads = kThreadsOfTile;  // they stage more at once
+        const int at_once = channels_adjacent ? threads / std::min(lanes * vectors, threads) : 32;
+        log_copy_columns = 0;
+        while (1 << log_copy_columns < most_columns && 2 << log_copy_columns <= at_once) log_copy_columns++;
+        copy_columns = 1 << log_copy_columns;
+        copy_rows = at_once / copy_columns;
     }
 
+    // Is there shared memory for one unit?
+    static bool fits(const Problem& p) { return GradFeaturesPlan(p, 1, 2).shared_bytes <= kMostSharedBytes; }
+
 private:
+    GradFeaturesPlan(const Problem& p, int lanes, int vectors)
+        : rows(p.factor, p.offset_h, p.out_h),
+          columns(p.factor, p.offset_w, p.out_w),
+          lanes(lanes),
+          width(1),
+          depth(lanes * vectors | 1),
+          log_together(0) {
+        while (kTapsOfThread << log_together < p.taps()) log_together++;
+        measure(static_cast<int>(p.kernel_size), 1, 1);
+    }
+
     // As many of `count` in each part as if `most` were in it: the last one is not much smaller.
     static int even(int64_t count, int64_t most) {
         return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
     }
-    int most_rows_of(int k) const { return std::max(rows.most(unit_rows * kOwn + k - 1), 1); }
 
-    void measure(int k, int rows_of_band) {
-        band = rows_of_band;
-        most_rows = most_rows_of(k);
-        most_columns = std::max(columns.most(unit_columns + k - 1), 2);
-        width = Divisor(most_columns | 1);
-        const int64_t all = int64_t{band} * (most_columns | 1);
-        outputs = static_cast<int>(all);  // if it fits
-        const int64_t grads = all * depth * int64_t{sizeof(float4)},
-                      turned = int64_t{lanes} * kVector * (unit_rows * unit_columns | 1) * int64_t{sizeof(float)};
-        shared_bytes = (most_rows + most_columns) * int64_t{sizeof(BandLine)} +
-                       std::max(grads, ceil_div(turned, 16) * 16) +
-                       int64_t{k} * band * unit_columns * slot * int64_t{sizeof(float)} +
-                       (int64_t{k} * k + 1) * all * int64_t{sizeof(float)} +
-                       (unit_rows * kOwn + 2 * unit_columns + 2 * (k + 1)) * int64_t{sizeof(int)};
+    int64_t shared_bytes_of(int k) const {
+        return (most_rows + most_columns) * int64_t{sizeof(BandLine)} +
+               int64_t{band} * width.number * depth * int64_t{sizeof(float4)} +
+               (int64_t{mask_band} * width.number * k * k + height + unit_columns * kOwn + 2 * (k + 1)) *
+                   int64_t{sizeof(float)};
+    }
+
+    // Tiles of `tile_height` rows of `units`, in bands of one row.
+    void measure(int k, int tile_height, int units) {
+        height = tile_height;
+        unit_columns = units;
+        most_rows = std::max(rows.most(height + k - 1), 1);
+        most_columns = std::max(columns.most(unit_columns * kOwn + k - 1), 1);
+        width = Divisor(lanes < 32 ? most_columns | 1 : most_columns);
+        band = mask_band = 1;
+        shared_bytes = shared_bytes_of(k);
+    }
+
+    // The tile whose instructions are the fewest, for a device that runs kBlocksAtOnce; returns how many a
+    // multiprocessor runs, about.
+    double choose_tile(const Problem& p, int k, int vectors) {
+        const int most_units = kThreadsOfTile / lanes, units_of_warp = 32 / lanes;
+        const int all_units = static_cast<int>(std::max<int64_t>(ceil_div(p.features.w, kOwn), 1));
+        const int64_t images = p.features.n * p.groups * channel_blocks;
+        const double visits = double(rows.most(k)) * columns.most(kOwn + k - 1);
+        double least = INFINITY;
+        int best_height = 1, best_columns = 1;
+        for (int most = std::min({all_units, most_units, kMostUnitColumns}), tried = 0; most > 0; most--) {
+            const int in_row = even(all_units, most);
+            if (in_row == tried) continue;
+            tried = in_row;
+            const double rows_of_warp = in_row % units_of_warp == 0 ? 1 : 1 + double(units_of_warp) / in_row;
+            for (int rows_tried = 0, h = most_units / in_row; h > 0; h -= (h + 15) / 16) {
+                const int tile_height = even(p.features.h, h);
+                if (tile_height == rows_tried) continue;
+                rows_tried = tile_height;
+                measure(k, tile_height, in_row);
+                if (shared_bytes > kMostSharedBytes) continue;
+                const int64_t tiles = images * ceil_div(p.features.h, height) * ceil_div(all_units, unit_columns);
+                const double outputs = double(most_rows) * most_columns;
+                const double bands = outputs * (depth * 16 + k * k * 4) / kMostSharedBytes;
+                // Instructions of warps: masks and grad_output of an output, products.
+                const double cost = 6000 + 1500 * bands + outputs * ((10 << log_together) + 0.3 * lanes * vectors) +
+                                    visits * (k - 1 + rows_of_warp) / k * height * unit_columns * lanes / 32 *
+                                        (12 + 10 * vectors);
+                const double total = cost * static_cast<double>(ceil_div(tiles, kBlocksAtOnce));
+                if (total < least) least = total, best_height = height, best_columns = unit_columns;
+            }
+        }
+        measure(k, best_height, best_columns);
+        row_tiles = ceil_div(p.features.h, height);
+        column_tiles = ceil_div(all_units, unit_columns);
+        items = images * row_tiles * column_tiles;
+        return least;
+    }
+
+    // Bands as high as fit; where one row of grad_output takes much, masks of more rows.
+    void choose_bands(int k) {
+        const auto fit = [&](int rows_of_grads, int rows_of_masks) {
+            band = rows_of_grads, mask_band = rows_of_masks;
+            shared_bytes = shared_bytes_of(k);
+            return shared_bytes <= kMostSharedBytes;
+        };
+        const int enough = static_cast<int>(ceil_div((2 * 256) >> log_together, width.number));
+        int both = most_rows, masks = 0;
+        while (both > 1 && !fit(both, both)) both--;
+        for (masks = std::min(most_rows, std::max(both, enough)); masks > 1 && !fit(both, masks);) {
+            if (both > 1) {
+                both--;
+            } else {
+                masks--;
+            }
+        }
+        masks = even(most_rows, masks);
+        fit(even(masks, both), masks);
     }
 };
 
-// Sorts the masks of a band by source: masks[a][row][column of sources][output of its own], as whole vectors. Those of
-// sources beyond the tile are left out.
-__device__ __forceinline__ void sort_masks(const GradFeaturesPlan& plan, int k, const Band& band, int top, int left,
-                                           const int* slots, const float* staged, const float* scales, float* masks) {
-    const int threads = static_cast<int>(blockDim.x), teams = max(threads / band.outputs, 1);
-    const int thread = thread_computed_late(), team = teams > 1 ? thread / band.outputs : 0;
-    const int apart = plan.band * plan.unit_columns * plan.slot;
-    if (team >= teams) return;
-#pragma unroll 1
-    for (int output = thread - team * band.outputs; output < band.outputs; output += threads) {
-        const int y = band.width.quotient(output), x = output - y * band.width.number;
-        if (y >= band.height || x >= band.columns_count) continue;
-        const int row = band.rows[y].source - k / 2 - top, column = band.columns[x].source - k / 2 - left;
-        const int begin = max(-column, 0), count = min(plan.unit_columns - column, k) - begin;
-        const int end = min(plan.unit_rows * kOwn - row, k);
-        const float scale = scales[output];
-        const float* const from = staged + begin * band.outputs + output;
-        float* const to = masks + y * plan.unit_columns * plan.slot + x;
-        const int* const slot = slots + column + begin;
-#pragma unroll 1
-        for (int a = max(-row, 0) + team; a < end; a += teams) {
-            const float* mask = from + a * k * band.outputs;
-            float* const of_row = to + a * apart;
-#pragma unroll 2
-            for (int b = 0; b < count; b++, mask += band.outputs) of_row[slot[b]] = *mask * scale;
-        }
+// Elements of 16 bits, of either dtype: loops over them are compiled once.
+struct Bits16 {
+    uint16_t bits;
+};
+
+struct Widen16 {
+    bool float16;
+
+    __device__ __forceinline__ float operator()(Bits16 value) const {
+        return float16 ? widen(Float16{value.bits}) : widen(BFloat16{value.bits});
     }
+};
+
+// Calls f `count` times, four at once while there are so many.
+template <class F>
+__device__ __forceinline__ void in_fours(int count, F f) {
+#pragma unroll 1
+    for (; count >= 4; count -= 4) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) f();
+    }
+#pragma unroll 1
+    for (; count > 0; count--) f();
 }
 
-// Copies grad_output of a band to grads[output][vector]. Floats arrive as copies of this thread do.
-template <bool Vectors>
-__device__ __forceinline__ void copy_grads(const Array& grad_output, const GradFeaturesPlan& plan, int64_t n, int64_t c,
-                                           int channels, int top, int left, const Band& band, int vectors,
-                                           float4* grads) {
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    const int lanes = Vectors ? vectors : 32;  // that have a pixel each time, or pixels of a channel
-    const int lane = thread % lanes, step = Vectors ? threads / lanes : 32;
-    int of_row = 1;  // pixels at once
-    while (of_row < band.columns_count && of_row * 2 <= step) of_row *= 2;
-    const int pixel = Vectors ? thread / lanes : lane, first_row = pixel / of_row, first_column = pixel % of_row;
-    with_storage(grad_output.dtype, [&](auto storage) {
-        using T = decltype(storage);
-        const T* from = element<const T>(grad_output, n, c, top, left);
-        from += first_column * grad_output.stride_w;
-        const int64_t step_from = of_row * grad_output.stride_w;
-        const int step_to = of_row * plan.depth, rows = step / of_row;
-        if (first_row >= rows) return;
-        const auto walk = [&](const T* at, auto copy) __attribute__((always_inline)) {
-            at += first_row * grad_output.stride_h;
+// Stages masks of a band as to[output][tap], from `first_element` of masks or logits on. Neighbouring threads,
+// 2^log_together, have the taps of an output in registers. All lanes of a warp call it, as they reduce.
+__device__ __forceinline__ void stage_outputs(const Array& array, carafepp_normalizer normalizer, int64_t first_element,
+                                              int64_t tap, int taps, const Band& band, int log_together, float* to) {
+    const int thread = thread_computed_late(), threads = static_cast<int>(blockDim.x), together = 1 << log_together;
+    const int lane = thread & (together - 1), outputs = band.height * band.width.number;
+    const int64_t step = together * tap;
+    const bool of_float = array.dtype == CARAFEPP_FLOAT32;
+    const bool sigmoids = normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+    const bool divides = normalizer == CARAFEPP_SOFTMAX || normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+    first_element += lane * tap;
 #pragma unroll 1
-            for (int y = first_row; y < band.height; y += rows, at += rows * grad_output.stride_h) {
-                const T* of_column = at;
-                int to = (y * band.width.number + first_column) * plan.depth;
-#pragma unroll 2
-                for (int x = first_column; x < band.columns_count; x += of_row, of_column += step_from, to += step_to)
-                    copy(of_column, to);
+    for (int before = 0; before < outputs; before += threads >> log_together) {
+        const int output = before + (thread >> log_together), y = band.width.quotient(output),
+                  column = output - y * band.width.number;
+        const bool exists = y < band.height && column < band.columns_count;
+        const int x = exists ? band.columns[column].in_memory : 0;
+        const int count = exists ? (taps - lane + together - 1) >> log_together : 0;
+        const int64_t place = exists ? first_element + band.rows[y].from + band.columns[x].from : 0;
+        float* const staged = to + (output - column + x) * taps + lane;
+        float values[kTapsOfThread];  // those that do not exist change no sum
+        if (of_float) {
+            const float* from = static_cast<const float*>(array.data) + place;
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++, from += step) values[i] = i < count ? load_input(from) : -INFINITY;
+        }
+        const auto store = [&]() __attribute__((always_inline)) {
+            float* at = staged;
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++, at += together) {
+                if (i < count) *at = values[i];
             }
         };
-        if constexpr (Vectors) {
-            from += lane * kVector;
-            if (lane * kVector >= channels) return;
-            walk(from, [&](const T* at, int to) __attribute__((always_inline)) {
-                if constexpr (std::is_same_v<T, float>) {
-                    copy_async<sizeof(float4)>(grads + to + lane, at, true);
-                } else {
-                    grads[to + lane] = load_channels(at);
-                }
-            });
-        } else {
-#pragma unroll 1
-            for (int channel = thread / lanes; channel < channels; channel += threads / lanes) {
-                float* const staged = reinterpret_cast<float*>(grads) + channel;
-                walk(from + channel * grad_output.stride_c, [&](const T* at, int to) __attribute__((always_inline)) {
-                    if constexpr (std::is_same_v<T, float>) {
-                        copy_async<sizeof(float)>(staged + to * kVector, at, true);
-                    } else {
-                        staged[to * kVector] = widen(load_input(at));
-                    }
+        if (!of_float || sigmoids) {  // by way of shared memory, as loops there are short
+            float* at = staged;
+            if (of_float) {
+                store();
+            } else {
+                const Bits16* from = static_cast<const Bits16*>(array.data) + place;
+                const Widen16 widened{array.dtype == CARAFEPP_FLOAT16};
+                in_fours(count, [&]() __attribute__((always_inline)) {
+                    *at = widened(load_input(from));
+                    at += together, from += step;
                 });
             }
+            if (sigmoids) {
+                at = staged;
+#pragma unroll 1
+                for (int i = 0; i < count; i++, at += together)
+                    *at = normalizer == CARAFEPP_SIGMOID ? sigmoid(*at) : log_sigmoid(*at);
+            }
+            if (!divides) continue;
+            at = staged;
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++, at += together) values[i] = i < count ? *at : -INFINITY;
         }
-    });
+        if (divides) {
+            float largest = -INFINITY, sum = 0;
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++) largest = fmaxf(values[i], largest);
+#pragma unroll 1
+            for (int distance = 1; distance < together; distance *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++) {
+                values[i] = power_of_2((values[i] - largest) * kLog2OfE);  // the difference first: logits may be huge
+                sum += values[i];
+            }
+#pragma unroll 1
+            for (int distance = 1; distance < together; distance *= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            const float scale = 1 / sum;
+#pragma unroll
+            for (int i = 0; i < kTapsOfThread; i++) values[i] *= scale;
+        }
+        store();
+    }
 }
 
-template <int N>
-using Number = std::integral_constant<int, N>;
+// The part of each band of grad_output that a thread copies: every so many pixels of every so many rows.
+struct CopyOfThread {
+    int row, column;
+    int vector;  // the first one, of four channels
+};
 
-// Adds the products of a row of outputs for sources [Begin, End) of a unit.
-template <int Begin, int End, int V>
-__device__ __forceinline__ void add_row(const float4* grads, int step, int lanes, const float* masks, int apart,
-                                        int count, float4 (&sums)[kOwn][V]) {
-    int k = 0;
+// Copies grad_output of a band to grads[output][vector], from `first_element` on. Floats arrive as copies of this
+// thread do. Neighbouring threads have vectors of a pixel.
+__device__ __forceinline__ void copy_vectors(const Array& grad_output, int64_t first_element, int channels,
+                                             const Band& band, const GradFeaturesPlan& plan, const CopyOfThread& own,
+                                             float4* grads) {
+    if (own.row >= plan.copy_rows || own.vector * kVector >= channels) return;
+    const int64_t step = plan.copy_columns * grad_output.stride_w;
+    const int to_step = plan.copy_columns * plan.depth;
+    const int count = static_cast<int>(static_cast<unsigned>(band.columns_count - own.column + plan.copy_columns - 1) >>
+                                       plan.log_copy_columns);
+    first_element += own.vector * kVector + own.column * grad_output.stride_w + own.row * grad_output.stride_h;
+    grads += (own.row * band.width.number + own.column) * plan.depth + own.vector;
+    const auto walk = [&](auto width, auto copy) __attribute__((always_inline)) {
+        using T = decltype(width);
+        const T* of_row = static_cast<const T*>(grad_output.data) + first_element;
+        float4* to_row = grads;
 #pragma unroll 1
-    for (; k + kVector <= count; k += kVector, masks += kVector) {
-        float weights[End - Begin][kVector];
-#pragma unroll
-        for (int s = 0; s < End - Begin; s++) {
-            const float4 four = staged_channels(masks + s * apart);
-            weights[s][0] = four.x, weights[s][1] = four.y, weights[s][2] = four.z, weights[s][3] = four.w;
+        for (int y = own.row; y < band.height; y += plan.copy_rows) {
+            const T* from = of_row;
+            float4* to = to_row;
+            in_fours(count, [&]() __attribute__((always_inline)) {
+                copy(to, from);
+                from += step, to += to_step;
+            });
+            of_row += plan.copy_rows * grad_output.stride_h;
+            to_row += plan.copy_rows * band.width.number * plan.depth;
         }
-#pragma unroll
-        for (int q = 0; q < kVector; q++, grads += step) {
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                const float4 grad = grads[v * lanes];
-#pragma unroll
-                for (int s = Begin; s < End; s++) add_products(weights[s - Begin][q], grad, sums[s][v]);
+    };
+    if (grad_output.dtype == CARAFEPP_FLOAT32) {
+        walk(float(), [](float4* to, const float* from)
+                          __attribute__((always_inline)) { copy_async<sizeof(float4)>(to, from, true); });
+    } else {
+        const Widen16 widened{grad_output.dtype == CARAFEPP_FLOAT16};
+        walk(Bits16(), [=](float4* to, const Bits16* from) __attribute__((always_inline)) {
+            const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
+            const auto low = [&](uint32_t word) { return widened(Bits16{static_cast<uint16_t>(word)}); };
+            *to = make_float4(low(bits.x), low(bits.x >> 16), low(bits.y), low(bits.y >> 16));
+        });
+    }
+}
+
+// The same with any strides. Neighbouring threads have pixels of a row, warps have vectors.
+__device__ __forceinline__ void copy_pixels(const Array& grad_output, int64_t first_element, int channels,
+                                            const Band& band, const GradFeaturesPlan& plan, const CopyOfThread& own,
+                                            float4* grads) {
+    const int warps = static_cast<int>(blockDim.x) / 32, stride_c = static_cast<int>(grad_output.stride_c);
+    const int count = channels / kVector - own.vector, rest = channels % kVector;
+    const bool has_rest = rest > 0 && channels / kVector % warps == own.vector;
+    first_element += own.vector * kVector * grad_output.stride_c;
+    const auto walk = [&](auto width, auto widened) __attribute__((always_inline)) {
+        using T = decltype(width);
+#pragma unroll 1
+        for (int y = own.row; y < band.height; y += plan.copy_rows) {
+#pragma unroll 1
+            for (int x = own.column; x < band.columns_count; x += plan.copy_columns) {
+                const T* from = static_cast<const T*>(grad_output.data) + first_element + y * grad_output.stride_h +
+                                x * grad_output.stride_w;
+                float4* to = grads + (y * band.width.number + x) * plan.depth + own.vector;
+                const auto load = [&](int number, bool exists) __attribute__((always_inline)) {
+                    return exists ? widened(load_input(at_stride(from, stride_c, number))) : 0.0f;
+                };
+                in_fours(count > 0 ? (count + warps - 1) / warps : 0, [&]() __attribute__((always_inline)) {
+                    *to = make_float4(load(0, true), load(1, true), load(2, true), load(3, true));
+                    from = at_stride(from, stride_c, warps * kVector), to += warps;
+                });
+                if (has_rest) *to = make_float4(load(0, true), load(1, rest > 1), load(2, rest > 2), 0);
             }
         }
+    };
+    if (grad_output.dtype == CARAFEPP_FLOAT32) {
+        walk(float(), [](float value) { return value; });
+    } else {
+        walk(Bits16(), Widen16{grad_output.dtype == CARAFEPP_FLOAT16});
     }
+}
+
+// What a thread adds products of, in a row of outputs.
+struct RowOfOutputs {
+    const float* masks;  // of output 0, the tap that leads from column x of sources to source x - (K - 1) of the unit
+    const float4* grads;
+    int taps, depth;
+    const int* begins;  // the outputs centred on column x of sources are [begins[x], begins[x + 1])
+};
+
+// Adds the products of outputs centred on columns [x, x_end) of sources, for sources [Begin, End) of a unit.
+template <int Begin, int End, int V>
+__device__ __forceinline__ void add_columns(const RowOfOutputs& row, int x, int x_end, int lanes,
+                                            float4 (&sums)[kOwn][V]) {
+    int output = row.begins[x];
 #pragma unroll 1
-    for (; k < count; k++, masks++, grads += step) {
+    for (; x < x_end; x++) {
+        const int end = row.begins[x + 1];
+        const float* mask = row.masks + output * row.taps - x;
+        const float4* grad = row.grads + output * row.depth;
+#pragma unroll 1
+        for (; output < end; output++, mask += row.taps, grad += row.depth) {
+            float4 values[V];
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-            const float4 grad = grads[v * lanes];
+            for (int v = 0; v < V; v++) values[v] = grad[v * lanes];
 #pragma unroll
-            for (int s = Begin; s < End; s++) add_products(masks[(s - Begin) * apart], grad, sums[s][v]);
+            for (int s = Begin; s < End; s++) {
+                const float weight = mask[s];
+#pragma unroll
+                for (int v = 0; v < V; v++) add_products(weight, values[v], sums[s][v]);
+            }
         }
     }
 }
 
 // V vectors of channels a thread. `Vectors`: one is a vector in memory.
 template <int V, bool Vectors>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kThreadsOfTile, 2)
     grad_features_tiles_kernel(Arguments arguments, GradFeaturesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
-    const int k = static_cast<int>(p.kernel_size), radius = k / 2, vectors = plan.lanes * V;
-    const int units = plan.unit_rows * plan.unit_columns, all = plan.outputs;
+    const Array& array = p.from_logits ? p.logits : p.masks;
+    const int k = static_cast<int>(p.kernel_size), radius = k / 2, taps = k * k;
+    const int lanes = plan.lanes, vectors = lanes * V, depth = plan.depth;
     BandLine* const rows = shared_memory<BandLine>();
     BandLine* const columns = rows + plan.most_rows;
     float4* const grads = reinterpret_cast<float4*>(columns + plan.most_columns);
-    const int turned = (plan.lanes * kVector * (units | 1) + kVector - 1) / kVector;
-    float* const masks = reinterpret_cast<float*>(grads + max(all * plan.depth, turned));
-    float* const staged = masks + k * plan.band * plan.unit_columns * plan.slot;
-    float* const scales = staged + k * k * all;
-    int* const slots = reinterpret_cast<int*>(scales + all);
-    int* const first_rows = slots + plan.unit_columns;  // of the windows that touch a source, and the next ones
-    int* const first_columns = first_rows + plan.unit_rows * kOwn + k + 1;
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int lane = thread % plan.lanes, part = thread / plan.lanes % plan.parts,
-              unit = min(thread / (plan.lanes * plan.parts), units - 1);
-    const bool has_unit = thread < units * plan.lanes * plan.parts;
-    const int unit_row = unit / plan.unit_columns, unit_column = unit % plan.unit_columns;
-    const int apart = plan.band * plan.unit_columns * plan.slot;  // from a row of taps to the next
+    float* const masks = reinterpret_cast<float*>(grads + plan.band * plan.width.number * depth);
+    // The first output of the windows that touch a source, and further ones.
+    int* const first_rows = reinterpret_cast<int*>(masks + plan.mask_band * plan.width.number * taps);
+    int* const first_columns = first_rows + plan.height + k + 1;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % lanes,
+              part = thread / lanes % plan.parts, unit = thread / (lanes * plan.parts);
+    const int unit_row = unit / plan.unit_columns, unit_column = unit - unit_row * plan.unit_columns;
+    const int copier = Vectors ? thread / vectors : thread % 32, copied_row = copier >> plan.log_copy_columns;
+    const CopyOfThread copied{copied_row, copier - copied_row * plan.copy_columns,
+                              Vectors ? thread % vectors : thread / 32};
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         __syncthreads();  // nobody reads the tables of the last tile, though no output touched it
         const Quotient block = divide(item, computed_late(plan.channel_blocks)),
@@ -235,74 +418,73 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                       first_channel = block.remainder * vectors * kVector,
                       c = group * channels_in_group + first_channel;
         const int channels = static_cast<int>(min(channels_in_group - first_channel, int64_t{vectors} * kVector));
-        const int top = static_cast<int>(tile_row.remainder) * plan.unit_rows * kOwn,
-                  left = static_cast<int>(tile.remainder) * plan.unit_columns;
+        const int top = static_cast<int>(tile_row.remainder) * plan.height,
+                  left = static_cast<int>(tile.remainder) * plan.unit_columns * kOwn;
         const int out_top = plan.rows.first(top - radius), out_left = plan.columns.first(left - radius);
-        const int out_rows = plan.rows.first(top + plan.unit_rows * kOwn + k - 1 - radius) - out_top,
-                  out_columns = plan.columns.first(left + plan.unit_columns + k - 1 - radius) - out_left;
-        const Array& array = p.from_logits ? p.logits : p.masks;
+        const int out_rows = plan.rows.first(top + plan.height + k - 1 - radius) - out_top,
+                  out_columns = plan.columns.first(left + plan.unit_columns * kOwn + k - 1 - radius) - out_left;
         const int64_t up = p.from_logits ? p.factor.up : 1;
         find_lines(p, plan.rows, out_top, out_rows, array.stride_h, up * array.stride_c, false, rows);
         find_lines(p, plan.columns, out_left, out_columns, array.stride_w, array.stride_c,
                    p.from_logits && array.stride_w < array.stride_c, columns);
 #pragma unroll 1
-        for (int d = thread; d <= plan.unit_rows * kOwn + k; d += threads)
+        for (int d = thread; d <= plan.height + k; d += threads)
             first_rows[d] = plan.rows.first(top + d - radius) - out_top;
 #pragma unroll 1
-        for (int d = thread; d <= plan.unit_columns + k; d += threads) {
+        for (int d = thread; d <= plan.unit_columns * kOwn + k; d += threads)
             first_columns[d] = plan.columns.first(left + d - radius) - out_left;
-            if (d < plan.unit_columns) slots[d] = d * plan.slot - first_columns[d];
-        }
         __syncthreads();
 
-        // Source s of this thread has rows [begin[s], end[s]) of outputs, and columns [out_j, out_j + own_columns).
-        const int i = top + unit_row * kOwn, j = left + unit_column;
-        const bool computes = has_unit && j < grad_features.w && lane * kVector < channels;
-        const int out_j = first_columns[unit_column], own_columns = first_columns[unit_column + k] - out_j;
-        const int* const begin = first_rows + unit_row * kOwn;
-        const int* const end = begin + k;
+        const int i = top + unit_row, j = left + unit_column * kOwn;
+        const bool computes = unit_row < plan.height && i < grad_features.h && j < grad_features.w &&
+                              lane * kVector < channels;
+        const int begin_row = computes ? first_rows[unit_row] : 0, end_row = computes ? first_rows[unit_row + k] : 0;
+        const int64_t first_mask = n * array.stride_n + group * taps * plan.tap;
+        const int64_t first_grad = n * p.grad_output.stride_n + c * p.grad_output.stride_c +
+                                   out_top * p.grad_output.stride_h + out_left * p.grad_output.stride_w;
         float4 sums[kOwn][V] = {};
 #pragma unroll 1
-        for (int first = 0; first < out_rows && out_columns > 0; first += plan.band) {
-            const Band band{rows + first, min(plan.band, out_rows - first), columns, out_columns, plan.width, all};
-            copy_masks(p, n, group, band, staged);
-            copy_grads<Vectors>(p.grad_output, plan, n, c, channels, out_top + first, out_left, band, vectors, grads);
+        for (int first = 0, mask_first = 0, mask_end = 0; first < out_rows && out_columns > 0;) {
+            if (first == mask_end) {
+                mask_first = first;
+                mask_end = min(first + plan.mask_band, out_rows);
+                stage_outputs(array, p.from_logits ? p.normalizer : CARAFEPP_NONE, first_mask, plan.tap, taps,
+                              {rows + first, mask_end - first, columns, out_columns, plan.width, 0}, plan.log_together,
+                              masks);
+            }
+            const Band band{rows + first, min(plan.band, mask_end - first), columns, out_columns, plan.width, 0};
+            if constexpr (Vectors) {
+                copy_vectors(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan, copied,
+                             grads);
+            } else {
+                copy_pixels(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan, copied,
+                            grads);
+            }
             wait_for_copies();
             __syncthreads();
-            normalize_band(p.from_logits ? p.normalizer : CARAFEPP_NONE, k * k, band, staged, scales);
-            __syncthreads();
-            sort_masks(plan, k, band, top, left, slots, staged, scales, masks);
-            __syncthreads();
-            // Rows of outputs [from, to) have taps at the sources [lowest, highest).
-            const auto add_rows = [&](auto lowest, auto highest, int from, int to) __attribute__((always_inline)) {
-                constexpr int kLowest = decltype(lowest)::value, kHighest = decltype(highest)::value;
-                int y = max(from - first, 0);
-                y += (part - y) & (plan.parts - 1);
+            const int end = min(end_row, first + band.height);
 #pragma unroll 1
-                for (; y < min(to - first, band.height); y += plan.parts) {
-                    const int a = i + kLowest - band.rows[y].source + radius;
-                    add_row<kLowest, kHighest>(grads + (y * band.width.number + out_j) * plan.depth + lane, plan.depth,
-                                               plan.lanes,
-                                               masks + a * apart + (y * plan.unit_columns + unit_column) * plan.slot,
-                                               apart, own_columns, sums);
-                }
-            };
-            if (computes) {
-                add_rows(Number<0>(), Number<1>(), begin[0], begin[1]);
-                add_rows(Number<0>(), Number<2>(), begin[1], begin[2]);
-                add_rows(Number<0>(), Number<3>(), begin[2], begin[3]);
-                add_rows(Number<0>(), Number<4>(), begin[3], end[0]);
-                add_rows(Number<1>(), Number<4>(), end[0], end[1]);
-                add_rows(Number<2>(), Number<4>(), end[1], end[2]);
-                add_rows(Number<3>(), Number<4>(), end[2], end[3]);
+            for (int y = max(begin_row, first) + part; y < end; y += plan.parts) {
+                const int a = i - rows[y].source + radius;
+                const RowOfOutputs row{masks + (y - mask_first) * plan.width.number * taps + a * k + k - 1,
+                                       grads + (y - first) * plan.width.number * depth + lane, taps, depth,
+                                       first_columns + unit_column * kOwn};
+                add_columns<0, 1>(row, 0, 1, lanes, sums);
+                add_columns<0, 2>(row, 1, 2, lanes, sums);
+                add_columns<0, 3>(row, 2, 3, lanes, sums);
+                add_columns<0, 4>(row, 3, k, lanes, sums);
+                add_columns<1, 4>(row, k, k + 1, lanes, sums);
+                add_columns<2, 4>(row, k + 1, k + 2, lanes, sums);
+                add_columns<3, 4>(row, k + 2, k + 3, lanes, sums);
             }
+            first += band.height;
             __syncthreads();
         }
+        for (int distance = lanes; distance < lanes * plan.parts; distance *= 2) {
 #pragma unroll
-        for (int s = 0; s < kOwn; s++) {
+            for (int s = 0; s < kOwn; s++) {
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                for (int distance = plan.lanes; distance < plan.lanes * plan.parts; distance *= 2) {
+                for (int v = 0; v < V; v++) {
                     float4& sum = sums[s][v];
                     sum.x += __shfl_xor_sync(0xffffffffu, sum.x, distance);
                     sum.y += __shfl_xor_sync(0xffffffffu, sum.y, distance);
@@ -311,64 +493,46 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                 }
             }
         }
-        if constexpr (Vectors) {
-            if (!computes || part > 0) continue;
-            with_storage(grad_features.dtype, [&](auto storage) {
-                using T = decltype(storage);
-                T* const to = element<T>(grad_features, n, c + lane * kVector, i, j);
+        if (!computes || part > 0) continue;
+        const int own = static_cast<int>(min(grad_features.w - j, int64_t{kOwn}));
+        with_storage(grad_features.dtype, [&](auto storage) {
+            using T = decltype(storage);
+            T* const to = element<T>(grad_features, n, c + lane * kVector, i, j);
 #pragma unroll
-                for (int s = 0; s < kOwn; s++) {
-#pragma unroll
-                    for (int v = 0; v < V; v++) {
-                        const int channel = v * plan.lanes * kVector;
-                        if (i + s < grad_features.h && channel + lane * kVector < channels)
-                            store_channels(sums[s][v], to + s * grad_features.stride_h + channel);
-                    }
-                }
-            });
-        } else {
-            // By way of shared memory, as neighbouring threads store neighbouring columns.
-            float* const turn = reinterpret_cast<float*>(grads);  // [channel][unit]
-            const int pitch = units | 1, channel = thread / units, own = thread - channel * units;
-            const int own_row = top + own / plan.unit_columns * kOwn, own_column = left + own % plan.unit_columns;
-            const int steps = threads / units;
-#pragma unroll 1
-            for (int turn_of = 0; turn_of < kOwn * V; turn_of++) {
-                if (has_unit && part == 0) {
-                    float* const to = turn + lane * kVector * pitch + unit;
+            for (int v = 0; v < V; v++) {
+                const int channel = v * lanes * kVector, exist = channels - channel - lane * kVector;
+                if constexpr (Vectors) {
 #pragma unroll
                     for (int s = 0; s < kOwn; s++) {
-#pragma unroll
-                        for (int v = 0; v < V; v++) {
-                            if (turn_of != v * kOwn + s) continue;
-                            to[0] = sums[s][v].x, to[pitch] = sums[s][v].y;
-                            to[2 * pitch] = sums[s][v].z, to[3 * pitch] = sums[s][v].w;
-                        }
+                        if (s < own && exist > 0) store_channels(sums[s][v], to + channel + s * grad_features.stride_w);
                     }
+                } else {
+                    T* of_channel = to + channel * grad_features.stride_c;
+                    const auto store = [&](int number, const float (&values)[kOwn]) __attribute__((always_inline)) {
+                        if (number < exist) {
+                            if (plan.whole_units) {
+                                store_row<true>(values, own, 1, of_channel);
+                            } else {
+                                store_row<false>(values, own, grad_features.stride_w, of_channel);
+                            }
+                        }
+                        of_channel += grad_features.stride_c;
+                    };
+                    store(0, {sums[0][v].x, sums[1][v].x, sums[2][v].x, sums[3][v].x});
+                    store(1, {sums[0][v].y, sums[1][v].y, sums[2][v].y, sums[3][v].y});
+                    store(2, {sums[0][v].z, sums[1][v].z, sums[2][v].z, sums[3][v].z});
+                    store(3, {sums[0][v].w, sums[1][v].w, sums[2][v].w, sums[3][v].w});
                 }
-                __syncthreads();
-                const int i_ = own_row + turn_of % kOwn, before = turn_of / kOwn * plan.lanes * kVector;
-                if (channel < steps && i_ < grad_features.h && own_column < grad_features.w) {
-                    with_storage(grad_features.dtype, [&](auto storage) {
-                        using T = decltype(storage);
-                        T* to = element<T>(grad_features, n, c + before + channel, i_, own_column);
-#pragma unroll 1
-                        for (int of = channel; of < min(plan.lanes * kVector, channels - before);
-                             of += steps, to += steps * grad_features.stride_c)
-                            *to = narrow<T>(turn[of * pitch + own]);
-                    });
-                }
-                __syncthreads();
             }
-        }
+        });
     }
 }
 
 template <bool Vectors>
 void grad_features_tiles(const Problem& p, const Array& grad_features) {
-    const bool wide = p.features.c / p.groups > kMostLanes * kVector;
-    const GradFeaturesPlan plan(p, wide ? 2 : 1, Vectors);
-    const auto kernel = wide ? grad_features_tiles_kernel<2, Vectors> : grad_features_tiles_kernel<1, Vectors>;
+    const int vectors = p.features.c / p.groups > kVector ? 2 : 1;
+    const GradFeaturesPlan plan(p, vectors, Vectors, grad_features);
+    const auto kernel = vectors == 2 ? grad_features_tiles_kernel<2, Vectors> : grad_features_tiles_kernel<1, Vectors>;
     launch(kernel, plan.items, plan.threads, plan.shared_bytes, p, grad_features, plan);
 }
 
@@ -376,8 +540,8 @@ void grad_features_tiles(const Problem& p, const Array& grad_features) {
 inline const char* not_for_grad_features_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.kernel_size < 3) return "kernel_size is less than 3";
-    return GradFeaturesPlan(p, 2, false).shared_bytes > kMostSharedBytes ? "kernel_size or the factor is too large"
-                                                                         : nullptr;
+    if (p.kernel_size > kMostWindow) return "kernel_size is more than 19";
+    return GradFeaturesPlan::fits(p) ? nullptr : "the factor is too large";
 }
 
 }  // namespace carafepp::cuda

@@ -16,8 +16,8 @@ constexpr int kPairs = kTileRows / kPair;
 
 // Tiles of at most `columns`, whose items have all channels of a group.
 constexpr int kAllChannels = INT32_MAX;
-inline TileDown2Plan tiles_in_all_channels(const Problem& p, const Array& grad_masks, int columns, int step) {
-    return {p, grad_masks.h, grad_masks.w, kTileRows, even_columns(grad_masks.w, columns, step), kAllChannels};
+inline Tiles tiles_in_all_channels(const Problem& p, const Array& grad_masks, int columns, int step) {
+    return {p, grad_masks.h, grad_masks.w, kTileRows, even_columns(grad_masks.w, columns, step), kAllChannels, 0};
 }
 
 // Why these kernels do not take a problem.
@@ -34,7 +34,7 @@ constexpr int64_t kBytesOfSums = 2 * int64_t{kTileRows} * Columns * K * K * size
 
 // Carries the gradients of masks through the normaliser and writes them. Begins and ends with a barrier.
 template <int K, int Columns, int Threads, class T>
-__device__ __forceinline__ void finish_tile(const Problem& p, const TileDown2& tile, int columns, float* sums,
+__device__ __forceinline__ void finish_tile(const Problem& p, const TileOfItem& tile, int columns, float* sums,
                                             const Array& grad_masks) {
     constexpr int kTaps = K * K, kOutputs = kTileRows * Columns;
     static_assert(kOutputs <= Threads, "a thread has an output");
@@ -100,7 +100,7 @@ struct SliceOfPixels {
 // Copies slice after slice. Calls load(gradients) for each, which keeps what it needs, and then contract(features).
 // column(x) is the place of column x of the features in a row. Ends with a barrier.
 template <int K, class T, class Column, class Load, class Contract>
-__device__ __forceinline__ void for_each_slice_of_pixels(const Problem& p, const TileDown2& tile, Column column,
+__device__ __forceinline__ void for_each_slice_of_pixels(const Problem& p, const TileOfItem& tile, Column column,
                                                          Load load, Contract contract) {
     using S = SliceOfPixels<K, T>;
     T* const features = shared_memory<T>();
@@ -145,7 +145,7 @@ template <int K>
 constexpr int kHeight = kDown * (kTileRows - 1) + K;
 
 struct ColumnsDown2Plan {
-    TileDown2Plan tiles;
+    Tiles tiles;
     bool fours;  // columns of features are copied four at once, or else two
     int copied;  // columns of grad_output at once: 4, 2 or 1
 
@@ -173,7 +173,7 @@ template <int Rows, int Width, int Channels, int Threads, class T, class Place>
 class CopiesOfColumns {
 public:
     // From row i and column j on, up to column j + `most`.
-    __device__ __forceinline__ CopiesOfColumns(const Array& array, const TileDown2& tile, int i, int j, int most,
+    __device__ __forceinline__ CopiesOfColumns(const Array& array, const TileOfItem& tile, int i, int j, int most,
                                                int count)
         : stride_c_(array.stride_c), stride_h_(static_cast<int>(array.stride_h)), count_(count) {
         const int lanes = Width / count, thread = thread_computed_late(), x = thread % lanes * count;
@@ -231,7 +231,7 @@ struct CopiesOfTile {
     CopiesOfColumns<kHeight<K>, kWidth, Channels, Threads, T, Features> of_features;
     CopiesOfColumns<kTileRows, kMostColumns, Channels, Threads, T, Grads> of_grads;
 
-    __device__ __forceinline__ CopiesOfTile(const Problem& p, const ColumnsDown2Plan& plan, const TileDown2& tile)
+    __device__ __forceinline__ CopiesOfTile(const Problem& p, const ColumnsDown2Plan& plan, const TileOfItem& tile)
         : of_features(p.features, tile, tile.top * kDown - K / 2, tile.left * kDown - kBefore,
                       kBefore + kDown * plan.tiles.columns + 4, plan.fours ? 4 : 2),
           of_grads(p.grad_output, tile, tile.top, tile.left, plan.tiles.columns, plan.copied) {}

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kBlock, 4) grad_masks_down2_nchw_kernel(Argume
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     float* const staged = shared_memory<float>();
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan.tiles, item, kTileRows, kAllChannels);
+        const TileOfItem tile(p, plan.tiles, item);
         const int thread = thread_computed_late();
         const int columns = static_cast<int>(min(int64_t{plan.tiles.columns}, grad_masks.w - tile.left));
         // In half a warp are pairs of one row, or of few: others are in the same banks.

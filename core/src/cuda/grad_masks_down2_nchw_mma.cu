@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreadsOfTile, kBlocks)
     T* const staged = shared_memory<T>();        // two slices of features, then gradients
     T* const grads = staged + 2 * kPixels<K>;
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan.tiles, item, kTileRows, kAllChannels);
+        const TileOfItem tile(p, plan.tiles, item);
         const int lane = thread_computed_late() % 32, warp = thread_computed_late() / 32;
         // A lane tells where a row of one of four matrices is: both halves of the pixels, or both pairs of outputs, of
         // the lower channels, and of the upper ones.

@@ -35,14 +35,14 @@ __device__ __forceinline__ void add_up(int lane, float (&sums)[Count]) {
 }
 
 template <int K>
-__global__ void __launch_bounds__(kBlock, 4) grad_masks_down2_nhwc_kernel(Arguments arguments, TileDown2Plan plan) {
+__global__ void __launch_bounds__(kBlock, 4) grad_masks_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     using S = SliceOfPixels<K, float>;
     constexpr int kUnits = kPairs * S::kColumns, kEven = (S::kWidth + 1) / 2;
     static_assert(kUnits * kThreadsOfPair <= kBlock, "the threads have all outputs");
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan, item, kTileRows, kAllChannels);
+        const TileOfItem tile(p, plan, item);
         const int thread = thread_computed_late(), lane = thread % kThreadsOfPair;
         const bool has_unit = thread / kThreadsOfPair < kUnits;
         const int unit = has_unit ? thread / kThreadsOfPair : 0;
@@ -98,7 +98,7 @@ const char* cannot_run_grad_masks_down2_nhwc(const Problem& p, const Array&) {
 void grad_masks_down2_nhwc(const Problem& p, const Array& grad_masks) {
     const auto launch_for = [&](auto k) {
         using S = SliceOfPixels<k, float>;
-        const TileDown2Plan plan = tiles_in_all_channels(p, grad_masks, S::kColumns, 1);
+        const Tiles plan = tiles_in_all_channels(p, grad_masks, S::kColumns, 1);
         launch(grad_masks_down2_nhwc_kernel<k>, plan.items, kBlock, S::kBytes, p, grad_masks, plan);
     };
     if (p.kernel_size == 3) {

@@ -11,13 +11,13 @@ namespace {
 // In the products of mma.m16n8k16 rows are pixels, and columns are outputs. The sum is over channels, in any order:
 // each lane has eight adjacent ones, for two products.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_mma_kernel(Arguments arguments, TileDown2Plan plan) {
+__global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     using S = SliceOfPixels<K, T>;
     static_assert(kWarps * kColumnsOfWarp >= S::kColumns && S::kChannels == 4 * kWide, "the warps have all outputs");
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileDown2 tile(p, plan, item, kTileRows, kAllChannels);
+        const TileOfItem tile(p, plan, item);
         const int thread = thread_computed_late(), row = thread % 32 / 4, channel = thread % 4 * kWide;
         const int first = thread / 32 * kColumnsOfWarp;
         // What is beyond a row nobody needs.
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_mma_kernel(Ar
         });
         float* const staged = shared_memory<float>();
         stage_band<K, S::kColumns, 0>(sums, thread_computed_late() / 32 * kColumnsOfWarp, staged);
-        const TileDown2 again(p, plan, computed_late(item), kTileRows, kAllChannels);
+        const TileOfItem again(p, plan, computed_late(item));
         finish_tile<K, S::kColumns, kBlock, T>(p, again, plan.columns, staged, grad_masks);
     }
 }
@@ -63,7 +63,7 @@ const char* cannot_run_grad_masks_down2_nhwc_mma(const Problem& p, const Array&)
 void grad_masks_down2_nhwc_mma(const Problem& p, const Array& grad_masks) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using S = SliceOfPixels<k, decltype(feature)>;
-        const TileDown2Plan plan = tiles_in_all_channels(p, grad_masks, S::kColumns, 1);
+        const Tiles plan = tiles_in_all_channels(p, grad_masks, S::kColumns, 1);
         launch(grad_masks_down2_nhwc_mma_kernel<k, decltype(feature)>, plan.items, kBlock, S::kBytes, p, grad_masks,
                plan);
     });
