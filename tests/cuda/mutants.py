@@ -658,8 +658,8 @@ MUTANTS = [
     Mutant(
         "a halo has a column beyond the border",
         "grad_masks_up2.h",
-        "i < p.features.h && j >= 0 && j < p.features.w;",
-        "i < p.features.h && j >= 0 && j <= p.features.w;",
+        "j >= 0 &&\n                                  j < p.features.w;",
+        "j >= 0 &&\n                                  j <= p.features.w;",
         sanitizer="address",
     ),
     Mutant(

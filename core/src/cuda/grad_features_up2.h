@@ -81,7 +81,7 @@ struct MasksOfQuad {
         for (int end = kStagedRows; end < kSourceRows + kStagedRows; end += kStagedRows) {
             const int first = max(end - kStagedRows, -top);  // row of the halo
             const int rows = end - first;
-            stage_sources<K, T, kBlock>(p, tile.n, tile.group, top + first, left, kInRow, staged, rows);
+            stage_sources<K, T, kBlock, 1>(p, tile.n, tile.group, top + first, left, kInRow, staged, rows);
             clear_cropped_masks<K>(p, top + first, left, rows, staged);
 #pragma unroll
             for (int y = 0; y < kHalf; y++) {

@@ -280,10 +280,12 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
 }
 
 // Turns staged logits of `outputs` outputs into masks, in a block of `Threads`. Tap t of an output is
-// staged[first(output) + t * step]. A thread has all taps of two neighbouring outputs, which are one vector.
-template <int K, int Threads, class First>
+// staged[first(output) + t * step]. A thread has all taps of `Own` outputs at once: one, or two neighbours, which are
+// one vector.
+template <int K, int Threads, int Own = 2, class First>
 __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, float* staged, int outputs, int step,
                                                First first) {
+    using Vector = std::conditional_t<Own == 2, float2, float>;
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer != CARAFEPP_SOFTMAX) {
 #pragma unroll 1
@@ -293,20 +295,29 @@ __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, f
         __syncthreads();
     }
 #pragma unroll 1
-    for (int output = thread_computed_late() * 2; output < outputs; output += Threads * 2) {
+    for (int output = thread_computed_late() * Own; output < outputs; output += Threads * Own) {
         float* const masks = staged + first(output);
-        float taps[2][K * K];
+        float taps[Own][K * K];
 #pragma unroll
         for (int t = 0; t < K * K; t++) {
-            const float2 pair = *reinterpret_cast<const float2*>(masks + t * step);
-            taps[0][t] = pair.x;
-            taps[1][t] = pair.y;
+            const Vector of_tap = *reinterpret_cast<const Vector*>(masks + t * step);
+            if constexpr (Own == 2) {
+                taps[0][t] = of_tap.x;
+                taps[1][t] = of_tap.y;
+            } else {
+                taps[0][t] = of_tap;
+            }
         }
 #pragma unroll
         for (auto& of_output : taps) normalize_registers(CARAFEPP_SOFTMAX, TapsOfThread<K>(), of_output);
 #pragma unroll
-        for (int t = 0; t < K * K; t++)
-            *reinterpret_cast<float2*>(masks + t * step) = make_float2(taps[0][t], taps[1][t]);
+        for (int t = 0; t < K * K; t++) {
+            if constexpr (Own == 2) {
+                *reinterpret_cast<float2*>(masks + t * step) = make_float2(taps[0][t], taps[1][t]);
+            } else {
+                masks[t * step] = taps[0][t];
+            }
+        }
     }
 }
 

@@ -103,25 +103,27 @@ __device__ __forceinline__ void copy_sources(const Problem& p, int64_t n, int64_
     }
 }
 
-// Waits for copied masks of `sources` sources; logits become masks. Ends with a barrier.
-template <int K, int Threads = kThreads>
+// Waits for copied masks of `sources` sources; logits become masks, `Own` outputs of a thread at once. Ends with a
+// barrier.
+template <int K, int Threads = kThreads, int Own = 2>
 __device__ __forceinline__ void finish_sources(const Problem& p, int sources, float* staged) {
     wait_for_copies();
     __syncthreads();
     if (!p.from_logits) return;
-    normalize_each<K, Threads>(p.normalizer, staged, sources * kOutputs, kOutputs,
-                               [](int output) { return output / kOutputs * K * K * kOutputs + output % kOutputs; });
+    normalize_each<K, Threads, Own>(p.normalizer, staged, sources * kOutputs, kOutputs, [](int output) {
+        return output / kOutputs * K * K * kOutputs + output % kOutputs;
+    });
     __syncthreads();
 }
 
 // Stages masks, or logits that become masks; they are 0 where there are no sources. Ends with a barrier.
-template <int K, class T, int Threads = kThreads>
+template <int K, class T, int Threads = kThreads, int Own = 2>
 __device__ __forceinline__ void stage_sources(const Problem& p, int64_t n, int64_t group, int64_t i, int64_t first,
                                               int columns, float* staged, int rows = 1) {
     with_masks<T>(p.from_logits ? p.logits : p.masks, [&](auto mask) {
         copy_sources<K, Threads, decltype(mask)>(p, n, group, i, first, rows, columns, staged);
     });
-    finish_sources<K, Threads>(p, rows * columns, staged);
+    finish_sources<K, Threads, Own>(p, rows * columns, staged);
 }
 
 // Clears masks of taps beyond the ends of rows, for the forward, in a block of `Threads`. Sources are `columns` in a
