@@ -117,7 +117,8 @@ const KernelOfBoth* choose_of_both(carafepp_function function, const Call& call)
         if (name != nullptr && find(list, name)) fail_forced(function, name, kOneNotWanted);
         return nullptr;
     }
-    if (call.results[0].empty() || call.results[1].empty()) return nullptr;  // the other has zeros
+    const bool forced = name != nullptr && find(list, name);
+    if (!forced && (call.results[0].empty() || call.results[1].empty())) return nullptr;  // the other has zeros
     return choose(function, list, name, call.problem, call.results[0], call.results[1]);
 }
 

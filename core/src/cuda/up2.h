@@ -16,7 +16,8 @@ inline const char* not_for_up2(const Problem& p, int64_t largest_kernel) {
         return largest_kernel == 5 ? "kernel_size is not 3 or 5" : "kernel_size is not 3, 5 or 7";
     if (p.offset_h != 0 || p.offset_w != 0) return kLittlePadding;
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
-    if (p.features.h > INT32_MAX / kUp - 8 || p.features.w > INT32_MAX / kUp - 8) return "rows or columns are too many";
+    if (p.features.h > INT32_MAX / kUp - 64 || p.features.w > INT32_MAX / kUp - 64)
+        return "rows or columns are too many";
     return nullptr;
 }
 
