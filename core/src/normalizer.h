@@ -11,8 +11,8 @@
 //     gradients for up x2 and down x2, which also sums the gradients (cuda/grad_masks.h).
 //   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/grad_features_mma.h). The second asks
 //     for logits again, as it is rare.
-//   - finish_staging() and normalize_band() share the taps of an output among threads (cuda/masks.h,
-//     cuda/grad_tiles.h); normalize_line() has an output in a thread (cuda/stage_lines.h). All are in shared memory.
+//   - finish_staging() shares the taps of an output among threads (cuda/masks.h); normalize_line() has an output in a
+//     thread (cuda/stage_lines.h). Both are in shared memory.
 //   - stage_outputs() has taps of an output in the registers of some threads (cuda/grad_features_tiles.h).
 //   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
 //   - through_normalizer() has some taps of four outputs in a thread, and the sums in registers

@@ -146,7 +146,7 @@ MUTANTS = [
     ),
     Mutant(
         "an output's taps are normalised without their scale",
-        "grad_tiles.h",
+        "grad_features_tiles.h",
         "scale = 1 / sum;",
         "scale = 1;",
     ),

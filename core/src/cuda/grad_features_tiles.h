@@ -116,12 +116,13 @@ private:
         const double visits = double(rows.most(k)) * columns.most(kOwn + k - 1);
         double least = INFINITY;
         int best_height = 1, best_columns = 1;
-        for (int most = std::min({all_units, most_units, kMostUnitColumns}), tried = 0; most > 0; most--) {
+        for (int most = std::min({all_units, most_units, kMostUnitColumns}), tried = 0; most > 0;
+             most -= (most + 3) / 4) {
             const int in_row = even(all_units, most);
             if (in_row == tried) continue;
             tried = in_row;
             const double rows_of_warp = in_row % units_of_warp == 0 ? 1 : 1 + double(units_of_warp) / in_row;
-            for (int rows_tried = 0, h = most_units / in_row; h > 0; h -= (h + 15) / 16) {
+            for (int rows_tried = 0, h = most_units / in_row; h > 0; h -= (h + 3) / 4) {
                 const int tile_height = even(p.features.h, h);
                 if (tile_height == rows_tried) continue;
                 rows_tried = tile_height;
@@ -449,10 +450,10 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                 mask_first = first;
                 mask_end = min(first + plan.mask_band, out_rows);
                 stage_outputs(array, p.from_logits ? p.normalizer : CARAFEPP_NONE, first_mask, plan.tap, taps,
-                              {rows + first, mask_end - first, columns, out_columns, plan.width, 0}, plan.log_together,
+                              {rows + first, mask_end - first, columns, out_columns, plan.width}, plan.log_together,
                               masks);
             }
-            const Band band{rows + first, min(plan.band, mask_end - first), columns, out_columns, plan.width, 0};
+            const Band band{rows + first, min(plan.band, mask_end - first), columns, out_columns, plan.width};
             if constexpr (Vectors) {
                 copy_vectors(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan, copied,
                              grads);

@@ -5,9 +5,9 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_grad_masks_nhwc(const Problem& p, const Array&) {
-    if (const char* reason = not_for_grad_masks_tiles<true>(p)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, p.grad_output);
+    if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
+    return not_for_grad_masks_tiles<true>(p);
 }
 
 void grad_masks_nhwc(const Problem& p, const Array& grad_masks) { grad_masks_tiles<true>(p, grad_masks); }

@@ -78,6 +78,7 @@ struct GradMasksTilesPlan {
         for (int taps : {7, 5, 3}) {
             const int segments_of_taps = static_cast<int>(ceil_div(k, taps));
             if (own_taps != 0 && segments_of_taps * taps >= segments.number * own_taps) continue;
+            if (k * segments_of_taps > kThreadsOfTile) continue;
             own_taps = taps;
             segments = Divisor(segments_of_taps);
         }
@@ -87,9 +88,10 @@ struct GradMasksTilesPlan {
         int best_columns = 1, best_quads = 1, best_vectors = 1;
         for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
             if (vectors > 1 && vectors >= 2 * all) continue;
-            for (int most_columns = kMostColumns; most_columns > 0; most_columns /= 2) {
+            for (int most_columns = kMostColumns, tried = 0; most_columns > 0; most_columns /= 2) {
                 for (quads = 1; quads * k * segments.number <= kThreadsOfTile; quads++) {
                     measure(p, most_columns);
+                    if (quads == 1 && width.number == tried) break;
                     if (threads > kThreadsOfTile || shared_bytes > kMostSharedBytes) break;
                     const double cost = cycles(vectors_in_memory);
                     if (cost >= least) continue;
@@ -98,6 +100,7 @@ struct GradMasksTilesPlan {
                     best_quads = quads;
                     best_vectors = vectors;
                 }
+                tried = width.number;
                 if (most_columns <= 8 && least < INFINITY) break;
             }
             if (vectors <= 2 && least < INFINITY) break;
@@ -139,7 +142,7 @@ private:
         pitch = width.number + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
         room = rows_of_tile * pitch | 1;              // and so do taps
         threads = static_cast<int>(ceil_div(width.number * k * segments.number * quads, 32)) * 32;
-        const int64_t staged = 2 * vectors * plane * int64_t{sizeof(float4)},
+        const int64_t staged = int64_t{2} * vectors * plane * int64_t{sizeof(float4)},
                       finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) * room;
         places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
                                 outputs * int64_t{sizeof(OutputPlace)});
@@ -269,7 +272,8 @@ __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, in
             const int there = address[load] >> 32 != kNowhere >> 32 ? channels : 0;
             const bool of_features = Vectors || at < pixels.features;
             [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
-            const T* const from = reinterpret_cast<const T*>(address[load]) + (of_features ? feature_at : output_at);
+            const T* const from = reinterpret_cast<const T*>(address[load] & INT64_MAX) +
+                                  (of_features ? feature_at : output_at);  // nowhere is not read
             if constexpr (std::is_same_v<T, float>) {
                 float* const staged = reinterpret_cast<float*>(to + at);
                 if constexpr (Vectors) {
@@ -610,7 +614,8 @@ const char* not_for_grad_masks_tiles(const Problem& p) {
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
     const GradMasksTilesPlan plan(p, Vectors);
     if (plan.items > INT32_MAX) return "tiles are too many";
-    return plan.shared_bytes > kMostSharedBytes ? "kernel_size is too large" : nullptr;
+    const bool fits = plan.threads <= kThreadsOfTile && plan.shared_bytes <= kMostSharedBytes;
+    return fits ? nullptr : "kernel_size is too large";
 }
 
 template <bool Vectors>
