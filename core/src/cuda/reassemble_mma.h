@@ -540,6 +540,7 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) zeros |= __shfl_xor_sync(0xffffffffu, zeros, distance);
         if (zeros != 0) {  // a lane looks at what others of its warp have stored
+            __syncwarp();
             for (int patch = warp; patch < patches; patch += kWarps) {
 #pragma unroll 1
                 for (int number = lane; number < kPatch * tile.channels; number += 32) {

@@ -5,9 +5,9 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_reassemble_nhwc_mma(const Problem& p, const Array& output) {
-    if (const char* reason = not_for_patches(p, output, true)) return reason;
     if (const char* reason = not_for_vectors(p, p.features, kWide)) return reason;
     if (const char* reason = not_for_vectors(p, output, kWide)) return reason;
+    if (const char* reason = not_for_patches(p, output, true)) return reason;
     return not_compiled_for_bfloat16(p, reassemble_mma_kernel<true, BFloat16>);
 }
 

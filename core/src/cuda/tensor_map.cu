@@ -28,7 +28,8 @@ bool describe_boxes(const Array& array, const AxisOfBox (&axes)[4], CUtensorMap*
     if (reinterpret_cast<uintptr_t>(array.data) % kAlignment != 0) return false;
     if (axes[0].stride != 1 || axes[0].box * bytes % kAlignment != 0) return false;
     for (int axis = 0; axis < 4; axis++) {
-        const auto& [size, stride, of_box] = axes[axis];
+        const auto& [size, own_stride, of_box] = axes[axis];
+        const int64_t stride = axis > 0 && size == 1 ? kAlignment : own_stride;  // which nobody asks for
         if (size < 1 || size > INT32_MAX || stride < 1 || stride >= (int64_t{1} << 40) / bytes) return false;
         if (axis > 0 && stride * bytes % kAlignment != 0) return false;
         sizes[axis] = static_cast<cuuint64_t>(size);
