@@ -272,7 +272,7 @@ def fast(names):
 
 def problems_for_fast_kernels(library):
     """Return problems for the fast kernels: (function, NumPy arrays, CUDA arrays, parameters)."""
-    cases = [CASES[name] for name in ("c32", "up2_c32", "c16_down")]  # of up x2 and of down x2
+    cases = [CASES["c32"], CUDA_CASES["up2_c32"], CASES["c16_down"]]  # of up x2 and of down x2
     wanted = itertools.product(RESULTS, cases, (DTYPES[0], DTYPES[2]), ("NCHW", "NHWC"))
     for function, case, dtypes, layout in wanted:
         inputs, params = problem(function, case, dtypes)
