@@ -242,7 +242,7 @@ template <int Number>
 using Constant = std::integral_constant<int, Number>;
 
 // What a block copies: pixels of features, then of outputs. The addresses of their first channels are in shared memory,
-// or kNowhere.
+// or 0.
 struct Pixels {
     const int64_t* addresses;
     int features, count;
@@ -263,17 +263,16 @@ __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, in
 #pragma unroll
         for (int load = 0; load < kCount; load++) {
             const int at = pixel + load * step;
-            address[load] = at < pixels.count ? pixels.addresses[at] : kNowhere;
+            address[load] = at < pixels.count ? pixels.addresses[at] : 0;
         }
 #pragma unroll
         for (int load = 0; load < kCount; load++) {
             const int at = pixel + load * step;
             if (at >= pixels.count) break;
-            const int there = address[load] >> 32 != kNowhere >> 32 ? channels : 0;
+            const int there = address[load] != 0 ? channels : 0;
             const bool of_features = Vectors || at < pixels.features;
             [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
-            const T* const from = reinterpret_cast<const T*>(address[load] & INT64_MAX) +
-                                  (of_features ? feature_at : output_at);  // nowhere is not read
+            const T* const from = reinterpret_cast<const T*>(address[load]) + (of_features ? feature_at : output_at);
             if constexpr (std::is_same_v<T, float>) {
                 float* const staged = reinterpret_cast<float*>(to + at);
                 if constexpr (Vectors) {
@@ -476,7 +475,7 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
         };
         const auto address = [&](const Array& array, int row, int column_at, bool exists) {
             const int64_t place = row * array.stride_h + column_at * array.stride_w;
-            return exists ? first_address(array) + place * plan.itemsize : kNowhere;
+            return exists ? first_address(array) + place * plan.itemsize : 0;
         };
 #pragma unroll 1
         for (int pixel = thread; pixel < halo; pixel += threads) {
