@@ -34,7 +34,7 @@ const Kernel* list_of(carafepp_device device, carafepp_function function, int k)
     return result == kResults ? nullptr : registry_of(device).of[result];
 }
 
-// Those of both gradients, or NULL.
+// The kernels of both gradients, or NULL.
 const KernelOfBoth* list_of_both(carafepp_device device, carafepp_function function) {
     return kResultsOf[function][1] == kResults ? nullptr : registry_of(device).of_both;
 }

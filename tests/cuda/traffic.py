@@ -179,7 +179,7 @@ class Code:
             for k in same:
                 runs[k] += times / len(same)
         idle = {k for k, one in enumerate(self.code) if one.access} - {*runs}
-        # Those of lines that ran elsewhere are in a branch not taken, such as for another dtype.
+        # Accesses whose lines ran elsewhere are in a branch not taken, such as for another dtype.
         seen = {(lines[:1], kind) for lines, kind in accesses}
         branch = {k for k in idle if (self.code[k].lines[:1], self.code[k].access) in seen}
         total = 0.0

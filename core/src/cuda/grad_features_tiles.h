@@ -354,7 +354,7 @@ __device__ __forceinline__ void copy_pixels(const Array& grad_output, int64_t fi
     }
 }
 
-// What a thread adds products of, in a row of outputs.
+// A thread adds the products of these, in a row of outputs.
 struct RowOfOutputs {
     const float* masks;  // of output 0, the tap that leads from column x of sources to source x - (K - 1) of the unit
     const float4* grads;

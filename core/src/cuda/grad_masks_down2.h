@@ -167,7 +167,7 @@ inline const char* not_for_columns_down2(const Problem& p) {
     return not_for_columns(p.features);
 }
 
-// What a thread copies of each slice of an array: `Rows` rows of some columns, `count` at once, in some channels.
+// A thread copies this of each slice of an array: `Rows` rows of some columns, `count` at once, in some channels.
 // place( channel, row, column) is where an element goes in shared memory. It is 0 where there is none.
 template <int Rows, int Width, int Channels, int Threads, class T, class Place>
 class CopiesOfColumns {

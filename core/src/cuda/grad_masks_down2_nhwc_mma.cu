@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_down2_nhwc_mma_kernel(Ar
         const TileOfItem tile(p, plan, item);
         const int thread = thread_computed_late(), row = thread % 32 / 4, channel = thread % 4 * kWide;
         const int first = thread / 32 * kColumnsOfWarp;
-        // What is beyond a row nobody needs.
+        // Nobody needs pixels beyond a row.
         const int output = row / kColumnsOfWarp * S::kColumns + min(first + row % kColumnsOfWarp, S::kColumns - 1);
         const int pixel = min(first * kDown + row, S::kWidth - 1), other = min(first * kDown + row + 8, S::kWidth - 1);
         Band<K> sums = {};

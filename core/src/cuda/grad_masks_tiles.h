@@ -24,7 +24,7 @@ struct Slot {
     int row, source, cell, phase;
 };
 
-// Where the masks or logits of an output begin, or kNowhere, and its number in shared memory.
+// The masks or logits of an output begin at `from`, or kNowhere. `own` is its number in shared memory.
 struct OutputPlace {
     int64_t from;
     int own;
@@ -241,8 +241,8 @@ __device__ __forceinline__ void for_each_place(const GradMasksTilesPlan& plan, c
 template <int Number>
 using Constant = std::integral_constant<int, Number>;
 
-// What a block copies: pixels of features, then of outputs. The addresses of their first channels are in shared memory,
-// or 0.
+// A block copies these: pixels of features, then of outputs. The addresses of their first channels are in shared
+// memory, or 0.
 struct Pixels {
     const int64_t* addresses;
     int features, count;

@@ -37,7 +37,7 @@ struct ReassembleUp2NchwPlan {
     explicit ReassembleUp2NchwPlan(const Problem& p) : tiles(tiles_of_up2(p, kRows)) {}
 };
 
-// Whether columns are copied in pairs and outputs stored in fours, and whether features are copied as boxes.
+// How columns are copied: singly; in pairs, with outputs stored in fours; or as boxes, with outputs in fours.
 enum Columns { kSingle, kVectors, kBoxes };
 
 // Two columns in shared memory.

@@ -27,7 +27,7 @@ struct CopiedColumn {
     const T* from;   // the vector of the next slice, in the first row
     int begin, end;  // rows that exist
 
-    // Of pixels from (top, left) on. The outermost `unused` ones of `columns` are not needed.
+    // Pixels begin at (top, left). The outermost `unused` ones of `columns` are not needed.
     __device__ __forceinline__ CopiedColumn(const Array& array, const TileOfItem& tile, int top, int left, int columns,
                                             int unused, int thread)
         : begin(-top) {

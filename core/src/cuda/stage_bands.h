@@ -56,7 +56,7 @@ private:
         return power_of_2((logit - largest) * kLog2OfE + kLog2OfScale);
     }
 
-    // Where the mask of an output's first tap goes.
+    // The place of the mask of an output's first tap.
     __device__ __forceinline__ T* first_of(const Line& row, const Line& column) const {
         const int to = row.to + column.to;
         return bands + (to >> 16) * apart + (to & 0xffff);
@@ -71,7 +71,7 @@ private:
         for_each_tap_outside(p, row, column, lane, lanes, [&](int a, int b) { first[a * window_columns + b] = T{}; });
     }
 
-    // Where taps are adjacent: eight threads have those of an output, in registers. K * K is 8 m + 1: a thread has m of
+    // For adjacent taps: eight threads have those of an output, in registers. K * K is 8 m + 1: a thread has m of
     // them, and the first one also the last tap.
     template <class M>
     __device__ __forceinline__ void stage_adjacent(const M* from, bool softmax) const {
