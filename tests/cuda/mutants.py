@@ -833,7 +833,7 @@ MUTANTS = [
     ),
     Mutant(
         "the lower of two rows of pixels is the upper one",
-        "grad_masks_up2_nchw_mma.cu",
+        "mma.h",
         "const int a = y + of - s;",
         "const int a = y - s;",
     ),

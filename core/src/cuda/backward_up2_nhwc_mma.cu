@@ -98,15 +98,7 @@ struct ProductsOfWindows {
             for (int y = 0; y < kTileRows + K - 1; y += 2) {
                 uint32_t words[4];
                 load_matrices<false>(slice + (pixels ^ first) + y * Features<K>::kRow, words);
-#pragma unroll
-                for (int of = 0; of < 2; of++) {
-#pragma unroll
-                    for (int s = 0; s < kTileRows; s++) {
-                        const int a = y + of - s;
-                        if (a >= 0 && a < K)
-                            multiply_add<T>(sums[s][a], of_outputs[s], {words[of * 2], words[of * 2 + 1]});
-                    }
-                }
+                add_two_rows<T>(of_outputs, words, y, sums);
             }
         }
     }

@@ -36,6 +36,34 @@ __device__ __forceinline__ float4 staged_channels(const T* from) {
     return make_float4(low.x, low.y, high.x, high.y);
 }
 
+// Four channels of a pixel, of which `there` exist; others are 0. `Vectors`: they are one vector in memory, and all
+// exist or none.
+template <bool Vectors, class T>
+__device__ __forceinline__ float4 load_four(const T* from, int64_t stride_c, int there) {
+    if constexpr (Vectors) {
+        return load_channels(from, there > 0);
+    } else {
+        float4 values;
+        values.x = there > 0 ? widen(load_input(from)) : 0;
+        values.y = there > 1 ? widen(load_input(from + stride_c)) : 0;
+        values.z = there > 2 ? widen(load_input(from + 2 * stride_c)) : 0;
+        values.w = there > 3 ? widen(load_input(from + 3 * stride_c)) : 0;
+        return values;
+    }
+}
+
+// The same as copies of this thread.
+template <bool Vectors>
+__device__ __forceinline__ void copy_four(float4* to, const float* from, int64_t stride_c, int there) {
+    float* const staged = reinterpret_cast<float*>(to);
+    if constexpr (Vectors) {
+        copy_async<sizeof(float4)>(staged, from, there > 0);
+    } else {
+#pragma unroll
+        for (int v = 0; v < kVector; v++) copy_async<sizeof(float)>(staged + v, from + v * stride_c, v < there);
+    }
+}
+
 __device__ __forceinline__ void add_products(float weight, float4 value, float4& sum) {
     sum.x += weight * value.x;
     sum.y += weight * value.y;

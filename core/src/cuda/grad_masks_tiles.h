@@ -274,21 +274,9 @@ __device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, in
             [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
             const T* const from = reinterpret_cast<const T*>(address[load]) + (of_features ? feature_at : output_at);
             if constexpr (std::is_same_v<T, float>) {
-                float* const staged = reinterpret_cast<float*>(to + at);
-                if constexpr (Vectors) {
-                    copy_async<sizeof(float4)>(staged, from, there > 0);
-                } else {
-#pragma unroll
-                    for (int v = 0; v < kVector; v++)
-                        copy_async<sizeof(float)>(staged + v, from + v * stride_c, v < there);
-                }
-            } else if constexpr (Vectors) {
-                values[load] = load_channels(from, there > 0);
+                copy_four<Vectors>(to + at, from, stride_c, there);
             } else {
-                values[load].x = there > 0 ? widen(load_input(from)) : 0;
-                values[load].y = there > 1 ? widen(load_input(from + stride_c)) : 0;
-                values[load].z = there > 2 ? widen(load_input(from + 2 * stride_c)) : 0;
-                values[load].w = there > 3 ? widen(load_input(from + 3 * stride_c)) : 0;
+                values[load] = load_four<Vectors>(from, stride_c, there);
             }
         }
         if constexpr (!std::is_same_v<T, float>) {

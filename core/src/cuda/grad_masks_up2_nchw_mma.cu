@@ -109,15 +109,7 @@ __global__ void __launch_bounds__(kBlock, 3) grad_masks_up2_nchw_mma_kernel(Argu
                 for (int y = 0; y < kTileRows + K - 1; y += 2) {
                     uint32_t pixels[4];
                     load_matrices(slice + y * kRow, pixels);
-#pragma unroll
-                    for (int of = 0; of < 2; of++) {
-#pragma unroll
-                        for (int s = 0; s < kTileRows; s++) {
-                            const int a = y + of - s;
-                            if (a >= 0 && a < K)
-                                multiply_add<T>(sums[s][a], outputs[s], {pixels[of * 2], pixels[of * 2 + 1]});
-                        }
-                    }
+                    add_two_rows<T>(outputs, pixels, y, sums);
                 }
             }
         }

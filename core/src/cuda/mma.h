@@ -126,4 +126,18 @@ const char* not_compiled_for_bfloat16(const Problem& p, void (*kernel)(Parameter
     return "the device has no tensor cores for bfloat16, or this build no code for them";
 }
 
+// Adds the products of a warp's outputs and of rows y and y + 1 of the pixels of their windows: tap y - s of row s.
+template <class T, int Rows, int K>
+__device__ __forceinline__ void add_two_rows(const uint32_t (&outputs)[Rows][4], const uint32_t (&pixels)[4], int y,
+                                             float (&sums)[Rows][K][4]) {
+#pragma unroll
+    for (int of = 0; of < 2; of++) {
+#pragma unroll
+        for (int s = 0; s < Rows; s++) {
+            const int a = y + of - s;
+            if (a >= 0 && a < K) multiply_add<T>(sums[s][a], outputs[s], {pixels[of * 2], pixels[of * 2 + 1]});
+        }
+    }
+}
+
 }  // namespace carafepp::cuda

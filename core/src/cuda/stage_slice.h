@@ -24,21 +24,9 @@ __device__ __forceinline__ void stage_slice(const T* from, int64_t stride_c, con
             const int there = place != kNowhere ? channels : 0;
             const T* const of_pixel = from + (place != kNowhere ? place : 0);
             if constexpr (std::is_same_v<T, float>) {
-                float* const staged = reinterpret_cast<float*>(to + load * to_step);
-                if constexpr (Vectors) {
-                    copy_async<sizeof(float4)>(staged, of_pixel, there > 0);
-                } else {
-#pragma unroll
-                    for (int v = 0; v < kVector; v++)
-                        copy_async<sizeof(float)>(staged + v, of_pixel + v * stride_c, v < there);
-                }
-            } else if constexpr (Vectors) {
-                values[load] = load_channels(of_pixel, there > 0);
+                copy_four<Vectors>(to + load * to_step, of_pixel, stride_c, there);
             } else {
-                values[load].x = there > 0 ? widen(load_input(of_pixel)) : 0;
-                values[load].y = there > 1 ? widen(load_input(of_pixel + stride_c)) : 0;
-                values[load].z = there > 2 ? widen(load_input(of_pixel + 2 * stride_c)) : 0;
-                values[load].w = there > 3 ? widen(load_input(of_pixel + 3 * stride_c)) : 0;
+                values[load] = load_four<Vectors>(of_pixel, stride_c, there);
             }
         }
         if constexpr (!std::is_same_v<T, float>) {
