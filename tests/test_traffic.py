@@ -47,9 +47,10 @@ def test_instructions_know_their_lines(traffic):
 
 def test_a_loop_runs_as_often_as_its_accesses_say(code):
     accesses = Counter({(("masks.h:7",), "LDG"): 20, (("kernel.cu:9",), "STG"): 1})
-    assert code.executed(accesses) == 4 * 20 / 2 + 2
+    assert code.executed(accesses, set()) == 4 * 20 / 2 + 2
     elsewhere = Counter({(("masks.h:7", "other.cu:3"), "LDG"): 20})
-    assert code.executed(elsewhere) == 4 * 20 / 2  # if no line is the same, the innermost counts
+    # If no line is the same, the innermost counts.
+    assert code.executed(elsewhere, set()) == 4 * 20 / 2
 
 
 def test_loops_without_accesses_and_branches_not_taken(traffic):
@@ -72,7 +73,31 @@ def test_loops_without_accesses_and_branches_not_taken(traffic):
 """
     code = traffic.Code(64, *traffic.parsed(sass))
     accesses = Counter({(("masks.h:7", "kernel.cu:3"), "LDG"): 6, (("kernel.cu:9",), "STG"): 2})
-    assert code.executed(accesses) == (2 + 2 + 2) * (6 + 2) / 2
+    assert code.executed(accesses, set()) == (2 + 2 + 2) * (6 + 2) / 2
+
+
+def test_a_branch_does_not_run_if_most_of_its_lines_are_idle(traffic):
+    sass = """
+	//## File "/x/core/src/cuda/kernel.cu", line 3
+        /*0000*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA `(.L_x_2) ;
+	//## File "/x/core/src/cuda/masks.h", line 7 inlined at "/x/core/src/cuda/kernel.cu", line 5
+	//## File "/x/core/src/cuda/kernel.cu", line 5
+        /*0020*/                   FMUL R9, R9, R9 ;
+        /*0030*/                   FMUL R9, R9, R9 ;
+	//## File "/x/core/src/cuda/kernel.cu", line 9
+        /*0040*/                   FMUL R9, R9, R8 ;
+.L_x_2:
+        /*0050*/                   ST.E desc[UR4][R2.64], R8 ;
+        /*0060*/                   EXIT ;
+"""
+    code = traffic.Code(64, *traffic.parsed(sass))
+    accesses = Counter({(("kernel.cu:3",), "LDG"): 6, (("kernel.cu:9",), "STG"): 6})
+    assert code.executed(accesses, set()) == 7 * 6
+    assert code.executed(accesses, {"masks.h:7"}) == 4 * 6  # two of three
+    assert code.executed(accesses, {"kernel.cu:5"}) == 4 * 6  # the line that inlines it
+    assert code.executed(accesses, {"kernel.cu:3"}) == 7 * 6 - 2 * 6
+    assert code.executed(accesses, {"kernel.cu:7"}) == 7 * 6
 
 
 def test_loads_are_in_flight_until_an_instruction_waits(code):
@@ -90,6 +115,7 @@ def counted(**shared):
     return {
         **{"kernel": "reassemble_up2_nhwc_cuda", "blocks": 4, "blocks_run": 1, "threads": 256},
         **{"shared_bytes": 1024, "mmas": 0, "bytes_copied": 0, "groups_copied": 0, "places": []},
+        "idle_lines": set(),
         "arrays": {"features": features, "outputs": outputs},
         "shared": {"loads": 0, "stores": 0, "wavefronts": 0, "fewest_wavefronts": 0} | shared,
     }

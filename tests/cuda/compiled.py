@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MOST_REGISTERS = 128
@@ -369,9 +370,9 @@ def over_budget(sources: set[str], kernels: list[Kernel]) -> int:
     return wrong
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
+def run(*command: str, **how: Any) -> subprocess.CompletedProcess:
     """Run a tool. If it fails, end the program with its message."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, **{"cwd": ROOT, **how}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     return done

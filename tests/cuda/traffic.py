@@ -3,7 +3,8 @@
 The program `traffic` of an emulated build runs some blocks of a kernel and counts their accesses,
 warp by warp. nvcc and nvdisasm, if they are found, add registers and instructions of sm_90. Those
 of a loop run as often as the emulated code of their lines makes its accesses. A loop without
-accesses runs once each time. A branch for a dtype that is not there does not run.
+accesses runs once each time. gcov tells which lines no thread ran: most lines of a branch among
+them, and the branch does not run.
 
     cmake --build BUILD --target traffic
     python tests/cuda/traffic.py --program BUILD/tests/cuda/traffic [--problems ...]
@@ -35,6 +36,7 @@ measurements reach of the data sheets' figures.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -164,21 +166,33 @@ class Code:
         loops = ([code[k] for k in loop] for loop in compiled.innermost(ranges))
         self.in_flight = max(map(in_flight, loops), default=0)
 
-    def _same(self, lines: Lines, kind: str) -> list[int]:
+    def _branches_not_taken(self, idle_lines: set[str]) -> set[int]:
+        """Return the instructions of stretches most of whose instructions have an idle line."""
+        stretches = [stretch for of_loop in self._stretches.values() for stretch in of_loop]
+        not_taken: set[int] = set()
+        for stretch in stretches:
+            idle = sum(not idle_lines.isdisjoint(self.code[k].lines) for k in stretch)
+            if 2 * idle > sum(bool(self.code[k].lines) for k in stretch):
+                not_taken |= {*stretch}
+        return not_taken
+
+    def _same(self, lines: Lines, kind: str, not_taken: set[int]) -> list[int]:
         """Return the instructions that make an emulated access."""
         of_kind = [k for k, one in enumerate(self.code) if one.access == kind]
+        of_kind = [k for k in of_kind if k not in not_taken]
         same = [k for k in of_kind if self.code[k].lines[: len(lines)] == lines]
         same = same or [k for k in of_kind if self.code[k].lines[:1] == lines[:1]]
         return [k for k in same if k in self._in_loops] or same
 
-    def executed(self, accesses: Accesses) -> float:
+    def executed(self, accesses: Accesses, idle_lines: set[str]) -> float:
         """Return how many instructions warps run that make so many accesses."""
+        not_taken = self._branches_not_taken(idle_lines)
         runs: Counter[int] = Counter()  # of each instruction that accesses memory
         for (lines, kind), times in accesses.items():
-            same = self._same(lines, kind)
+            same = self._same(lines, kind, not_taken)
             for k in same:
                 runs[k] += times / len(same)
-        idle = {k for k, one in enumerate(self.code) if one.access} - {*runs}
+        idle = {k for k, one in enumerate(self.code) if one.access} - {*runs} - not_taken
         # Accesses whose lines ran elsewhere are in a branch not taken, such as for another dtype.
         seen = {(lines[:1], kind) for lines, kind in accesses}
         branch = {k for k in idle if (self.code[k].lines[:1], self.code[k].access) in seen}
@@ -193,6 +207,8 @@ class Code:
             else:
                 of_loop[loop] = around[-1] if around and idle.isdisjoint(inside) else 0.0
             for stretch in stretches:
+                if stretch[0] in not_taken:
+                    continue
                 if branch.isdisjoint(stretch) or not runs.keys().isdisjoint(stretch):
                     total += len(stretch) * of_loop[loop]
         return total
@@ -258,6 +274,7 @@ class Row:
         accesses: Accesses,
     ) -> None:
         self.code, self.accesses = code, accesses
+        self.idle_lines: set[str] = counted["idle_lines"]
         self.products = prod(problem.output_shape) * problem.kernel_size**2
         self.kernel: str = counted["kernel"]
         self.blocks: int = counted["blocks"]
@@ -301,7 +318,7 @@ class Row:
 
     def instructions(self) -> float:
         """Return the warp instructions, 0 without machine code."""
-        return self.code.executed(self.accesses) * self._scale if self.code else 0.0
+        return self.code.executed(self.accesses, self.idle_lines) * self._scale if self.code else 0
 
     def lanes(self) -> float:
         """Return the share of the lanes that take part in the stores."""
@@ -341,13 +358,38 @@ class Row:
         return self.times(device)["DRAM"] / self.estimate(device)[0]
 
 
+def source_of(kernel: str) -> str:
+    """Return the name of the source that has an implementation."""
+    name = kernel.removesuffix("_cuda").removesuffix("_any")
+    return name.replace("_with_logits", "").replace("grad_logits", "grad_masks")
+
+
+def idle_lines(folder: Path, source: str) -> set[str]:
+    """Return the lines of core/src that no thread ran, from what a program wrote for gcov."""
+    data = next(folder.rglob(f"{source}.cu.gcda"))
+    notes = Path("/") / data.relative_to(folder).with_suffix(".gcno")
+    data.with_suffix(".gcno").symlink_to(notes)
+    said = compiled.run("gcov", "--json-format", "--stdout", str(data), cwd=folder).stdout
+    times: Counter[str] = Counter()
+    for of_file in (file for row in said.splitlines() for file in json.loads(row)["files"]):
+        if "/core/src/" in of_file["file"]:
+            name = Path(of_file["file"]).name
+            for line in of_file["lines"]:
+                times[f"{name}:{line['line_number']}"] += line["count"]
+    return {line for line, count in times.items() if count == 0}
+
+
 def run(program: Path, problem: Case, how: tuple[str, str, str, str], blocks: int) -> dict:
     """Return what the program counts in some blocks; `how` is pass, weights, dtype, layout."""
     sizes = [
         *(problem.n, problem.c, problem.h, problem.w, problem.up, problem.down),
         *(problem.kernel_size, problem.groups, blocks),
     ]
-    counted: dict = json.loads(compiled.run(str(program), *how, *map(str, sizes)).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"GCOV_PREFIX": folder}
+        said = compiled.run(str(program), *how, *map(str, sizes), env=environment).stdout
+        counted: dict = json.loads(said)
+        counted["idle_lines"] = idle_lines(Path(folder), source_of(counted["kernel"]))
     return counted
 
 
@@ -363,8 +405,7 @@ def share_of(problem: Case) -> tuple[int, int]:
 
 def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> Code:
     """Return the machine code of an implementation, whose source has its name."""
-    name = kernel.removesuffix("_cuda").removesuffix("_any")
-    name = name.replace("_with_logits", "").replace("grad_logits", "grad_masks")
+    name = source_of(kernel)
     type_ = DTYPES[dtype]
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
