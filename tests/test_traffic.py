@@ -48,9 +48,10 @@ def test_instructions_know_their_lines(traffic):
 def test_a_loop_runs_as_often_as_its_accesses_say(code):
     accesses = Counter({(("masks.h:7",), "LDG"): 20, (("kernel.cu:9",), "STG"): 1})
     assert code.executed(accesses, set()) == 4 * 20 / 2 + 2
-    elsewhere = Counter({(("masks.h:7", "other.cu:3"), "LDG"): 20})
-    # If no line is the same, the innermost counts.
-    assert code.executed(elsewhere, set()) == 4 * 20 / 2
+    # If no line is the same, the innermost counts, then one beside it, then those that inline it.
+    for lines in (("masks.h:7", "other.cu:3"), ("masks.h:9",), ("dtypes.h:5", "masks.h:7")):
+        assert code.executed(Counter({(lines, "LDG"): 20}), set()) == 4 * 20 / 2
+    assert code.executed(Counter({(("masks.h:10",), "LDG"): 20}), set()) == 0
 
 
 def test_loops_without_accesses_and_branches_not_taken(traffic):

@@ -122,6 +122,12 @@ class Instruction:
         return GENERIC.get(kind[1], kind[1]) if kind else None
 
 
+def beside(line: str) -> set[str]:
+    """Return the lines at most two further."""
+    name, number = line.split(":")
+    return {f"{name}:{int(number) + k}" for k in range(-2, 3)}
+
+
 def in_flight(loop: list[Instruction]) -> int:
     """Return the bytes a lane that the loop loads before an instruction waits for one of them."""
     pending: dict[int, int] = {}  # by register
@@ -181,7 +187,10 @@ class Code:
         of_kind = [k for k, one in enumerate(self.code) if one.access == kind]
         of_kind = [k for k in of_kind if k not in not_taken]
         same = [k for k in of_kind if self.code[k].lines[: len(lines)] == lines]
-        same = same or [k for k in of_kind if self.code[k].lines[:1] == lines[:1]]
+        # Compilers differ on the line of a long statement, and on the innermost function.
+        places = [{lines[0]}, beside(lines[0]), *({line} for line in lines[1:])]
+        for place in places:
+            same = same or [k for k in of_kind if not place.isdisjoint(self.code[k].lines)]
         return [k for k in same if k in self._in_loops] or same
 
     def executed(self, accesses: Accesses, idle_lines: set[str]) -> float:
