@@ -50,9 +50,9 @@ MUTANTS = [
     ),
     Mutant(
         "logits of a tile are read before they arrive",
-        "grad_masks_tiles.h",
-        "wait_for_copies();\n            __syncthreads();\n            through_",
-        "__syncthreads();\n            through_",
+        "grad_masks_finish.h",
+        "wait_for_copies();\n        __syncthreads();\n        through_",
+        "__syncthreads();\n        through_",
     ),
     Mutant(
         "gradients of taps beyond a border are kept for any factor",
@@ -62,7 +62,7 @@ MUTANTS = [
     ),
     Mutant(
         "the halo of an output is a row short",
-        "grad_masks_tiles.h",
+        "grad_masks_plan.h",
         "halo_rows = row_sources + std::max(segments.number * own_taps, k) - 1;",
         "halo_rows = row_sources + std::max(segments.number * own_taps, k) - 2;",
     ),
@@ -80,20 +80,20 @@ MUTANTS = [
     ),
     Mutant(
         "a thread sums before all threads of an output have told",
-        "grad_masks_tiles.h",
+        "grad_masks_finish.h",
         "    __syncthreads();\n    each_part([&](int o, float2 told) {\n        sum",
         "    each_part([&](int o, float2 told) {\n        sum",
     ),
     Mutant(
         "sums take the place of maxima that are still read",
-        "grad_masks_tiles.h",
+        "grad_masks_finish.h",
         "    __syncthreads();\n    if (taps.count > 0) {",
         "    if (taps.count > 0) {",
     ),
     Mutant(
         "a crop's outputs have gradients of logits",
-        "grad_masks_tiles.h",
-        "slots[own_slot + o].row >= height_out)\n",
+        "grad_masks_finish.h",
+        "at.slots[own.row + o].row >= height_out)\n",
         "false)\n",
     ),
     Mutant(
