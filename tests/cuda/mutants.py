@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "windows of patches always begin with a new source",
-        "reassemble_mma.h",
+        "positions.h",
         "aligned ? numerator",
         "true ? numerator",
     ),

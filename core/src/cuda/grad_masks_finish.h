@@ -8,9 +8,8 @@
 
 namespace carafepp::cuda {
 
-constexpr int kQuad = 4;                 // outputs of a thread, in rows below each other
-constexpr int kMostTaps = 7;             // of a thread
-constexpr int64_t kNowhere = INT64_MIN;  // the place of what does not exist
+constexpr int kQuad = 4;      // outputs of a thread, in rows below each other
+constexpr int kMostTaps = 7;  // of a thread
 
 // A row of outputs, or -1, and the source that it is centred on. It is row `phase` of the outputs of a row of cells.
 struct Slot {
@@ -177,13 +176,63 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
         taps.replace([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });
 }
 
-// Where the block's tile is, and the sums that a thread has of it: `count` taps from `tap` on, `further` apart, of
-// output (row, column) and of those below. It is one of the `parts` threads of its outputs.
+// Where the block's tile is.
 struct TileInImage {
     int64_t n, group;
     const Slot* slots;  // of the rows
     int left;
 };
+
+// Loads the logits of a tile into shared memory, [tap][output]. They are there after wait_for_copies() and a barrier.
+// All threads of a block call it, and share `places`, for all outputs.
+__device__ __forceinline__ void load_logits(const Problem& p, const OutputsOfTile& tile, const TileInImage& at,
+                                            OutputPlace* places, float* logits) {
+    find_places(tile, p.logits, at.slots, at.left, places);
+    __syncthreads();
+    const int taps = static_cast<int>(p.taps());
+    const int64_t tap = taps_apart(p, p.logits), first_tap = at.n * p.logits.stride_n + at.group * taps * tap;
+    for_each_place(tile, places, tap, [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+        with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
+            using M = decltype(storage);
+            const M* from = static_cast<const M*>(p.logits.data) + first_tap + place;
+            float* to = logits + first;
+#pragma unroll 4
+            for (int own_tap = t; own_tap < taps;
+                 own_tap += further, from += further * tap, to += further * tile.room) {
+                if constexpr (std::is_same_v<M, float>) {
+                    copy_async<sizeof(float)>(to, from, true);
+                } else {
+                    *to = widen(load_input(from));
+                }
+            }
+        });
+    });
+}
+
+// Writes the gradients of a tile from shared memory, [tap][output], where they are after its barrier. All threads of a
+// block call it, and share `places`, for all outputs.
+__device__ __forceinline__ void write_gradients(const Arguments& arguments, const OutputsOfTile& tile,
+                                                const TileInImage& at, OutputPlace* places, const float* gradients) {
+    const Problem& p = arguments.problem;
+    const Array& result = arguments.result;  // of the shape of masks or logits
+    find_places(tile, result, at.slots, at.left, places);
+    __syncthreads();
+    const int taps = static_cast<int>(p.taps());
+    const int64_t tap = taps_apart(p, result), first_tap = at.n * result.stride_n + at.group * taps * tap;
+    for_each_place(tile, places, tap, [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
+        with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
+            using M = decltype(storage);
+            M* to = static_cast<M*>(result.data) + first_tap + place;
+            const float* from = gradients + first;
+#pragma unroll 4
+            for (int own_tap = t; own_tap < taps; own_tap += further, to += further * tap, from += further * tile.room)
+                *to = narrow<M>(*from);
+        });
+    });
+}
+
+// The sums that a thread has of a tile: `count` taps from `tap` on, `further` apart, of output (row, column) and of
+// those below. It is one of the `parts` threads of its outputs.
 struct ThreadOfTile {
     int row, column, tap, further, count, part;
 };
@@ -196,31 +245,11 @@ __device__ __forceinline__ void finish_grad_masks(const Arguments& arguments, co
                                                   bool normalized, float (&sums)[kQuad][kMostTaps], float* finished,
                                                   float2* partial, OutputPlace* places) {
     const Problem& p = arguments.problem;
-    const Array& result = arguments.result;  // of the shape of masks or logits
-    const int taps = static_cast<int>(p.taps()), height_out = static_cast<int>(p.out_h),
-              width_out = static_cast<int>(p.out_w), output = own.row * tile.pitch + own.column;
+    const int height_out = static_cast<int>(p.out_h), width_out = static_cast<int>(p.out_w),
+              output = own.row * tile.pitch + own.column;
     const OwnTaps own_taps{finished + own.tap * tile.room + output, own.count, own.further * tile.room, tile.pitch};
     if (normalized) {
-        find_places(tile, p.logits, at.slots, at.left, places);
-        __syncthreads();
-        const int64_t tap = taps_apart(p, p.logits), first_tap = at.n * p.logits.stride_n + at.group * taps * tap;
-        for_each_place(tile, places, tap,
-                       [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
-            with_storage(p.logits.dtype, [&](auto storage) __attribute__((always_inline)) {
-                using M = decltype(storage);
-                const M* from = static_cast<const M*>(p.logits.data) + first_tap + place;
-                float* to = finished + first;
-#pragma unroll 4
-                for (int own_tap = t; own_tap < taps;
-                     own_tap += further, from += further * tap, to += further * tile.room) {
-                    if constexpr (std::is_same_v<M, float>) {
-                        copy_async<sizeof(float)>(to, from, true);
-                    } else {
-                        *to = widen(load_input(from));
-                    }
-                }
-            });
-        });
+        load_logits(p, tile, at, places, finished);
         wait_for_copies();
         __syncthreads();
         through_normalizer(p.normalizer, own_taps, sums, own.part, parts, tile.room, partial + output);
@@ -236,19 +265,7 @@ __device__ __forceinline__ void finish_grad_masks(const Arguments& arguments, co
                 own_taps.first[tap * own_taps.step + o * tile.pitch] = 0;
         }
     }
-    find_places(tile, result, at.slots, at.left, places);
-    __syncthreads();
-    const int64_t tap = taps_apart(p, result), first_tap = at.n * result.stride_n + at.group * taps * tap;
-    for_each_place(tile, places, tap, [&](int64_t place, int first, int t, int further) __attribute__((always_inline)) {
-        with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
-            using M = decltype(storage);
-            M* to = static_cast<M*>(result.data) + first_tap + place;
-            const float* from = finished + first;
-#pragma unroll 4
-            for (int own_tap = t; own_tap < taps; own_tap += further, to += further * tap, from += further * tile.room)
-                *to = narrow<M>(*from);
-        });
-    });
+    write_gradients(arguments, tile, at, places, finished);
 }
 
 }  // namespace carafepp::cuda

@@ -14,6 +14,9 @@ namespace carafepp::cuda {
 
 constexpr int kWide = 8;  // channels in 16 bytes
 
+// A number that all lanes have, such that compilers see it: they split no branch on it.
+__device__ __forceinline__ int same_in_warp(int number) { return __shfl_sync(0xffffffffu, number, 0); }
+
 // ---- adjacent columns: two stored at once ----
 
 template <class T>

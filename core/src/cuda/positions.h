@@ -7,6 +7,16 @@
 namespace carafepp::cuda {
 
 constexpr int kMostSize = INT32_MAX / 4;  // of the numbers that places of an axis are computed from
+constexpr int64_t kNowhere = INT64_MIN;   // the place of what does not exist
+
+// The most sources from an output to the one `further` behind it. Both are in a block of so many outputs; blocks
+// follow each other from output 0 on.
+inline int most_sources(Factor factor, int64_t further, int64_t block) {
+    const bool aligned = block * factor.down % factor.up == 0 || (factor.down == 1 && factor.up % block == 0);
+    const int64_t numerator = further * factor.down;
+    return static_cast<int>(
+        std::min<int64_t>(aligned ? numerator / factor.up : ceil_div(numerator, factor.up), INT16_MAX));
+}
 
 // The positions of an axis. With `Several` outputs of a source, up > down, each is a source; else an output.
 struct Positions {

@@ -8,6 +8,7 @@
 
 #include "cuda/positions.h"
 #include "cuda/stage_bands.h"
+#include "cuda/stage_pixels.h"
 
 namespace carafepp::cuda {
 
@@ -60,15 +61,6 @@ struct PatchesPlan {
     }
 
 private:
-    // The most sources from an output to the one `further` behind it. Both are in a block of so many outputs; blocks
-    // follow each other from output 0 on.
-    static int most_sources(Factor factor, int64_t further, int64_t block) {
-        const bool aligned = block * factor.down % factor.up == 0 || (factor.down == 1 && factor.up % block == 0);
-        const int64_t numerator = further * factor.down;
-        return static_cast<int>(
-            std::min<int64_t>(aligned ? numerator / factor.up : ceil_div(numerator, factor.up), INT16_MAX));
-    }
-
     // The shape with the fewest steps. Where columns are adjacent, a patch of fewer rows is stored by fewer accesses.
     void choose_patch(const Problem& p, bool vectors) {
         constexpr int kCostOfStore = 3;  // steps
@@ -214,67 +206,6 @@ __device__ __forceinline__ void find_lines(const Problem& p, const PatchesPlan& 
                              line / plan.patch.columns * kPatch + within / 4 * 2 + within % 4 / 2 * 8 + within % 2, 1);
     }
 }
-
-// Stages eight channels of pixels from `first` on, of which `channels` exist; 0 for pixels that do not. Channels are
-// adjacent. They arrive as copies of this thread do.
-template <class T>
-__device__ __forceinline__ void copy_pixels(const T* from, const int64_t* pixels, int count, int first, int step,
-                                            int channels, T* to, int apart) {
-#pragma unroll 4
-    for (int pixel = first; pixel < count; pixel += step) {
-        const int64_t place = pixels[pixel];
-        const bool exists = place != kNowhere && channels > 0;
-        copy_async<kWide * sizeof(T)>(to + pixel * apart, from + (exists ? place : 0), exists);
-    }
-}
-
-// The same where channels are `stride` apart: `Columns` neighbouring pixels at once, by way of registers. Instead of
-// channels that do not exist it stages the last one.
-template <int Columns, class T>
-__device__ __forceinline__ void transpose_pixels(const T* from, int stride, const int64_t* pixels, int count, int first,
-                                                 int step, int channels, T* to, int apart) {
-    constexpr int kInFlight = 2;
-    using Word = std::conditional_t<Columns == 2, uint32_t, uint16_t>;
-    int numbers[kWide];
-#pragma unroll
-    for (int v = 0; v < kWide; v++) numbers[v] = min(v, channels - 1);
-#pragma unroll 1
-    for (int pixel = first * Columns; pixel < count; pixel += kInFlight * step * Columns) {
-        uint32_t words[kInFlight][kWide];
-        bool exists[kInFlight];
-#pragma unroll
-        for (int load = 0; load < kInFlight; load++) {
-            const int64_t place = pixels[min(pixel + load * step * Columns, count - Columns)];
-            exists[load] = place != kNowhere;
-            const T* const of_pixel = from + (exists[load] ? place : 0);
-#pragma unroll
-            for (int v = 0; v < kWide; v++)
-                words[load][v] = __ldg(reinterpret_cast<const Word*>(at_stride(of_pixel, stride, numbers[v])));
-        }
-#pragma unroll
-        for (int load = 0; load < kInFlight; load++) {
-            const int at = pixel + load * step * Columns;
-            if (at >= count) break;
-#pragma unroll
-            for (int k = 0; k < Columns; k++) {
-                // Eight neighbouring threads store to different banks if four of them begin with the second column.
-                const int column = Columns == 2 ? (first / 4 + k) % 2 : 0;
-                uint32_t of[kWide / 2];
-#pragma unroll
-                for (int v = 0; v < kWide; v += 2) {
-                    const uint32_t one = words[load][v], other = words[load][v + 1];
-                    of[v / 2] = column == 0 ? (one & 0xffff) | other << 16 : one >> 16 | (other & 0xffff0000);
-                }
-                *reinterpret_cast<uint4*>(to + (at + column) * apart) = exists[load]
-                                                                            ? make_uint4(of[0], of[1], of[2], of[3])
-                                                                            : make_uint4(0, 0, 0, 0);
-            }
-        }
-    }
-}
-
-// A number that all lanes have, such that compilers see it: they split no branch on it.
-__device__ __forceinline__ int same_in_warp(int number) { return __shfl_sync(0xffffffffu, number, 0); }
 
 // Adds a step's products with two matrices `b`.
 template <class T>

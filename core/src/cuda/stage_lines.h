@@ -3,11 +3,11 @@
 #pragma once
 
 #include "cuda/masks.h"
+#include "cuda/positions.h"
 
 namespace carafepp::cuda {
 
-constexpr int kBlock = 128;              // threads
-constexpr int64_t kNowhere = INT64_MIN;  // the place of what does not exist
+constexpr int kBlock = 128;  // threads
 
 // A row or a column of outputs. The sums for a row and a column tell where masks are, and where they are staged.
 struct Line {
