@@ -430,8 +430,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     if name in ("grad_features_nhwc", "grad_features_nchw"):
         of_thread = 1 + (problem.c // problem.groups > 4)
         arguments, type_ = {f"Li{of_thread}ELb{int(name.endswith('nhwc'))}E"}, ""
-    if name in ("grad_masks_nhwc", "grad_masks_nchw"):
-        arguments, type_ = {f"Lb{int(name.endswith('nhwc'))}E"}, ""
+    if name.removesuffix("_mma") in ("grad_masks_nhwc", "grad_masks_nchw"):
+        arguments, type_ = {f"Lb{int('nhwc' in name)}E"}, ""
     wanted = {of_kernel + type_ for of_kernel in arguments} | {size}  # some are of one dtype
     for mangled, code in read_code(*tools, f"{name}.cu").items():
         if mangled.partition("_kernelI")[2].partition("EEv")[0] in wanted:

@@ -41,7 +41,9 @@ namespace carafepp::cuda {
     X(result "_down2_nhwc", grad_masks_down2_nhwc)         \
     X(result "_down2_nchw_mma", grad_masks_down2_nchw_mma) \
     X(result "_down2_nchw", grad_masks_down2_nchw)         \
+    X(result "_nhwc_mma", grad_masks_nhwc_mma)             \
     X(result "_nhwc", grad_masks_nhwc)                     \
+    X(result "_nchw_mma", grad_masks_nchw_mma)             \
     X(result "_nchw", grad_masks_nchw)
 
 // Kernels that compute both gradients.

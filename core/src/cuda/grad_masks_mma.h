@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of masks or logits for any factor with features of 16 bits, on tensor cores. A block has a tile of
+// patches of 4 x 4 outputs of a group. It goes through the channels a slice at a time: in shared memory are features
+// with their halo, and gradients, both with adjacent channels. The next slice arrives meanwhile. A warp multiplies
+// pixels of a patch's window by the gradients of its outputs, summed over channels. Any 16 pixels are the rows of a
+// product, since each tells its own address. All sums stay in registers until the last slice. Those of an output and
+// the pixels of its own window are gradients of masks. They meet in shared memory, where eight threads carry those of
+// an output through the normaliser.
+#pragma once
+
+#include "cuda/grad_masks_finish.h"
+#include "cuda/stage_pixels.h"
+#include "cuda/tiles.h"
+
+namespace carafepp::cuda {
+
+constexpr int kPatch = 4;                  // rows and columns of outputs
+constexpr int kEight = 2 * kPatch;         // outputs of a product: two rows of a patch
+constexpr int kPixelsOfProduct = 16;       // and channels
+constexpr int kMostProducts = 4;           // of a warp, for each eight
+constexpr int kMostWarps = 8;              // of a block
+constexpr int kMostMultiprocessors = 132;  // of the device that tiles are chosen for
+
+// A pixel's number in a tile goes along rows of the halo. Behind the halo are outputs, in eights: two rows of four.
+struct GradMasksMmaPlan {
+    Outputs rows, columns;  // of masks, or of the sub-pixels of logits
+    OutputsOfTile outputs;
+    Tiles tiles;
+    Divisor patches_in_row;  // of a tile
+    int patches;
+    Divisor parts;  // warps of a patch
+    int products;   // of a warp
+    int window_rows;
+    Divisor window_columns;
+    int halo_rows, halo_columns;
+    Divisor pitch;                     // pixels from row to row of a halo
+    bool feature_pairs, output_pairs;  // of columns are loaded
+    int channels, pixel;               // of a slice; elements from pixel to pixel
+    int slice;                         // elements
+    int threads;
+    bool normalized;  // gradients go through the normaliser
+    int64_t places_bytes, shared_bytes;
+
+    GradMasksMmaPlan(const Problem& p, bool vectors)
+        : rows(p.factor, p.offset_h, p.from_logits ? p.logits.h * p.factor.up : p.out_h),
+          columns(p.factor, p.offset_w, p.from_logits ? p.logits.w * p.factor.up : p.out_w),
+          outputs{kPatch,     Divisor(1), columns.count, Divisor(p.from_logits ? static_cast<int>(p.factor.up) : 1),
+                  Divisor(1), Divisor(1), Divisor(1),    0,
+                  0},
+          tiles(tiles_of(p)),
+          patches_in_row(1),
+          patches(1),
+          parts(1),
+          window_columns(1),
+          pitch(1),
+          feature_pairs(!vectors && not_for_columns(p.features) == nullptr),
+          output_pairs(!vectors && not_for_columns(p.grad_output) == nullptr),
+          normalized(p.from_logits && p.normalizer != CARAFEPP_NONE) {
+        const int beside = most_sources(p.factor, kPatch - 1, kPatch) + static_cast<int>(p.kernel_size);
+        window_rows = beside;
+        window_columns = Divisor(beside);
+        const int64_t all = ceil_div(int64_t{beside} * beside, kPixelsOfProduct);
+        shared_bytes = INT64_MAX;
+        if (all > kMostProducts * kMostWarps) return;
+        parts = Divisor(static_cast<int>(ceil_div(all, kMostProducts)));
+        products = static_cast<int>(ceil_div(all, parts.number));
+        choose_tile(p, vectors);
+    }
+
+private:
+    Tiles tiles_of(const Problem& p) const {
+        constexpr int kAllChannels = INT32_MAX;
+        return {p, rows.count, columns.count, outputs.rows, outputs.columns.number, kAllChannels, 0};
+    }
+
+    // The tile and the slices that take the least time and fit in shared memory.
+    void choose_tile(const Problem& p, bool vectors) {
+        const int64_t channels_of_group = p.features.c / p.groups;
+        GradMasksMmaPlan best = *this;
+        double least = INFINITY;
+        for (channels = 4 * kPixelsOfProduct; channels >= kPixelsOfProduct; channels /= 2) {
+            if (channels > kPixelsOfProduct && channels >= 2 * channels_of_group) continue;
+            for (int patch_rows = 1; patch_rows * parts.number <= kMostWarps; patch_rows++) {
+                for (int across = 1; patch_rows * across * parts.number <= kMostWarps; across++) {
+                    measure(p, patch_rows, across, channels_of_group > channels ? 2 : 1);
+                    if (shared_bytes > kMostSharedBytes) continue;
+                    const double cost = cycles(p, vectors);
+                    if (cost >= least) continue;
+                    least = cost;
+                    best = *this;
+                }
+            }
+        }
+        *this = best;
+    }
+
+    void measure(const Problem& p, int patch_rows, int across, int buffers) {
+        const int k = static_cast<int>(p.kernel_size), up = outputs.cell.number;
+        const int width = across * kPatch;
+        patches_in_row = Divisor(across);
+        patches = patch_rows * across;
+        threads = patches * parts.number * 32;
+        outputs.rows = patch_rows * kPatch;
+        outputs.columns = Divisor(width);
+        outputs.rows_of_cell = Divisor(outputs.rows % up == 0 ? up : 1);
+        outputs.columns_of_cell = Divisor(width % up == 0 ? up : 1);
+        outputs.cells_in_row = Divisor(width / outputs.columns_of_cell.number);
+        outputs.pitch = width + (outputs.rows_of_cell.number > 1 && width % 16 == 0 ? 8 : 0);  // to other banks
+        outputs.room = outputs.rows * outputs.pitch + 4;  // so that eight taps of four outputs are in different ones
+        tiles = tiles_of(p);
+        halo_rows = most_sources(p.factor, outputs.rows - kPatch, outputs.rows) + window_rows;
+        halo_columns = most_sources(p.factor, width - kPatch, width) + window_columns.number;
+        // Halos begin with an even column where two columns are loaded at once.
+        const bool even_tiles = width * p.factor.down % (2 * p.factor.up) == 0;
+        if (feature_pairs && !(even_tiles && (p.offset_w - k / 2) % 2 == 0)) halo_columns++;
+        // If rows are as far apart as those of a window, modulo 8, eight pixels of a product are in different banks.
+        constexpr int kMostMore = 3;
+        const int more = ((window_columns.number - halo_columns) % 8 + 8) % 8;
+        int apart = halo_columns + (more <= kMostMore ? more : 0);
+        if (feature_pairs) apart += apart % 2;
+        pitch = Divisor(apart);
+        pixel = channels + kWide;  // an odd number of vectors
+        const int64_t pixels = int64_t{halo_rows} * apart + outputs.count();
+        slice = static_cast<int>(pixels * pixel);
+        places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
+                                outputs.count() * int64_t{sizeof(OutputPlace)});
+        const int64_t finished = (normalized ? 2 : 1) * p.taps() * outputs.room * int64_t{sizeof(float)};
+        shared_bytes = outputs.rows * int64_t{sizeof(Slot)} + places_bytes +
+                       std::max(buffers * int64_t{slice} * int64_t{sizeof(uint16_t)}, finished);
+    }
+
+    // Roughly what the multiprocessor with the most tiles takes.
+    double cycles(const Problem& p, bool vectors) const {
+        constexpr double kOfItem = 1500, kOfSlice = 80, kLatency = 900, kOfTap = 45, kBytes = 22, kIssued = 2.4;
+        const double slices = static_cast<double>(ceil_div(p.features.c / p.groups, channels)), warps = threads / 32;
+        const double of_halo = halo_rows * pitch.number, of_outputs = outputs.count(), vectors_of_slice = channels / 8;
+        const double taps = static_cast<double>(p.taps()) * of_outputs;
+        const double staging = vectors ? (of_halo + of_outputs) * 10
+                                       : of_halo * (feature_pairs ? 25 : 40) + of_outputs * (output_pairs ? 25 : 40);
+        const double instructions = slices * (staging * vectors_of_slice / 32 +
+                                              warps * (kOfSlice + channels / 16 * (5 * products + 6))) +
+                                    taps / 32 * kOfTap + warps * 600 + kOfItem;
+        const auto sectors = [](int length) { return length / 16 + 1; };
+        const double staged =
+            vectors
+                ? (of_halo + of_outputs) * channels / 16
+                : (halo_rows * sectors(halo_columns) + outputs.rows * sectors(outputs.columns.number - 1)) * channels;
+        const int cells = static_cast<int>(ceil_div(outputs.columns.number, outputs.cell.number));
+        const double of_taps = vectors ? taps / 16 : taps / cells * sectors(cells - 1);
+        const double bytes = 32 * (slices * staged + of_taps * (normalized ? 2 : 1));
+        const double resident = std::min<double>(200 * 1024 / (shared_bytes + 1024), 768 / threads);
+        const double each = static_cast<double>(ceil_div(tiles.items, kMostMultiprocessors));
+        const double issue = instructions / kIssued, transfer = bytes / kBytes;
+        return each * std::max(issue, transfer) + each * std::min(issue, transfer) / 2 +
+               std::ceil(each / resident) * (slices + 3) * kLatency;
+    }
+};
+
+// Adds the products of a slice: of 16 pixels each, whose addresses are at `pixels`, and of two eights of outputs.
+template <class T>
+__device__ __forceinline__ void add_products(const Float16* slice, const int (&pixels)[kMostProducts], int outputs,
+                                             int products, int steps, float (&sums)[kMostProducts][2][4]) {
+#pragma unroll 1
+    for (int step = 0; step < steps; step++, slice += kPixelsOfProduct) {
+        uint32_t grads[4];
+        load_matrices<false>(slice + outputs, grads);
+#pragma unroll
+        for (int product = 0; product < kMostProducts; product++) {
+            if (product >= products) break;
+            uint32_t features[4];
+            load_matrices<false>(slice + pixels[product], features);
+            multiply_add<T>(sums[product][0], features, {grads[0], grads[1]});
+            multiply_add<T>(sums[product][1], features, {grads[2], grads[3]});
+        }
+    }
+}
+
+// Carries gradients of masks through the normaliser: eight neighbouring threads those of an output. Gradients and
+// logits are in shared memory, as OutputsOfTile says. computed(own) is false for outputs that a crop leaves out: their
+// gradients stay 0, whatever the logits are.
+template <class Computed>
+__device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, int taps,
+                                                   const OutputsOfTile& outputs, const OutputPlace* places,
+                                                   Computed computed, float* logits, float* grads) {
+    const int thread = thread_computed_late(), lane = thread % kNormalizers;
+    const int at_once = static_cast<int>(blockDim.x) / kNormalizers, step = kNormalizers * outputs.room;
+#pragma unroll 1
+    for (int before = 0; before < outputs.count(); before += at_once) {
+        const int number = before + thread / kNormalizers;
+        const bool exists = number < outputs.count();  // all lanes of a warp sum
+        const int own = exists ? places[number].own : 0, first = own + lane * outputs.room;
+        const int end = exists && computed(own) ? taps : 0;
+        if (normalizer != CARAFEPP_SOFTMAX) {
+#pragma unroll 1
+            for (int t = lane, at = first; t < end; t += kNormalizers, at += step) {
+                const float logit = logits[at], mask = sigmoid(logit);
+                if (normalizer == CARAFEPP_SIGMOID) {
+                    grads[at] *= mask * (1 - mask);
+                } else {
+                    logits[at] = log_sigmoid(logit);
+                }
+            }
+            if (normalizer == CARAFEPP_SIGMOID) continue;
+        }
+        float largest = -INFINITY, sum = 0, mean = 0;  // of the gradients, weighted by masks
+#pragma unroll 4
+        for (int t = lane, at = first; t < end; t += kNormalizers, at += step) largest = fmaxf(largest, logits[at]);
+        largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
+        const auto mask = [&](int at) {
+            return power_of_2((logits[at] - largest) * kLog2OfE);  // the difference first: logits may be huge
+        };
+#pragma unroll 4
+        for (int t = lane, at = first; t < end; t += kNormalizers, at += step) {
+            const float unscaled = mask(at);
+            sum += unscaled;
+            mean += unscaled * grads[at];
+        }
+        const auto add = [](float a, float b) { return a + b; };
+        const float scale = 1 / over_normalizers(sum, add);
+        mean = over_normalizers(mean, add) * scale * scale;
+#pragma unroll 4
+        for (int t = lane, at = first; t < end; t += kNormalizers, at += step)
+            grads[at] = mask(at) * (grads[at] * scale - mean);
+        if (normalizer == CARAFEPP_SOFTMAX) continue;
+#pragma unroll 1
+        for (int t = lane, at = first; t < end; t += kNormalizers, at += step)
+            grads[at] *= -expm1f(logits[at]);  // the sigmoid of -logit
+    }
+}
+
+// `Vectors`: eight channels are a vector in memory.
+template <bool Vectors>
+__global__ void __launch_bounds__(kMostWarps * 32, 3)
+    grad_masks_mma_kernel(Arguments arguments, GradMasksMmaPlan plan) {
+    using T = Float16;  // or bfloat16: only products differ
+    const Problem& p = arguments.problem;
+    const OutputsOfTile& outputs = plan.outputs;
+    const int k = static_cast<int>(p.kernel_size), radius = k / 2, threads = static_cast<int>(blockDim.x);
+    const int height_in = static_cast<int>(p.features.h), width_in = static_cast<int>(p.features.w),
+              height_out = static_cast<int>(p.out_h), width_out = static_cast<int>(p.out_w);
+    const int halo = plan.halo_rows * plan.pitch.number, eights_in_row = plan.patches_in_row.number;
+    Slot* const slots = shared_memory<Slot>();
+    OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + outputs.rows);
+    int64_t* const pixels = reinterpret_cast<int64_t*>(places);  // of a tile, while there are channels
+    T* const staged = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
+    float* const grads = reinterpret_cast<float*>(staged);  // of masks, when the channels are done
+    float* const logits = grads + k * k * outputs.room;
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const int thread = thread_computed_late(), lane = thread % 32, warp = same_in_warp(thread / 32);
+        const TileOfItem tile(p, plan.tiles, item);
+        const int top = plan.rows.source(tile.top) - radius;
+        int left = plan.columns.source(tile.left) - radius;
+        if (plan.feature_pairs) left -= left & 1;
+#pragma unroll 1
+        for (int y = thread; y < outputs.rows; y += threads) {
+            const int row = tile.top + y, cell = row / outputs.cell.number;
+            slots[y] = {row < plan.rows.count ? row : -1, plan.rows.source(row), cell,
+                        row - cell * outputs.cell.number};
+        }
+#pragma unroll 1
+        for (int pixel = thread; pixel < halo; pixel += threads) {
+            const int y = plan.pitch.quotient(pixel), x = pixel - y * plan.pitch.number, i = top + y, j = left + x;
+            const bool exists = i >= 0 && i < height_in && j >= 0 && j < width_in && x < plan.halo_columns;
+            pixels[pixel] = exists ? i * p.features.stride_h + j * p.features.stride_w : kNowhere;
+        }
+#pragma unroll 1
+        for (int output = thread; output < outputs.count(); output += threads) {
+            const int eight = output / kEight, line = plan.patches_in_row.quotient(eight);
+            const int row = tile.top + line * 2 + output / kPatch % 2,
+                      column = tile.left + (eight - line * eights_in_row) * kPatch + output % kPatch;
+            const bool exists = row < height_out && column < width_out;
+            pixels[halo + output] = exists ? row * p.grad_output.stride_h + column * p.grad_output.stride_w : kNowhere;
+        }
+        __syncthreads();
+
+        // The warp's patch, its window, and the pixels that it multiplies.
+        const int patch = plan.parts.quotient(warp), patch_row = plan.patches_in_row.quotient(patch),
+                  patch_column = patch - patch_row * eights_in_row;
+        const int window_top = slots[patch_row * kPatch].source - radius,
+                  window_left = plan.columns.source(tile.left + patch_column * kPatch) - radius;
+        const int first_pixel = (warp - patch * plan.parts.number) * plan.products * kPixelsOfProduct;
+        const auto pixel_of_window = [&](int number) {
+            const int y = plan.window_columns.quotient(number);
+            return make_int2(number - y * plan.window_columns.number, y);
+        };
+        int of_pixels[kMostProducts];
+#pragma unroll
+        for (int product = 0; product < kMostProducts; product++) {
+            const int2 at = pixel_of_window(first_pixel + product * kPixelsOfProduct + lane % 16);
+            const int pixel = (window_top - top + at.y) * plan.pitch.number + window_left - left + at.x;
+            of_pixels[product] = (at.y < plan.window_rows ? pixel : 0) * plan.pixel + lane / 16 * kWide;
+        }
+        const int eight = (patch_row * 2 + lane / 16) * eights_in_row + patch_column,
+                  of_outputs = (halo + eight * kEight + lane % 8) * plan.pixel + lane / 8 % 2 * kWide;
+
+        const int vectors = plan.channels / kWide, stagers = threads / vectors;
+        const int vector = Vectors ? thread % vectors : thread / stagers,
+                  own_pixel = Vectors ? thread / vectors : thread % stagers;
+        const T* from_features = element<const T>(p.features, tile.n, tile.c + vector * kWide, 0, 0);
+        const T* from_outputs = element<const T>(p.grad_output, tile.n, tile.c + vector * kWide, 0, 0);
+        const auto stage_next = [&](int channels, T* to) {
+            const int there = channels - vector * kWide;
+            to += vector * kWide;
+            const auto stage = [&](const Array& array, const T* from, bool pairs, const int64_t* at, int count, T* to) {
+                if (Vectors) {
+                    copy_pixels(from, at, count, own_pixel, stagers, there, to, plan.pixel);
+                } else if (pairs) {
+                    transpose_pixels<2>(from, static_cast<int>(array.stride_c), at, count, own_pixel, stagers, there,
+                                        to, plan.pixel);
+                } else {
+                    transpose_pixels<1>(from, static_cast<int>(array.stride_c), at, count, own_pixel, stagers, there,
+                                        to, plan.pixel);
+                }
+            };
+            stage(p.features, from_features, plan.feature_pairs, pixels, halo, to);
+            stage(p.grad_output, from_outputs, plan.output_pairs, pixels + halo, outputs.count(),
+                  to + halo * plan.pixel);
+            from_features += plan.channels * p.features.stride_c;
+            from_outputs += plan.channels * p.grad_output.stride_c;
+        };
+        float sums[kMostProducts][2][4] = {};
+        const bool empty = height_out == 0 || width_out == 0;  // there may be no arrays
+        int buffer = 0;                                        // the first element of the slice that is multiplied
+        if (!empty) stage_next(tile.channels, staged);
+#pragma unroll 1
+        for (int channels = empty ? 0 : tile.channels; channels > 0; channels -= plan.channels) {
+            wait_for_copies();
+            __syncthreads();
+            const T* const slice = staged + buffer;
+            buffer = plan.slice - buffer;
+            if (channels > plan.channels) stage_next(channels - plan.channels, staged + buffer);
+            const int steps = (min(channels, plan.channels) + kPixelsOfProduct - 1) / kPixelsOfProduct;
+            if (p.features.dtype == CARAFEPP_FLOAT16) {
+                add_products<Float16>(slice, of_pixels, of_outputs, plan.products, steps, sums);
+            } else {
+                add_products<BFloat16>(slice, of_pixels, of_outputs, plan.products, steps, sums);
+            }
+        }
+        __syncthreads();  // what follows takes the place of slices
+
+        // A lane has sums of two columns in two rows of outputs.
+        const int first_row = patch_row * kPatch + lane % 4 / 2, first_column = patch_column * kPatch + lane % 2 * 2;
+        float* const own = grads + first_row * outputs.pitch + first_column;
+        int apart[2][2];      // the sources of rows and columns, from the first of the patch on
+        bool computed[2][2];  // or a crop leaves it out
+#pragma unroll
+        for (int number = 0; number < 2; number++) {
+            const int row = tile.top + first_row + 2 * number, column = tile.left + first_column + number;
+            apart[0][number] = plan.rows.source(row) - radius - window_top;
+            apart[1][number] = plan.columns.source(column) - radius - window_left;
+            computed[0][number] = row < height_out;
+            computed[1][number] = column < width_out;
+        }
+#pragma unroll
+        for (int product = 0; product < kMostProducts; product++) {
+            if (product >= plan.products) break;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int2 at = pixel_of_window(first_pixel + product * kPixelsOfProduct + half * 8 + lane / 4);
+                const int i = window_top + at.y, j = window_left + at.x;
+                const bool exists = i >= 0 && i < height_in && j >= 0 && j < width_in;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int a = at.y - apart[0][r];
+                    if (a < 0 || a >= k) continue;
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int b = at.x - apart[1][c];
+                        if (b < 0 || b >= k) continue;
+                        // A tap beyond a border is 0, whatever the gradient there.
+                        own[(a * k + b) * outputs.room + 2 * r * outputs.pitch + c] =
+                            exists && computed[0][r] && computed[1][c] ? sums[product][r][half * 2 + c] : 0;
+                    }
+                }
+            }
+        }
+        const TileOfItem again(p, plan.tiles, computed_late(item));
+        const TileInImage in_image{again.n, again.group, slots, again.left};
+        if (plan.normalized) {
+            load_logits(p, outputs, in_image, places, logits);
+            wait_for_copies();
+            __syncthreads();
+            const bool whole = again.top + outputs.rows <= height_out &&
+                               again.left + outputs.columns.number <= width_out;
+            const auto computed_output = [&](int own) {
+                const int y = whole ? 0 : own / outputs.pitch;
+                return whole || (again.top + y < height_out && again.left + own - y * outputs.pitch < width_out);
+            };
+            through_normalizer(p.normalizer, k * k, outputs, places, computed_output, logits, grads);
+            __syncthreads();
+        }
+        write_gradients(arguments, outputs, in_image, places, grads);
+        __syncthreads();
+    }
+}
+
+// Why no patches can be planned for a problem.
+template <bool Vectors>
+const char* not_for_grad_masks_mma(const Problem& p) {
+    if (const char* reason = not_of_16_bits(p)) return reason;
+    if (const char* reason = not_for_bands(p)) return reason;
+    if (p.features.c / p.groups % kWide != 0) return "channels of a group are not whole vectors";
+    if (p.features.c / p.groups == 0) return "a group has no channels";
+    for (const Array* array : {&p.features, &p.grad_output}) {
+        if (array->stride_c != static_cast<int>(array->stride_c)) return "channels are too far apart";
+    }
+    if (p.features.c > INT32_MAX / 2) return "channels are too many";
+    const GradMasksMmaPlan plan(p, Vectors);
+    if (plan.shared_bytes > kMostSharedBytes) return "windows have too many pixels";
+    if (plan.tiles.items > INT32_MAX) return "tiles are too many";
+    return not_compiled_for_bfloat16(p, grad_masks_mma_kernel<Vectors>);
+}
+
+template <bool Vectors>
+void grad_masks_mma(const Problem& p, const Array& grad_masks) {
+    const GradMasksMmaPlan plan(p, Vectors);
+    launch(grad_masks_mma_kernel<Vectors>, plan.tiles.items, plan.threads, plan.shared_bytes, p, grad_masks, plan);
+}
+
+}  // namespace carafepp::cuda
