@@ -10,7 +10,6 @@
 
 #include "cuda/grad_masks_finish.h"
 #include "cuda/stage_pixels.h"
-#include "cuda/tiles.h"
 
 namespace carafepp::cuda {
 
@@ -25,7 +24,8 @@ constexpr int kMostMultiprocessors = 132;  // of the device that tiles are chose
 struct GradMasksMmaPlan {
     Outputs rows, columns;  // of masks, or of the sub-pixels of logits
     OutputsOfTile outputs;
-    Tiles tiles;
+    uint32_t row_tiles, column_tiles, groups;
+    int64_t items = 0;
     Divisor patches_in_row;  // of a tile
     int patches;
     Divisor parts;  // warps of a patch
@@ -35,9 +35,10 @@ struct GradMasksMmaPlan {
     int halo_rows, halo_columns;
     Divisor pitch;                     // pixels from row to row of a halo
     bool feature_pairs, output_pairs;  // of columns are loaded
-    int channels, pixel;               // of a slice; elements from pixel to pixel
-    int slice;                         // elements
-    int threads;
+    int channels_of_group;
+    int channels, pixel;  // of a slice; elements from pixel to pixel
+    int slice;            // elements
+    int threads = 32;
     bool normalized;  // gradients go through the normaliser
     int64_t places_bytes, shared_bytes;
 
@@ -47,7 +48,7 @@ struct GradMasksMmaPlan {
           outputs{kPatch,     Divisor(1), columns.count, Divisor(p.from_logits ? static_cast<int>(p.factor.up) : 1),
                   Divisor(1), Divisor(1), Divisor(1),    0,
                   0},
-          tiles(tiles_of(p)),
+          groups(static_cast<uint32_t>(p.groups)),
           patches_in_row(1),
           patches(1),
           parts(1),
@@ -55,11 +56,14 @@ struct GradMasksMmaPlan {
           pitch(1),
           feature_pairs(!vectors && not_for_columns(p.features) == nullptr),
           output_pairs(!vectors && not_for_columns(p.grad_output) == nullptr),
+          channels_of_group(static_cast<int>(p.features.c / p.groups)),
           normalized(p.from_logits && p.normalizer != CARAFEPP_NONE) {
-        const int beside = most_sources(p.factor, kPatch - 1, kPatch) + static_cast<int>(p.kernel_size);
-        window_rows = beside;
-        window_columns = Divisor(beside);
-        const int64_t all = ceil_div(int64_t{beside} * beside, kPixelsOfProduct);
+        window_rows = most_sources(p.factor, kPatch - 1, kPatch) + static_cast<int>(p.kernel_size);
+        const auto products_of = [&](int across) { return ceil_div(int64_t{window_rows} * across, kPixelsOfProduct); };
+        const int64_t all = products_of(window_rows);
+        // An even number suits an even pitch: see measure().
+        const int even = window_rows + window_rows % 2;
+        window_columns = Divisor(feature_pairs && products_of(even) == all ? even : window_rows);
         shared_bytes = INT64_MAX;
         if (all > kMostProducts * kMostWarps) return;
         parts = Divisor(static_cast<int>(ceil_div(all, kMostProducts)));
@@ -68,21 +72,15 @@ struct GradMasksMmaPlan {
     }
 
 private:
-    Tiles tiles_of(const Problem& p) const {
-        constexpr int kAllChannels = INT32_MAX;
-        return {p, rows.count, columns.count, outputs.rows, outputs.columns.number, kAllChannels, 0};
-    }
-
     // The tile and the slices that take the least time and fit in shared memory.
     void choose_tile(const Problem& p, bool vectors) {
-        const int64_t channels_of_group = p.features.c / p.groups;
         GradMasksMmaPlan best = *this;
         double least = INFINITY;
         for (channels = 4 * kPixelsOfProduct; channels >= kPixelsOfProduct; channels /= 2) {
             if (channels > kPixelsOfProduct && channels >= 2 * channels_of_group) continue;
             for (int patch_rows = 1; patch_rows * parts.number <= kMostWarps; patch_rows++) {
                 for (int across = 1; patch_rows * across * parts.number <= kMostWarps; across++) {
-                    measure(p, patch_rows, across, channels_of_group > channels ? 2 : 1);
+                    measure(p, vectors, patch_rows, across);
                     if (shared_bytes > kMostSharedBytes) continue;
                     const double cost = cycles(p, vectors);
                     if (cost >= least) continue;
@@ -94,7 +92,7 @@ private:
         *this = best;
     }
 
-    void measure(const Problem& p, int patch_rows, int across, int buffers) {
+    void measure(const Problem& p, bool vectors, int patch_rows, int across) {
         const int k = static_cast<int>(p.kernel_size), up = outputs.cell.number;
         const int width = across * kPatch;
         patches_in_row = Divisor(across);
@@ -105,11 +103,14 @@ private:
         outputs.rows_of_cell = Divisor(outputs.rows % up == 0 ? up : 1);
         outputs.columns_of_cell = Divisor(width % up == 0 ? up : 1);
         outputs.cells_in_row = Divisor(width / outputs.columns_of_cell.number);
-        outputs.pitch = width + (outputs.rows_of_cell.number > 1 && width % 16 == 0 ? 8 : 0);  // to other banks
-        outputs.room = outputs.rows * outputs.pitch + 4;  // so that eight taps of four outputs are in different ones
-        tiles = tiles_of(p);
+        outputs.pitch = width + (!vectors ? 1 : outputs.rows_of_cell.number > 1 && width % 16 == 0 ? 8 : 0);
+        outputs.room = static_cast<int>(ceil_div(outputs.rows * outputs.pitch, 8)) * 8 +
+                       4;  // so that eight taps of four outputs are in different ones
+        row_tiles = static_cast<uint32_t>(ceil_div(rows.count, outputs.rows));
+        column_tiles = static_cast<uint32_t>(ceil_div(columns.count, width));
+        items = p.features.n * p.groups * row_tiles * column_tiles;
         halo_rows = most_sources(p.factor, outputs.rows - kPatch, outputs.rows) + window_rows;
-        halo_columns = most_sources(p.factor, width - kPatch, width) + window_columns.number;
+        halo_columns = most_sources(p.factor, width - kPatch, width) + window_rows;
         // Halos begin with an even column where two columns are loaded at once.
         const bool even_tiles = width * p.factor.down % (2 * p.factor.up) == 0;
         if (feature_pairs && !(even_tiles && (p.offset_w - k / 2) % 2 == 0)) halo_columns++;
@@ -125,34 +126,56 @@ private:
         places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
                                 outputs.count() * int64_t{sizeof(OutputPlace)});
         const int64_t finished = (normalized ? 2 : 1) * p.taps() * outputs.room * int64_t{sizeof(float)};
-        shared_bytes = outputs.rows * int64_t{sizeof(Slot)} + places_bytes +
-                       std::max(buffers * int64_t{slice} * int64_t{sizeof(uint16_t)}, finished);
+        shared_bytes = outputs.rows * int64_t{sizeof(Slot)} + width * int64_t{sizeof(int)} + places_bytes +
+                       std::max((vectors && channels_of_group > channels ? 2 : 1) * int64_t{slice} *
+                                    int64_t{sizeof(uint16_t)},
+                                finished);
     }
 
-    // Roughly what the multiprocessor with the most tiles takes.
+    // Roughly what the multiprocessor with the most tiles takes: for instructions, wavefronts of the L1 and bytes of
+    // the L2, which are partly at once, and for waiting.
     double cycles(const Problem& p, bool vectors) const {
-        constexpr double kOfItem = 1500, kOfSlice = 80, kLatency = 900, kOfTap = 45, kBytes = 22, kIssued = 2.4;
-        const double slices = static_cast<double>(ceil_div(p.features.c / p.groups, channels)), warps = threads / 32;
-        const double of_halo = halo_rows * pitch.number, of_outputs = outputs.count(), vectors_of_slice = channels / 8;
-        const double taps = static_cast<double>(p.taps()) * of_outputs;
-        const double staging = vectors ? (of_halo + of_outputs) * 10
-                                       : of_halo * (feature_pairs ? 25 : 40) + of_outputs * (output_pairs ? 25 : 40);
-        const double instructions = slices * (staging * vectors_of_slice / 32 +
-                                              warps * (kOfSlice + channels / 16 * (5 * products + 6))) +
-                                    taps / 32 * kOfTap + warps * 600 + kOfItem;
-        const auto sectors = [](int length) { return length / 16 + 1; };
-        const double staged =
-            vectors
-                ? (of_halo + of_outputs) * channels / 16
-                : (halo_rows * sectors(halo_columns) + outputs.rows * sectors(outputs.columns.number - 1)) * channels;
+        constexpr double kIssued = 2.4, kBytes = 22, kLatency = 700, kConflicts = 1.25;
+        const double slices = static_cast<double>(ceil_div(channels_of_group, channels)), warps = threads / 32,
+                     steps = slices * channels / kPixelsOfProduct;
+        const double of_halo = halo_rows * pitch.number, of_outputs = outputs.count(), pixels = of_halo + of_outputs,
+                     staged = pixels * slices * channels / kWide;  // vectors
+        const double taps = static_cast<double>(p.taps()) * of_outputs / 32;
         const int cells = static_cast<int>(ceil_div(outputs.columns.number, outputs.cell.number));
-        const double of_taps = vectors ? taps / 16 : taps / cells * sectors(cells - 1);
-        const double bytes = 32 * (slices * staged + of_taps * (normalized ? 2 : 1));
-        const double resident = std::min<double>(200 * 1024 / (shared_bytes + 1024), 768 / threads);
-        const double each = static_cast<double>(ceil_div(tiles.items, kMostMultiprocessors));
+        const double rows_of_slices = slices * channels;  // for each row of pixels
+        const auto sectors = [](int columns) { return columns / 16.0 + 1; };
+        const double lines = vectors ? pixels * slices : rows_of_slices * 1.3 * (halo_rows + outputs.rows);
+        const double of_taps = (normalized ? 2 : 1) * (vectors ? 4 : 32.0 / std::min(cells, 32));  // lines
+        const double instructions = staged / 32 *
+                                        (vectors         ? 10
+                                         : feature_pairs ? 24
+                                                         : 40) +
+                                    warps * (slices * 60 + steps * (5 * products + 6) + 600) +
+                                    taps * (normalized ? 45 : 15) + 1500;
+        const double wavefronts = lines + kConflicts * (staged / 8 + warps * steps * 4 * (products + 1)) +
+                                  taps * (of_taps + (normalized ? 12 : 4));
+        const double bytes = 32 * (vectors ? staged / 2 + of_taps * taps * 2
+                                           : rows_of_slices * (halo_rows * sectors(halo_columns) +
+                                                               outputs.rows * sectors(outputs.columns.number - 1)) +
+                                                 of_taps * taps);
+        const double resident = std::min<int64_t>(200 * 1024 / (shared_bytes + 1024), 768 / threads);
+        const double each = static_cast<double>(ceil_div(items, kMostMultiprocessors));
         const double issue = instructions / kIssued, transfer = bytes / kBytes;
-        return each * std::max(issue, transfer) + each * std::min(issue, transfer) / 2 +
+        return each * (std::max({issue, wavefronts, transfer}) + issue + wavefronts + transfer) / 2 +
                std::ceil(each / resident) * (slices + 3) * kLatency;
+    }
+};
+
+struct TileOfPatches {
+    int n, group;
+    int top, left;  // output
+
+    __device__ __forceinline__ TileOfPatches(const GradMasksMmaPlan& plan, uint32_t item) {
+        const uint32_t row = item / plan.column_tiles, image_and_group = row / plan.row_tiles;
+        left = static_cast<int>(item - row * plan.column_tiles) * plan.outputs.columns.number;
+        top = static_cast<int>(row - image_and_group * plan.row_tiles) * plan.outputs.rows;
+        n = static_cast<int>(image_and_group / plan.groups);
+        group = static_cast<int>(image_and_group - n * plan.groups);
     }
 };
 
@@ -175,62 +198,101 @@ __device__ __forceinline__ void add_products(const Float16* slice, const int (&p
     }
 }
 
-// Carries gradients of masks through the normaliser: eight neighbouring threads those of an output. Gradients and
-// logits are in shared memory, as OutputsOfTile says. computed(own) is false for outputs that a crop leaves out: their
-// gradients stay 0, whatever the logits are.
-template <class Computed>
+// Carries gradients of masks through a softmax: eight neighbouring threads those of an output. A thread has every
+// eighth tap, `Own` at most, at first + i * step in shared memory; `count` of them exist.
+template <int Own>
+__device__ __forceinline__ void through_softmax(const float* logits, float* grads, int first, int step, int count) {
+    const auto add = [](float a, float b) { return a + b; };
+    float masks[Own], own_grads[Own], largest = -INFINITY, sum = 0, mean = 0;  // of the gradients, weighted by masks
+#pragma unroll
+    for (int i = 0; i < Own; i++) {
+        masks[i] = i < count ? logits[first + i * step] : -INFINITY;
+        own_grads[i] = i < count ? grads[first + i * step] : 0;
+        largest = fmaxf(largest, masks[i]);
+    }
+    largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int i = 0; i < Own; i++) {
+        masks[i] = power_of_2((masks[i] - largest) * kLog2OfE);  // the difference first: logits may be huge
+        sum += masks[i];
+        mean += masks[i] * own_grads[i];
+    }
+    const float scale = 1 / over_normalizers(sum, add);
+    mean = over_normalizers(mean, add) * scale * scale;
+#pragma unroll
+    for (int i = 0; i < Own; i++) {
+        if (i < count) grads[first + i * step] = masks[i] * (own_grads[i] * scale - mean);
+    }
+}
+
+// The same for any number of taps.
+template <>
+__device__ __forceinline__ void through_softmax<0>(const float* logits, float* grads, int first, int step, int count) {
+    const auto add = [](float a, float b) { return a + b; };
+    float largest = -INFINITY, sum = 0, mean = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; i++) largest = fmaxf(largest, logits[first + i * step]);
+    largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
+    const auto mask = [&](int i) { return power_of_2((logits[first + i * step] - largest) * kLog2OfE); };
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        sum += mask(i);
+        mean += mask(i) * grads[first + i * step];
+    }
+    const float scale = 1 / over_normalizers(sum, add);
+    mean = over_normalizers(mean, add) * scale * scale;
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        float& grad = grads[first + i * step];
+        grad = mask(i) * (grad * scale - mean);
+    }
+}
+
+// Carries gradients of masks through the normaliser. Gradients and logits are in shared memory, as OutputsOfTile says.
+// Those of outputs that a crop leaves out, that is of rows and columns from `there` on, stay 0, whatever the logits
+// are.
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, int taps,
-                                                   const OutputsOfTile& outputs, const OutputPlace* places,
-                                                   Computed computed, float* logits, float* grads) {
-    const int thread = thread_computed_late(), lane = thread % kNormalizers;
+                                                   const OutputsOfTile& outputs, int2 there, float* logits,
+                                                   float* grads) {
+    const int thread = thread_computed_late(), lane = thread % kNormalizers, all = outputs.count();
     const int at_once = static_cast<int>(blockDim.x) / kNormalizers, step = kNormalizers * outputs.room;
+    const int most = (taps + kNormalizers - 1) / kNormalizers;
 #pragma unroll 1
-    for (int before = 0; before < outputs.count(); before += at_once) {
-        const int number = before + thread / kNormalizers;
-        const bool exists = number < outputs.count();  // all lanes of a warp sum
-        const int own = exists ? places[number].own : 0, first = own + lane * outputs.room;
-        const int end = exists && computed(own) ? taps : 0;
-        if (normalizer != CARAFEPP_SOFTMAX) {
+    for (int before = 0; before < all; before += at_once) {
+        const int number = before + thread / kNormalizers;  // all lanes of a warp sum, some for no output
+        const int y = outputs.columns.quotient(number), x = number - y * outputs.columns.number;
+        const int first = min(y, outputs.rows - 1) * outputs.pitch + x + lane * outputs.room;
+        const int count = x < there.x && y < there.y ? (taps - lane + kNormalizers - 1) / kNormalizers : 0;
+        // f(logit, gradient) for each. What is rare is not unrolled.
+        const auto each = [&](auto f) {
 #pragma unroll 1
-            for (int t = lane, at = first; t < end; t += kNormalizers, at += step) {
-                const float logit = logits[at], mask = sigmoid(logit);
-                if (normalizer == CARAFEPP_SIGMOID) {
-                    grads[at] *= mask * (1 - mask);
-                } else {
-                    logits[at] = log_sigmoid(logit);
-                }
-            }
-            if (normalizer == CARAFEPP_SIGMOID) continue;
-        }
-        float largest = -INFINITY, sum = 0, mean = 0;  // of the gradients, weighted by masks
-#pragma unroll 4
-        for (int t = lane, at = first; t < end; t += kNormalizers, at += step) largest = fmaxf(largest, logits[at]);
-        largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
-        const auto mask = [&](int at) {
-            return power_of_2((logits[at] - largest) * kLog2OfE);  // the difference first: logits may be huge
+            for (int i = 0; i < count; i++) f(logits[first + i * step], grads[first + i * step]);
         };
-#pragma unroll 4
-        for (int t = lane, at = first; t < end; t += kNormalizers, at += step) {
-            const float unscaled = mask(at);
-            sum += unscaled;
-            mean += unscaled * grads[at];
+        if (normalizer == CARAFEPP_SIGMOID) {
+            each([](float logit, float& grad) {
+                const float mask = sigmoid(logit);
+                grad *= mask * (1 - mask);
+            });
+            continue;
         }
-        const auto add = [](float a, float b) { return a + b; };
-        const float scale = 1 / over_normalizers(sum, add);
-        mean = over_normalizers(mean, add) * scale * scale;
-#pragma unroll 4
-        for (int t = lane, at = first; t < end; t += kNormalizers, at += step)
-            grads[at] = mask(at) * (grads[at] * scale - mean);
-        if (normalizer == CARAFEPP_SOFTMAX) continue;
-#pragma unroll 1
-        for (int t = lane, at = first; t < end; t += kNormalizers, at += step)
-            grads[at] *= -expm1f(logits[at]);  // the sigmoid of -logit
+        const bool sigmoids = normalizer == CARAFEPP_SIGMOID_NORMALIZED;
+        if (sigmoids) each([](float& logit, float) { logit = log_sigmoid(logit); });
+        if (most == 2) {
+            through_softmax<2>(logits, grads, first, step, count);
+        } else if (most == 4) {
+            through_softmax<4>(logits, grads, first, step, count);
+        } else if (most == 7) {
+            through_softmax<7>(logits, grads, first, step, count);
+        } else {
+            through_softmax<0>(logits, grads, first, step, count);
+        }
+        if (sigmoids) each([](float log_of_sigmoid, float& grad) { grad *= -expm1f(log_of_sigmoid); });  // of -logit
     }
 }
 
 // `Vectors`: eight channels are a vector in memory.
 template <bool Vectors>
-__global__ void __launch_bounds__(kMostWarps * 32, 3)
+__global__ void __launch_bounds__(kMostWarps * 32, Vectors ? 3 : 2)
     grad_masks_mma_kernel(Arguments arguments, GradMasksMmaPlan plan) {
     using T = Float16;  // or bfloat16: only products differ
     const Problem& p = arguments.problem;
@@ -240,14 +302,15 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
               height_out = static_cast<int>(p.out_h), width_out = static_cast<int>(p.out_w);
     const int halo = plan.halo_rows * plan.pitch.number, eights_in_row = plan.patches_in_row.number;
     Slot* const slots = shared_memory<Slot>();
-    OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + outputs.rows);
+    int* const sources = reinterpret_cast<int*>(slots + outputs.rows);  // of columns
+    OutputPlace* const places = reinterpret_cast<OutputPlace*>(sources + outputs.columns.number);
     int64_t* const pixels = reinterpret_cast<int64_t*>(places);  // of a tile, while there are channels
     T* const staged = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
     float* const grads = reinterpret_cast<float*>(staged);  // of masks, when the channels are done
     float* const logits = grads + k * k * outputs.room;
-    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const int thread = thread_computed_late(), lane = thread % 32, warp = same_in_warp(thread / 32);
-        const TileOfItem tile(p, plan.tiles, item);
+        const TileOfPatches tile(plan, static_cast<uint32_t>(item));
         const int top = plan.rows.source(tile.top) - radius;
         int left = plan.columns.source(tile.left) - radius;
         if (plan.feature_pairs) left -= left & 1;
@@ -257,6 +320,9 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
             slots[y] = {row < plan.rows.count ? row : -1, plan.rows.source(row), cell,
                         row - cell * outputs.cell.number};
         }
+#pragma unroll 1
+        for (int x = threads - 1 - thread; x < outputs.columns.number; x += threads)
+            sources[x] = plan.columns.source(tile.left + x);
 #pragma unroll 1
         for (int pixel = thread; pixel < halo; pixel += threads) {
             const int y = plan.pitch.quotient(pixel), x = pixel - y * plan.pitch.number, i = top + y, j = left + x;
@@ -277,7 +343,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
         const int patch = plan.parts.quotient(warp), patch_row = plan.patches_in_row.quotient(patch),
                   patch_column = patch - patch_row * eights_in_row;
         const int window_top = slots[patch_row * kPatch].source - radius,
-                  window_left = plan.columns.source(tile.left + patch_column * kPatch) - radius;
+                  window_left = sources[patch_column * kPatch] - radius;
         const int first_pixel = (warp - patch * plan.parts.number) * plan.products * kPixelsOfProduct;
         const auto pixel_of_window = [&](int number) {
             const int y = plan.window_columns.quotient(number);
@@ -296,8 +362,9 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
         const int vectors = plan.channels / kWide, stagers = threads / vectors;
         const int vector = Vectors ? thread % vectors : thread / stagers,
                   own_pixel = Vectors ? thread / vectors : thread % stagers;
-        const T* from_features = element<const T>(p.features, tile.n, tile.c + vector * kWide, 0, 0);
-        const T* from_outputs = element<const T>(p.grad_output, tile.n, tile.c + vector * kWide, 0, 0);
+        const int64_t first_channel = int64_t{tile.group} * plan.channels_of_group + vector * kWide;
+        const T* from_features = element<const T>(p.features, tile.n, first_channel, 0, 0);
+        const T* from_outputs = element<const T>(p.grad_output, tile.n, first_channel, 0, 0);
         const auto stage_next = [&](int channels, T* to) {
             const int there = channels - vector * kWide;
             to += vector * kWide;
@@ -321,35 +388,44 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
         float sums[kMostProducts][2][4] = {};
         const bool empty = height_out == 0 || width_out == 0;  // there may be no arrays
         int buffer = 0;                                        // the first element of the slice that is multiplied
-        if (!empty) stage_next(tile.channels, staged);
+        if (Vectors && !empty) stage_next(plan.channels_of_group, staged);
 #pragma unroll 1
-        for (int channels = empty ? 0 : tile.channels; channels > 0; channels -= plan.channels) {
+        for (int channels = empty ? 0 : plan.channels_of_group; channels > 0; channels -= plan.channels) {
+            if (!Vectors) stage_next(channels, staged);
             wait_for_copies();
             __syncthreads();
             const T* const slice = staged + buffer;
-            buffer = plan.slice - buffer;
-            if (channels > plan.channels) stage_next(channels - plan.channels, staged + buffer);
+            if (Vectors && channels > plan.channels) {
+                buffer = plan.slice - buffer;
+                stage_next(channels - plan.channels, staged + buffer);
+            }
             const int steps = (min(channels, plan.channels) + kPixelsOfProduct - 1) / kPixelsOfProduct;
             if (p.features.dtype == CARAFEPP_FLOAT16) {
                 add_products<Float16>(slice, of_pixels, of_outputs, plan.products, steps, sums);
             } else {
                 add_products<BFloat16>(slice, of_pixels, of_outputs, plan.products, steps, sums);
             }
+            if (!Vectors) __syncthreads();
         }
         __syncthreads();  // what follows takes the place of slices
 
-        // A lane has sums of two columns in two rows of outputs.
+        // A lane has sums of two columns in two rows of outputs. Their windows begin at `from` of the patch's window.
         const int first_row = patch_row * kPatch + lane % 4 / 2, first_column = patch_column * kPatch + lane % 2 * 2;
-        float* const own = grads + first_row * outputs.pitch + first_column;
-        int apart[2][2];      // the sources of rows and columns, from the first of the patch on
-        bool computed[2][2];  // or a crop leaves it out
+        const bool whole = tile.top + outputs.rows <= height_out && tile.left + outputs.columns.number <= width_out;
+        const bool inside = top >= 0 && top + plan.halo_rows <= height_in && left >= 0 &&
+                            left + plan.halo_columns <= width_in;
+        int2 from[2];
+        int own[2][2];
 #pragma unroll
-        for (int number = 0; number < 2; number++) {
-            const int row = tile.top + first_row + 2 * number, column = tile.left + first_column + number;
-            apart[0][number] = plan.rows.source(row) - radius - window_top;
-            apart[1][number] = plan.columns.source(column) - radius - window_left;
-            computed[0][number] = row < height_out;
-            computed[1][number] = column < width_out;
+        for (int r = 0; r < 2; r++) {
+            from[r] = make_int2(sources[first_column + r] - radius - window_left,
+                                slots[first_row + 2 * r].source - radius - window_top);
+        }
+#pragma unroll
+        for (int output = 0; output < 4; output++) {
+            const int r = output / 2, c = output % 2;
+            own[r][c] = (first_row + 2 * r) * outputs.pitch + first_column + c -
+                        (from[r].y * k + from[c].x) * outputs.room;
         }
 #pragma unroll
         for (int product = 0; product < kMostProducts; product++) {
@@ -357,36 +433,34 @@ __global__ void __launch_bounds__(kMostWarps * 32, 3)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int2 at = pixel_of_window(first_pixel + product * kPixelsOfProduct + half * 8 + lane / 4);
-                const int i = window_top + at.y, j = window_left + at.x;
-                const bool exists = i >= 0 && i < height_in && j >= 0 && j < width_in;
+                float* const to = grads + (at.y * k + at.x) * outputs.room;
+                if (!inside || !whole) {  // a tap beyond a border, or of an output that a crop leaves out, is 0
+                    const int i = window_top + at.y, j = window_left + at.x;
+                    const bool exists = i >= 0 && i < height_in && j >= 0 && j < width_in;
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int a = at.y - apart[0][r];
-                    if (a < 0 || a >= k) continue;
-#pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int b = at.x - apart[1][c];
-                        if (b < 0 || b >= k) continue;
-                        // A tap beyond a border is 0, whatever the gradient there.
-                        own[(a * k + b) * outputs.room + 2 * r * outputs.pitch + c] =
-                            exists && computed[0][r] && computed[1][c] ? sums[product][r][half * 2 + c] : 0;
+                    for (int output = 0; output < 4; output++) {
+                        const int r = output / 2, c = output % 2;
+                        const bool computed = tile.top + first_row + 2 * r < height_out &&
+                                              tile.left + first_column + c < width_out;
+                        if (!exists || !computed) sums[product][r][half * 2 + c] = 0;
                     }
+                }
+#pragma unroll
+                for (int output = 0; output < 4; output++) {
+                    const int r = output / 2, c = output % 2;
+                    const bool in_rows = static_cast<unsigned>(at.y - from[r].y) < static_cast<unsigned>(k),
+                               in_columns = static_cast<unsigned>(at.x - from[c].x) < static_cast<unsigned>(k);
+                    if (in_rows && in_columns) to[own[r][c]] = sums[product][r][half * 2 + c];
                 }
             }
         }
-        const TileOfItem again(p, plan.tiles, computed_late(item));
-        const TileInImage in_image{again.n, again.group, slots, again.left};
+        const TileInImage in_image{tile.n, tile.group, slots, tile.left};
         if (plan.normalized) {
             load_logits(p, outputs, in_image, places, logits);
             wait_for_copies();
             __syncthreads();
-            const bool whole = again.top + outputs.rows <= height_out &&
-                               again.left + outputs.columns.number <= width_out;
-            const auto computed_output = [&](int own) {
-                const int y = whole ? 0 : own / outputs.pitch;
-                return whole || (again.top + y < height_out && again.left + own - y * outputs.pitch < width_out);
-            };
-            through_normalizer(p.normalizer, k * k, outputs, places, computed_output, logits, grads);
+            const int2 there = make_int2(width_out - tile.left, min(height_out - tile.top, outputs.rows));
+            through_normalizer(p.normalizer, k * k, outputs, there, logits, grads);
             __syncthreads();
         }
         write_gradients(arguments, outputs, in_image, places, grads);
@@ -407,14 +481,14 @@ const char* not_for_grad_masks_mma(const Problem& p) {
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
     const GradMasksMmaPlan plan(p, Vectors);
     if (plan.shared_bytes > kMostSharedBytes) return "windows have too many pixels";
-    if (plan.tiles.items > INT32_MAX) return "tiles are too many";
+    if (plan.items > INT32_MAX) return "tiles are too many";
     return not_compiled_for_bfloat16(p, grad_masks_mma_kernel<Vectors>);
 }
 
 template <bool Vectors>
 void grad_masks_mma(const Problem& p, const Array& grad_masks) {
     const GradMasksMmaPlan plan(p, Vectors);
-    launch(grad_masks_mma_kernel<Vectors>, plan.tiles.items, plan.threads, plan.shared_bytes, p, grad_masks, plan);
+    launch(grad_masks_mma_kernel<Vectors>, plan.items, plan.threads, plan.shared_bytes, p, grad_masks, plan);
 }
 
 }  // namespace carafepp::cuda

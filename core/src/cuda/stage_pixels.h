@@ -21,6 +21,15 @@ __device__ __forceinline__ void copy_pixels(const T* from, const int64_t* pixels
     }
 }
 
+// The upper halves of two words, or the lower ones.
+__device__ __forceinline__ uint32_t halves_of(uint32_t one, uint32_t other, bool upper) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(one, other, upper ? 0x7632 : 0x5410);
+#else
+    return upper ? one >> 16 | (other & 0xffff0000) : (one & 0xffff) | other << 16;
+#endif
+}
+
 // The same where channels are `stride` apart: `Columns` neighbouring pixels at once, by way of registers. Instead of
 // channels that do not exist it stages the last one, or 0 if there is none.
 template <int Columns, class T>
@@ -54,10 +63,8 @@ __device__ __forceinline__ void transpose_pixels(const T* from, int stride, cons
                 const int column = Columns == 2 ? (first / 4 + k) % 2 : 0;
                 uint32_t of[kWide / 2];
 #pragma unroll
-                for (int v = 0; v < kWide; v += 2) {
-                    const uint32_t one = words[load][v], other = words[load][v + 1];
-                    of[v / 2] = column == 0 ? (one & 0xffff) | other << 16 : one >> 16 | (other & 0xffff0000);
-                }
+                for (int v = 0; v < kWide; v += 2)
+                    of[v / 2] = halves_of(words[load][v], words[load][v + 1], column == 1);
                 *reinterpret_cast<uint4*>(to + (at + column) * apart) = exists[load]
                                                                             ? make_uint4(of[0], of[1], of[2], of[3])
                                                                             : make_uint4(0, 0, 0, 0);
