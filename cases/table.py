@@ -288,6 +288,7 @@ _CUDA_TABLE = [
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),
     Case("k7_groups_c16", "49 taps, groups of 16", 1, 32, 9, 10, kernel_size=7, groups=2),
     Case("ratio_c40", "a fraction", 1, 40, 9, 16, up=3, down=2, kernel_size=5, padding=(1, 0)),
+    Case("down3_k9_c8", "81 taps, windows of 18 x 18", 1, 8, 7, 13, down=3, kernel_size=9),
 ]
 CASES = {case.name: case for case in _TABLE}
 CUDA_CASES = {case.name: case for case in _CUDA_TABLE}

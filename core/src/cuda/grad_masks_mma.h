@@ -461,7 +461,6 @@ __global__ void __launch_bounds__(kMostWarps * 32, Vectors ? 3 : 2)
             __syncthreads();
             const int2 there = make_int2(width_out - tile.left, min(height_out - tile.top, outputs.rows));
             through_normalizer(p.normalizer, k * k, outputs, there, logits, grads);
-            __syncthreads();
         }
         write_gradients(arguments, outputs, in_image, places, grads);
         __syncthreads();
@@ -479,6 +478,7 @@ const char* not_for_grad_masks_mma(const Problem& p) {
         if (array->stride_c != static_cast<int>(array->stride_c)) return "channels are too far apart";
     }
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
+    if (p.factor.up > kMostFactor / 2) return "the factor is too large";
     const GradMasksMmaPlan plan(p, Vectors);
     if (plan.shared_bytes > kMostSharedBytes) return "windows have too many pixels";
     if (plan.items > INT32_MAX) return "tiles are too many";
