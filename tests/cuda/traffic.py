@@ -427,6 +427,9 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
     if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}
+    if name.endswith("_few"):
+        own = 4 if problem.kernel_size == 3 and problem.up % 4 == 0 else 1
+        arguments = {f"{size}Li{own}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
         of_thread = 1 + (problem.c // problem.groups > 4)
         arguments, type_ = {f"Li{of_thread}ELb{int(name.endswith('nhwc'))}E"}, ""

@@ -13,6 +13,7 @@ namespace carafepp::cuda {
 // Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why
 // it cannot run a problem.
 #define CARAFEPP_REASSEMBLE_KERNELS(X, result)         \
+    X(result "_few_any", reassemble_few)               \
     X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma) \
     X(result "_up2_nhwc", reassemble_up2_nhwc)         \
     X(result "_up2_nchw_mma", reassemble_up2_nchw_mma) \
@@ -33,6 +34,7 @@ namespace carafepp::cuda {
     X(result "_nhwc", grad_features_nhwc)                 \
     X(result "_nchw", grad_features_nchw)
 #define CARAFEPP_GRAD_MASKS_KERNELS(X, result)             \
+    X(result "_few_any", grad_masks_few)                   \
     X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma)     \
     X(result "_up2_nhwc", grad_masks_up2_nhwc)             \
     X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma)     \
