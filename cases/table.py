@@ -287,6 +287,12 @@ _CUDA_TABLE = [
     Case("up4_c24", "slices, 16 outputs of a source", 1, 24, 3, 10, up=4, kernel_size=5),
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),
     Case("k7_groups_c16", "49 taps, groups of 16", 1, 32, 9, 10, kernel_size=7, groups=2),
+    Case("few_up8", "quads of outputs of a source", 1, 2, 2, 3, up=8),
+    Case("few_up4_wide", "two tiles of columns", 1, 1, 1, 35, up=4),
+    Case("few_up4_tall", "tiles of rows", 1, 1, 17, 2, up=4),
+    Case(
+        "few_up4_crop", "quads beyond it", 1, 6, 3, 6, up=4, groups=2, size=(9, 15), padding=(1, 0)
+    ),
     Case("ratio_c40", "a fraction", 1, 40, 9, 16, up=3, down=2, kernel_size=5, padding=(1, 0)),
     Case("down3_k9_c8", "81 taps, windows of 18 x 18", 1, 8, 7, 13, down=3, kernel_size=9),
 ]

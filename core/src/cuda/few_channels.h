@@ -43,7 +43,7 @@ inline bool in_quads(const Problem& p, const Array& weights) {
            reinterpret_cast<uintptr_t>(weights.data) % static_cast<uintptr_t>(kVector * itemsize(weights.dtype)) == 0;
 }
 
-// How units are spread. Where tiles overlap, a tile has `halo` sources on each side that others have too.
+// How units are spread.
 struct FewPlan : Tiles {
     int height, width;          // sources of an image
     int log_columns;            // of the sources of a tile
@@ -82,6 +82,14 @@ struct Unit {
     int out_i, out_j;  // its numbers
 
     template <int P>
+    __device__ __forceinline__ void find_outputs(const SmallDivisor& up, int part) {
+        dy = up.quotient(part * P);
+        dx = part * P - dy * up.divisor;
+        out_i = i * up.divisor + dy;
+        out_j = j * up.divisor + dx;
+    }
+
+    template <int P>
     static __device__ __forceinline__ Unit of(const FewPlan& plan, const TileOfItem& tile, int number) {
         Unit unit;
         const int rest = plan.neighbouring_sources ? number >> plan.log_columns : number;
@@ -92,10 +100,7 @@ struct Unit {
         unit.column = source & (plan.columns - 1);
         unit.i = tile.top + unit.row;
         unit.j = tile.left + unit.column;
-        unit.dy = plan.up.quotient(part * P);
-        unit.dx = part * P - unit.dy * plan.up.divisor;
-        unit.out_i = unit.i * plan.up.divisor + unit.dy;
-        unit.out_j = unit.j * plan.up.divisor + unit.dx;
+        unit.find_outputs<P>(plan.up, part);
         return unit;
     }
 };
@@ -123,14 +128,14 @@ struct WindowPlaces {
 };
 
 template <class T, int K, int P>
-__device__ __forceinline__ void load_windows(const Problem& p, const FewPlan& plan, const TileOfItem& tile,
-                                             const Unit& unit, float (&taps)[P][K * K]) {
+__device__ __forceinline__ void load_windows(const Problem& p, bool quads, const TileOfItem& tile, const Unit& unit,
+                                             float (&taps)[P][K * K]) {
     const Array& weights = p.from_logits ? p.logits : p.masks;
     const WindowPlaces places = WindowPlaces::of<K, P>(p, weights, tile.group, unit);
     with_masks<T>(weights, [&](auto mask) __attribute__((always_inline)) {
         using M = decltype(mask);
         const M* const first = element<const M>(weights, tile.n, 0, 0, 0) + places.first;
-        if (P == kVector && plan.quads) {
+        if (P == kVector && quads) {
 #pragma unroll
             for (int t = 0; t < K * K; t++) {
                 const float4 quad = load_channels(at_stride(first, places.step, t));

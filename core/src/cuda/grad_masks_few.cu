@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_few_kernel(Arguments a
             float taps[P][K * K], grads[P][K * K] = {};
             const int there = unit.out_i < p.out_h ? static_cast<int>(p.out_w) - unit.out_j : 0;  // outputs
             if (!p.from_logits && there <= 0) continue;
-            if (p.from_logits) load_windows<T, K>(p, plan, tile, unit, taps);
+            if (p.from_logits) load_windows<T, K>(p, plan.quads, tile, unit, taps);
             const float* window = features + unit.row * width + unit.column;
             const T* from = element<const T>(p.grad_output, tile.n, tile.c, unit.out_i, unit.out_j);
 #pragma unroll

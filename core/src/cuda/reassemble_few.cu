@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
             const Unit unit = Unit::of<P>(plan, tile, number);
             if (unit.out_i >= p.out_h || unit.out_j >= p.out_w) continue;
             float taps[P][K * K], scales[P];
-            load_windows<T, K>(p, plan, tile, unit, taps);
+            load_windows<T, K>(p, plan.quads, tile, unit, taps);
             const int i = unit.i + static_cast<int>(p.offset_h), j = unit.j + static_cast<int>(p.offset_w);
             const bool inside = window_inside<K>(p, i, j);
 #pragma unroll

@@ -25,6 +25,7 @@ namespace carafepp::cuda {
     X(result "_nchw_mma", reassemble_nchw_mma)         \
     X(result "_nchw", reassemble_nchw)
 #define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
+    X(result "_few_any", grad_features_few)               \
     X(result "_up2_nhwc_mma", grad_features_up2_nhwc_mma) \
     X(result "_up2_nhwc", grad_features_up2_nhwc)         \
     X(result "_up2_nchw_mma", grad_features_up2_nchw_mma) \
