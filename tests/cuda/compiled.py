@@ -145,6 +145,10 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
+    r"(reassemble|grad_masks)_few_kernelILi3ELi4EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
+    r"(reassemble|grad_masks)_few_kernelILi3ELi4E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
+    r"grad_features_few_kernelILi3ELi4EfE": (r"LDG\S*\.128",),
+    r"grad_features_few_kernelILi3ELi4E\w*Float16": (r"LDG\S*\.64",),
 }
 # The same by dtype: conversions to floats and from them. sm_75 has none of bfloat16.
 CONVERSIONS = {

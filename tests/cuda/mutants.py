@@ -1124,6 +1124,54 @@ MUTANTS = [
         "j >= 0 && j <= array.w;",
         sanitizer="address",
     ),
+    Mutant(
+        "masks beyond a crop are those of a quad",
+        "few_channels.h",
+        "min(P - 1, static_cast<int>(p.out_w) - 1 - unit.out_j)",
+        "P - 1",
+    ),
+    Mutant(
+        "taps of few channels are not cleared beyond borders",
+        "few_channels.h",
+        "if (window_inside<K>(p, i, j)) return;",
+        "return;",
+    ),
+    Mutant(
+        "the next tile of few channels comes before the last is read",
+        "reassemble_few.cu",
+        "        }\n        __syncthreads();\n    }\n",
+        "        }\n    }\n",
+    ),
+    Mutant(
+        "sums of few channels are not divided by those of the softmax",
+        "reassemble_few.cu",
+        "sums[c][q] *= scales[q];",
+        "sums[c][q] *= 1;",
+    ),
+    Mutant(
+        "logits of few channels beyond a crop get a gradient",
+        "grad_masks_few.cu",
+        "if (q < there) continue;",
+        "continue;",
+    ),
+    Mutant(
+        "few channels add what a crop leaves out",
+        "grad_features_few.cu",
+        "if (there < P) {",
+        "if (there < 0) {",
+    ),
+    Mutant(
+        "sums of few channels are gathered before all are there",
+        "grad_features_few.cu",
+        "        __syncthreads();\n#pragma unroll 1\n",
+        "#pragma unroll 1\n",
+    ),
+    Mutant(
+        "one thread of a source of few channels is heard",
+        "grad_features_few.cu",
+        "slot < plan.slots; slot++",
+        "slot < 1; slot++",
+    ),
 ]
 
 

@@ -24,13 +24,22 @@ struct SmallDivisor {
     uint32_t inverse;
 
     explicit SmallDivisor(int64_t number)
-        : divisor(static_cast<int>(number)), inverse((1u << 20) / static_cast<uint32_t>(number) + 1) {}
+        : divisor(static_cast<int>(number)), inverse((1u << 22) / static_cast<uint32_t>(number) + 1) {}
 
-    // For numbers below 2^12, and below 2^20 / divisor.
+    // For numbers below 2^9 * divisor, and below 2^22 / divisor.
     __device__ __forceinline__ int quotient(int number) const {
-        return static_cast<int>(static_cast<uint32_t>(number) * inverse >> 20);
+        return static_cast<int>(static_cast<uint32_t>(number) * inverse >> 22);
     }
 };
+
+// The number, as if each call had another one. Addresses that compilers compute from it take one instruction each. They
+// would share a part of the sums, and take two.
+__device__ __forceinline__ int computed_apart(int number) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(number));
+#endif
+    return number;
+}
 
 inline const Array& weights_of(const Problem& p) { return p.from_logits ? p.logits : p.masks; }
 
@@ -105,6 +114,19 @@ struct Unit {
     }
 };
 
+// Clears the taps beyond the borders.
+template <int K, int P>
+__device__ __forceinline__ void clear_outside(const Problem& p, const Unit& unit, float (&taps)[P][K * K]) {
+    const int i = unit.i + static_cast<int>(p.offset_h), j = unit.j + static_cast<int>(p.offset_w);
+    if (window_inside<K>(p, i, j)) return;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) {
+        const bool inside = tap_inside<K>(p, i, j, t);
+#pragma unroll
+        for (int q = 0; q < P; q++) taps[q][t] = inside ? taps[q][t] : 0.0f;
+    }
+}
+
 // Where the taps of a unit are in an array of the shape of masks or logits. All strides but that of images fit 32 bits.
 struct WindowPlaces {
     int64_t first;           // from the image's begin
@@ -146,8 +168,9 @@ __device__ __forceinline__ void load_windows(const Problem& p, bool quads, const
 #pragma unroll
         for (int q = 0; q < P; q++) {
             const M* const own = at_stride(first, places.step_of_next, min(q, places.last));
+            const int step = computed_apart(places.step);
 #pragma unroll
-            for (int t = 0; t < K * K; t++) taps[q][t] = widen(load_input(at_stride(own, places.step, t)));
+            for (int t = 0; t < K * K; t++) taps[q][t] = widen(*at_stride(own, step, t));
         }
     });
 }
@@ -164,12 +187,12 @@ __device__ __forceinline__ void for_each_in_turn(float (&numbers)[Count], F f) {
     }
 }
 
-// How many outputs a unit has. With sigmoids, which are rare, it has one: only there their code stands.
-inline int own_outputs(const Problem& p) {
+// May units be quads? With sigmoids, which are rare, none is: only for single outputs their code stands.
+inline bool may_be_quads(const Problem& p) {
     const bool has_sigmoid = p.from_logits &&
                              (p.normalizer == CARAFEPP_SIGMOID || p.normalizer == CARAFEPP_SIGMOID_NORMALIZED);
     const bool taps_adjacent = !p.from_logits && p.masks.stride_c < p.masks.stride_w;
-    return p.kernel_size == 3 && p.factor.up % kVector == 0 && !has_sigmoid && !taps_adjacent ? kVector : 1;
+    return p.kernel_size == 3 && p.factor.up % kVector == 0 && !has_sigmoid && !taps_adjacent;
 }
 
 // Turns logits into masks, once they are multiplied by the result: a softmax leaves that to the sums of products.
@@ -223,23 +246,23 @@ struct StagedFeatures {
     }
 };
 
-// Calls f(k, own, T()) with the kernel size, the outputs of a unit and the type of features of a problem.
-template <int... Sizes, class F>
-void with_units(const Problem& p, F f) {
-    with_kernel_size<sizeof(float), Sizes...>(p, [&](auto k, auto feature) {
+// Calls f(k, own, T()) with the kernel size, 3 or 5, the outputs of a unit and the type of features.
+template <class F>
+void with_units(const Problem& p, bool quads, F f) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         if constexpr (k == 3) {
-            if (own_outputs(p) == kVector) return f(k, std::integral_constant<int, kVector>(), feature);
+            if (quads) return f(k, std::integral_constant<int, kVector>(), feature);
         }
         f(k, std::integral_constant<int, 1>(), feature);
     });
 }
 
 // Why the kernels for few channels do not take a problem.
-inline const char* not_for_few_channels(const Problem& p, const Array& result, int most_taps) {
+inline const char* not_for_few_channels(const Problem& p, const Array& result) {
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
     if (p.factor.down != 1) return "down is not 1";
     if (p.factor.up > kMostFactor) return "up is more than 16";
-    if (p.kernel_size < 3 || p.kernel_size > most_taps) return "no instance has this kernel_size";
+    if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
     if (p.features.c / p.groups > kFew) return "a group has more than 4 channels";
     if (p.features.c == 0) return "there are no channels";
     for (int64_t size : {p.features.h, p.features.w, p.out_h, p.out_w}) {

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kEnoughBlocks = 120;  // for the largest devices
 
 template <int K>
-constexpr int kMostChannels = K == 3 ? 4 : 2;  // so that sums fit into registers
+constexpr int kMostChannels = K == 3 ? kFew : 2;  // so that sums fit into registers
 
 struct GradFeaturesFewPlan : Tiles {
     int height, width;                                          // sources of an image
@@ -77,7 +77,7 @@ __device__ __forceinline__ void add_unit(const Problem& p, const GradFeaturesFew
         if (c >= tile.channels) break;
 #pragma unroll
         for (int q = 0; q < P; q++) {
-            const float grad = q < there ? widen(load_input(from + q * p.grad_output.stride_w)) * scales[q] : 0.0f;
+            const float grad = q < there ? widen(from[q * p.grad_output.stride_w]) * scales[q] : 0.0f;
 #pragma unroll
             for (int t = 0; t < K * K; t++) sums[c][t] += taps[q][t] * grad;
         }
@@ -88,7 +88,7 @@ template <int K, int P, class T>
 __global__ void __launch_bounds__(kThreads, 2) grad_features_few_kernel(Arguments arguments, GradFeaturesFewPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
-    constexpr int kTaps = K * K;
+    constexpr int kTaps = K * K, kChannels = kMostChannels<K>;
     float* const staged = shared_memory<float>();  // [slot][channel][tap][source]
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfItem tile(p, plan, item);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_few_kernel(Argument
             unit.column = source - row * plan.columns_around.divisor;
             unit.i = tile.top + unit.row - K / 2 - static_cast<int>(p.offset_h);
             unit.j = tile.left + unit.column - K / 2 - static_cast<int>(p.offset_w);
-            float sums[kMostChannels<K>][kTaps] = {};
+            float sums[kChannels][kTaps] = {};
             if (unit.i >= 0 && unit.j >= 0 && unit.i < plan.height && unit.j < plan.width) {
 #pragma unroll 1
                 for (int part = slot; part < plan.parts; part += plan.slots) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_few_kernel(Argument
             }
             float* to = staged + slot * plan.plane + source;
 #pragma unroll
-            for (int c = 0; c < kMostChannels<K>; c++) {
+            for (int c = 0; c < kChannels; c++) {
                 if (c >= tile.channels) break;
 #pragma unroll
                 for (int t = 0; t < kTaps; t++, to += sources) *to = sums[c][t];
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_few_kernel(Argument
 #pragma unroll
                 for (int t = 0; t < kTaps; t++, from += sources) {
                     const float* of_tap = from - t / K * plan.columns_around.divisor - t % K;
+#pragma unroll 1
                     for (int slot = 0; slot < plan.slots; slot++, of_tap += plan.plane) sum += *of_tap;
                 }
                 *to = narrow<T>(sum);
@@ -147,13 +148,13 @@ __global__ void __launch_bounds__(kThreads, 2) grad_features_few_kernel(Argument
 }  // namespace
 
 const char* cannot_run_grad_features_few(const Problem& p, const Array& grad_features) {
-    if (const char* reason = not_for_few_channels(p, grad_features, 5)) return reason;
+    if (const char* reason = not_for_few_channels(p, grad_features)) return reason;
     if (p.kernel_size == 5 && p.features.c / p.groups > kMostChannels<5>) return "a group has more than 2 channels";
     return nullptr;
 }
 
 void grad_features_few(const Problem& p, const Array& grad_features) {
-    with_units<3, 5>(p, [&](auto k, auto own, auto feature) {
+    with_units(p, may_be_quads(p), [&](auto k, auto own, auto feature) {
         const GradFeaturesFewPlan plan(p, grad_features, own);
         launch(grad_features_few_kernel<k, own, decltype(feature)>, plan.items, kThreads, plan.bytes, p, grad_features,
                plan);

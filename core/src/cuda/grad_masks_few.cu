@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_few_kernel(Arguments a
                 float of_outputs[P];
 #pragma unroll
                 for (int q = 0; q < P; q++) {
-                    of_outputs[q] = q < there ? widen(load_input(from + q * p.grad_output.stride_w)) : 0.0f;
+                    of_outputs[q] = q < there ? widen(from[q * p.grad_output.stride_w]) : 0.0f;
                 }
 #pragma unroll
                 for (int t = 0; t < K * K; t++) {
@@ -112,11 +112,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_few_kernel(Arguments a
                     for (int q = 0; q < P; q++) grads[q][t] += of_outputs[q] * feature;
                 }
             }
-            const int i = unit.i + static_cast<int>(p.offset_h), j = unit.j + static_cast<int>(p.offset_w);
-            const bool inside = window_inside<K>(p, i, j);
+            clear_outside<K>(p, unit, grads);
 #pragma unroll
             for (int q = 0; q < P; q++) {
-                if (!inside) clear_taps_outside<K>(p, i, j, grads[q]);
                 if (!p.from_logits) continue;
                 through_normalizer<K, P>(p.normalizer, taps[q], grads[q]);
                 if (q < there) continue;
@@ -132,11 +130,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_few_kernel(Arguments a
 }  // namespace
 
 const char* cannot_run_grad_masks_few(const Problem& p, const Array& grad_masks) {
-    return not_for_few_channels(p, grad_masks, 5);
+    return not_for_few_channels(p, grad_masks);
 }
 
 void grad_masks_few(const Problem& p, const Array& grad_masks) {
-    with_units<3, 5>(p, [&](auto k, auto own, auto feature) {
+    with_units(p, may_be_quads(p), [&](auto k, auto own, auto feature) {
         const GradMasksFewPlan plan(p, grad_masks, own);
         launch(grad_masks_few_kernel<k, own, decltype(feature)>, plan.items, kThreads, plan.features.bytes, p,
                grad_masks, plan);

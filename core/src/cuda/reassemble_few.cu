@@ -8,18 +8,19 @@ namespace {
 
 struct ReassembleFewPlan : FewPlan {
     StagedFeatures features;
-    bool rows_of_quads;    // the outputs of a unit in a channel are an aligned vector
-    bool pixels_of_quads;  // in all channels they are adjacent vectors
+    bool pixels;  // the outputs of a quad are adjacent vectors in all channels; else they are one in each
 
     ReassembleFewPlan(const Problem& p, const Array& output, int own)
         : FewPlan(p, ceil_div(p.out_h, p.factor.up), ceil_div(p.out_w, p.factor.up), own, 512),
           features(p, *this),
-          rows_of_quads(own == kVector && !not_for_columns(output, kVector)),
-          pixels_of_quads(own == kVector && output.stride_c == 1 && output.stride_w == p.features.c && p.groups == 1 &&
-                          (output.stride_n | output.stride_h | output.w) % kVector == 0 &&
-                          reinterpret_cast<uintptr_t>(output.data) %
-                                  static_cast<uintptr_t>(kVector * itemsize(output.dtype)) ==
-                              0) {}
+          pixels(pixels_in_quads(p, output)) {}
+
+    // Are all channels of four neighbouring pixels aligned vectors?
+    static bool pixels_in_quads(const Problem& p, const Array& output) {
+        return output.stride_c == 1 && output.stride_w == p.features.c && p.groups == 1 &&
+               (output.stride_n | output.stride_h | output.w) % kVector == 0 &&
+               reinterpret_cast<uintptr_t>(output.data) % static_cast<uintptr_t>(kVector * itemsize(output.dtype)) == 0;
+    }
 };
 
 // Stores four neighbouring pixels of C channels, that are adjacent.
@@ -46,13 +47,9 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
             if (unit.out_i >= p.out_h || unit.out_j >= p.out_w) continue;
             float taps[P][K * K], scales[P];
             load_windows<T, K>(p, plan.quads, tile, unit, taps);
-            const int i = unit.i + static_cast<int>(p.offset_h), j = unit.j + static_cast<int>(p.offset_w);
-            const bool inside = window_inside<K>(p, i, j);
 #pragma unroll
-            for (int q = 0; q < P; q++) {
-                scales[q] = normalize_window<K, P>(normalizer_of(p), taps[q]);
-                if (!inside) clear_taps_outside<K>(p, i, j, taps[q]);
-            }
+            for (int q = 0; q < P; q++) scales[q] = normalize_window<K, P>(normalizer_of(p), taps[q]);
+            clear_outside<K>(p, unit, taps);
             const float* window = features + unit.row * width + unit.column;
             float sums[kFew][P] = {};
 #pragma unroll
@@ -69,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
             }
             T* to = element<T>(output, tile.n, tile.c, unit.out_i, unit.out_j);
             if constexpr (P == kVector) {
-                if (plan.pixels_of_quads) {
+                if (plan.pixels) {
                     if (tile.channels == 1) store_pixels<1>(sums, to);
                     if (tile.channels == 2) store_pixels<2>(sums, to);
                     if (tile.channels == 3) store_pixels<3>(sums, to);
@@ -77,15 +74,9 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
                     continue;
                 }
             }
-            const int there = static_cast<int>(p.out_w) - unit.out_j;
 #pragma unroll
             for (int c = 0; c < kFew; c++, to += output.stride_c) {
-                if (c >= tile.channels) break;
-                if (P == kVector && plan.rows_of_quads) {
-                    store_row<P == kVector>(sums[c], there, 1, to);
-                } else {
-                    store_row<false>(sums[c], there, output.stride_w, to);
-                }
+                if (c < tile.channels) store_row<P == kVector>(sums[c], 1, 1, to);
             }
         }
         __syncthreads();
@@ -94,12 +85,12 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
 
 }  // namespace
 
-const char* cannot_run_reassemble_few(const Problem& p, const Array& output) {
-    return not_for_few_channels(p, output, 7);
-}
+const char* cannot_run_reassemble_few(const Problem& p, const Array& output) { return not_for_few_channels(p, output); }
 
 void reassemble_few(const Problem& p, const Array& output) {
-    with_units<3, 5, 7>(p, [&](auto k, auto own, auto feature) {
+    const bool quads = may_be_quads(p) &&
+                       (!not_for_columns(output, kVector) || ReassembleFewPlan::pixels_in_quads(p, output));
+    with_units(p, quads, [&](auto k, auto own, auto feature) {
         const ReassembleFewPlan plan(p, output, own);
         launch(reassemble_few_kernel<k, own, decltype(feature)>, plan.items, kThreads, plan.features.bytes, p, output,
                plan);
