@@ -235,6 +235,7 @@ _CUDA_TABLE = [
     Case("down2_even", "pairs of columns, wider than a tile", 2, 12, 9, 70, down=2, kernel_size=5),
     Case("down2_even_k3", "pairs of columns, two groups", 1, 20, 7, 12, down=2, groups=2),
     Case("down2_c136", "more channels than a block takes at a time", 1, 136, 3, 4, down=2),
+    Case("down2_fours", "fours of columns, in two halves", 1, 17, 2, 40, down=2, kernel_size=5),
     Case("down2_tall", "taller than a tile", 1, 4, 35, 18, down=2, kernel_size=5),
     Case("down2_slices", "two tiles, more than a slice", 1, 40, 10, 18, down=2, kernel_size=5),
     Case("same_size_c32", "any factor, a warp of channels", 1, 32, 6, 7),

@@ -954,8 +954,8 @@ MUTANTS = [
     Mutant(
         "the next slice arrives over pixels that are still read",
         "reassemble_down2_nhwc.cu",
-        "            __syncthreads();\n            from += S::kChannels;",
-        "            from += S::kChannels;",
+        "            __syncthreads();\n            from += kChannels;",
+        "            from += kChannels;",
     ),
     Mutant(
         "features arrive over masks that are still read",
@@ -968,6 +968,60 @@ MUTANTS = [
         "reassemble_down2_nchw.cu",
         "below = out_i + 1 < p.out_h",
         "below = out_i < p.out_h",
+    ),
+    Mutant(
+        "the next slice arrives in the place of the one that is multiplied, downsampling",
+        "reassemble_down2_nhwc_mma.cu",
+        "            second = !second;\n",
+        "",
+    ),
+    Mutant(
+        "windows of a row of outputs begin a row of pixels too late",
+        "reassemble_down2_nhwc_mma.cu",
+        "k / 4 == row + step",
+        "k / 4 == row + step + 1",
+    ),
+    Mutant(
+        "pixels are copied in another order than they are loaded in",
+        "tile_down2.h",
+        "(Swizzled ? swizzled(first, copy) : copy)",
+        "copy",
+    ),
+    Mutant(
+        "an infinite feature makes NaN of outputs that do not read it, channels adjacent",
+        "reassemble_down2_nhwc_mma.cu",
+        "if (zeros != 0) {",
+        "if (zeros != 0 && item < 0) {",
+    ),
+    Mutant(
+        "features take the place of masks that are still read",
+        "reassemble_down2_nchw_mma.cu",
+        "            __syncthreads();\n            if (plan.fours) {",
+        "            if (plan.fours) {",
+    ),
+    Mutant(
+        "columns are multiplied before they arrive, downsampling",
+        "reassemble_down2_nchw_mma.cu",
+        "            wait_for_copies();\n",
+        "",
+    ),
+    Mutant(
+        "the lower half of a tile has the features of the upper one",
+        "reassemble_down2_nchw_mma.cu",
+        "features + own.half * H::kFeatures",
+        "features",
+    ),
+    Mutant(
+        "a lane stores the columns of its neighbour",
+        "reassemble_down2_nchw_mma.cu",
+        "pair % 2 * kOfProduct + pair / 2 * 4;",
+        "pair / 2 * kOfProduct + pair % 2 * 4;",
+    ),
+    Mutant(
+        "an infinite feature makes NaN of outputs that do not read it, columns adjacent",
+        "reassemble_down2_nchw_mma.cu",
+        "finite = finite && zeros == 0;",
+        "finite = finite || zeros == 0;",
     ),
     Mutant(
         "the next slice arrives over gradients that are still read",

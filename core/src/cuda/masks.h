@@ -279,9 +279,9 @@ __device__ __forceinline__ void normalize_registers(carafepp_normalizer normaliz
     own.each([&](int k, int) { taps[k] *= scale; });
 }
 
-// Turns staged logits of `outputs` outputs into masks, in a block of `Threads`. Tap t of an output is
-// staged[first(output) + t * step]. A thread has all taps of `Own` outputs at once: one, or two neighbours, which are
-// one vector.
+// Turns staged logits of `outputs` outputs into masks, in a block of `Threads`, or in each such part of a block. Tap t
+// of an output is staged[first(output) + t * step]. A thread has all taps of `Own` outputs at once: one, or two
+// neighbours, which are one vector.
 template <int K, int Threads, int Own = 2, class First>
 __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, float* staged, int outputs, int step,
                                                First first) {
@@ -289,13 +289,13 @@ __device__ __forceinline__ void normalize_each(carafepp_normalizer normalizer, f
     if (normalizer == CARAFEPP_NONE) return;
     if (normalizer != CARAFEPP_SOFTMAX) {
 #pragma unroll 1
-        for (int k = thread_computed_late(); k < K * K * outputs; k += Threads)
+        for (int k = thread_computed_late() % Threads; k < K * K * outputs; k += Threads)
             staged[k] = normalizer == CARAFEPP_SIGMOID ? sigmoid(staged[k]) : log_sigmoid(staged[k]);
         if (normalizer == CARAFEPP_SIGMOID) return;
         __syncthreads();
     }
 #pragma unroll 1
-    for (int output = thread_computed_late() * Own; output < outputs; output += Threads * Own) {
+    for (int output = thread_computed_late() % Threads * Own; output < outputs; output += Threads * Own) {
         float* const masks = staged + first(output);
         float taps[Own][K * K];
 #pragma unroll

@@ -17,7 +17,19 @@ constexpr int kWide = 8;  // channels in 16 bytes
 // A number that all lanes have, such that compilers see it: they split no branch on it.
 __device__ __forceinline__ int same_in_warp(int number) { return __shfl_sync(0xffffffffu, number, 0); }
 
-// ---- adjacent columns: two stored at once ----
+// ---- stores ----
+
+// Transposes 4 x 4 words of four neighbouring lanes: lane q gets word q of each.
+__device__ __forceinline__ uint4 transpose_words(const uint32_t (&words)[4], int lane) {
+    const bool odd = lane % 2 != 0, upper = lane / 2 % 2 != 0;
+    const auto exchange = [](uint32_t word, int distance) { return __shfl_xor_sync(0xffffffffu, word, distance); };
+    const uint32_t first = exchange(odd ? words[0] : words[1], 1), second = exchange(odd ? words[2] : words[3], 1);
+    const uint2 low = odd ? make_uint2(first, words[1]) : make_uint2(words[0], first),
+                high = odd ? make_uint2(second, words[3]) : make_uint2(words[2], second);
+    const uint2 own = upper ? high : low;
+    const uint2 other{exchange(upper ? low.x : high.x, 2), exchange(upper ? low.y : high.y, 2)};
+    return upper ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
+}
 
 template <class T>
 __device__ __forceinline__ void store_word(uint32_t word, T* to) {
@@ -56,15 +68,16 @@ __device__ __forceinline__ uint32_t pair_of_band(const float* weights, int a, in
 }
 
 // The same output in one channel without tensor cores, with the window around (i, j). A zero of the band makes NaN of
-// an infinite feature; here no zero is multiplied.
+// an infinite feature; here no zero is multiplied. `weights` are `apart` from tap to tap.
 template <int K, class T>
-__device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights) {
+__device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights,
+                                   int apart = kOutputs) {
     float sum = 0;
 #pragma unroll 1
     for (int t = 0; t < K * K; t++) {
         const int64_t y = i + t / K - K / 2, x = j + t % K - K / 2;
         if (y >= 0 && y < p.features.h && x >= 0 && x < p.features.w)
-            sum += weights[t * kOutputs] * widen(*element<const T>(p.features, n, c, y, x));
+            sum += weights[t * apart] * widen(*element<const T>(p.features, n, c, y, x));
     }
     return sum;
 }

@@ -214,18 +214,6 @@ __device__ __forceinline__ void multiply_step(const uint32_t (&a)[4], const uint
     multiply_add<T>(sums[1], a, {b[2], b[3]});
 }
 
-// Transposes 4 x 4 words of four neighbouring lanes: lane q gets word q of each.
-__device__ __forceinline__ uint4 transpose_words(const uint32_t (&words)[4], int lane) {
-    const bool odd = lane % 2 != 0, upper = lane / 2 % 2 != 0;
-    const auto exchange = [](uint32_t word, int distance) { return __shfl_xor_sync(0xffffffffu, word, distance); };
-    const uint32_t first = exchange(odd ? words[0] : words[1], 1), second = exchange(odd ? words[2] : words[3], 1);
-    const uint2 low = odd ? make_uint2(first, words[1]) : make_uint2(words[0], first),
-                high = odd ? make_uint2(second, words[3]) : make_uint2(words[2], second);
-    const uint2 own = upper ? high : low;
-    const uint2 other{exchange(upper ? low.x : high.x, 2), exchange(upper ? low.y : high.y, 2)};
-    return upper ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
-}
-
 // Stores neighbouring outputs of four channels, of which `channels` exist, eight channels apart; `there` outputs exist.
 // `at_once` are stored in an access.
 template <class T>

@@ -12,17 +12,19 @@ namespace carafepp::cuda {
 
 // Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why
 // it cannot run a problem.
-#define CARAFEPP_REASSEMBLE_KERNELS(X, result)         \
-    X(result "_few_any", reassemble_few)               \
-    X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma) \
-    X(result "_up2_nhwc", reassemble_up2_nhwc)         \
-    X(result "_up2_nchw_mma", reassemble_up2_nchw_mma) \
-    X(result "_up2_nchw", reassemble_up2_nchw)         \
-    X(result "_down2_nhwc", reassemble_down2_nhwc)     \
-    X(result "_down2_nchw", reassemble_down2_nchw)     \
-    X(result "_nhwc_mma", reassemble_nhwc_mma)         \
-    X(result "_nhwc", reassemble_nhwc)                 \
-    X(result "_nchw_mma", reassemble_nchw_mma)         \
+#define CARAFEPP_REASSEMBLE_KERNELS(X, result)             \
+    X(result "_few_any", reassemble_few)                   \
+    X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma)     \
+    X(result "_up2_nhwc", reassemble_up2_nhwc)             \
+    X(result "_up2_nchw_mma", reassemble_up2_nchw_mma)     \
+    X(result "_up2_nchw", reassemble_up2_nchw)             \
+    X(result "_down2_nhwc_mma", reassemble_down2_nhwc_mma) \
+    X(result "_down2_nhwc", reassemble_down2_nhwc)         \
+    X(result "_down2_nchw_mma", reassemble_down2_nchw_mma) \
+    X(result "_down2_nchw", reassemble_down2_nchw)         \
+    X(result "_nhwc_mma", reassemble_nhwc_mma)             \
+    X(result "_nhwc", reassemble_nhwc)                     \
+    X(result "_nchw_mma", reassemble_nchw_mma)             \
     X(result "_nchw", reassemble_nchw)
 #define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
     X(result "_few_any", grad_features_few)               \

@@ -14,7 +14,7 @@ constexpr int64_t kEnoughItems = 768;  // that keep all multiprocessors evenly b
 // ---- masks ----
 
 // The masks that a block stages: of Rows x Columns outputs. Tap t of an output is at [t * Apart + place(row, column)],
-// where place(row, column) = place(row, 0) + place(0, column).
+// where place(row, column) = place(row, 0) + place(0, column). `Threads` are a block, or each part of it.
 template <int K, int Rows, int Columns, int Apart = Rows * Columns>
 struct Masks {
     static constexpr int kOutputs = Rows * Columns, kApart = Apart, kElements = K * K * Apart;
@@ -46,7 +46,7 @@ struct Masks {
                     for (int k = 0; k < kCount; k++) to[offset(k)] = values[k];
                 }
             };
-            const int thread = thread_computed_late();
+            const int thread = thread_computed_late() % Threads;
             if (array.stride_c < array.stride_w) {  // neighbouring threads have neighbouring taps, and go down columns
                 constexpr int kLanes = K * K <= 16 ? 16 : 32;
                 const int tap = thread % kLanes;
@@ -99,11 +99,10 @@ struct Masks {
                                                          Place place) {
         const int first_i = top * kDown - K / 2, first_j = left * kDown - K / 2;
         const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w);
-        if (first_i >= 0 && first_i + kDown * (Rows - 1) + K <= height && first_j >= 0 &&
-            first_j + kDown * (Columns - 1) + K <= width)
-            return;
+        const bool inside = first_i >= 0 && first_i + kDown * (Rows - 1) + K <= height && first_j >= 0 &&
+                            first_j + kDown * (Columns - 1) + K <= width;
 #pragma unroll 1
-        for (int output = thread_computed_late(); output < kOutputs; output += Threads) {
+        for (int output = thread_computed_late() % Threads; !inside && output < kOutputs; output += Threads) {
             const int i = first_i + output / Columns * kDown, j = first_j + output % Columns * kDown;
             const int rows_begin = -i, rows_end = height - i, columns_begin = -j, columns_end = width - j;
             if (rows_begin <= 0 && rows_end >= K && columns_begin <= 0 && columns_end >= K) continue;
@@ -146,7 +145,8 @@ __device__ __forceinline__ void for_each_tap_of_quad(int y, int x, F f) {
 // ---- with adjacent channels ----
 
 constexpr int kBytesOfCopy = 16, kBytesOfPixel = 64;  // in a slice
-constexpr int kNowhere = INT32_MIN;                   // the place of a pixel that does not exist
+constexpr int kCopiesOfPixel = kBytesOfPixel / kBytesOfCopy;
+constexpr int kNowhere = INT32_MIN;  // the place of a pixel that does not exist
 template <class T>
 constexpr int kChannelsOfCopy = kBytesOfCopy / static_cast<int>(sizeof(T));
 template <class T>
@@ -164,17 +164,21 @@ __device__ __forceinline__ void find_pixels(const Array& array, At at, int* plac
     }
 }
 
+// The place of a copy among those of a pixel, such that the same one of eight neighbours is in different banks.
+__device__ __forceinline__ int swizzled(int pixel, int copy) { return copy ^ pixel / 2 % kCopiesOfPixel; }
+
 // Copies a slice of these pixels, of which `channels` channels exist, to [pixel][channel]; 0 where there is none. It
-// does nothing without channels.
-template <int Count, int Threads, class T>
+// does nothing without channels. Copies of a pixel are in order, or `Swizzled`.
+template <int Count, int Threads, class T, bool Swizzled = false>
 __device__ __forceinline__ void copy_pixels(const T* from, const int* places, int channels, T* staged) {
-    constexpr int kCopies = kBytesOfPixel / kBytesOfCopy, kInFlight = 4, kStep = Threads / kCopies;
-    const int thread = thread_computed_late(), first = thread / kCopies,
-              channel = thread % kCopies * kChannelsOfCopy<T>;
+    constexpr int kInFlight = 4, kStep = Threads / kCopiesOfPixel;
+    static_assert(!Swizzled || kStep % (2 * kCopiesOfPixel) == 0, "all pixels of a thread are swizzled alike");
+    const int thread = thread_computed_late(), first = thread / kCopiesOfPixel, copy = thread % kCopiesOfPixel,
+              channel = copy * kChannelsOfCopy<T>;
     if (channels <= 0) return;
     const bool has_some = channel < channels;
     from += channel;
-    staged += first * kChannelsOfPixel<T> + channel;
+    staged += first * kChannelsOfPixel<T> + (Swizzled ? swizzled(first, copy) : copy) * kChannelsOfCopy<T>;
     places += first;
 #pragma unroll
     for (int before = 0; before < Count; before += kInFlight * kStep) {
