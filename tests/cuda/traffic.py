@@ -431,8 +431,10 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         own = 4 if problem.kernel_size == 3 and problem.up % 4 == 0 else 1
         arguments = {f"{size}Li{own}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
-        of_thread = 1 + (problem.c // problem.groups > 4)
-        arguments, type_ = {f"Li{of_thread}ELb{int(name.endswith('nhwc'))}E"}, ""
+        channels = problem.c // problem.groups
+        units = channels >= 16 and problem.kernel_size in (3, 5, 7)
+        number = problem.kernel_size if units else 1 + (channels > 4)
+        arguments, type_ = {f"Li{number}ELb{int(name.endswith('nhwc'))}E"}, ""
     if name.removesuffix("_mma") in ("grad_masks_nhwc", "grad_masks_nchw"):
         arguments, type_ = {f"Lb{int('nhwc' in name)}E"}, ""
     wanted = {of_kernel + type_ for of_kernel in arguments} | {size}  # some are of one dtype

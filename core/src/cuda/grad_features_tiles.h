@@ -7,8 +7,7 @@
 // that such outputs touch. Where units are few, several threads have one, each every so many rows of a band.
 #pragma once
 
-#include "cuda/columns.h"
-#include "cuda/grad_tiles.h"
+#include "cuda/grad_output.h"
 
 namespace carafepp::cuda {
 
@@ -32,8 +31,8 @@ struct GradFeaturesPlan {
     int depth;                    // vectors from pixel to pixel: odd, as pixels begin in other banks then
     int64_t tap;                  // elements from tap to tap of masks or logits
     int log_together;             // 2^log_together threads have the taps of an output
-    int copy_rows, copy_columns, log_copy_columns;  // pixels of grad_output that the block copies at once
-    bool whole_units;                               // four columns are stored at once
+    CopyPlan copy;
+    bool whole_units;  // four columns are stored at once
     int64_t row_tiles, column_tiles;
     int64_t channel_blocks;  // of a group
     int64_t items;
@@ -62,11 +61,7 @@ struct GradFeaturesPlan {
         const int most_parts = std::min({band, kMostParts, 32 / lanes, kThreadsOfTile / (units * lanes)});
         for (parts = 1; parts * 2 <= most_parts;) parts *= 2;
         threads = kThreadsOfTile;  // they stage more at once
-        const int at_once = channels_adjacent ? threads / std::min(lanes * vectors, threads) : 32;
-        log_copy_columns = 0;
-        while (1 << log_copy_columns < most_columns && 2 << log_copy_columns <= at_once) log_copy_columns++;
-        copy_columns = 1 << log_copy_columns;
-        copy_rows = at_once / copy_columns;
+        copy = CopyPlan(channels_adjacent, threads, lanes * vectors, most_columns, depth);
     }
 
     // Is there shared memory for one unit?
@@ -79,7 +74,8 @@ private:
           lanes(lanes),
           width(1),
           depth(lanes * vectors | 1),
-          log_together(0) {
+          log_together(0),
+          copy(false, 1, 1, 1, depth) {
         while (kTapsOfThread << log_together < p.taps()) log_together++;
         measure(static_cast<int>(p.kernel_size), 1, 1);
     }
@@ -168,31 +164,6 @@ private:
     }
 };
 
-// Elements of 16 bits, of either dtype: loops over them are compiled once.
-struct Bits16 {
-    uint16_t bits;
-};
-
-struct Widen16 {
-    bool float16;
-
-    __device__ __forceinline__ float operator()(Bits16 value) const {
-        return float16 ? widen(Float16{value.bits}) : widen(BFloat16{value.bits});
-    }
-};
-
-// Calls f `count` times, four at once while there are so many.
-template <class F>
-__device__ __forceinline__ void in_fours(int count, F f) {
-#pragma unroll 1
-    for (; count >= 4; count -= 4) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) f();
-    }
-#pragma unroll 1
-    for (; count > 0; count--) f();
-}
-
 // Stages masks of a band as to[output][tap], from `first_element` of masks or logits on. Neighbouring threads,
 // 2^log_together, have the taps of an output in registers. All lanes of a warp call it, as they reduce.
 __device__ __forceinline__ void stage_outputs(const Array& array, carafepp_normalizer normalizer, int64_t first_element,
@@ -233,7 +204,7 @@ __device__ __forceinline__ void stage_outputs(const Array& array, carafepp_norma
             } else {
                 const Bits16* from = static_cast<const Bits16*>(array.data) + place;
                 const Widen16 widened{array.dtype == CARAFEPP_FLOAT16};
-                in_fours(count, [&]() __attribute__((always_inline)) {
+                repeat<4>(count, [&]() __attribute__((always_inline)) {
                     *at = widened(load_input(from));
                     at += together, from += step;
                 });
@@ -269,88 +240,6 @@ __device__ __forceinline__ void stage_outputs(const Array& array, carafepp_norma
             for (int i = 0; i < kTapsOfThread; i++) values[i] *= scale;
         }
         store();
-    }
-}
-
-// The part of each band of grad_output that a thread copies: every so many pixels of every so many rows.
-struct CopyOfThread {
-    int row, column;
-    int vector;  // the first one, of four channels
-};
-
-// Copies grad_output of a band to grads[output][vector], from `first_element` on. Floats arrive as copies of this
-// thread do. Neighbouring threads have vectors of a pixel.
-__device__ __forceinline__ void copy_vectors(const Array& grad_output, int64_t first_element, int channels,
-                                             const Band& band, const GradFeaturesPlan& plan, const CopyOfThread& own,
-                                             float4* grads) {
-    if (own.row >= plan.copy_rows || own.vector * kVector >= channels) return;
-    const int64_t step = plan.copy_columns * grad_output.stride_w;
-    const int to_step = plan.copy_columns * plan.depth;
-    const int count = static_cast<int>(static_cast<unsigned>(band.columns_count - own.column + plan.copy_columns - 1) >>
-                                       plan.log_copy_columns);
-    first_element += own.vector * kVector + own.column * grad_output.stride_w + own.row * grad_output.stride_h;
-    grads += (own.row * band.width.number + own.column) * plan.depth + own.vector;
-    const auto walk = [&](auto width, auto copy) __attribute__((always_inline)) {
-        using T = decltype(width);
-        const T* of_row = static_cast<const T*>(grad_output.data) + first_element;
-        float4* to_row = grads;
-#pragma unroll 1
-        for (int y = own.row; y < band.height; y += plan.copy_rows) {
-            const T* from = of_row;
-            float4* to = to_row;
-            in_fours(count, [&]() __attribute__((always_inline)) {
-                copy(to, from);
-                from += step, to += to_step;
-            });
-            of_row += plan.copy_rows * grad_output.stride_h;
-            to_row += plan.copy_rows * band.width.number * plan.depth;
-        }
-    };
-    if (grad_output.dtype == CARAFEPP_FLOAT32) {
-        walk(float(), [](float4* to, const float* from)
-                          __attribute__((always_inline)) { copy_async<sizeof(float4)>(to, from, true); });
-    } else {
-        const Widen16 widened{grad_output.dtype == CARAFEPP_FLOAT16};
-        walk(Bits16(), [=](float4* to, const Bits16* from) __attribute__((always_inline)) {
-            const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
-            const auto low = [&](uint32_t word) { return widened(Bits16{static_cast<uint16_t>(word)}); };
-            *to = make_float4(low(bits.x), low(bits.x >> 16), low(bits.y), low(bits.y >> 16));
-        });
-    }
-}
-
-// The same with any strides. Neighbouring threads have pixels of a row, warps have vectors.
-__device__ __forceinline__ void copy_pixels(const Array& grad_output, int64_t first_element, int channels,
-                                            const Band& band, const GradFeaturesPlan& plan, const CopyOfThread& own,
-                                            float4* grads) {
-    const int warps = static_cast<int>(blockDim.x) / 32, stride_c = static_cast<int>(grad_output.stride_c);
-    const int count = channels / kVector - own.vector, rest = channels % kVector;
-    const bool has_rest = rest > 0 && channels / kVector % warps == own.vector;
-    first_element += own.vector * kVector * grad_output.stride_c;
-    const auto walk = [&](auto width, auto widened) __attribute__((always_inline)) {
-        using T = decltype(width);
-#pragma unroll 1
-        for (int y = own.row; y < band.height; y += plan.copy_rows) {
-#pragma unroll 1
-            for (int x = own.column; x < band.columns_count; x += plan.copy_columns) {
-                const T* from = static_cast<const T*>(grad_output.data) + first_element + y * grad_output.stride_h +
-                                x * grad_output.stride_w;
-                float4* to = grads + (y * band.width.number + x) * plan.depth + own.vector;
-                const auto load = [&](int number, bool exists) __attribute__((always_inline)) {
-                    return exists ? widened(load_input(at_stride(from, stride_c, number))) : 0.0f;
-                };
-                in_fours(count > 0 ? (count + warps - 1) / warps : 0, [&]() __attribute__((always_inline)) {
-                    *to = make_float4(load(0, true), load(1, true), load(2, true), load(3, true));
-                    from = at_stride(from, stride_c, warps * kVector), to += warps;
-                });
-                if (has_rest) *to = make_float4(load(0, true), load(1, rest > 1), load(2, rest > 2), 0);
-            }
-        }
-    };
-    if (grad_output.dtype == CARAFEPP_FLOAT32) {
-        walk(float(), [](float value) { return value; });
-    } else {
-        walk(Bits16(), Widen16{grad_output.dtype == CARAFEPP_FLOAT16});
     }
 }
 
@@ -406,9 +295,6 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % lanes,
               part = thread / lanes % plan.parts, unit = thread / (lanes * plan.parts);
     const int unit_row = unit / plan.unit_columns, unit_column = unit - unit_row * plan.unit_columns;
-    const int copier = Vectors ? thread / vectors : thread % 32, copied_row = copier >> plan.log_copy_columns;
-    const CopyOfThread copied{copied_row, copier - copied_row * plan.copy_columns,
-                              Vectors ? thread % vectors : thread / 32};
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         __syncthreads();  // nobody reads the tables of the last tile, though no output touched it
         const Quotient block = divide(item, computed_late(plan.channel_blocks)),
@@ -454,13 +340,8 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                               masks);
             }
             const Band band{rows + first, min(plan.band, mask_end - first), columns, out_columns, plan.width};
-            if constexpr (Vectors) {
-                copy_vectors(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan, copied,
-                             grads);
-            } else {
-                copy_pixels(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan, copied,
-                            grads);
-            }
+            copy_band<Vectors>(p.grad_output, first_grad + first * p.grad_output.stride_h, channels, band, plan.copy,
+                               grads);
             wait_for_copies();
             __syncthreads();
             const int end = min(end_row, first + band.height);
@@ -498,33 +379,8 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
         const int own = static_cast<int>(min(grad_features.w - j, int64_t{kOwn}));
         with_storage(grad_features.dtype, [&](auto storage) {
             using T = decltype(storage);
-            T* const to = element<T>(grad_features, n, c + lane * kVector, i, j);
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                const int channel = v * lanes * kVector, exist = channels - channel - lane * kVector;
-                if constexpr (Vectors) {
-#pragma unroll
-                    for (int s = 0; s < kOwn; s++) {
-                        if (s < own && exist > 0) store_channels(sums[s][v], to + channel + s * grad_features.stride_w);
-                    }
-                } else {
-                    T* of_channel = to + channel * grad_features.stride_c;
-                    const auto store = [&](int number, const float (&values)[kOwn]) __attribute__((always_inline)) {
-                        if (number < exist) {
-                            if (plan.whole_units) {
-                                store_row<true>(values, own, 1, of_channel);
-                            } else {
-                                store_row<false>(values, own, grad_features.stride_w, of_channel);
-                            }
-                        }
-                        of_channel += grad_features.stride_c;
-                    };
-                    store(0, {sums[0][v].x, sums[1][v].x, sums[2][v].x, sums[3][v].x});
-                    store(1, {sums[0][v].y, sums[1][v].y, sums[2][v].y, sums[3][v].y});
-                    store(2, {sums[0][v].z, sums[1][v].z, sums[2][v].z, sums[3][v].z});
-                    store(3, {sums[0][v].w, sums[1][v].w, sums[2][v].w, sums[3][v].w});
-                }
-            }
+            store_unit<Vectors>(sums, own, channels - lane * kVector, lanes * kVector, plan.whole_units, grad_features,
+                                element<T>(grad_features, n, c + lane * kVector, i, j));
         });
     }
 }

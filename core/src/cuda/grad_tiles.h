@@ -67,14 +67,15 @@ struct BandLine {
     int in_memory;  // of columns: the number of the one that stands here in the order of memory
 };
 
-// Finds rows or columns [first, first + count) in an array of the shape of masks or logits.
+// Finds rows or columns [first, first + count) in an array of the shape of masks or logits; `base` is added to `from`.
 __device__ __forceinline__ void find_lines(const Problem& p, const Outputs& axis, int first, int count, int64_t stride,
-                                           int64_t stride_of_phase, bool phases_apart, BandLine* lines) {
+                                           int64_t stride_of_phase, bool phases_apart, BandLine* lines,
+                                           int64_t base = 0) {
     const int up = p.from_logits ? static_cast<int>(axis.up) : 1, pitch = phases_apart ? up : 1;
 #pragma unroll 1
     for (int k = static_cast<int>(threadIdx.x); k < count; k += static_cast<int>(blockDim.x)) {
         const int cell = (first + k) / up, phase = (first + k) % up;
-        lines[k].from = cell * stride + phase * stride_of_phase;
+        lines[k].from = base + cell * stride + phase * stride_of_phase;
         lines[k].source = axis.source(first + k);
         // Columns of a phase are neighbours in memory, if columns are.
         const int own = k % pitch;
