@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of masks or logits for any factor with features of 16 bits, on tensor cores. A block has a tile of
 // patches of 4 x 4 outputs of a group. It goes through the channels a slice at a time: in shared memory are features
-// with their halo, and gradients, both with adjacent channels. The next slice arrives meanwhile. A warp multiplies
-// pixels of a patch's window by the gradients of its outputs, summed over channels. Any 16 pixels are the rows of a
-// product, since each tells its own address. All sums stay in registers until the last slice. Those of an output and
-// the pixels of its own window are gradients of masks. They meet in shared memory, where eight threads carry those of
-// an output through the normaliser.
+// with their halo, and gradients, both with adjacent channels. Where these are vectors in memory, the next slice
+// arrives meanwhile. A warp multiplies pixels of a patch's window by the gradients of its outputs, summed over
+// channels. Any 16 pixels are the rows of a product, since each tells its own address. All sums stay in registers until
+// the last slice. Those of an output and the pixels of its own window are gradients of masks. They meet in shared
+// memory, where eight threads carry those of an output through the normaliser.
 #pragma once
 
 #include "cuda/grad_masks_finish.h"
@@ -103,9 +103,9 @@ private:
         outputs.rows_of_cell = Divisor(outputs.rows % up == 0 ? up : 1);
         outputs.columns_of_cell = Divisor(width % up == 0 ? up : 1);
         outputs.cells_in_row = Divisor(width / outputs.columns_of_cell.number);
+        // Rows of a cell begin in different banks, and so do eight taps of four outputs.
         outputs.pitch = width + (!vectors ? 1 : outputs.rows_of_cell.number > 1 && width % 16 == 0 ? 8 : 0);
-        outputs.room = static_cast<int>(ceil_div(outputs.rows * outputs.pitch, 8)) * 8 +
-                       4;  // so that eight taps of four outputs are in different ones
+        outputs.room = static_cast<int>(ceil_div(outputs.rows * outputs.pitch, 8)) * 8 + 4;
         row_tiles = static_cast<uint32_t>(ceil_div(rows.count, outputs.rows));
         column_tiles = static_cast<uint32_t>(ceil_div(columns.count, width));
         items = p.features.n * p.groups * row_tiles * column_tiles;
@@ -146,11 +146,8 @@ private:
         const auto sectors = [](int columns) { return columns / 16.0 + 1; };
         const double lines = vectors ? pixels * slices : rows_of_slices * 1.3 * (halo_rows + outputs.rows);
         const double of_taps = (normalized ? 2 : 1) * (vectors ? 4 : 32.0 / std::min(cells, 32));  // lines
-        const double instructions = staged / 32 *
-                                        (vectors         ? 10
-                                         : feature_pairs ? 24
-                                                         : 40) +
-                                    warps * (slices * 60 + steps * (5 * products + 6) + 600) +
+        const double of_vector = vectors ? 10 : feature_pairs ? 36 : 50;
+        const double instructions = staged / 32 * of_vector + warps * (slices * 60 + steps * (5 * products + 6) + 600) +
                                     taps * (normalized ? 45 : 15) + 1500;
         const double wavefronts = lines + kConflicts * (staged / 8 + warps * steps * 4 * (products + 1)) +
                                   taps * (of_taps + (normalized ? 12 : 4));
