@@ -607,6 +607,12 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "a warp with one row of sources does nothing",
+        "reassemble_up2_nhwc_mma.cu",
+        "has_sources = i < p.features.h",
+        "has_sources = i + 1 < p.features.h",
+    ),
+    Mutant(
         "a copied halo is short of a column",
         "tile_up2.h",
         "x < kColumns + K - 1) {",

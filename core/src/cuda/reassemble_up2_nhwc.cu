@@ -45,7 +45,9 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         halo.copy(p.features, tile.channels, features);
         stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, S::kRows);
         clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, S::kRows);
-        const int a_begin = max(K / 2 - i, 0), a_end = min(K, static_cast<int>(p.features.h) + K / 2 - i);
+        const int out_rows = static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp));  // that exist
+        const int a_begin = max(K / 2 - i, 0);
+        const int a_end = out_rows > 0 ? min(K, static_cast<int>(p.features.h) + K / 2 - i) : 0;
         const float4* const first_weights = reinterpret_cast<const float4*>(masks) + (row * kColumns + column) * kTaps +
                                             a_begin * K;
         const T* first_pixels[S::kVectors];  // this thread's vectors in its first two columns, and in every other two
@@ -55,7 +57,6 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
                               (lane ^ S::swizzle(column + v * kSourcesOfThread)) * kVector;
         }
         T* to = element<T>(output, tile.n, tile.c + lane * kVector, int64_t{i} * kUp, int64_t{j} * kUp);  // [H', W', C]
-        const int out_rows = static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp));                      // that exist
         const int out_columns = static_cast<int>(min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {

@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         T* to = element<T>(output, tile.n, tile.c + stored, int64_t{i} * kUp, out_j);
         const int out_rows =  // that exist, of this lane's column
             out_j < p.out_w ? static_cast<int>(min(int64_t{kRowsOfWarp * kUp}, p.out_h - i * kUp)) : 0;
-        bool second = false;  // of the slices in shared memory
+        const bool has_sources = i < p.features.h && j < p.features.w;  // of this warp, if a tile ends behind the image
+        bool second = false;                                            // of the slices in shared memory
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
             wait_for_copies();
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
             if (channels > kChannelsOfSlice) {
                 halo.copy(p.features, channels - kChannelsOfSlice, features + second * Features<K, T>::kElements);
             }
+            if (!has_sources) continue;
             float sums[kRowsOfWarp][kProducts][4] = {};
 #pragma unroll
             for (int k = 0; k < (K + 1) / 2; k++) {
