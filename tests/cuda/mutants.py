@@ -661,6 +661,12 @@ MUTANTS = [
         "kOtherParity = 2, kOtherHalf = 1;",
     ),
     Mutant(
+        "a warp is idle whose first row is the last one",
+        "grad_masks_up2.h",
+        "tile.top + first_row >= p.features.h",
+        "tile.top + first_row + 1 >= p.features.h",
+    ),
+    Mutant(
         "masks of the next rows are staged over others that are still read",
         "grad_features_up2.h",
         "            }\n            __syncthreads();\n        }\n    }\n",
@@ -743,8 +749,8 @@ MUTANTS = [
     Mutant(
         "logits are copied over sums that are still read",
         "grad_masks_up2.h",
-        "    if (takes_part) clear_taps<K>(p, at, grad);\n    __syncthreads();",
-        "    if (takes_part) clear_taps<K>(p, at, grad);",
+        "    if (finishes) clear_taps<K>(p, at, grad);\n    __syncthreads();",
+        "    if (finishes) clear_taps<K>(p, at, grad);",
     ),
     Mutant(
         "logits are read before they arrive",

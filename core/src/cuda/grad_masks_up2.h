@@ -17,6 +17,7 @@ static_assert(kBlock == kSourcesOfTile * kUp, "each thread finishes two outputs"
 struct SourcesPlan {
     uint32_t tile_rows, tiles, groups;  // of an image, of a row, of the channels
     int channels;                       // of a group
+    int columns_of_warp;                // without tensor cores
     int64_t items;
 
     explicit SourcesPlan(const Problem& p)
@@ -24,6 +25,7 @@ struct SourcesPlan {
           tiles(static_cast<uint32_t>(ceil_div(p.features.w, kTileColumns))),
           groups(static_cast<uint32_t>(p.groups)),
           channels(static_cast<int>(p.features.c / p.groups)),
+          columns_of_warp(carafepp::cuda::columns_of_warp(p, 32, 32 / kTileRows)),
           items(p.features.n * p.groups * tile_rows * tiles) {}
 };
 
@@ -113,28 +115,32 @@ struct HaloOfVectors {
 };
 
 // Without tensor cores two threads share a source: each has two vectors of four channels of a slice, whose features are
-// in shared memory as [vector][row][column][channel]. A warp has half of the columns of a tile. Vectors begin in
-// different banks.
+// in shared memory as [vector][row][column][channel]. A warp has half of the columns of a tile, or half of its rows.
+// Vectors begin in different banks.
 constexpr int kParts = kBlock / kSourcesOfTile, kOwnVectors = 2, kVectors = kParts * kOwnVectors;
 constexpr int kSlice = kVectors * kVector;  // channels
 constexpr int kVectorsApart = kHaloRows * kHaloColumns * kVector + 2 * kVector, kFeatures = kVectors * kVectorsApart;
 
 struct OwnSource {
     int part, row, column;
+    int first_row, first_column;  // of the warp
 
-    explicit __device__ __forceinline__ OwnSource(int thread) {
-        constexpr int kColumnsOfWarp = 32 / kTileRows;
+    __device__ __forceinline__ OwnSource(const SourcesPlan& plan, int thread) {
+        const bool wide = plan.columns_of_warp == kTileColumns;
+        const int lane = thread % 32, warp = thread / 32 % kParts;
         part = thread / kSourcesOfTile;
-        row = thread / kColumnsOfWarp % kTileRows;
-        column = thread % kColumnsOfWarp + thread / 32 % kParts * kColumnsOfWarp;
+        first_row = wide ? warp * (kTileRows / kParts) : 0;
+        first_column = wide ? 0 : warp * (kTileColumns / kParts);
+        row = first_row + lane / plan.columns_of_warp;
+        column = first_column + lane % plan.columns_of_warp;
     }
     // Its window in the features of this thread's first vector.
     __device__ __forceinline__ int window() const {
         return part * kOwnVectors * kVectorsApart + (row * kHaloColumns + column) * kVector;
     }
-    // All sources of its warp are beyond the last column.
+    // All sources of its warp are beyond the last row or column.
     __device__ __forceinline__ bool idle(const Problem& p, const SourcesOfBlock& tile) const {
-        return tile.left + column / (kTileColumns / kParts) * (kTileColumns / kParts) >= p.features.w;
+        return tile.top + first_row >= p.features.h || tile.left + first_column >= p.features.w;
     }
 };
 
@@ -382,7 +388,8 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
     constexpr int kTaps = K * K, kOfSource = Lines<K>::kSize;
     const int source = (at.i - tile.top) * kTileColumns + at.j - tile.left;
     float2* const own = reinterpret_cast<float2*>(lines + source * kOfSource + at.r * kUp);
-    if (takes_part) clear_taps<K>(p, at, grad);
+    const bool finishes = takes_part && at.exists(p);
+    if (finishes) clear_taps<K>(p, at, grad);
     __syncthreads();
     if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
         if (takes_part) {
@@ -400,9 +407,9 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
         }
         wait_for_copies();
         __syncthreads();
-        if (takes_part) through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
+        if (finishes) through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
     }
-    if (takes_part) {
+    if (finishes) {
         const bool computed[kUp] = {at.computed(p, 0), at.computed(p, 1)};  // or a crop leaves them out
 #pragma unroll
         for (int t = 0; t < kTaps; t++)

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nhwc_kernel(Argument
     T* const staged = shared_memory<T>();        // gradients, then features of two slices
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const int thread = thread_computed_late();
-        const OwnSource source(thread);
+        const OwnSource source(plan, thread);
         const SourcesOfBlock tile(plan, item);
         const bool idle = source.idle(p, tile);
         float sums[kOutputs][K * K] = {};                       // of outputs, those of this thread's row first

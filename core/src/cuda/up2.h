@@ -21,6 +21,16 @@ inline const char* not_for_up2(const Problem& p, int64_t largest_kernel) {
     return nullptr;
 }
 
+// The columns of a warp that has `pixels` of a tile: `few`, or twice as many in half of the rows, if warps then have
+// fewer pixels that do not exist.
+inline int columns_of_warp(const Problem& p, int pixels, int few) {
+    const auto computed = [&](int columns) {
+        const int64_t rows = pixels / columns;
+        return ceil_div(p.features.h, rows) * rows * ceil_div(p.features.w, columns) * columns;
+    };
+    return computed(2 * few) < computed(few) ? 2 * few : few;
+}
+
 // With columns in lanes, of two arrays.
 inline const char* not_for_columns_of_up2(const Problem& p, const Array& one, const Array& other) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
