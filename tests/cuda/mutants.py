@@ -661,6 +661,12 @@ MUTANTS = [
         "kOtherParity = 2, kOtherHalf = 1;",
     ),
     Mutant(
+        "warps of two rows of quads have the same columns",
+        "grad_features_up2.h",
+        "column = quad / kInRow % 2 * (kInRow / 2)",
+        "column = quad / kInRow % 1 * (kInRow / 2)",
+    ),
+    Mutant(
         "a warp is idle whose first row is the last one",
         "grad_masks_up2.h",
         "tile.top + first_row >= p.features.h",

@@ -19,9 +19,27 @@ constexpr int kSharers = 4;                  // threads of a quad
 constexpr int kBefore = 2;                   // columns of sources before a tile, and as many behind it
 constexpr int kReach = kQuad + 2 * kBefore;  // columns of sources before, in and behind a quad
 constexpr int kInRow = kColumns + 2 * kBefore, kGradsInRow = kUp * kInRow;  // sources and outputs that reach a tile
-constexpr int64_t kEnoughItems = 256;                                       // that keep all multiprocessors busy
 static_assert(kRows * kColumns / (kQuad * kQuad) * kSharers == kBlock, "a thread for each part of a quad");
 static_assert(kBefore >= 5 / 2);
+
+// The tiles of a problem, in items of as many channels that the busiest multiprocessor is done first. An item stages
+// its masks, which takes as long as some slices. A multiprocessor with one item is half idle.
+inline Tiles tiles_of_quads(const Problem& p, int channels_of_slice, int64_t slices_to_stage, int before = 0) {
+    constexpr int64_t kMultiprocessors = 132, kMostBlocks = 32;
+    Tiles tiles(p, p.features.h, p.features.w, kRows, kColumns, channels_of_slice, 0, before);
+    const int64_t all = tiles.channels / channels_of_slice, of_channels = tiles.items;
+    int64_t least = INT64_MAX;
+    for (int64_t blocks = 1; blocks <= std::clamp<int64_t>(all / 2, 1, kMostBlocks); blocks++) {
+        const int64_t slices = ceil_div(all, blocks), items = of_channels * ceil_div(all, slices),
+                      cost = std::max<int64_t>(ceil_div(items, kMultiprocessors), 2) * (slices + slices_to_stage);
+        if (cost >= least) continue;
+        least = cost;
+        tiles.channels = slices * channels_of_slice;
+        tiles.channel_blocks = ceil_div(all, slices);
+        tiles.items = items;
+    }
+    return tiles;
+}
 
 // Clears the masks of outputs that a crop leaves out, as the gradient is 0 there. Ends with a barrier.
 template <int K>
@@ -41,13 +59,16 @@ struct PartOfQuad {
     int row, column;  // of the quad's first pixel in the tile
     int half, parity;
 
-    // A warp has neighbouring quads, `InRow` in a row.
-    template <int InRow>
-    static __device__ __forceinline__ PartOfQuad of_thread() {
-        constexpr int kOfWarp = 32 / kSharers, kWarpsInRow = kColumns / kQuad / InRow;
-        const int thread = thread_computed_late(), warp = thread / 32, quad = thread % 32 / kSharers;
-        return {(warp / kWarpsInRow * (kOfWarp / InRow) + quad / InRow) * kQuad,
-                (warp % kWarpsInRow * InRow + quad % InRow) * kQuad, thread / 2 % 2, thread % 2};
+    // A warp has eight neighbouring quads: in a row or, if it is not `wide`, in two.
+    static __device__ __forceinline__ PartOfQuad of_thread(bool wide) {
+        constexpr int kInRow = kColumns / kQuad;  // of a tile
+        const int thread = thread_computed_late(), quad = thread / kSharers;
+        int row = quad / kInRow, column = quad % kInRow;
+        if (!wide) {  // two warps have two rows
+            row = quad / (2 * kInRow) * 2 + quad / (kInRow / 2) % 2;
+            column = quad / kInRow % 2 * (kInRow / 2) + quad % (kInRow / 2);
+        }
+        return {row * kQuad, column * kQuad, thread / 2 % 2, thread % 2};
     }
 
     // The halves go from the outermost row of sources inwards. This is number y of a tile's halo.

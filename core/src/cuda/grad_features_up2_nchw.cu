@@ -7,8 +7,7 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kQuadsInRow = 8;  // of a warp
-constexpr int kChannels = 8;    // of a slice
+constexpr int kChannels = 8;  // of a slice
 // Gradients of a slice: [channel][row][column]. Neighbouring quads, rows and halves of sources are in different banks.
 static_assert(kGradsInRow / kVector % 8 == 2 && kQuad * kUp == kVector);
 
@@ -24,7 +23,7 @@ struct GradFeaturesUp2NchwPlan {
     bool pairs;  // both columns of a quad are stored at once
 
     GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features)
-        : tiles(p, p.features.h, p.features.w, kRows, kColumns, kChannels, kEnoughItems, columns_before(p)),
+        : tiles(tiles_of_quads(p, kChannels, 5, columns_before(p))),
           copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
                  : not_for_columns(p.grad_output) == nullptr  ? 2
                                                               : 1),
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(kBlock, 3)
     T* const grads = shared_memory<T>();  // of a slice; before them, masks
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
-        const PartOfQuad own = PartOfQuad::of_thread<kQuadsInRow>();
+        const PartOfQuad own = PartOfQuad::of_thread(true);
         Masks masks;
         masks.template take<T>(p, tile, own, shared_memory<float>());
         const T* rows[Masks::kHalf];  // of the outputs that reach the thread

@@ -6,7 +6,6 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kQuadsInRow = 4;                               // of a warp
 constexpr int kVectors = 4, kChannels = kVectors * kVector;  // of a slice
 constexpr int kVectorsOfThread = 2;                          // at a time
 // Gradients of a slice: [row][group of columns][column][channel]. A vector behind each group moves neighbouring quads,
@@ -68,15 +67,24 @@ struct CopiesOfThread {
     }
 };
 
+struct GradFeaturesUp2NhwcPlan {
+    Tiles tiles;
+    bool wide_warps;  // see PartOfQuad
+
+    explicit GradFeaturesUp2NhwcPlan(const Problem& p)
+        : tiles(tiles_of_quads(p, kChannels, 3)), wide_warps(columns_of_warp(p, 32, kColumns / 2) == kColumns) {}
+};
+
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_features_up2_nhwc_kernel(Arguments arguments, Tiles plan) {
+__global__ void __launch_bounds__(kBlock, 3)
+    grad_features_up2_nhwc_kernel(Arguments arguments, GradFeaturesUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     using Masks = MasksOfQuad<K>;
     T* const grads = shared_memory<T>();  // of a slice; before them, masks
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const TileOfItem tile(p, plan, item);
-        const PartOfQuad own = PartOfQuad::of_thread<kQuadsInRow>();
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const TileOfItem tile(p, plan.tiles, item);
+        const PartOfQuad own = PartOfQuad::of_thread(plan.wide_warps);
         Masks masks;
         masks.template take<T>(p, tile, own, shared_memory<float>());
         CopiesOfThread<K, T> copies(p, tile);
@@ -136,8 +144,8 @@ void grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
         static_assert(kBytes<k, T> <= kMostAskedBytes);
-        const Tiles plan(p, p.features.h, p.features.w, kRows, kColumns, kChannels, kEnoughItems);
-        launch(grad_features_up2_nhwc_kernel<k, T>, plan.items, kBlock, kBytes<k, T>, p, grad_features, plan);
+        const GradFeaturesUp2NhwcPlan plan(p);
+        launch(grad_features_up2_nhwc_kernel<k, T>, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
     });
 }
 
