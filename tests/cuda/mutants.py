@@ -97,6 +97,30 @@ MUTANTS = [
         "false)\n",
     ),
     Mutant(
+        "a patch's gradients of a band are read before they arrive",
+        "grad_features_patches.h",
+        "                wait_for_copies();\n                __syncthreads();",
+        "                __syncthreads();",
+    ),
+    Mutant(
+        "a step leaves out the patches of its last row",
+        "grad_features_patches.h",
+        "step * kStep / plan.window; y <= last; y++",
+        "step * kStep / plan.window; y < last; y++",
+    ),
+    Mutant(
+        "an infinite gradient reaches a whole patch",
+        "grad_features_patches.h",
+        "        if (zeros != 0) {",
+        "        if (false) {",
+    ),
+    Mutant(
+        "masks of sources beyond a tile are staged",
+        "grad_features_patches.h",
+        "        if (place >= 0) room.matrices()[place] = mask;",
+        "        room.matrices()[max(place, 0)] = mask;",
+    ),
+    Mutant(
         "grad_output of a band is read before it arrives",
         "grad_features_tiles.h",
         "            wait_for_copies();\n            __syncthreads();",

@@ -430,6 +430,9 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     if name.endswith("_few"):
         own = 4 if problem.kernel_size == 3 and problem.up % 4 == 0 else 1
         arguments = {f"{size}Li{own}E"}
+    if name in ("grad_features_nhwc_mma", "grad_features_nchw_mma"):
+        products = 4 if problem.c // problem.groups > 32 else 1
+        arguments = {f"Lb{int(name.endswith('nhwc_mma'))}ELi{products}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
         channels = problem.c // problem.groups
         units = channels >= 16 and problem.kernel_size in (3, 5, 7)

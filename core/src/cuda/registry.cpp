@@ -34,7 +34,9 @@ namespace carafepp::cuda {
     X(result "_up2_nchw", grad_features_up2_nchw)         \
     X(result "_down2_nhwc", grad_features_down2_nhwc)     \
     X(result "_down2_nchw", grad_features_down2_nchw)     \
+    X(result "_nhwc_mma", grad_features_nhwc_mma)         \
     X(result "_nhwc", grad_features_nhwc)                 \
+    X(result "_nchw_mma", grad_features_nchw_mma)         \
     X(result "_nchw", grad_features_nchw)
 #define CARAFEPP_GRAD_MASKS_KERNELS(X, result)             \
     X(result "_few_any", grad_masks_few)                   \
