@@ -45,8 +45,8 @@ MUTANTS = [
     Mutant(
         "features and grad_output of a slice are read before they arrive",
         "grad_masks_tiles.h",
-        "wait_for_copies();\n            __syncthreads();\n            if (",
-        "__syncthreads();\n            if (",
+        "wait_for_copies();\n            __syncthreads();\n            float4* const to",
+        "__syncthreads();\n            float4* const to",
     ),
     Mutant(
         "logits of a tile are read before they arrive",
@@ -75,8 +75,32 @@ MUTANTS = [
     Mutant(
         "neighbouring outputs share a source",
         "grad_masks_tiles.h",
-        "y - o * Sources / kQuad;",
-        "y - o / kQuad;",
+        "y - o * kDown / kUp;",
+        "y - o * kDown;",
+    ),
+    Mutant(
+        "the second column of a pair takes the place of the first",
+        "grad_masks_tiles.h",
+        "to[places[k] + apart] =",
+        "to[places[k]] =",
+    ),
+    Mutant(
+        "pairs of columns begin where their tile does",
+        "grad_masks_tiles.h",
+        "source - (source & 1)",
+        "source",
+    ),
+    Mutant(
+        "channels that do not exist are products of those behind them",
+        "grad_masks_tiles.h",
+        "return v < there ? widen(",
+        "return true ? widen(",
+    ),
+    Mutant(
+        "products go through vectors of the slice before",
+        "grad_masks_tiles.h",
+        "min(plan.vectors, plan.all_vectors - (number - 1) * plan.vectors)",
+        "plan.vectors",
     ),
     Mutant(
         "a thread sums before all threads of an output have told",

@@ -256,8 +256,8 @@ __device__ __forceinline__ void finish_grad_masks(const Arguments& arguments, co
     }
     const bool factors = normalized && p.normalizer != CARAFEPP_SOFTMAX;  // are there
     own_taps.each(sums, [&](int, float grad, float& to) { to = factors ? grad * to : grad; });
-    const int last_row = at.slots[tile.rows - 1].row;
-    if (last_row >= height_out || last_row < 0 || at.left + tile.columns.number > width_out) {
+    const int last_row = at.slots[tile.rows - kQuad].row;  // that begins a quad
+    if (last_row < 0 || last_row + kQuad > height_out || at.left + tile.columns.number > width_out) {
 #pragma unroll 1
         for (int tap_of_quad = 0; tap_of_quad < own.count * kQuad; tap_of_quad++) {
             const int tap = tap_of_quad / kQuad, o = tap_of_quad % kQuad;

@@ -2,32 +2,59 @@
 // The plan of the gradient of masks or logits for any factor: which tile of outputs a block has.
 #pragma once
 
+#include <cstdlib>
+#include <iterator>
+#include <numeric>
+
+#include "cuda/columns.h"
 #include "cuda/grad_masks_finish.h"
 
 namespace carafepp::cuda {
 
-constexpr int kMostVectors = 4;        // of a slice
-constexpr int kMostColumns = 64;       // of a tile
-constexpr int kThreadsOfTile = 256;    // at most
-constexpr int kMultiprocessors = 132;  // of the device that tiles are chosen for
+constexpr int kMostVectors = 8;      // of a slice
+constexpr int kPixels = 4;           // that a thread loads together
+constexpr int kThreadsOfTile = 192;  // at most: two blocks have the registers of a multiprocessor
+// Of the device that tiles are chosen for.
+constexpr int kMultiprocessors = 132, kSharedBytesOfMultiprocessor = 224 * 1024;
 
-// Rows of outputs are in slots, of which a thread has four, a quad. A source with several rows has two slots, or whole
-// quads; some stay empty if it has fewer rows.
+// Rows of a quad are centred on sources that `o * down / up` tells, for row o. A quad has three rows if up is 3, else
+// four. A pattern is this quotient as a number, or kAnySources.
+constexpr int kAnySources = 0;
+CARAFEPP_HOST_DEVICE constexpr int pattern_of(int up, int down) { return up * 8 + down; }
+constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2), pattern_of(2, 1),
+                             pattern_of(1, 1), pattern_of(1, 2), pattern_of(1, 3), pattern_of(1, 4)};
+
+// A pixel of features or grad_output, or a pair of neighbours in a row: where its first channel is, its place in a
+// slice, and elements from channel to channel.
+struct alignas(16) StagedPixel {
+    int64_t from;
+    int to, stride_c;
+};
+
+// Rows of outputs are in quads, of which a thread has one. Where a source has many rows it has quads of its own, and
+// some of their rows may be absent.
 struct GradMasksTilesPlan {
     Outputs rows, columns;  // of masks, or of the sub-pixels of logits
     Divisor kernel_size;
     OutputsOfTile tile;
-    int slots;            // of a source, or 0 if each row has its own source
-    int sources;          // neighbouring ones of a quad, or 0 for any four
+    int pattern;
+    Divisor own_rows;     // of a quad
+    int quads_of_source;  // or 0 if quads follow each other
     int own_taps;         // of a thread
     Divisor segments;     // threads with a column of taps
     int channels;         // of a group
     int itemsize;         // of features, in bytes
     int slices, vectors;  // vectors of a slice
+    int all_vectors;      // of a group
     int quads;            // of a tile: rows
     int halo_rows;
-    Divisor halo_columns;
-    int plane;  // pixels from vector to vector of a slice
+    int halo_columns;
+    Divisor runs_of_halo, runs_of_tile;  // in a row
+    int run;                             // columns of a staged pixel: 1, or 2 for pairs
+    int pixels_of_halo, pixels;          // in all
+    // A slice has columns of features, `halo_pitch` apart, then of grad_output. Odd distances: neighbours are in
+    // different banks.
+    int halo_pitch, grads_at, pitch, plane;  // plane: from vector to vector
     int threads;
     bool normalized;  // gradients go through the normaliser
     uint32_t row_tiles, column_tiles, groups;
@@ -41,16 +68,19 @@ struct GradMasksTilesPlan {
           tile{kQuad,      Divisor(1), columns.count, Divisor(p.from_logits ? static_cast<int>(p.factor.up) : 1),
                Divisor(1), Divisor(1), Divisor(1),    0,
                0},
+          own_rows(kQuad),
           own_taps(0),
           segments(1),
           channels(static_cast<int>(p.features.c / p.groups)),
           itemsize(static_cast<int>(carafepp::itemsize(p.features.dtype))),
-          halo_columns(1) {
+          runs_of_halo(1),
+          runs_of_tile(1),
+          run(1) {
         const int k = kernel_size.number;
-        const int64_t most = std::min<int64_t>(ceil_div(p.factor.up, p.factor.down), rows.count);
-        const bool several = p.factor.up > p.factor.down;
-        slots = !several ? 0 : most <= 2 ? 2 : static_cast<int>(ceil_div(most, kQuad)) * kQuad;
-        sources = slots == 2 ? 2 : several ? 1 : p.factor.up == p.factor.down ? kQuad : 0;
+        choose_pattern();
+        const bool pairs = !vectors_in_memory && p.features.dtype == CARAFEPP_FLOAT32 && channels % kVector == 0 &&
+                           not_for_columns(p.features) == nullptr && not_for_columns(p.grad_output) == nullptr;
+        if (pairs) run = 2;
         for (int taps : {7, 5, 3}) {
             const int segments_of_taps = static_cast<int>(ceil_div(k, taps));
             if (own_taps != 0 && segments_of_taps * taps >= segments.number * own_taps) continue;
@@ -59,12 +89,13 @@ struct GradMasksTilesPlan {
             segments = Divisor(segments_of_taps);
         }
         normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
-        const int64_t all = ceil_div(p.features.c / p.groups, kVector);
+        all_vectors = static_cast<int>(ceil_div(channels, kVector));
         double least = INFINITY;
-        int best_columns = 1, best_quads = 1, best_vectors = 1;
+        GradMasksTilesPlan best = *this;
         for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
-            if (vectors > 1 && vectors >= 2 * all) continue;
-            for (int most_columns = kMostColumns, tried = 0; most_columns > 0; most_columns /= 2) {
+            if (vectors > 1 && vectors >= 2 * all_vectors) continue;
+            int tried = 0;
+            for (int most_columns : {64, 48, 32, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1}) {
                 for (quads = 1; quads * k * segments.number <= kThreadsOfTile; quads++) {
                     measure(p, most_columns);
                     if (quads == 1 && tile.columns.number == tried) break;
@@ -72,83 +103,142 @@ struct GradMasksTilesPlan {
                     const double cost = cycles(vectors_in_memory);
                     if (cost >= least) continue;
                     least = cost;
-                    best_columns = most_columns;
-                    best_quads = quads;
-                    best_vectors = vectors;
+                    best = *this;
                 }
                 tried = tile.columns.number;
-                if (most_columns <= 8 && least < INFINITY) break;
+                if (most_columns <= 4 && least < INFINITY) break;
             }
-            if (vectors <= 2 && least < INFINITY) break;
         }
-        quads = best_quads;
-        vectors = best_vectors;
-        measure(p, best_columns);
-        slices = static_cast<int>(ceil_div(channels, vectors * kVector));
+        *this = best;
+        slices = static_cast<int>(ceil_div(all_vectors, vectors));
     }
 
 private:
-    // The most features from the first to the last source of some outputs.
-    static int sources_of(const Outputs& axis, int outputs) {
-        return static_cast<int>(ceil_div((outputs - 1) * int64_t{axis.down}, axis.up)) + 1;
+    // Quads of a source cost absent rows, and any sources many loads.
+    void choose_pattern() {
+        constexpr double kMostAbsent = 1.4;
+        const int common = static_cast<int>(std::gcd(rows.up, rows.down));
+        const int up = static_cast<int>(rows.up) / common, down = static_cast<int>(rows.down) / common;
+        pattern = kAnySources;
+        quads_of_source = 0;
+        if (up <= 4 && down <= 4) {
+            const int wanted = pattern_of(up, down);
+            if (std::find(std::begin(kPatterns), std::end(kPatterns), wanted) != std::end(kPatterns)) pattern = wanted;
+        } else if (up > down) {
+            const int most = static_cast<int>(ceil_div(up, down));
+            const auto quads_with = [&](int of_quad) { return static_cast<int>(ceil_div(most, of_quad)); };
+            const int of_quad = 3 * quads_with(3) < 4 * quads_with(4) ? 3 : 4;
+            if (of_quad * quads_with(of_quad) * down <= kMostAbsent * up) {
+                pattern = pattern_of(of_quad, 1);
+                quads_of_source = quads_with(of_quad);
+            }
+        }
+        if (pattern / 8 == 3) own_rows = Divisor(3);
+    }
+
+    // The most features from the first to the last source of some outputs. `aligned`: the first output is the first one
+    // of its source, after those of whole sources.
+    static int sources_of(const Outputs& axis, int outputs, bool aligned) {
+        const int64_t apart = (outputs - 1) * int64_t{axis.down};
+        return static_cast<int>(aligned ? apart / axis.up : ceil_div(apart, axis.up)) + 1;
     }
 
     // A tile of `quads` and of `most_columns` columns or somewhat less, such that the last one is not much smaller.
     void measure(const Problem& p, int most_columns) {
-        const int k = kernel_size.number, quads_of_source = std::max(slots / kQuad, 1);
-        const int up = static_cast<int>(p.from_logits && p.factor.down == 1 ? p.factor.up : 1);
-        const int whole = up <= most_columns ? up : 1;  // a tile has whole cells
+        const int k = kernel_size.number, of_quad = own_rows.number, up = tile.cell.number;
+        const int whole = up * run <= most_columns ? static_cast<int>(std::lcm(up, run)) : run;  // cells and runs
+        if (whole > most_columns) most_columns = whole;
         const int64_t tiles = std::max<int64_t>(ceil_div(columns.count, most_columns / whole * whole), 1);
         tile.columns = Divisor(static_cast<int>(std::max<int64_t>(ceil_div(ceil_div(columns.count, tiles), whole), 1)) *
                                whole);
-        tile.rows = quads * kQuad;
-        const int outputs = tile.count();
-        const int row_sources = slots == 0                     ? sources_of(rows, tile.rows)
-                                : slots == 2                   ? 2 * quads
+        const int width = tile.columns.number;
+        const int row_sources = quads_of_source == 0 ? sources_of(rows, quads * of_quad, aligned(rows, quads * of_quad))
                                 : quads % quads_of_source == 0 ? quads / quads_of_source
                                                                : (quads + quads_of_source - 2) / quads_of_source + 1;
         halo_rows = row_sources + std::max(segments.number * own_taps, k) - 1;
-        halo_columns = Divisor(sources_of(columns, tile.columns.number) + k - 1);
-        const int pixels = halo_rows * halo_columns.number + outputs;
-        // Threads that copy neighbouring vectors of a pixel do so to different banks.
-        plane = static_cast<int>(ceil_div(pixels, 8)) * 8 + 8 / vectors % 8;
-        const bool whole_rows = up > 1 && slots > 0 && tile.rows % slots == 0;
-        tile.rows_of_cell = Divisor(whole_rows ? slots : 1);
-        tile.columns_of_cell = Divisor(whole);
-        tile.cells_in_row = Divisor(tile.columns.number / whole);
-        tile.pitch = tile.columns.number + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
-        tile.room = tile.rows * tile.pitch | 1;                   // and so do taps
-        threads = static_cast<int>(ceil_div(tile.columns.number * k * segments.number * quads, 32)) * 32;
-        const int64_t staged = int64_t{2} * vectors * plane * int64_t{sizeof(float4)},
-                      finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) *
+        halo_columns = sources_of(columns, width, aligned(columns, width)) + k - 1;
+        if (run == 2) halo_columns = (halo_columns + 2) / 2 * 2;  // it may begin with an odd column
+        // Pairs are in pairs of rows, of which one may be absent.
+        const auto whole_rows_of = [&](int count) { return static_cast<int>(ceil_div(count, run)) * run; };
+        runs_of_halo = Divisor(halo_columns / run);
+        runs_of_tile = Divisor(width / run);
+        pixels_of_halo = whole_rows_of(halo_rows) * runs_of_halo.number;
+        pixels = pixels_of_halo + whole_rows_of(quads * of_quad) * runs_of_tile.number;
+        halo_pitch = whole_rows_of(halo_rows) | 1;
+        pitch = whole_rows_of(quads * of_quad) | 1;
+        if (run == 2) halo_pitch = pitch = std::max(halo_pitch, pitch);
+        grads_at = halo_pitch * halo_columns;
+        tile.rows = quads * kQuad;
+        const int rows_of_cell = slots_of_cell(up);
+        const bool whole_rows = up > 1 && rows_of_cell > 0;
+        tile.rows_of_cell = Divisor(whole_rows ? rows_of_cell : 1);
+        tile.columns_of_cell = Divisor(width % up == 0 ? up : 1);
+        tile.cells_in_row = Divisor(width / tile.columns_of_cell.number);
+        tile.pitch = width + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
+        tile.room = tile.rows * tile.pitch | 1;     // and so do taps
+        threads = static_cast<int>(ceil_div(width * k * segments.number * quads, 32)) * 32;
+        const int64_t finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) *
                                  tile.room;
-        places_bytes = std::max(ceil_div(pixels, 2) * 2 * int64_t{sizeof(int64_t)},
-                                outputs * int64_t{sizeof(OutputPlace)});
+        places_bytes = std::max(pixels * int64_t{sizeof(StagedPixel)}, tile.count() * int64_t{sizeof(OutputPlace)});
+        // Threads that copy neighbouring vectors of a pixel do so to different banks.
+        plane = static_cast<int>(ceil_div(grads_at + pitch * width, 8)) * 8 + 8 / vectors % 8;
+        const int64_t staged = int64_t{2} * vectors * plane * int64_t{sizeof(float4)};
         shared_bytes = tile.rows * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
-        const int64_t all_quads = slots == 0 ? ceil_div(rows.count, kQuad)
-                                             : ceil_div((((rows.count - 1) * int64_t{rows.down}) / rows.up + 1) * slots,
-                                                        kQuad);
+        const int64_t all_sources = (rows.count - 1) * int64_t{rows.down} / rows.up + 1;
+        const int64_t all_quads = quads_of_source == 0 ? ceil_div(rows.count, of_quad) : all_sources * quads_of_source;
         row_tiles = rows.count == 0 ? 0 : static_cast<uint32_t>(ceil_div(all_quads, quads));
-        column_tiles = static_cast<uint32_t>(ceil_div(columns.count, tile.columns.number));
+        column_tiles = static_cast<uint32_t>(ceil_div(columns.count, width));
         groups = static_cast<uint32_t>(p.groups);
         items = p.features.n * p.groups * row_tiles * column_tiles;
     }
 
+    // Blocks of so many outputs begin with the first output of a source.
+    static bool aligned(const Outputs& axis, int outputs) {
+        return outputs * int64_t{axis.down} % axis.up == 0 || (axis.down == 1 && axis.up % outputs == 0);
+    }
+
+    // The slots of a cell's rows, if a tile has whole ones, or 0.
+    int slots_of_cell(int up) const {
+        if (quads_of_source > 0)
+            return up == static_cast<int>(rows.up) && rows.down == 1 && quads % quads_of_source == 0
+                       ? quads_of_source * kQuad
+                       : 0;
+        if (quads * own_rows.number % up != 0) return 0;
+        if (own_rows.number == kQuad) return up;
+        return up % own_rows.number == 0 ? up / own_rows.number * kQuad : 0;
+    }
+
     // Roughly what the multiprocessor with the most tiles takes, for instructions and for accesses.
     double cycles(bool vectors_in_memory) const {
-        const double all = static_cast<double>(ceil_div(channels, vectors * kVector)) * vectors, warps = threads / 32;
-        const double outputs = quads * kQuad * tile.columns.number, taps = kernel_size.number * kernel_size.number;
-        const double pixels = (outputs + halo_rows * halo_columns.number) / 32;
-        const int loads = sources > 0 ? own_taps + sources - 1 + kQuad : kQuad * (own_taps + 1);
-        const double instructions = all * (warps * (kQuad * kVector * own_taps + 2 * loads + 20) +
-                                           pixels * (vectors_in_memory ? 10 : 30)) +
-                                    outputs * taps + 1000 * warps;
-        const double accesses = all * (warps * 4 * loads + pixels * (vectors_in_memory ? 32 / vectors + 4 : 24)) +
-                                outputs * taps / 32 *
-                                    (6 + 2 * (vectors_in_memory ? 4 : 32 / std::min(tile.cells_in_row.number, 32)));
-        const double issue = instructions / 2.4, longer = std::max(issue, accesses),
+        const double warps = threads / 32, all = all_vectors, own_slices = ceil_div(all_vectors, vectors);
+        const double of_quad = own_rows.number, taps = kernel_size.number * kernel_size.number;
+        const double finished = quads * of_quad * tile.columns.number * taps / 32;
+        const double features = pattern == kAnySources
+                                    ? of_quad * own_taps
+                                    : own_taps + (own_rows.number - 1) * (pattern % 8) / (pattern / 8);
+        const double loads = features + of_quad, copies = all * pixels * run / 32;
+        const double rounds = ceil_div(pixels * run * vectors, kPixels * threads);
+        const double instructions = all * warps * (of_quad * kVector * own_taps + loads + 5) +
+                                    own_slices * warps *
+                                        (vectors_in_memory ? 50 + rounds * 57 : 80 + rounds * (run == 2 ? 60 : 120)) +
+                                    1000 * warps + 3 * finished;
+        // Lines of 128 bytes: a pixel's vectors, or a row in each channel.
+        const auto lines_of_rows = [&](double count, double width) { return count * (1 + width / 32); };
+        const double lines = vectors_in_memory ? copies * 32 / vectors
+                                               : all * kVector *
+                                                     (lines_of_rows(halo_rows, halo_columns) +
+                                                      lines_of_rows(quads * of_quad, tile.columns.number));
+        const double lines_of_masks = tile.columns_of_cell.number == 1 || vectors_in_memory
+                                          ? 2
+                                          : 1 + 32.0 / std::min(tile.cells_in_row.number, 32);
+        const double accesses = all * warps * 4 * loads + copies * 4 + lines + finished * (8 + 2 * lines_of_masks);
+        // A warp waits two thirds of its time, and all fill a multiprocessor to 60%.
+        const double blocks = static_cast<double>(ceil_div(items, kMultiprocessors)),
+                     resident = std::min({blocks, std::floor(kSharedBytesOfMultiprocessor / (shared_bytes + 1024.0)),
+                                          std::floor(2.0 * kThreadsOfTile / threads)});
+        const double issue = instructions / std::min(2.4, resident * warps / 3), longer = std::max(issue, accesses),
                      shorter = std::min(issue, accesses);
-        return static_cast<double>(ceil_div(items, kMultiprocessors)) * (longer + shorter / 2);  // partly at once
+        return blocks * (longer + shorter / 2);  // partly at once
     }
 };
 
@@ -157,7 +247,10 @@ template <bool Vectors>
 const char* not_for_grad_masks_tiles(const Problem& p) {
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.factor.up > kMostFactor / 2) return "the factor is too large";
-    if (p.features.c > INT32_MAX / 2) return "channels are too many";
+    if (p.features.c > INT32_MAX / 8) return "channels are too many";
+    for (int64_t stride : {p.features.stride_c, p.grad_output.stride_c}) {
+        if (std::abs(stride) > INT32_MAX / 4) return "channels are too far apart";
+    }
     const GradMasksTilesPlan plan(p, Vectors);
     if (plan.items > INT32_MAX) return "tiles are too many";
     const bool fits = plan.threads <= kThreadsOfTile && plan.shared_bytes <= kMostSharedBytes;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has four outputs
-// below each other and some taps of a column of their windows, with all sums in registers. The block goes through the
-// channels in slices, as vectors of four in shared memory: features with their halo, and grad_output. The next slice
-// arrives meanwhile. Outputs of a source share the features that a thread loads, and those of neighbouring sources most
-// of them. Then the threads of an output carry its sums through the normaliser together, and write them in the order
-// of memory.
+// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has three or four
+// outputs below each other and some taps of a column of their windows, with all sums in registers. The block goes
+// through the channels in slices, as vectors of four in shared memory: features with their halo, and grad_output. Both
+// stand there column by column, so what a thread loads is at constant distances. Where channels are adjacent the next
+// slice arrives meanwhile, as copies of vectors; else it passes registers, which transpose it. Outputs of a source
+// share the features that a thread loads, and those of neighbouring sources most of them.
 #pragma once
 
 #include "cuda/grad_masks_plan.h"
@@ -13,61 +13,110 @@ namespace carafepp::cuda {
 
 // The slot of a number, from the first row on.
 __device__ __forceinline__ Slot slot_of(const GradMasksTilesPlan& plan, int number) {
-    int row = number, source = plan.rows.source(number);
-    if (plan.slots > 0) {
-        source = number / plan.slots;
-        row = plan.rows.first(source + plan.rows.offset) + number - source * plan.slots;
+    const int quad = number / kQuad, of_quad = plan.own_rows.number, own = number % kQuad;
+    int row = quad * of_quad + min(own, of_quad - 1), source = plan.rows.source(row), end = plan.rows.count;
+    if (plan.quads_of_source > 0) {
+        source = quad / plan.quads_of_source;
+        row -= source * plan.quads_of_source * of_quad;
         source += plan.rows.offset;
+        row += plan.rows.first(source);
+        end = plan.rows.first(source + 1);
     }
-    const int end = plan.slots == 0 ? plan.rows.count : plan.rows.first(source + 1), cell = row / plan.tile.cell.number;
-    return {row < end ? row : -1, source, cell, row - cell * plan.tile.cell.number};
+    const int cell = row / plan.tile.cell.number;
+    return {row < end && own < of_quad ? row : -1, source, cell, row - cell * plan.tile.cell.number};
 }
 
-template <int Number>
-using Constant = std::integral_constant<int, Number>;
+// As one load.
+__device__ __forceinline__ StagedPixel load_pixel(const StagedPixel* pixel) {
+    const uint4 words = *reinterpret_cast<const uint4*>(pixel);
+    return {static_cast<int64_t>(uint64_t{words.y} << 32 | words.x), static_cast<int>(words.z),
+            static_cast<int>(words.w)};
+}
 
-// A block copies these: pixels of features, then of outputs. The addresses of their first channels are in shared
-// memory, or 0.
-struct Pixels {
-    const int64_t* addresses;
-    int features, count;
-    int64_t feature_channel, output_channel;  // strides
-};
+// The channel that is `bytes` behind `from`, if channels were adjacent.
+template <class T>
+__device__ __forceinline__ const T* channel_of(int64_t from, int stride_c, int bytes) {
+    return reinterpret_cast<const T*>(at_stride(reinterpret_cast<const char*>(from), stride_c, bytes));
+}
 
-// Stages a vector of channels from `channel` on, for the pixels `first`, first + step ... `channels` channels exist; 0
-// elsewhere. Floats arrive as copies of this thread do.
-template <bool Vectors, class T>
-__device__ __forceinline__ void stage_pixels(const Pixels& pixels, int first, int step, int channel, int channels,
-                                             float4* to) {
-    const int64_t feature_at = channel * pixels.feature_channel, output_at = channel * pixels.output_channel;
-    constexpr int kCount = std::is_same_v<T, float> ? 2 : 4;  // pixels whose loads are in flight together
+// Copies a vector of channels for the pixels `first`, first + step ...
+__device__ __forceinline__ void copy_pixels(const StagedPixel* pixels, int count, int first, int step, int bytes,
+                                            float4* to) {
 #pragma unroll 1
-    for (int pixel = first; pixel < pixels.count; pixel += kCount * step) {
-        int64_t address[kCount];
-        [[maybe_unused]] float4 values[kCount];
+    for (int number = first; number < count; number += kPixels * step) {
+        StagedPixel own[kPixels];  // all before the copies: nvcc separates loads and copies by other instructions
 #pragma unroll
-        for (int load = 0; load < kCount; load++) {
-            const int at = pixel + load * step;
-            address[load] = at < pixels.count ? pixels.addresses[at] : 0;
+        for (int k = 0; k < kPixels; k++) {
+            if (number + k * step < count) own[k] = load_pixel(pixels + number + k * step);
         }
 #pragma unroll
-        for (int load = 0; load < kCount; load++) {
-            const int at = pixel + load * step;
-            if (at >= pixels.count) break;
-            const int there = address[load] != 0 ? channels : 0;
-            const bool of_features = Vectors || at < pixels.features;
-            [[maybe_unused]] const int64_t stride_c = of_features ? pixels.feature_channel : pixels.output_channel;
-            const T* const from = reinterpret_cast<const T*>(address[load]) + (of_features ? feature_at : output_at);
-            if constexpr (std::is_same_v<T, float>) {
-                copy_four<Vectors>(to + at, from, stride_c, there);
-            } else {
-                values[load] = load_four<Vectors>(from, stride_c, there);
+        for (int k = 0; k < kPixels; k++) {
+            if (number + k * step < count)
+                copy_async<sizeof(float4)>(to + own[k].to, reinterpret_cast<const void*>(own[k].from + bytes), true);
+        }
+    }
+}
+
+// The same for any strides and dtype, through registers. Of the channels `there` exist; others are 0.
+template <bool Vectors, class T>
+__device__ __forceinline__ void load_pixels(const StagedPixel* pixels, int count, int first, int step, int bytes,
+                                            int bytes_of_channel, int there, float4* to) {
+#pragma unroll 1
+    for (int number = first; number < count; number += kPixels * step) {
+        float4 values[kPixels];
+        int places[kPixels];
+#pragma unroll
+        for (int k = 0; k < kPixels; k++) {
+            if (number + k * step < count) {
+                const StagedPixel pixel = load_pixel(pixels + number + k * step);
+                const T* const from = channel_of<T>(pixel.from, pixel.stride_c, bytes);
+                places[k] = pixel.to;
+                if constexpr (Vectors) {
+                    values[k] = load_channels(from);
+                } else {
+                    const auto load_one = [&](int v) {
+                        const auto here = reinterpret_cast<int64_t>(from);
+                        return v < there ? widen(load_input(channel_of<T>(here, pixel.stride_c, v * bytes_of_channel)))
+                                         : 0;
+                    };
+                    values[k] = make_float4(load_one(0), load_one(1), load_one(2), load_one(3));
+                }
             }
         }
-        if constexpr (!std::is_same_v<T, float>) {
 #pragma unroll
-            for (int load = 0; load < kCount; load++) {
-                if (pixel + load * step < pixels.count) to[pixel + load * step] = values[load];
+        for (int k = 0; k < kPixels; k++) {
+            if (number + k * step < count) to[places[k]] = values[k];
+        }
+    }
+}
+
+// The same for pairs of columns, `apart` in a slice, and all channels of a vector.
+__device__ __forceinline__ void load_pairs(const StagedPixel* pixels, int count, int first, int step, int bytes,
+                                           int bytes_of_channel, int apart, float4* to) {
+    constexpr int kPairs = kPixels / 2;
+#pragma unroll 1
+    for (int number = first; number < count; number += kPairs * step) {
+        float2 values[kPairs][kVector];
+        int places[kPairs];
+#pragma unroll
+        for (int k = 0; k < kPairs; k++) {
+            if (number + k * step < count) {
+                const StagedPixel pixel = load_pixel(pixels + number + k * step);
+                const auto from = reinterpret_cast<int64_t>(channel_of<float>(pixel.from, pixel.stride_c, bytes));
+                places[k] = pixel.to;
+#pragma unroll
+                for (int v = 0; v < kVector; v++) {
+                    const float* const channel = channel_of<float>(from, pixel.stride_c, v * bytes_of_channel);
+                    values[k][v] = load_columns(channel, true);
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kPairs; k++) {
+            if (number + k * step < count) {
+                const float2(&pair)[kVector] = values[k];
+                to[places[k]] = make_float4(pair[0].x, pair[1].x, pair[2].x, pair[3].x);
+                to[places[k] + apart] = make_float4(pair[0].y, pair[1].y, pair[2].y, pair[3].y);
             }
         }
     }
@@ -77,38 +126,135 @@ __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
-// Adds the products of a slice to the sums of four outputs and `Taps` taps below each other. With `Sources` neighbours,
-// or for 0 any, output o has its taps from features[apart[o]] on.
-template <int Taps, int Sources>
-__device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, const float4* features,
-                                             const int (&apart)[kQuad], const float4* grad_output,
+// Adds the products of a slice to the sums of a quad of outputs and `Taps` taps below each other. `features` are those
+// of the first output.
+template <int Taps, int Pattern>
+__device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int vectors, const float4* features,
+                                             const float4* grad_output, const Slot* slots,
                                              float (&sums)[kQuad][kMostTaps]) {
-    const int row = plan.halo_columns.number;
+    if constexpr (Pattern == kAnySources) {
+        int apart[kQuad];
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) apart[o] = slots[o].source - slots[0].source;
 #pragma unroll 1
-    for (int v = 0; v < plan.vectors; v++, features += plan.plane, grad_output += plan.plane) {
-        float4 grad[kQuad];
+        for (int left = vectors; left > 0; left--, features += plan.plane, grad_output += plan.plane) {
 #pragma unroll
-        for (int o = 0; o < kQuad; o++) grad[o] = grad_output[o * plan.tile.columns.number];
-        if constexpr (Sources > 0) {
-            const float4* feature = features + apart[0];
+            for (int o = 0; o < kQuad; o++) {
+                const float4 grad = grad_output[o], *const feature = features + apart[o];
 #pragma unroll
-            for (int y = 0; y < Taps + Sources - 1; y++, feature += row) {
-                const float4 one = *feature;
+                for (int tap = 0; tap < Taps; tap++) sums[o][tap] = dot(grad, feature[tap], sums[o][tap]);
+            }
+        }
+    } else {
+        constexpr int kUp = Pattern / 8, kDown = Pattern % 8, kRows = kUp == 3 ? 3 : kQuad;
+#pragma unroll 1
+        for (int left = vectors; left > 0; left--, features += plan.plane, grad_output += plan.plane) {
+            float4 grad[kRows];
 #pragma unroll
-                for (int o = 0; o < kQuad; o++) {
-                    const int tap = y - o * Sources / kQuad;
+            for (int o = 0; o < kRows; o++) grad[o] = grad_output[o];
+#pragma unroll
+            for (int y = 0; y < Taps + (kRows - 1) * kDown / kUp; y++) {
+                const float4 one = features[y];
+#pragma unroll
+                for (int o = 0; o < kRows; o++) {
+                    const int tap = y - o * kDown / kUp;
                     if (tap >= 0 && tap < Taps) sums[o][tap] = dot(grad[o], one, sums[o][tap]);
                 }
             }
-        } else {
-#pragma unroll
-            for (int o = 0; o < kQuad; o++) {
-                const float4* feature = features + apart[o];
-#pragma unroll
-                for (int tap = 0; tap < Taps; tap++, feature += row)
-                    sums[o][tap] = dot(grad[o], *feature, sums[o][tap]);
-            }
         }
+    }
+}
+
+template <int Number>
+using Constant = std::integral_constant<int, Number>;
+
+template <int Pattern, class F>
+__device__ __forceinline__ void with_taps(int taps, F f) {
+    if (taps == 3) f(Constant<3>(), Constant<Pattern>());
+    if (taps == 5) f(Constant<5>(), Constant<Pattern>());
+    if (taps == 7) f(Constant<7>(), Constant<Pattern>());
+}
+
+// Calls f(taps, pattern) with constants.
+template <class F>
+__device__ __forceinline__ void with_pattern(int taps, int pattern, F f) {
+    switch (pattern) {
+        case kAnySources: with_taps<kAnySources>(taps, f); break;
+        case pattern_of(4, 1): with_taps<pattern_of(4, 1)>(taps, f); break;
+        case pattern_of(3, 1): with_taps<pattern_of(3, 1)>(taps, f); break;
+        case pattern_of(3, 2): with_taps<pattern_of(3, 2)>(taps, f); break;
+        case pattern_of(2, 1): with_taps<pattern_of(2, 1)>(taps, f); break;
+        case pattern_of(1, 1): with_taps<pattern_of(1, 1)>(taps, f); break;
+        case pattern_of(1, 2): with_taps<pattern_of(1, 2)>(taps, f); break;
+        case pattern_of(1, 3): with_taps<pattern_of(1, 3)>(taps, f); break;
+        case pattern_of(1, 4): with_taps<pattern_of(1, 4)>(taps, f); break;
+    }
+}
+
+// A tile of outputs: its image and group, its first slot and column.
+struct TileOfGroup {
+    int64_t n, group;
+    int first_slot, left;
+
+    __device__ __forceinline__ TileOfGroup(const GradMasksTilesPlan& plan, int64_t item) {
+        const uint32_t tile = static_cast<uint32_t>(item), row = tile / plan.column_tiles, image = row / plan.row_tiles;
+        n = image / plan.groups;
+        group = image - n * plan.groups;
+        first_slot = static_cast<int>(row - image * plan.row_tiles) * plan.tile.rows;
+        left = static_cast<int>(tile - row * plan.column_tiles) * plan.tile.columns.number;
+    }
+};
+
+// The part of a thread: a column of outputs and one of taps, `count` taps from row `a` on, and a quad. A thread without
+// a part has no taps.
+struct Part {
+    int x, b, a, count, quad, segment;
+
+    __device__ __forceinline__ Part(const GradMasksTilesPlan& plan, int thread) {
+        const int k = plan.kernel_size.number, line = plan.tile.columns.quotient(thread),
+                  segment_line = plan.kernel_size.quotient(line);
+        x = thread - line * plan.tile.columns.number;
+        b = line - segment_line * k;
+        quad = plan.segments.quotient(segment_line);
+        segment = segment_line - quad * plan.segments.number;
+        a = segment * plan.own_taps;
+        count = quad < plan.quads ? min(k - a, plan.own_taps) : 0;
+    }
+};
+
+// The first column of a tile's features. Pairs begin with an even one.
+__device__ __forceinline__ int left_of_halo(const GradMasksTilesPlan& plan, int left) {
+    const int source = plan.columns.source(left) - plan.kernel_size.number / 2;
+    return plan.run == 2 ? source - (source & 1) : source;
+}
+
+// Finds the pixels of a tile whose first feature is (top, left). Pixels beyond a border are any others: what comes of
+// them is 0 in the end. Threads that store eight pairs together do so to different banks, as half of them have the next
+// row.
+__device__ __forceinline__ void find_pixels(const Problem& p, const GradMasksTilesPlan& plan, const TileOfGroup& tile,
+                                            const Slot* slots, int top, int left, StagedPixel* pixels) {
+    const int run = plan.run;
+#pragma unroll 1
+    for (int number = static_cast<int>(threadIdx.x); number < plan.pixels; number += static_cast<int>(blockDim.x)) {
+        const bool of_features = number < plan.pixels_of_halo;
+        const Array& array = of_features ? p.features : p.grad_output;
+        const Divisor& runs = of_features ? plan.runs_of_halo : plan.runs_of_tile;
+        const int own = of_features ? number : number - plan.pixels_of_halo, parity = run == 2 ? own & 1 : 0,
+                  run_number = run == 2 ? own >> 1 : own, row_of_runs = runs.quotient(run_number),
+                  x = (run_number - row_of_runs * runs.number) * run, y = row_of_runs * run + parity;
+        int row = top + y, column = left + x, to = x * plan.halo_pitch + y;
+        if (!of_features) {
+            const int quad = min(plan.own_rows.quotient(y), plan.quads - 1);
+            row = slots[quad * kQuad + y - quad * plan.own_rows.number].row;
+            column = tile.left + x;
+            to = plan.grads_at + x * plan.pitch + y;
+        }
+        row = min(max(row, 0), static_cast<int>(array.h) - 1);
+        column = min(max(column, 0), static_cast<int>(array.w) - run);
+        const int64_t place = tile.n * array.stride_n + tile.group * plan.channels * array.stride_c +
+                              row * array.stride_h + column * array.stride_w;
+        pixels[number] = {reinterpret_cast<int64_t>(array.data) + place * plan.itemsize, to,
+                          static_cast<int>(array.stride_c)};
     }
 }
 
@@ -116,114 +262,83 @@ template <bool Vectors>
 __global__ void __launch_bounds__(kThreadsOfTile, 2)
     grad_masks_tiles_kernel(Arguments arguments, GradMasksTilesPlan plan) {
     const Problem& p = arguments.problem;
-    const int k = plan.kernel_size.number, radius = k / 2, width = plan.tile.columns.number;
-    const int rows_of_tile = plan.tile.rows, outputs = plan.tile.count();
-    const int halo = plan.halo_rows * plan.halo_columns.number, parts = k * plan.segments.number;
-    const int height_in = static_cast<int>(p.features.h), width_in = static_cast<int>(p.features.w),
-              height_out = static_cast<int>(p.out_h), width_out = static_cast<int>(p.out_w);
+    const int k = plan.kernel_size.number, radius = k / 2, parts = k * plan.segments.number;
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     Slot* const slots = shared_memory<Slot>();
-    OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + rows_of_tile);
-    int64_t* const addresses = reinterpret_cast<int64_t*>(places);  // of pixels, while there are channels
+    OutputPlace* const places = reinterpret_cast<OutputPlace*>(slots + plan.tile.rows);
+    StagedPixel* const pixels = reinterpret_cast<StagedPixel*>(places);  // while there are channels
     float4* const staged = reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(places) + plan.places_bytes);
     float2* const partial = reinterpret_cast<float2*>(staged);  // [part][output], when the channels are done
-    float* const finished = reinterpret_cast<float*>(partial +
-                                                     parts * plan.tile.room);  // [tap][output]: logits, gradients
+    float* const finished = reinterpret_cast<float*>(partial + parts * plan.tile.room);  // [tap][output]
 
-    // This thread's column of outputs and of taps, its first row of taps, and its quad.
-    const int line = plan.tile.columns.quotient(thread), x = thread - line * width;
-    const int segment_line = plan.kernel_size.quotient(line), b = line - segment_line * k;
-    const int quad = plan.segments.quotient(segment_line), segment = segment_line - quad * plan.segments.number;
-    const int a = segment * plan.own_taps, own_slot = quad * kQuad;
-    const bool active = quad < plan.quads;
-    const int count = active ? min(k - a, plan.own_taps) : 0;
     const int stagers = threads / plan.vectors;  // of a vector
     const int vector = Vectors ? thread % plan.vectors : thread / stagers,
               first_pixel = Vectors ? thread / plan.vectors : thread % stagers;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        const uint32_t tile = static_cast<uint32_t>(item), tile_row = tile / plan.column_tiles,
-                       tile_image = tile_row / plan.row_tiles;
-        const int64_t n = tile_image / plan.groups, group = tile_image - n * plan.groups;
-        const int first_slot = static_cast<int>(tile_row - tile_image * plan.row_tiles) * rows_of_tile,
-                  left = static_cast<int>(tile - tile_row * plan.column_tiles) * width;
+        int features_at = 0, grads_at = 0, own_slot = -1;  // of this thread, in a slice; -1: it has no part
+        {
+            const TileOfGroup tile(plan, item);
 #pragma unroll 1
-        for (int number = thread; number < rows_of_tile; number += threads)
-            slots[number] = slot_of(plan, first_slot + number);
-        __syncthreads();
-        const int source_top = slots[0].source - radius, source_left = plan.columns.source(left) - radius;
-        const auto first_address = [&](const Array& array) {
-            return reinterpret_cast<int64_t>(array.data) +
-                   (n * array.stride_n + group * plan.channels * array.stride_c) * plan.itemsize;
-        };
-        const auto address = [&](const Array& array, int row, int column_at, bool exists) {
-            const int64_t place = row * array.stride_h + column_at * array.stride_w;
-            return exists ? first_address(array) + place * plan.itemsize : 0;
-        };
-#pragma unroll 1
-        for (int pixel = thread; pixel < halo; pixel += threads) {
-            const int y = plan.halo_columns.quotient(pixel), i = source_top + y,
-                      j = source_left + pixel - y * plan.halo_columns.number;
-            addresses[pixel] = address(p.features, i, j, i >= 0 && i < height_in && j >= 0 && j < width_in);
-        }
-#pragma unroll 1
-        for (int output = thread; output < outputs; output += threads) {
-            const int y = plan.tile.columns.quotient(output), row = slots[y].row, column = left + output - y * width;
-            addresses[halo + output] = address(p.grad_output, row, column,
-                                               row >= 0 && row < height_out && column < width_out);
-        }
-        const int column = left + x, source = plan.columns.source(column) - radius + b;  // of this thread's taps
-        int apart[kQuad];                                                                // see add_products
-#pragma unroll
-        for (int o = 0; o < kQuad; o++) {
-            const int y = active ? slots[own_slot + o].source - radius + a - source_top : 0;
-            apart[o] = y * plan.halo_columns.number + (active ? source - source_left : 0);
+            for (int number = thread; number < plan.tile.rows; number += threads)
+                slots[number] = slot_of(plan, tile.first_slot + number);
+            __syncthreads();
+            const int top = slots[0].source - radius, left = left_of_halo(plan, tile.left);
+            find_pixels(p, plan, tile, slots, top, left, pixels);
+            const Part own(plan, thread);
+            if (own.count > 0) {
+                own_slot = own.quad * kQuad;
+                features_at = (plan.columns.source(tile.left + own.x) - radius + own.b - left) * plan.halo_pitch +
+                              slots[own_slot].source - radius + own.a - top;
+                grads_at = plan.grads_at + own.x * plan.pitch + own.quad * plan.own_rows.number;
+            }
         }
         float sums[kQuad][kMostTaps] = {};
-        const int slices = height_out > 0 && width_out > 0 ? plan.slices : 0;  // or there may be no arrays
-        const Pixels pixels{addresses, halo, halo + outputs, p.features.stride_c, p.grad_output.stride_c};
+        const int slices = p.out_h > 0 && p.out_w > 0 ? plan.slices : 0;  // or there may be no arrays
         int channel = vector * kVector, buffer = 0;
 #pragma unroll 1
         for (int number = 0; number <= slices; number++) {  // is staged, and the one before it contracted
             wait_for_copies();
             __syncthreads();
+            float4* const to = staged + buffer + vector * plan.plane;
             if (number < slices) {
-                float4* const to = staged + buffer + vector * plan.plane;
                 with_storage(p.features.dtype, [&](auto storage) __attribute__((always_inline)) {
-                    stage_pixels<Vectors, decltype(storage)>(pixels, first_pixel, stagers, channel,
-                                                             plan.channels - channel, to);
+                    using T = decltype(storage);
+                    const int there = plan.channels - channel, bytes = channel * plan.itemsize;
+                    if (there <= 0) return;
+                    if constexpr (Vectors && std::is_same_v<T, float>) {
+                        copy_pixels(pixels, plan.pixels, first_pixel, stagers, bytes, to);
+                    } else if (!Vectors && std::is_same_v<T, float> && plan.run == 2) {
+                        load_pairs(pixels, plan.pixels, first_pixel, stagers, bytes, plan.itemsize, plan.pitch, to);
+                    } else {
+                        load_pixels<Vectors, T>(pixels, plan.pixels, first_pixel, stagers, bytes, plan.itemsize, there,
+                                                to);
+                    }
                 });
                 channel += plan.vectors * kVector;
             }
             buffer = plan.vectors * plan.plane - buffer;
-            if (number == 0 || !active) continue;
-            const float4* const features = staged + buffer;
-            const float4* const grads = features + halo + own_slot * width + x;
-            const auto add = [&](auto own_taps, auto sources) __attribute__((always_inline)) {
-                add_products<decltype(own_taps)::value, decltype(sources)::value>(plan, features, apart, grads, sums);
-            };
-            switch (plan.own_taps * 8 + plan.sources) {
-                case 24 + 0: add(Constant<3>(), Constant<0>()); break;
-                case 24 + 1: add(Constant<3>(), Constant<1>()); break;
-                case 24 + 2: add(Constant<3>(), Constant<2>()); break;
-                case 24 + 4: add(Constant<3>(), Constant<4>()); break;
-                case 40 + 0: add(Constant<5>(), Constant<0>()); break;
-                case 40 + 1: add(Constant<5>(), Constant<1>()); break;
-                case 40 + 2: add(Constant<5>(), Constant<2>()); break;
-                case 40 + 4: add(Constant<5>(), Constant<4>()); break;
-                case 56 + 0: add(Constant<7>(), Constant<0>()); break;
-                case 56 + 1: add(Constant<7>(), Constant<1>()); break;
-                case 56 + 2: add(Constant<7>(), Constant<2>()); break;
-                case 56 + 4: add(Constant<7>(), Constant<4>()); break;
+            if (number > 0 && own_slot >= 0) {
+                const int vectors = min(plan.vectors, plan.all_vectors - (number - 1) * plan.vectors);
+                const float4* const slice = staged + buffer;
+                with_pattern(plan.own_taps, plan.pattern, [&](auto taps, auto pattern) __attribute__((always_inline)) {
+                    add_products<decltype(taps)::value, decltype(pattern)::value>(
+                        plan, vectors, slice + features_at, slice + grads_at, slots + own_slot, sums);
+                });
             }
         }
-        const bool inside = source_top >= 0 && source_top + plan.halo_rows <= height_in && source_left >= 0 &&
-                            source_left + plan.halo_columns.number <= width_in;
-        if (!inside && active) {  // a tap beyond a border is 0, whatever the gradient there
+        const TileOfGroup tile(plan, computed_late(item));
+        const Part own(plan, thread_computed_late());
+        const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w),
+                  top = slots[0].source - radius, left = left_of_halo(plan, tile.left);
+        const bool inside = top >= 0 && top + plan.halo_rows <= height && left >= 0 &&
+                            left + plan.halo_columns <= width;
+        if (!inside && own.count > 0) {  // a tap beyond a border is 0, whatever the gradient there
+            const int source = plan.columns.source(tile.left + own.x) - radius + own.b;
 #pragma unroll
             for (int o = 0; o < kQuad; o++) {
-                const int i = slots[own_slot + o].source - radius + a;  // of its first row
-                const int first = min(max(-i, 0), kMostTaps), end = min(max(height_in - i, 0), kMostTaps);
-                const bool column_there = source >= 0 && source < width_in;
+                const int i = slots[own.quad * kQuad + o].source - radius + own.a;  // of its first row
+                const int first = min(max(-i, 0), kMostTaps), end = min(max(height - i, 0), kMostTaps);
+                const bool column_there = source >= 0 && source < width;
                 const int there = column_there ? (1 << end) - (1 << min(first, end)) : 0;  // bits of taps
 #pragma unroll
                 for (int tap = 0; tap < kMostTaps; tap++) {
@@ -232,9 +347,9 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             }
         }
         __syncthreads();  // what follows takes the place of slices
-        const TileInImage at{n, group, slots, left};
-        const ThreadOfTile own{own_slot, x, a * k + b, k, count, segment * k + b};
-        finish_grad_masks(arguments, plan.tile, at, own, parts, plan.normalized, sums, finished, partial, places);
+        finish_grad_masks(arguments, plan.tile, {tile.n, tile.group, slots, tile.left},
+                          {own.quad * kQuad, own.x, own.a * k + own.b, k, own.count, own.segment * k + own.b}, parts,
+                          plan.normalized, sums, finished, partial, places);
         __syncthreads();
     }
 }
