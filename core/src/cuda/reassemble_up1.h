@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward for up = down = 1 and, transposed, the gradient of features. A thread has a quad in a vector of channels.
+// The gradient is a forward over grad_output, with the masks that a source has in the outputs around it.
+#pragma once
+
+#include "cuda/up1.h"
+
+namespace carafepp::cuda {
+
+// Stages the masks of the tile's outputs. Taps beyond a border may stay: there features are 0, and a softmax is not
+// finite in all taps or none. Others are cleared, as 0 * Inf is NaN.
+template <int K, bool Column, class M>
+__device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
+                                            float* masks) {
+    const TapsInMemory<const M> memory(p, p.from_logits ? p.logits : p.masks, tile);
+    const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
+    const bool one_by_one = normalizer == CARAFEPP_NONE || normalizer == CARAFEPP_SIGMOID;
+    const Rectangle outputs(tile.top, min(tile.top + plan.rows, static_cast<int>(p.out_h)), tile.left,
+                            min(tile.left + plan.quads * kQuad, static_cast<int>(p.out_w)));
+    using Own = TapsOfPixel<K, Column>;
+    for_each_pixel<Own>(outputs, [&](int i, int j, bool exists) __attribute__((always_inline)) {
+        const Own own;
+        typename Own::Taps taps;
+        own.load(p, memory(i, j), exists, taps);
+        if (!exists) return;
+        const int y = i - tile.top, x = j - tile.left;
+        float* const to = masks + (y * plan.quads + x / kQuad) * K * kQuad + x % kQuad;
+        own.each_tap([&](int k, int a, int b, bool has) {
+            if (has) to[a * plan.apart() + b * kQuad] = taps[k];
+        });
+        if (!one_by_one) return;
+        float nothing = 0;
+        own.each_tap([&](int k, int, int, bool has) {
+            if (has) nothing += taps[k] * 0;
+        });
+        if (nothing == 0) return;
+#pragma unroll 1
+        for (int k = 0; k < Own::kCount; k++) {
+            const int a = own.first_row + k / Own::kColumns, b = own.first_column + k % Own::kColumns;
+            const bool has = a < K && b < K;
+            if (has && !tap_inside<K>(p, i + static_cast<int>(p.offset_h), j + static_cast<int>(p.offset_w), a * K + b))
+                to[a * plan.apart() + b * kQuad] = 0;
+        }
+    });
+}
+
+// Stages the masks that the tile's sources have in the outputs around them. Taps are reversed: source s is in the
+// window of output s + K/2 - a by tap a, which is staged as K - 1 - a.
+template <int K, bool Column, class M>
+__device__ __forceinline__ void stage_masks_transposed(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
+                                                       float* masks) {
+    const TapsInMemory<const M> memory(p, p.from_logits ? p.logits : p.masks, tile);
+#pragma unroll 1
+    for (int k = static_cast<int>(threadIdx.x); k < plan.masks() / kQuad; k += static_cast<int>(blockDim.x))
+        reinterpret_cast<float4*>(masks)[k] = make_float4(0, 0, 0, 0);
+    __syncthreads();
+    const int top = tile.top - static_cast<int>(p.offset_h), left = tile.left - static_cast<int>(p.offset_w);
+    const int columns = plan.quads * kQuad;
+    const Rectangle outputs(max(top - K / 2, 0), min(top + plan.rows + K / 2, static_cast<int>(p.out_h)),
+                            max(left - K / 2, 0), min(left + columns + K / 2, static_cast<int>(p.out_w)));
+    using Own = TapsOfPixel<K, Column>;
+    for_each_pixel<Own>(outputs, [&](int i, int j, bool exists) __attribute__((always_inline)) {
+        const Own own;
+        typename Own::Taps taps;
+        own.load(p, memory(i, j), exists, taps);
+        if (!exists) return;
+        const int y = i - top - K / 2, x = j - left - K / 2;  // of the source that tap (0, 0) is at
+        const int row_of_quads = plan.quads * K * kQuad;
+        float* const to = masks + y * row_of_quads + (K - 1) * plan.apart();
+        own.each_tap([&](int k, int a, int b, bool has) {
+            const int column = x + b;
+            if (has && y + a >= 0 && y + a < plan.rows && column >= 0 && column < columns)
+                to[a * (row_of_quads - plan.apart()) + (column / kQuad * K + K - 1 - b) * kQuad + column % kQuad] =
+                    taps[k];
+        });
+    });
+}
+
+template <int K, bool Vectors, bool Transposed>
+__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 ? 3 : 2)
+    reassemble_up1_kernel(Arguments arguments, Up1Plan plan) {
+    const Problem& p = arguments.problem;
+    const Array& result = arguments.result;
+    const Array& sliced = Transposed ? p.grad_output : p.features;
+    float* const masks = shared_memory<float>();
+    float* const slice = masks + plan.masks();
+    const int offset_h = static_cast<int>(Transposed ? -p.offset_h : p.offset_h),
+              offset_w = static_cast<int>(Transposed ? -p.offset_w : p.offset_w);
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const TileOfItem tile(p, plan.tiles, item);
+        with_storage((p.from_logits ? p.logits : p.masks).dtype, [&](auto storage) __attribute__((always_inline)) {
+            if constexpr (Transposed) {
+                stage_masks_transposed<K, Vectors, decltype(storage)>(p, plan, tile, masks);
+            } else {
+                stage_masks<K, Vectors, decltype(storage)>(p, plan, tile, masks);
+            }
+        });
+#pragma unroll 1
+        for (int before = 0; before < tile.channels; before += plan.vectors() * kVector) {
+            stage_slice<Vectors, Vectors ? 5 : 2>(plan, sliced, tile.n, tile.c + before, tile.channels - before,
+                                                  tile.top + offset_h - K / 2, tile.left + offset_w - kQuad,
+                                                  plan.halo_rows(), slice);
+            __syncthreads();
+            const int thread = thread_computed_late(), quad = thread & ((1 << plan.quad_bits) - 1);
+            const int vector = thread >> plan.quad_bits & (plan.vectors() - 1);
+            const int row = thread >> (plan.quad_bits + plan.vector_bits);
+            const int i = tile.top + row, j = tile.left + quad * kQuad;
+            const bool exists = row < plan.rows && quad < plan.quads && i < result.h;
+            const int columns = exists ? static_cast<int>(result.w) - j : 0;
+            const int channels = tile.channels - before - vector * kVector;
+            if (columns > 0 && channels > 0) {
+                float sums[kVector][kQuad] = {};
+                const float* own_masks = masks + (row * plan.quads + quad) * K * kQuad;
+                const float* own_rows = slice + vector * plan.vector(plan.halo_rows()) + row * kRow + quad * kQuad;
+#pragma unroll 1
+                for (int a = 0; a < K; a++, own_masks += plan.apart(), own_rows += kRow) {
+                    float weights[K][kQuad];
+#pragma unroll
+                    for (int b = 0; b < K; b++) load_staged(own_masks + b * kQuad, weights[b]);
+#pragma unroll
+                    for (int c = 0; c < kVector; c++) {
+                        const RowAround around(own_rows + c * kPitch);
+#pragma unroll
+                        for (int b = 0; b < K; b++) {
+#pragma unroll
+                            for (int q = 0; q < kQuad; q++) sums[c][q] += weights[b][q] * around.at<K>(q, b);
+                        }
+                    }
+                }
+                with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
+                    using T = decltype(storage);
+                    T* const to = element<T>(result, tile.n, tile.c + before + vector * kVector, i, j);
+                    if constexpr (Vectors) {
+#pragma unroll
+                        for (int q = 0; q < kQuad; q++) {
+                            if (q < columns)
+                                store_channels(make_float4(sums[0][q], sums[1][q], sums[2][q], sums[3][q]),
+                                               to + q * result.stride_w);
+                        }
+                    } else {
+#pragma unroll
+                        for (int c = 0; c < kVector; c++) {
+                            if (c >= channels) continue;
+                            if (plan.whole_result) {
+                                store_row<true>(sums[c], columns, 1, to + c * result.stride_c);
+                            } else {
+                                store_row<false>(sums[c], columns, result.stride_w, to + c * result.stride_c);
+                            }
+                        }
+                    }
+                });
+            }
+            __syncthreads();
+        }
+    }
+}
+
+template <bool Vectors, bool Transposed>
+const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
+    if (const char* reason = not_for_up1(p)) return reason;
+    if (const char* reason = not_for_taps(p.from_logits ? p.logits : p.masks, Vectors)) return reason;
+    if constexpr (!Vectors) return nullptr;
+    if (const char* reason = not_for_vectors(p, Transposed ? p.grad_output : p.features)) return reason;
+    return not_for_vectors(p, result);
+}
+
+template <bool Vectors, bool Transposed>
+void reassemble_up1(const Problem& p, const Array& result) {
+    const Up1Plan plan(p, result, Transposed ? p.grad_output : p.features);
+    const auto run = [&](auto kernel) {
+        launch(kernel, plan.tiles.items, plan.threads(plan.vectors()), plan.bytes(), p, result, plan);
+    };
+    switch (p.kernel_size) {
+        case 3: return run(reassemble_up1_kernel<3, Vectors, Transposed>);
+        case 5: return run(reassemble_up1_kernel<5, Vectors, Transposed>);
+        default: return run(reassemble_up1_kernel<7, Vectors, Transposed>);
+    }
+}
+
+}  // namespace carafepp::cuda
