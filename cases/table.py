@@ -295,6 +295,7 @@ _CUDA_TABLE = [
     Case(
         "few_up4_crop", "quads beyond it", 1, 6, 3, 6, up=4, groups=2, size=(9, 15), padding=(1, 0)
     ),
+    Case("same_crop", "a crop", 1, 8, 9, 7, kernel_size=5, size=(5, 4), padding=(1, 1)),
     Case("ratio_c40", "a fraction", 1, 40, 9, 16, up=3, down=2, kernel_size=5, padding=(1, 0)),
     Case("down3_k9_c8", "81 taps, windows of 18 x 18", 1, 8, 7, 13, down=3, kernel_size=9),
 ]

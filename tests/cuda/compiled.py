@@ -147,6 +147,8 @@ INSTRUCTIONS = {
         r"LDSM\S*\.4",
         r"LDGSTS\S*\.64",
     ),
+    r"reassemble_up1_kernel": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
+    r"grad_masks_up1_kernel": (r"LDG\S*\.128", r"STS\S*\.128", r"LDS\S*\.128"),
     r"grad_features_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"grad_features_down2_nchw_kernelILi.EfE": (
         r"LDGSTS\S*\.128",
@@ -235,6 +237,12 @@ BUDGETS = {
     "grad_features_nchw.cu": {"float32 ILi2E": 309, "float32 ILi1E": 228},
     "grad_features_nhwc_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},  # a step of a column
     "grad_features_nchw_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},
+    "reassemble_up1_nhwc.cu": {"float32": 102},  # a row of taps
+    "reassemble_up1_nchw.cu": {"float32": 102},
+    "grad_features_up1_nhwc.cu": {"float32": 102},
+    "grad_features_up1_nchw.cu": {"float32": 102},
+    "grad_masks_up1_nhwc.cu": {"float32": 101},  # a vector of channels
+    "grad_masks_up1_nchw.cu": {"float32": 101},
     "grad_features_down2_nhwc.cu": {"float32": 212, "float16": 414, "bfloat16": 414},
     "grad_features_down2_nchw.cu": {"float32": 85, "float16": 105, "bfloat16": 105},
 }

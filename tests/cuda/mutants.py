@@ -1090,6 +1090,30 @@ MUTANTS = [
         "finite = finite || zeros == 0;",
     ),
     Mutant(
+        "an infinite mask meets a tap beyond a border, up1",
+        "reassemble_up1.h",
+        "        if (nothing == 0) return;",
+        "        if (nothing == 0 || nothing != 0) return;",
+    ),
+    Mutant(
+        "a mask of a source is that of the output on its other side",
+        "reassemble_up1.h",
+        "plan.place<K>(0, at) + (K - 1 - b) * kQuad",
+        "plan.place<K>(0, at) + b * kQuad",
+    ),
+    Mutant(
+        "sums are written over a slice that is still read",
+        "grad_masks_up1.h",
+        "            __syncthreads();\n        }\n        const QuadOfThread<K> own(plan);",
+        "        }\n        const QuadOfThread<K> own(plan);",
+    ),
+    Mutant(
+        "an infinite gradient meets a tap beyond a border, up1",
+        "grad_masks_up1.h",
+        "k = 0; nothing != 0 && k < K * kQuad;",
+        "k = 0; false && k < K * kQuad;",
+    ),
+    Mutant(
         "the next slice arrives over gradients that are still read",
         "grad_features_down2_nhwc.cu",
         "            __syncthreads();\n            from += kChannels;",

@@ -33,8 +33,8 @@ struct QuadOfThread {
 };
 
 // taps = the derivatives of the normaliser: a gradient becomes taps[k] * (gradient - mean). Returns the mean.
-template <int K, bool Column, class M, class Taps>
-__device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel<K, Column>& own, const M* logits,
+template <int K, bool Column, class Taps>
+__device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel<K, Column>& own, const float* logits,
                                              bool exists, const float* grads, int apart, Taps& taps) {
     own.load(p, logits, exists, taps);
     if (p.normalizer == CARAFEPP_SIGMOID) {
@@ -49,32 +49,32 @@ __device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel
     if (p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
         own.map([&](int a, int b, float mask) {
             if (!exists || a >= K || b >= K) return mask;
-            return mask * sigmoid(-widen(load_input(logits + (a * K + b) * p.logits.stride_c)));
+            return mask * sigmoid(-load_input(logits + (a * K + b) * p.logits.stride_c));
         }, taps);
     }
     return mean;
 }
 
 // Writes the gradients of a tile, whose sums are staged as masks are.
-template <int K, bool Column, class M>
+template <int K, bool Column>
 __device__ __forceinline__ void finish(const Problem& p, const Array& result, const GradMasksUp1Plan& plan,
                                        const TileOfItem& tile, const float* grads) {
-    const TapsInMemory<const M> logits(p, p.logits, tile);
-    const TapsInMemory<M> memory(p, result, tile);
     const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
     const Rectangle outputs(tile.top, min(tile.top + plan.rows, static_cast<int>(result.h)), tile.left,
                             min(tile.left + plan.quads * kQuad, static_cast<int>(result.w)));
+    const TapsInMemory<const float> logits(p, p.logits, tile, outputs);
+    const TapsInMemory<float> memory(p, result, tile, outputs);
     using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int i, int j, bool exists) __attribute__((always_inline)) {
+    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
         const Own own;
-        const int y = i - tile.top, x = j - tile.left;
-        const float* const from = grads + (y * plan.quads + x / kQuad) * K * kQuad + x % kQuad;
+        const float* const from = grads + plan.place<K>(y, static_cast<unsigned>(x));
         typename Own::Taps taps;
         own.each([&](int k, int) { taps[k] = 1; });
         float mean = 0;
         if (normalized) {
-            const bool computed = exists && i < p.out_h && j < p.out_w;  // not left out by a crop
-            mean = derivatives<K>(p, own, logits(i, j), computed, from, plan.apart(), taps);
+            const bool computed = exists && tile.top + y < p.out_h &&
+                                  tile.left + x < p.out_w;  // not left out by a crop
+            mean = derivatives<K>(p, own, logits(y, x), computed, from, plan.apart(), taps);
             if (!computed) {
                 own.each([&](int k, int) { taps[k] = 0; });
                 mean = 0;
@@ -84,8 +84,9 @@ __device__ __forceinline__ void finish(const Problem& p, const Array& result, co
         own.each_tap([&](int k, int a, int b, bool has) {
             if (has) taps[k] *= from[a * plan.apart() + b * kQuad] - mean;
         });
-        own.each_in_memory(memory(i, j), result.stride_c, [&](M* tap, int k, bool has) __attribute__((always_inline)) {
-            if (has) *tap = narrow<M>(taps[k]);
+        own.each_in_memory(memory(y, x), result.stride_c,
+                           [&](float* tap, int k, bool has) __attribute__((always_inline)) {
+            if (has) *tap = taps[k];
         });
     });
 }
@@ -154,9 +155,7 @@ __global__ void __launch_bounds__(kMostQuads * kMostRowsOfSums * K, 2)
             }
         }
         __syncthreads();
-        with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
-            finish<K, Vectors, decltype(storage)>(p, result, plan, tile, grads);
-        });
+        finish<K, Vectors>(p, result, plan, tile, grads);
         __syncthreads();
     }
 }
@@ -164,13 +163,18 @@ __global__ void __launch_bounds__(kMostQuads * kMostRowsOfSums * K, 2)
 template <bool Vectors>
 const char* not_for_grad_masks_up1(const Problem& p, const Array& grad_masks) {
     if (const char* reason = not_for_up1(p)) return reason;
+    if (p.features.c / p.groups > kMostChannels) return "channels of a group are many";
     if (p.from_logits) {
         if (const char* reason = not_for_taps(p.logits, Vectors)) return reason;
     }
     if (const char* reason = not_for_taps(grad_masks, Vectors)) return reason;
-    if constexpr (!Vectors) return nullptr;
+    if constexpr (!Vectors) {
+        return p.features.stride_w != 1 || p.grad_output.stride_w != 1 ? "columns are not adjacent" : nullptr;
+    }
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, p.grad_output);
+    if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
+    if (const char* reason = not_for_slice(p.features)) return reason;
+    return not_for_slice(p.grad_output);
 }
 
 template <bool Vectors>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for up = down = 1 and any strides, with columns in lanes.
+// The gradient of masks or logits for up = down = 1 with adjacent columns.
 #include "cuda/grad_masks_up1.h"
 
 namespace carafepp::cuda {

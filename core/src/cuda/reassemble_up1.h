@@ -9,26 +9,24 @@ namespace carafepp::cuda {
 
 // Stages the masks of the tile's outputs. Taps beyond a border may stay: there features are 0, and a softmax is not
 // finite in all taps or none. Others are cleared, as 0 * Inf is NaN.
-template <int K, bool Column, class M>
+template <int K, bool Column>
 __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
                                             float* masks) {
-    const TapsInMemory<const M> memory(p, p.from_logits ? p.logits : p.masks, tile);
     const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
-    const bool one_by_one = normalizer == CARAFEPP_NONE || normalizer == CARAFEPP_SIGMOID;
     const Rectangle outputs(tile.top, min(tile.top + plan.rows, static_cast<int>(p.out_h)), tile.left,
                             min(tile.left + plan.quads * kQuad, static_cast<int>(p.out_w)));
+    const TapsInMemory<const float> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
     using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int i, int j, bool exists) __attribute__((always_inline)) {
+    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
         const Own own;
         typename Own::Taps taps;
-        own.load(p, memory(i, j), exists, taps);
+        own.load(p, memory(y, x), exists, taps);
         if (!exists) return;
-        const int y = i - tile.top, x = j - tile.left;
-        float* const to = masks + (y * plan.quads + x / kQuad) * K * kQuad + x % kQuad;
+        float* const to = masks + plan.place<K>(y, static_cast<unsigned>(x));
         own.each_tap([&](int k, int a, int b, bool has) {
             if (has) to[a * plan.apart() + b * kQuad] = taps[k];
         });
-        if (!one_by_one) return;
+        if (normalizer != CARAFEPP_NONE && normalizer != CARAFEPP_SIGMOID) return;
         float nothing = 0;
         own.each_tap([&](int k, int, int, bool has) {
             if (has) nothing += taps[k] * 0;
@@ -38,7 +36,8 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
         for (int k = 0; k < Own::kCount; k++) {
             const int a = own.first_row + k / Own::kColumns, b = own.first_column + k % Own::kColumns;
             const bool has = a < K && b < K;
-            if (has && !tap_inside<K>(p, i + static_cast<int>(p.offset_h), j + static_cast<int>(p.offset_w), a * K + b))
+            if (has && !tap_inside<K>(p, outputs.top + y + static_cast<int>(p.offset_h),
+                                      outputs.left + x + static_cast<int>(p.offset_w), a * K + b))
                 to[a * plan.apart() + b * kQuad] = 0;
         }
     });
@@ -46,38 +45,38 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
 
 // Stages the masks that the tile's sources have in the outputs around them. Taps are reversed: source s is in the
 // window of output s + K/2 - a by tap a, which is staged as K - 1 - a.
-template <int K, bool Column, class M>
+template <int K, bool Column>
 __device__ __forceinline__ void stage_masks_transposed(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
                                                        float* masks) {
-    const TapsInMemory<const M> memory(p, p.from_logits ? p.logits : p.masks, tile);
 #pragma unroll 1
     for (int k = static_cast<int>(threadIdx.x); k < plan.masks() / kQuad; k += static_cast<int>(blockDim.x))
         reinterpret_cast<float4*>(masks)[k] = make_float4(0, 0, 0, 0);
     __syncthreads();
     const int top = tile.top - static_cast<int>(p.offset_h), left = tile.left - static_cast<int>(p.offset_w);
-    const int columns = plan.quads * kQuad;
+    const unsigned columns = static_cast<unsigned>(plan.quads * kQuad);
     const Rectangle outputs(max(top - K / 2, 0), min(top + plan.rows + K / 2, static_cast<int>(p.out_h)),
-                            max(left - K / 2, 0), min(left + columns + K / 2, static_cast<int>(p.out_w)));
+                            max(left - K / 2, 0), min(left + plan.quads * kQuad + K / 2, static_cast<int>(p.out_w)));
+    const TapsInMemory<const float> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
     using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int i, int j, bool exists) __attribute__((always_inline)) {
+    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
         const Own own;
         typename Own::Taps taps;
-        own.load(p, memory(i, j), exists, taps);
+        own.load(p, memory(y, x), exists, taps);
         if (!exists) return;
-        const int y = i - top - K / 2, x = j - left - K / 2;  // of the source that tap (0, 0) is at
+        // The source that tap (0, 0) is at. Those left of the tile, and above it, are large without a sign.
+        const int row = y + outputs.top - top - K / 2, column = x + outputs.left - left - K / 2;
         const int row_of_quads = plan.quads * K * kQuad;
-        float* const to = masks + y * row_of_quads + (K - 1) * plan.apart();
+        float* const to = masks + row * row_of_quads + (K - 1) * plan.apart();
         own.each_tap([&](int k, int a, int b, bool has) {
-            const int column = x + b;
-            if (has && y + a >= 0 && y + a < plan.rows && column >= 0 && column < columns)
-                to[a * (row_of_quads - plan.apart()) + (column / kQuad * K + K - 1 - b) * kQuad + column % kQuad] =
-                    taps[k];
+            const unsigned at = static_cast<unsigned>(column + b);
+            if (has && static_cast<unsigned>(row + a) < static_cast<unsigned>(plan.rows) && at < columns)
+                to[a * (row_of_quads - plan.apart()) + plan.place<K>(0, at) + (K - 1 - b) * kQuad] = taps[k];
         });
     });
 }
 
 template <int K, bool Vectors, bool Transposed>
-__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 ? 3 : 2)
+__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, 3)
     reassemble_up1_kernel(Arguments arguments, Up1Plan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;
@@ -89,13 +88,11 @@ __global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
-        with_storage((p.from_logits ? p.logits : p.masks).dtype, [&](auto storage) __attribute__((always_inline)) {
-            if constexpr (Transposed) {
-                stage_masks_transposed<K, Vectors, decltype(storage)>(p, plan, tile, masks);
-            } else {
-                stage_masks<K, Vectors, decltype(storage)>(p, plan, tile, masks);
-            }
-        });
+        if constexpr (Transposed) {
+            stage_masks_transposed<K, Vectors>(p, plan, tile, masks);
+        } else {
+            stage_masks<K, Vectors>(p, plan, tile, masks);
+        }
 #pragma unroll 1
         for (int before = 0; before < tile.channels; before += plan.vectors() * kVector) {
             stage_slice<Vectors, Vectors ? 5 : 2>(plan, sliced, tile.n, tile.c + before, tile.channels - before,
@@ -128,28 +125,25 @@ __global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 
                         }
                     }
                 }
-                with_storage(result.dtype, [&](auto storage) __attribute__((always_inline)) {
-                    using T = decltype(storage);
-                    T* const to = element<T>(result, tile.n, tile.c + before + vector * kVector, i, j);
-                    if constexpr (Vectors) {
+                float* const to = element<float>(result, tile.n, tile.c + before + vector * kVector, i, j);
+                if constexpr (Vectors) {
 #pragma unroll
-                        for (int q = 0; q < kQuad; q++) {
-                            if (q < columns)
-                                store_channels(make_float4(sums[0][q], sums[1][q], sums[2][q], sums[3][q]),
-                                               to + q * result.stride_w);
-                        }
-                    } else {
+                    for (int q = 0; q < kQuad; q++) {
+                        if (q < columns)
+                            store_channels(make_float4(sums[0][q], sums[1][q], sums[2][q], sums[3][q]),
+                                           to + q * result.stride_w);
+                    }
+                } else {
 #pragma unroll
-                        for (int c = 0; c < kVector; c++) {
-                            if (c >= channels) continue;
-                            if (plan.whole_result) {
-                                store_row<true>(sums[c], columns, 1, to + c * result.stride_c);
-                            } else {
-                                store_row<false>(sums[c], columns, result.stride_w, to + c * result.stride_c);
-                            }
+                    for (int c = 0; c < kVector; c++) {
+                        if (c >= channels) continue;
+                        if (plan.whole_result) {
+                            store_row<true>(sums[c], columns, 1, to + c * result.stride_c);
+                        } else {
+                            store_row<false>(sums[c], columns, result.stride_w, to + c * result.stride_c);
                         }
                     }
-                });
+                }
             }
             __syncthreads();
         }
@@ -160,9 +154,13 @@ template <bool Vectors, bool Transposed>
 const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
     if (const char* reason = not_for_up1(p)) return reason;
     if (const char* reason = not_for_taps(p.from_logits ? p.logits : p.masks, Vectors)) return reason;
-    if constexpr (!Vectors) return nullptr;
-    if (const char* reason = not_for_vectors(p, Transposed ? p.grad_output : p.features)) return reason;
-    return not_for_vectors(p, result);
+    const Array& sliced = Transposed ? p.grad_output : p.features;
+    if constexpr (!Vectors) return sliced.stride_w != 1 || result.stride_w != 1 ? "columns are not adjacent" : nullptr;
+    // Masks that many channels share are staged rarely.
+    if (!Transposed && p.features.c / p.groups > kMostChannels) return "channels of a group are many";
+    if (const char* reason = not_for_vectors(p, sliced)) return reason;
+    if (const char* reason = not_for_vectors(p, result)) return reason;
+    return not_for_slice(sliced);
 }
 
 template <bool Vectors, bool Transposed>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward for up = down = 1 and any strides, with columns in lanes.
+// The forward for up = down = 1 with adjacent columns.
 #include "cuda/reassemble_up1.h"
 
 namespace carafepp::cuda {

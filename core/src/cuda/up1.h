@@ -14,12 +14,12 @@
 namespace carafepp::cuda {
 
 constexpr int kQuad = 4;                          // pixels
-constexpr int kMostQuads = 8, kMostRows = 7;      // of a tile
+constexpr int kMostQuads = 8, kMostRows = 6;      // of a tile: more threads would have too few registers
 constexpr int kMostVectors = 4;                   // of a slice
 constexpr int kPitch = (kMostQuads + 2) * kQuad;  // from channel to channel of a row of a slice
 constexpr int kRow = kVector * kPitch;            // and from row to row
 constexpr int kSkew = 8;                          // vectors of a pixel are in different banks
-constexpr int kMostTileBytes = 72 * 1024;         // of shared memory: three blocks have it at once, from sm_90 on
+constexpr int kMostChannels = 64;                 // of a group, where kernels for any factor are faster beyond
 constexpr int kEnoughTiles = 384;                 // that keep all multiprocessors busy
 
 // Masks are staged as [row of taps][quad][column of taps][pixel], a slice as [vector][row][channel][column]. Its
@@ -51,6 +51,12 @@ struct Up1Plan {
     CARAFEPP_HOST_DEVICE int vector(int rows_of_slice) const { return rows_of_slice * kRow + kSkew; }  // floats
     CARAFEPP_HOST_DEVICE int slice(int rows_of_slice) const { return vector(rows_of_slice) << vector_bits; }
 
+    // The place of tap (0, 0) of a pixel of the tile.
+    template <int K>
+    __device__ __forceinline__ int place(int row, unsigned column) const {
+        return static_cast<int>((row * quads + column / kQuad) * (K * kQuad) + column % kQuad);
+    }
+
     int64_t bytes() const { return (masks() + slice(halo_rows())) * int64_t{sizeof(float)}; }
     // If so many share a quad.
     int threads(int of_quad) const { return static_cast<int>(ceil_div((rows * of_quad) << quad_bits, 32)) * 32; }
@@ -63,8 +69,7 @@ private:
     static int bits(int64_t number) { return number > 4 ? 3 : number > 2 ? 2 : number > 1 ? 1 : 0; }
 
     int rows_that_fit(int most) {
-        const int64_t room = not_for_shared_memory(kMostTileBytes) == nullptr ? kMostTileBytes : kMostSharedBytes;
-        for (rows = most; rows > 1 && bytes() > room;) rows--;
+        for (rows = most; rows > 1 && bytes() > kMostAskedBytes;) rows--;
         return rows;
     }
 };
@@ -82,15 +87,15 @@ struct TapsOfPixel {
     int first_row, first_column;
 
     __device__ __forceinline__ TapsOfPixel() {
-        const int part = thread_computed_late() % 32 / kApart % kParts;
+        const int part = static_cast<int>(static_cast<unsigned>(thread_computed_late()) / kApart % kParts);
         first_row = Column ? 0 : part * kRows;
         first_column = Column ? part : 0;
     }
 
     // The pixel of this thread, among those that a block has at once.
     static __device__ __forceinline__ int pixel() {
-        const int thread = thread_computed_late();
-        return Column ? thread / kParts : thread / 32 * kApart + thread % kApart;
+        const unsigned thread = static_cast<unsigned>(thread_computed_late());
+        return static_cast<int>(Column ? thread / kParts : thread / 32 * kApart + thread % kApart);
     }
 
     // Calls f(register, row, column, exists).
@@ -128,12 +133,11 @@ struct TapsOfPixel {
     }
 
     // Loads taps, and normalises them if they are logits. What there is not is -INFINITY, as it changes no sum.
-    template <class M>
-    __device__ __forceinline__ void load(const Problem& p, const M* first, bool exist, Taps& taps) const {
+    __device__ __forceinline__ void load(const Problem& p, const float* first, bool exist, Taps& taps) const {
         if (kParts == 1 && !exist) return;
         each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,
-                       [&](const M* tap, int k, bool exists) __attribute__((always_inline)) {
-            taps[k] = kParts == 1 || (exist && exists) ? widen(load_input(tap)) : -INFINITY;
+                       [&](const float* tap, int k, bool exists) __attribute__((always_inline)) {
+            taps[k] = kParts == 1 || (exist && exists) ? load_input(tap) : -INFINITY;
         });
         if (p.from_logits) normalize(p.normalizer, taps);
     }
@@ -169,7 +173,8 @@ struct Rectangle {
         : top(from_row), left(from_column), rows(to_row - from_row), columns(to_column - from_column) {}
 };
 
-// Calls f(row, column, exists) for the pixels of a thread. All lanes of a warp call it equally often.
+// Calls f(row, column, exists) for the pixels of a thread, counted in the rectangle. All lanes of a warp call it
+// equally often.
 template <class Own, class F>
 __device__ __forceinline__ void for_each_pixel(const Rectangle& pixels, F f) {
     if (pixels.rows <= 0 || pixels.columns <= 0) return;
@@ -179,30 +184,32 @@ __device__ __forceinline__ void for_each_pixel(const Rectangle& pixels, F f) {
     for (int before = 0; before < pixels.rows * pixels.columns; before += further) {
 #pragma unroll 1
         while (column >= pixels.columns) column -= pixels.columns, row++;
-        f(pixels.top + row, pixels.left + column, row < pixels.rows);
+        f(row, column, row < pixels.rows);
         column += further;
     }
 }
 
-// The taps of pixels of a group, in an array of the shape of masks.
+// The taps of the pixels of a rectangle, in an array of the shape of masks.
 template <class M>
 struct TapsInMemory {
-    M* first;
-    int64_t stride_h, stride_w;
+    M* corner;
+    int stride_h, stride_w;
 
-    __device__ __forceinline__ TapsInMemory(const Problem& p, const Array& array, const TileOfItem& tile)
-        : first(element<M>(array, tile.n, tile.group * p.taps(), 0, 0)),
-          stride_h(array.stride_h),
-          stride_w(array.stride_w) {}
+    __device__ __forceinline__ TapsInMemory(const Problem& p, const Array& array, const TileOfItem& tile,
+                                            const Rectangle& pixels)
+        : corner(element<M>(array, tile.n, tile.group * p.taps(), pixels.top, pixels.left)),
+          stride_h(static_cast<int>(array.stride_h)),
+          stride_w(static_cast<int>(array.stride_w)) {}
 
-    __device__ __forceinline__ M* operator()(int i, int j) const { return first + i * stride_h + j * stride_w; }
+    __device__ __forceinline__ M* operator()(int row, int column) const {
+        return at_stride(corner, row * stride_h + column * stride_w, 1);
+    }
 };
 
 // Four columns of a row, of which those in [begin, end) exist; others are 0. If they are `whole`, all exist or none.
-template <class T>
-__device__ __forceinline__ float4 load_quad(const T* from, int64_t stride_w, bool whole, int begin, int end) {
+__device__ __forceinline__ float4 load_quad(const float* from, int64_t stride_w, bool whole, int begin, int end) {
     if (whole) return load_channels(from, begin <= 0 && end > 0);
-    const auto load = [&](int k) { return k >= begin && k < end ? widen(load_input(from + k * stride_w)) : 0.0f; };
+    const auto load = [&](int k) { return k >= begin && k < end ? load_input(from + k * stride_w) : 0.0f; };
     return make_float4(load(0), load(1), load(2), load(3));
 }
 
@@ -214,59 +221,58 @@ __device__ __forceinline__ void stage_slice(const Up1Plan& plan, const Array& ar
     const int thread = thread_computed_late(), threads = static_cast<int>(blockDim.x);
     const int quads = plan.quads + 2, height = static_cast<int>(array.h), width = static_cast<int>(array.w);
     const int apart = plan.vector(rows);
-    with_storage(array.dtype, [&](auto storage) __attribute__((always_inline)) {
-        using T = decltype(storage);
-        if constexpr (Vectors) {
-            const int vector = thread & (plan.vectors() - 1), pixels = 32 >> plan.vector_bits;  // at once
-            const int first = thread % 32 >> plan.vector_bits, there = channels - vector * kVector;
+    if constexpr (Vectors) {
+        const int stride_w = static_cast<int>(array.stride_w);
+        const int vector = thread & (plan.vectors() - 1), pixels = 32 >> plan.vector_bits;  // at once
+        const int first = thread % 32 >> plan.vector_bits, there = channels - vector * kVector;
 #pragma unroll 1
-            for (int row = thread / 32; row < rows; row += threads / 32) {
-                const int i = top + row;
-                const bool exists = i >= 0 && i < height && there > 0;
-                const T* const from = static_cast<const T*>(array.data) +
+        for (int row = thread / 32; row < rows; row += threads / 32) {
+            const int i = top + row;
+            const bool exists = i >= 0 && i < height && there > 0;
+            const float* const from = static_cast<const float*>(array.data) +
                                       (exists ? n * array.stride_n + c + vector * kVector + i * array.stride_h : 0);
-                float* const to = slice + vector * apart + row * kRow;
+            float* const to = slice + vector * apart + row * kRow;
 #pragma unroll 1
-                for (int column = first; column < quads * kQuad; column += InFlight * pixels) {
-                    float4 values[InFlight];
+            for (int column = first; column < quads * kQuad; column += InFlight * pixels) {
+                float4 values[InFlight];
 #pragma unroll
-                    for (int load = 0; load < InFlight; load++) {
-                        const int j = left + column + load * pixels;
-                        values[load] = load_channels(from + j * array.stride_w, exists && j >= 0 && j < width);
-                    }
-#pragma unroll
-                    for (int load = 0; load < InFlight; load++) {
-                        if (column + load * pixels >= quads * kQuad) continue;
-                        float* const at = to + column + load * pixels;
-                        at[0] = values[load].x, at[kPitch] = values[load].y;
-                        at[2 * kPitch] = values[load].z, at[3 * kPitch] = values[load].w;
-                    }
+                for (int load = 0; load < InFlight; load++) {
+                    const int j = left + column + load * pixels;
+                    values[load] = load_channels(at_stride(from, stride_w, j),
+                                                 exists && static_cast<unsigned>(j) < static_cast<unsigned>(width));
                 }
-            }
-        } else {
-#pragma unroll 1
-            for (int slot = thread; slot < rows * quads; slot += threads) {
-                const int row = slot / quads, column = slot % quads * kQuad, i = top + row, j = left + column;
-                const bool exists = i >= 0 && i < height;
-                const T* from = static_cast<const T*>(array.data) + n * array.stride_n + c * array.stride_c +
-                                i * array.stride_h + j * array.stride_w;
-                float* const to = slice + row * kRow + column;
-                constexpr int kChannels = InFlight < kVector ? InFlight : kVector;  // at once
-#pragma unroll 1
-                for (int channel = 0; channel < plan.vectors() * kVector; channel += kChannels) {
-                    float4 values[kChannels];
 #pragma unroll
-                    for (int q = 0; q < kChannels; q++, from += array.stride_c) {
-                        const int end = exists && channel + q < channels ? width - j : 0;
-                        values[q] = load_quad(from, array.stride_w, plan.whole, -j, end);
-                    }
-                    float* const of_channel = to + channel / kVector * apart + channel % kVector * kPitch;
-#pragma unroll
-                    for (int q = 0; q < kChannels; q++) *reinterpret_cast<float4*>(of_channel + q * kPitch) = values[q];
+                for (int load = 0; load < InFlight; load++) {
+                    if (column + load * pixels >= quads * kQuad) continue;
+                    float* const at = to + column + load * pixels;
+                    at[0] = values[load].x, at[kPitch] = values[load].y;
+                    at[2 * kPitch] = values[load].z, at[3 * kPitch] = values[load].w;
                 }
             }
         }
-    });
+    } else {
+#pragma unroll 1
+        for (int slot = thread; slot < rows * quads; slot += threads) {
+            const int row = slot / quads, column = slot % quads * kQuad, i = top + row, j = left + column;
+            const bool exists = i >= 0 && i < height;
+            const float* from = static_cast<const float*>(array.data) + n * array.stride_n + c * array.stride_c +
+                                i * array.stride_h + j * array.stride_w;
+            float* const to = slice + row * kRow + column;
+            constexpr int kChannels = InFlight < kVector ? InFlight : kVector;  // at once
+#pragma unroll 1
+            for (int channel = 0; channel < plan.vectors() * kVector; channel += kChannels) {
+                float4 values[kChannels];
+#pragma unroll
+                for (int q = 0; q < kChannels; q++, from += array.stride_c) {
+                    const int end = exists && channel + q < channels ? width - j : 0;
+                    values[q] = load_quad(from, array.stride_w, plan.whole, -j, end);
+                }
+                float* const of_channel = to + channel / kVector * apart + channel % kVector * kPitch;
+#pragma unroll
+                for (int q = 0; q < kChannels; q++) *reinterpret_cast<float4*>(of_channel + q * kPitch) = values[q];
+            }
+        }
+    }
 }
 
 // A quad of floats in shared memory.
@@ -295,6 +301,7 @@ struct RowAround {
 inline const char* not_for_up1(const Problem& p) {
     if (p.factor.up != 1 || p.factor.down != 1) return "up and down are not 1";
     if (p.kernel_size != 3 && p.kernel_size != 5 && p.kernel_size != 7) return "kernel_size is not 3, 5 or 7";
+    if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";  // tensor cores have 16 bits
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
     return nullptr;
@@ -302,7 +309,15 @@ inline const char* not_for_up1(const Problem& p) {
 // The same for an array of the shape of masks.
 inline const char* not_for_taps(const Array& array, bool adjacent) {
     if (adjacent && array.stride_c != 1) return "channels of masks are not adjacent";
-    return std::abs(array.stride_c) > INT32_MAX / 8 ? "channels of masks are too far apart" : nullptr;
+    for (int64_t stride : {array.stride_c, array.stride_h, array.stride_w}) {
+        if (std::abs(stride) > INT32_MAX / 128) return "masks are too far apart";  // of a tile and its halo
+    }
+    return nullptr;
+}
+
+// And for an array of adjacent channels of which slices are staged.
+inline const char* not_for_slice(const Array& array) {
+    return std::abs(array.stride_w) > INT32_MAX ? "columns are too far apart" : nullptr;
 }
 
 }  // namespace carafepp::cuda
