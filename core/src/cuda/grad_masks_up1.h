@@ -11,7 +11,8 @@ constexpr int kMostRowsOfSums = 5;  // of a tile: more threads would have too fe
 
 // The slice of grad_output is behind that of features. In the end, gradients of masks are where these were.
 struct GradMasksUp1Plan : Up1Plan {
-    GradMasksUp1Plan(const Problem& p, const Array& grad_masks) : Up1Plan(p, grad_masks, p.features, kMostRowsOfSums) {
+    GradMasksUp1Plan(const Problem& p, const Array& grad_masks)
+        : Up1Plan(p, grad_masks, p.features, kMostRowsOfSums, 0) {
         whole = whole && not_for_columns(p.grad_output, kQuad) == nullptr;
     }
     int64_t bytes() const { return std::max(slice(halo_rows()) + slice(rows), masks()) * int64_t{sizeof(float)}; }

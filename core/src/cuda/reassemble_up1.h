@@ -165,7 +165,7 @@ const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
 
 template <bool Vectors, bool Transposed>
 void reassemble_up1(const Problem& p, const Array& result) {
-    const Up1Plan plan(p, result, Transposed ? p.grad_output : p.features);
+    const Up1Plan plan(p, result, Transposed ? p.grad_output : p.features, kMostRows, kEnoughTiles);
     const auto run = [&](auto kernel) {
         launch(kernel, plan.tiles.items, plan.threads(plan.vectors()), plan.bytes(), p, result, plan);
     };

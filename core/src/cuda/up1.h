@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // For up = down = 1, as in an involution: each output has a source of its own. A block has a tile of pixels of a group.
-// It goes through the group's channels in slices, which it stages as floats, with the halo of the tile. Sums and
-// products are those of four pixels of a row, a quad. Few channels may share a mask. So masks are loaded and normalised
-// in registers, with few instructions: all of a pixel in a thread or, where they are adjacent, a column of taps in each
-// of some threads.
+// It goes through the group's channels in slices, which it stages with the halo of the tile. Sums and products are
+// those of four pixels of a row, a quad. Few channels may share a mask. So masks are loaded and normalised in
+// registers, with few instructions: rows of taps in one or two threads or, where taps are adjacent, a column in each of
+// some threads.
 #pragma once
 
 #include "cuda/columns.h"
@@ -33,14 +33,14 @@ struct Up1Plan {
     bool whole;         // a quad of a slice is a vector in memory, or outside
     bool whole_result;  // and so is one of the result
 
-    // Tiles are those of the result, of `most` rows at most.
-    Up1Plan(const Problem& p, const Array& result, const Array& sliced, int most = kMostRows)
+    // Tiles are those of the result, of `most` rows at most. Items have all channels if `enough` is 0: see Tiles.
+    Up1Plan(const Problem& p, const Array& result, const Array& sliced, int most, int enough)
         : kernel_size(static_cast<int>(p.kernel_size)),
           quads(even(ceil_div(result.w, kQuad), kMostQuads)),
           quad_bits(bits(quads)),
           vector_bits(bits(std::clamp<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1, kMostVectors))),
           rows(even(result.h, rows_that_fit(most))),
-          tiles(p, result.h, result.w, rows, quads * kQuad, kVector << vector_bits, kEnoughTiles),
+          tiles(p, result.h, result.w, rows, quads * kQuad, kVector << vector_bits, enough),
           whole(p.offset_w == 0 && not_for_columns(sliced, kQuad) == nullptr),
           whole_result(not_for_columns(result, kQuad) == nullptr) {}
 
