@@ -188,7 +188,7 @@ MUTANTS = [
     ),
     Mutant(
         "the last channels of a pixel are not copied",
-        "grad_features_tiles.h",
+        "grad_output.h",
         "if (has_rest) *to =",
         "if (has_rest && rest > 2) *to =",
     ),
