@@ -24,7 +24,7 @@ constexpr int kLanesOfOutput = K == 3   ? 1
                                : K == 5 ? 2
                                         : 4;
 constexpr int kApart = 4 * kPatch;           // elements between matrices: they begin in other banks
-constexpr int kNowhere = INT32_MIN / 4;      // the place of sources beyond a tile
+constexpr int kBeyond = INT32_MIN / 4;      // the place of sources beyond a tile
 constexpr int64_t kEnoughBytes = 99 * 1024;  // of shared memory, if there are
 constexpr int kMultiprocessors = 132;        // of a large device
 
@@ -288,7 +288,7 @@ struct RoomOfPatches {
     // Of each step, as of rows.
     __device__ __forceinline__ uint32_t* touched() const { return at<uint32_t>(plan.touched); }
     __device__ __forceinline__ TileOfPatches& tile() const { return *at<TileOfPatches>(plan.tile); }
-    // Of the outputs of a band in grad_output, or kNowhere.
+    // Of the outputs of a band in grad_output, or kBeyond.
     __device__ __forceinline__ int* places() const { return at<int>(plan.places); }
 
 private:
@@ -340,7 +340,7 @@ private:
         const bool exists = y < count && order < columns;
         const OutputLine& row = room.rows()[first + (exists ? y : 0)];
         const OutputLine& column = room.columns()[room.columns()[exists ? order : 0].in_memory];
-        return {exists, row.from + column.from, exists ? row.to + column.to : kNowhere, row.source,
+        return {exists, row.from + column.from, exists ? row.to + column.to : kBeyond, row.source,
                 column.source + static_cast<int>(room.column_terms() - room.row_terms())};
     }
     __device__ __forceinline__ int numbers() const {
@@ -403,7 +403,7 @@ private:
             int of_row[kRows];
 #pragma unroll
             for (int a = 0; a < kRows; a++) {
-                of_row[a] = kNowhere;
+                of_row[a] = kBeyond;
                 if (a < kRows - 1 || has_last) of_row[a] = own.to + terms[own.row + lane + a * kLanes];
             }
 #pragma unroll
@@ -464,7 +464,7 @@ struct BandCopy {
     int stride_c;
     int channels;       // that exist
     int vectors;        // of the slice
-    const int* places;  // of outputs, or kNowhere
+    const int* places;  // of outputs, or kBeyond
     int outputs, pixel;
 
     // For adjacent channels. They arrive as copies of this thread do.
@@ -475,7 +475,7 @@ struct BandCopy {
         for (int output = first; output < outputs; output += step, to += step * pixel) {
             const int place = places[output];
             copy_async<kWide * sizeof(T)>(to, at_stride(from + vector * kWide, 1, place),
-                                          output < end && place != kNowhere);
+                                          output < end && place != kBeyond);
         }
     }
 
@@ -492,7 +492,7 @@ struct BandCopy {
 #pragma unroll 1
             for (int output = lane * Columns; output < outputs; output += 32 * Columns) {
                 const int place = places[output];
-                const bool exists = output < end && place != kNowhere && there > 0;
+                const bool exists = output < end && place != kBeyond && there > 0;
                 uint32_t words[kWide];
                 const T* at = of_vector + (exists ? place : 0);
 #pragma unroll
@@ -611,7 +611,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         for (int s = thread; s < plan.sources + 2 * (k - 1); s += threads) {
             const int y = s - 2 * radius;
             room.row_terms()[s] = y < 0 || y >= plan.sources
-                                      ? kNowhere
+                                      ? kBeyond
                                       : y / kPatchRows * plan.matrix + y % kPatchRows * kPatchColumns;
         }
 #pragma unroll 1
@@ -619,7 +619,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
             const int x = s - 2 * radius, column = x / kPatchColumns;
             const int first = plan.columns.first(tile.left + column * kPatchColumns - radius);
             room.column_terms()[s] = x < 0 || x >= plan.across.number
-                                         ? kNowhere
+                                         ? kBeyond
                                          : column * plan.of_column - (first - tile.out_left) * kPatch +
                                                x % kPatchColumns;
         }
@@ -632,7 +632,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
             const int y = number / plan.pitch, x = number - y * plan.pitch;
             room.places()[number] = tile.copied_left + x < p.out_w
                                         ? static_cast<int>(y * p.grad_output.stride_h + x * p.grad_output.stride_w)
-                                        : kNowhere;
+                                        : kBeyond;
         }
         // Stages the band from row `first` on.
         const auto copy_band = [&](int first, T* to) __attribute__((always_inline)) {
