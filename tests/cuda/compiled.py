@@ -116,6 +116,13 @@ INSTRUCTIONS = {
         r"LDS\S*\.128",
         r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32",
     ),
+    r"grad_features_units_kernelILi.ELb1E": (
+        r"LDGSTS\S*\.128",
+        r"STG\S*\.128",
+        r"LDS\S*\.128",
+        r"F2FP(\.F16\.F32)?\.PACK_AB|F2F\.F16\.F32",
+    ),
+    r"grad_features_units_kernelILi.ELb0E": (r"STG\S*\.128", r"LDS\S*\.128"),
     r"grad_features_patches_mma_kernelILb1E": (
         r"HMMA",
         r"LDSM\S*\.4",
@@ -233,8 +240,12 @@ BUDGETS = {
     "grad_masks_nchw.cu": {"float32": 3517},
     "grad_masks_nhwc_mma.cu": {"float32": 278},  # a slice, with its copies and both dtypes
     "grad_masks_nchw_mma.cu": {"float32": 713},
-    "grad_features_nhwc.cu": {"float32 ILi2E": 313, "float32 ILi1E": 227},  # all columns of a unit
-    "grad_features_nchw.cu": {"float32 ILi2E": 309, "float32 ILi1E": 228},
+    "grad_features_nhwc.cu": {  # all columns of a unit
+        "float32 units": 484,
+        "float32 ILi2E": 313,
+        "float32 ILi1E": 227,
+    },
+    "grad_features_nchw.cu": {"float32 units": 482, "float32 ILi2E": 316, "float32 ILi1E": 228},
     "grad_features_nhwc_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},  # a step of a column
     "grad_features_nchw_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},
     "reassemble_up1_nhwc.cu": {"float32": 102},  # a row of taps

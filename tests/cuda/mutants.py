@@ -145,6 +145,42 @@ MUTANTS = [
         "        room.matrices()[max(place, 0)] = mask;",
     ),
     Mutant(
+        "masks of a band are read before they are there",
+        "grad_features_units.h",
+        "            wait_for_copies();\n            __syncthreads();",
+        "            wait_for_copies();",
+    ),
+    Mutant(
+        "a unit's next band is staged too early",
+        "grad_features_units.h",
+        "            }\n            __syncthreads();\n        }",
+        "            }\n        }",
+    ),
+    Mutant(
+        "a unit reads the masks of its neighbour",
+        "grad_features_units.h",
+        "(K - 1 - X + 3) / 4",
+        "(K - 1 - X) / 4",
+    ),
+    Mutant(
+        "taps stand at the places of the wrong sources",
+        "grad_features_units.h",
+        "source - K / 2) &",
+        "source - K / 2 + 1) &",
+    ),
+    Mutant(
+        "the last column of outputs of a unit is left out",
+        "grad_features_units.h",
+        "if constexpr (X + 1 < K + kSources - 1)",
+        "if constexpr (X + 2 < K + kSources - 1)",
+    ),
+    Mutant(
+        "an output's threads normalise apart",
+        "grad_features_units.h",
+        "distance < kThreads;",
+        "distance < kThreads / 2;",
+    ),
+    Mutant(
         "grad_output of a band is read before it arrives",
         "grad_features_tiles.h",
         "            wait_for_copies();\n            __syncthreads();",

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for any factor. A block has a tile of sources in a slice of channels. It goes through the
-// outputs whose windows touch the tile, in bands of rows. It stages the masks of a band as [output][tap], and in
-// smaller bands grad_output, with four channels of a pixel in a vector. A thread has a unit, kOwn sources of a row, in
-// some vectors of channels. A vector of grad_output serves each source of the unit whose window has it, and a mask
-// serves all vectors. Each column of sources that outputs are centred on has a loop of its own, which knows the sources
-// that such outputs touch. Where units are few, several threads have one, each every so many rows of a band.
+// The gradient of features for any factor, of problems that grad_features_units.h leaves. A block has a tile of sources
+// in a slice of channels. It goes through the outputs whose windows touch the tile, in bands of rows. It stages the
+// masks of a band as [output][tap], and in smaller bands grad_output, with four channels of a pixel in a vector. A
+// thread has a unit, kOwn sources of a row, in some vectors of channels. A vector of grad_output serves each source of
+// the unit whose window has it, and a mask serves all vectors. Each column of sources that outputs are centred on has a
+// loop of its own, which knows the sources that such outputs touch. Where units are few, several threads have one, each
+// every so many rows of a band.
 #pragma once
 
 #include "cuda/grad_output.h"
