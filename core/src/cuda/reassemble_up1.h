@@ -76,7 +76,7 @@ __device__ __forceinline__ void stage_masks_transposed(const Problem& p, const U
 }
 
 template <int K, bool Vectors, bool Transposed>
-__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, 3)
+__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 && !Vectors && !Transposed ? 2 : 3)
     reassemble_up1_kernel(Arguments arguments, Up1Plan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;
