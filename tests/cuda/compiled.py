@@ -1,11 +1,11 @@
 """Compile every CUDA source for some architectures and hold what comes out to a budget.
 
 A kernel has no spills and no local memory. It uses so few registers that other threads hide its
-loads: two blocks of 256 threads fit on a multiprocessor, or two or three of 128. It has the
-instructions that it was designed around. A vector takes one access, not four; the device itself
-converts 16 bits. On sm_90 an inner loop, and one that stages masks, keeps within its budget of
-instructions. Needs nvcc, and for the instructions cuobjdump (of the CUDA toolkit, or
-nvidia-cuda-cuobjdump from PyPI).
+loads: two blocks of 256 threads fit on a multiprocessor, or two or three of 128. Its launch bound
+is whole warps. It has the instructions that it was designed around. A vector takes one access, not
+four; the device itself converts 16 bits. On sm_90 an inner loop, and one that stages masks, keeps
+within its budget of instructions. Needs nvcc, and for the instructions cuobjdump (of the CUDA
+toolkit, or nvidia-cuda-cuobjdump from PyPI).
 
     python tests/cuda/compiled.py [--nvcc NVCC] [--cuobjdump CUOBJDUMP] [--architectures 75,80,...]
 
@@ -287,6 +287,7 @@ class Kernel:
     stack: int
     spilled: int
     code: str
+    bound: int = 0  # the most threads of a block
 
     @property
     def dtype(self) -> str:
@@ -367,6 +368,8 @@ class Kernel:
         )
         if self.registers > most:
             found.append(f"more than {most} registers")
+        if self.bound % 32:  # launches round up to whole warps
+            found.append(f"a launch bound of {self.bound} threads")
         if self.architecture == "sm_90" and re.search(r"_(up|down)2_", self.name):
             staging = self.staging()
             if staging > MOST_TO_STAGE:
@@ -429,14 +432,24 @@ def code_by_name(sass: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def bounds_by_name(elf: str) -> dict[str, int]:
+    """Return the launch bound of each kernel that has one."""
+    parts = re.split(r"(?m)^\.nv\.info\.(\w+)$", elf)
+    bounds = {}
+    for name, facts in zip(parts[1::2], parts[2::2], strict=True):
+        if bound := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x(\w+)", facts):
+            bounds[name] = int(bound[1], 16)
+    return bounds
+
+
 def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> list[Kernel]:
     """Return the kernels of a source from its object in a folder of CMake."""
     objects = list(built.glob(f"CMakeFiles/carafepp.dir/**/{source.name}.o"))
     if not objects:
         sys.exit(f"{built} has no object of {source.name}")
-    command = [cuobjdump, "-arch", f"sm_{architecture}", "-res-usage", "-sass", str(objects[0])]
-    said = run(*command).stdout
-    code = code_by_name(said)
+    command = [cuobjdump, "-arch", f"sm_{architecture}", str(objects[0])]
+    said = run(*command, "-res-usage", "-sass").stdout
+    code, bounds = code_by_name(said), bounds_by_name(run(*command, "-elf").stdout)
     kernels = [
         Kernel(
             source.name,
@@ -446,6 +459,7 @@ def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> 
             int(kernel["stack"]),
             int(kernel["local"]),
             code[kernel["name"]],
+            bounds.get(kernel["name"], 0),
         )
         for kernel in BUILT_KERNEL.finditer(said)
     ]
@@ -471,6 +485,7 @@ def compile_one(
             ptxas = [f"{cuda12}/cuda_nvcc/bin/ptxas", "-v", f"-arch=sm_{architecture}"]
             said = run(*ptxas, "-o", cubin, str(ptx)).stderr
         sass = run(cuobjdump, "-sass", cubin).stdout if cuobjdump else ""
+        bounds = bounds_by_name(run(cuobjdump, "-elf", cubin).stdout) if cuobjdump else {}
     code = code_by_name(sass)
     return [
         Kernel(
@@ -481,6 +496,7 @@ def compile_one(
             int(kernel["stack"]),
             int(kernel["stores"]) + int(kernel["loads"]),
             code[kernel["name"]] if cuobjdump else "",
+            bounds.get(kernel["name"], 0),
         )
         for kernel in KERNEL.finditer(said)
     ]

@@ -56,6 +56,7 @@ constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN in every type
+constexpr unsigned char kNotArrived = 0x5a;  // finite in every type: kernels that repair NaN do not hide it
 
 bool under_asan() { return __asan_poison_memory_region != nullptr; }
 bool under_tsan() { return __tsan_create_fiber != nullptr; }
@@ -666,7 +667,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t bytes_rea
         carafepp_trace_copy(shared, global, bytes, bytes_read, __builtin_return_address(0));
     const Copy copy{shared, global, bytes, bytes_read, thread.group};
     if (machine.settings.deferred_copies) {
-        std::memset(shared, kPoison, bytes);
+        std::memset(shared, kNotArrived, bytes);
         thread.copies.push_back(copy);
     } else {
         arrive(copy);
@@ -788,7 +789,7 @@ void copy_box(void* shared, const TensorMap& map, const int (&first)[TensorMap::
         });
     }
     if (machine.settings.deferred_copies) {
-        std::memset(shared, kPoison, box.bytes());
+        std::memset(shared, kNotArrived, box.bytes());
         barrier.boxes.push_back(box);
     } else {
         arrive(barrier, box);

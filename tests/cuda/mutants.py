@@ -140,7 +140,7 @@ MUTANTS = [
     ),
     Mutant(
         "masks of sources beyond a tile are staged",
-        "grad_features_patches.h",
+        "grad_features_patches_stage.h",
         "        if (place >= 0) room.matrices()[place] = mask;",
         "        room.matrices()[max(place, 0)] = mask;",
     ),

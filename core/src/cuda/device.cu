@@ -66,11 +66,15 @@ int architecture_of(const void* kernel) {
     return attributes.ptxVersion;
 }
 
-const char* not_for_shared_memory(int64_t bytes) {
+int most_shared_bytes() {
     int device = 0, most = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes > most ? "the device gives a block too little shared memory" : nullptr;
+    return most;
+}
+
+const char* not_for_shared_memory(int64_t bytes) {
+    return bytes > most_shared_bytes() ? "the device gives a block too little shared memory" : nullptr;
 }
 
 // Asked until there is a device: then there always is.

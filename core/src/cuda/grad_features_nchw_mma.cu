@@ -6,8 +6,9 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_grad_features_nchw_mma(const Problem& p, const Array& grad_features) {
-    if (const char* reason = not_for_grad_patches(p, grad_features, false)) return reason;
-    return not_compiled_for_bfloat16(p, grad_features_patches_mma_kernel<false, 4, BFloat16>);
+    if (const char* reason = not_compiled_for_bfloat16(p, grad_features_patches_mma_kernel<false, 4, BFloat16>))
+        return reason;
+    return not_for_grad_patches(p, grad_features, false);
 }
 
 void grad_features_nchw_mma(const Problem& p, const Array& grad_features) {

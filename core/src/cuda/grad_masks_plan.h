@@ -91,7 +91,9 @@ struct GradMasksTilesPlan {
         normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
         all_vectors = static_cast<int>(ceil_div(channels, kVector));
         double least = INFINITY;
-        GradMasksTilesPlan best = *this;
+        vectors = quads = 1;
+        measure(p, 1);
+        GradMasksTilesPlan best = *this;  // if none fits
         for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
             if (vectors > 1 && vectors >= 2 * all_vectors) continue;
             int tried = 0;

@@ -92,8 +92,11 @@ __device__ __forceinline__ void finish(const Problem& p, const Array& result, co
     });
 }
 
+template <int K>
+constexpr int kMostThreadsOfSums = (kMostQuads * kMostRowsOfSums * K + 31) / 32 * 32;  // whole warps
+
 template <int K, bool Vectors>
-__global__ void __launch_bounds__(kMostQuads * kMostRowsOfSums * K, 2)
+__global__ void __launch_bounds__(kMostThreadsOfSums<K>, 2)
     grad_masks_up1_kernel(Arguments arguments, GradMasksUp1Plan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;

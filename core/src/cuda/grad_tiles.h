@@ -93,7 +93,7 @@ struct Band {
 };
 
 // Elements from tap to tap in an array of the shape of masks or logits.
-__device__ __forceinline__ int64_t taps_apart(const Problem& p, const Array& array) {
+CARAFEPP_HOST_DEVICE inline int64_t taps_apart(const Problem& p, const Array& array) {
     return array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
 }
 

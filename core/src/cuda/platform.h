@@ -24,6 +24,8 @@ void check(cudaError_t error);             // throws Failure for an error, which
 [[noreturn]] void fail(const char* text);  // throws Failure
 int architecture_of(const void* kernel);   // the current device runs code for this one: 80 is 8.0
 
+int most_shared_bytes();  // that the current device gives to a block
+
 // Why the current device gives a block less than `bytes` of shared memory, or NULL.
 const char* not_for_shared_memory(int64_t bytes);
 
@@ -50,10 +52,9 @@ void launch(void (*kernel)(Arguments, Plan), int64_t items, int threads, int64_t
     Arguments arguments{problem, result};
     void* parameters[] = {&arguments, &plan};
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX)));
-    if (shared_bytes > kMostSharedBytes) {
-        check(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    }
+    // The same limit in each launch: launches of other threads, which need less, leave it.
+    if (shared_bytes > kMostSharedBytes)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes()));
     check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters,
                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(problem.stream)));
 }
