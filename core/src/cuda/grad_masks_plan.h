@@ -159,7 +159,11 @@ private:
                                                                : (quads + quads_of_source - 2) / quads_of_source + 1;
         halo_rows = row_sources + std::max(segments.number * own_taps, k) - 1;
         halo_columns = sources_of(columns, width, aligned(columns, width)) + k - 1;
-        if (run == 2) halo_columns = (halo_columns + 2) / 2 * 2;  // it may begin with an odd column
+        if (run == 2) halo_columns = (halo_columns + 2) / 2 * 2;     // it may begin with an odd column
+        if (int64_t{halo_rows} * halo_columns > kMostSharedBytes) {  // bytes: products of these fit in an int
+            shared_bytes = INT64_MAX;
+            return;
+        }
         // Pairs are in pairs of rows, of which one may be absent.
         const auto whole_rows_of = [&](int count) { return static_cast<int>(ceil_div(count, run)) * run; };
         runs_of_halo = Divisor(halo_columns / run);
@@ -254,9 +258,9 @@ const char* not_for_grad_masks_tiles(const Problem& p) {
         if (std::abs(stride) > INT32_MAX / 4) return "channels are too far apart";
     }
     const GradMasksTilesPlan plan(p, Vectors);
-    if (plan.items > INT32_MAX) return "tiles are too many";
-    const bool fits = plan.threads <= kThreadsOfTile && plan.shared_bytes <= kMostSharedBytes;
-    return fits ? nullptr : "kernel_size is too large";
+    const bool fits = plan.shared_bytes <= kMostSharedBytes && plan.threads <= kThreadsOfTile;
+    if (!fits) return "kernel_size is too large";
+    return plan.items > INT32_MAX ? "tiles are too many" : nullptr;
 }
 
 }  // namespace carafepp::cuda
