@@ -157,7 +157,7 @@ const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
     const Array& sliced = Transposed ? p.grad_output : p.features;
     if constexpr (!Vectors) return sliced.stride_w != 1 || result.stride_w != 1 ? "columns are not adjacent" : nullptr;
     // Masks that many channels share are staged rarely.
-    if (!Transposed && p.features.c / p.groups > kMostChannels) return "channels of a group are many";
+    if (p.features.c / p.groups > kMostChannels) return "channels of a group are many";
     if (const char* reason = not_for_vectors(p, sliced)) return reason;
     if (const char* reason = not_for_vectors(p, result)) return reason;
     return not_for_slice(sliced);
