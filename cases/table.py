@@ -298,6 +298,7 @@ _CUDA_TABLE = [
     Case("same_crop", "a crop", 1, 8, 9, 7, kernel_size=5, size=(5, 4), padding=(1, 1)),
     Case("ratio_c40", "a fraction", 1, 40, 9, 16, up=3, down=2, kernel_size=5, padding=(1, 0)),
     Case("down3_k9_c8", "81 taps, windows of 18 x 18", 1, 8, 7, 13, down=3, kernel_size=9),
+    Case("down_far", "a halo of 2^31 pixels", 1, 8, 2, 2, up=2, down=60000, kernel_size=1),
 ]
 CASES = {case.name: case for case in _TABLE}
 CUDA_CASES = {case.name: case for case in _CUDA_TABLE}

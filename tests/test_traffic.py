@@ -101,6 +101,13 @@ def test_a_branch_does_not_run_if_most_of_its_lines_are_idle(traffic):
     assert code.executed(accesses, {"kernel.cu:7"}) == 7 * 6
 
 
+def test_the_lines_of_an_access_run(traffic):
+    accesses = Counter({(("masks.h:7", "kernel.cu:3"), "LDG"): 1})
+    idle = {"idle_lines": {"masks.h:7", "kernel.cu:5"}}
+    row = traffic.Row(Case("one", "one element", 1, 1, 1, 1), counted() | idle, None, accesses)
+    assert row.idle_lines == {"kernel.cu:5"}
+
+
 def test_loads_are_in_flight_until_an_instruction_waits(code):
     assert code.in_flight == 16 + 4
 
