@@ -55,7 +55,7 @@ constexpr unsigned kMaxThreads = 1024;  // in a block
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
-constexpr unsigned char kPoison = 0xff;  // NaN in every type
+constexpr unsigned char kPoison = 0xff;      // NaN in every type
 constexpr unsigned char kNotArrived = 0x5a;  // finite in every type: kernels that repair NaN do not hide it
 
 bool under_asan() { return __asan_poison_memory_region != nullptr; }

@@ -85,11 +85,6 @@ struct GradPatchesPlan {
     int threads() const { return warps() * 32; }
 
 private:
-    // As many of `count` in each part as if `most` were in it: the last one is not much smaller.
-    static int even(int64_t count, int64_t most) {
-        return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
-    }
-
     void choose_tile(const Problem& p, bool vectors, int64_t of_group) {
         const int products = products_along_channels(of_group), of_warp = products * kChannelsOfMma;
         const int64_t all_rows = ceil_div(p.features.h, kPatchRows),
@@ -99,7 +94,7 @@ private:
         double least = INFINITY;
         int tried = 0;
         for (const int most_columns_of_tile : {8, 6, 4, 3, 2, 1}) {
-            patch_columns = even(all_columns, most_columns_of_tile);
+            patch_columns = even_part(all_columns, most_columns_of_tile);
             if (patch_columns == tried) continue;
             tried = patch_columns;
             for (parts = 1; parts * patch_columns * 32 <= kMostThreads; parts *= 2) {
@@ -107,7 +102,7 @@ private:
                 channels = parts * of_warp;
                 int rows_tried = 0;
                 for (int most = kProducts / products; most > 0; most /= 2) {
-                    patch_rows = even(all_rows, most);
+                    patch_rows = even_part(all_rows, most);
                     if (patch_rows == rows_tried) continue;
                     rows_tried = patch_rows;
                     if (!choose_bands(p)) continue;
@@ -189,7 +184,7 @@ private:
         const int64_t of_another = of_band * int64_t{sizeof(uint16_t)} + steps * int64_t{sizeof(int)};
         int most = static_cast<int>(std::min(ceil_div(all, best), 1 + (most_bytes - shared_bytes) / of_another));
         while (!fits(best, most)) most--;
-        return fits(best, even(ceil_div(all, best), most));
+        return fits(best, even_part(ceil_div(all, best), most));
     }
 
     // In cycles of a multiprocessor, about.

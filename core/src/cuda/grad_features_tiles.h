@@ -81,11 +81,6 @@ private:
         measure(static_cast<int>(p.kernel_size), 1, 1);
     }
 
-    // As many of `count` in each part as if `most` were in it: the last one is not much smaller.
-    static int even(int64_t count, int64_t most) {
-        return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
-    }
-
     int64_t shared_bytes_of(int k) const {
         return (most_rows + most_columns) * int64_t{sizeof(BandLine)} +
                int64_t{band} * width.number * depth * int64_t{sizeof(float4)} +
@@ -115,12 +110,12 @@ private:
         int best_height = 1, best_columns = 1;
         for (int most = std::min({all_units, most_units, kMostUnitColumns}), tried = 0; most > 0;
              most -= (most + 3) / 4) {
-            const int in_row = even(all_units, most);
+            const int in_row = even_part(all_units, most);
             if (in_row == tried) continue;
             tried = in_row;
             const double rows_of_warp = in_row % units_of_warp == 0 ? 1 : 1 + double(units_of_warp) / in_row;
             for (int rows_tried = 0, h = most_units / in_row; h > 0; h -= (h + 3) / 4) {
-                const int tile_height = even(p.features.h, h);
+                const int tile_height = even_part(p.features.h, h);
                 if (tile_height == rows_tried) continue;
                 rows_tried = tile_height;
                 measure(k, tile_height, in_row);
@@ -160,8 +155,8 @@ private:
                 masks--;
             }
         }
-        masks = even(most_rows, masks);
-        fit(even(masks, both), masks);
+        masks = even_part(most_rows, masks);
+        fit(even_part(masks, both), masks);
     }
 };
 

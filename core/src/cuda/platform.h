@@ -38,6 +38,11 @@ struct Arguments {
     Array result;
 };
 
+// As many of `count` in each part as if `most` were in it, at least 1: the last part is not much smaller.
+inline int even_part(int64_t count, int64_t most) {
+    return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
+}
+
 // The plan of a kernel that counts its tiles and no more.
 struct TilePlan {
     int64_t tiles;  // of an image or, where a kernel says so, of a row

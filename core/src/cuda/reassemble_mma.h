@@ -94,7 +94,7 @@ private:
             if (channels > kChannelsOfMma && channels_of_group <= kChannelsOfMma) continue;
             for (int most_rows = 1; most_rows <= kMostPatches; most_rows *= 2) {
                 for (int most_columns = 1; most_rows * most_columns <= kMostPatches; most_columns *= 2) {
-                    tile = {even(patch_rows, most_rows), even(patch_columns, most_columns)};
+                    tile = {even_part(patch_rows, most_rows), even_part(patch_columns, most_columns)};
                     row_tiles = ceil_div(patch_rows, tile.rows);
                     column_tiles = ceil_div(patch_columns, tile.columns);
                     measure(p, vectors, channels_of_group);
@@ -115,9 +115,6 @@ private:
         }
         *this = best;
     }
-
-    // As many of `count` in each tile as if `most` were in it: the last one is not much smaller.
-    static int even(int64_t count, int most) { return static_cast<int>(ceil_div(count, ceil_div(count, most))); }
 
     void measure(const Problem& p, bool vectors, int64_t channels_of_group) {
         const int outputs_across = tile.columns * patch.columns;

@@ -49,9 +49,9 @@ struct TilesPlan {
         const int64_t outputs = std::min(ceil_div(p.factor.up, p.factor.down), std::max(p.out_h, p.out_w));
         parts = static_cast<int>(ceil_div(outputs, share.p));
         for (vectors = 1; vectors < 8 && vectors < all;) vectors *= 2;
-        unit_columns = even(columns.count(), share.p == 1 ? 16 : 8);
-        unit_rows = even(static_cast<int>(ceil_div(rows.count(), share.s)),
-                         std::max(kBlock / (vectors * unit_columns), 1));
+        unit_columns = even_part(columns.count(), share.p == 1 ? 16 : 8);
+        unit_rows = even_part(static_cast<int>(ceil_div(rows.count(), share.s)),
+                              std::max(kBlock / (vectors * unit_columns), 1));
         measure(p, share);
         while (shared_bytes > kMostSharedBytes && (unit_rows > 1 || vectors > 1 || unit_columns > 1)) {
             if (unit_rows > 1) {
@@ -73,9 +73,6 @@ struct TilesPlan {
     }
 
 private:
-    // As many of `count` in each tile as if `most` were in it: the last one is not much smaller.
-    static int even(int count, int most) { return static_cast<int>(ceil_div(count, ceil_div(count, most))); }
-
     void measure(const Problem& p, Share share) {
         const int outputs = share.s * share.p * share.p, k = static_cast<int>(p.kernel_size);
         halo_rows = rows.sources(unit_rows * share.s) + k - 1;

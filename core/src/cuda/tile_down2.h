@@ -146,7 +146,7 @@ __device__ __forceinline__ void for_each_tap_of_quad(int y, int x, F f) {
 
 constexpr int kBytesOfCopy = 16, kBytesOfPixel = 64;  // in a slice
 constexpr int kCopiesOfPixel = kBytesOfPixel / kBytesOfCopy;
-constexpr int kNowhere = INT32_MIN;  // the place of a pixel that does not exist
+constexpr int kAbsent = INT32_MIN;  // the place of a pixel that does not exist
 template <class T>
 constexpr int kChannelsOfCopy = kBytesOfCopy / static_cast<int>(sizeof(T));
 template <class T>
@@ -160,7 +160,7 @@ __device__ __forceinline__ void find_pixels(const Array& array, At at, int* plac
         const int2 pixel = at(q);
         const bool exists = pixel.x >= 0 && pixel.x < array.h && pixel.y >= 0 && pixel.y < array.w;
         const int64_t place = (pixel.x * array.stride_h + pixel.y * array.stride_w) / kChannelsOfCopy<T>;
-        places[q] = exists ? static_cast<int>(place) : kNowhere;
+        places[q] = exists ? static_cast<int>(place) : kAbsent;
     }
 }
 
@@ -194,7 +194,7 @@ __device__ __forceinline__ void copy_pixels(const T* from, const int* places, in
             if (q + kStep <= Count || first + q < Count) {
                 copy_async<kBytesOfCopy>(staged + q * kChannelsOfPixel<T>,
                                          from + int64_t{place[k]} * kChannelsOfCopy<T>,
-                                         has_some && place[k] != kNowhere);
+                                         has_some && place[k] != kAbsent);
             }
         }
     }

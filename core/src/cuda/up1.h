@@ -36,10 +36,10 @@ struct Up1Plan {
     // Tiles are those of the result, of `most` rows at most. Items have all channels if `enough` is 0: see Tiles.
     Up1Plan(const Problem& p, const Array& result, const Array& sliced, int most, int enough)
         : kernel_size(static_cast<int>(p.kernel_size)),
-          quads(even(ceil_div(result.w, kQuad), kMostQuads)),
+          quads(even_part(ceil_div(result.w, kQuad), kMostQuads)),
           quad_bits(bits(quads)),
           vector_bits(bits(std::clamp<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1, kMostVectors))),
-          rows(even(result.h, rows_that_fit(most))),
+          rows(even_part(result.h, rows_that_fit(most))),
           tiles(p, result.h, result.w, rows, quads * kQuad, kVector << vector_bits, enough),
           whole(p.offset_w == 0 && not_for_columns(sliced, kQuad) == nullptr),
           whole_result(not_for_columns(result, kQuad) == nullptr) {}
@@ -62,10 +62,6 @@ struct Up1Plan {
     int threads(int of_quad) const { return static_cast<int>(ceil_div((rows * of_quad) << quad_bits, 32)) * 32; }
 
 private:
-    // As many of `count` in each tile as if `most` were in it: the last one is not much smaller.
-    static int even(int64_t count, int most) {
-        return count == 0 ? 1 : static_cast<int>(ceil_div(count, ceil_div(count, most)));
-    }
     static int bits(int64_t number) { return number > 4 ? 3 : number > 2 ? 2 : number > 1 ? 1 : 0; }
 
     int rows_that_fit(int most) {
