@@ -283,7 +283,7 @@ class Row:
         accesses: Accesses,
     ) -> None:
         self.code, self.accesses = code, accesses
-        # Of an inlined function gcov may see a line in another instance of it alone.
+        # gcov may see a line of an inlined function in another instance of it alone.
         self.idle_lines = counted["idle_lines"].difference(*(lines for lines, _ in accesses))
         self.products = prod(problem.output_shape) * problem.kernel_size**2
         self.kernel: str = counted["kernel"]

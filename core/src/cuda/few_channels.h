@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for few channels of a group share: an integer factor, up, and any strides. Nearly all their time
+// Shared by the kernels for few channels of a group: an integer factor, up, and any strides. Nearly all their time
 // goes to masks or logits, which a thread loads once, straight into registers. A block has a tile of sources. It stages
-// what else it needs of them, which is little.
+// the little else that it needs of them.
 //
 // A source has up * up outputs. A unit has P of them, neighbours in a row: one, or a quad. Neighbouring threads have
 // neighbouring elements of the weights, so that loads are whole sectors: neighbouring sources where columns of logits
@@ -16,7 +16,7 @@
 namespace carafepp::cuda {
 
 constexpr int kFew = 4;  // channels of a group, at most
-constexpr int kMostFactor = 16;
+constexpr int kMostUp = 16;
 
 // Quotients of small numbers by one that the plan knows.
 struct SmallDivisor {
@@ -26,7 +26,7 @@ struct SmallDivisor {
     explicit SmallDivisor(int64_t number)
         : divisor(static_cast<int>(number)), inverse((1u << 22) / static_cast<uint32_t>(number) + 1) {}
 
-    // For numbers below 2^9 * divisor, and below 2^22 / divisor.
+    // Exact for numbers below 2^9 * divisor, and below 2^22 / divisor.
     __device__ __forceinline__ int quotient(int number) const {
         return static_cast<int>(static_cast<uint32_t>(number) * inverse >> 22);
     }
@@ -127,7 +127,7 @@ __device__ __forceinline__ void clear_outside(const Problem& p, const Unit& unit
     }
 }
 
-// Where the taps of a unit are in an array of the shape of masks or logits. All strides but that of images fit 32 bits.
+// The places of a unit's taps in an array of the shape of masks or logits. All strides but that of images fit 32 bits.
 struct WindowPlaces {
     int64_t first;           // from the image's begin
     int step, step_of_next;  // from tap to tap, and from output to output
@@ -261,12 +261,12 @@ void with_units(const Problem& p, bool quads, F f) {
 inline const char* not_for_few_channels(const Problem& p, const Array& result) {
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
     if (p.factor.down != 1) return "down is not 1";
-    if (p.factor.up > kMostFactor) return "up is more than 16";
+    if (p.factor.up > kMostUp) return "up is more than 16";
     if (p.kernel_size != 3 && p.kernel_size != 5) return "kernel_size is not 3 or 5";
     if (p.features.c / p.groups > kFew) return "a group has more than 4 channels";
     if (p.features.c == 0) return "there are no channels";
     for (int64_t size : {p.features.h, p.features.w, p.out_h, p.out_w}) {
-        if (size > kMostSize / kMostFactor) return "rows or columns are too many";
+        if (size > kMostSize / kMostUp) return "rows or columns are too many";
     }
     for (const Array* array : {&p.masks, &p.logits, &result}) {
         const int64_t apart = p.from_logits ? p.factor.up * p.factor.up : 1;  // from tap to tap

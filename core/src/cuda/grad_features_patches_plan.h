@@ -187,7 +187,7 @@ private:
         return fits(best, even_part(ceil_div(all, best), most));
     }
 
-    // In cycles of a multiprocessor, about.
+    // Cycles of a multiprocessor, about.
     double cost_of(const Problem& p, bool vectors, int64_t of_group) const {
         constexpr double kIssued = 2.4, kBytes = 22, kOfItem = 1000;
         const int products = products_along_channels(of_group), k = static_cast<int>(p.kernel_size);
@@ -261,21 +261,21 @@ struct RoomOfPatches {
     __device__ __forceinline__ T* matrices() const { return shared_memory<T>(); }
     // Instead of these: [source][channel], or the reverse
     __device__ __forceinline__ T* results() const { return shared_memory<T>(); }
-    // Of each buffer: [row][column][channel]
+    // A buffer has [row][column][channel].
     __device__ __forceinline__ T* grads() const { return at<T>(plan.grads); }
     __device__ __forceinline__ OutputLine* rows() const { return at<OutputLine>(plan.rows_of_outputs); }
     __device__ __forceinline__ OutputLine* columns() const { return at<OutputLine>(plan.columns_of_outputs); }
-    // Of sources: where the masks of one are, with an output's place.
+    // A source's masks begin at its term and an output's place.
     __device__ __forceinline__ int* row_terms() const { return at<int>(plan.row_terms); }
     __device__ __forceinline__ int* column_terms() const { return at<int>(plan.column_terms); }
     // The first column of outputs of a column of patches, in a band.
     __device__ __forceinline__ int* firsts() const { return at<int>(plan.firsts); }
-    // Of the outputs of a column of patches, in a band.
+    // Places of the outputs of a column of patches, in a band.
     __device__ __forceinline__ int* offsets() const { return at<int>(plan.offsets); }
-    // Of each step, as of rows.
+    // A step has the bits of its rows.
     __device__ __forceinline__ uint32_t* touched() const { return at<uint32_t>(plan.touched); }
     __device__ __forceinline__ TileOfPatches& tile() const { return *at<TileOfPatches>(plan.tile); }
-    // Of the outputs of a band in grad_output, or kBeyond.
+    // Places of the outputs of a band in grad_output, or kBeyond.
     __device__ __forceinline__ int* places() const { return at<int>(plan.places); }
 
 private:

@@ -182,7 +182,7 @@ struct BandCopy {
     const int* places;  // of outputs, or kBeyond
     int outputs, pixel;
 
-    // For adjacent channels. They arrive as copies of this thread do.
+    // Takes adjacent channels. They arrive as copies of this thread do.
     __device__ __forceinline__ void copy_vectors(int vector, int first, int step, int end, T* to) const {
         to += first * pixel + vector * kWide;
         if (vector * kWide >= channels) end = 0;

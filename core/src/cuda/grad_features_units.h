@@ -199,7 +199,7 @@ __device__ __forceinline__ void stage_rows_of_taps(const Array& array, carafepp_
     }
 }
 
-// What a thread multiplies next, in a row of outputs.
+// The operands that a thread multiplies next, in a row of outputs.
 struct NextOutput {
     const float* masks;
     const float4* grads;

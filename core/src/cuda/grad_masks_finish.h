@@ -176,7 +176,7 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
         taps.replace([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });
 }
 
-// Where the block's tile is.
+// The place of the block's tile.
 struct TileInImage {
     int64_t n, group;
     const Slot* slots;  // of the rows

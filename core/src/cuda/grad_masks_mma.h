@@ -246,7 +246,7 @@ __device__ __forceinline__ void through_softmax<0>(const float* logits, float* g
 }
 
 // Carries gradients of masks through the normaliser. Gradients and logits are in shared memory, as OutputsOfTile says.
-// Those of outputs that a crop leaves out, that is of rows and columns from `there` on, stay 0, whatever the logits
+// Gradients of outputs that a crop leaves out, that is of rows and columns from `there` on, stay 0, whatever the logits
 // are.
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, int taps,
                                                    const OutputsOfTile& outputs, int2 there, float* logits,

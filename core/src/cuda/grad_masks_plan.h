@@ -14,7 +14,7 @@ namespace carafepp::cuda {
 constexpr int kMostVectors = 8;      // of a slice
 constexpr int kPixels = 4;           // that a thread loads together
 constexpr int kThreadsOfTile = 192;  // at most: two blocks have the registers of a multiprocessor
-// Of the device that tiles are chosen for.
+// The device that tiles are chosen for.
 constexpr int kMultiprocessors = 132, kSharedBytesOfMultiprocessor = 224 * 1024;
 
 // Rows of a quad are centred on sources that `o * down / up` tells, for row o. A quad has three rows if up is 3, else

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMostThreadsOfSums<K>, 2)
                 for (int q = 0; q < kQuad; q++) nothing += sums[b][q] * 0;
                 reinterpret_cast<float4*>(to)[b] = make_float4(sums[b][0], sums[b][1], sums[b][2], sums[b][3]);
             }
-            // What is beyond a border or the crop met zeros: its sum is 0, or NaN.
+            // A tap beyond a border or the crop met zeros: its sum is 0, or NaN.
 #pragma unroll 1
             for (int k = 0; nothing != 0 && k < K * kQuad; k++) {
                 const int i = tile.top + own.row, j = tile.left + own.quad * kQuad + k % kQuad;

@@ -21,7 +21,7 @@ constexpr int kPixels = 24;                                       // that a row 
 static_assert(kRowsOfWarp == 2 && kThreadsOfHalf / 32 == kWarpsOfHalf, "the warps have all outputs");
 static_assert(kBefore + kDown * (kOfProduct - 1) + 5 / 2 < kPixels, "a product has all pixels of a row of windows");
 
-// Of a half: masks, and the features of a slice as [channel][row][column]. Neighbouring channels begin in other banks.
+// A half has masks, and the features of a slice as [channel][row][column]. Neighbouring channels begin in other banks.
 template <int K>
 struct Half {
     using MasksOfHalf = Masks<K, kRows, kColumns, kRows * kColumns + 4>;  // taps begin in other banks, too
@@ -66,7 +66,7 @@ struct Share {
     }
 };
 
-// What a thread copies of each slice of a half: some columns of some rows in all channels.
+// A thread's copies of each slice of a half: some columns of some rows in all channels.
 template <int K, class T>
 struct CopyOfSlice {
     using H = Half<K>;

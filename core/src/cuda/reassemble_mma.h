@@ -138,7 +138,7 @@ private:
                        (tile.rows * patch.rows + tile.columns * patch.columns) * int64_t{sizeof(Line)};
     }
 
-    // In cycles of a multiprocessor, about.
+    // Cycles of a multiprocessor, about.
     double cost_of_item(const Problem& p, bool vectors) const {
         constexpr double kOfItem = 1500, kOfSlice = 100, kOfMask = 0.25, kBytes = 22;  // from the L2 in a cycle
         const int64_t sectors = vectors ? int64_t{halo.count()} * channels / 16

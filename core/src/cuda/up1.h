@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// For up = down = 1, as in an involution: each output has a source of its own. A block has a tile of pixels of a group.
-// It goes through the group's channels in slices, which it stages with the halo of the tile. Sums and products are
-// those of four pixels of a row, a quad. Few channels may share a mask. So masks are loaded and normalised in
-// registers, with few instructions: rows of taps in one or two threads or, where taps are adjacent, a column in each of
-// some threads.
+// Shared by the kernels for up = down = 1, as in an involution: each output has a source of its own. A block has a tile
+// of pixels of a group. It goes through the group's channels in slices, which it stages with the halo of the tile. Sums
+// and products are those of four pixels of a row, a quad. Few channels may share a mask. So masks are loaded and
+// normalised in registers, with few instructions: rows of taps in one or two threads or, where taps are adjacent, a
+// column in each of some threads.
 #pragma once
 
 #include "cuda/columns.h"
@@ -285,7 +285,7 @@ struct RowAround {
 #pragma unroll
         for (int k = 0; k < 3; k++) load_staged(before + k * kQuad, columns[k]);
     }
-    // What column b of the window of pixel q reads.
+    // The element that column b of the window of pixel q reads.
     template <int K>
     __device__ __forceinline__ float at(int q, int b) const {
         const int column = kQuad + q + b - K / 2;
@@ -311,7 +311,7 @@ inline const char* not_for_taps(const Array& array, bool adjacent) {
     return nullptr;
 }
 
-// And for an array of adjacent channels of which slices are staged.
+// The same for an array of adjacent channels of which slices are staged.
 inline const char* not_for_slice(const Array& array) {
     return std::abs(array.stride_w) > INT32_MAX ? "columns are too far apart" : nullptr;
 }
