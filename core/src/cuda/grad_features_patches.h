@@ -315,7 +315,7 @@ inline const char* not_for_grad_patches(const Problem& p, const Array& grad_feat
     if (plan.tap != static_cast<int>(plan.tap)) return "masks of an output are too far apart";
     if (p.grad_output.stride_c != static_cast<int>(p.grad_output.stride_c)) return "channels are too far apart";
     for (const int64_t stride : {p.grad_output.stride_h * plan.band, p.grad_output.stride_w * plan.pitch}) {
-        if (std::abs(stride) > INT32_MAX / 16) return "outputs are too far from each other";
+        if (std::abs(stride) > INT32_MAX / 16) return "outputs are too far apart";
     }
     return plan.items > UINT32_MAX ? "tiles are too many" : nullptr;
 }

@@ -319,7 +319,7 @@ inline const char* not_for_units(const Problem& p) {
     if (p.kernel_size != 3 && p.kernel_size != 5 && p.kernel_size != 7) return "kernel_size is not 3, 5 or 7";
     if (p.features.c / p.groups < kVectorsOfThread * kVector) return "channels of a group are few";
     const int64_t tap = taps_apart(p, p.from_logits ? p.logits : p.masks);
-    return std::abs(tap) < INT32_MAX / 64 ? nullptr : "taps are too far from each other";
+    return std::abs(tap) < INT32_MAX / 64 ? nullptr : "taps are too far apart";
 }
 
 template <bool Vectors>
