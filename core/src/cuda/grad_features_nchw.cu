@@ -7,8 +7,7 @@ namespace carafepp::cuda {
 
 const char* cannot_run_grad_features_nchw(const Problem& p, const Array&) {
     if (const char* reason = not_for_grad_features_tiles(p)) return reason;
-    return p.grad_output.stride_c == static_cast<int>(p.grad_output.stride_c) ? nullptr
-                                                                              : "channels are too far apart";
+    return p.grad_output.stride_c == static_cast<int>(p.grad_output.stride_c) ? nullptr : "channels are too far apart";
 }
 
 void grad_features_nchw(const Problem& p, const Array& grad_features) {
