@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--rehearse", action="store_true", help="run without a GPU, with emulated kernels"
     )
-    parser.add_argument("--quick", action="store_true", help="a few items of each step")
+    parser.add_argument("--quick", action="store_true", help="a few items of each slow step")
     asked = parser.parse_args()
     if wrong := set(asked.steps) - set(STEPS):
         parser.error(f"steps must be of {', '.join(STEPS)}; got {', '.join(sorted(wrong))}")

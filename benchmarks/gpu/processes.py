@@ -20,7 +20,7 @@ from .worker import LOST
 
 TIME_IS_UP = "its time was up"
 PATIENCE = 90  # seconds without a new line until a process counts as hanging
-_LOGGED, _SHOWN = 20_000, 2_000  # characters of a process's output
+_KEPT = 50_000  # characters of a process's output
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,7 +89,7 @@ class Processes:
     ) -> tuple[int | str, str]:
         """Run a process until its end or a time; return its status, or why it was killed.
 
-        The second result is the end of its output; the log keeps more of it.
+        The second result is the end of its output, which the log has too.
         """
         with tempfile.TemporaryFile() as output:
             status: int | str | None = None
@@ -105,11 +105,11 @@ class Processes:
                 elif status is None and not is_alive():
                     status = "it hung"
             self.end(process)
-            output.seek(max(0, output.seek(0, os.SEEK_END) - _LOGGED))
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _KEPT))
             text = output.read().decode(errors="replace")
         with self._lock, self.log.open("a") as log:
             print("$", *command, f"\n{text}\n-> {status}", file=log, flush=True)
-        return status, text[-_SHOWN:]
+        return status, text
 
     def run_groups(
         self,
