@@ -81,8 +81,8 @@ public:
           inner_size_(columns_adjacent ? columns : rows),
           outer_step_(Threads / inner_size_),
           inner_step_(Threads % inner_size_),
-          outer_(static_cast<int>(threadIdx.x) % Threads / inner_size_),
-          inner_(static_cast<int>(threadIdx.x) % Threads % inner_size_) {}
+          outer_(thread_computed_late() % Threads / inner_size_),
+          inner_(thread_computed_late() % Threads % inner_size_) {}
 
     __device__ __forceinline__ bool in_grid() const { return outer_ < outer_size_; }
     __device__ __forceinline__ int row() const { return columns_adjacent_ ? outer_ : inner_; }

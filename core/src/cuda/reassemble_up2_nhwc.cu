@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         const int i = tile.top + row, j = tile.left + column;
         typename S::Features halo(p, tile, S::swizzle);
         halo.copy(p.features, tile.channels, features);
-        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, S::kRows);
-        clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, S::kRows);
+        const int rows = min(S::kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
+        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, rows);
+        clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, rows);
         const int out_rows = static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp));  // that exist
         const int a_begin = max(K / 2 - i, 0);
         const int a_end = out_rows > 0 ? min(K, static_cast<int>(p.features.h) + K / 2 - i) : 0;
@@ -62,13 +63,12 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
             wait_for_copies();
             __syncthreads();
-            float4 sums[kSourcesOfThread][kOutputs][S::kVectors] = {};
+            float4 sums[kSourcesOfThread][kOutputs][S::kVectors];
             const float4* weights = first_weights;
             const T* pixels[S::kVectors];
 #pragma unroll
             for (int v = 0; v < S::kVectors; v++) pixels[v] = first_pixels[v];
-#pragma unroll 1
-            for (int a = a_begin; a < a_end; a++, weights += K) {
+            const auto add_row = [&](auto is_first) {  // the first row of taps begins the sums
 #pragma unroll
                 for (int x = 0; x < K + kSourcesOfThread - 1; x++) {
                     float4 feature[S::kVectors];
@@ -82,6 +82,10 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
                         const float4 weight = weights[s * kTaps + x - s];
 #pragma unroll
                         for (int v = 0; v < S::kVectors; v++) {
+                            if (decltype(is_first)::value && x == s) {
+#pragma unroll
+                                for (auto& of_output : sums[s]) of_output[v] = make_float4(0, 0, 0, 0);
+                            }
                             add_products(weight.x, feature[v], sums[s][0][v]);
                             add_products(weight.y, feature[v], sums[s][1][v]);
                             add_products(weight.z, feature[v], sums[s][2][v]);
@@ -89,23 +93,36 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
                         }
                     }
                 }
+                weights += K;
 #pragma unroll
                 for (int v = 0; v < S::kVectors; v++) pixels[v] += S::kWidth * kPixel;
-            }
+            };
+            if (a_begin < a_end) add_row(std::true_type());
+#pragma unroll 1
+            for (int a = a_begin + 1; a < a_end; a++) add_row(std::false_type());
             __syncthreads();
             if (channels > kChannelsOfSlice) halo.copy(p.features, channels - kChannelsOfSlice, features);
+            const auto store = [&](int own_channels) {  // that exist, from this thread's first one on
 #pragma unroll
-            for (int r = 0; r < kUp; r++) {
-                T* pixel = to + r * output.stride_h;
+                for (int r = 0; r < kUp; r++) {
+                    if (r >= out_rows) break;
+                    T* pixel = to + r * output.stride_h;
 #pragma unroll
-                for (int q = 0; q < kSourcesOfThread * kUp; q++, pixel += output.stride_w) {
+                    for (int q = 0; q < kSourcesOfThread * kUp; q++, pixel += output.stride_w) {
+                        if (q >= out_columns) break;
 #pragma unroll
-                    for (int v = 0; v < S::kVectors; v++) {
-                        const int channel = v * S::kLanes * kVector;  // from this thread's first one on
-                        if (r < out_rows && q < out_columns && channel + lane * kVector < channels)
-                            store_channels(sums[q / kUp][r * kUp + q % kUp][v], pixel + channel);
+                        for (int v = 0; v < S::kVectors; v++) {
+                            const int channel = v * S::kLanes * kVector;
+                            if (channel < own_channels)
+                                store_channels(sums[q / kUp][r * kUp + q % kUp][v], pixel + channel);
+                        }
                     }
                 }
+            };
+            if (channels >= kChannelsOfSlice) {
+                store(kChannelsOfSlice);
+            } else {
+                store(channels - lane * kVector);
             }
             to += kChannelsOfSlice;
         }

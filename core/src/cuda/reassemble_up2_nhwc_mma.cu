@@ -13,6 +13,7 @@ namespace {
 constexpr int kColumnsOfWarp = 4, kRowsOfWarp = 2, kWarpsInRow = kColumns / kColumnsOfWarp;
 constexpr int kRows = kThreads / 32 / kWarpsInRow * kRowsOfWarp;  // of a tile
 constexpr int kPixels = 8;                                        // of a product
+constexpr int kWidth = kColumns + 4;                              // columns of a halo
 static_assert(kWidth == kColumns - kColumnsOfWarp + kPixels, "a halo has the pixels of all products");
 static_assert(kColumnsOfWarp + 5 - 1 <= kPixels, "a product has all pixels of a row of windows");
 constexpr int kProducts = kChannelsOfSlice / kWide;       // along channels
@@ -51,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         Features<K, T> halo(p, tile, swizzle);
         halo.copy(p.features, tile.channels, features);
         stage_sources<K, T>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, kRows);
-        clear_staged_outside<K>(p, tile.left, kColumns, masks, kRows);
         // The masks of this lane's upper output.
         const float* const weights = masks + (own_row * kColumns + own_column + source) * kTaps * kOutputs + row % kUp;
         uint32_t band[kRowsOfWarp][(K + 1) / 2][2 * kUp];  // of rows of pixels beyond the window 0

@@ -68,9 +68,18 @@ __device__ __forceinline__ void copy_logits(const Array& logits, const M* from, 
         const int row = source / columns, column = source - row * columns;
         const bool exist = row < rows_end && column >= begin && column < end;
         const M* element = from + row * logits.stride_h + column * logits.stride_w + channel * logits.stride_c;
-#pragma unroll 8
-        for (int c = channel; c < kElements; c += at_once, element += at_once * logits.stride_c)
-            stage_element(element, exist, staged + source * kElements + c);
+        float* to = staged + source * kElements + channel;
+        const auto stage = [&](auto count) {
+#pragma unroll
+            for (int k = 0; k < decltype(count)::value; k++, element += at_once * logits.stride_c, to += at_once)
+                stage_element(element, exist, to);
+        };
+        constexpr int kAtOnce = 8;
+        int left = (kElements - 1 - channel) / at_once + 1;
+#pragma unroll 1
+        for (; left >= kAtOnce; left -= kAtOnce) stage(std::integral_constant<int, kAtOnce>());
+#pragma unroll 1
+        for (; left > 0; left--) stage(std::integral_constant<int, 1>());
     }
 }
 
