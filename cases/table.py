@@ -286,6 +286,7 @@ _CUDA_TABLE = [
     Case("crop_of_up13", "phases beyond the crop", 1, 2, 2, 3, up=13, size=(3, 17)),
     Case("up2_tiles", "tiles in rows and columns", 1, 8, 11, 18, up=2, kernel_size=5),
     Case("up2_wide", "warps of one row or two", 1, 4, 5, 9, up=2, kernel_size=5),
+    Case("up2_small_map", "a wide tile, and one of a row", 1, 1, 9, 10, up=2, kernel_size=5),
     Case("up4_c24", "slices, 16 outputs of a source", 1, 24, 3, 10, up=4, kernel_size=5),
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),
     Case("k7_groups_c16", "49 taps, groups of 16", 1, 32, 9, 10, kernel_size=7, groups=2),

@@ -69,7 +69,7 @@ INSTRUCTIONS = {
         r"LDGSTS\S*\.128",
         r"LDS\S*\.128",
     ),
-    r"reassemble_up2_nchw_kernelILi.ELi1EfE": (
+    r"reassemble_up2_nchw_kernelILi.ELi[13]EfE": (
         r"LDGSTS\S*\.64",
         r"STG\S*\.128",
         r"LDS\S*\.128",
@@ -94,7 +94,7 @@ INSTRUCTIONS = {
         r"LDGSTS\S*\.128",
         r"STG\S*\.128",
     ),
-    r"reassemble_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDGSTS"),
+    r"reassemble_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS"),
     r"grad_features_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS"),
     r"grad_masks_up2_nchw_mma_kernelILi.E\w*Float16": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS"),
     r"grad_masks_up2_nhwc_mma_kernelILi.E\w*Float16": (

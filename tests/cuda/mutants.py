@@ -548,8 +548,8 @@ MUTANTS = [
     Mutant(
         "the last column of a crop is written past",
         "reassemble_up2_nchw.cu",
-        "if (exist && x < out_columns)",
-        "if (exist && x <= out_columns)",
+        "if (x < out_columns)",
+        "if (x <= out_columns)",
     ),
     Mutant(
         "columns are contracted before they arrive",
@@ -572,7 +572,7 @@ MUTANTS = [
     Mutant(
         "a box arrives over another that is still read",
         "reassemble_up2_nchw.cu",
-        "            __syncthreads();\n            if (channels > kChannelsOfSlice)",
+        "            sync_warps_of_block();\n            if (channels > kChannelsOfSlice)",
         "            if (channels > kChannelsOfSlice)",
     ),
     Mutant(
@@ -584,8 +584,8 @@ MUTANTS = [
     Mutant(
         "fewer bytes of a box are expected",
         "reassemble_up2_nchw.cu",
-        "expect_bytes(barrier, S::kFeatures * sizeof(T));",
-        "expect_bytes(barrier, S::kFeatures);",
+        "expect_bytes(barrier, S::Features::kElements * sizeof(T));",
+        "expect_bytes(barrier, S::Features::kElements);",
     ),
     Mutant(
         "a box begins a column too late",
@@ -602,15 +602,15 @@ MUTANTS = [
     Mutant(
         "a copied row below the last is not 0",
         "tile_up2.h",
-        "y >= rows_begin && y < rows_end ?",
-        "y >= rows_begin && y <= rows_end ?",
+        "y >= 0 && y < p.features.h) << k",
+        "y >= 0 && y <= p.features.h) << k",
         sanitizer="address",
     ),
     Mutant(
         "the last channel of a slice is not copied",
         "tile_up2.h",
-        "pixel, q < exist);",
-        "pixel, q + 1 < exist);",
+        "q < there);",
+        "q + 1 < there);",
     ),
     Mutant(
         "threads without a column copy logits",
@@ -669,8 +669,8 @@ MUTANTS = [
     Mutant(
         "a source beyond the end of a row is written",
         "reassemble_up2_nhwc.cu",
-        "r < out_rows && q < out_columns &&",
-        "r < out_rows &&",
+        "if (q >= out_columns) break;",
+        "if (q > out_columns) break;",
     ),
     Mutant(
         "features are contracted before they arrive",
@@ -905,8 +905,8 @@ MUTANTS = [
     Mutant(
         "windows of 3 x 3 begin a pixel too early",
         "reassemble_up2_nchw_mma.cu",
-        "2 * pair - source - (kBefore - K / 2), scale)",
-        "2 * pair - source, scale)",
+        "2 * pair - source - (kBefore - K / 2);",
+        "2 * pair - source - (kBefore - 2);",
     ),
     Mutant(
         "columns of the next slice arrive in the place of the one that is contracted",
@@ -917,14 +917,32 @@ MUTANTS = [
     Mutant(
         "a channel of another group is written",
         "reassemble_up2_nchw_mma.cu",
-        "if (half * 8 < own_channels)",
-        "if (half * 8 <= own_channels)",
+        "half * 8 < exist)",
+        "half * 8 <= exist)",
     ),
     Mutant(
-        "the second eight pixels of a row begin too early",
+        "the second eight pixels of a row are the first ones",
         "reassemble_up2_nchw_mma.cu",
-        "min(8, kWidth - 2 - 2 * pair)",
-        "min(6, kWidth - 2 - 2 * pair)",
+        "lane / kChannelsOfMma * 8;",
+        "0;",
+    ),
+    Mutant(
+        "the second eight pixels of a band are the first ones",
+        "reassemble_up2_nchw_mma.cu",
+        "band[s][r][a][0] = upper ? 0 : taps;",
+        "band[s][r][a][0] = taps;",
+    ),
+    Mutant(
+        "the last row of a tile has no sources",
+        "reassemble_up2_nchw_mma.cu",
+        "own_row < rows &&",
+        "own_row + 1 < rows &&",
+    ),
+    Mutant(
+        "threads without sources store those of the next tile",
+        "reassemble_up2_nchw.cu",
+        "own.row < kRows && out_columns > 0;",
+        "out_columns > 0;",
     ),
     Mutant(
         "both rows of a half have the masks of the upper one",

@@ -420,7 +420,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
     if name == "reassemble_up2_nchw":
-        arguments = {f"{size}Li2E"}  # boxes
+        wide = ceil(problem.w / 14) * 14 < ceil(problem.w / 8) * 8
+        arguments = {f"{size}Li{3 if wide else 2}E"}  # wide tiles, or boxes
     if name in ("reassemble_nhwc", "reassemble_nchw"):
         p, s = share_of(problem)
         vectors = name.endswith("nhwc")

@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
         const int i = tile.top + row, j = tile.left + column;
         typename S::Features halo(p, tile, S::swizzle);
         halo.copy(p.features, tile.channels, features);
-        const int rows = min(S::kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
-        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, rows);
-        clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, rows);
+        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, kColumns, masks, S::kRows);
+        clear_staged_outside<K, S::kThreads>(p, tile.left, kColumns, masks, S::kRows);
         const int out_rows = static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp));  // that exist
         const int a_begin = max(K / 2 - i, 0);
         const int a_end = out_rows > 0 ? min(K, static_cast<int>(p.features.h) + K / 2 - i) : 0;

@@ -54,15 +54,15 @@ struct Halo {
         const auto thread = static_cast<uint32_t>(thread_computed_late());  // by which quotients are shifts
         const int first = static_cast<int>(thread / (kVectors * kSlots));
         if (thread / kVectors % kSlots >= Width) return;
-        const uint32_t rows = static_cast<int>(thread % kVectors) * Vector < channels ? exist : 0;
+        uint32_t rows = static_cast<int>(thread % kVectors) * Vector < channels ? exist : 0;
         const int64_t step = kRowsAtOnce * array.stride_h;
         const T* pixel = from;
         features += to;
-#pragma unroll
-        for (int k = 0; k < kSteps; k++, pixel += step) {
+#pragma unroll 4
+        for (int k = 0; k < kSteps; k++, pixel += step, rows >>= 1) {
             if (kHeight % kRowsAtOnce != 0 && first + k * kRowsAtOnce >= kHeight) break;
             copy_async<Vector * sizeof(T)>(features + k * kRowsAtOnce * Width * kChannelsOfSlice, pixel,
-                                           (rows >> k & 1) != 0);
+                                           (rows & 1) != 0);
         }
         from += kChannelsOfSlice;
     }
@@ -82,12 +82,11 @@ __device__ __forceinline__ void copy_elements(T* to, const T* from, bool exist) 
 
 // Of `height` rows as many as `units` of threads copy at once, in the fewest turns. Other units have other channels.
 constexpr int rows_at_once(int height, int units) {
-    int best = 1, fewest = height * kChannelsOfSlice;
+    int best = 1, fewest = INT32_MAX;
     for (int rows = 1; rows <= std::min(height, units); rows++) {
         const int turns = static_cast<int>(ceil_div(height, rows) * ceil_div(kChannelsOfSlice, units / rows));
-        if (turns > fewest) continue;
-        best = rows;
-        fewest = turns;
+        if (turns < fewest) best = rows;
+        fewest = std::min(turns, fewest);
     }
     return best;
 }
@@ -100,7 +99,7 @@ template <int Height, int Width, int Before, int Channel, int Threads, class T>
 struct HaloOfColumns {
     static constexpr int kElements = kChannelsOfSlice * Channel;
     template <int Count>
-    static constexpr int kLanes = Width / Count;
+    static constexpr int kLanes = Width / Count;  // whole, so neighbouring threads go on in the next row
     template <int Count>
     static constexpr int kRowsAtOnce = rows_at_once(Height, Threads / kLanes<Count>);
 
@@ -135,7 +134,7 @@ struct HaloOfColumns {
         from = at_stride(from, stride, kChannelsOfSlice);
         const int channel = first_channel<Count>();
         if (channel >= kChannelsAtOnce) return;
-        features += channel * Channel + first_row<Count>() * Width + thread_computed_late() % kLanes<Count> * Count;
+        features += channel * Channel + (thread_computed_late() - channel * kLanes<Count> * kRows) * Count;
         uint32_t rows = exist;
 #pragma unroll 1
         for (int k = 0; k < kTurns<Count>; k++, rows >>= 1) {
