@@ -3,8 +3,8 @@
 // [source][tap][output]. It goes through the channels a slice at a time: it copies the slice's features, with their
 // halo, into shared memory and contracts them. A thread has two sources in some channels. It sums their eight outputs
 // in registers: a feature serves both sources, and a vector of masks four outputs and all channels. From sm_90 on a box
-// of float32 features is copied at once, where a tensor map can describe it. Small maps, such as those of 14 x 14, have
-// wider tiles.
+// of float32 features is copied at once, where a tensor map can describe it. There small maps, such as those of
+// 14 x 14, have wider tiles.
 #include "cuda/columns.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tile_up2.h"
@@ -24,6 +24,10 @@ constexpr int kChannelsAtOnce = 2;  // of a warp then
 // tiles have pairs.
 enum Columns { kSingle, kVectors, kBoxes, kSmallMaps };
 
+// Neighbouring channels of a thread are so many apart.
+template <int How>
+constexpr int kApart = How == kSmallMaps ? kGroups : kChannelsAtOnce;
+
 // A tile's masks, and its features as [channel][row][column].
 template <int K, int How, class T>
 struct Staged {
@@ -37,8 +41,7 @@ struct Staged {
     static_assert(kBoxRows >= kRows + K - 1 && kChannel % 32 == (How == kSmallMaps ? 24 : 16));
     using Features = HaloOfColumns<kRows + K - 1, kWidth, kBefore, kChannel, kThreads, T>;
     static constexpr int64_t kBytes = kMasks * int64_t{sizeof(float)} + Features::kElements * int64_t{sizeof(T)} +
-                                      int64_t{sizeof(uint64_t)};                  // and a barrier
-    static constexpr int kApart = How == kSmallMaps ? kGroups : kChannelsAtOnce;  // channels of a thread are
+                                      int64_t{sizeof(uint64_t)};  // and a barrier
 };
 
 struct ReassembleUp2NchwPlan {
@@ -65,7 +68,7 @@ __device__ __forceinline__ void store_four(float2 left, float2 right, T* to) {
 }
 
 // sums[channel][source][output] += masks * features, of a row of taps.
-template <int K, class S, class T>
+template <int K, int How, class T>
 __device__ __forceinline__ void add_row(const float4* weights, const T* pixels,
                                         float (&sums)[kChannelsOfThread][kSourcesOfThread][kOutputs]) {
 #pragma unroll
@@ -73,7 +76,7 @@ __device__ __forceinline__ void add_row(const float4* weights, const T* pixels,
         float2 columns[kChannelsOfThread];
 #pragma unroll
         for (int q = 0; q < kChannelsOfThread; q++)
-            columns[q] = staged_columns(pixels + q * S::kApart * S::kChannel + x);
+            columns[q] = staged_columns(pixels + q * kApart<How> * Staged<K, How, T>::kChannel + x);
 #pragma unroll
         for (int k = 0; k < 2 * kSourcesOfThread; k++) {
             const int s = k % kSourcesOfThread, b = x + k / kSourcesOfThread - s - (kBefore - K / 2);
@@ -178,12 +181,12 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
             float sums[kChannelsOfThread][kSourcesOfThread][kOutputs] = {};
             const float4* weights = first_weights;
             const T* pixels = first_pixels;
-            add_row<K, S>(weights, pixels, sums);  // by itself, so that no sum is set to 0 before
+            add_row<K, How>(weights, pixels, sums);  // by itself, so that no sum is set to 0 before
 #pragma unroll 1
             for (int more = packed / kUp - 1; more > 0; more--) {
                 weights += K;
                 pixels += S::kWidth;
-                add_row<K, S>(weights, pixels, sums);
+                add_row<K, How>(weights, pixels, sums);
             }
             sync_warps_of_block();
             if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice);
@@ -194,8 +197,8 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
                     T* const of_row = to + r * output.stride_h;
 #pragma unroll
                     for (int q = 0; q < kChannelsOfThread; q++) {
-                        T* const outputs = at_stride(of_row, channels_apart, q * S::kApart);
-                        if (q * S::kApart >= own_channels) break;
+                        T* const outputs = at_stride(of_row, channels_apart, q * kApart<How>);
+                        if (q * kApart<How> >= own_channels) break;
                         if constexpr (How != kSingle) {
                             store_four(make_float2(sums[q][0][r * kUp], sums[q][0][r * kUp + 1]),
                                        make_float2(sums[q][1][r * kUp], sums[q][1][r * kUp + 1]), outputs);
@@ -218,13 +221,13 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
     }
 }
 
-// Devices before sm_90 have no code for boxes.
+// Devices before sm_90 have no code for boxes, nor for wide tiles, for which their registers do not suffice.
 template <int K, int How, class T>
 __global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps ? 2
                                                                : How == kBoxes   ? 4
                                                                                  : 3)
     reassemble_up2_nchw_kernel(Arguments arguments, const __grid_constant__ ReassembleUp2NchwPlan plan) {
-    if constexpr (How != kBoxes || kCopiesBoxes) reassemble_items<K, How, T>(arguments.problem, arguments.result, plan);
+    if constexpr (How < kBoxes || kCopiesBoxes) reassemble_items<K, How, T>(arguments.problem, arguments.result, plan);
 }
 
 template <int K, int How, class T>
@@ -253,6 +256,7 @@ void reassemble_up2_nchw(const Problem& p, const Array& output) {
             if (not_for_columns(p.features) == nullptr && not_for_columns(output, 4) == nullptr) {
                 const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
                 if (columns(kMostColumns) < columns(kColumns) &&
+                    is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
                     not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
                     return launch_with<k, kSmallMaps, T>(p, output, boxes);
                 if (is_compiled_for(90, reassemble_up2_nchw_kernel<k, kBoxes, T>) &&
