@@ -711,14 +711,14 @@ MUTANTS = [
     Mutant(
         "a channel of another group is written, beside the last",
         "grad_features_up2_nchw.cu",
-        "if (c >= there) continue;",
-        "if (c > there) continue;",
+        "const bool exists = 2 * k < channels;",
+        "const bool exists = 2 * k <= channels;",
     ),
     Mutant(
         "a slice of columns arrives over the one that is read",
         "grad_features_up2_nchw.cu",
-        "            to += kChannels * grad_features.stride_c;\n            __syncthreads();\n",
-        "            to += kChannels * grad_features.stride_c;\n",
+        "            __syncthreads();\n            if (channels > kChannels) copy(",
+        "            if (channels > kChannels) copy(",
     ),
     Mutant(
         "a slice of channels arrives over the one that is read",
@@ -729,14 +729,38 @@ MUTANTS = [
     Mutant(
         "gradients of a slice are read before other threads have copied them",
         "grad_features_up2_nhwc.cu",
-        "            wait_for_copies();\n            __syncthreads();\n",
-        "            wait_for_copies();\n",
+        "                wait_for_copies();\n                __syncthreads();\n",
+        "                wait_for_copies();\n",
     ),
     Mutant(
         "the last column of a halo is not copied",
         "grad_features_up2_nhwc.cu",
         "k * kColumnsAtOnce) < width;",
         "k * kColumnsAtOnce) + 1 < width;",
+    ),
+    Mutant(
+        "gradients of a box are read before they arrive",
+        "grad_features_up2_nhwc.cu",
+        "wait_for_phase(barrier, phase);",
+        "wait_for_phase(barrier, phase ^ 1);",
+    ),
+    Mutant(
+        "a slice of columns is read before its box arrives",
+        "grad_features_up2_nchw.cu",
+        "wait_for_phase(barrier, phase);",
+        "wait_for_phase(barrier, phase ^ 1);",
+    ),
+    Mutant(
+        "masks are staged over the last slice of a tile",
+        "grad_features_up2_nchw.cu",
+        "            next = read;\n        }\n        __syncthreads();\n",
+        "            next = read;\n        }\n",
+    ),
+    Mutant(
+        "a thread adds a sum of its own unit to the other one",
+        "grad_features_up2.h",
+        "of_other(sums[u + 1][1][q], kOtherHalf)",
+        "of_other(sums[u][1][q], kOtherHalf)",
     ),
     Mutant(
         "threads of other halves of sources add their sums",
@@ -771,7 +795,7 @@ MUTANTS = [
     Mutant(
         "the mask of an output that a crop leaves out is not a number",
         "grad_features_up2.h",
-        "if ((i + rows) * kUp <= p.out_h &&",
+        "if (min(int64_t{i + rows}, p.features.h) * kUp <= p.out_h &&\n        ",
         "if (",
     ),
     Mutant(

@@ -29,6 +29,9 @@ __device__ __forceinline__ void begin_barrier(uint64_t* barrier) {
         : "memory");
 }
 
+// Each thread calls it that has written where boxes are to arrive, before __syncthreads() and their copies.
+__device__ __forceinline__ void write_before_boxes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Arrives; copies bring as many bytes.
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

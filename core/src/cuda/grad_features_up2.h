@@ -44,7 +44,9 @@ inline Tiles tiles_of_quads(const Problem& p, int channels_of_slice, int64_t sli
 // Clears the masks of outputs that a crop leaves out, as the gradient is 0 there. Ends with a barrier.
 template <int K>
 __device__ void clear_cropped_masks(const Problem& p, int i, int first, int rows, float* staged) {
-    if ((i + rows) * kUp <= p.out_h && (first + kInRow) * kUp <= p.out_w) return;
+    if (min(int64_t{i + rows}, p.features.h) * kUp <= p.out_h &&
+        min(int64_t{first + kInRow}, p.features.w) * kUp <= p.out_w)
+        return;
     for (int k = thread_computed_late(); k < rows * kInRow * K * K * kOutputs; k += kBlock) {
         const int output = k % kOutputs, source = k / (K * K * kOutputs);
         if ((i + source / kInRow) * kUp + output / kUp >= p.out_h ||
@@ -70,6 +72,9 @@ struct PartOfQuad {
         }
         return {row * kQuad, column * kQuad, thread / 2 % 2, thread % 2};
     }
+
+    // Units of channels come in pairs. A thread begins with this one of a pair, which it has in the end.
+    __device__ __forceinline__ int unit() const { return half ^ parity; }
 
     // The halves go from the outermost row of sources inwards. This is number y of a tile's halo.
     template <int K>
@@ -160,20 +165,18 @@ __device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
 // Has any thread of a warp something to store? After a vote the compiler knows that the warp does not part.
 __device__ __forceinline__ bool warp_has(bool some) { return __any_sync(0xffffffffu, some) != 0; }
 
-// Adds the sums of the four threads of a quad. A thread has sums[unit][row, its half's own first][column] of all units
-// of channels. It gets its own row of every other unit, from `parity` on.
+// Adds the sums of the four threads of a quad. A thread has sums[unit][row, its half's own first][column] of pairs of
+// units, its own first. It gets its own row and unit of each.
 template <int Units, class V>
-__device__ __forceinline__ void add_sums(const PartOfQuad& own, const V (&sums)[Units][kQuad][kQuad],
-                                         V (&results)[Units / 2][kQuad]) {
+__device__ __forceinline__ void add_sums(const V (&sums)[Units][kQuad][kQuad], V (&results)[Units / 2][kQuad]) {
     constexpr int kOtherParity = 1, kOtherHalf = 2;  // bits of a thread's number
 #pragma unroll
     for (int u = 0; u < Units; u += 2) {
 #pragma unroll
         for (int q = 0; q < kQuad; q++) {
-            const V even = sum_of(sums[u][0][q], of_other(sums[u][1][q], kOtherHalf));
-            const V odd = sum_of(sums[u + 1][0][q], of_other(sums[u + 1][1][q], kOtherHalf));
-            results[u / 2][q] = sum_of(own.parity == 0 ? even : odd,
-                                       of_other(own.parity == 0 ? odd : even, kOtherParity));
+            const V mine = sum_of(sums[u][0][q], of_other(sums[u + 1][1][q], kOtherHalf));
+            const V others = sum_of(sums[u + 1][0][q], of_other(sums[u][1][q], kOtherHalf));
+            results[u / 2][q] = sum_of(mine, of_other(others, kOtherParity));
         }
     }
 }

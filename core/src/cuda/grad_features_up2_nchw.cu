@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent columns: see grad_features_up2.h. In the end a
-// thread has every other channel of a slice, of a row of its quad.
+// The gradient of features for up x2 with adjacent columns: see grad_features_up2.h. In the end a thread has every
+// other channel of a slice, of a row of its quad. From sm_90 on a slice is copied as one box, where a tensor map can
+// describe it.
 #include "cuda/columns.h"
 #include "cuda/grad_features_up2.h"
+#include "cuda/tensor_map.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -13,14 +15,20 @@ static_assert(kGradsInRow / kVector % 8 == 2 && kQuad * kUp == kVector);
 
 template <int K>
 constexpr int kChannel = MasksOfQuad<K>::kGradRows * kGradsInRow;
+template <int K>
+constexpr int kSlice = kChannels * kChannel<K>;
+// Two slices, in whose place masks are before, and a barrier.
 template <int K, class T>
 constexpr int64_t kBytes = std::max(MasksOfQuad<K>::kStaged * int64_t{sizeof(float)},
-                                    kChannels* kChannel<K>* int64_t{sizeof(T)});
+                                    2 * kSlice<K> * int64_t{sizeof(T)}) +
+                           int64_t{sizeof(uint64_t)};
 
 struct GradFeaturesUp2NchwPlan {
     Tiles tiles;
-    int copied;  // columns of grad_output at once: 4, 2 or 1
-    bool pairs;  // both columns of a quad are stored at once
+    int copied;           // columns of grad_output at once: 4, 2 or 1
+    bool pairs;           // both columns of a quad are stored at once
+    bool boxes = false;   // a slice is copied at once
+    CUtensorMap slice{};  // of grad_output
 
     GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features)
         : tiles(tiles_of_quads(p, kChannels, 5, columns_before(p))),
@@ -68,30 +76,59 @@ __device__ __forceinline__ void copy_slice(const Problem& p, const T* from, int 
     }
 }
 
+// Stores a thread's results: `columns` of each channel that is one of `channels`.
+template <class T>
+__device__ __forceinline__ void store_results(const float (&results)[kChannels / 2][kQuad], int columns, int channels,
+                                              bool pairs, int64_t stride_c, T* to) {
+#pragma unroll
+    for (int k = 0; k < kChannels / 2; k++, to += 2 * stride_c) {
+        const bool exists = 2 * k < channels;
+        if (pairs) {
+            if (exists) store_columns(make_float2(results[k][0], results[k][1]), to);
+        } else {
+            if (exists) to[0] = narrow<T>(results[k][0]);
+            if (exists && columns > 1) to[1] = narrow<T>(results[k][1]);
+        }
+    }
+}
+
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3)
-    grad_features_up2_nchw_kernel(Arguments arguments, GradFeaturesUp2NchwPlan plan) {
+    grad_features_up2_nchw_kernel(Arguments arguments, const __grid_constant__ GradFeaturesUp2NchwPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     using Masks = MasksOfQuad<K>;
-    T* const grads = shared_memory<T>();  // of a slice; before them, masks
+    T* const slices = shared_memory<T>();
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared_memory<char>() + kBytes<K, T>) - 1;
+    const bool boxes = kCopiesBoxes && plan.boxes;
+    unsigned phase = 0;
+    if (boxes && threadIdx.x == 0) begin_barrier(barrier);
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
         const PartOfQuad own = PartOfQuad::of_thread(true);
         Masks masks;
         masks.template take<T>(p, tile, own, shared_memory<float>());
-        const T* rows[Masks::kHalf];  // of the outputs that reach the thread
+        int rows[Masks::kHalf];  // of the outputs that reach the thread
 #pragma unroll
         for (int y = 0; y < Masks::kHalf; y++)
-            rows[y] = grads + (own.source_row<K>(y) * kUp + own.parity) * kGradsInRow + own.column * kUp;
+            rows[y] = (own.source_row<K>(y) * kUp + own.parity) * kGradsInRow + own.column * kUp;
         const int i = tile.top + own.row + own.half, j = tile.left + own.column;
         const int columns = i < grad_features.h && j >= 0 ? static_cast<int>(min(grad_features.w - j, int64_t{kQuad}))
                                                           : 0;
-        const int out_top = (tile.top - K / 2) * kUp, out_left = (tile.left - kBefore) * kUp;
-        const T* from = element<const T>(p.grad_output, tile.n, tile.c, out_top, out_left);
-        T* to = element<T>(grad_features, tile.n, tile.c + own.parity, i, j);  // [C, H, W]
-#pragma unroll 1
-        for (int channels = tile.channels; channels > 0; channels -= kChannels) {
+        T* to = element<T>(grad_features, tile.n, tile.c + own.unit(), i, j);  // [C, H, W]
+        const auto copy = [&](int channels, T* grads) {
+            const int out_top = (tile.top - K / 2) * kUp, out_left = (tile.left - kBefore) * kUp;
+            const int64_t c = tile.c + tile.channels - channels;
+            if constexpr (kCopiesBoxes) {
+                if (boxes) {
+                    if (threadIdx.x != 0) return;
+                    expect_bytes(barrier, kSlice<K> * sizeof(T));
+                    copy_box(grads, plan.slice, out_left, out_top, static_cast<int>(c), static_cast<int>(tile.n),
+                             barrier);
+                    return;
+                }
+            }
+            const T* const from = element<const T>(p.grad_output, tile.n, c, out_top, out_left);
             if (plan.copied == 4) {
                 copy_slice<K, 4>(p, from, out_top, out_left, channels, grads);
             } else if (plan.copied == 2) {
@@ -99,10 +136,27 @@ __global__ void __launch_bounds__(kBlock, 3)
             } else {
                 copy_slice<K, 1>(p, from, out_top, out_left, channels, grads);
             }
-            from += kChannels * p.grad_output.stride_c;
-            wait_for_copies();
+        };
+        if (boxes) {
+            write_before_boxes();
             __syncthreads();
+        }
+        T *grads = slices, *next = slices + kSlice<K>;
+        copy(tile.channels, grads);
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= kChannels) {
+            if (boxes) {
+                wait_for_phase(barrier, phase);
+                phase ^= 1;
+            } else {
+                wait_for_copies();
+            }
+            __syncthreads();
+            if (channels > kChannels) copy(channels - kChannels, next);
             if (warp_has(columns > 0)) {
+                const T* of_unit[2];  // of each pair of channels, the thread's own one first
+#pragma unroll
+                for (int u = 0; u < 2; u++) of_unit[u] = grads + (u ^ own.unit()) * kChannel<K>;
                 float sums[kChannels][kQuad][kQuad] = {}, results[kChannels / 2][kQuad];
 #pragma unroll
                 for (int c = 0; c < kChannels; c++) {
@@ -110,7 +164,8 @@ __global__ void __launch_bounds__(kBlock, 3)
                     for (int y = 0; y < Masks::kHalf; y++) {
 #pragma unroll
                         for (int x = 0; x < kReach; x += kVector / kUp) {
-                            const float4 four = staged_channels(rows[y] + c * kChannel<K> + x * kUp);
+                            const float4 four = staged_channels(of_unit[c % 2] + rows[y] + c / 2 * 2 * kChannel<K> +
+                                                                x * kUp);
                             masks.add(y, x, 0, four.x, sums[c]);
                             masks.add(y, x, 1, four.y, sums[c]);
                             masks.add(y, x + 1, 0, four.z, sums[c]);
@@ -118,23 +173,16 @@ __global__ void __launch_bounds__(kBlock, 3)
                         }
                     }
                 }
-                add_sums(own, sums, results);
-                const int there = columns > 0 ? channels - own.parity : 0;  // channels, from the thread's first one on
-                T* channel = to;
-#pragma unroll
-                for (int c = 0; c < kChannels; c += 2, channel += 2 * grad_features.stride_c) {
-                    if (c >= there) continue;
-                    if (plan.pairs) {
-                        store_columns(make_float2(results[c / 2][0], results[c / 2][1]), channel);
-                    } else {
-                        channel[0] = narrow<T>(results[c / 2][0]);
-                        if (columns > 1) channel[1] = narrow<T>(results[c / 2][1]);
-                    }
-                }
+                add_sums(sums, results);
+                store_results(results, columns, columns > 0 ? channels - own.unit() : 0, plan.pairs,
+                              grad_features.stride_c, to);
             }
             to += kChannels * grad_features.stride_c;
-            __syncthreads();
+            T* const read = grads;
+            grads = next;
+            next = read;
         }
+        __syncthreads();
     }
 }
 
@@ -149,8 +197,12 @@ const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& gra
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const GradFeaturesUp2NchwPlan plan(p, grad_features);
-        launch(grad_features_up2_nchw_kernel<k, T>, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
+        const auto kernel = grad_features_up2_nchw_kernel<k, T>;
+        GradFeaturesUp2NchwPlan plan(p, grad_features);
+        plan.boxes = is_compiled_for(90, kernel) &&
+                     describe_boxes_of_columns(p.grad_output, kGradsInRow, MasksOfQuad<k>::kGradRows, kChannels,
+                                               &plan.slice);
+        launch(kernel, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
     });
 }
 

@@ -1,75 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for up x2 with adjacent channels: see grad_features_up2.h. A thread has eight channels at a
-// time, as two vectors. In the end it has one of them, of a row of its quad.
+// time, as two vectors. In the end it has one of them, of a row of its quad. From sm_90 on a slice is copied as one
+// box, where a tensor map can describe it.
 #include "cuda/grad_features_up2.h"
+#include "cuda/tensor_map.h"
 
 namespace carafepp::cuda {
 namespace {
 
 constexpr int kVectors = 4, kChannels = kVectors * kVector;  // of a slice
 constexpr int kVectorsOfThread = 2;                          // at a time
-// Gradients of a slice: [row][group of columns][column][channel]. A vector behind each group moves neighbouring quads,
-// rows and halves of sources to different banks.
-constexpr int kColumnsOfGroup = 4, kGroup = (kColumnsOfGroup * kVectors + 1) * kVector;
-constexpr int kRow = kGradsInRow / kColumnsOfGroup * kGroup;
-static_assert(kRow / kVector % 8 == 2 && kQuad * kUp == kColumnsOfGroup && kGradsInRow % kColumnsOfGroup == 0);
+// Gradients of a slice: [row][column][channel]. One more column moves neighbouring rows to different banks.
+constexpr int kStagedInRow = kGradsInRow + 1, kRow = kStagedInRow * kChannels;
+static_assert(kRow / kVector % 8 == 4);
 
-__host__ __device__ constexpr int place(int column) {
-    return column / kColumnsOfGroup * kGroup + column % kColumnsOfGroup * kChannels;
-}
-
+template <int K>
+constexpr int kSlice = MasksOfQuad<K>::kGradRows * kRow;
+// A slice, in whose place masks are before, and a barrier.
 template <int K, class T>
-constexpr int64_t kBytes = std::max(MasksOfQuad<K>::kStaged * int64_t{sizeof(float)},
-                                    MasksOfQuad<K>::kGradRows * kRow * int64_t{sizeof(T)});
+constexpr int64_t kBytes = std::max(MasksOfQuad<K>::kStaged * int64_t{sizeof(float)}, kSlice<K>* int64_t{sizeof(T)}) +
+                           int64_t{sizeof(uint64_t)};
 
-// The vectors that a thread copies: of every fourth row, in every eighth column.
+// Copies a slice, of which `channels` channels exist; 0 where there is no output. A thread has a vector of every fourth
+// row, in every eighth column.
 template <int K, class T>
-struct CopiesOfThread {
-    static constexpr int kRows = MasksOfQuad<K>::kGradRows, kColumnsAtOnce = 8,
-                         kRowsAtOnce = kBlock / (kVectors * kColumnsAtOnce);
-    static constexpr int kCopiesInRow = kGradsInRow / kColumnsAtOnce;
-    static_assert(kGradsInRow % kColumnsAtOnce == 0 && kColumnsAtOnce % kColumnsOfGroup == 0);
-    static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce >= 5 - 1);
-
-    const T* from;   // the first one of the next slice
-    int end, out_j;  // rows of outputs from its own to the last; its column of outputs
-
-    static __device__ __forceinline__ int channel_of(int thread) { return thread % kVectors * kVector; }
-    static __device__ __forceinline__ int column_of(int thread) { return thread / kVectors % kColumnsAtOnce; }
-    static __device__ __forceinline__ int row_of(int thread) { return thread / (kVectors * kColumnsAtOnce); }
-
-    __device__ __forceinline__ CopiesOfThread(const Problem& p, const TileOfItem& tile) {
-        const int thread = thread_computed_late(), out_i = (tile.top - K / 2) * kUp + row_of(thread);
-        out_j = (tile.left - kBefore) * kUp + column_of(thread);
-        from = element<const T>(p.grad_output, tile.n, tile.c + channel_of(thread), out_i, out_j);
-        end = static_cast<int>(p.out_h) - out_i;
-    }
-
-    // Copies the next slice, of which `channels` channels exist; 0 where there is no output.
-    __device__ __forceinline__ void copy(const Problem& p, int channels, T* grads) {
-        const int thread = thread_computed_late();
-        const unsigned width = channel_of(thread) < channels ? static_cast<unsigned>(p.out_w) : 0;
-        bool columns[kCopiesInRow];
+__device__ __forceinline__ void copy_slice(const Problem& p, const TileOfItem& tile, int channels, T* grads) {
+    constexpr int kGradRows = MasksOfQuad<K>::kGradRows, kColumnsAtOnce = 8, kCopies = kGradsInRow / kColumnsAtOnce,
+                  kRowsAtOnce = kBlock / (kVectors * kColumnsAtOnce);
+    static_assert(kGradsInRow % kColumnsAtOnce == 0 && kGradRows % kRowsAtOnce == 0 && kRowsAtOnce >= 5 - 1);
+    const int thread = thread_computed_late(), channel = thread % kVectors * kVector;
+    const int x = thread / kVectors % kColumnsAtOnce, y = thread / (kVectors * kColumnsAtOnce);
+    const int i = (tile.top - K / 2) * kUp + y, j = (tile.left - kBefore) * kUp + x;
+    const int end = static_cast<int>(p.out_h) - i;  // of rows
+    const unsigned width = channel < channels ? static_cast<unsigned>(p.out_w) : 0;
+    bool columns[kCopies];  // that exist
 #pragma unroll
-        for (int k = 0; k < kCopiesInRow; k++) columns[k] = static_cast<unsigned>(out_j + k * kColumnsAtOnce) < width;
-        T* const to = grads + row_of(thread) * kRow + place(column_of(thread)) + channel_of(thread);
-        const T* row = from;
+    for (int k = 0; k < kCopies; k++) columns[k] = static_cast<unsigned>(j + k * kColumnsAtOnce) < width;
+    const T* from = element<const T>(p.grad_output, tile.n, tile.c + tile.channels - channels + channel, i, j);
+    grads += y * kRow + x * kChannels + channel;
 #pragma unroll 2
-        for (int y = 0; y < kRows; y += kRowsAtOnce, row += kRowsAtOnce * p.grad_output.stride_h) {
-            const bool exists = y < end && (y > 0 || end <= static_cast<int>(p.out_h));  // of K - 1 rows some may not
-            const T* pixel = row;
+    for (int row = 0; row < kGradRows; row += kRowsAtOnce, from += kRowsAtOnce * p.grad_output.stride_h) {
+        const bool exists = row < end && (row > 0 || i >= 0);  // of K - 1 rows some may not
+        const T* pixel = from;
 #pragma unroll
-            for (int k = 0; k < kCopiesInRow; k++, pixel += kColumnsAtOnce * p.grad_output.stride_w) {
-                copy_async<kVector * sizeof(T)>(to + y * kRow + place(k * kColumnsAtOnce), pixel, exists && columns[k]);
-            }
+        for (int k = 0; k < kCopies; k++, pixel += kColumnsAtOnce * p.grad_output.stride_w) {
+            copy_async<kVector * sizeof(T)>(grads + row * kRow + k * kColumnsAtOnce * kChannels, pixel,
+                                            exists && columns[k]);
         }
-        from += kChannels;
     }
-};
+}
 
 struct GradFeaturesUp2NhwcPlan {
     Tiles tiles;
-    bool wide_warps;  // see PartOfQuad
+    bool wide_warps;      // see PartOfQuad
+    bool boxes = false;   // a slice is copied at once
+    CUtensorMap slice{};  // of grad_output
 
     explicit GradFeaturesUp2NhwcPlan(const Problem& p)
         : tiles(tiles_of_quads(p, kChannels, 3)), wide_warps(columns_of_warp(p, 32, kColumns / 2) == kColumns) {}
@@ -77,50 +62,72 @@ struct GradFeaturesUp2NhwcPlan {
 
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 3)
-    grad_features_up2_nhwc_kernel(Arguments arguments, GradFeaturesUp2NhwcPlan plan) {
+    grad_features_up2_nhwc_kernel(Arguments arguments, const __grid_constant__ GradFeaturesUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     using Masks = MasksOfQuad<K>;
-    T* const grads = shared_memory<T>();  // of a slice; before them, masks
+    T* const grads = shared_memory<T>();
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared_memory<char>() + kBytes<K, T>) - 1;
+    const bool boxes = kCopiesBoxes && plan.boxes;
+    unsigned phase = 0;
+    if (boxes && threadIdx.x == 0) begin_barrier(barrier);
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
         const PartOfQuad own = PartOfQuad::of_thread(plan.wide_warps);
         Masks masks;
         masks.template take<T>(p, tile, own, shared_memory<float>());
-        CopiesOfThread<K, T> copies(p, tile);
+        if (boxes) {
+            write_before_boxes();
+            __syncthreads();
+        }
+        // The vectors of neighbouring threads are in different banks: those of two quads are other pairs of a slice,
+        // and those of two halves other units of a pair.
+        const int own_pair = own.column / kQuad % 2 * kVectorsOfThread * kVector, own_unit = own.unit() * kVector;
         const T* rows[Masks::kHalf];  // of the outputs that reach the thread
 #pragma unroll
         for (int y = 0; y < Masks::kHalf; y++)
-            rows[y] = grads + (own.source_row<K>(y) * kUp + own.parity) * kRow + place(own.column * kUp);
+            rows[y] = grads + (own.source_row<K>(y) * kUp + own.parity) * kRow + own.column * kUp * kChannels;
         const int i = tile.top + own.row + own.half, j = tile.left + own.column;
         const int left = i < grad_features.h ? static_cast<int>(min(grad_features.w - j, int64_t{kQuad})) : 0;
-        T* to = element<T>(grad_features, tile.n, tile.c + own.parity * kVector, i, j);  // [H, W, C]
+        T* to = element<T>(grad_features, tile.n, tile.c + own_unit, i, j);  // [H, W, C]
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= kChannels) {
-            copies.copy(p, channels, grads);
-            wait_for_copies();
-            __syncthreads();
+            if constexpr (kCopiesBoxes) {
+                if (boxes && threadIdx.x == 0) {
+                    expect_bytes(barrier, kSlice<K> * sizeof(T));
+                    copy_box(grads, plan.slice, static_cast<int>(tile.c) + tile.channels - channels,
+                             (tile.left - kBefore) * kUp, (tile.top - K / 2) * kUp, static_cast<int>(tile.n), barrier);
+                }
+            }
+            if (boxes) {
+                wait_for_phase(barrier, phase);
+                phase ^= 1;
+            } else {
+                copy_slice<K>(p, tile, channels, grads);
+                wait_for_copies();
+                __syncthreads();
+            }
             const int end = warp_has(left > 0) ? kChannels : 0;
 #pragma unroll 1
             for (int first = 0; first < end; first += kVectorsOfThread * kVector) {
+                const int pair = first ^ own_pair;
                 float4 sums[kVectorsOfThread][kQuad][kQuad] = {}, results[1][kQuad];
 #pragma unroll
                 for (int y = 0; y < Masks::kHalf; y++) {
 #pragma unroll
-                    for (int x = kBefore - K / 2; x < kReach - (kBefore - K / 2); x++) {
+                    for (int u = 0; u < kVectorsOfThread; u++) {
+                        const T* const vectors = rows[y] + pair + (own_unit ^ u * kVector);
 #pragma unroll
-                        for (int s = 0; s < kUp; s++) {
+                        for (int x = kBefore - K / 2; x < kReach - (kBefore - K / 2); x++) {
 #pragma unroll
-                            for (int v = 0; v < kVectorsOfThread; v++) {
-                                const float4 grad = staged_channels(rows[y] + first + place(x * kUp + s) + v * kVector);
-                                masks.add(y, x, s, grad, sums[v]);
-                            }
+                            for (int s = 0; s < kUp; s++)
+                                masks.add(y, x, s, staged_channels(vectors + (x * kUp + s) * kChannels), sums[u]);
                         }
                     }
                 }
-                add_sums(own, sums, results);
-                const bool exist = first + own.parity * kVector < channels;
-                T* pixel = to + first;
+                add_sums(sums, results);
+                const bool exist = pair + own_unit < channels;
+                T* pixel = to + pair;
 #pragma unroll
                 for (int q = 0; q < kQuad; q++, pixel += grad_features.stride_w) {
                     if (exist && q < left) store_channels(results[0][q], pixel);
@@ -144,8 +151,17 @@ void grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
         static_assert(kBytes<k, T> <= kMostAskedBytes);
-        const GradFeaturesUp2NhwcPlan plan(p);
-        launch(grad_features_up2_nhwc_kernel<k, T>, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
+        const auto kernel = grad_features_up2_nhwc_kernel<k, T>;
+        const Array& grads = p.grad_output;
+        GradFeaturesUp2NhwcPlan plan(p);
+        plan.boxes = is_compiled_for(90, kernel) &&
+                     describe_boxes(grads,
+                                    {{grads.c, grads.stride_c, kChannels},
+                                     {grads.w, grads.stride_w, kStagedInRow},
+                                     {grads.h, grads.stride_h, MasksOfQuad<k>::kGradRows},
+                                     {grads.n, grads.stride_n, 1}},
+                                    &plan.slice);
+        launch(kernel, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
     });
 }
 

@@ -7,8 +7,8 @@ namespace carafepp::cuda {
 namespace {
 
 template <int K, class T>
-__global__ void __launch_bounds__(128, 4) grad_features_up2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
-    compute_grad_features<K, T, SliceOfChannels<K, T, 8>>(arguments.problem, arguments.result, plan);
+__global__ void __launch_bounds__(256, 2) grad_features_up2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
+    compute_grad_features<K, T, SliceOfChannels<K, T, 16>>(arguments.problem, arguments.result, plan);
 }
 
 }  // namespace
@@ -23,7 +23,8 @@ const char* cannot_run_grad_features_up2_nhwc_mma(const Problem& p, const Array&
 void grad_features_up2_nhwc_mma(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        launch_grad_features<SliceOfChannels<k, T, 8>, k>(grad_features_up2_nhwc_mma_kernel<k, T>, p, grad_features, 0);
+        launch_grad_features<SliceOfChannels<k, T, 16>, k>(grad_features_up2_nhwc_mma_kernel<k, T>, p, grad_features,
+                                                           0);
     });
 }
 

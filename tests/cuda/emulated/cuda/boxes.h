@@ -13,6 +13,7 @@ constexpr bool kCopiesBoxes = true;
 inline void begin_barrier(uint64_t* barrier, emulation::Place place = emulation::Place::here()) {
     emulation::begin_barrier(barrier, place);
 }
+inline void write_before_boxes() {}
 inline void expect_bytes(uint64_t* barrier, int bytes, emulation::Place place = emulation::Place::here()) {
     emulation::expect_bytes(barrier, static_cast<size_t>(bytes), place);
 }
