@@ -993,6 +993,12 @@ MUTANTS = [
         "            wait_for_copies();",
     ),
     Mutant(
+        "the next slice arrives over the one that tensor cores multiply",
+        "grad_features_mma.h",
+        "next = buffers + (Slice::kBuffers - 1) * Slice::kGrads;",
+        "next = buffers;",
+    ),
+    Mutant(
         "a tile left of the result is written",
         "grad_features_up2_nchw_mma.cu",
         "row < p.features.h && column >= 0 &&",

@@ -429,6 +429,9 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
     if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}
+    if name == "grad_features_up2_nchw_mma":
+        columns = 16 if ceil(problem.w / 16) % 2 else 32
+        arguments, type_ = {f"{size}{type_}Li{columns}E"}, ""
     if name.endswith("_few"):
         own = 4 if problem.kernel_size == 3 and problem.up % 4 == 0 else 1
         arguments = {f"{size}Li{own}E"}

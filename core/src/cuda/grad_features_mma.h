@@ -18,7 +18,7 @@ constexpr int kRowsOfHalf = 2, kHalves = 2;  // of these pixels: a half is the c
 constexpr int kFour = 4, kFours = 2;         // sources of a product, and how many products they need
 constexpr int kBeforeTile = 2;               // columns of sources, and as many behind it
 constexpr int kChannelsOfMma = 16;
-constexpr int64_t kEnoughItems = 128;  // that keep all multiprocessors busy
+constexpr int64_t kSlicesToStage = 4;  // which take as long as to stage the masks of a tile
 static_assert(kOfWarp + 2 * kBeforeTile == kFours * kFour && kBeforeTile >= 5 / 2, "all sources are in the fours");
 
 // A tile of the result with `Columns` columns, the sources whose windows reach it, and their outputs.
@@ -246,7 +246,8 @@ __device__ __forceinline__ void compute_again(const Problem& p, const Array& gra
     });
 }
 
-// The kernel. A Slice knows how gradients and results of a slice lie in memory:
+// The kernel. A Slice knows how gradients and results of a slice lie in memory. With two buffers of gradients the next
+// slice arrives while this one is multiplied.
 //
 //     Slice(p, grad_features, tile)
 //     copy(p, channels, grads)                     the next slice of grad_output, 0 where there is none
@@ -260,25 +261,31 @@ template <int K, class T, class Slice>
 __device__ __forceinline__ void compute_grad_features(const Problem& p, const Array& grad_features, const Tiles& plan) {
     using Tile = typename Slice::Tile;
     using OfTile = Bands<K, Tile>;
-    T* const grads = shared_memory<T>();  // of a slice; before them, all masks
-    T* const results = grads + Slice::kGrads;
+    T* const buffers = shared_memory<T>();  // of gradients; before them, all masks
+    T* const results = buffers + Slice::kBuffers * Slice::kGrads;
     const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfItem tile(p, plan, item);
         Slice slice(p, grad_features, tile);
-        stage_masks_of_tile<K, Tile>(p, tile, scale, grads);
+        stage_masks_of_tile<K, Tile>(p, tile, scale, buffers);
         __syncthreads();
-        const OfTile bands(grads, PixelsOfWarp<Tile>());
+        const OfTile bands(buffers, PixelsOfWarp<Tile>());
         __syncthreads();
+        T *grads = buffers, *next = buffers + (Slice::kBuffers - 1) * Slice::kGrads;
+        slice.copy(p, tile.channels, grads);
 #pragma unroll 1
-        for (int channels = tile.channels;; channels -= Slice::kChannels) {
-            if (channels > 0) slice.copy(p, channels, grads);
-            if (channels < tile.channels) slice.store(grad_features, channels + Slice::kChannels, results);
-            if (channels <= 0) break;
+        for (int channels = tile.channels; channels > 0; channels -= Slice::kChannels) {
+            const int behind = channels - Slice::kChannels;
             wait_for_copies();
             __syncthreads();
+            if (Slice::kBuffers == 2 && behind > 0) slice.copy(p, behind, next);
             multiply_slice<K>(slice, bands, grads, unscale, results);
             __syncthreads();
+            if (Slice::kBuffers == 1 && behind > 0) slice.copy(p, behind, next);
+            slice.store(grad_features, channels, results);
+            T* const multiplied = grads;
+            grads = next;
+            next = multiplied;
         }
         if (!slice.finite) compute_again<T>(p, grad_features, plan, item, slice);
         __syncthreads();
@@ -288,14 +295,16 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
 // The shared memory of a block.
 template <class Slice, int K>
 constexpr int64_t kBytesOfBlock = int64_t{sizeof(uint16_t)} *
-                                  std::max(Slice::Tile::kSources * K * K * kOutputs, Slice::kGrads + Slice::kResults);
+                                  std::max(Slice::Tile::kSources * K * K * kOutputs,
+                                           Slice::kBuffers* Slice::kGrads + Slice::kResults);
 
 // Queues a kernel of K and T for a problem; `before`: see Tiles.
 template <class Slice, int K>
 void launch_grad_features(void (*kernel)(Arguments, Tiles), const Problem& p, const Array& grad_features, int before) {
     using Tile = typename Slice::Tile;
-    const Tiles plan(p, p.features.h, p.features.w, Tile::kRows, Tile::kColumns, Slice::kChannels, kEnoughItems,
-                     before);
+    const Tiles plan = with_even_items(
+        Tiles(p, p.features.h, p.features.w, Tile::kRows, Tile::kColumns, Slice::kChannels, 0, before),
+        Slice::kChannels, kSlicesToStage, Slice::kBuffers == 1 ? 2 : 1);
     launch(kernel, plan.items, Tile::kThreads, kBytesOfBlock<Slice, K>, p, grad_features, plan);
 }
 

@@ -22,23 +22,10 @@ constexpr int kInRow = kColumns + 2 * kBefore, kGradsInRow = kUp * kInRow;  // s
 static_assert(kRows * kColumns / (kQuad * kQuad) * kSharers == kBlock, "a thread for each part of a quad");
 static_assert(kBefore >= 5 / 2);
 
-// The tiles of a problem, in items of as many channels that the busiest multiprocessor is done first. An item stages
-// its masks, which takes as long as some slices. A multiprocessor with one item is half idle.
+// The tiles of a problem. To stage an item's masks takes as long as some slices.
 inline Tiles tiles_of_quads(const Problem& p, int channels_of_slice, int64_t slices_to_stage, int before = 0) {
-    constexpr int64_t kMultiprocessors = 132, kMostBlocks = 32;
-    Tiles tiles(p, p.features.h, p.features.w, kRows, kColumns, channels_of_slice, 0, before);
-    const int64_t all = tiles.channels / channels_of_slice, of_channels = tiles.items;
-    int64_t least = INT64_MAX;
-    for (int64_t blocks = 1; blocks <= std::clamp<int64_t>(all / 2, 1, kMostBlocks); blocks++) {
-        const int64_t slices = ceil_div(all, blocks), items = of_channels * ceil_div(all, slices),
-                      cost = std::max<int64_t>(ceil_div(items, kMultiprocessors), 2) * (slices + slices_to_stage);
-        if (cost >= least) continue;
-        least = cost;
-        tiles.channels = slices * channels_of_slice;
-        tiles.channel_blocks = ceil_div(all, slices);
-        tiles.items = items;
-    }
-    return tiles;
+    return with_even_items(Tiles(p, p.features.h, p.features.w, kRows, kColumns, channels_of_slice, 0, before),
+                           channels_of_slice, slices_to_stage);
 }
 
 // Clears the masks of outputs that a crop leaves out, as the gradient is 0 there. Ends with a barrier.

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for up x2 with adjacent columns of 16 bits, on tensor cores: see grad_features_mma.h. A tile
-// has 16 columns, so that its rows are whole sectors.
+// has 32 columns, where two narrower ones have no fewer and the device has the shared memory. Rows are whole sectors.
 #include "cuda/grad_features_mma.h"
 
 namespace carafepp::cuda {
 namespace {
 
+constexpr int kNarrowTile = 16, kWideTile = 32;  // columns
+
 // A slice: gradients as [channel][row][column], results as [channel][pixel]. A thread copies some columns of all
 // channels, and stores two columns of some channels.
-template <int K, class T>
+template <int K, class T, int Columns>
 struct SliceOfColumns {
-    using Tile = TileShape<K, 16>;
+    using Tile = TileShape<K, Columns>;
     static constexpr int kChannels = kChannelsOfMma;
+    static constexpr int kBuffers = Columns == kWideTile ? 2 : 1;  // a multiprocessor has one block then, or two
     // Vectors of eight elements of a channel are odd in number, so that eight channels are in different banks.
     static constexpr int kChannel = Tile::kGradRows * Tile::kGradColumns + 8, kGrads = kChannels * kChannel;
     static constexpr int kOfChannel = Tile::kPixels + 4, kResults = kChannels * kOfChannel;  // likewise two rows
@@ -108,18 +111,25 @@ struct SliceOfColumns {
     }
 };
 
-template <int K, class T>
-__global__ void __launch_bounds__(256, 2) grad_features_up2_nchw_mma_kernel(Arguments arguments, Tiles plan) {
-    compute_grad_features<K, T, SliceOfColumns<K, T>>(arguments.problem, arguments.result, plan);
+template <int K, class T, int Columns>
+__global__ void __launch_bounds__(TileShape<K, Columns>::kThreads, kWideTile / Columns)
+    grad_features_up2_nchw_mma_kernel(Arguments arguments, Tiles plan) {
+    compute_grad_features<K, T, SliceOfColumns<K, T, Columns>>(arguments.problem, arguments.result, plan);
 }
 
 // Columns of the first tile left of the result. So rows of a tile's gradients begin with a whole sector. None if that
 // takes more tiles.
-template <class Tile>
-int columns_before(const Problem& p) {
-    constexpr int kBefore = Tile::kColumns / kUp - kBeforeTile;
+int columns_before(const Problem& p, int columns) {
+    constexpr int kBefore = 8 - kBeforeTile;
     const int64_t width = p.features.w;
-    return ceil_div(width + kBefore, Tile::kColumns) == ceil_div(width, Tile::kColumns) ? kBefore : 0;
+    return ceil_div(width + kBefore, columns) == ceil_div(width, columns) ? kBefore : 0;
+}
+
+// Queues the kernel of K and T with these columns of a tile.
+template <int K, class T, int Columns>
+void launch_columns(const Problem& p, const Array& grad_features) {
+    launch_grad_features<SliceOfColumns<K, T, Columns>, K>(grad_features_up2_nchw_mma_kernel<K, T, Columns>, p,
+                                                           grad_features, columns_before(p, Columns));
 }
 
 }  // namespace
@@ -128,15 +138,18 @@ const char* cannot_run_grad_features_up2_nchw_mma(const Problem& p, const Array&
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_columns_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    return not_compiled_for_bfloat16(p, grad_features_up2_nchw_mma_kernel<5, BFloat16>);
+    return not_compiled_for_bfloat16(p, grad_features_up2_nchw_mma_kernel<5, BFloat16, kNarrowTile>);
 }
 
 void grad_features_up2_nchw_mma(const Problem& p, const Array& grad_features) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        using Slice = SliceOfColumns<k, T>;
-        launch_grad_features<Slice, k>(grad_features_up2_nchw_mma_kernel<k, T>, p, grad_features,
-                                       columns_before<typename Slice::Tile>(p));
+        const int64_t wide = ceil_div(p.features.w, kWideTile), narrow = ceil_div(p.features.w, kNarrowTile);
+        if (2 * wide == narrow && not_for_shared_memory(kBytesOfBlock<SliceOfColumns<k, T, kWideTile>, k>) == nullptr) {
+            launch_columns<k, T, kWideTile>(p, grad_features);
+        } else {
+            launch_columns<k, T, kNarrowTile>(p, grad_features);
+        }
     });
 }
 

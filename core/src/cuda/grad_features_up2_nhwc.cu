@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kBlock, 3)
         // The vectors of neighbouring threads are in different banks: those of two quads are other pairs of a slice,
         // and those of two halves other units of a pair.
         const int own_pair = own.column / kQuad % 2 * kVectorsOfThread * kVector, own_unit = own.unit() * kVector;
-        const T* rows[Masks::kHalf];  // of the outputs that reach the thread
-#pragma unroll
-        for (int y = 0; y < Masks::kHalf; y++)
-            rows[y] = grads + (own.source_row<K>(y) * kUp + own.parity) * kRow + own.column * kUp * kChannels;
+        // The outputs that reach the thread in the first row of its half.
+        const T* const outermost = grads + (own.source_row<K>(0) * kUp + own.parity) * kRow +
+                                   own.column * kUp * kChannels;
+        const int inwards = own.half == 0 ? kUp * kRow : -kUp * kRow;  // to the next row
         const int i = tile.top + own.row + own.half, j = tile.left + own.column;
         const int left = i < grad_features.h ? static_cast<int>(min(grad_features.w - j, int64_t{kQuad})) : 0;
         T* to = element<T>(grad_features, tile.n, tile.c + own_unit, i, j);  // [H, W, C]
@@ -112,16 +112,18 @@ __global__ void __launch_bounds__(kBlock, 3)
             for (int first = 0; first < end; first += kVectorsOfThread * kVector) {
                 const int pair = first ^ own_pair;
                 float4 sums[kVectorsOfThread][kQuad][kQuad] = {}, results[1][kQuad];
+                const T* row = outermost + pair;
 #pragma unroll
-                for (int y = 0; y < Masks::kHalf; y++) {
+                for (int y = 0; y < Masks::kHalf; y++, row += inwards) {
 #pragma unroll
-                    for (int u = 0; u < kVectorsOfThread; u++) {
-                        const T* const vectors = rows[y] + pair + (own_unit ^ u * kVector);
+                    for (int x = kBefore - K / 2; x < kReach - (kBefore - K / 2); x++) {
 #pragma unroll
-                        for (int x = kBefore - K / 2; x < kReach - (kBefore - K / 2); x++) {
+                        for (int s = 0; s < kUp; s++) {
 #pragma unroll
-                            for (int s = 0; s < kUp; s++)
-                                masks.add(y, x, s, staged_channels(vectors + (x * kUp + s) * kChannels), sums[u]);
+                            for (int u = 0; u < kVectorsOfThread; u++) {
+                                const T* const unit = row + (own_unit ^ u * kVector);
+                                masks.add(y, x, s, staged_channels(unit + (x * kUp + s) * kChannels), sums[u]);
+                            }
                         }
                     }
                 }

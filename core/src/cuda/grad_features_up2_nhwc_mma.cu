@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for up x2 with adjacent channels of 16 bits, on tensor cores: see grad_features_mma.h.
-// A tile has eight columns.
+// A tile has 16 columns.
 #include "cuda/slice_of_channels.h"
 
 namespace carafepp::cuda {
@@ -17,6 +17,7 @@ const char* cannot_run_grad_features_up2_nhwc_mma(const Problem& p, const Array&
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_channels_of_mma(p, {&p.grad_output, &grad_features})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
+    if (const char* reason = not_for_shared_memory(kBytesOfBlock<SliceOfChannels<5, Float16, 16>, 5>)) return reason;
     return not_compiled_for_bfloat16(p, grad_features_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 

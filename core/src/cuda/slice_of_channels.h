@@ -58,7 +58,7 @@ template <int K, class T, int Columns>
 struct SliceOfChannels {
     using Tile = TileShape<K, Columns>;
     using Grads = StagedPixels<Tile::kGradRows, Tile::kGradColumns>;
-    static constexpr int kChannels = kChannelsOfSlice;
+    static constexpr int kChannels = kChannelsOfSlice, kBuffers = 1;
     static constexpr int kGrads = Grads::kElements, kResults = Tile::kPixels * kChannels;
     static constexpr int kUnused = (kBeforeTile - K / 2) * kUp;         // columns at either end
     static constexpr int kRowsAtOnce = 32 / kVectorsOfSlice / kOfWarp;  // that a warp stores

@@ -31,6 +31,25 @@ struct Tiles {
     }
 };
 
+// Gives the items of tiles as many channels that the busiest multiprocessor is done first. An item stages its masks,
+// which takes as long as some slices. A multiprocessor with fewer items than `at_once` is partly idle.
+inline Tiles with_even_items(Tiles tiles, int channels_of_slice, int64_t slices_to_stage, int64_t at_once = 2) {
+    constexpr int64_t kMultiprocessors = 132, kMostBlocks = 32;
+    const int64_t all = ceil_div(tiles.channels * tiles.channel_blocks, int64_t{channels_of_slice}),
+                  of_channels = tiles.items / tiles.channel_blocks;
+    int64_t least = INT64_MAX;
+    for (int64_t blocks = 1; blocks <= std::clamp<int64_t>(all / 2, 1, kMostBlocks); blocks++) {
+        const int64_t slices = ceil_div(all, blocks), items = of_channels * ceil_div(all, slices),
+                      cost = std::max<int64_t>(ceil_div(items, kMultiprocessors), at_once) * (slices + slices_to_stage);
+        if (cost >= least) continue;
+        least = cost;
+        tiles.channels = slices * channels_of_slice;
+        tiles.channel_blocks = ceil_div(all, slices);
+        tiles.items = items;
+    }
+    return tiles;
+}
+
 struct TileOfItem {
     int64_t n, group, c;  // the first channel
     int top, left;
