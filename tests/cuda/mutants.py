@@ -542,8 +542,8 @@ MUTANTS = [
     Mutant(
         "an infinite gradient of a tile meets a tap beyond a border",
         "grad_masks_up2.h",
-        "if (window_inside<K>(p, at.i, at.j)) return;",
-        "if (at.i >= 0) return;",
+        "if (!window_inside<K>(p, at.i, at.j)) clear",
+        "if (at.i < 0) clear",
     ),
     Mutant(
         "the last column of a crop is written past",
@@ -863,8 +863,8 @@ MUTANTS = [
     Mutant(
         "logits are copied over sums that are still read",
         "grad_masks_up2.h",
-        "    if (finishes) clear_taps<K>(p, at, grad);\n    __syncthreads();",
-        "    if (finishes) clear_taps<K>(p, at, grad);",
+        "takes_part && at.exists(p);\n    __syncthreads();",
+        "takes_part && at.exists(p);",
     ),
     Mutant(
         "logits are read before they arrive",
@@ -881,8 +881,8 @@ MUTANTS = [
     Mutant(
         "lines are stored before other threads have written them",
         "grad_masks_up2.h",
-        "grad[1][t] : 0);\n    }\n    __syncthreads();",
-        "grad[1][t] : 0);\n    }",
+        "kOutputs + q] = 0;\n        }\n    }\n    __syncthreads();",
+        "kOutputs + q] = 0;\n        }\n    }",
     ),
     Mutant(
         "a zero of the band makes NaN of an infinite feature",
@@ -1212,8 +1212,8 @@ MUTANTS = [
     Mutant(
         "an infinite gradient meets a tap beyond a border",
         "grad_masks_down2.h",
-        "clear_taps_outside<K>(p, i * kDown, j * kDown, grad[0]);",
-        "clear_taps_outside<K>(p, i * kDown + K, j * kDown, grad[0]);",
+        "clear_taps_outside<K>(p, i * kDown, j * kDown, taps);",
+        "clear_taps_outside<K>(p, i * kDown + K, j * kDown, taps);",
     ),
     Mutant(
         "an output that a crop leaves out meets an infinite feature",
@@ -1361,8 +1361,8 @@ MUTANTS = [
     Mutant(
         "taps of few channels are not cleared beyond borders",
         "few_channels.h",
-        "if (window_inside<K>(p, i, j)) return;",
-        "return;",
+        "if (!window_inside<K>(p, i, j)) clear",
+        "if (i < -K) clear",
     ),
     Mutant(
         "the next tile of few channels comes before the last is read",
@@ -1379,7 +1379,7 @@ MUTANTS = [
     Mutant(
         "logits of few channels beyond a crop get a gradient",
         "grad_masks_few.cu",
-        "if (q < there) continue;",
+        "if (!p.from_logits || q < there) continue;",
         "continue;",
     ),
     Mutant(

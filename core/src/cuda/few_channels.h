@@ -114,17 +114,11 @@ struct Unit {
     }
 };
 
-// Clears the taps beyond the borders.
-template <int K, int P>
-__device__ __forceinline__ void clear_outside(const Problem& p, const Unit& unit, float (&taps)[P][K * K]) {
+// Clears the taps of an output beyond the borders.
+template <int K>
+__device__ __forceinline__ void clear_outside(const Problem& p, const Unit& unit, float (&taps)[K * K]) {
     const int i = unit.i + static_cast<int>(p.offset_h), j = unit.j + static_cast<int>(p.offset_w);
-    if (window_inside<K>(p, i, j)) return;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        const bool inside = tap_inside<K>(p, i, j, t);
-#pragma unroll
-        for (int q = 0; q < P; q++) taps[q][t] = inside ? taps[q][t] : 0.0f;
-    }
+    if (!window_inside<K>(p, i, j)) clear_taps_outside<K>(p, i, j, taps);
 }
 
 // The places of a unit's taps in an array of the shape of masks or logits. All strides but that of images fit 32 bits.

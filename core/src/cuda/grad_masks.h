@@ -10,6 +10,15 @@ namespace carafepp::cuda {
 
 constexpr int kWarps = 4, kBlock = kWarps * 32;  // of a block, threads
 
+// The mean of the gradients, weighted by masks, which are `taps` times `scale`; and multiplied by `scale` too.
+template <int K>
+__device__ __forceinline__ float weighted_mean(const float (&taps)[K * K], const float (&grad)[K * K], float scale) {
+    float mean = 0;
+#pragma unroll
+    for (int t = 0; t < K * K; t++) mean += taps[t] * grad[t];
+    return mean * (scale * scale);
+}
+
 // Turns logits into exponentials of a softmax, that are masks once they are multiplied by `scale`. `mean` is that of
 // the gradients, weighted by masks, and multiplied by `scale` too.
 template <int K>
@@ -24,16 +33,17 @@ __device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad
         sum += taps[t];
         mean += taps[t] * grad[t];
     }
-    scale = 1 / sum;
+    scale = reciprocal(sum);
     mean *= scale * scale;
 }
 
 // Carries the gradients of the masks of a thread's outputs through the normaliser. Their logits are in shared memory,
 // and change: own[t * step] are those of a tap, as a float or as the floats of a vector. Most problems have a softmax,
-// so what is for others is not unrolled.
-template <int K, class Outputs, int Count>
+// so what is for others is not unrolled. clear(grad) clears the taps of an output beyond the borders. Sums are 0 there,
+// as features are, unless a factor is no finite number: then the mean is none either, and only then a softmax clears.
+template <int K, class Outputs, int Count, class Clear>
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, Outputs* own, int step,
-                                                   float (&grad)[Count][K * K]) {
+                                                   float (&grad)[Count][K * K], Clear clear) {
     static_assert(sizeof(Outputs) == Count * sizeof(float), "a vector has all outputs");
     constexpr int kTaps = K * K;
     const auto floats_of = [](const Outputs& outputs) { return reinterpret_cast<const float*>(&outputs); };
@@ -63,7 +73,12 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
 #pragma unroll
     for (int q = 0; q < Count; q++) {
         float scale = 1, mean = 0;  // of a sigmoid, whose taps are factors of the gradients
-        if (normalizer != CARAFEPP_SIGMOID) softmax<K>(taps[q], grad[q], scale, mean);
+        const bool weighted = normalizer != CARAFEPP_SIGMOID;
+        if (weighted) softmax<K>(taps[q], grad[q], scale, mean);
+        if (!weighted || !(fabsf(mean) < INFINITY)) {
+            clear(grad[q]);
+            if (weighted) mean = weighted_mean<K>(taps[q], grad[q], scale);
+        }
 #pragma unroll
         for (int t = 0; t < kTaps; t++) grad[q][t] = taps[q][t] * (grad[q][t] * scale - mean);
     }

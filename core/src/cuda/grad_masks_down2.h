@@ -63,8 +63,14 @@ __device__ __forceinline__ void finish_tile(const Problem& p, const TileOfItem& 
         float* const own = sums + output * kTaps;
         float grad[1][kTaps];
         load_each(own, 1, grad[0]);
-        if (!window_inside<K>(p, i * kDown, j * kDown)) clear_taps_outside<K>(p, i * kDown, j * kDown, grad[0]);
-        if (normalized) through_normalizer<K>(p.normalizer, logits + output * kTaps, 1, grad);
+        const auto clear = [&](float (&taps)[kTaps]) {
+            if (!window_inside<K>(p, i * kDown, j * kDown)) clear_taps_outside<K>(p, i * kDown, j * kDown, taps);
+        };
+        if (normalized) {
+            through_normalizer<K>(p.normalizer, logits + output * kTaps, 1, grad, clear);
+        } else {
+            clear(grad[0]);
+        }
 #pragma unroll
         for (int t = 0; t < kTaps; t++) own[t] = computed ? grad[0][t] : 0;
     }

@@ -17,19 +17,27 @@ struct GradMasksFewPlan : FewPlan {
           result_in_quads(own == kVector && in_quads(p, grad_masks)) {}
 };
 
-// Carries the gradients of the masks of an output through a softmax, from its logits.
-template <int K>
-__device__ __forceinline__ void through_softmax(float (&taps)[K * K], float (&grads)[K * K]) {
+// Carries the gradients of the masks of an output through a softmax, from its logits. clear(grads) clears the taps
+// beyond the borders. Only an infinite factor makes that necessary, as features are 0 there. Then the mean is no
+// number.
+template <int K, class Clear>
+__device__ __forceinline__ void through_softmax(float (&taps)[K * K], float (&grads)[K * K], Clear clear) {
     float scale, mean;
     softmax<K>(taps, grads, scale, mean);
+    if (!(fabsf(mean) < INFINITY)) {
+        clear(grads);
+        mean = weighted_mean<K>(taps, grads, scale);
+    }
 #pragma unroll
     for (int t = 0; t < K * K; t++) grads[t] = taps[t] * (grads[t] * scale - mean);
 }
 
 // The same for any normaliser.
-template <int K, int P>
+template <int K, int P, class Clear>
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, float (&taps)[K * K],
-                                                   float (&grads)[K * K]) {
+                                                   float (&grads)[K * K], Clear clear) {
+    if (normalizer == CARAFEPP_SOFTMAX) return through_softmax<K>(taps, grads, clear);
+    clear(grads);
     if constexpr (P == 1) {
         if (normalizer == CARAFEPP_SIGMOID || normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
             float factors[K * K];  // derivatives of the sigmoid, or of its logarithm
@@ -41,14 +49,12 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
             });
             if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
                 for_each_in_turn(taps, [](float logit) { return log_sigmoid(logit); });
-                through_softmax<K>(taps, grads);
+                through_softmax<K>(taps, grads, [](auto&) {});
             }
 #pragma unroll
             for (int t = 0; t < K * K; t++) grads[t] *= factors[t];
-            return;
         }
     }
-    if (normalizer == CARAFEPP_SOFTMAX) through_softmax<K>(taps, grads);
 }
 
 // Stores gradients of the outputs that have masks; of logits all have.
@@ -112,12 +118,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_masks_few_kernel(Arguments a
                     for (int q = 0; q < P; q++) grads[q][t] += of_outputs[q] * feature;
                 }
             }
-            clear_outside<K>(p, unit, grads);
 #pragma unroll
             for (int q = 0; q < P; q++) {
-                if (!p.from_logits) continue;
-                through_normalizer<K, P>(p.normalizer, taps[q], grads[q]);
-                if (q < there) continue;
+                through_normalizer<K, P>(normalizer_of(p), taps[q], grads[q],
+                                         [&](auto& of_output) { clear_outside<K>(p, unit, of_output); });
+                if (!p.from_logits || q < there) continue;
 #pragma unroll
                 for (int t = 0; t < K * K; t++) grads[q][t] = 0;  // whatever the logits
             }

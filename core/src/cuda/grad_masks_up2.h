@@ -179,8 +179,9 @@ __device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][K * 
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < K * K; t++) {
-        grad[0][t] = sums[0][t] + own[t * kPairsApart].x;
-        grad[1][t] = sums[1][t] + own[t * kPairsApart].y;
+        const float2 pair = own[t * kPairsApart];
+        grad[0][t] = sums[0][t] + pair.x;
+        grad[1][t] = sums[1][t] + pair.y;
     }
 }
 
@@ -222,6 +223,10 @@ __device__ __forceinline__ void stage_band(const float (&sums)[kTileRows][K][4],
 
 // ---- the normaliser ----
 
+__device__ __forceinline__ bool is_normalized(const Problem& p) {
+    return p.from_logits && p.normalizer != CARAFEPP_NONE;
+}
+
 // The place of the two outputs of a thread.
 struct OwnOutputsPlace {
     int64_t n, group;
@@ -238,12 +243,17 @@ struct OwnOutputsPlace {
     }
 };
 
-// Clears the taps beyond borders, whatever the gradient there.
+// Carries the gradients of the masks of this thread's outputs, whose logits are own[t * step], through the normaliser.
+// Taps beyond borders get no gradient, whatever it is there.
 template <int K>
-__device__ __forceinline__ void clear_taps(const Problem& p, const OwnOutputsPlace& at, float (&grad)[kUp][K * K]) {
-    if (window_inside<K>(p, at.i, at.j)) return;
+__device__ __forceinline__ void through_normalizer(const Problem& p, const OwnOutputsPlace& at, float2* own, int step,
+                                                   float (&grad)[kUp][K * K]) {
+    const auto clear = [&](auto& of_output) {
+        if (!window_inside<K>(p, at.i, at.j)) clear_taps_outside<K>(p, at.i, at.j, of_output);
+    };
+    if (is_normalized(p)) return through_normalizer<K>(p.normalizer, own, step, grad, clear);
 #pragma unroll
-    for (int q = 0; q < kUp; q++) clear_taps_outside<K>(p, at.i, at.j, grad[q]);
+    for (auto& of_output : grad) clear(of_output);
 }
 
 __device__ __forceinline__ void store_mask(float value, float* to) { __stcs(to, value); }
@@ -261,33 +271,33 @@ __device__ __forceinline__ void finish_two_outputs(const Problem& p, const OwnOu
     const int logits_apart = exists ? static_cast<int>(p.logits.stride_c) : 0,
               apart = exists ? static_cast<int>(grad_masks.stride_c) * (p.from_logits ? kOutputs : 1) : 0;
     if (!exists) return;
-    clear_taps<K>(p, at, grad);
-    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+    if (is_normalized(p)) {
         with_masks<T>(p.logits, [&](auto mask) {
             using M = const decltype(mask);
-            M* const logits = at.template first_of<K, M>(p, p.logits);
+            M* left = at.template first_of<K, M>(p, p.logits);
+            M* right = at_stride(left, logits_apart, 1);
 #pragma unroll
             for (int t = 0; t < K * K; t++) {
-                own[t * kPairsApart] = make_float2(
-                    widen(load_input(at_stride(logits, logits_apart, t * kOutputs))),
-                    widen(load_input(at_stride(logits, logits_apart, t * kOutputs + 1))));
+                own[t * kPairsApart] = make_float2(widen(load_input(left)), widen(load_input(right)));
+                left = at_stride(left, logits_apart, kOutputs);
+                right = at_stride(right, logits_apart, kOutputs);
             }
         });
-        through_normalizer<K>(p.normalizer, own, kPairsApart, grad);
     }
+    through_normalizer<K>(p, at, own, kPairsApart, grad);
     with_masks<T>(grad_masks, [&](auto mask) {
         using M = decltype(mask);
-        M* to = at.template first_of<K, M>(p, grad_masks);
+        M* const first = at.template first_of<K, M>(p, grad_masks);
 #pragma unroll
         for (int q = 0; q < kUp; q++) {
+            M* to = first + q * (p.from_logits ? grad_masks.stride_c : grad_masks.stride_w);
             if (at.computed(p, q)) {
 #pragma unroll
-                for (int t = 0; t < K * K; t++) store_mask(grad[q][t], at_stride(to, apart, t));
+                for (int t = 0; t < K * K; t++, to = at_stride(to, apart, 1)) store_mask(grad[q][t], to);
             } else if (p.from_logits) {  // a crop leaves it out
 #pragma unroll 1
-                for (int t = 0; t < K * K; t++) *at_stride(to, apart, t) = M{};
+                for (int t = 0; t < K * K; t++, to = at_stride(to, apart, 1)) *to = M{};
             }
-            to += p.from_logits ? grad_masks.stride_c : grad_masks.stride_w;
         }
     });
 }
@@ -389,9 +399,8 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
     const int source = (at.i - tile.top) * kTileColumns + at.j - tile.left;
     float2* const own = reinterpret_cast<float2*>(lines + source * kOfSource + at.r * kUp);
     const bool finishes = takes_part && at.exists(p);
-    if (finishes) clear_taps<K>(p, at, grad);
     __syncthreads();
-    if (p.from_logits && p.normalizer != CARAFEPP_NONE) {
+    if (is_normalized(p)) {
         if (takes_part) {
             with_masks<T>(p.logits, [&](auto mask) {
                 using M = const decltype(mask);
@@ -407,13 +416,17 @@ __device__ __forceinline__ void finish_by_lines(const Problem& p, const OwnOutpu
         }
         wait_for_copies();
         __syncthreads();
-        if (finishes) through_normalizer<K>(p.normalizer, own, kOutputs / kUp, grad);
     }
     if (finishes) {
-        const bool computed[kUp] = {at.computed(p, 0), at.computed(p, 1)};  // or a crop leaves them out
+        through_normalizer<K>(p, at, own, kOutputs / kUp, grad);
 #pragma unroll
-        for (int t = 0; t < kTaps; t++)
-            own[t * kOutputs / kUp] = make_float2(computed[0] ? grad[0][t] : 0, computed[1] ? grad[1][t] : 0);
+        for (int t = 0; t < kTaps; t++) own[t * kOutputs / kUp] = make_float2(grad[0][t], grad[1][t]);
+#pragma unroll 1
+        for (int q = 0; q < kUp; q++) {
+            if (at.computed(p, q)) continue;  // or a crop leaves it out
+#pragma unroll 1
+            for (int t = 0; t < kTaps; t++) reinterpret_cast<float*>(own)[t * kOutputs + q] = 0;
+        }
     }
     __syncthreads();
     if (takes_part) store_lines<K, T>(p, tile, lines, grad_masks);

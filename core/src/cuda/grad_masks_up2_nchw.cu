@@ -15,10 +15,9 @@ namespace {
 // whole sectors, and one of the columns beside the tile.
 template <int K, class T>
 struct Halo {
-    const T* inner;
-    int outer;  // from `inner` on
+    const T *inner[2], *outer;
     bool inner_exist[2][2], outer_exists;
-    int channel, to_inner, to_outer, stride_c, stride_h;
+    int channel, to_inner, to_outer, stride_c;
 
     __device__ __forceinline__ Halo(const Problem& p, const SourcesOfBlock& tile, int thread)
         : channel(thread % kVector) {
@@ -27,14 +26,11 @@ struct Halo {
             return y < kTileRows + K - 1 && x < kTileColumns + K - 1 && i >= 0 && i < p.features.h && j >= 0 &&
                    j < p.features.w;
         };
-        const auto pixel = [&](int y, int x) {
-            return element<const T>(p.features, tile.n, tile.c + channel, tile.top - K / 2 + y, tile.left - K / 2 + x);
-        };
         const auto place = [&](int y, int x) { return (y * kHaloColumns + x) * kVector + channel; };
         int y = thread / 32, x = thread % 32 / kVector + K / 2;
 #pragma unroll
         for (int k = 0; k < 4; k++) inner_exist[k / 2][k % 2] = exists(y + k / 2 * kWarps, x + k % 2 * 8);
-        inner = pixel(y, x);
+        inner[0] = element<const T>(p.features, tile.n, tile.c + channel, tile.top - K / 2 + y, tile.left - K / 2 + x);
         const int inner_y = y, inner_x = x;
         to_inner = place(y, x);
         y = thread / 16;
@@ -44,26 +40,29 @@ struct Halo {
         const bool any = outer_exists || inner_exist[0][0] || inner_exist[0][1] || inner_exist[1][0] ||
                          inner_exist[1][1];
         stride_c = any ? static_cast<int>(p.features.stride_c) : 0;
-        stride_h = any ? static_cast<int>(p.features.stride_h) : 0;
-        outer = (y - inner_y) * static_cast<int>(p.features.stride_h) + x - inner_x;
+        const int stride_h = any ? static_cast<int>(p.features.stride_h) : 0;
+        inner[1] = at_stride(inner[0], stride_h, kWarps);
+        outer = at_stride(inner[0], stride_h, y - inner_y) + x - inner_x;
         to_outer = place(y, x);
     }
 
-    // Copies the next `channels` channels; 0 outside, and to the other channels of a slice.
+    // Copies a slice, of which `channels` channels exist; 0 outside, and for other channels.
     __device__ __forceinline__ void copy(int channels, T* slice) {
 #pragma unroll
         for (int vector = 0; vector < kVectors; vector++, slice += kVectorsApart) {
             const bool exists = vector * kVector + channel < channels;
-            const T* const from = at_stride(inner, stride_c, vector * kVector);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 copy_elements<1>(slice + to_inner + (k / 2 * kWarps * kHaloColumns + k % 2 * 8) * kVector,
-                                 at_stride(from, stride_h, k / 2 * kWarps) + k % 2 * 8,
-                                 exists && inner_exist[k / 2][k % 2]);
+                                 inner[k / 2] + k % 2 * 8, exists && inner_exist[k / 2][k % 2]);
             }
-            copy_elements<1>(slice + to_outer, from + outer, exists && outer_exists);
+            copy_elements<1>(slice + to_outer, outer, exists && outer_exists);
+            advance(kVector);
         }
-        inner = at_stride(inner, stride_c, channels);
+    }
+
+    __device__ __forceinline__ void advance(int channels) {
+        for (const T** from : {&inner[0], &inner[1], &outer}) *from = at_stride(*from, stride_c, channels);
     }
 };
 
@@ -91,12 +90,11 @@ struct OwnOutputs {
     // Loads a vector, of which `channels` channels exist.
     __device__ __forceinline__ void load(int vector, int channels) {
 #pragma unroll
-        for (int q = 0; q < kVector; q++) {
-            if (q >= channels) continue;
-            const T* const own = at_stride(from, stride_c, vector * kVector + q);
+        for (int r = 0; r < kUp; r++) {
+            const T* columns = at_stride(r == 0 ? from : from + other, stride_c, vector * kVector);
 #pragma unroll
-            for (int r = 0; r < kUp; r++) {
-                const T* const columns = r == 0 ? own : own + other;
+            for (int q = 0; q < kVector; q++, columns = at_stride(columns, stride_c, 1)) {
+                if (q >= channels) continue;
                 float2 pair;
                 if constexpr (Pairs) {
                     pair = load_columns(columns, true);
@@ -139,6 +137,7 @@ __global__ void __launch_bounds__(kBlock, 2) grad_masks_up2_nchw_kernel(Argument
             const int first = (channels - 1) % kSlice + 1;  // channels, so that later slices are whole
             int place = 0;                                  // of the slice that is contracted
             halo.copy(first, staged);
+            halo.advance(first - kSlice);
 #pragma unroll
             for (int v = 0; v < kOwnVectors; v++) outputs.load(v, first - (source.part * kOwnVectors + v) * kVector);
             if (left == 0) outputs.end();

@@ -50,6 +50,13 @@ __device__ __forceinline__ float power_of_2(float x) {
     return power;
 }
 
+// 1 / x in one instruction, with an error of one unit in the last place; 0 if that is no normal number.
+__device__ __forceinline__ float reciprocal(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+}
+
 // Copies 4, 8 or 16 bytes from global to shared memory, or writes as many zeros if they do not exist. They are there
 // after wait_for_copies() and, for other threads, a barrier. From sm_80 on they pass no register.
 template <int Bytes>

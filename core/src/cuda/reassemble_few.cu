@@ -49,7 +49,10 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_few_kernel(Arguments a
             load_windows<T, K>(p, plan.quads, tile, unit, taps);
 #pragma unroll
             for (int q = 0; q < P; q++) scales[q] = normalize_window<K, P>(normalizer_of(p), taps[q]);
-            clear_outside<K>(p, unit, taps);
+            if (normalizer_of(p) != CARAFEPP_SOFTMAX) {  // its masks are finite or all NaN, and features there are 0
+#pragma unroll
+                for (auto& of_output : taps) clear_outside<K>(p, unit, of_output);
+            }
             const float* window = features + unit.row * width + unit.column;
             float sums[kFew][P] = {};
 #pragma unroll

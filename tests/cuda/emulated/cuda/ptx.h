@@ -27,6 +27,7 @@ __forceinline__ T* at_stride(T* from, int stride, int number) {
 inline void sync_warps_of_block() { __syncthreads(); }
 
 inline float power_of_2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 template <int Bytes>
 __forceinline__ void copy_async(void* shared, const void* global, bool exist,
