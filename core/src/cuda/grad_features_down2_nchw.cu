@@ -13,7 +13,8 @@ constexpr int kRows = 4, kMostColumns = 28;  // quads of a tile
 constexpr int kOwn = 2;                      // quads of a thread
 constexpr int kAligned = 4;                  // columns: tiles begin at multiples
 constexpr int kWidth = kBefore + kMostColumns + kAligned;
-static_assert(kRows * (kMostColumns / kOwn) <= kBlock && kMostColumns % kAligned == 0, "a thread for each unit");
+static_assert(kOwn == 2 && kRows * (kMostColumns / kOwn) <= kBlock && kMostColumns % kAligned == 0,
+              "a thread for each unit");
 
 // The outputs that reach a tile: their masks [tap][row][column], and their gradients [channel][row][column].
 template <int K, class T>
@@ -79,13 +80,14 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
         for (int y = 0; y < R::kOutputs; y++) {
 #pragma unroll
-            for (int x = 0; x < R::kOutputs + kOwn - 1; x++) {
+            for (int x = 0; x < R::kOutputs; x++) {  // of the first quad; the other's outputs are next to them
                 const float* const of_output = masks + (row + y) * S::kColumns + column + x;
-#pragma unroll
-                for (int q = 0; q < kOwn; q++) {
-                    if (x < q || x - q >= R::kOutputs) continue;
-                    for_each_tap_of_quad<K>(y, x - q, [&](int, int t) { weights[q][t] = of_output[t * M::kApart]; });
-                }
+                for_each_tap_of_quad<K>(y, x, [&](int, int t) {
+                    const float* const own = of_output + t * M::kApart;
+                    const bool aligned = S::kColumns % kOwn == 0 && x % kOwn == 0;
+                    const float2 pair = aligned ? staged_columns(own) : make_float2(own[0], own[1]);
+                    weights[0][t] = pair.x, weights[1][t] = pair.y;
+                });
             }
         }
         const int i = (tile.top + row) * kDown, j = (tile.left + column) * kDown;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kBlock, 2)
             wait_for_copies();
             __syncthreads();
             T* upper = to;
-            T* lower = to + grad_features.stride_h;
+            T* lower = to + (below ? grad_features.stride_h : 0);  // or the upper row takes its place
             to += S::kChannels * grad_features.stride_c;
 #pragma unroll 1
             for (int q = first; q < min(channels, S::kChannels); q += sharers) {
@@ -132,13 +134,13 @@ __global__ void __launch_bounds__(kBlock, 2)
                     }
                 }
                 if (plan.fours) {
+                    store_channels(make_float4(sums[0][2], sums[0][3], sums[1][2], sums[1][3]), lower);
                     store_channels(make_float4(sums[0][0], sums[0][1], sums[1][0], sums[1][1]), upper);
-                    if (below) store_channels(make_float4(sums[0][2], sums[0][3], sums[1][2], sums[1][3]), lower);
                 } else {
+                    store_columns(make_float2(sums[0][2], sums[0][3]), lower);
+                    if (right) store_columns(make_float2(sums[1][2], sums[1][3]), lower + kDown);
                     store_columns(make_float2(sums[0][0], sums[0][1]), upper);
                     if (right) store_columns(make_float2(sums[1][0], sums[1][1]), upper + kDown);
-                    if (below) store_columns(make_float2(sums[0][2], sums[0][3]), lower);
-                    if (below && right) store_columns(make_float2(sums[1][2], sums[1][3]), lower + kDown);
                 }
                 upper += sharers * grad_features.stride_c;
                 lower += sharers * grad_features.stride_c;

@@ -64,25 +64,23 @@ struct Masks {
                 }
             } else {  // or neighbouring outputs, and go through the taps
                 constexpr int kLanes = kOutputs <= 64 ? 64 : 128, kStep = Threads / kLanes;
+                constexpr int kTapsOfAll = K * K / kStep;  // the first threads may have one more
                 static_assert(Threads % kLanes == 0, "all threads have outputs");
-                const M* const first = from + thread / kLanes * array.stride_c;
+                const int first_tap = thread / kLanes;
+                const M* const first = from + first_tap * array.stride_c;
 #pragma unroll 1
                 for (int output = thread % kLanes; output < kOutputs; output += kLanes) {
                     const int row = output / Columns, column = output % Columns;
                     const bool exist = row >= rows_begin && row < rows_end && column >= columns_begin &&
                                        column < columns_end;
-                    float* to = staged + place(row, column);
                     from = first + row * array.stride_h + column * array.stride_w;
-                    if constexpr (kStep == 1) {
-                        copy(std::integral_constant<int, K * K>(), array.stride_c, [&](int) { return exist; },
-                             [](int tap) { return tap * Apart; }, to);
-                    } else {
-#pragma unroll 1
-                        for (int tap = thread / kLanes; tap < K * K; tap += kStep) {
-                            copy(std::integral_constant<int, 1>(), kStep * array.stride_c, [&](int) { return exist; },
-                                 [](int) { return 0; }, to + tap * Apart);
-                        }
-                    }
+                    const auto copy_taps = [&](auto count, int tap) {
+                        copy(count, kStep * array.stride_c, [&](int) { return exist; },
+                             [&](int k) { return k * kStep * Apart; }, staged + place(row, column) + tap * Apart);
+                    };
+                    copy_taps(std::integral_constant<int, kTapsOfAll>(), first_tap);
+                    if (first_tap < K * K % kStep)
+                        copy_taps(std::integral_constant<int, 1>(), first_tap + kTapsOfAll * kStep);
                 }
             }
         });
