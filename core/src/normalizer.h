@@ -13,8 +13,8 @@
 //     for logits again, as it is rare.
 //   - finish_staging() shares the taps of an output among threads (cuda/masks.h); normalize_line() has an output in a
 //     thread (cuda/stage_lines.h). Both are in shared memory.
-//   - stage_outputs() and stage_rows_of_taps() have taps of an output in the registers of some threads
-//     (cuda/grad_features_tiles.h, cuda/grad_features_units.h).
+//   - stage_rows_of_taps() has taps of an output in the registers of some threads
+//     (cuda/grad_features_units.h).
 //   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
 //   - through_normalizer() has some taps of four outputs in a thread, and the sums in registers
 //     (cuda/grad_masks_tiles.h).

@@ -440,8 +440,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}ELi{products}E"}
     if name in ("grad_features_nhwc", "grad_features_nchw"):
         channels = problem.c // problem.groups
-        units = channels >= 16 and problem.kernel_size in (3, 5, 7)
-        number = problem.kernel_size if units else 1 + (channels > 4)
+        own = channels >= 16 and problem.kernel_size in (3, 5, 7)
+        number = problem.kernel_size if own else 0
         arguments, type_ = {f"Li{number}ELb{int(name.endswith('nhwc'))}E"}, ""
     if name.removesuffix("_mma") in ("grad_masks_nhwc", "grad_masks_nchw"):
         arguments, type_ = {f"Lb{int('nhwc' in name)}E"}, ""

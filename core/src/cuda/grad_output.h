@@ -8,22 +8,33 @@
 
 namespace carafepp::cuda {
 
-// How the threads of a block copy a band: with adjacent channels neighbouring threads have the `vectors` of a pixel,
-// which are 2^log_vectors. Else they have pixels of a row.
-struct CopyPlan {
-    int rows, columns, log_columns;  // pixels that the block copies at once
-    int log_vectors;
-    int depth;  // vectors from pixel to pixel in shared memory
+constexpr int kVectorsOfChunk = 16;  // that a warp copies of its pixels, with adjacent columns
 
-    CopyPlan(bool channels_adjacent, int threads, int vectors, int most_columns, int depth)
-        : log_columns(0), log_vectors(0), depth(depth) {
+// How the threads of a block copy a band. With adjacent channels neighbouring threads have the 2^log_vectors vectors of
+// a pixel. Else warps have chunks of vectors of pixels.
+struct CopyPlan {
+    int rows, columns, log_columns;  // pixels that the block copies at once, with adjacent channels
+    int log_vectors, log_chunks;     // of a pixel
+    int at_once;                     // columns of a row that are one vector in memory, or 1
+    Divisor groups;                  // of so many columns, in a row of a band
+    int depth;                       // vectors from pixel to pixel in shared memory
+
+    CopyPlan(int threads, int vectors, int at_once, int width, int depth)
+        : log_columns(0), log_vectors(0), log_chunks(0), at_once(at_once), groups(width / at_once), depth(depth) {
         while (1 << log_vectors < vectors) log_vectors++;
-        const int at_once = channels_adjacent ? std::max(threads >> log_vectors, 1) : 32;
-        while (1 << log_columns < most_columns && 2 << log_columns <= at_once) log_columns++;
+        while (kVectorsOfChunk << log_chunks < vectors) log_chunks++;
+        const int pixels = std::max(threads >> log_vectors, 1);
+        while (1 << log_columns < width && 2 << log_columns <= pixels) log_columns++;
         columns = 1 << log_columns;
-        rows = at_once / columns;
+        rows = pixels / columns;
     }
 };
+
+// As many columns of a row of float32 as are one vector in memory.
+inline int columns_at_once(const Array& array) {
+    if (array.dtype != CARAFEPP_FLOAT32) return 1;
+    return not_for_columns(array, 4) == nullptr ? 4 : not_for_columns(array, 2) == nullptr ? 2 : 1;
+}
 
 // Elements of 16 bits, of either dtype: loops over them are compiled once.
 struct Bits16 {
@@ -50,37 +61,25 @@ __device__ __forceinline__ void repeat(int count, F f) {
     for (; count > 0; count--) f();
 }
 
-// The part of each band of grad_output that a thread copies: every so many pixels of every so many rows.
-struct CopyOfThread {
-    int row, column;
-    int vector;  // the first one, of four channels
-
-    __device__ __forceinline__ CopyOfThread(const CopyPlan& plan, bool channels_adjacent) {
-        const int thread = thread_computed_late(), pixel = channels_adjacent ? thread >> plan.log_vectors : thread % 32;
-        row = pixel >> plan.log_columns;
-        column = pixel & (plan.columns - 1);
-        vector = channels_adjacent ? thread & ((1 << plan.log_vectors) - 1) : thread / 32;
-    }
-};
-
 // Copies grad_output of a band to grads[output][vector], from `first_element` on. Floats arrive as copies of this
 // thread do. Neighbouring threads have vectors of a pixel.
 __device__ __forceinline__ void copy_vectors(const Array& grad_output, int64_t first_element, int channels,
-                                             const Band& band, const CopyPlan& plan, const CopyOfThread& own,
-                                             float4* grads) {
-    if (own.row >= plan.rows || own.vector * kVector >= channels) return;
+                                             const Band& band, const CopyPlan& plan, float4* grads) {
+    const int thread = thread_computed_late(), row = thread >> plan.log_vectors >> plan.log_columns,
+              column = thread >> plan.log_vectors & (plan.columns - 1), vector = thread & ((1 << plan.log_vectors) - 1);
+    if (row >= plan.rows || vector * kVector >= channels) return;
     const int64_t step = plan.columns * grad_output.stride_w;
     const int to_step = plan.columns * plan.depth;
-    const int count = static_cast<int>(static_cast<unsigned>(band.columns_count - own.column + plan.columns - 1) >>
+    const int count = static_cast<int>(static_cast<unsigned>(band.columns_count - column + plan.columns - 1) >>
                                        plan.log_columns);
-    first_element += own.vector * kVector + own.column * grad_output.stride_w + own.row * grad_output.stride_h;
-    grads += (own.row * band.width.number + own.column) * plan.depth + own.vector;
+    first_element += vector * kVector + column * grad_output.stride_w + row * grad_output.stride_h;
+    grads += (row * band.width.number + column) * plan.depth + vector;
     const auto walk = [&](auto width, auto copy) __attribute__((always_inline)) {
         using T = decltype(width);
         const T* of_row = static_cast<const T*>(grad_output.data) + first_element;
         float4* to_row = grads;
 #pragma unroll 1
-        for (int y = own.row; y < band.height; y += plan.rows) {
+        for (int y = row; y < band.height; y += plan.rows) {
             const T* from = of_row;
             float4* to = to_row;
             repeat<4>(count, [&]() __attribute__((always_inline)) {
@@ -104,38 +103,62 @@ __device__ __forceinline__ void copy_vectors(const Array& grad_output, int64_t f
     }
 }
 
-// The same with any strides. Neighbouring threads have pixels of a row, warps have vectors.
-__device__ __forceinline__ void copy_pixels(const Array& grad_output, int64_t first_element, int channels,
-                                            const Band& band, const CopyPlan& plan, const CopyOfThread& own,
-                                            float4* grads) {
-    const int warps = static_cast<int>(blockDim.x) / 32, stride_c = static_cast<int>(grad_output.stride_c);
-    const int count = channels / kVector - own.vector, rest = channels % kVector;
-    const bool has_rest = rest > 0 && channels / kVector % warps == own.vector;
-    first_element += own.vector * kVector * grad_output.stride_c;
-    const auto walk = [&](auto width, auto widened) __attribute__((always_inline)) {
-        using T = decltype(width);
-#pragma unroll 1
-        for (int y = own.row; y < band.height; y += plan.rows) {
-#pragma unroll 1
-            for (int x = own.column; x < band.columns_count; x += plan.columns) {
-                const T* from = static_cast<const T*>(grad_output.data) + first_element + y * grad_output.stride_h +
-                                x * grad_output.stride_w;
-                float4* to = grads + (y * band.width.number + x) * plan.depth + own.vector;
-                const auto load = [&](int number, bool exists) __attribute__((always_inline)) {
-                    return exists ? widened(load_input(at_stride(from, stride_c, number))) : 0.0f;
-                };
-                repeat<2>(count > 0 ? (count + warps - 1) / warps : 0, [&]() __attribute__((always_inline)) {
-                    *to = make_float4(load(0, true), load(1, true), load(2, true), load(3, true));
-                    from = at_stride(from, stride_c, warps * kVector), to += warps;
-                });
-                if (has_rest) *to = make_float4(load(0, true), load(1, rest > 1), load(2, rest > 2), 0);
-            }
-        }
-    };
-    if (grad_output.dtype == CARAFEPP_FLOAT32) {
-        walk(float(), [](float value) { return value; });
+// Loads P columns of a row, which are one vector in memory; 0 where they do not exist.
+template <int P, class T, class Widened>
+__device__ __forceinline__ void load_row(const T* from, bool exist, Widened widened, float (&values)[4]) {
+    if constexpr (P == 4) {
+        const float4 loaded = load_channels(from, exist);
+        values[0] = loaded.x, values[1] = loaded.y, values[2] = loaded.z, values[3] = loaded.w;
+    } else if constexpr (P == 2) {
+        const float2 loaded = load_columns(from, exist);
+        values[0] = loaded.x, values[1] = loaded.y;
     } else {
-        walk(Bits16(), Widen16{grad_output.dtype == CARAFEPP_FLOAT16});
+        values[0] = exist ? widened(load_input(from)) : 0;
+    }
+}
+
+// The same where P columns of a row are one vector in memory, or with any strides where P is 1. A thread has four
+// channels of P pixels, as vectors of columns, which it stores as vectors of channels. Neighbouring threads have pixels
+// of a row. With more columns than one four neighbours have vectors of a pixel: so eight store to different banks.
+template <int P, class T, class Widened>
+__device__ __forceinline__ void copy_columns(const Array& grad_output, int64_t first_element, int channels,
+                                             const Band& band, const CopyPlan& plan, Widened widened, float4* grads) {
+    constexpr int kAcross = P == 1 ? 1 : 4, kGroups = 32 / kAcross;    // vectors, and groups of columns, of a warp
+    constexpr int kStep = kAcross * kVector, kLoads = P == 4 ? 1 : 2;  // channels of these; vectors that wait at once
+    const int thread = thread_computed_late(), lane = thread % 32, stride_c = static_cast<int>(grad_output.stride_c);
+    // Pairs of eight threads are not neighbours, as their second pixel would be in the banks of others.
+    const int of_lane = P == 2 ? (lane / 4 & 4) | (lane / 2 & 2) | (lane / 8 & 1) : lane / kAcross;
+    const int tasks = (band.height * plan.groups.number + kGroups - 1) / kGroups << plan.log_chunks;
+#pragma unroll 1
+    for (int task = thread / 32; task < tasks; task += static_cast<int>(blockDim.x) / 32) {
+        const int group = (task >> plan.log_chunks) * kGroups + of_lane, y = plan.groups.quotient(group),
+                  x = (group - y * plan.groups.number) * P;
+        if (y >= band.height || x >= band.columns_count) continue;
+        const int vector = (task & ((1 << plan.log_chunks) - 1)) * kVectorsOfChunk + lane % kAcross;
+        const T* from = static_cast<const T*>(grad_output.data) + first_element + y * grad_output.stride_h +
+                        x * grad_output.stride_w + vector * kVector * grad_output.stride_c;
+        float4* to = grads + (y * band.width.number + x) * plan.depth + vector;
+        int there = channels - vector * kVector;  // channels from this vector on
+        const int end = max(there - kVectorsOfChunk * kVector, 0);
+#pragma unroll 1
+        for (; there > end; there -= kLoads * kStep) {
+            float values[kLoads][kVector][4];
+#pragma unroll
+            for (int k = 0; k < kLoads * kVector; k++) {
+                const int channel = k / kVector * kStep + k % kVector;
+                load_row<P>(at_stride(from, stride_c, channel), channel < there, widened,
+                            values[k / kVector][k % kVector]);
+            }
+#pragma unroll
+            for (int v = 0; v < kLoads; v++) {
+                if (v * kStep >= there) break;
+#pragma unroll
+                for (int k = 0; k < P; k++)
+                    to[k * plan.depth + v * kAcross] = make_float4(values[v][0][k], values[v][1][k], values[v][2][k],
+                                                                   values[v][3][k]);
+            }
+            from = at_stride(from, stride_c, kLoads * kStep), to += kLoads * kAcross;
+        }
     }
 }
 
@@ -143,11 +166,18 @@ __device__ __forceinline__ void copy_pixels(const Array& grad_output, int64_t fi
 template <bool Vectors>
 __device__ __forceinline__ void copy_band(const Array& grad_output, int64_t first_element, int channels,
                                           const Band& band, const CopyPlan& plan, float4* grads) {
-    const CopyOfThread own(plan, Vectors);
+    const auto same = [](float value) { return value; };
     if constexpr (Vectors) {
-        copy_vectors(grad_output, first_element, channels, band, plan, own, grads);
+        copy_vectors(grad_output, first_element, channels, band, plan, grads);
+    } else if (plan.at_once == 4) {
+        copy_columns<4, float>(grad_output, first_element, channels, band, plan, same, grads);
+    } else if (plan.at_once == 2) {
+        copy_columns<2, float>(grad_output, first_element, channels, band, plan, same, grads);
+    } else if (grad_output.dtype == CARAFEPP_FLOAT32) {
+        copy_columns<1, float>(grad_output, first_element, channels, band, plan, same, grads);
     } else {
-        copy_pixels(grad_output, first_element, channels, band, plan, own, grads);
+        copy_columns<1, Bits16>(grad_output, first_element, channels, band, plan,
+                                Widen16{grad_output.dtype == CARAFEPP_FLOAT16}, grads);
     }
 }
 
