@@ -55,23 +55,14 @@ struct UnitsPlan {
     int64_t items;
     int64_t bytes_at_once;  // of shared memory, that a multiprocessor gives to blocks
     int64_t shared_bytes;
-    double cost;  // INFINITY: no tile fits
+    double cost;  // INFINITY before a tile is found
 
-    UnitsPlan(const Problem& p, bool channels_adjacent, const Array& grad_features)
-        : rows(p.factor, p.offset_h, p.out_h),
-          columns(p.factor, p.offset_w, p.out_w),
-          width(1),
-          tap(static_cast<int>(taps_apart(p, p.from_logits ? p.logits : p.masks))),
-          kernel_size(static_cast<int>(p.kernel_size)),
-          at_once(channels_adjacent ? 1 : columns_at_once(p.grad_output)),
-          copy(1, 1, 1, 1, 1),
-          whole_units(not_for_columns(grad_features, kSources) == nullptr),
-          bytes_at_once(most_shared_bytes() + kBytesOfBlock),
-          cost(INFINITY) {
+    UnitsPlan(const Problem& p, bool channels_adjacent, const Array& grad_features) : UnitsPlan(p, channels_adjacent) {
         const int of_thread = has_own_kernel(p) ? kVectorsOfThread<3> : kVectorsOfThread<0>;
         const int64_t all = std::max<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1);
         int tried = kMostLanesOfUnit;
         while (tried > 1 && tried / 2 * of_thread >= all) tried /= 2;
+        whole_units = not_for_columns(grad_features, kSources) == nullptr;
         UnitsPlan best = *this;
         for (int most = tried; tried > 0 && (tried >= most / 4 || best.cost == INFINITY); tried /= 2) {
             lanes = tried;
@@ -80,13 +71,30 @@ struct UnitsPlan {
             try_tiles(p, channels_adjacent, of_thread, best);
         }
         *this = best;
-        if (cost == INFINITY) return;
         const int vectors = lanes * of_thread;
         threads = std::max(static_cast<int>(ceil_div(height * unit_columns * lanes, 32)) * 32, vectors);
         copy = CopyPlan(threads, vectors, at_once, most_columns, depth);
     }
 
+    // Is there shared memory for one unit of one thread?
+    static bool fits(const Problem& p, bool channels_adjacent) {
+        UnitsPlan plan(p, channels_adjacent);
+        plan.depth = kVectorsOfThread<3> | 1;
+        return plan.measure(1, 1, 1);
+    }
+
 private:
+    UnitsPlan(const Problem& p, bool channels_adjacent)
+        : rows(p.factor, p.offset_h, p.out_h),
+          columns(p.factor, p.offset_w, p.out_w),
+          width(1),
+          tap(static_cast<int>(taps_apart(p, p.from_logits ? p.logits : p.masks))),
+          kernel_size(static_cast<int>(p.kernel_size)),
+          at_once(channels_adjacent ? 1 : columns_at_once(p.grad_output)),
+          copy(1, 1, 1, 1, 1),
+          bytes_at_once(most_shared_bytes() + kBytesOfBlock),
+          cost(INFINITY) {}
+
     // Tiles of `tile_height` rows of `units`, in bands as high as a multiprocessor has room for in `blocks`. False if
     // none fits.
     bool measure(int tile_height, int units, int blocks) {
@@ -424,7 +432,7 @@ const char* not_for_units(const Problem& p, const Array& grad_features) {
     } else {
         if (p.grad_output.stride_c != static_cast<int>(p.grad_output.stride_c)) return "channels are too far apart";
     }
-    return UnitsPlan(p, Vectors, grad_features).cost < INFINITY ? nullptr : "the factor is too large";
+    return UnitsPlan::fits(p, Vectors) ? nullptr : "the factor is too large";
 }
 
 template <bool Vectors>
