@@ -238,14 +238,32 @@ MUTANTS = [
     Mutant(
         "the halo for any factor is a column short",
         "reassemble_tiles.h",
-        "halo_columns = columns.sources(unit_columns) + k - 1;",
-        "halo_columns = columns.sources(unit_columns) + k - 2;",
+        "halo_columns = columns.sources(across) + k - 1;",
+        "halo_columns = columns.sources(across) + k - 2;",
     ),
     Mutant(
         "the first rows of features meet one source too many",
         "reassemble_tiles.h",
-        "for (int s = 1; s < S; s++) add_row(0, s);",
-        "for (int s = 1; s < S; s++) add_row(0, s + 1);",
+        "for (int s = 1; s < kSources; s++) add_row(0, s);",
+        "for (int s = 1; s < kSources; s++) add_row(0, s + 1);",
+    ),
+    Mutant(
+        "the first column of features meets both sources of three outputs",
+        "reassemble_tiles.h",
+        "for (int s = 1; s < D; s++) add_column(0, s);",
+        "for (int s = 1; s < D; s++) add_column(0, s + 1);",
+    ),
+    Mutant(
+        "halos of whole vectors of columns begin between two",
+        "reassemble_tiles.h",
+        "if (fours) left -= left & 3;",
+        "",
+    ),
+    Mutant(
+        "halos of whole vectors of columns have no room for those before",
+        "reassemble_tiles.h",
+        "halo_columns = (before + halo_columns + 3) / 4 * 4;",
+        "halo_columns = (halo_columns + 3) / 4 * 4;",
     ),
     Mutant(
         "masks beyond a border are kept for any factor",

@@ -403,14 +403,16 @@ def run(program: Path, problem: Case, how: tuple[str, str, str, str], blocks: in
     return counted
 
 
-def share_of(problem: Case) -> tuple[int, int]:
-    """Return the outputs of a source along an axis, and the sources, of a thread: see Share."""
+def share_of(problem: Case) -> tuple[int, int, int]:
+    """Return a square's outputs along an axis, its sources, and a thread's squares: see Share."""
+    if problem.up * 2 == problem.down * 3:
+        return 3, 2, 1
     most = ceil(problem.up / problem.down)
     fewer = min((4, 3), key=lambda p: ceil(most / p) * p)
     p = fewer if most > 3 else most
     if p == 2:
-        return p, 2
-    return p, 4 if problem.up == problem.down and problem.kernel_size >= 3 else 1
+        return p, 1, 2
+    return p, 1, 4 if problem.up == problem.down and problem.kernel_size >= 3 else 1
 
 
 def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> Code:
@@ -423,10 +425,10 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
         wide = ceil(problem.w / 14) * 14 < ceil(problem.w / 8) * 8
         arguments = {f"{size}Li{3 if wide else 2}E"}  # wide tiles, or boxes
     if name in ("reassemble_nhwc", "reassemble_nchw"):
-        p, s = share_of(problem)
+        p, d, s = share_of(problem)
         vectors = name.endswith("nhwc")
         whole = not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
-        arguments = {f"Li{p}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
+        arguments = {f"Li{p}ELi{d}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
     if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}
     if name == "grad_features_up2_nchw_mma":

@@ -5,7 +5,7 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_reassemble_nchw(const Problem& p, const Array& output) {
-    return not_for_reassemble_tiles(p, output);
+    return not_for_reassemble_tiles(p, output, false);
 }
 
 void reassemble_nchw(const Problem& p, const Array& output) { reassemble_tiles<false>(p, output); }

@@ -5,7 +5,7 @@
 namespace carafepp::cuda {
 
 const char* cannot_run_reassemble_nhwc(const Problem& p, const Array& output) {
-    if (const char* reason = not_for_reassemble_tiles(p, output)) return reason;
+    if (const char* reason = not_for_reassemble_tiles(p, output, true)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
     return not_for_vectors(p, output);
 }

@@ -39,4 +39,23 @@ __device__ __forceinline__ void stage_slice(const T* from, int64_t stride_c, con
     }
 }
 
+// The same with four columns of a row at once, which are adjacent in memory. `pixels` has the first of them.
+template <class T>
+__device__ __forceinline__ void stage_fours(const T* from, int64_t stride_c, const int64_t* pixels, int count,
+                                            int first, int step, int channels, float4* to) {
+#pragma unroll 1
+    for (int four = first; four < count; four += step, to += 4 * step) {
+        const int64_t place = pixels[four];
+        const int there = place != kNowhere ? channels : 0;
+        const T* at = from + (place != kNowhere ? place : 0);
+        float4 rows[kVector];  // of channels
+#pragma unroll
+        for (int v = 0; v < kVector; v++, at += stride_c) rows[v] = load_channels(at, v < there);
+        to[0] = make_float4(rows[0].x, rows[1].x, rows[2].x, rows[3].x);
+        to[1] = make_float4(rows[0].y, rows[1].y, rows[2].y, rows[3].y);
+        to[2] = make_float4(rows[0].z, rows[1].z, rows[2].z, rows[3].z);
+        to[3] = make_float4(rows[0].w, rows[1].w, rows[2].w, rows[3].w);
+    }
+}
+
 }  // namespace carafepp::cuda
