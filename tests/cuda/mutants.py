@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant(
         "the matrices of patches keep what was in memory",
         "reassemble_mma.h",
-        "v < patches * (kPatch * plan.apart / kWide + kQuads)",
+        "v < patches * (plan.matrix / kWide + kQuads)",
         "v < kQuads",
     ),
     Mutant(
@@ -318,6 +318,12 @@ MUTANTS = [
         "reassemble_mma.h",
         "const int there = min(channels, plan.channels);",
         "const int there = 2 * kChannelsOfMma;",
+    ),
+    Mutant(
+        "two lanes keep the outputs of the same patch",
+        "reassemble_mma.h",
+        "const uint2 kept = odd ? words[q] : before[q],",
+        "const uint2 kept = words[q],",
     ),
     Mutant(
         "infinite features spread in a patch",

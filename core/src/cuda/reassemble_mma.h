@@ -2,7 +2,8 @@
 // The forward for any factor with features of 16 bits, on tensor cores. A block has a tile of patches of 16 outputs.
 // Once it stages their masks as matrices. It goes through the channels a slice at a time. It stages the slice's
 // features with their halo, channels adjacent. A warp multiplies a patch's matrix by its window, 16 channels at a time.
-// A step of a product has any 16 pixels of a window, since each tells its own address. A zero of a matrix makes NaN of
+// A step of a product has any 16 pixels of a window, since each tells its own address. Where rows of outputs are whole
+// vectors of eight, two lanes exchange outputs of two patches, and each stores eight. A zero of a matrix makes NaN of
 // an infinite feature. Sums that are not finite are computed again, tap by tap.
 #pragma once
 
@@ -17,7 +18,11 @@ constexpr int kQuad = 4, kQuads = kPatch / kQuad;  // neighbouring outputs of a 
 constexpr int kStep = 16;                          // pixels of a product
 constexpr int kChannelsOfMma = 16;
 constexpr int kMostPatches = 16;
-constexpr int64_t kEnoughItems = 384;  // that keep all multiprocessors busy
+constexpr int64_t kMultiprocessors = 132;  // of an H100; others have about as many
+constexpr int64_t kFewestItems = 3;        // of a multiprocessor, which keep it busy
+
+// The patches that a warp has one after the other. Two are stored together where channels are not adjacent.
+CARAFEPP_HOST_DEVICE constexpr int neighbours(bool vectors) { return vectors ? 1 : 2; }
 
 struct Size {
     int rows, columns;
@@ -41,10 +46,11 @@ struct PatchesPlan {
     int pitch;            // pixels from row to row of a halo
     int steps = 0;        // of a window
     int apart;            // elements from output to output of a matrix
+    int matrix;           // from patch to patch: neighbours begin in other banks
     int channels;         // of a slice
     int pixel;            // elements from pixel to pixel
     int buffers;          // of slices
-    int columns_at_once;  // that are stored
+    int columns_at_once;  // that are stored: 8 are of two lanes
     bool pairs;           // of columns are loaded
     int64_t row_tiles, column_tiles;
     int64_t slices;          // of an item
@@ -54,7 +60,9 @@ struct PatchesPlan {
 
     PatchesPlan(const Problem& p, const Array& output, bool vectors)
         : rows(p.factor, p.offset_h, p.out_h), columns(p.factor, p.offset_w, p.out_w) {
-        columns_at_once = not_for_columns(output, 4) == nullptr ? 4 : not_for_columns(output) == nullptr ? 2 : 1;
+        for (columns_at_once = 2 * kQuad; columns_at_once > 1; columns_at_once /= 2) {
+            if (not_for_columns(output, columns_at_once) == nullptr) break;
+        }
         pairs = !vectors && not_for_columns(p.features) == nullptr;
         choose_patch(p, vectors);
         choose_tile(p, vectors);
@@ -63,23 +71,28 @@ struct PatchesPlan {
 private:
     // The shape with the fewest steps. Where columns are adjacent, a patch of fewer rows is stored by fewer accesses.
     void choose_patch(const Problem& p, bool vectors) {
-        constexpr int kCostOfStore = 3;  // steps
+        constexpr int kCostOfStep = 16, kCostOfStore = 32;  // cycles, about
         const int beside = static_cast<int>(p.kernel_size) - 1;
+        const int most = columns_at_once;
         int64_t least = INT64_MAX;
         for (const int height : {4, 2, 1}) {
             const Size shape{height, kPatch / height};
             const Size read{most_sources(p.factor, shape.rows - 1, shape.rows) + 1 + beside,
                             most_sources(p.factor, shape.columns - 1, shape.columns) + 1 + beside};
             const int64_t needed = ceil_div(int64_t{read.rows} * read.columns, kStep);
+            const int stored = std::min(most, shape.columns >= 2 * kQuad ? 2 * kQuad : kQuad);
             const int64_t cost = ceil_div(p.out_h, shape.rows) * ceil_div(p.out_w, shape.columns) *
-                                 (needed + kCostOfStore * (vectors ? 1 : height));
+                                 (kCostOfStep * needed +
+                                  (vectors ? 1 : height) * (stored > kQuad ? kCostOfStore / 2 : kCostOfStore));
             if (cost >= least) continue;
             least = cost;
+            columns_at_once = stored;
             patch = shape;
             window = read;
             steps = static_cast<int>(std::min<int64_t>(needed, INT16_MAX));
         }
         apart = steps * kStep + kWide;  // an odd number of vectors: neighbours begin in other banks
+        matrix = kPatch * apart + kWide;
     }
 
     // The tile and the slices that take the least time and fit in shared memory.
@@ -102,13 +115,13 @@ private:
                     for (slices = all;; slices = ceil_div(slices, 2)) {
                         channel_blocks = ceil_div(all, slices);
                         items = p.features.n * p.groups * row_tiles * column_tiles * channel_blocks;
-                        const double cost = static_cast<double>(std::max(items, kEnoughItems)) *
-                                            cost_of_item(p, vectors);
+                        const int64_t of_multiprocessor = std::max(ceil_div(items, kMultiprocessors), kFewestItems);
+                        const double cost = static_cast<double>(of_multiprocessor) * cost_of_item(p, vectors);
                         if (cost < least) {
                             least = cost;
                             best = *this;
                         }
-                        if (slices <= 2 || items >= kEnoughItems) break;
+                        if (slices <= 2 || items >= kFewestItems * kMultiprocessors) break;
                     }
                 }
             }
@@ -131,7 +144,7 @@ private:
         pixel = channels + kWide;  // an odd number of vectors, too
         buffers = vectors && channels_of_group > channels ? 2 : 1;
         const int64_t patches = tile.count(), pixels = int64_t{halo.rows} * pitch;
-        shared_bytes = patches * kPatch * (apart * int64_t{sizeof(uint16_t)} + int64_t{sizeof(float)}) +
+        shared_bytes = patches * (matrix * int64_t{sizeof(uint16_t)} + kPatch * int64_t{sizeof(float)}) +
                        buffers * pixels * pixel * int64_t{sizeof(uint16_t)} +
                        (kTapPlaces + steps * kStep) * int64_t{sizeof(int)} + pixels * int64_t{sizeof(int64_t)} +
                        patches * (kQuads * int64_t{sizeof(Quad)} + int64_t{sizeof(int)}) +
@@ -140,10 +153,11 @@ private:
 
     // Cycles of a multiprocessor, about.
     double cost_of_item(const Problem& p, bool vectors) const {
-        constexpr double kOfItem = 1500, kOfSlice = 100, kOfMask = 0.25, kBytes = 22;  // from the L2 in a cycle
+        constexpr double kOfItem = 1500, kOfSlice = 100, kOfMask = 0.4, kBytes = 22;  // from the L2 in a cycle
         const int64_t sectors = vectors ? int64_t{halo.count()} * channels / 16
                                         : int64_t{halo.rows} * (halo.columns / 16 + 1) * channels;
-        const double turns = static_cast<double>(ceil_div(tile.count(), kWarps)),
+        const double turns = static_cast<double>(ceil_div(tile.count(), kWarps * neighbours(vectors)) *
+                                                 neighbours(vectors)),
                      of_patch = (channels / kChannelsOfMma) * (10 * steps + 30);
         return kOfItem + tile.count() * kPatch * static_cast<double>(p.taps()) * kOfMask +
                static_cast<double>(slices) *
@@ -180,12 +194,14 @@ __device__ __forceinline__ void find_lines(const Problem& p, const PatchesPlan& 
                                            Line* rows, Line* columns) {
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int up = p.from_logits ? static_cast<int>(p.factor.up) : 1;
+    // The place behind all matrices of patches before counts as that of a pixel.
     const auto find = [&](const Positions& axis, int output, int first_of_patch, int64_t stride,
-                          int64_t stride_of_phase, int number, int pixels) {
+                          int64_t stride_of_phase, int patch, int number, int pixels) {
         Line line;
         line.from = output < axis.outputs ? output / up * stride + output % up * stride_of_phase : kNowhere;
         line.source = axis.source<false>(output);
-        line.to = line_of_patch(number, (line.source - axis.source<false>(first_of_patch)) * pixels);
+        line.to = line_of_patch(patch * kPatch + number,
+                                patch * kWide + (line.source - axis.source<false>(first_of_patch)) * pixels);
         return line;
     };
     const int thread = static_cast<int>(threadIdx.x);
@@ -193,14 +209,14 @@ __device__ __forceinline__ void find_lines(const Problem& p, const PatchesPlan& 
     for (int line = thread; line < plan.tile.rows * plan.patch.rows; line += kBlock) {
         const int within = line % plan.patch.rows;
         rows[line] = find(plan.rows, tile.top + line, tile.top + line - within, array.stride_h, up * array.stride_c,
-                          line / plan.patch.rows * plan.tile.columns * kPatch + within * plan.patch.columns / 2,
+                          line / plan.patch.rows * plan.tile.columns, within * plan.patch.columns / 2,
                           plan.window.columns);
     }
 #pragma unroll 1
     for (int line = kBlock - 1 - thread; line < plan.tile.columns * plan.patch.columns; line += kBlock) {
         const int within = line % plan.patch.columns;
         columns[line] = find(plan.columns, tile.left + line, tile.left + line - within, array.stride_w, array.stride_c,
-                             line / plan.patch.columns * kPatch + within / 4 * 2 + within % 4 / 2 * 8 + within % 2, 1);
+                             line / plan.patch.columns, within / 4 * 2 + within % 4 / 2 * 8 + within % 2, 1);
     }
 }
 
@@ -256,7 +272,7 @@ struct Room {
     __device__ __forceinline__ explicit Room(const PatchesPlan& plan) {
         const int patches = plan.tile.count(), pixels_of_halo = plan.halo.rows * plan.pitch;
         bands = shared_memory<T>();
-        factors = reinterpret_cast<float*>(bands + patches * kPatch * plan.apart);
+        factors = reinterpret_cast<float*>(bands + patches * plan.matrix);
         features = reinterpret_cast<T*>(factors + patches * kPatch);
         taps = reinterpret_cast<int*>(features + plan.buffers * pixels_of_halo * plan.pixel);
         offsets = taps + kTapPlaces;
@@ -309,17 +325,27 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
     const int warp = same_in_warp(thread / 32);
     const int row = lane / 4, pair = lane % 4;
     const int vectors = plan.channels / kWide, stagers = kBlock / vectors;
-    const int vector = Vectors ? thread % vectors : thread / stagers,
-              first_pixel = Vectors ? thread / vectors : thread % stagers;
+    const int vector = Vectors ? thread % vectors : thread / stagers;
+    // The pixels of eight neighbouring threads, which store vectors to different banks, are `vectors` apart.
+    const int together = kWide / vectors, own = thread / vectors;
+    const int first_pixel = Vectors ? own / kWide * kWide + own % together * vectors + own % kWide / together
+                                    : thread % stagers;
     // The row of both matrices whose place this lane tells, and its half. `a` has rows beside each other first.
     const int matrix_row = Vectors ? lane % 16 : lane % 8 + lane / 16 * 8,
               matrix_half = (Vectors ? lane / 16 : lane / 8 % 2) * kWide;
     const int first_channel = Vectors ? pair * kWide : row;  // that this lane stores
     for (int t = thread; t < plan.steps * kStep; t += kBlock) {
-        const int y = t / plan.window.columns, x = t - y * plan.window.columns;
-        room.offsets[t] = y < plan.window.rows ? (y * plan.pitch + x) * plan.pixel : 0;
+        const int pixel = min(t, plan.window.count() - 1);  // the last one again: in no bank of others
+        const int y = pixel / plan.window.columns, x = pixel - y * plan.window.columns;
+        room.offsets[t] = (y * plan.pitch + x) * plan.pixel;
     }
     for (int t = thread; t < kTapPlaces; t += kBlock) room.taps[t] = t / k * plan.window.columns + t % k;
+
+    constexpr int kNeighbours = neighbours(Vectors);
+    const int turns = ceil_div(patches, kWarps * kNeighbours) * kNeighbours;  // of a warp
+    const auto patch_of = [&](int turn) {
+        return (turn / kNeighbours * kWarps + warp) * kNeighbours + turn % kNeighbours;
+    };
 
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfPatches tile(p, plan, static_cast<uint32_t>(item));
@@ -347,7 +373,7 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
             }
         }
         // Matrices and factors, which are behind them.
-        for (int v = thread; v < patches * (kPatch * plan.apart / kWide + kQuads); v += kBlock)
+        for (int v = thread; v < patches * (plan.matrix / kWide + kQuads); v += kBlock)
             reinterpret_cast<uint4*>(room.bands)[v] = make_uint4(0, 0, 0, 0);
         __syncthreads();
         const T* from = element<const T>(p.features, tile.n, tile.c + vector * kWide, 0, 0);
@@ -395,16 +421,20 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
             }
             const int there = min(channels, plan.channels);
             const bool both = there > kChannelsOfMma;  // products along channels
+            uint2 before[4] = {};                      // the words of the patch before
 #pragma unroll 1
-            for (int patch = warp; patch < patches; patch += kWarps) {
-                const int corner = same_in_warp(room.corners[patch]);
-                if (corner < 0) continue;
-                const T* band = room.bands + (patch * kPatch + matrix_row) * plan.apart + matrix_half;
+            for (int turn = 0; turn < turns; turn++) {
+                const int patch = patch_of(turn);
+                const bool in_tile = patch < patches;
+                const int corner = in_tile ? same_in_warp(room.corners[patch]) : -1;
+                if (Vectors && corner < 0) continue;
+                const T* band = room.bands + patch * plan.matrix + matrix_row * plan.apart + matrix_half;
                 const T* const window = staged + corner + matrix_half;
                 const int* offset = room.offsets + matrix_row;
                 float sums[2][2][4] = {};  // of each product; of the outputs or channels beside
 #pragma unroll 2
-                for (int step = 0; step < plan.steps; step++, band += kStep, offset += kStep) {
+                for (int step = corner < 0 ? plan.steps : 0; step < plan.steps;
+                     step++, band += kStep, offset += kStep) {
                     uint32_t masks[4], values[4];
                     load_matrices<false>(band, masks);
                     const T* const of_step = window + *offset;
@@ -415,11 +445,10 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                         multiply_step<T>(Vectors ? masks : values, Vectors ? values : masks, sums[1]);
                     }
                 }
-                const Quad quad = room.quads[patch * kQuads + (Vectors ? row / 2 : pair)];
-                const float* const factors = room.factors + patch * kPatch + (Vectors ? row : 2 * pair);
-                T* to = to_slice + quad.to;
+                const float* const factors = room.factors + (in_tile ? patch * kPatch : 0) + (Vectors ? row : 2 * pair);
                 if constexpr (Vectors) {
-                    to += row % 2 * output.stride_w;
+                    const Quad quad = room.quads[patch * kQuads + row / 2];
+                    T* to = to_slice + quad.to + row % 2 * output.stride_w;
 #pragma unroll
                     for (int half = 0; half < 2; half++, to += 2 * output.stride_w) {  // outputs
                         const float factor = factors[half * 8];
@@ -447,7 +476,30 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                         add_zeros<T>(words[q].x, zeros);
                         add_zeros<T>(words[q].y, zeros);
                     }
-                    store_quads(words, quad.there, plan.columns_at_once, there - row, output, to);
+                    const int at_once = static_cast<int>(computed_late(plan.columns_at_once));  // one loop for all
+                    if (at_once <= kQuad) {
+                        if (corner < 0) continue;
+                        const Quad quad = room.quads[patch * kQuads + pair];
+                        store_quads(words, quad.there, at_once, there - row, output, to_slice + quad.to);
+                    } else if (turn % 2 == 0) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) before[q] = words[q];
+                    } else {
+                        // A lane has a quad of both patches. It exchanges one for its neighbour's of the other.
+                        const int odd = pair % 2, own = patch - 1 + odd;
+                        const Quad quad = room.quads[own < patches ? own * kQuads + pair - odd : 0];
+                        T* to_octet = to_slice + quad.to;
+#pragma unroll
+                        for (int q = 0; q < 4; q++, to_octet += 8 * output.stride_c) {
+                            const uint2 kept = odd ? words[q] : before[q], given = odd ? before[q] : words[q];
+                            const uint2 taken{__shfl_xor_sync(0xffffffffu, given.x, 1),
+                                              __shfl_xor_sync(0xffffffffu, given.y, 1)};
+                            const uint2 left = odd ? taken : kept, right = odd ? kept : taken;
+                            if (own < patches && quad.there > 0 && q * 8 < there - row)
+                                __stcs(reinterpret_cast<uint4*>(to_octet),
+                                       make_uint4(left.x, left.y, right.x, right.y));
+                        }
+                    }
                 }
             }
             to_slice += plan.channels * output.stride_c;
@@ -457,7 +509,9 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
         for (int distance = 1; distance < 32; distance *= 2) zeros |= __shfl_xor_sync(0xffffffffu, zeros, distance);
         if (zeros != 0) {  // a lane looks at what others of its warp have stored
             __syncwarp();
-            for (int patch = warp; patch < patches; patch += kWarps) {
+            for (int turn = 0; turn < turns; turn++) {
+                const int patch = patch_of(turn);
+                if (patch >= patches) continue;
 #pragma unroll 1
                 for (int number = lane; number < kPatch * tile.channels; number += 32) {
                     const int own = number % kPatch, quad = own / kQuad, column = own % kQuad;
@@ -467,10 +521,10 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                     pixel.j += column;
                     T* const stored = element<T>(output, tile.n, c, pixel.i, pixel.j);
                     if (fabsf(widen(*stored)) < INFINITY) continue;
-                    const int of_band = patch * kPatch + quad * 2 + column / 2 * 8 + column % 2;
+                    const int of_patch = quad * 2 + column / 2 * 8 + column % 2;
                     *stored = narrow<T>(output_tap_by_tap(p, plan, tile.n, tile.group, c, pixel,
-                                                          room.bands + of_band * plan.apart, room.factors[of_band],
-                                                          room.taps));
+                                                          room.bands + patch * plan.matrix + of_patch * plan.apart,
+                                                          room.factors[patch * kPatch + of_patch], room.taps));
                 }
             }
         }

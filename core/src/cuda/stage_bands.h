@@ -115,43 +115,43 @@ private:
         });
     }
 
-    // A thread has all taps of an output. It loads logits once for their largest and once more for the masks.
+    // A thread has all taps of an output: K * K is 8 m + 1, so m chunks and the last. It keeps most of them from the
+    // search for the largest on, and loads others again.
     template <class M>
     __device__ __forceinline__ void stage_apart(const M* from, int tap, bool softmax) const {
-        constexpr int kInFlight = 8;  // loads: K * K is 8 m + 1
-        const int count = static_cast<int>(p.taps());
+        constexpr int kChunk = 8, kMost = kOwnTaps<kMostOfEight> - 1, kKept = 3;  // all of K = 5
+        const int chunks = static_cast<int>(p.taps()) / kChunk;
         for_each_output<1>(rows, height, columns, width, [&](Line row, Line column, bool exists) {
             if (!exists) return;
             const M* const first = from + computed_late(row.from + column.from);
-            // Calls f(values, t) for the taps from t on.
-            const auto load_each = [&](auto f) {
-                const M* at = first;
-                int t = 0;
-                in_chunks<kInFlight>(count, [&](auto chunk) {
-                    constexpr int kTaps = decltype(chunk)::value;
-                    float values[kTaps];
+            const auto load = [&](int t) { return widen(load_input(at_stride(first, tap, t))); };
+            const float last = load(chunks * kChunk);
+            float kept[kKept][kChunk], largest = last;
 #pragma unroll
-                    for (int i = 0; i < kTaps; i++) values[i] = widen(load_input(at_stride(at, tap, i)));
-                    f(values, t);
-                    at = at_stride(at, tap, kTaps);
-                    t += kTaps;
-                });
-            };
-            float largest = -INFINITY, sum = softmax ? 0 : 1;
-            if (softmax) {
-                load_each([&](auto& values, int) {
-                    for (float value : values) largest = fmaxf(largest, value);
-                });
+            for (int c = 0; c < kMost; c++) {
+                if (c >= chunks) continue;
+#pragma unroll
+                for (int i = 0; i < kChunk; i++) {
+                    const float value = load(c * kChunk + i);
+                    if (c < kKept) kept[c][i] = value;
+                    largest = fmaxf(largest, value);
+                }
             }
             T* const to = first_of(row, column);
-            load_each([&](auto& values, int t) {
-                if (softmax) {
-                    for (float& value : values) sum += value = power(value, largest);
-                }
-                constexpr int kTaps = sizeof(values) / sizeof(float);
+            float sum = 0;
+            const auto put = [&](float value, int t) {
+                if (softmax) value = power(value, largest);
+                sum += value;
+                to[taps[t]] = narrow<T>(value);
+            };
 #pragma unroll
-                for (int i = 0; i < kTaps; i++) to[taps[t + i]] = narrow<T>(values[i]);
-            });
+            for (int c = 0; c < kMost; c++) {
+                if (c >= chunks) continue;
+#pragma unroll
+                for (int i = 0; i < kChunk; i++) put(c < kKept ? kept[c][i] : load(c * kChunk + i), c * kChunk + i);
+            }
+            put(last, chunks * kChunk);
+            if (!softmax) sum = 1;
             put_factor(row, column, 1 / sum);
             if (!inside) clear_outside(row, column, 0, 1);
         });
