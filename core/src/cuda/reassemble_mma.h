@@ -71,7 +71,7 @@ struct PatchesPlan {
 private:
     // The shape with the fewest steps. Where columns are adjacent, a patch of fewer rows is stored by fewer accesses.
     void choose_patch(const Problem& p, bool vectors) {
-        constexpr int kCostOfStep = 16, kCostOfStore = 32;  // cycles, about
+        constexpr int kCostOfStep = 16, kCostOfStore = 36;  // cycles, about
         const int beside = static_cast<int>(p.kernel_size) - 1;
         const int most = columns_at_once;
         int64_t least = INT64_MAX;
@@ -427,7 +427,9 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                 const int patch = patch_of(turn);
                 const bool in_tile = patch < patches;
                 const int corner = in_tile ? same_in_warp(room.corners[patch]) : -1;
-                if (Vectors && corner < 0) continue;
+                // Computed late, it makes no second loop.
+                const bool alone = Vectors || static_cast<int>(computed_late(plan.columns_at_once)) <= kQuad;
+                if (alone && corner < 0) continue;
                 const T* band = room.bands + patch * plan.matrix + matrix_row * plan.apart + matrix_half;
                 const T* const window = staged + corner + matrix_half;
                 const int* offset = room.offsets + matrix_row;
@@ -476,11 +478,9 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
                         add_zeros<T>(words[q].x, zeros);
                         add_zeros<T>(words[q].y, zeros);
                     }
-                    const int at_once = static_cast<int>(computed_late(plan.columns_at_once));  // one loop for all
-                    if (at_once <= kQuad) {
-                        if (corner < 0) continue;
+                    if (alone) {
                         const Quad quad = room.quads[patch * kQuads + pair];
-                        store_quads(words, quad.there, at_once, there - row, output, to_slice + quad.to);
+                        store_quads(words, quad.there, plan.columns_at_once, there - row, output, to_slice + quad.to);
                     } else if (turn % 2 == 0) {
 #pragma unroll
                         for (int q = 0; q < 4; q++) before[q] = words[q];
