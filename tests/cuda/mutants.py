@@ -103,10 +103,34 @@ MUTANTS = [
         "plan.vectors",
     ),
     Mutant(
+        "a thread adds what the other thread of two quads has not told",
+        "grad_masks_tiles.h",
+        "    __syncthreads();\n    each(Constant<0>(), [&](float& sum,",
+        "    each(Constant<0>(), [&](float& sum,",
+    ),
+    Mutant(
+        "threads of two quads tell where slices are still read",
+        "grad_masks_tiles.h",
+        "    __syncthreads();  // slices are read\n",
+        "",
+    ),
+    Mutant(
+        "the second thread of two quads has a vector behind the last one",
+        "grad_masks_tiles.h",
+        "int left = vectors - share;",
+        "int left = vectors;",
+    ),
+    Mutant(
+        "both threads of two quads keep the first",
+        "grad_masks_tiles.h",
+        "            each(rows, keep);",
+        "            each(Constant<0>(), keep);",
+    ),
+    Mutant(
         "a thread sums before all threads of an output have told",
         "grad_masks_finish.h",
-        "    __syncthreads();\n    each_part([&](int o, float2 told) {\n        sum",
-        "    each_part([&](int o, float2 told) {\n        sum",
+        "    __syncthreads();\n    each_part([&](int o, float2 told) {\n        grad",
+        "    each_part([&](int o, float2 told) {\n        grad",
     ),
     Mutant(
         "sums take the place of maxima that are still read",

@@ -201,9 +201,7 @@ __device__ __forceinline__ float normalize_window(carafepp_normalizer normalizer
             if (normalizer == CARAFEPP_SIGMOID) return 1;
         }
     }
-    float scale, unused;
-    softmax<K>(taps, taps, scale, unused);
-    return scale;
+    return softmax_gradient<K>(taps, taps).scale;
 }
 
 __device__ __forceinline__ carafepp_normalizer normalizer_of(const Problem& p) {

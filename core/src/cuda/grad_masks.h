@@ -3,44 +3,46 @@
 // thread has the gradients of the masks of some outputs, and carries them through the normaliser.
 #pragma once
 
-#include "cuda/masks.h"
+#include "cuda/softmax_gradient.h"
 #include "cuda/window.h"
 
 namespace carafepp::cuda {
 
 constexpr int kWarps = 4, kBlock = kWarps * 32;  // of a block, threads
 
-// The mean of the gradients, weighted by masks, which are `taps` times `scale`; and multiplied by `scale` too.
+// Turns the logits of an output into powers.
 template <int K>
-__device__ __forceinline__ float weighted_mean(const float (&taps)[K * K], const float (&grad)[K * K], float scale) {
-    float mean = 0;
-#pragma unroll
-    for (int t = 0; t < K * K; t++) mean += taps[t] * grad[t];
-    return mean * (scale * scale);
-}
-
-// Turns logits into exponentials of a softmax, that are masks once they are multiplied by `scale`. `mean` is that of
-// the gradients, weighted by masks, and multiplied by `scale` too.
-template <int K>
-__device__ __forceinline__ void softmax(float (&taps)[K * K], const float (&grad)[K * K], float& scale, float& mean) {
-    float largest = -INFINITY, sum = 0;
-    mean = 0;
+__device__ __forceinline__ SoftmaxGradient softmax_gradient(float (&taps)[K * K], const float (&grad)[K * K]) {
+    float largest = -INFINITY;
 #pragma unroll
     for (int t = 0; t < K * K; t++) largest = fmaxf(largest, taps[t]);
+    SoftmaxGradient gradient;
 #pragma unroll
     for (int t = 0; t < K * K; t++) {
-        taps[t] = power_of_2((taps[t] - largest) * kLog2OfE);  // the difference first: logits may be huge
-        sum += taps[t];
-        mean += taps[t] * grad[t];
+        taps[t] = SoftmaxGradient::power(taps[t], largest);
+        gradient.add(taps[t], grad[t]);
     }
-    scale = reciprocal(sum);
-    mean *= scale * scale;
+    gradient.finish();
+    return gradient;
+}
+
+// The same, where clear(grad) clears the taps beyond the borders. Sums are 0 there, as features are, unless a factor is
+// no finite number. Then the mean is none either, and only then they are cleared.
+template <int K, class Clear>
+__device__ __forceinline__ SoftmaxGradient softmax_gradient(float (&taps)[K * K], float (&grad)[K * K], Clear clear) {
+    SoftmaxGradient gradient = softmax_gradient<K>(taps, grad);
+    if (fabsf(gradient.mean) < INFINITY) return gradient;
+    clear(grad);
+    gradient = {};
+#pragma unroll
+    for (int t = 0; t < K * K; t++) gradient.add(taps[t], grad[t]);
+    gradient.finish();
+    return gradient;
 }
 
 // Carries the gradients of the masks of a thread's outputs through the normaliser. Their logits are in shared memory,
 // and change: own[t * step] are those of a tap, as a float or as the floats of a vector. Most problems have a softmax,
-// so what is for others is not unrolled. clear(grad) clears the taps of an output beyond the borders. Sums are 0 there,
-// as features are, unless a factor is no finite number: then the mean is none either, and only then a softmax clears.
+// so what is for others is not unrolled. clear(grad) clears the taps of an output beyond the borders.
 template <int K, class Outputs, int Count, class Clear>
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, Outputs* own, int step,
                                                    float (&grad)[Count][K * K], Clear clear) {
@@ -72,15 +74,14 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
     }
 #pragma unroll
     for (int q = 0; q < Count; q++) {
-        float scale = 1, mean = 0;  // of a sigmoid, whose taps are factors of the gradients
-        const bool weighted = normalizer != CARAFEPP_SIGMOID;
-        if (weighted) softmax<K>(taps[q], grad[q], scale, mean);
-        if (!weighted || !(fabsf(mean) < INFINITY)) {
+        SoftmaxGradient gradient{1, 0};  // of a sigmoid, whose taps are factors of the gradients
+        if (normalizer == CARAFEPP_SIGMOID) {
             clear(grad[q]);
-            if (weighted) mean = weighted_mean<K>(taps[q], grad[q], scale);
+        } else {
+            gradient = softmax_gradient<K>(taps[q], grad[q], clear);
         }
 #pragma unroll
-        for (int t = 0; t < kTaps; t++) grad[q][t] = taps[q][t] * (grad[q][t] * scale - mean);
+        for (int t = 0; t < kTaps; t++) grad[q][t] = gradient(taps[q][t], grad[q][t]);
     }
     if (normalizer != CARAFEPP_SIGMOID_NORMALIZED) return;
     for_each_logit([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });  // the sigmoid of -logit

@@ -18,18 +18,12 @@ struct GradMasksFewPlan : FewPlan {
 };
 
 // Carries the gradients of the masks of an output through a softmax, from its logits. clear(grads) clears the taps
-// beyond the borders. Only an infinite factor makes that necessary, as features are 0 there. Then the mean is no
-// number.
+// beyond the borders.
 template <int K, class Clear>
 __device__ __forceinline__ void through_softmax(float (&taps)[K * K], float (&grads)[K * K], Clear clear) {
-    float scale, mean;
-    softmax<K>(taps, grads, scale, mean);
-    if (!(fabsf(mean) < INFINITY)) {
-        clear(grads);
-        mean = weighted_mean<K>(taps, grads, scale);
-    }
+    const SoftmaxGradient gradient = softmax_gradient<K>(taps, grads, clear);
 #pragma unroll
-    for (int t = 0; t < K * K; t++) grads[t] = taps[t] * (grads[t] * scale - mean);
+    for (int t = 0; t < K * K; t++) grads[t] = gradient(taps[t], grads[t]);
 }
 
 // The same for any normaliser.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/grad_tiles.h"
+#include "cuda/softmax_gradient.h"
 
 namespace carafepp::cuda {
 
@@ -91,16 +92,20 @@ struct OwnTaps {
     float* first;
     int count, step, pitch;
 
-    // Calls f(output, sum, element of shared memory) for each. Threads of a warp mostly have as many.
+    // Calls f(output, tap) for each. Threads of a warp mostly have as many.
     template <class F>
-    __device__ __forceinline__ void each(float (&sums)[kQuad][kMostTaps], F f) const {
-        float* at = first;
+    __device__ __forceinline__ void each_number(F f) const {
 #pragma unroll
-        for (int tap = 0; tap < kMostTaps; tap++, at += step) {
+        for (int tap = 0; tap < kMostTaps; tap++) {
             if (tap >= count) break;
 #pragma unroll
-            for (int o = 0; o < kQuad; o++) f(o, sums[o][tap], at[o * pitch]);
+            for (int o = 0; o < kQuad; o++) f(o, tap);
         }
+    }
+    // The same with the element of shared memory.
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+        each_number([&](int o, int tap) { f(o, tap, first[tap * step + o * pitch]); });
     }
     // f(element) for each element of shared memory. What is rare is not unrolled.
     template <class F>
@@ -127,11 +132,8 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
         return;
     }
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED) taps.replace([](float logit) { return log_sigmoid(logit); });
-    float largest[kQuad] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[kQuad] = {},
-          mean[kQuad] = {};  // of the gradients, weighted by masks
-    const auto mask = [&](int o, float logit) {
-        return power_of_2((logit - largest[o]) * kLog2OfE);  // the difference first: logits may be huge
-    };
+    float powers[kQuad][kMostTaps], largest[kQuad] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    SoftmaxGradient gradients[kQuad];
     const auto tell = [&](int o) -> float2& { return partial[part * room + o * taps.pitch]; };
     // Calls f(output, what a thread told) for each.
     const auto each_part = [&](auto f) {
@@ -141,37 +143,36 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
             for (int o = 0; o < kQuad; o++) f(o, partial[other * room + o * taps.pitch]);
         }
     };
-    taps.each(grads, [&](int o, float, float logit) { largest[o] = fmaxf(largest[o], logit); });
+    taps.each([&](int o, int tap, float logit) {
+        powers[o][tap] = logit;
+        largest[o] = fmaxf(largest[o], logit);
+    });
     if (taps.count > 0) {
 #pragma unroll
         for (int o = 0; o < kQuad; o++) tell(o).x = largest[o];
     }
     __syncthreads();
     each_part([&](int o, float2 told) { largest[o] = fmaxf(largest[o], told.x); });
-    taps.each(grads, [&](int o, float grad, float logit) {
-        const float unscaled = mask(o, logit);
-        sum[o] += unscaled;
-        mean[o] += unscaled * grad;
+    taps.each_number([&](int o, int tap) {
+        powers[o][tap] = SoftmaxGradient::power(powers[o][tap], largest[o]);
+        gradients[o].add(powers[o][tap], grads[o][tap]);
     });
     __syncthreads();
     if (taps.count > 0) {
 #pragma unroll
         for (int o = 0; o < kQuad; o++) {
-            tell(o) = make_float2(sum[o], mean[o]);
-            sum[o] = mean[o] = 0;
+            tell(o) = make_float2(gradients[o].scale, gradients[o].mean);
+            gradients[o] = {};
         }
     }
     __syncthreads();
     each_part([&](int o, float2 told) {
-        sum[o] += told.x;
-        mean[o] += told.y;
+        gradients[o].scale += told.x;
+        gradients[o].mean += told.y;
     });
 #pragma unroll
-    for (int o = 0; o < kQuad; o++) {
-        sum[o] = 1 / sum[o];
-        mean[o] *= sum[o] * sum[o];
-    }
-    taps.each(grads, [&](int o, float& grad, float logit) { grad = mask(o, logit) * (grad * sum[o] - mean[o]); });
+    for (int o = 0; o < kQuad; o++) gradients[o].finish();
+    taps.each_number([&](int o, int tap) { grads[o][tap] = gradients[o](powers[o][tap], grads[o][tap]); });
     if (normalizer == CARAFEPP_SIGMOID_NORMALIZED)  // the sigmoid of -logit
         taps.replace([](float log_of_sigmoid) { return -expm1f(log_of_sigmoid); });
 }
@@ -254,8 +255,9 @@ __device__ __forceinline__ void finish_grad_masks(const Arguments& arguments, co
         __syncthreads();
         through_normalizer(p.normalizer, own_taps, sums, own.part, parts, tile.room, partial + output);
     }
-    const bool factors = normalized && p.normalizer != CARAFEPP_SOFTMAX;  // are there
-    own_taps.each(sums, [&](int, float grad, float& to) { to = factors ? grad * to : grad; });
+    if (normalized && p.normalizer != CARAFEPP_SOFTMAX)  // factors are there
+        own_taps.each([&](int o, int tap, float factor) { sums[o][tap] *= factor; });
+    own_taps.each([&](int o, int tap, float& to) { to = sums[o][tap]; });
     const int last_row = at.slots[tile.rows - kQuad].row;  // that begins a quad
     if (last_row < 0 || last_row + kQuad > height_out || at.left + tile.columns.number > width_out) {
 #pragma unroll 1

@@ -195,12 +195,19 @@ __device__ __forceinline__ void add_products(const Float16* slice, const int (&p
     }
 }
 
+__device__ __forceinline__ void finish_over_normalizers(SoftmaxGradient& gradient) {
+    const auto add = [](float a, float b) { return a + b; };
+    gradient.scale = over_normalizers(gradient.scale, add);
+    gradient.mean = over_normalizers(gradient.mean, add);
+    gradient.finish();
+}
+
 // Carries gradients of masks through a softmax: eight neighbouring threads those of an output. A thread has every
 // eighth tap, `Own` at most, at first + i * step in shared memory; `count` of them exist.
 template <int Own>
 __device__ __forceinline__ void through_softmax(const float* logits, float* grads, int first, int step, int count) {
-    const auto add = [](float a, float b) { return a + b; };
-    float masks[Own], own_grads[Own], largest = -INFINITY, sum = 0, mean = 0;  // of the gradients, weighted by masks
+    float masks[Own], own_grads[Own], largest = -INFINITY;
+    SoftmaxGradient gradient;
 #pragma unroll
     for (int i = 0; i < Own; i++) {
         masks[i] = i < count ? logits[first + i * step] : -INFINITY;
@@ -210,38 +217,32 @@ __device__ __forceinline__ void through_softmax(const float* logits, float* grad
     largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int i = 0; i < Own; i++) {
-        masks[i] = power_of_2((masks[i] - largest) * kLog2OfE);  // the difference first: logits may be huge
-        sum += masks[i];
-        mean += masks[i] * own_grads[i];
+        masks[i] = SoftmaxGradient::power(masks[i], largest);
+        gradient.add(masks[i], own_grads[i]);
     }
-    const float scale = 1 / over_normalizers(sum, add);
-    mean = over_normalizers(mean, add) * scale * scale;
+    finish_over_normalizers(gradient);
 #pragma unroll
     for (int i = 0; i < Own; i++) {
-        if (i < count) grads[first + i * step] = masks[i] * (own_grads[i] * scale - mean);
+        if (i < count) grads[first + i * step] = gradient(masks[i], own_grads[i]);
     }
 }
 
 // The same for any number of taps.
 template <>
 __device__ __forceinline__ void through_softmax<0>(const float* logits, float* grads, int first, int step, int count) {
-    const auto add = [](float a, float b) { return a + b; };
-    float largest = -INFINITY, sum = 0, mean = 0;
+    float largest = -INFINITY;
 #pragma unroll 1
     for (int i = 0; i < count; i++) largest = fmaxf(largest, logits[first + i * step]);
     largest = over_normalizers(largest, [](float a, float b) { return fmaxf(a, b); });
-    const auto mask = [&](int i) { return power_of_2((logits[first + i * step] - largest) * kLog2OfE); };
+    const auto mask = [&](int i) { return SoftmaxGradient::power(logits[first + i * step], largest); };
+    SoftmaxGradient gradient;
 #pragma unroll 1
-    for (int i = 0; i < count; i++) {
-        sum += mask(i);
-        mean += mask(i) * grads[first + i * step];
-    }
-    const float scale = 1 / over_normalizers(sum, add);
-    mean = over_normalizers(mean, add) * scale * scale;
+    for (int i = 0; i < count; i++) gradient.add(mask(i), grads[first + i * step]);
+    finish_over_normalizers(gradient);
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
         float& grad = grads[first + i * step];
-        grad = mask(i) * (grad * scale - mean);
+        grad = gradient(mask(i), grad);
     }
 }
 

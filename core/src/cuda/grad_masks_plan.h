@@ -13,16 +13,27 @@ namespace carafepp::cuda {
 
 constexpr int kMostVectors = 8;      // of a slice
 constexpr int kPixels = 4;           // that a thread loads together
-constexpr int kThreadsOfTile = 192;  // at most: two blocks have the registers of a multiprocessor
+constexpr int kThreadsOfTile = 384;  // at most: they have the registers of a multiprocessor
 // The device that tiles are chosen for.
 constexpr int kMultiprocessors = 132, kSharedBytesOfMultiprocessor = 224 * 1024;
 
-// Rows of a quad are centred on sources that `o * down / up` tells, for row o. A quad has three rows if up is 3, else
-// four. A pattern is this quotient as a number, or kAnySources.
+// Rows of quads are centred on sources that `o * down / up` tells, for row o. A pattern is this quotient as a number,
+// or kAnySources. If features are shared by many rows, a thread has two quads of outputs, and half of the channels.
 constexpr int kAnySources = 0;
 CARAFEPP_HOST_DEVICE constexpr int pattern_of(int up, int down) { return up * 8 + down; }
-constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2), pattern_of(2, 1),
-                             pattern_of(1, 1), pattern_of(1, 2), pattern_of(1, 3), pattern_of(1, 4)};
+constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2),
+                             pattern_of(2, 1), pattern_of(1, 2), pattern_of(1, 3)};
+
+// What a pattern is for threads with some taps: registers have kMostSums.
+CARAFEPP_HOST_DEVICE constexpr bool is_paired(int pattern, int taps) {
+    const int up = pattern / 8;
+    return up > 1 && (up % 4 != 0 || taps < 7);
+}
+CARAFEPP_HOST_DEVICE constexpr int rows_of_quad(int pattern, int taps) {
+    const int up = pattern / 8;
+    return up > 1 && (up % 3 == 0 || (up == 2 && taps == 7)) ? 3 : kQuad;
+}
+constexpr int kMostSums = 6 * 7;
 
 // A pixel of features or grad_output, or a pair of neighbours in a row: where its first channel is, its place in a
 // slice, and elements from channel to channel.
@@ -38,6 +49,7 @@ struct GradMasksTilesPlan {
     Divisor kernel_size;
     OutputsOfTile tile;
     int pattern;
+    bool paired;          // two threads share two quads: each multiplies both, with half of the channels
     Divisor own_rows;     // of a quad
     int quads_of_source;  // or 0 if quads follow each other
     int own_taps;         // of a thread
@@ -77,7 +89,6 @@ struct GradMasksTilesPlan {
           runs_of_tile(1),
           run(1) {
         const int k = kernel_size.number;
-        choose_pattern();
         const bool pairs = !vectors_in_memory && p.features.dtype == CARAFEPP_FLOAT32 && channels % kVector == 0 &&
                            not_for_columns(p.features) == nullptr && not_for_columns(p.grad_output) == nullptr;
         if (pairs) run = 2;
@@ -88,6 +99,7 @@ struct GradMasksTilesPlan {
             own_taps = taps;
             segments = Divisor(segments_of_taps);
         }
+        choose_pattern();
         normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
         all_vectors = static_cast<int>(ceil_div(channels, kVector));
         double least = INFINITY;
@@ -97,10 +109,11 @@ struct GradMasksTilesPlan {
         for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
             if (vectors > 1 && vectors >= 2 * all_vectors) continue;
             int tried = 0;
-            for (int most_columns : {64, 48, 32, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1}) {
-                for (quads = 1; quads * k * segments.number <= kThreadsOfTile; quads++) {
+            const int fewest = paired ? 2 : 1;
+            for (int most_columns : {64, 48, 32, 24, 20, 18, 16, 12, 10, 8, 6, 4, 2, 1}) {
+                for (quads = fewest; quads * k * segments.number <= kThreadsOfTile; quads += fewest) {
                     measure(p, most_columns);
-                    if (quads == 1 && tile.columns.number == tried) break;
+                    if (quads == fewest && tile.columns.number == tried) break;
                     if (threads > kThreadsOfTile || shared_bytes > kMostSharedBytes) break;
                     const double cost = cycles(vectors_in_memory);
                     if (cost >= least) continue;
@@ -128,14 +141,20 @@ private:
             if (std::find(std::begin(kPatterns), std::end(kPatterns), wanted) != std::end(kPatterns)) pattern = wanted;
         } else if (up > down) {
             const int most = static_cast<int>(ceil_div(up, down));
-            const auto quads_with = [&](int of_quad) { return static_cast<int>(ceil_div(most, of_quad)); };
-            const int of_quad = 3 * quads_with(3) < 4 * quads_with(4) ? 3 : 4;
-            if (of_quad * quads_with(of_quad) * down <= kMostAbsent * up) {
+            const auto quads_with = [&](int of_quad) {  // one, or whole pairs
+                const int quads_of_most = static_cast<int>(ceil_div(most, of_quad));
+                return quads_of_most == 1 || !is_paired(pattern_of(of_quad, 1), own_taps) ? quads_of_most
+                                                                                          : (quads_of_most + 1) / 2 * 2;
+            };
+            const int of_quad = 3 * quads_with(3) < 4 * quads_with(4) ? 3 : 4, wanted = quads_with(of_quad);
+            if (of_quad * wanted * down <= kMostAbsent * up) {
+                quads_of_source = wanted;
                 pattern = pattern_of(of_quad, 1);
-                quads_of_source = quads_with(of_quad);
+                if (wanted > 1 && is_paired(pattern, own_taps)) pattern = pattern_of(2 * of_quad, 1);
             }
         }
-        if (pattern / 8 == 3) own_rows = Divisor(3);
+        own_rows = Divisor(rows_of_quad(pattern, own_taps));
+        paired = is_paired(pattern, own_taps);
     }
 
     // The most features from the first to the last source of some outputs. `aligned`: the first output is the first one
@@ -181,7 +200,9 @@ private:
         tile.columns_of_cell = Divisor(width % up == 0 ? up : 1);
         tile.cells_in_row = Divisor(width / tile.columns_of_cell.number);
         tile.pitch = width + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
-        tile.room = tile.rows * tile.pitch | 1;     // and so do taps
+        // So do taps of a row, and neighbouring outputs, of the threads of a warp.
+        const int of_warp = static_cast<int>(ceil_div(32, k)) | 1, least_room = tile.rows * tile.pitch;
+        tile.room = least_room + ((of_warp - least_room) % 32 + 32) % 32;
         threads = static_cast<int>(ceil_div(width * k * segments.number * quads, 32)) * 32;
         const int64_t finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) *
                                  tile.room;
@@ -189,7 +210,8 @@ private:
         // Threads that copy neighbouring vectors of a pixel do so to different banks.
         plane = static_cast<int>(ceil_div(grads_at + pitch * width, 8)) * 8 + 8 / vectors % 8;
         const int64_t staged = int64_t{2} * vectors * plane * int64_t{sizeof(float4)};
-        shared_bytes = tile.rows * int64_t{sizeof(Slot)} + places_bytes + std::max(staged, finished);
+        const int64_t told = paired ? kQuad * own_taps * threads * int64_t{sizeof(float)} : 0;
+        shared_bytes = tile.rows * int64_t{sizeof(Slot)} + places_bytes + std::max({staged, finished, told});
         const int64_t all_sources = (rows.count - 1) * int64_t{rows.down} / rows.up + 1;
         const int64_t all_quads = quads_of_source == 0 ? ceil_div(rows.count, of_quad) : all_sources * quads_of_source;
         row_tiles = rows.count == 0 ? 0 : static_cast<uint32_t>(ceil_div(all_quads, quads));
@@ -216,20 +238,22 @@ private:
 
     // Roughly what the multiprocessor with the most tiles takes, for instructions and for accesses.
     double cycles(bool vectors_in_memory) const {
-        const double warps = threads / 32, all = all_vectors, own_slices = ceil_div(all_vectors, vectors);
+        const int shares = paired ? 2 : 1;
+        const double warps = threads / 32, own_slices = ceil_div(all_vectors, vectors),
+                     all = own_slices * ceil_div(vectors, shares) * shares;
         const double of_quad = own_rows.number, taps = kernel_size.number * kernel_size.number;
         const double finished = quads * of_quad * tile.columns.number * taps / 32;
         const double features = pattern == kAnySources
                                     ? of_quad * own_taps
-                                    : own_taps + (own_rows.number - 1) * (pattern % 8) / (pattern / 8);
-        const double loads = features + of_quad, copies = all * pixels * run / 32;
+                                    : own_taps + (shares * own_rows.number - 1) * (pattern % 8) / (pattern / 8);
+        const double loads = features / shares + of_quad, copies = all * pixels * run / 32;
         const double rounds = ceil_div(pixels * run * vectors, kPixels * threads);
         const double instructions = all * warps * (of_quad * kVector * own_taps + loads + 5) +
                                     own_slices * warps *
-                                        (vectors_in_memory ? 50 + rounds * 57 : 80 + rounds * (run == 2 ? 60 : 120)) +
+                                        (vectors_in_memory ? 50 + rounds * 57 : 80 + rounds * (run == 2 ? 70 : 120)) +
                                     1000 * warps + 3 * finished;
-        // Lines of 128 bytes: a pixel's vectors, or a row in each channel.
-        const auto lines_of_rows = [&](double count, double width) { return count * (1 + width / 32); };
+        // Lines of 128 bytes: a pixel's vectors, or a row in each channel. Rows begin anywhere, also in a warp.
+        const auto lines_of_rows = [&](double count, double width) { return count * (1.5 + width / 16); };
         const double lines = vectors_in_memory ? copies * 32 / vectors
                                                : all * kVector *
                                                      (lines_of_rows(halo_rows, halo_columns) +
@@ -241,7 +265,7 @@ private:
         // A warp waits two thirds of its time, and all fill a multiprocessor to 60%.
         const double blocks = static_cast<double>(ceil_div(items, kMultiprocessors)),
                      resident = std::min({blocks, std::floor(kSharedBytesOfMultiprocessor / (shared_bytes + 1024.0)),
-                                          std::floor(2.0 * kThreadsOfTile / threads)});
+                                          static_cast<double>(kThreadsOfTile / threads)});
         const double issue = instructions / std::min(2.4, resident * warps / 3), longer = std::max(issue, accesses),
                      shorter = std::min(issue, accesses);
         return blocks * (longer + shorter / 2);  // partly at once

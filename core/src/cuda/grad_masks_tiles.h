@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has three or four
-// outputs below each other and some taps of a column of their windows, with all sums in registers. The block goes
-// through the channels in slices, as vectors of four in shared memory: features with their halo, and grad_output. Both
-// stand there column by column, so what a thread loads is at constant distances. Where channels are adjacent the next
-// slice arrives meanwhile, as copies of vectors; else it passes registers, which transpose it. Outputs of a source
-// share the features that a thread loads, and those of neighbouring sources most of them.
+// The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has a quad, three
+// or four outputs below each other, and some taps of a column of their windows, with all sums in registers. The block
+// goes through the channels in slices, as vectors of four in shared memory: features with their halo, and grad_output.
+// Both stand there column by column, so what a thread loads is at constant distances. Where channels are adjacent the
+// next slice arrives meanwhile, as copies of vectors; else it passes registers, which transpose it. Outputs of a source
+// share the features that a thread loads, and those of neighbouring sources most of them. So, where a source has
+// several outputs, two threads have both their quads through the channels, each with half of them. In the end they
+// share sums.
 #pragma once
 
 #include "cuda/grad_masks_plan.h"
@@ -46,9 +48,7 @@ __device__ __forceinline__ void copy_pixels(const StagedPixel* pixels, int count
     for (int number = first; number < count; number += kPixels * step) {
         StagedPixel own[kPixels];  // all before the copies: nvcc separates loads and copies by other instructions
 #pragma unroll
-        for (int k = 0; k < kPixels; k++) {
-            if (number + k * step < count) own[k] = load_pixel(pixels + number + k * step);
-        }
+        for (int k = 0; k < kPixels; k++) own[k] = load_pixel(pixels + min(number + k * step, count - 1));
 #pragma unroll
         for (int k = 0; k < kPixels; k++) {
             if (number + k * step < count)
@@ -67,20 +67,17 @@ __device__ __forceinline__ void load_pixels(const StagedPixel* pixels, int count
         int places[kPixels];
 #pragma unroll
         for (int k = 0; k < kPixels; k++) {
-            if (number + k * step < count) {
-                const StagedPixel pixel = load_pixel(pixels + number + k * step);
-                const T* const from = channel_of<T>(pixel.from, pixel.stride_c, bytes);
-                places[k] = pixel.to;
-                if constexpr (Vectors) {
-                    values[k] = load_channels(from);
-                } else {
-                    const auto load_one = [&](int v) {
-                        const auto here = reinterpret_cast<int64_t>(from);
-                        return v < there ? widen(load_input(channel_of<T>(here, pixel.stride_c, v * bytes_of_channel)))
-                                         : 0;
-                    };
-                    values[k] = make_float4(load_one(0), load_one(1), load_one(2), load_one(3));
-                }
+            const StagedPixel pixel = load_pixel(pixels + min(number + k * step, count - 1));
+            const T* const from = channel_of<T>(pixel.from, pixel.stride_c, bytes);
+            places[k] = pixel.to;
+            if constexpr (Vectors) {
+                values[k] = load_channels(from);
+            } else {
+                const auto load_one = [&](int v) {
+                    const auto here = reinterpret_cast<int64_t>(from);
+                    return v < there ? widen(load_input(channel_of<T>(here, pixel.stride_c, v * bytes_of_channel))) : 0;
+                };
+                values[k] = make_float4(load_one(0), load_one(1), load_one(2), load_one(3));
             }
         }
 #pragma unroll
@@ -100,15 +97,13 @@ __device__ __forceinline__ void load_pairs(const StagedPixel* pixels, int count,
         int places[kPairs];
 #pragma unroll
         for (int k = 0; k < kPairs; k++) {
-            if (number + k * step < count) {
-                const StagedPixel pixel = load_pixel(pixels + number + k * step);
-                const auto from = reinterpret_cast<int64_t>(channel_of<float>(pixel.from, pixel.stride_c, bytes));
-                places[k] = pixel.to;
+            const StagedPixel pixel = load_pixel(pixels + min(number + k * step, count - 1));
+            const auto from = reinterpret_cast<int64_t>(channel_of<float>(pixel.from, pixel.stride_c, bytes));
+            places[k] = pixel.to;
 #pragma unroll
-                for (int v = 0; v < kVector; v++) {
-                    const float* const channel = channel_of<float>(from, pixel.stride_c, v * bytes_of_channel);
-                    values[k][v] = load_columns(channel, true);
-                }
+            for (int v = 0; v < kVector; v++) {
+                const float* const channel = channel_of<float>(from, pixel.stride_c, v * bytes_of_channel);
+                values[k][v] = load_columns(channel, true);
             }
         }
 #pragma unroll
@@ -126,12 +121,13 @@ __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
     return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
-// Adds the products of a slice to the sums of a quad of outputs and `Taps` taps below each other. `features` are those
-// of the first output.
+// Adds the products of a slice to the sums of a quad of outputs, or of two, and `Taps` taps below each other.
+// `features` are those of the first output. Threads of two quads share the vectors of both: `share` has every second
+// one.
 template <int Taps, int Pattern>
-__device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int vectors, const float4* features,
-                                             const float4* grad_output, const Slot* slots,
-                                             float (&sums)[kQuad][kMostTaps]) {
+__device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int vectors, int share,
+                                             const float4* features, const float4* grad_output, const Slot* slots,
+                                             float (&sums)[kMostSums]) {
     if constexpr (Pattern == kAnySources) {
         int apart[kQuad];
 #pragma unroll
@@ -142,13 +138,17 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int
             for (int o = 0; o < kQuad; o++) {
                 const float4 grad = grad_output[o], *const feature = features + apart[o];
 #pragma unroll
-                for (int tap = 0; tap < Taps; tap++) sums[o][tap] = dot(grad, feature[tap], sums[o][tap]);
+                for (int tap = 0; tap < Taps; tap++)
+                    sums[o * Taps + tap] = dot(grad, feature[tap], sums[o * Taps + tap]);
             }
         }
     } else {
-        constexpr int kUp = Pattern / 8, kDown = Pattern % 8, kRows = kUp == 3 ? 3 : kQuad;
+        constexpr int kUp = Pattern / 8, kDown = Pattern % 8, kShares = is_paired(Pattern, Taps) ? 2 : 1,
+                      kRows = kShares * rows_of_quad(Pattern, Taps);
+        features += share * plan.plane, grad_output += share * plan.plane;
 #pragma unroll 1
-        for (int left = vectors; left > 0; left--, features += plan.plane, grad_output += plan.plane) {
+        for (int left = vectors - share; left > 0;
+             left -= kShares, features += kShares * plan.plane, grad_output += kShares * plan.plane) {
             float4 grad[kRows];
 #pragma unroll
             for (int o = 0; o < kRows; o++) grad[o] = grad_output[o];
@@ -158,7 +158,7 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int
 #pragma unroll
                 for (int o = 0; o < kRows; o++) {
                     const int tap = y - o * kDown / kUp;
-                    if (tap >= 0 && tap < Taps) sums[o][tap] = dot(grad[o], one, sums[o][tap]);
+                    if (tap >= 0 && tap < Taps) sums[o * Taps + tap] = dot(grad[o], one, sums[o * Taps + tap]);
                 }
             }
         }
@@ -168,26 +168,27 @@ __device__ __forceinline__ void add_products(const GradMasksTilesPlan& plan, int
 template <int Number>
 using Constant = std::integral_constant<int, Number>;
 
+// Calls f(taps, pattern) with constants.
 template <int Pattern, class F>
 __device__ __forceinline__ void with_taps(int taps, F f) {
     if (taps == 3) f(Constant<3>(), Constant<Pattern>());
     if (taps == 5) f(Constant<5>(), Constant<Pattern>());
-    if (taps == 7) f(Constant<7>(), Constant<Pattern>());
+    if constexpr (Pattern != pattern_of(8, 1)) {
+        if (taps == 7) f(Constant<7>(), Constant<Pattern>());
+    }
 }
-
-// Calls f(taps, pattern) with constants.
 template <class F>
 __device__ __forceinline__ void with_pattern(int taps, int pattern, F f) {
     switch (pattern) {
         case kAnySources: with_taps<kAnySources>(taps, f); break;
+        case pattern_of(8, 1): with_taps<pattern_of(8, 1)>(taps, f); break;
+        case pattern_of(6, 1): with_taps<pattern_of(6, 1)>(taps, f); break;
         case pattern_of(4, 1): with_taps<pattern_of(4, 1)>(taps, f); break;
         case pattern_of(3, 1): with_taps<pattern_of(3, 1)>(taps, f); break;
         case pattern_of(3, 2): with_taps<pattern_of(3, 2)>(taps, f); break;
         case pattern_of(2, 1): with_taps<pattern_of(2, 1)>(taps, f); break;
-        case pattern_of(1, 1): with_taps<pattern_of(1, 1)>(taps, f); break;
         case pattern_of(1, 2): with_taps<pattern_of(1, 2)>(taps, f); break;
         case pattern_of(1, 3): with_taps<pattern_of(1, 3)>(taps, f); break;
-        case pattern_of(1, 4): with_taps<pattern_of(1, 4)>(taps, f); break;
     }
 }
 
@@ -206,15 +207,15 @@ struct TileOfGroup {
 };
 
 // The part of a thread: a column of outputs and one of taps, `count` taps from row `a` on, and a quad. A thread without
-// a part has no taps.
+// a part has no taps. Eight neighbouring threads load features of neighbouring columns, from different banks.
 struct Part {
     int x, b, a, count, quad, segment;
 
     __device__ __forceinline__ Part(const GradMasksTilesPlan& plan, int thread) {
-        const int k = plan.kernel_size.number, line = plan.tile.columns.quotient(thread),
-                  segment_line = plan.kernel_size.quotient(line);
-        x = thread - line * plan.tile.columns.number;
-        b = line - segment_line * k;
+        const int k = plan.kernel_size.number, line = plan.kernel_size.quotient(thread),
+                  segment_line = plan.tile.columns.quotient(line);
+        b = thread - line * k;
+        x = line - segment_line * plan.tile.columns.number;
         quad = plan.segments.quotient(segment_line);
         segment = segment_line - quad * plan.segments.number;
         a = segment * plan.own_taps;
@@ -258,8 +259,53 @@ __device__ __forceinline__ void find_pixels(const Problem& p, const GradMasksTil
     }
 }
 
+// The sums of a thread's own quad, from those of a row after row. Of two quads, a thread has those over half of the
+// channels, and two threads tell each other by shared memory. All threads of a block call it.
+template <int Taps>
+__device__ __forceinline__ void share_sums(const GradMasksTilesPlan& plan, const Part& own,
+                                           const float (&of_rows)[kMostSums], float* told,
+                                           float (&sums)[kQuad][kMostTaps]) {
+    const int threads = static_cast<int>(blockDim.x), thread = thread_computed_late(),
+              apart = plan.kernel_size.number * plan.tile.columns.number * plan.segments.number;
+    // Calls f(own sum, sum of a row, where threads tell it) for each of a quad, which begins with row `first`.
+    const auto each = [&](auto first, auto f) __attribute__((always_inline)) {
+#pragma unroll
+        for (int o = 0; o < kQuad; o++) {
+#pragma unroll
+            for (int tap = 0; tap < Taps; tap++) {
+                const int row = decltype(first)::value + o;  // of quads of three, the fourth is any
+                f(sums[o][tap], of_rows[min(row * Taps + tap, kMostSums - 1)], told + (o * Taps + tap) * threads);
+            }
+        }
+    };
+    const auto keep = [](float& sum, float of_row, float*) { sum = of_row; };
+    if (!plan.paired) {
+        each(Constant<0>(), keep);
+        return;
+    }
+    __syncthreads();  // slices are read
+    const auto share = [&](auto rows) __attribute__((always_inline)) {
+        if (own.quad % 2 == 0) {
+            each(rows, [&](float, float of_row, float* at) { at[thread + apart] = of_row; });
+            each(Constant<0>(), keep);
+        } else {
+            each(Constant<0>(), [&](float, float of_row, float* at) { at[thread - apart] = of_row; });
+            each(rows, keep);
+        }
+    };
+    if (own.count > 0) {
+        if (plan.own_rows.number == 3) {
+            share(Constant<3>());
+        } else {
+            share(Constant<kQuad>());
+        }
+    }
+    __syncthreads();
+    each(Constant<0>(), [&](float& sum, float, const float* at) { sum += at[thread]; });
+}
+
 template <bool Vectors>
-__global__ void __launch_bounds__(kThreadsOfTile, 2)
+__global__ void __launch_bounds__(kThreadsOfTile, 1)
     grad_masks_tiles_kernel(Arguments arguments, GradMasksTilesPlan plan) {
     const Problem& p = arguments.problem;
     const int k = plan.kernel_size.number, radius = k / 2, parts = k * plan.segments.number;
@@ -275,7 +321,7 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
     const int vector = Vectors ? thread % plan.vectors : thread / stagers,
               first_pixel = Vectors ? thread / plan.vectors : thread % stagers;
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-        int features_at = 0, grads_at = 0, own_slot = -1;  // of this thread, in a slice; -1: it has no part
+        int features_at = 0, grads_at = 0, own_slot = -1, share = 0;  // of this thread, in a slice; -1: it has no part
         {
             const TileOfGroup tile(plan, item);
 #pragma unroll 1
@@ -286,15 +332,17 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             find_pixels(p, plan, tile, slots, top, left, pixels);
             const Part own(plan, thread);
             if (own.count > 0) {
-                own_slot = own.quad * kQuad;
+                share = plan.paired ? own.quad % 2 : 0;
+                const int first = own.quad - share;
+                own_slot = first * kQuad;
                 features_at = (plan.columns.source(tile.left + own.x) - radius + own.b - left) * plan.halo_pitch +
                               slots[own_slot].source - radius + own.a - top;
-                grads_at = plan.grads_at + own.x * plan.pitch + own.quad * plan.own_rows.number;
+                grads_at = plan.grads_at + own.x * plan.pitch + first * plan.own_rows.number;
             }
         }
-        float sums[kQuad][kMostTaps] = {};
+        float of_rows[kMostSums] = {};
         const int slices = p.out_h > 0 && p.out_w > 0 ? plan.slices : 0;  // or there may be no arrays
-        int channel = vector * kVector, buffer = 0;
+        int buffer = 0;
 #pragma unroll 1
         for (int number = 0; number <= slices; number++) {  // is staged, and the one before it contracted
             wait_for_copies();
@@ -303,7 +351,8 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
             if (number < slices) {
                 with_storage(p.features.dtype, [&](auto storage) __attribute__((always_inline)) {
                     using T = decltype(storage);
-                    const int there = plan.channels - channel, bytes = channel * plan.itemsize;
+                    const int channel = (number * plan.vectors + vector) * kVector, there = plan.channels - channel,
+                              bytes = channel * plan.itemsize;
                     if (there <= 0) return;
                     if constexpr (Vectors && std::is_same_v<T, float>) {
                         copy_pixels(pixels, plan.pixels, first_pixel, stagers, bytes, to);
@@ -314,7 +363,6 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                                                 to);
                     }
                 });
-                channel += plan.vectors * kVector;
             }
             buffer = plan.vectors * plan.plane - buffer;
             if (number > 0 && own_slot >= 0) {
@@ -322,12 +370,16 @@ __global__ void __launch_bounds__(kThreadsOfTile, 2)
                 const float4* const slice = staged + buffer;
                 with_pattern(plan.own_taps, plan.pattern, [&](auto taps, auto pattern) __attribute__((always_inline)) {
                     add_products<decltype(taps)::value, decltype(pattern)::value>(
-                        plan, vectors, slice + features_at, slice + grads_at, slots + own_slot, sums);
+                        plan, vectors, share, slice + features_at, slice + grads_at, slots + own_slot, of_rows);
                 });
             }
         }
         const TileOfGroup tile(plan, computed_late(item));
         const Part own(plan, thread_computed_late());
+        float sums[kQuad][kMostTaps] = {};
+        with_taps<kAnySources>(plan.own_taps, [&](auto taps, auto) __attribute__((always_inline)) {
+            share_sums<decltype(taps)::value>(plan, own, of_rows, reinterpret_cast<float*>(staged), sums);
+        });
         const int height = static_cast<int>(p.features.h), width = static_cast<int>(p.features.w),
                   top = slots[0].source - radius, left = left_of_halo(plan, tile.left);
         const bool inside = top >= 0 && top + plan.halo_rows <= height && left >= 0 &&
