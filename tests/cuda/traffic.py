@@ -448,7 +448,8 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     if name.removesuffix("_mma") in ("grad_masks_nhwc", "grad_masks_nchw"):
         arguments, type_ = {f"Lb{int('nhwc' in name)}E"}, ""
     if "_up1_" in name:
-        vectors, type_ = f"{size}Lb{int(name.endswith('nhwc'))}E", ""
+        vectors = f"{size}Lb{int('nhwc' in name)}E"
+        type_ = type_ if name.endswith("_mma") else ""
         arguments = {vectors, f"{vectors}Lb{int(name.startswith('grad_features'))}E"}
     wanted = {of_kernel + type_ for of_kernel in arguments} | {size}  # some are of one dtype
     for mangled, code in read_code(*tools, f"{name}.cu").items():

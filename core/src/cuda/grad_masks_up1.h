@@ -33,24 +33,24 @@ struct QuadOfThread {
     }
 };
 
-// taps = the derivatives of the normaliser: a gradient becomes taps[k] * (gradient - mean). Returns the mean.
-template <int K, bool Column, class Taps>
-__device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel<K, Column>& own, const float* logits,
-                                             bool exists, const float* grads, int apart, Taps& taps) {
-    own.load(p, logits, exists, taps);
+// Turns masks into the derivatives of the normaliser: a gradient becomes taps[k] * (gradient - mean). Returns the mean.
+// The gradient of tap (a, b) is grads[a * apart + b * step].
+template <int K, bool Column, class M, class Taps>
+__device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel<K, Column>& own, const M* logits,
+                                             bool exists, const float* grads, int apart, int step, Taps& taps) {
     if (p.normalizer == CARAFEPP_SIGMOID) {
         own.map([](int, int, float mask) { return mask * (1 - mask); }, taps);
         return 0;
     }
     float mean = 0;
     own.each_tap([&](int k, int a, int b, bool has) {
-        if (exists && has) mean += taps[k] * grads[a * apart + b * kQuad];
+        if (exists && has) mean += taps[k] * grads[a * apart + b * step];
     });
     mean = own.over_threads(mean, [](float a, float b) { return a + b; });
     if (p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
         own.map([&](int a, int b, float mask) {
             if (!exists || a >= K || b >= K) return mask;
-            return mask * sigmoid(-load_input(logits + (a * K + b) * p.logits.stride_c));
+            return mask * sigmoid(-widen(load_input(logits + (a * K + b) * p.logits.stride_c)));
         }, taps);
     }
     return mean;
@@ -75,7 +75,8 @@ __device__ __forceinline__ void finish(const Problem& p, const Array& result, co
         if (normalized) {
             const bool computed = exists && tile.top + y < p.out_h &&
                                   tile.left + x < p.out_w;  // not left out by a crop
-            mean = derivatives<K>(p, own, logits(y, x), computed, from, plan.apart(), taps);
+            own.load(p, logits(y, x), computed, taps);
+            mean = derivatives<K>(p, own, logits(y, x), computed, from, plan.apart(), kQuad, taps);
             if (!computed) {
                 own.each([&](int k, int) { taps[k] = 0; });
                 mean = 0;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kMostThreadsOfSums<K>, 2)
 
 template <bool Vectors>
 const char* not_for_grad_masks_up1(const Problem& p, const Array& grad_masks) {
-    if (const char* reason = not_for_up1(p)) return reason;
+    if (const char* reason = not_for_up1_of_floats(p)) return reason;
     if (p.features.c / p.groups > kMostChannels) return "channels of a group are many";
     if (p.from_logits) {
         if (const char* reason = not_for_taps(p.logits, Vectors)) return reason;

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 
 
 template <bool Vectors, bool Transposed>
 const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
-    if (const char* reason = not_for_up1(p)) return reason;
+    if (const char* reason = not_for_up1_of_floats(p)) return reason;
     if (const char* reason = not_for_taps(p.from_logits ? p.logits : p.masks, Vectors)) return reason;
     const Array& sliced = Transposed ? p.grad_output : p.features;
     if constexpr (!Vectors) return sliced.stride_w != 1 || result.stride_w != 1 ? "columns are not adjacent" : nullptr;

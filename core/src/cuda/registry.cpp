@@ -22,7 +22,9 @@ namespace carafepp::cuda {
     X(result "_down2_nhwc", reassemble_down2_nhwc)         \
     X(result "_down2_nchw_mma", reassemble_down2_nchw_mma) \
     X(result "_down2_nchw", reassemble_down2_nchw)         \
+    X(result "_up1_nhwc_mma", reassemble_up1_nhwc_mma)     \
     X(result "_up1_nhwc", reassemble_up1_nhwc)             \
+    X(result "_up1_nchw_mma", reassemble_up1_nchw_mma)     \
     X(result "_up1_nchw", reassemble_up1_nchw)             \
     X(result "_nhwc_mma", reassemble_nhwc_mma)             \
     X(result "_nhwc", reassemble_nhwc)                     \
@@ -36,7 +38,9 @@ namespace carafepp::cuda {
     X(result "_up2_nchw", grad_features_up2_nchw)         \
     X(result "_down2_nhwc", grad_features_down2_nhwc)     \
     X(result "_down2_nchw", grad_features_down2_nchw)     \
+    X(result "_up1_nhwc_mma", grad_features_up1_nhwc_mma) \
     X(result "_up1_nhwc", grad_features_up1_nhwc)         \
+    X(result "_up1_nchw_mma", grad_features_up1_nchw_mma) \
     X(result "_up1_nchw", grad_features_up1_nchw)         \
     X(result "_nhwc_mma", grad_features_nhwc_mma)         \
     X(result "_nhwc", grad_features_nhwc)                 \
@@ -52,7 +56,9 @@ namespace carafepp::cuda {
     X(result "_down2_nhwc", grad_masks_down2_nhwc)         \
     X(result "_down2_nchw_mma", grad_masks_down2_nchw_mma) \
     X(result "_down2_nchw", grad_masks_down2_nchw)         \
+    X(result "_up1_nhwc_mma", grad_masks_up1_nhwc_mma)     \
     X(result "_up1_nhwc", grad_masks_up1_nhwc)             \
+    X(result "_up1_nchw_mma", grad_masks_up1_nchw_mma)     \
     X(result "_up1_nchw", grad_masks_up1_nchw)             \
     X(result "_nhwc_mma", grad_masks_nhwc_mma)             \
     X(result "_nhwc", grad_masks_nhwc)                     \

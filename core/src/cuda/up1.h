@@ -297,11 +297,15 @@ struct RowAround {
 inline const char* not_for_up1(const Problem& p) {
     if (p.factor.up != 1 || p.factor.down != 1) return "up and down are not 1";
     if (p.kernel_size != 3 && p.kernel_size != 5 && p.kernel_size != 7) return "kernel_size is not 3, 5 or 7";
-    if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";  // tensor cores have 16 bits
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.features.c > INT32_MAX / 2) return "channels are too many";
     return nullptr;
 }
+// The same for kernels without tensor cores, which have 16 bits.
+inline const char* not_for_up1_of_floats(const Problem& p) {
+    return p.features.dtype != CARAFEPP_FLOAT32 ? "features are not float32" : not_for_up1(p);
+}
+
 // The same for an array of the shape of masks.
 inline const char* not_for_taps(const Array& array, bool adjacent) {
     if (adjacent && array.stride_c != 1) return "channels of masks are not adjacent";

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared by the kernels for up = down = 1 on tensor cores. A run is eight neighbouring pixels of a row. Their windows
+// are in the 16 pixels of two runs: of those that begin four columns before the first pixel. So a product is 16 pixels
+// by a run, in the 16 channels of a slice.
+#pragma once
+
+#include "cuda/mma.h"
+#include "cuda/up1.h"
+
+namespace carafepp::cuda {
+
+constexpr int kRun = 8;          // pixels
+constexpr int kBeforeRun = 4;    // columns
+constexpr int kMostRunBits = 2;  // of a tile's row
+constexpr int kOfSlice = 16;     // channels
+constexpr int kWarpsOfUp1 = kThreads / 32;
+
+// Where pixels of a run are in the windows of others: tap 0 of pixel r is pixel r + kShift of 16.
+template <int K>
+constexpr int kShift = kBeforeRun - K / 2;
+
+// Taps of the 16 pixels that a warp has at once, where they are adjacent in memory: a copy of the vectors that have
+// them.
+template <int K>
+struct TapsOfWarp {
+    static constexpr int kPixels = TapsOfPixel<K, false>::kApart;
+    static constexpr int kVectors = (K * K + 2 * (kWide - 1)) / kWide;  // of a pixel
+    static constexpr int kLanes = kVectors > 4 ? 8 : 4;                 // that copy them
+    static constexpr int kPixel = kVectors * kWide, kElements = kPixels * kPixel;
+    static_assert(TapsOfPixel<K, false>::kParts == 2 && kVectors <= kLanes, "lanes have half a pixel, and a vector");
+};
+
+// A slice is staged as [row][pixel][channel] or, with adjacent columns, as [row][channel][pixel].
+struct Up1MmaPlan {
+    int kernel_size;
+    int run_bits;  // of a row of a tile
+    int rows;      // of a tile
+    Tiles tiles;
+    int columns_at_once;             // that are copied
+    int of_row, of_warp;             // elements of 16 bits beside a slice: of a tile's row, and of a warp
+    uintptr_t taps_begin, taps_end;  // the memory of masks or logits
+
+    // Tiles are those of the result. of_run(runs) tells how many elements a tile's row has beside a slice.
+    template <class F>
+    Up1MmaPlan(const Problem& p, const Array& result, const Array& sliced, int most_rows, bool vectors, F elements)
+        : kernel_size(static_cast<int>(p.kernel_size)),
+          run_bits(result.w > 2 * kRun ? 2
+                   : result.w > kRun   ? 1
+                                       : 0),
+          rows(even_part(result.h, rows_that_fit(most_rows, elements(runs()), vectors))),
+          tiles(p, result.h, result.w, rows, kRun << run_bits, kOfSlice, 0),
+          columns_at_once(columns_of(p, sliced)) {
+        const Array& taps = p.from_logits ? p.logits : p.masks;
+        int64_t first = 0, last = 0;
+        for (int64_t extent : {(taps.n - 1) * taps.stride_n, (taps.c - 1) * taps.stride_c, (taps.h - 1) * taps.stride_h,
+                               (taps.w - 1) * taps.stride_w})
+            (extent < 0 ? first : last) += extent;
+        const auto begin = reinterpret_cast<uintptr_t>(taps.data);
+        taps_begin = begin + static_cast<uintptr_t>(2 * first);
+        taps_end = begin + static_cast<uintptr_t>(2 * last + 2);
+    }
+
+    CARAFEPP_HOST_DEVICE int runs() const { return 1 << run_bits; }
+    CARAFEPP_HOST_DEVICE int halo_rows() const { return rows + kernel_size - 1; }
+    // From channel to channel of a row, where pixels are adjacent: rows of a matrix are in different banks.
+    static CARAFEPP_HOST_DEVICE int pitch_of(int runs) { return ((runs + 1) | 1) * kRun; }
+    static CARAFEPP_HOST_DEVICE int row_of(int runs) { return pitch_of(runs) * kOfSlice; }
+    CARAFEPP_HOST_DEVICE int pitch() const { return pitch_of(runs()); }
+    CARAFEPP_HOST_DEVICE int row() const { return row_of(runs()); }
+    CARAFEPP_HOST_DEVICE int slice() const { return halo_rows() * row(); }
+    int64_t bytes() const { return (slice() + rows * of_row + kWarpsOfUp1 * of_warp) * int64_t{sizeof(uint16_t)}; }
+
+    static int columns_of(const Problem& p, const Array& sliced) {
+        for (int columns : {4, 2}) {
+            if (p.offset_w % columns == 0 && not_for_columns(sliced, columns) == nullptr) return columns;
+        }
+        return 1;
+    }
+
+private:
+    int rows_that_fit(int most, int elements_of_row, bool vectors) {
+        of_row = elements_of_row;
+        of_warp = !vectors ? 0 : kernel_size == 5 ? TapsOfWarp<5>::kElements : TapsOfWarp<7>::kElements;
+        for (rows = most; rows > 1 && bytes() > kMostAskedBytes;) rows--;
+        return rows;
+    }
+};
+
+// Stages 16 channels of `rows` rows from (top, left) on, of which `channels` exist; 0 elsewhere. Rows have
+// `runs` runs. They arrive as copies of this thread do.
+template <bool Vectors, class T>
+__device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& array, int64_t n, int64_t c,
+                                           int channels, int top, int left, int rows, int runs, T* slice) {
+    const int thread = thread_computed_late(), lane = thread % 32, warp = thread / 32;
+    const int height = static_cast<int>(array.h), width = static_cast<int>(array.w);
+    if constexpr (Vectors) {
+        const int half = lane % 2, first = lane / 2, stride_w = static_cast<int>(array.stride_w);
+        const int columns = runs * kRun;
+#pragma unroll 1
+        for (int row = warp; row < rows; row += kWarpsOfUp1) {
+            const int i = top + row;
+            const bool exists = i >= 0 && i < height && half * kWide < channels;
+            const T* const from = element<const T>(array, n, c + half * kWide, exists ? i : 0, 0);
+            T* const to = slice + row * plan.row();
+#pragma unroll 3
+            for (int column = first; column < columns; column += 16) {
+                const bool has = exists && static_cast<unsigned>(left + column) < static_cast<unsigned>(width);
+                copy_async<kWide * sizeof(T)>(to + column * kOfSlice + (half ^ column / 4 % 2) * kWide,
+                                              at_stride(from, stride_w, has ? left + column : 0), has);
+            }
+        }
+    } else {
+        const int quads = runs * (kRun / kQuad), at_once = 32 / quads;
+        const int number = lane / quads, column = lane % quads * kQuad, j = left + column;
+        if (number >= at_once) return;
+#pragma unroll 1
+        for (int item = warp * at_once + number; item < rows * kOfSlice; item += kWarpsOfUp1 * at_once) {
+            const int channel = item % kOfSlice, i = top + item / kOfSlice;
+            const bool exists = i >= 0 && i < height && channel < channels;
+            const T* const from = element<const T>(array, n, c + (exists ? channel : 0), exists ? i : 0, 0);
+            T* const to = slice + item * plan.pitch() + column;
+            const auto copy = [&](auto at_once) __attribute__((always_inline)) {
+                constexpr int kColumns = decltype(at_once)::value;
+#pragma unroll
+                for (int k = 0; k < kQuad; k += kColumns) {
+                    const bool has = exists && j + k >= 0 && j + k < width;
+                    const T* const own = from + (has ? j + k : 0);
+                    if constexpr (kColumns == 1) {
+                        to[k].bits = has ? load_input(own).bits : 0;
+                    } else {
+                        copy_async<kColumns * sizeof(T)>(to + k, own, has);
+                    }
+                }
+            };
+            if (plan.columns_at_once == 4) {
+                copy(std::integral_constant<int, 4>());
+            } else if (plan.columns_at_once == 2) {
+                copy(std::integral_constant<int, 2>());
+            } else {
+                copy(std::integral_constant<int, 1>());
+            }
+        }
+    }
+}
+
+// Loads the taps of this thread's pixel and normalises them if they are logits. `first` points to tap (0, 0) of a pixel
+// that exists. What there is not is -INFINITY. All lanes of a warp call it, with memory of the warp.
+template <int K, bool Vectors, class T>
+__device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& plan, const TapsOfPixel<K, false>& own,
+                                          const T* first, bool exists, T* of_warp,
+                                          typename TapsOfPixel<K, false>::Taps& taps) {
+    if constexpr (Vectors) {
+        using Copies = TapsOfWarp<K>;
+        const auto address = reinterpret_cast<uintptr_t>(first);
+        const int lane = thread_computed_late() % 32;
+        __syncwarp();  // what was there has been read
+#pragma unroll
+        for (int before = 0; before < Copies::kPixels; before += 32 / Copies::kLanes) {
+            const int pixel = before + lane / Copies::kLanes, vector = lane % Copies::kLanes;
+            const uint64_t begin = __shfl_sync(0xffffffffu, uint64_t{exists ? address : 0}, pixel),
+                           end = begin + K * K * sizeof(T), at = begin / 16 * 16 + static_cast<unsigned>(vector) * 16;
+            if (begin == 0 || at >= end) continue;
+            T* const to = of_warp + pixel * Copies::kPixel + vector * kWide;
+            if (at >= plan.taps_begin && at + 16 <= plan.taps_end) {
+                copy_async<16>(to, reinterpret_cast<const void*>(at), true);
+            } else {
+#pragma unroll 1
+                for (int k = 0; k < kWide; k++) {
+                    const uint64_t tap = at + static_cast<unsigned>(k) * sizeof(T);
+                    if (tap >= begin && tap < end) to[k] = load_input(reinterpret_cast<const T*>(tap));
+                }
+            }
+        }
+        wait_for_copies();
+        __syncwarp();
+        const T* const from = of_warp + lane % Copies::kPixels * Copies::kPixel + address % 16 / sizeof(T) +
+                              own.first_row * K;
+        own.each_tap([&](int k, int, int, bool has) { taps[k] = exists && has ? widen(from[k]) : -INFINITY; });
+    } else {
+        own.each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,
+                           [&](const T* tap, int k, bool has) __attribute__((always_inline)) {
+            taps[k] = exists && has ? widen(load_input(tap)) : -INFINITY;
+        });
+    }
+    if (p.from_logits) own.normalize(p.normalizer, taps);
+}
+
+// Turns eight elements around by `count` places, towards higher ones.
+__device__ __forceinline__ uint4 turned(const uint32_t (&words)[4], int count) {
+    const bool odd = count % 2 != 0, one = count / 2 % 2 != 0, two = count / 4 % 2 != 0;
+    uint32_t by_one[4], by_two[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#if defined(__CUDA_ARCH__)
+        by_one[k] = __byte_perm(words[(k + 3) % 4], words[k], odd ? 0x5432 : 0x7654);
+#else
+        by_one[k] = odd ? words[(k + 3) % 4] >> 16 | words[k] << 16 : words[k];
+#endif
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) by_two[k] = one ? by_one[(k + 3) % 4] : by_one[k];
+    return two ? make_uint4(by_two[2], by_two[3], by_two[0], by_two[1])
+               : make_uint4(by_two[0], by_two[1], by_two[2], by_two[3]);
+}
+
+// Why these kernels do not take a problem.
+inline const char* not_for_up1_mma(const Problem& p) {
+    if (const char* reason = not_of_16_bits(p)) return reason;
+    if (const char* reason = not_for_up1(p)) return reason;
+    if (p.kernel_size == 3) return "kernel_size is not 5 or 7";
+    if (p.features.c / p.groups > kMostChannels) return "channels of a group are many";
+    return nullptr;
+}
+
+// The same for masks, logits or their gradient.
+inline const char* not_for_taps_of_mma(const Problem& p, const Array& array, bool adjacent) {
+    if (array.dtype != p.features.dtype) return "masks are of 32 bits";
+    return not_for_taps(array, adjacent);
+}
+
+// The same for an array that is staged or stored.
+inline const char* not_for_pixels_of_mma(const Problem& p, const Array& array, bool vectors) {
+    if (!vectors) return array.stride_w != 1 ? "columns are not adjacent" : nullptr;
+    if (const char* reason = not_for_vectors(p, array, kWide)) return reason;
+    return not_for_slice(array);
+}
+
+// Calls f(K, T()) for the kernel size and dtype of a problem.
+template <class F>
+void with_kernel_of_up1_mma(const Problem& p, F f) {
+    const auto with_size = [&](auto type) {
+        if (p.kernel_size == 5) return f(std::integral_constant<int, 5>(), type);
+        return f(std::integral_constant<int, 7>(), type);
+    };
+    if (p.features.dtype == CARAFEPP_FLOAT16) return with_size(Float16());
+    return with_size(BFloat16());
+}
+
+}  // namespace carafepp::cuda
