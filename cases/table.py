@@ -292,6 +292,7 @@ _CUDA_TABLE = [
     Case("up6_c12", "two quads of three in a source", 1, 12, 2, 3, up=6),
     Case("up8_c12", "two quads of four in a source", 1, 12, 2, 2, up=8, kernel_size=5),
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),
+    Case("same_c8_w12", "half a slice, quads of columns", 1, 16, 2, 12, kernel_size=5, groups=2),
     Case("k7_groups_c16", "49 taps, groups of 16", 1, 32, 9, 10, kernel_size=7, groups=2),
     Case("few_up8", "quads of outputs of a source", 1, 2, 2, 3, up=8),
     Case("few_up4_wide", "two tiles of columns", 1, 1, 1, 35, up=4),

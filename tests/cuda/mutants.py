@@ -1212,8 +1212,50 @@ MUTANTS = [
     Mutant(
         "a mask of a source is that of the output on its other side",
         "reassemble_up1.h",
-        "plan.place<K>(0, at) + (K - 1 - b) * kQuad",
-        "plan.place<K>(0, at) + b * kQuad",
+        "(Transposed ? K - 1 - b : b) * kQuad",
+        "b * kQuad",
+    ),
+    Mutant(
+        "taps in the last eight of 16 pixels meet the first eight",
+        "reassemble_up1_mma.h",
+        "{words[k] & first, words[k] & ~first}",
+        "{words[k], words[k] & ~first}",
+    ),
+    Mutant(
+        "outputs around a tile's sources that do not exist have masks",
+        "reassemble_up1_mma.h",
+        "k < plan.rows * plan.of_row / kWide;",
+        "k < 0;",
+    ),
+    Mutant(
+        "an infinite pixel makes NaN of its neighbours, up1",
+        "reassemble_up1_mma.h",
+        "if (__any_sync(0xffffffffu, !(zero == 0))) {",
+        "if (__any_sync(0xffffffffu, false)) {",
+    ),
+    Mutant(
+        "a run's results are stored before all lanes have put theirs",
+        "reassemble_up1_mma.h",
+        "                    __syncwarp();\n                    const int pixel = lane / 2",
+        "                    const int pixel = lane / 2",
+    ),
+    Mutant(
+        "taps of a warp are read before they arrive",
+        "up1_mma.h",
+        "        wait_for_copies();\n        __syncwarp();",
+        "        __syncwarp();",
+    ),
+    Mutant(
+        "the second slice takes the place of the first one's sums",
+        "grad_masks_up1_mma.h",
+        "if (!first) sum += sums[places[q] + a * K];",
+        "",
+    ),
+    Mutant(
+        "an infinite gradient meets a tap beyond a border, up1 on tensor cores",
+        "grad_masks_up1_mma.h",
+        "if (!__any_sync(0xffffffffu, !(zero == 0))) continue;",
+        "if (__any_sync(0xffffffffu, 1)) continue;",
     ),
     Mutant(
         "sums are written over a slice that is still read",

@@ -17,53 +17,69 @@ constexpr int kApartSums = K == 7 ? 53 : K * K;
 // In shared memory: a slice of features, one of grad_output, the sums, and taps of the warps.
 struct GradMasksUp1MmaPlan : Up1MmaPlan {
     GradMasksUp1MmaPlan(const Problem& p, const Array& grad_masks, bool vectors)
-        : Up1MmaPlan(p, grad_masks, p.features, kMostRowsOfSumsOfMma, vectors, [&](int runs) {
-              const int apart = p.kernel_size == 5 ? kApartSums<5> : kApartSums<7>;
-              return row_of(runs) + runs * kRun * apart * 2;
-          }) {
+        : Up1MmaPlan(p, grad_masks, p.features, kMostRowsOfSumsOfMma, elements_of_row(p), vectors) {
         columns_at_once = std::min(columns_at_once, columns_of(p, p.grad_output));
+    }
+
+private:
+    static int elements_of_row(const Problem& p) {
+        const int apart = p.kernel_size == 5 ? kApartSums<5> : kApartSums<7>;
+        return kRowOfSlice + kMostRuns * kRun * apart * 2;  // floats are two
     }
 };
 
-// Adds the products of a run of outputs in 16 channels to their sums, or stores them if they are the `first` ones.
-// Returns 0 if they are finite. Tap b of output r is in pixel r + kShift + b of 16.
+// What a lane loads for a run of outputs, and where its sums are. Tap b of output r is in pixel r + kShift + b of 16.
 template <int K, bool Vectors, class T>
-__device__ __forceinline__ float add_run(const GradMasksUp1MmaPlan& plan, const T* features, const T* grads, bool first,
-                                         float* sums) {
-    const int lane = thread_computed_late() % 32, matrix = lane / 8, line = lane % 8, own = lane / 4,
-              pair = lane % 4 * 2;
-    const auto place = [&](int pixel, int channel) {
-        return Vectors ? pixel * kOfSlice + (channel / kWide ^ pixel / 4 % 2) * kWide : channel * plan.pitch() + pixel;
-    };
-    uint32_t outputs[4];  // the last two are the first two again
-    load_matrices<!Vectors>(grads + (Vectors ? place(line, matrix % 2 * kWide) : place(0, matrix % 2 * kWide + line)),
-                            outputs);
-    features += Vectors ? place(matrix % 2 * kRun + line, matrix / 2 * kWide)
-                        : place(matrix % 2 * kRun, matrix / 2 * kWide + line);
-    int taps[2], places[2];
-#pragma unroll
-    for (int q = 0; q < 2; q++) {
-        taps[q] = (own - pair - q - kShift<K>)&(kRun - 1);
-        places[q] = (pair + q) * kApartSums<K> + taps[q];
-    }
-    float zero = 0;
-#pragma unroll
-    for (int a = 0; a < K; a++, features += plan.row()) {
-        uint32_t pixels[4];
-        load_matrices<!Vectors>(features, pixels);
-        float products[4] = {};
-        multiply_add<T>(products, pixels, {outputs[0], outputs[1]});
+struct LaneOfSums {
+    const T *features, *grads;
+    float* sums;
+    int taps[2];    // of two outputs
+    bool early[2];  // in the first eight pixels
+
+    __device__ __forceinline__ LaneOfSums(const T* all_features, const T* all_grads, float* all_sums, int run) {
+        const int lane = thread_computed_late() % 32, matrix = lane / 8, line = lane % 8, own = lane / 4,
+                  pair = lane % 4 * 2;
+        const auto place = [&](int pixels, int channels) {
+            return Vectors ? ((run + pixels) * kRun + line) * kOfSlice + (channels ^ line / 4) * kWide
+                           : (channels * kWide + line) * kPitch + (run + pixels) * kRun;
+        };
+        features = all_features + place(matrix % 2, matrix / 2);
+        grads = all_grads + place(0, matrix % 2);
+        sums = all_sums + (run * kRun + pair) * kApartSums<K>;
 #pragma unroll
         for (int q = 0; q < 2; q++) {
-            if (taps[q] >= K) continue;
-            float sum = own >= pair + q ? products[q] : products[q + 2];
-            if (!first) sum += sums[places[q] + a * K];
-            sums[places[q] + a * K] = sum;
-            zero += sum * 0;
+            taps[q] = (own - pair - q - kShift<K>)&(kRun - 1);
+            early[q] = own >= pair + q;
         }
     }
-    return zero;
-}
+
+    // Adds the products of a row of outputs in 16 channels to their sums, or stores them if they are the `first` ones.
+    // Returns 0 if they are finite.
+    __device__ __forceinline__ float add(int row, bool first) const {
+        uint32_t outputs[4];  // the last two are the first two again
+        load_matrices<!Vectors>(grads + row * kRowOfSlice, outputs);
+        const T* const pixels = features + row * kRowOfSlice;
+        float* const to = sums + row * kMostRuns * kRun * kApartSums<K>;
+        float zero = 0;
+#pragma unroll
+        for (int a = 0; a < K; a++) {
+            uint32_t values[4];
+            load_matrices<!Vectors>(pixels + a * kRowOfSlice, values);
+            float products[4] = {};
+            multiply_add<T>(products, values, {outputs[0], outputs[1]});
+#pragma unroll
+            for (int q = 0; q < 2; q++) {
+                if (taps[q] >= K) continue;
+                float sum = early[q] ? products[q] : products[q + 2];
+                float* const own = to + taps[q] + (q * kApartSums<K> + a * K);
+                if (!first) sum += *own;
+                *own = sum;
+                zero += sum * 0;
+            }
+        }
+        return zero;
+    }
+};
 
 // Writes the taps of this thread's pixel. All lanes of a warp call it, with memory of the warp.
 template <int K, bool Vectors, class T>
@@ -101,9 +117,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     const Array& result = arguments.result;
     T* const features = shared_memory<T>();
     T* const grads = features + plan.slice();
-    float* const sums = reinterpret_cast<float*>(grads + plan.rows * plan.row());
-    const int warp = same_in_warp(thread_computed_late() / 32), lane = thread_computed_late() % 32;
+    float* const sums = reinterpret_cast<float*>(grads + plan.rows * kRowOfSlice);
+    const int warp = same_in_warp(thread_computed_late() / 32);
     T* const of_warp = features + plan.slice() + plan.rows * plan.of_row + warp * plan.of_warp;
+    const int run = warp & (plan.runs() - 1), step = kWarpsOfUp1 >> plan.run_bits;
     const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
@@ -118,18 +135,16 @@ __global__ void __launch_bounds__(kThreads, 3)
                                 plan.runs(), grads);
             wait_for_copies();
             __syncthreads();
-            const int run = warp & (plan.runs() - 1), step = Vectors ? kOfSlice : 1;
+            const LaneOfSums<K, Vectors, T> own(features, grads, sums, run);
 #pragma unroll 1
-            for (int row = warp >> plan.run_bits; row < plan.rows; row += kWarpsOfUp1 >> plan.run_bits) {
-                float* const of_run = sums + ((row << plan.run_bits) + run) * kRun * kApartSums<K>;
-                const float zero = add_run<K, Vectors>(plan, features + row * plan.row() + run * kRun * step,
-                                                       grads + row * plan.row() + run * kRun * step, before == 0,
-                                                       of_run);
+            for (int row = warp >> plan.run_bits; row < plan.rows; row += step) {
+                const float zero = own.add(row, before == 0);
                 if (!__any_sync(0xffffffffu, !(zero == 0))) continue;
                 // A tap beyond a border met zeros: its sum is 0, or NaN.
                 __syncwarp();
+                float* const of_run = sums + (row * kMostRuns + run) * kRun * kApartSums<K>;
 #pragma unroll 1
-                for (int number = lane; number < kRun * K * K; number += 32) {
+                for (int number = thread_computed_late() % 32; number < kRun * K * K; number += 32) {
                     const int output = number / (K * K), t = number % (K * K);
                     if (!tap_inside<K>(p, tile.top + row + static_cast<int>(p.offset_h),
                                        tile.left + run * kRun + output + static_cast<int>(p.offset_w), t))
@@ -145,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         using Own = TapsOfPixel<K, false>;
         for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
             const Own own;
-            const float* const from = sums + ((y << plan.run_bits) * kRun + x) * kApartSums<K>;
+            const float* const from = sums + (y * kMostRuns * kRun + x) * kApartSums<K>;
             typename Own::Taps taps;
             own.each([&](int k, int) { taps[k] = 1; });
             float mean = 0;

@@ -9,12 +9,25 @@ namespace carafepp::cuda {
 
 // Stages the masks of the tile's outputs. Taps beyond a border may stay: there features are 0, and a softmax is not
 // finite in all taps or none. Others are cleared, as 0 * Inf is NaN.
-template <int K, bool Column>
+// Transposed, the masks that the tile's sources have in the outputs around them. Taps are reversed: source s is in the
+// window of output s + K/2 - a by tap a, which is staged as K - 1 - a.
+template <int K, bool Column, bool Transposed>
 __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
                                             float* masks) {
+    if (Transposed) {
+#pragma unroll 1
+        for (int k = static_cast<int>(threadIdx.x); k < plan.masks() / kQuad; k += static_cast<int>(blockDim.x))
+            reinterpret_cast<float4*>(masks)[k] = make_float4(0, 0, 0, 0);
+        __syncthreads();
+    }
     const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
-    const Rectangle outputs(tile.top, min(tile.top + plan.rows, static_cast<int>(p.out_h)), tile.left,
-                            min(tile.left + plan.quads * kQuad, static_cast<int>(p.out_w)));
+    constexpr int kAround = Transposed ? K / 2 : 0;
+    const int top = tile.top - (Transposed ? static_cast<int>(p.offset_h) : 0),
+              left = tile.left - (Transposed ? static_cast<int>(p.offset_w) : 0);
+    const unsigned rows = static_cast<unsigned>(plan.rows), columns = static_cast<unsigned>(plan.quads * kQuad);
+    const Rectangle outputs(max(top - kAround, 0), min(top + plan.rows + kAround, static_cast<int>(p.out_h)),
+                            max(left - kAround, 0),
+                            min(left + plan.quads * kQuad + kAround, static_cast<int>(p.out_w)));
     const TapsInMemory<const float> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
     using Own = TapsOfPixel<K, Column>;
     for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
@@ -22,11 +35,17 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
         typename Own::Taps taps;
         own.load(p, memory(y, x), exists, taps);
         if (!exists) return;
-        float* const to = masks + plan.place<K>(y, static_cast<unsigned>(x));
+        // The pixel that tap (0, 0) is staged for. Those left of the tile, and above it, are large without a sign.
+        const int row = y + outputs.top - top - kAround, column = x + outputs.left - left - kAround;
+        const int row_of_quads = plan.quads * K * kQuad;
+        float* const to = masks + row * row_of_quads + (Transposed ? (K - 1) * plan.apart() : 0);
         own.each_tap([&](int k, int a, int b, bool has) {
-            if (has) to[a * plan.apart() + b * kQuad] = taps[k];
+            const unsigned at = static_cast<unsigned>(column + (Transposed ? b : 0));
+            if (!has || (Transposed && (static_cast<unsigned>(row + a) >= rows || at >= columns))) return;
+            const int of_row = a * (Transposed ? row_of_quads - plan.apart() : plan.apart());
+            to[of_row + plan.place<K>(0, at) + (Transposed ? K - 1 - b : b) * kQuad] = taps[k];
         });
-        if (normalizer != CARAFEPP_NONE && normalizer != CARAFEPP_SIGMOID) return;
+        if (Transposed || (normalizer != CARAFEPP_NONE && normalizer != CARAFEPP_SIGMOID)) return;
         float nothing = 0;
         own.each_tap([&](int k, int, int, bool has) {
             if (has) nothing += taps[k] * 0;
@@ -36,42 +55,10 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
         for (int k = 0; k < Own::kCount; k++) {
             const int a = own.first_row + k / Own::kColumns, b = own.first_column + k % Own::kColumns;
             const bool has = a < K && b < K;
-            if (has && !tap_inside<K>(p, outputs.top + y + static_cast<int>(p.offset_h),
-                                      outputs.left + x + static_cast<int>(p.offset_w), a * K + b))
-                to[a * plan.apart() + b * kQuad] = 0;
+            if (has && !tap_inside<K>(p, tile.top + y + static_cast<int>(p.offset_h),
+                                      tile.left + x + static_cast<int>(p.offset_w), a * K + b))
+                to[a * plan.apart() + plan.place<K>(0, static_cast<unsigned>(x)) + b * kQuad] = 0;
         }
-    });
-}
-
-// Stages the masks that the tile's sources have in the outputs around them. Taps are reversed: source s is in the
-// window of output s + K/2 - a by tap a, which is staged as K - 1 - a.
-template <int K, bool Column>
-__device__ __forceinline__ void stage_masks_transposed(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
-                                                       float* masks) {
-#pragma unroll 1
-    for (int k = static_cast<int>(threadIdx.x); k < plan.masks() / kQuad; k += static_cast<int>(blockDim.x))
-        reinterpret_cast<float4*>(masks)[k] = make_float4(0, 0, 0, 0);
-    __syncthreads();
-    const int top = tile.top - static_cast<int>(p.offset_h), left = tile.left - static_cast<int>(p.offset_w);
-    const unsigned columns = static_cast<unsigned>(plan.quads * kQuad);
-    const Rectangle outputs(max(top - K / 2, 0), min(top + plan.rows + K / 2, static_cast<int>(p.out_h)),
-                            max(left - K / 2, 0), min(left + plan.quads * kQuad + K / 2, static_cast<int>(p.out_w)));
-    const TapsInMemory<const float> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
-    using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
-        const Own own;
-        typename Own::Taps taps;
-        own.load(p, memory(y, x), exists, taps);
-        if (!exists) return;
-        // The source that tap (0, 0) is at. Those left of the tile, and above it, are large without a sign.
-        const int row = y + outputs.top - top - K / 2, column = x + outputs.left - left - K / 2;
-        const int row_of_quads = plan.quads * K * kQuad;
-        float* const to = masks + row * row_of_quads + (K - 1) * plan.apart();
-        own.each_tap([&](int k, int a, int b, bool has) {
-            const unsigned at = static_cast<unsigned>(column + b);
-            if (has && static_cast<unsigned>(row + a) < static_cast<unsigned>(plan.rows) && at < columns)
-                to[a * (row_of_quads - plan.apart()) + plan.place<K>(0, at) + (K - 1 - b) * kQuad] = taps[k];
-        });
     });
 }
 
@@ -88,11 +75,7 @@ __global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
-        if constexpr (Transposed) {
-            stage_masks_transposed<K, Vectors>(p, plan, tile, masks);
-        } else {
-            stage_masks<K, Vectors>(p, plan, tile, masks);
-        }
+        stage_masks<K, Vectors, Transposed>(p, plan, tile, masks);
 #pragma unroll 1
         for (int before = 0; before < tile.channels; before += plan.vectors() * kVector) {
             stage_slice<Vectors, Vectors ? 5 : 2>(plan, sliced, tile.n, tile.c + before, tile.channels - before,

@@ -10,15 +10,18 @@
 namespace carafepp::cuda {
 
 template <bool Transposed>
+constexpr int kRunsOfBands = kMostRuns + (Transposed ? 1 : 0);
+template <bool Transposed>
+constexpr int kRowOfTaps = kRunsOfBands<Transposed> * kRun * kRun;  // elements of bands
+
+template <bool Transposed>
 struct ReassembleUp1MmaPlan : Up1MmaPlan {
     bool whole_result;  // two columns are stored at once
 
     ReassembleUp1MmaPlan(const Problem& p, const Array& result, bool vectors)
-        : Up1MmaPlan(p, result, Transposed ? p.grad_output : p.features, Transposed ? 10 : 8, vectors,
-                     [&](int runs) { return static_cast<int>(p.kernel_size) * (runs + Transposed) * kRun * kRun; }),
+        : Up1MmaPlan(p, result, Transposed ? p.grad_output : p.features, Transposed ? 10 : 8,
+                     static_cast<int>(p.kernel_size) * kRowOfTaps<Transposed>, vectors),
           whole_result(not_for_columns(result) == nullptr) {}
-
-    CARAFEPP_HOST_DEVICE int runs_of_bands() const { return runs() + Transposed; }
 };
 
 // A sum in one channel without tensor cores: of output (y, x) or, transposed, of source (y, x). A zero of a band
@@ -44,7 +47,7 @@ __device__ float up1_tap_by_tap(const Problem& p, const TileOfItem& tile, int64_
 template <int K, bool Vectors, bool Transposed, class T>
 __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp1MmaPlan<Transposed>& plan,
                                             const TileOfItem& tile, T* bands, T* of_warp) {
-    const int radius = Transposed ? K / 2 : 0, before = Transposed ? kBeforeRun : 0, runs = plan.runs_of_bands();
+    const int radius = Transposed ? K / 2 : 0, before = Transposed ? kBeforeRun : 0;
     const int top = tile.top - (Transposed ? static_cast<int>(p.offset_h) : 0),
               left = tile.left - (Transposed ? static_cast<int>(p.offset_w) : 0);
     if (Transposed) {
@@ -65,8 +68,8 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
         if (!exists) return;
         const int column = x + outputs.left - left + before;
         const int row = y + outputs.top - top - radius + (Transposed ? own.first_row : 0);  // of the result
-        const int step = (Transposed ? K + 1 : 1) * runs * kRun * kRun;
-        T* to = bands + ((row * K + own.first_row) * runs + column / kRun) * kRun * kRun + column % kRun * kRun;
+        const int step = (Transposed ? K + 1 : 1) * kRowOfTaps<Transposed>;
+        T* to = bands + (row * K + own.first_row) * kRowOfTaps<Transposed> + column * kRun;
 #pragma unroll
         for (int k = 0; k < Own::kRows; k++, to += step) {
             if (own.first_row + k >= K ||
@@ -83,37 +86,46 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
     });
 }
 
-// Four matrices of bands at once: those of four rows of taps or, transposed, those of two for two runs. The lane's word
-// of the last one has pairs of pixels, of which `first` are in the first eight of 16.
+// What a lane loads for a run, from bands and from a slice. Four matrices of bands are loaded at once: those of four
+// rows of taps or, transposed, those of two for two runs.
 template <int K, bool Vectors, bool Transposed, class T>
-__device__ __forceinline__ void multiply_run(const ReassembleUp1MmaPlan<Transposed>& plan, const T* bands,
-                                             const T* slice, float (&sums)[4]) {
-    constexpr int kOfLoad = Transposed ? 2 : 4;
-    const int lane = thread_computed_late() % 32, matrix = lane / 8, line = lane % 8, step = plan.runs_of_bands();
-    bands += (Transposed ? matrix / 2 * step + matrix % 2 : matrix * step) * kRun * kRun + line * kRun;
-    slice += Vectors ? (matrix / 2 * kRun + line) * kOfSlice + (matrix % 2 ^ line / 4) * kWide
-                     : (matrix % 2 * kRun + line) * plan.pitch() + matrix / 2 * kRun;
-    if (Transposed) slice += (K - 1) * plan.row();
-    const int row = Transposed ? -plan.row() : plan.row(), own = lane / 4, pair = lane % 4 * 2;
-    // Of a band's line `r` the elements from r on are of the first eight sources.
-    const uint32_t first = (Transposed ? own >= pair : pair >= own) * 0xffffu |
-                           (Transposed ? own >= pair + 1 : pair + 1 >= own) * 0xffff0000u;
+struct LaneOfRun {
+    const T *bands, *slice;
+    uint32_t first;  // of a word's two pixels, those in the first eight of 16: in line r of a band those from r on
+
+    __device__ __forceinline__ LaneOfRun(const T* all_bands, const T* all_pixels, int run) {
+        const int lane = thread_computed_late() % 32, matrix = lane / 8, line = lane % 8;
+        bands = all_bands + (Transposed ? matrix / 2 : matrix) * kRowOfTaps<Transposed> +
+                ((run + (Transposed ? matrix % 2 : 0)) * kRun + line) * kRun;
+        slice = all_pixels + (Vectors ? ((run + matrix / 2) * kRun + line) * kOfSlice + (matrix % 2 ^ line / 4) * kWide
+                                      : (matrix % 2 * kRun + line) * kPitch + (run + matrix / 2) * kRun);
+        const int own = lane / 4, pair = lane % 4 * 2;
+        const auto bits = [&](int pixel) { return (Transposed ? own >= pixel : pixel >= own) ? 0xffffu : 0u; };
+        first = bits(pair) | bits(pair + 1) << 16;
+    }
+
+    // Adds the products of a row of the result.
+    __device__ __forceinline__ void multiply(int row, float (&sums)[4]) const {
+        constexpr int kOfLoad = Transposed ? 2 : 4;
+        const T* const own_bands = bands + row * K * kRowOfTaps<Transposed>;
+        const T* const pixels = slice + row * kRowOfSlice;
 #pragma unroll
-    for (int a = 0; a < K; a += kOfLoad, bands += kOfLoad * step * kRun * kRun) {
-        uint32_t words[4];
-        load_matrices<Transposed>(bands, words);
+        for (int a = 0; a < K; a += kOfLoad) {
+            uint32_t words[4];
+            load_matrices<Transposed>(own_bands + a * kRowOfTaps<Transposed>, words);
 #pragma unroll
-        for (int k = 0; k < kOfLoad && a + k < K; k++, slice += row) {
-            uint32_t pixels[4];
-            load_matrices<Vectors>(slice, pixels);
-            if constexpr (Transposed) {
-                multiply_add<T>(sums, pixels, {words[2 * k] & ~first, words[2 * k + 1] & first});
-            } else {
-                multiply_add<T>(sums, pixels, {words[k] & first, words[k] & ~first});
+            for (int k = 0; k < kOfLoad && a + k < K; k++) {
+                uint32_t values[4];
+                load_matrices<Vectors>(pixels + (Transposed ? K - 1 - a - k : a + k) * kRowOfSlice, values);
+                if constexpr (Transposed) {
+                    multiply_add<T>(sums, values, {words[2 * k] & ~first, words[2 * k + 1] & first});
+                } else {
+                    multiply_add<T>(sums, values, {words[k] & first, words[k] & ~first});
+                }
             }
         }
     }
-}
+};
 
 template <int K, bool Vectors, bool Transposed, class T>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -123,14 +135,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     const Array& sliced = Transposed ? p.grad_output : p.features;
     T* const bands = shared_memory<T>();
     T* const slice = bands + plan.rows * plan.of_row;
-    const int warp = same_in_warp(thread_computed_late() / 32), lane = thread_computed_late() % 32;
+    const int warp = same_in_warp(thread_computed_late() / 32);
     T* const of_warp = slice + plan.slice() + warp * plan.of_warp;
     const int offset_h = static_cast<int>(Transposed ? -p.offset_h : p.offset_h),
               offset_w = static_cast<int>(Transposed ? -p.offset_w : p.offset_w);
-    const float factor = 1 / scale_of_masks<T>(p);
+    const int run = warp & (plan.runs() - 1), first_row = warp >> plan.run_bits, step = kWarpsOfUp1 >> plan.run_bits;
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
+        const int j = tile.left + run * kRun, columns = static_cast<int>(result.w) - j;
+        const int end = columns > 0 ? min(plan.rows, static_cast<int>(result.h) - tile.top) : 0;
+        float zero = 0;  // while all sums are finite
 #pragma unroll 1
         for (int before = 0; before < tile.channels; before += kOfSlice) {
             const int channels = tile.channels - before;
@@ -139,59 +154,55 @@ __global__ void __launch_bounds__(kThreads, 3)
             if (before == 0) stage_bands<K, Vectors, Transposed>(p, plan, tile, bands, of_warp);
             wait_for_copies();
             __syncthreads();
-            const int run = warp & (plan.runs() - 1), j = tile.left + run * kRun;
-            const int columns = static_cast<int>(result.w) - j, pair = lane % 4 * 2;
+            const LaneOfRun<K, Vectors, Transposed, T> own(bands, slice, run);
+            const int lane = thread_computed_late() % 32, channel = lane / 4, pair = lane % 4 * 2;
+            const float factor = 1 / scale_of_masks<T>(p);
+            // With adjacent channels a lane stores half a pixel, else two pixels in two channels.
+            const int half = Vectors ? lane % 2 * kWide : channel, pixel = Vectors ? lane / 2 : pair;
+            const int there = pixel < min(columns, kRun) ? channels - half : 0;
+            T* to = element<T>(result, tile.n, tile.c + before + half, tile.top + first_row, j + pixel);
 #pragma unroll 1
-            for (int row = warp >> plan.run_bits; row < plan.rows; row += kWarpsOfUp1 >> plan.run_bits) {
-                const int i = tile.top + row;
-                if (i >= result.h || columns <= 0) break;
+            for (int row = first_row; row < end; row += step, to += step * result.stride_h) {
                 float sums[4] = {};
-                multiply_run<K, Vectors, Transposed>(plan, bands + row * plan.of_row + run * kRun * kRun,
-                                                     slice + row * plan.row() + run * kRun * (Vectors ? kOfSlice : 1),
-                                                     sums);
+                own.multiply(row, sums);
                 // What does not exist may be anything.
-                const float zero = (pair < columns ? (sums[0] + sums[2]) * 0 : 0.0f) +
-                                   (pair + 1 < columns ? (sums[1] + sums[3]) * 0 : 0.0f);
-                T* to = element<T>(result, tile.n, tile.c + before, i, j);
+                if (pair < columns) zero += (sums[0] + sums[2]) * 0;
+                if (pair + 1 < columns) zero += (sums[1] + sums[3]) * 0;
                 if constexpr (Vectors) {
-                    const int channel = lane / 4;
                     __syncwarp();  // what was there has been stored
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         of_warp[(pair + k % 2) * kOfSlice + k / 2 * kWide + channel] = narrow<T>(sums[k] * factor);
                     __syncwarp();
-                    const int pixel = lane / 2, half = lane % 2;
-                    if (lane < 2 * kRun && pixel < columns && half * kWide < channels) {
-                        __stcs(reinterpret_cast<uint4*>(at_stride(to, static_cast<int>(result.stride_w), pixel) +
-                                                        half * kWide),
-                               reinterpret_cast<const uint4*>(of_warp)[lane]);
-                    }
+                    if (there > 0) __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(of_warp)[lane]);
                 } else {
-                    T* own = to + lane / 4 * result.stride_c + pair;
+                    T* of_channel = to;
 #pragma unroll
-                    for (int half = 0; half < 2; half++, own += kWide * result.stride_c) {
-                        if (lane / 4 + half * kWide >= channels || pair >= columns) continue;
-                        const float values[2] = {sums[half * 2] * factor, sums[half * 2 + 1] * factor};
+                    for (int k = 0; k < 2; k++, of_channel += kWide * result.stride_c) {
+                        if (k * kWide >= there) continue;
+                        const float values[2] = {sums[k * 2] * factor, sums[k * 2 + 1] * factor};
                         if (plan.whole_result) {
-                            store_row<true>(values, 2, 1, own);
+                            store_row<true>(values, 2, 1, of_channel);
                         } else {
-                            store_row<false>(values, columns - pair, 1, own);
+                            store_row<false>(values, columns - pair, 1, of_channel);
                         }
-                    }
-                }
-                if (__any_sync(0xffffffffu, !(zero == 0))) {  // a lane looks at what others of its warp have stored
-                    __syncwarp();
-#pragma unroll 1
-                    for (int number = lane; number < kRun * kOfSlice; number += 32) {
-                        const int c = number / kRun, x = number % kRun;
-                        if (c >= channels || x >= columns) continue;
-                        T* const stored = to + c * result.stride_c + x * result.stride_w;
-                        if (fabsf(widen(*stored)) < INFINITY) continue;
-                        *stored = narrow<T>(up1_tap_by_tap<Transposed, T>(p, tile, tile.c + before + c, i, j + x));
                     }
                 }
             }
             __syncthreads();
+        }
+        if (!__any_sync(0xffffffffu, !(zero == 0))) continue;
+        // A lane looks at what others of its warp have stored.
+#pragma unroll 1
+        for (int row = first_row; row < end; row += step) {
+#pragma unroll 1
+            for (int number = thread_computed_late() % 32; number < kRun * tile.channels; number += 32) {
+                const int64_t c = tile.c + number / kRun, y = tile.top + row, x = j + number % kRun;
+                if (x >= result.w) continue;
+                T* const stored = element<T>(result, tile.n, c, y, x);
+                if (!(fabsf(widen(*stored)) < INFINITY))
+                    *stored = narrow<T>(up1_tap_by_tap<Transposed, T>(p, tile, c, y, x));
+            }
         }
     }
 }

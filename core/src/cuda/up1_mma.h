@@ -9,11 +9,16 @@
 
 namespace carafepp::cuda {
 
-constexpr int kRun = 8;          // pixels
-constexpr int kBeforeRun = 4;    // columns
-constexpr int kMostRunBits = 2;  // of a tile's row
-constexpr int kOfSlice = 16;     // channels
+constexpr int kRun = 8;        // pixels
+constexpr int kBeforeRun = 4;  // columns
+constexpr int kMostRuns = 4;   // of a tile's row
+constexpr int kOfSlice = 16;   // channels
 constexpr int kWarpsOfUp1 = kThreads / 32;
+
+// A slice is staged as [row][pixel][channel] or, with adjacent columns, as [row][channel][pixel], with room for the
+// most runs and the one behind them.
+constexpr int kRowOfSlice = kPitch * kOfSlice;
+static_assert(kPitch == (kMostRuns + 1) * kRun && kPitch / kRun % 2 == 1, "rows of a matrix are in different banks");
 
 // Where pixels of a run are in the windows of others: tap 0 of pixel r is pixel r + kShift of 16.
 template <int K>
@@ -30,7 +35,6 @@ struct TapsOfWarp {
     static_assert(TapsOfPixel<K, false>::kParts == 2 && kVectors <= kLanes, "lanes have half a pixel, and a vector");
 };
 
-// A slice is staged as [row][pixel][channel] or, with adjacent columns, as [row][channel][pixel].
 struct Up1MmaPlan {
     int kernel_size;
     int run_bits;  // of a row of a tile
@@ -38,16 +42,16 @@ struct Up1MmaPlan {
     Tiles tiles;
     int columns_at_once;             // that are copied
     int of_row, of_warp;             // elements of 16 bits beside a slice: of a tile's row, and of a warp
-    uintptr_t taps_begin, taps_end;  // the memory of masks or logits
+    uint64_t first_vector, vectors;  // of 16 bytes, in the memory of masks or logits
 
-    // Tiles are those of the result. of_run(runs) tells how many elements a tile's row has beside a slice.
-    template <class F>
-    Up1MmaPlan(const Problem& p, const Array& result, const Array& sliced, int most_rows, bool vectors, F elements)
+    // Tiles are those of the result.
+    Up1MmaPlan(const Problem& p, const Array& result, const Array& sliced, int most_rows, int elements_of_row,
+               bool vectors_of_channels)
         : kernel_size(static_cast<int>(p.kernel_size)),
-          run_bits(result.w > 2 * kRun ? 2
-                   : result.w > kRun   ? 1
-                                       : 0),
-          rows(even_part(result.h, rows_that_fit(most_rows, elements(runs()), vectors))),
+          run_bits(result.w <= kRun       ? 0
+                   : result.w <= 2 * kRun ? 1
+                                          : 2),
+          rows(even_part(result.h, rows_that_fit(most_rows, elements_of_row, vectors_of_channels))),
           tiles(p, result.h, result.w, rows, kRun << run_bits, kOfSlice, 0),
           columns_at_once(columns_of(p, sliced)) {
         const Array& taps = p.from_logits ? p.logits : p.masks;
@@ -55,19 +59,14 @@ struct Up1MmaPlan {
         for (int64_t extent : {(taps.n - 1) * taps.stride_n, (taps.c - 1) * taps.stride_c, (taps.h - 1) * taps.stride_h,
                                (taps.w - 1) * taps.stride_w})
             (extent < 0 ? first : last) += extent;
-        const auto begin = reinterpret_cast<uintptr_t>(taps.data);
-        taps_begin = begin + static_cast<uintptr_t>(2 * first);
-        taps_end = begin + static_cast<uintptr_t>(2 * last + 2);
+        const uint64_t data = reinterpret_cast<uintptr_t>(taps.data);
+        first_vector = (data + static_cast<uint64_t>(2 * first) + 15) / 16;
+        vectors = std::max((data + static_cast<uint64_t>(2 * last + 2)) / 16, first_vector) - first_vector;
     }
 
     CARAFEPP_HOST_DEVICE int runs() const { return 1 << run_bits; }
     CARAFEPP_HOST_DEVICE int halo_rows() const { return rows + kernel_size - 1; }
-    // From channel to channel of a row, where pixels are adjacent: rows of a matrix are in different banks.
-    static CARAFEPP_HOST_DEVICE int pitch_of(int runs) { return ((runs + 1) | 1) * kRun; }
-    static CARAFEPP_HOST_DEVICE int row_of(int runs) { return pitch_of(runs) * kOfSlice; }
-    CARAFEPP_HOST_DEVICE int pitch() const { return pitch_of(runs()); }
-    CARAFEPP_HOST_DEVICE int row() const { return row_of(runs()); }
-    CARAFEPP_HOST_DEVICE int slice() const { return halo_rows() * row(); }
+    CARAFEPP_HOST_DEVICE int slice() const { return halo_rows() * kRowOfSlice; }
     int64_t bytes() const { return (slice() + rows * of_row + kWarpsOfUp1 * of_warp) * int64_t{sizeof(uint16_t)}; }
 
     static int columns_of(const Problem& p, const Array& sliced) {
@@ -78,9 +77,9 @@ struct Up1MmaPlan {
     }
 
 private:
-    int rows_that_fit(int most, int elements_of_row, bool vectors) {
+    int rows_that_fit(int most, int elements_of_row, bool vectors_of_channels) {
         of_row = elements_of_row;
-        of_warp = !vectors ? 0 : kernel_size == 5 ? TapsOfWarp<5>::kElements : TapsOfWarp<7>::kElements;
+        of_warp = !vectors_of_channels ? 0 : kernel_size == 5 ? TapsOfWarp<5>::kElements : TapsOfWarp<7>::kElements;
         for (rows = most; rows > 1 && bytes() > kMostAskedBytes;) rows--;
         return rows;
     }
@@ -101,7 +100,7 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
             const int i = top + row;
             const bool exists = i >= 0 && i < height && half * kWide < channels;
             const T* const from = element<const T>(array, n, c + half * kWide, exists ? i : 0, 0);
-            T* const to = slice + row * plan.row();
+            T* const to = slice + row * kRowOfSlice;
 #pragma unroll 3
             for (int column = first; column < columns; column += 16) {
                 const bool has = exists && static_cast<unsigned>(left + column) < static_cast<unsigned>(width);
@@ -118,7 +117,7 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
             const int channel = item % kOfSlice, i = top + item / kOfSlice;
             const bool exists = i >= 0 && i < height && channel < channels;
             const T* const from = element<const T>(array, n, c + (exists ? channel : 0), exists ? i : 0, 0);
-            T* const to = slice + item * plan.pitch() + column;
+            T* const to = slice + item * kPitch + column;
             const auto copy = [&](auto at_once) __attribute__((always_inline)) {
                 constexpr int kColumns = decltype(at_once)::value;
 #pragma unroll
@@ -144,7 +143,8 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
 }
 
 // Loads the taps of this thread's pixel and normalises them if they are logits. `first` points to tap (0, 0) of a pixel
-// that exists. What there is not is -INFINITY. All lanes of a warp call it, with memory of the warp.
+// that exists. What there is not is -INFINITY, and in a pixel that does not exist anything. All lanes of a warp call
+// it, with memory of the warp.
 template <int K, bool Vectors, class T>
 __device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& plan, const TapsOfPixel<K, false>& own,
                                           const T* first, bool exists, T* of_warp,
@@ -156,17 +156,17 @@ __device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& pl
         __syncwarp();  // what was there has been read
 #pragma unroll
         for (int before = 0; before < Copies::kPixels; before += 32 / Copies::kLanes) {
-            const int pixel = before + lane / Copies::kLanes, vector = lane % Copies::kLanes;
+            const int pixel = before + lane / Copies::kLanes, number = lane % Copies::kLanes;
             const uint64_t begin = __shfl_sync(0xffffffffu, uint64_t{exists ? address : 0}, pixel),
-                           end = begin + K * K * sizeof(T), at = begin / 16 * 16 + static_cast<unsigned>(vector) * 16;
-            if (begin == 0 || at >= end) continue;
-            T* const to = of_warp + pixel * Copies::kPixel + vector * kWide;
-            if (at >= plan.taps_begin && at + 16 <= plan.taps_end) {
-                copy_async<16>(to, reinterpret_cast<const void*>(at), true);
-            } else {
+                           end = begin + K * K * sizeof(T), vector = begin / 16 + static_cast<unsigned>(number);
+            if (begin == 0 || vector * 16 >= end) continue;
+            T* const to = of_warp + pixel * Copies::kPixel + number * kWide;
+            if (vector - plan.first_vector < plan.vectors) {
+                copy_async<16>(to, reinterpret_cast<const void*>(vector * 16), true);
+            } else {  // in part beyond the array
 #pragma unroll 1
                 for (int k = 0; k < kWide; k++) {
-                    const uint64_t tap = at + static_cast<unsigned>(k) * sizeof(T);
+                    const uint64_t tap = vector * 16 + static_cast<unsigned>(k) * sizeof(T);
                     if (tap >= begin && tap < end) to[k] = load_input(reinterpret_cast<const T*>(tap));
                 }
             }
@@ -175,7 +175,7 @@ __device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& pl
         __syncwarp();
         const T* const from = of_warp + lane % Copies::kPixels * Copies::kPixel + address % 16 / sizeof(T) +
                               own.first_row * K;
-        own.each_tap([&](int k, int, int, bool has) { taps[k] = exists && has ? widen(from[k]) : -INFINITY; });
+        own.each_tap([&](int k, int, int, bool has) { taps[k] = has ? widen(from[k]) : -INFINITY; });
     } else {
         own.each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,
                            [&](const T* tap, int k, bool has) __attribute__((always_inline)) {
