@@ -153,6 +153,21 @@ INSTRUCTIONS = {
         r"LDSM\S*\.4",
         r"LDGSTS\S*\.64",
     ),
+    r"reassemble_up1_mma_kernelILi.ELb1E": (
+        r"HMMA",
+        r"LDSM\S*\.4",
+        r"LDGSTS\S*\.128",
+        r"STS\S*\.128",
+        r"STG\S*\.128",
+    ),
+    r"reassemble_up1_mma_kernelILi.ELb0E": (
+        r"HMMA",
+        r"LDSM\S*\.4",
+        r"LDGSTS\S*\.64",
+        r"STS\S*\.128",
+    ),
+    r"grad_masks_up1_mma_kernelILi.ELb1E": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS\S*\.128"),
+    r"grad_masks_up1_mma_kernelILi.ELb0E": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS\S*\.64"),
     r"reassemble_up1_kernel": (r"LDG\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"grad_masks_up1_kernel": (r"LDG\S*\.128", r"STS\S*\.128", r"LDS\S*\.128"),
     r"grad_features_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
@@ -251,6 +266,12 @@ BUDGETS = {
     "grad_features_nchw.cu": {"float32 Li5E": 496, "float32 Li0E": 278},
     "grad_features_nhwc_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},  # a step of a column
     "grad_features_nchw_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},
+    "reassemble_up1_nhwc_mma.cu": {"float16": 64, "bfloat16": 58},  # a row of a run
+    "reassemble_up1_nchw_mma.cu": {"float16": 89, "bfloat16": 80},
+    "grad_features_up1_nhwc_mma.cu": {"float16": 67, "bfloat16": 61},
+    "grad_features_up1_nchw_mma.cu": {"float16": 87, "bfloat16": 87},
+    "grad_masks_up1_nhwc_mma.cu": {"float16": 208, "bfloat16": 208},  # the first slice and others
+    "grad_masks_up1_nchw_mma.cu": {"float16": 204, "bfloat16": 204},
     "reassemble_up1_nhwc.cu": {"float32": 102},  # a row of taps
     "reassemble_up1_nchw.cu": {"float32": 102},
     "grad_features_up1_nhwc.cu": {"float32": 102},

@@ -1230,14 +1230,14 @@ MUTANTS = [
     Mutant(
         "an infinite pixel makes NaN of its neighbours, up1",
         "reassemble_up1_mma.h",
-        "if (__any_sync(0xffffffffu, !(zero == 0))) {",
-        "if (__any_sync(0xffffffffu, false)) {",
+        "if (!__any_sync(0xffffffffu, !(zero == 0))) continue;",
+        "if (__any_sync(0xffffffffu, 1)) continue;",
     ),
     Mutant(
         "a run's results are stored before all lanes have put theirs",
         "reassemble_up1_mma.h",
-        "                    __syncwarp();\n                    const int pixel = lane / 2",
-        "                    const int pixel = lane / 2",
+        "                    __syncwarp();\n                    if (there > 0)",
+        "                    if (there > 0)",
     ),
     Mutant(
         "taps of a warp are read before they arrive",
@@ -1248,7 +1248,7 @@ MUTANTS = [
     Mutant(
         "the second slice takes the place of the first one's sums",
         "grad_masks_up1_mma.h",
-        "if (!first) sum += sums[places[q] + a * K];",
+        "if (!First) sum += *own;",
         "",
     ),
     Mutant(

@@ -53,9 +53,10 @@ struct LaneOfSums {
         }
     }
 
-    // Adds the products of a row of outputs in 16 channels to their sums, or stores them if they are the `first` ones.
+    // Adds the products of a row of outputs in 16 channels to their sums, or stores them if they are the `First` ones.
     // Returns 0 if they are finite.
-    __device__ __forceinline__ float add(int row, bool first) const {
+    template <bool First>
+    __device__ __forceinline__ float add(int row) const {
         uint32_t outputs[4];  // the last two are the first two again
         load_matrices<!Vectors>(grads + row * kRowOfSlice, outputs);
         const T* const pixels = features + row * kRowOfSlice;
@@ -72,7 +73,7 @@ struct LaneOfSums {
                 if (taps[q] >= K) continue;
                 float sum = early[q] ? products[q] : products[q + 2];
                 float* const own = to + taps[q] + (q * kApartSums<K> + a * K);
-                if (!first) sum += *own;
+                if (!First) sum += *own;
                 *own = sum;
                 zero += sum * 0;
             }
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 3)
             const LaneOfSums<K, Vectors, T> own(features, grads, sums, run);
 #pragma unroll 1
             for (int row = warp >> plan.run_bits; row < plan.rows; row += step) {
-                const float zero = own.add(row, before == 0);
+                const float zero = before == 0 ? own.template add<true>(row) : own.template add<false>(row);
                 if (!__any_sync(0xffffffffu, !(zero == 0))) continue;
                 // A tap beyond a border met zeros: its sum is 0, or NaN.
                 __syncwarp();
@@ -159,8 +160,9 @@ __global__ void __launch_bounds__(kThreads, 3)
         const TapsInMemory<T> memory(p, result, tile, outputs);
         using Own = TapsOfPixel<K, false>;
         for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
+            if (!__any_sync(0xffffffffu, exists)) return;
             const Own own;
-            const float* const from = sums + (y * kMostRuns * kRun + x) * kApartSums<K>;
+            const float* const from = sums + (exists ? (y * kMostRuns * kRun + x) * kApartSums<K> : 0);
             typename Own::Taps taps;
             own.each([&](int k, int) { taps[k] = 1; });
             float mean = 0;
@@ -171,8 +173,9 @@ __global__ void __launch_bounds__(kThreads, 3)
                 mean = derivatives<K>(p, own, logits(y, x), computed, from, K, 1, taps);
             }
             own.each_tap([&](int k, int a, int b, bool has) {
-                taps[k] = computed && has ? taps[k] * (from[a * K + b] - mean) : 0.0f;
+                if (has) taps[k] *= from[a * K + b] - mean;
             });
+            if (!computed) own.each([&](int k, int) { taps[k] = 0; });
             store_taps<K, Vectors>(own, taps, memory(y, x), exists, result.stride_c, of_warp);
         });
         __syncthreads();

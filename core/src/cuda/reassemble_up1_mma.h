@@ -19,7 +19,7 @@ struct ReassembleUp1MmaPlan : Up1MmaPlan {
     bool whole_result;  // two columns are stored at once
 
     ReassembleUp1MmaPlan(const Problem& p, const Array& result, bool vectors)
-        : Up1MmaPlan(p, result, Transposed ? p.grad_output : p.features, Transposed ? 10 : 8,
+        : Up1MmaPlan(p, result, Transposed ? p.grad_output : p.features, Transposed ? 14 : 8,
                      static_cast<int>(p.kernel_size) * kRowOfTaps<Transposed>, vectors),
           whole_result(not_for_columns(result) == nullptr) {}
 };
@@ -51,7 +51,7 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
     const int top = tile.top - (Transposed ? static_cast<int>(p.offset_h) : 0),
               left = tile.left - (Transposed ? static_cast<int>(p.offset_w) : 0);
     if (Transposed) {
-#pragma unroll 1
+#pragma unroll 4
         for (int k = thread_computed_late(); k < plan.rows * plan.of_row / kWide; k += kThreads)
             reinterpret_cast<uint4*>(bands)[k] = make_uint4(0, 0, 0, 0);
         __syncthreads();
@@ -62,6 +62,7 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
     const float scale = scale_of_masks<T>(p);
     using Own = TapsOfPixel<K, false>;
     for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
+        if (!__any_sync(0xffffffffu, exists)) return;
         const Own own;
         typename Own::Taps taps;
         load_taps<K, Vectors>(p, plan, own, memory(y, x), exists, of_warp, taps);

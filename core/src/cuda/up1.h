@@ -75,7 +75,8 @@ private:
 template <int K, bool Column>
 struct TapsOfPixel {
     static constexpr int kParts = Column ? K == 3 ? 4 : 8 : K >= 5 ? 2 : 1;  // threads of a pixel
-    static constexpr int kApart = Column ? 1 : 32 / kParts;                  // lanes from one to the next
+    static constexpr int kOfWarp = 32 / kParts;                              // pixels
+    static constexpr int kApart = Column ? 1 : kOfWarp;                      // lanes from one to the next
     static constexpr int kColumns = Column ? 1 : K, kRows = Column ? K : (K + kParts - 1) / kParts;
     static constexpr int kCount = kRows * kColumns;
     using Taps = float[kCount];

@@ -14,6 +14,7 @@ constexpr int kBeforeRun = 4;  // columns
 constexpr int kMostRuns = 4;   // of a tile's row
 constexpr int kOfSlice = 16;   // channels
 constexpr int kWarpsOfUp1 = kThreads / 32;
+constexpr int64_t kMostBytesOfUp1 = 104 * 1024;  // of a block: a multiprocessor of sm_90 has two
 
 // A slice is staged as [row][pixel][channel] or, with adjacent columns, as [row][channel][pixel], with room for the
 // most runs and the one behind them.
@@ -28,7 +29,7 @@ constexpr int kShift = kBeforeRun - K / 2;
 // them.
 template <int K>
 struct TapsOfWarp {
-    static constexpr int kPixels = TapsOfPixel<K, false>::kApart;
+    static constexpr int kPixels = TapsOfPixel<K, false>::kOfWarp;
     static constexpr int kVectors = (K * K + 2 * (kWide - 1)) / kWide;  // of a pixel
     static constexpr int kLanes = kVectors > 4 ? 8 : 4;                 // that copy them
     static constexpr int kPixel = kVectors * kWide, kElements = kPixels * kPixel;
@@ -80,7 +81,8 @@ private:
     int rows_that_fit(int most, int elements_of_row, bool vectors_of_channels) {
         of_row = elements_of_row;
         of_warp = !vectors_of_channels ? 0 : kernel_size == 5 ? TapsOfWarp<5>::kElements : TapsOfWarp<7>::kElements;
-        for (rows = most; rows > 1 && bytes() > kMostAskedBytes;) rows--;
+        const int64_t most_bytes = std::min<int64_t>(most_shared_bytes(), kMostBytesOfUp1);
+        for (rows = most; rows > 1 && bytes() > most_bytes;) rows--;
         return rows;
     }
 };
@@ -151,23 +153,29 @@ __device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& pl
                                           typename TapsOfPixel<K, false>::Taps& taps) {
     if constexpr (Vectors) {
         using Copies = TapsOfWarp<K>;
-        const auto address = reinterpret_cast<uintptr_t>(first);
-        const int lane = thread_computed_late() % 32;
+        constexpr unsigned kBytes = K * K * sizeof(T);
+        const uint64_t address = reinterpret_cast<uintptr_t>(first);
+        // A bit that no address has: all vectors of the pixel are in the array.
+        const bool inside = address / 16 - plan.first_vector < plan.vectors &&
+                            (address + kBytes - 1) / 16 - plan.first_vector < plan.vectors;
+        const uint64_t own_pixel = exists ? address + inside : 0;
+        const int lane = thread_computed_late() % 32, number = lane % Copies::kLanes;
         __syncwarp();  // what was there has been read
 #pragma unroll
         for (int before = 0; before < Copies::kPixels; before += 32 / Copies::kLanes) {
-            const int pixel = before + lane / Copies::kLanes, number = lane % Copies::kLanes;
-            const uint64_t begin = __shfl_sync(0xffffffffu, uint64_t{exists ? address : 0}, pixel),
-                           end = begin + K * K * sizeof(T), vector = begin / 16 + static_cast<unsigned>(number);
-            if (begin == 0 || vector * 16 >= end) continue;
+            const int pixel = before + lane / Copies::kLanes;
+            const uint64_t of_pixel = __shfl_sync(0xffffffffu, own_pixel, pixel);
+            const unsigned skipped = static_cast<unsigned>(of_pixel) & 14;
+            if (of_pixel == 0 || static_cast<unsigned>(number) * 16 >= skipped + kBytes) continue;
             T* const to = of_warp + pixel * Copies::kPixel + number * kWide;
-            if (vector - plan.first_vector < plan.vectors) {
-                copy_async<16>(to, reinterpret_cast<const void*>(vector * 16), true);
-            } else {  // in part beyond the array
+            const T* const vector = reinterpret_cast<const T*>(of_pixel & ~uint64_t{15}) + number * kWide;
+            if (of_pixel % 2 != 0) {
+                copy_async<16>(to, vector, true);
+            } else {
 #pragma unroll 1
                 for (int k = 0; k < kWide; k++) {
-                    const uint64_t tap = vector * 16 + static_cast<unsigned>(k) * sizeof(T);
-                    if (tap >= begin && tap < end) to[k] = load_input(reinterpret_cast<const T*>(tap));
+                    const unsigned tap = static_cast<unsigned>(number * kWide + k) * sizeof(T) - skipped;
+                    if (tap < kBytes) to[k] = load_input(vector + k);
                 }
             }
         }
