@@ -424,8 +424,8 @@ MUTANTS = [
     Mutant(
         "a source has one output too many",
         "positions.h",
-        "return min(first_output<Several>(position + 1), outputs);",
-        "return min(first_output<Several>(position + 1) + 1, outputs);",
+        "return min(first_output<Several>(position + 1), count);",
+        "return min(first_output<Several>(position + 1) + 1, count);",
     ),
     Mutant(
         "taps that an output does not have count as logits of 0",
@@ -454,8 +454,8 @@ MUTANTS = [
     Mutant(
         "tiles for any factor ignore the padding",
         "positions.h",
-        "/ up)) + offset;",
-        "/ up));",
+        "* down / up) + offset;",
+        "* down / up);",
     ),
     Mutant(
         "masks are read before all are staged",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the gradients for any factor: the outputs of an axis, bands of rows of them, and quotients. Dtypes and
+// Shared by the gradients for any factor: bands of rows of outputs, and quotients. Dtypes and
 // layouts are asked for when a kernel runs, as no inner loop does.
 #pragma once
 
@@ -9,31 +9,6 @@
 namespace carafepp::cuda {
 
 constexpr int kMostFactor = 1 << 16;
-
-// The outputs of an axis, and the sources that they are centred on.
-struct Outputs {
-    uint32_t up, down;
-    int offset, count;
-
-    Outputs(Factor factor, int64_t offset_of_axis, int64_t outputs)
-        : up(static_cast<uint32_t>(factor.up)),
-          down(static_cast<uint32_t>(factor.down)),
-          offset(static_cast<int>(offset_of_axis)),
-          count(static_cast<int>(outputs)) {}
-
-    __device__ __forceinline__ int source(int output) const {
-        return static_cast<int>(static_cast<uint32_t>(output) * down / up) + offset;
-    }
-    // The first output centred on `source` or behind it, or `count`.
-    __device__ __forceinline__ int first(int source) const {
-        const uint32_t centre = static_cast<uint32_t>(max(source - offset, 0));
-        return min(static_cast<int>((centre * up + down - 1) / down), count);
-    }
-    // The most outputs centred on neighbouring sources.
-    int most(int sources) const {
-        return static_cast<int>(std::min<int64_t>(ceil_div(int64_t{sources} * up, down), count));
-    }
-};
 
 // Quotients of small numbers by one that is known beforehand.
 struct Divisor {

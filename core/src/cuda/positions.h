@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The positions of an axis, for any factor: sources, or outputs where each has a source of its own.
+// The outputs of an axis, for any factor, and its positions: sources, or outputs where each has a source of its own.
 #pragma once
 
 #include "cuda/platform.h"
@@ -18,20 +18,38 @@ inline int most_sources(Factor factor, int64_t further, int64_t block) {
         std::min<int64_t>(aligned ? numerator / factor.up : ceil_div(numerator, factor.up), INT16_MAX));
 }
 
-// The positions of an axis. With `Several` outputs of a source, up > down, each is a source; else an output.
-struct Positions {
+// The outputs of an axis, and the sources that they are centred on.
+struct Outputs {
     uint32_t up, down;
-    int offset, outputs;
+    int offset, count;
 
-    Positions(Factor factor, int64_t offset_of_axis, int64_t outputs_of_axis)
+    Outputs(Factor factor, int64_t offset_of_axis, int64_t outputs)
         : up(static_cast<uint32_t>(factor.up)),
           down(static_cast<uint32_t>(factor.down)),
           offset(static_cast<int>(offset_of_axis)),
-          outputs(static_cast<int>(outputs_of_axis)) {}
+          count(static_cast<int>(outputs)) {}
+
+    __device__ __forceinline__ int source(int output) const {
+        return static_cast<int>(static_cast<uint32_t>(output) * down / up) + offset;
+    }
+    // The first output centred on `source` or behind it, or `count`.
+    __device__ __forceinline__ int first(int source) const {
+        const uint32_t centre = static_cast<uint32_t>(max(source - offset, 0));
+        return min(static_cast<int>((centre * up + down - 1) / down), count);
+    }
+    // The most outputs centred on neighbouring sources.
+    int most(int sources) const {
+        return static_cast<int>(std::min<int64_t>(ceil_div(int64_t{sources} * up, down), count));
+    }
+};
+
+// The positions of an axis. With `Several` outputs of a source, up > down, each is a source; else an output.
+struct Positions : Outputs {
+    using Outputs::Outputs;
 
     template <bool Several>
     __device__ __forceinline__ int source(int position) const {
-        return (Several ? position : static_cast<int>(static_cast<uint32_t>(position) * down / up)) + offset;
+        return Several ? position + offset : Outputs::source(position);
     }
     template <bool Several>
     __device__ __forceinline__ int first_output(int position) const {
@@ -39,9 +57,9 @@ struct Positions {
     }
     template <bool Several>
     __device__ __forceinline__ int end_output(int position) const {
-        return min(first_output<Several>(position + 1), outputs);
+        return min(first_output<Several>(position + 1), count);
     }
-    int count() const { return up > down ? static_cast<int>((outputs - 1) * int64_t{down} / up) + 1 : outputs; }
+    int size() const { return up > down ? static_cast<int>((count - 1) * int64_t{down} / up) + 1 : count; }
     // The most rows or columns of features from the first to the last source of some positions.
     int sources(int positions) const {
         return up > down ? positions : static_cast<int>(ceil_div((positions - 1) * int64_t{down}, up)) + 1;

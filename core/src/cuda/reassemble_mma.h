@@ -38,7 +38,7 @@ struct Quad {
 };
 
 struct PatchesPlan {
-    Positions rows, columns;
+    Outputs rows, columns;
     Size patch;           // outputs
     Size tile;            // patches
     Size window;          // pixels
@@ -195,13 +195,13 @@ __device__ __forceinline__ void find_lines(const Problem& p, const PatchesPlan& 
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int up = p.from_logits ? static_cast<int>(p.factor.up) : 1;
     // The place behind all matrices of patches before counts as that of a pixel.
-    const auto find = [&](const Positions& axis, int output, int first_of_patch, int64_t stride,
-                          int64_t stride_of_phase, int patch, int number, int pixels) {
+    const auto find = [&](const Outputs& axis, int output, int first_of_patch, int64_t stride, int64_t stride_of_phase,
+                          int patch, int number, int pixels) {
         Line line;
-        line.from = output < axis.outputs ? output / up * stride + output % up * stride_of_phase : kNowhere;
-        line.source = axis.source<false>(output);
+        line.from = output < axis.count ? output / up * stride + output % up * stride_of_phase : kNowhere;
+        line.source = axis.source(output);
         line.to = line_of_patch(patch * kPatch + number,
-                                patch * kWide + (line.source - axis.source<false>(first_of_patch)) * pixels);
+                                patch * kWide + (line.source - axis.source(first_of_patch)) * pixels);
         return line;
     };
     const int thread = static_cast<int>(threadIdx.x);
@@ -297,9 +297,9 @@ template <class T>
 __device__ float output_tap_by_tap(const Problem& p, const PatchesPlan& plan, int64_t n, int64_t group, int64_t c,
                                    Pixel output, const T* band, float factor, const int* taps) {
     const int k = static_cast<int>(p.kernel_size), i = static_cast<int>(output.i), j = static_cast<int>(output.j);
-    const int y = plan.rows.source<false>(i), x = plan.columns.source<false>(j);
-    band += (y - plan.rows.source<false>(i - i % plan.patch.rows)) * plan.window.columns + x -
-            plan.columns.source<false>(j - j % plan.patch.columns);
+    const int y = plan.rows.source(i), x = plan.columns.source(j);
+    band += (y - plan.rows.source(i - i % plan.patch.rows)) * plan.window.columns + x -
+            plan.columns.source(j - j % plan.patch.columns);
     float sum = 0;
 #pragma unroll 1
     for (int t = 0; t < k * k; t++) {
@@ -349,8 +349,8 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
 
     for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
         const TileOfPatches tile(p, plan, static_cast<uint32_t>(item));
-        const int top = plan.rows.source<false>(tile.top) - k / 2;
-        int left = plan.columns.source<false>(tile.left) - k / 2;
+        const int top = plan.rows.source(tile.top) - k / 2;
+        int left = plan.columns.source(tile.left) - k / 2;
         if (plan.pairs) left -= left & 1;
 #pragma unroll 1
         for (int pixel = thread; pixel < pixels_of_halo; pixel += kBlock) {
@@ -367,8 +367,7 @@ __global__ void __launch_bounds__(kBlock, 4) reassemble_mma_kernel(Arguments arg
             room.quads[quad] = {i * output.stride_h + j * output.stride_w,
                                 exists ? static_cast<int>(min(p.out_w - j, int64_t{kQuad})) : 0, 0};
             if (quad % kQuads == 0) {
-                const int y = plan.rows.source<false>(i) - k / 2 - top,
-                          x = plan.columns.source<false>(j) - k / 2 - left;
+                const int y = plan.rows.source(i) - k / 2 - top, x = plan.columns.source(j) - k / 2 - left;
                 room.corners[quad / kQuads] = exists ? (y * plan.pitch + x) * plan.pixel : -1;
             }
         }

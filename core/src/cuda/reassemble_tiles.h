@@ -64,9 +64,8 @@ struct TilesPlan {
         for (vectors = 1; vectors < 8 && vectors < all;) vectors *= 2;
         // Rows of a tile fill sectors where columns are adjacent. Else a halo is small around a square.
         const int most_columns = !adjacent_channels ? share.p == 1 ? 16 : 8 : share.s * share.d == 1 ? 4 : 8;
-        unit_columns = even_part(ceil_div(columns.count(), share.d), most_columns);
-        unit_rows = even_part(ceil_div(rows.count(), share.s * share.d),
-                              std::max(kBlock / (vectors * unit_columns), 1));
+        unit_columns = even_part(ceil_div(columns.size(), share.d), most_columns);
+        unit_rows = even_part(ceil_div(rows.size(), share.s * share.d), std::max(kBlock / (vectors * unit_columns), 1));
         measure(p, share);
         while (shared_bytes > kMostSharedBytes && (unit_rows > 1 || vectors > 1 || unit_columns > 1)) {
             if (unit_rows > 1) {
@@ -76,8 +75,8 @@ struct TilesPlan {
             }
             measure(p, share);
         }
-        row_tiles = ceil_div(rows.count(), unit_rows * share.s * share.d);
-        column_tiles = ceil_div(columns.count(), unit_columns * share.d);
+        row_tiles = ceil_div(rows.size(), unit_rows * share.s * share.d);
+        column_tiles = ceil_div(columns.size(), unit_columns * share.d);
         const int64_t tiles = p.features.n * p.groups * row_tiles * column_tiles * parts * parts;
         const int64_t all_slices = ceil_div(all, vectors);
         slices = all_slices;
