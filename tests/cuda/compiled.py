@@ -128,7 +128,7 @@ INSTRUCTIONS = {
         r"LDGSTS\S*\.128",
         r"STG\S*\.128",
     ),
-    r"grad_features_patches_mma_kernelILb0E": (r"HMMA", r"LDSM\S*\.4", r"STS\S*\.128"),
+    r"grad_features_patches_mma_kernelILb0E": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS\S*\.128"),
     r"grad_masks_tiles_kernelILb1E": (r"LDGSTS\S*\.128", r"LDG\S*\.64", r"LDS\S*\.128"),
     r"grad_masks_tiles_kernelILb0E": (r"LDG\S*\.64", r"STS\S*\.128", r"LDS\S*\.128"),
     r"grad_masks_mma_kernelILb1E": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS\S*\.128"),
@@ -264,8 +264,8 @@ BUDGETS = {
     "grad_masks_nchw_mma.cu": {"float32": 713},
     "grad_features_nhwc.cu": {"float32 Li5E": 482, "float32 Li0E": 271},  # all columns of a unit
     "grad_features_nchw.cu": {"float32 Li5E": 496, "float32 Li0E": 278},
-    "grad_features_nhwc_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},  # a step of a column
-    "grad_features_nchw_mma.cu": {"float16 Li4E": 54, "bfloat16 Li4E": 54},
+    "grad_features_nhwc_mma.cu": {"float16 Li4E": 22, "bfloat16 Li4E": 22},  # a step of two patches
+    "grad_features_nchw_mma.cu": {"float16 Li4E": 25, "bfloat16 Li4E": 25},
     "reassemble_up1_nhwc_mma.cu": {"float16": 64, "bfloat16": 58},  # a row of a run
     "reassemble_up1_nchw_mma.cu": {"float16": 89, "bfloat16": 80},
     "grad_features_up1_nhwc_mma.cu": {"float16": 67, "bfloat16": 61},

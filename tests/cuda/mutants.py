@@ -151,10 +151,10 @@ MUTANTS = [
         "                __syncthreads();",
     ),
     Mutant(
-        "a step leaves out the patches of its last row",
+        "patches leave out the last step of a band that touches them",
         "grad_features_patches.h",
-        "step * kStep / plan.window; y <= last; y++",
-        "step * kStep / plan.window; y < last; y++",
+        "end = (y * plan.window + plan.window - 1) / kStep + 1;",
+        "end = (y * plan.window + plan.window - 1) / kStep;",
     ),
     Mutant(
         "an infinite gradient reaches a whole patch",

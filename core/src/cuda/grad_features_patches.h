@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of features for any factor with 16 bits, on tensor cores, in gather form. A patch is 2 x 4 sources, and
 // its window the outputs that touch it. A block has a tile of patches in a slice of channels, and a warp some channels
-// of a column of patches, whose sums stay in registers. The block goes through the outputs around the tile in bands of
-// rows. It stages the masks of some bands as matrices: a row has an output's masks of the eight sources of a patch, 0
-// where it has no tap. It stages grad_output a band at a time, channels adjacent, the next one ahead. A step of a
-// product has 16 outputs of a band. It serves all patches of the column that they touch. A zero of a matrix makes NaN
-// of an infinite gradient. Sums that are not finite are computed again, tap by tap.
+// of some rows of a column of patches, whose sums stay in registers. The block goes through the outputs around the tile
+// in bands of rows. It stages the masks of some bands as matrices: a row has an output's masks of the eight sources of
+// a patch, 0 where it has no tap. It stages grad_output a band at a time, channels adjacent, the next one ahead. A step
+// of a product has 16 outputs of a band. It serves two patches, one below the other. A zero of a matrix makes NaN of an
+// infinite gradient. Sums that are not finite are computed again, tap by tap.
 #pragma once
 
 #include "cuda/grad_features_patches_stage.h"
@@ -55,18 +55,20 @@ __device__ __forceinline__ void store_vector(const T* from, T* to, uint32_t& zer
 // this one of the tile. It is an even one, as two matrices are loaded at once.
 __device__ __forceinline__ int slot_of(int source) { return max(source, 0) / (2 * kPatchRows) * 2; }
 
-// `Vectors`: a vector of channels is one in memory. A warp has `Products` along channels.
+// `Vectors`: a vector of channels is one in memory, and in bands. Else columns are adjacent there. A warp has
+// `Products` along channels.
 template <bool Vectors, int Products, class T>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 1)
     grad_features_patches_mma_kernel(Arguments arguments, GradPatchesPlan plan) {
-    constexpr int kPatchesOfWarp = kProducts / Products;
+    constexpr int kPatchesOfWarp = patches_of_warp(Products);
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]
     const Array& array = p.from_logits ? p.logits : p.masks;
     const int k = static_cast<int>(p.kernel_size), radius = k / 2;
     const RoomOfPatches<T> room{plan};
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
-    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), part = warp % plan.parts, own_column = warp / plan.parts;
+    const int warp = same_in_warp(thread / 32), part = warp % plan.parts, of_parts = warp / plan.parts,
+              own_column = of_parts % plan.patch_columns, own_row = of_parts / plan.patch_columns * kPatchesOfWarp;
     const int vector = thread % plan.vectors, first_of_thread = thread / plan.vectors;
     for (int t = thread; t < plan.steps * kStep; t += threads) {
         const int y = t / plan.window, x = t - y * plan.window;
@@ -84,12 +86,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                       of = y % plan.band;
             const int first_slot = slot_of(plan.rows.source(output - of) - tile.top - radius);
             const int source = plan.rows.source(output) - tile.top + radius;
-            const int top = max(source - 2 * radius, 0) / kPatchRows,
-                      bottom = min(source / kPatchRows, plan.patch_rows - 1);
             room.rows()[y] = {
                 cell * array.stride_h + (output - cell * up) * up * array.stride_c,
-                of_masks / plan.band * plan.of_band + of * plan.window * kPatch - first_slot * plan.matrix, source, 0,
-                (2u << bottom) - (1u << top)};
+                of_masks / plan.band * plan.of_band + of * plan.window * kPatch - first_slot * plan.matrix, source, 0};
         }
 #pragma unroll 1
         for (int x = thread; x < tile.out_columns; x += threads) {
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 #pragma unroll 1
         for (int s = thread; s < plan.across.number + 2 * (k - 1); s += threads) {
             const int x = s - 2 * radius, column = x / kPatchColumns;
-            const int first = plan.columns.first(tile.left + column * kPatchColumns - radius);
+            const int first = tile.copied_left + plan.first_of_patch(tile, column, radius);
             room.column_terms()[s] = x < 0 || x >= plan.across.number
                                          ? kBeyond
                                          : column * plan.of_column - (first - tile.out_left) * kPatch +
@@ -119,32 +118,25 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         }
 #pragma unroll 1
         for (int column = thread; column < plan.patch_columns; column += threads)
-            room.firsts()[column] = plan.columns.first(tile.left + column * kPatchColumns - radius) - tile.copied_left;
-
+            room.firsts()[column] = plan.first_of_patch(tile, column, radius);
 #pragma unroll 1
-        for (int number = thread; number < plan.band * plan.pitch; number += threads) {
+        for (int number = thread; Vectors && number < plan.band * plan.pitch; number += threads) {
             const int y = number / plan.pitch, x = number - y * plan.pitch;
             room.places()[number] = tile.copied_left + x < p.out_w
                                         ? static_cast<int>(y * p.grad_output.stride_h + x * p.grad_output.stride_w)
-                                        : kBeyond;
+                                        : kNoPlace;
         }
         // Stages the band from row `first` on.
         const auto copy_band = [&](int first, T* to) __attribute__((always_inline)) {
-            const BandCopy<T> copy{
-                static_cast<const T*>(p.grad_output.data) + tile.grads + first * p.grad_output.stride_h,
-                static_cast<int>(p.grad_output.stride_c),
-                tile.channels,
-                plan.vectors,
-                room.places(),
-                plan.band * plan.pitch,
-                plan.pixel};
-            const int end = (tile.out_rows - first) * plan.pitch;
+            const T* const from = static_cast<const T*>(p.grad_output.data) + tile.grads +
+                                  first * p.grad_output.stride_h;
+            const int rows = min(plan.band, tile.out_rows - first);
             if constexpr (Vectors) {
-                copy.copy_vectors(vector, first_of_thread, plan.copiers, end, to);
-            } else if (plan.pairs) {
-                copy.template transpose<2>(end, to);
+                copy_pixels_ahead(from + vector * kWide, room.places(), plan.band * plan.pitch, rows * plan.pitch,
+                                  first_of_thread, plan.copiers, tile.channels - vector * kWide, to + vector * kWide,
+                                  plan.pixel);
             } else {
-                copy.template transpose<1>(end, to);
+                BandCopy<T>{from, p.grad_output, plan, rows, p.out_w - tile.copied_left, tile.channels}.copy(to);
             }
         };
         float sums[kPatchesOfWarp][Products][4] = {};
@@ -158,18 +150,21 @@ __global__ void __launch_bounds__(kMostThreads, 2)
             for (int v = thread; v < plan.bands * plan.of_band / kWide; v += threads)
                 reinterpret_cast<uint4*>(room.matrices())[v] = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
-            for (int s = thread; s < plan.bands * plan.steps; s += threads) {
-                const int of_masks = s / plan.steps, step = s - of_masks * plan.steps,
+            for (int s = thread; s < plan.bands * plan.pairs(); s += threads) {
+                const int of_masks = s / plan.pairs(), pair = s - of_masks * plan.pairs(),
                           row = first + of_masks * plan.band;
-                const int last = min((step * kStep + kStep - 1) / plan.window, plan.band - 1);
-                uint32_t touched = 0;
-                for (int y = step * kStep / plan.window; y <= last; y++) {
-                    if (row + y < tile.out_rows) touched |= room.rows()[row + y].touched;
+                const int top = pair * 2 * kPatchRows, bottom = top + 2 * kPatchRows - 1;  // sources
+                int begin = plan.steps, end = 0;
+                for (int y = 0; y < plan.band && row + y < tile.out_rows; y++) {
+                    const int source = room.rows()[row + y].source;
+                    if (source < top || source - 2 * radius > bottom) continue;
+                    begin = min(begin, y * plan.window / kStep);
+                    end = (y * plan.window + plan.window - 1) / kStep + 1;
                 }
-                room.touched()[s] = touched;
+                room.steps_of_pairs()[s] = static_cast<uint32_t>(end << 16 | begin);
             }
             __syncthreads();
-            MatrixStage<T>{p, plan, room, first, count, tile.out_columns}.stage(tile.n, tile.group);
+            MatrixStage<T>{p, plan, room, first, count, tile.out_columns, warp}.stage(tile.n, tile.group);
             // One band ahead of the first.
             int of = first == 0 ? -1 : 0;
 #pragma unroll 1
@@ -180,33 +175,36 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                 __syncthreads();
                 if (next < tile.out_rows) copy_band(next, room.grads() + (second ? 0 : plan.buffer));
                 if (of >= 0) {
+                    // A lane's row of the matrices: of outputs or, where columns are adjacent, of channels.
+                    const int first_channel = part * Products * kChannelsOfMma +
+                                              (Vectors ? lane / 8 % 2 * kWide : lane % 16);
                     const T* const grads = room.grads() + (second ? plan.buffer : 0) +
-                                           room.firsts()[own_column] * plan.pixel + part * Products * kChannelsOfMma +
-                                           lane / 8 % 2 * kWide;
-                    const int* offset = room.offsets() + lane % 8 + lane / 16 * 8;
-                    const uint32_t* touched = room.touched() + of * plan.steps;
+                                           room.firsts()[own_column] * plan.pixel + first_channel * plan.channel;
+                    const int* const offsets = room.offsets() + (Vectors ? lane % 8 : 0) + lane / 16 * 8;
                     const int first_slot = slot_of(room.rows()[row].source - 2 * radius);
-                    const T* matrix = room.matrices() + of * plan.of_band + own_column * plan.of_column +
-                                      (lane / 16 - first_slot) * plan.matrix + lane % 16 * kPatch;
+                    const T* const matrices = room.matrices() + of * plan.of_band + own_column * plan.of_column +
+                                              (own_row + lane / 16 - first_slot) * plan.matrix + lane % 16 * kPatch;
+                    const uint32_t* const steps = room.steps_of_pairs() + of * plan.pairs() + own_row / 2;
+#pragma unroll
+                    for (int q = 0; q < kPatchesOfWarp; q += 2) {
+                        if (own_row + q >= plan.patch_rows) break;
+                        const uint32_t range = static_cast<uint32_t>(same_in_warp(static_cast<int>(steps[q / 2])));
+                        const int begin = static_cast<int>(range & 0xffff), end = static_cast<int>(range >> 16);
+                        const int* offset = offsets + begin * kStep;
+                        const T* matrix = matrices + q * plan.matrix + begin * kStep * kPatch;
 #pragma unroll 1
-                    for (int step = 0; step < plan.steps; step++, offset += kStep, matrix += kStep * kPatch) {
-                        const uint32_t patches = __shfl_sync(0xffffffffu, touched[step], 0);
-                        uint32_t values[Products][4];
+                        for (int step = begin; step < end; step++, offset += kStep, matrix += kStep * kPatch) {
+                            const T* const at = grads + *offset;
+                            uint32_t values[Products][4], masks[4];
+                            load_matrices(matrix, masks);
 #pragma unroll
-                        for (int m = 0; m < Products; m++)
-                            load_matrices(grads + *offset + m * kChannelsOfMma, values[m]);
+                            for (int m = 0; m < Products; m++)
+                                load_matrices<Vectors>(at + m * kChannelsOfMma * (Vectors ? 1 : plan.channel),
+                                                       values[m]);
 #pragma unroll
-                        for (int q = 0; q < kPatchesOfWarp; q += 2) {
-                            if ((patches >> q & 3) == 0) continue;
-                            uint32_t masks[4];
-                            load_matrices(matrix + q * plan.matrix, masks);
-#pragma unroll
-                            for (int of_two = 0; of_two < 2; of_two++) {
-                                if ((patches >> (q + of_two) & 1) == 0) continue;
-#pragma unroll
-                                for (int m = 0; m < Products; m++)
-                                    multiply_add<T>(sums[q + of_two][m], values[m],
-                                                    {masks[of_two * 2], masks[of_two * 2 + 1]});
+                            for (int m = 0; m < Products; m++) {
+                                multiply_add<T>(sums[q][m], values[m], {masks[0], masks[1]});
+                                multiply_add<T>(sums[q + 1][m], values[m], {masks[2], masks[3]});
                             }
                         }
                     }
@@ -220,9 +218,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         const int row = lane / 4, pair = lane % 4;
 #pragma unroll
         for (int q = 0; q < kPatchesOfWarp; q++) {
-            if (q >= plan.patch_rows) break;
-            const int source = (q * kPatchRows + pair / 2) * plan.across.number + own_column * kPatchColumns +
-                               pair % 2 * 2;
+            if (own_row + q >= plan.patch_rows) break;
+            const int source = ((own_row + q) * kPatchRows + pair / 2) * plan.across.number +
+                               own_column * kPatchColumns + pair % 2 * 2;
 #pragma unroll
             for (int m = 0; m < Products; m++) {
 #pragma unroll
@@ -257,11 +255,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                     if (x < columns) f(vector * kWide, y, x);
                 }
             } else {
-                const int at_once = plan.columns_at_once, in_row = (plan.across.number + at_once - 1) / at_once;
+                const int in_row = plan.stored_in_row.number;
 #pragma unroll 1
-                for (int s = thread; s < tile.channels * height * in_row; s += threads) {
-                    const int line = s / in_row, x = (s - line * in_row) * at_once, c = line / height;
-                    if (x < columns) f(c, line - c * height, x);
+                for (int s = thread; s < tile.channels * plan.sources * in_row; s += threads) {
+                    const int line = plan.stored_in_row.quotient(s), x = (s - line * in_row) * plan.columns_at_once,
+                              c = plan.rows_of_tile.quotient(line), y = line - c * plan.sources;
+                    if (x < columns && y < height) f(c, y, x);
                 }
             }
         };
@@ -312,10 +311,10 @@ inline const char* not_for_grad_patches(const Problem& p, const Array& grad_feat
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     const GradPatchesPlan plan(p, grad_features, vectors);
     if (plan.shared_bytes > plan.most_bytes) return "outputs are too far apart";
-    if (plan.tap != static_cast<int>(plan.tap)) return "masks of an output are too far apart";
+    if (std::abs(plan.tap) > INT32_MAX / 32) return "masks of an output are too far apart";
     if (p.grad_output.stride_c != static_cast<int>(p.grad_output.stride_c)) return "channels are too far apart";
     for (const int64_t stride : {p.grad_output.stride_h * plan.band, p.grad_output.stride_w * plan.pitch}) {
-        if (std::abs(stride) > INT32_MAX / 16) return "outputs are too far apart";
+        if (vectors && std::abs(stride) > INT32_MAX / 16) return "outputs are too far apart";
     }
     return plan.items > UINT32_MAX ? "tiles are too many" : nullptr;
 }

@@ -11,37 +11,38 @@ namespace carafepp::cuda {
 constexpr int kPatchRows = 2, kPatchColumns = 4, kPatch = kPatchRows * kPatchColumns;  // sources
 constexpr int kStep = 16;                                                              // outputs of a product
 constexpr int kChannelsOfMma = 16;
-constexpr int kProducts = 16;  // whose sums a warp has: of patches and of channels
-constexpr int kMostThreads = 256;
-constexpr int kApart = 4 * kPatch;           // elements between matrices: they begin in other banks
-constexpr int kBeyond = INT32_MIN / 4;       // the place of sources beyond a tile
-constexpr int64_t kEnoughBytes = 99 * 1024;  // of shared memory, if there are
-constexpr int kMultiprocessors = 132;        // of a large device
+constexpr int kMostThreads = 512;
+constexpr int kApart = 4 * kPatch;      // elements between matrices: they begin in other banks
+constexpr int kBeyond = INT32_MIN / 4;  // the place of sources beyond a tile
+// Bytes of shared memory that a block asks for, if there are: of half the threads, and of more.
+constexpr int64_t kBytesOfHalf = 99 * 1024;
+constexpr int64_t kBytesOfMany[] = {200 * 1024, 160 * 1024, kBytesOfHalf};
+constexpr int kMultiprocessors = 132;  // of a large device
 
 constexpr int kBytesOfTile = 80;  // of a TileOfPatches
 
-// As many products along channels as a warp of a group of so many channels has.
+// As many products along channels as a warp of a group of so many channels has, and as many rows of patches.
 inline int products_along_channels(int64_t channels_of_group) { return channels_of_group > 2 * kChannelsOfMma ? 4 : 1; }
+CARAFEPP_HOST_DEVICE constexpr int patches_of_warp(int products) { return products == 4 ? 2 : 8; }
 
 // A row or a column of outputs. The sums of `from` of both tell where an output's masks or logits are, and those of
 // `to` where its rows of matrices are.
 struct OutputLine {
     int64_t from;
     int to;
-    int source;        // from the first one on that an output touching the tile is centred on
-    int in_memory;     // of columns: the number of the one that stands here in the order of memory
-    uint32_t touched;  // of rows: a bit for each row of patches
+    int source;     // from the first one on that an output touching the tile is centred on
+    int in_memory;  // of columns: the number of the one that stands here in the order of memory
 };
 
 struct GradPatchesPlan {
     Outputs rows, columns;
     int patch_rows = 1, patch_columns = 1;  // of a tile
-    int parts = 1;                          // warps along channels
+    int parts = 1, row_parts = 1;           // warps along channels, and along rows of patches
     int channels;                           // of a slice
     int window;                             // columns of outputs that touch a patch, at most
     int most_rows, most_columns;            // of outputs that touch a tile
     int pitch = 1;                          // pixels from row to row of a band
-    int pixel;                              // elements from pixel to pixel
+    int pixel, channel;                     // elements from pixel to pixel, and from channel to channel, in a band
     int band = 1, bands = 1;                // rows of a band, bands of which masks are staged at once
     int steps;                              // of a band
     int slots;                              // rows of patches that such bands touch
@@ -51,14 +52,21 @@ struct GradPatchesPlan {
     int64_t tap;                            // elements from tap to tap of masks or logits
     int columns_at_once;                    // that are stored
     bool phases_adjacent;                   // outputs of a source are neighbours in memory
-    bool pairs;                             // of columns are loaded
+    int copied_at_once;                     // columns of grad_output, if channels are not adjacent
+    int aligned_window;                     // columns of whole vectors that have the outputs of a patch
     int sources;                            // rows of a tile
     int of_column, of_band;                 // elements of the matrices of a column of patches, and of a band
     int buffer;                             // elements of a band of grad_output
     int vectors, copiers;                   // of an output, and threads that copy one of each
-    int plane;                              // elements from channel to channel of results
+    Divisor chunks_in_row;                  // `copied_at_once` columns each
+    int chunks;                             // of a band and a channel
+    Divisor copied_across, copied_lines;    // chunks and channels that the block copies at once
+    Divisor stored_in_row;                  // `columns_at_once` each
+    Divisor rows_of_tile;
+    int plane;  // elements from channel to channel of results
     // Bytes of shared memory before
-    int grads, rows_of_outputs, columns_of_outputs, row_terms, column_terms, tile, firsts, offsets, touched, places;
+    int grads, rows_of_outputs, columns_of_outputs, row_terms, column_terms, tile, firsts, offsets, steps_of_pairs,
+        places;
     int64_t shared_bytes, most_bytes;
     int64_t slices, row_tiles, column_tiles;  // of a group, of an image
     int64_t items;
@@ -68,24 +76,44 @@ struct GradPatchesPlan {
           columns(p.factor, p.offset_w, p.out_w),
           across(1),
           group(1),
-          mask_rows(1) {
+          mask_rows(1),
+          chunks_in_row(1),
+          copied_across(1),
+          copied_lines(1),
+          stored_in_row(1),
+          rows_of_tile(1) {
         const int64_t of_group = p.features.c / p.groups;
         tap = p.from_logits ? p.logits.stride_c * p.factor.up * p.factor.up : p.masks.stride_c;
-        pairs = !vectors && not_for_columns(p.grad_output) == nullptr;
+        copied_at_once = kWide;
+        while (copied_at_once > 1 && not_for_columns(p.grad_output, copied_at_once) != nullptr) copied_at_once /= 2;
+        aligned_window = most_of_window(p);
         phases_adjacent = p.from_logits && p.logits.stride_c == 1;
-        most_bytes = not_for_shared_memory(kEnoughBytes) == nullptr ? kEnoughBytes : kMostAskedBytes;
+        most_bytes = kMostAskedBytes;
+        for (int64_t bytes : kBytesOfMany) {
+            if (not_for_shared_memory(bytes) == nullptr) most_bytes = std::max(most_bytes, bytes);
+        }
         choose_tile(p, vectors, of_group);
         columns_at_once = kWide;
         while (columns_at_once > 1 && (patch_columns * kPatchColumns % columns_at_once != 0 ||
                                        not_for_columns(grad_features, columns_at_once) != nullptr))
             columns_at_once /= 2;
+        stored_in_row = Divisor(static_cast<int>(ceil_div(patch_columns * kPatchColumns, columns_at_once)));
     }
 
-    int warps() const { return patch_columns * parts; }
+    // The first column of a band, in shared memory, that a column of patches multiplies.
+    template <class Tile>
+    __device__ __forceinline__ int first_of_patch(const Tile& tile, int column, int radius) const {
+        const int first = columns.first(tile.left + column * kPatchColumns - radius);
+        return (channel == 1 ? first : first / kWide * kWide) - tile.copied_left;
+    }
+
+    int warps() const { return patch_columns * parts * row_parts; }
+    CARAFEPP_HOST_DEVICE int pairs() const { return static_cast<int>(ceil_div(patch_rows, 2)); }  // of rows of patches
     int threads() const { return warps() * 32; }
 
 private:
     void choose_tile(const Problem& p, bool vectors, int64_t of_group) {
+        constexpr int kMostRows = 16;  // of patches
         const int products = products_along_channels(of_group), of_warp = products * kChannelsOfMma;
         const int64_t all_rows = ceil_div(p.features.h, kPatchRows),
                       all_columns = ceil_div(p.features.w, kPatchColumns);
@@ -101,11 +129,12 @@ private:
                 if (parts > 1 && parts / 2 * of_warp >= of_group) break;
                 channels = parts * of_warp;
                 int rows_tried = 0;
-                for (int most = kProducts / products; most > 0; most /= 2) {
+                for (int most = kMostRows; most > 0; most /= 2) {
                     patch_rows = even_part(all_rows, most);
                     if (patch_rows == rows_tried) continue;
                     rows_tried = patch_rows;
-                    if (!choose_bands(p)) continue;
+                    row_parts = static_cast<int>(ceil_div(patch_rows, patches_of_warp(products)));
+                    if (threads() > kMostThreads || !choose_bands(p, vectors)) continue;
                     slices = ceil_div(of_group, channels);
                     row_tiles = ceil_div(all_rows, patch_rows);
                     column_tiles = ceil_div(all_columns, patch_columns);
@@ -118,23 +147,57 @@ private:
         *this = best;
     }
 
-    void measure(const Problem& p) {
+    // The most columns from the vector of a patch's first output to that of its last one.
+    int most_of_window(const Problem& p) const {
+        constexpr int64_t kMostTried = 64;
+        const int64_t up = columns.up, down = columns.down, k = p.kernel_size;
+        const int most = columns.most(kPatchColumns + static_cast<int>(k) - 1);
+        if (2 * down > kMostTried) return static_cast<int>(ceil_div(most + kWide - 1, kWide)) * kWide;
+        // Patches whose windows begin alike follow each other at this distance.
+        const int64_t period = 2 * down, behind = ceil_div(columns.offset + k, kWide * down) * kWide * down;
+        int64_t columns_of_window = kWide;
+        for (int64_t patch = 0; patch < period; patch++) {
+            const int64_t source = patch * kPatchColumns - k / 2 - columns.offset + behind;
+            const int64_t first = ceil_div(source * up, down),
+                          end = ceil_div((source + kPatchColumns + k - 1) * up, down);
+            columns_of_window = std::max(columns_of_window, ceil_div(end, kWide) * kWide - first / kWide * kWide);
+        }
+        return static_cast<int>(columns_of_window);
+    }
+
+    void measure(const Problem& p, bool adjacent) {
         const int k = static_cast<int>(p.kernel_size), in_row = patch_columns * kPatchColumns;
         sources = patch_rows * kPatchRows;
         across = Divisor(in_row);
-        window = std::max(columns.most(kPatchColumns + k - 1), 1);
+        window = adjacent ? std::max(columns.most(kPatchColumns + k - 1), 1) : aligned_window;
         most_rows = std::max(rows.most(sources + k - 1), 1);
         most_columns = std::max(columns.most(in_row + k - 1), 1);
         group = Divisor(phases_adjacent ? std::min(static_cast<int>(rows.up), most_columns) : most_columns);
         mask_rows = Divisor(band * bands);
-        // Rows are as far apart as those of a window, modulo 8, so eight outputs of a step begin in different banks.
-        pitch = columns.most(in_row - kPatchColumns) + window + (pairs ? 1 : 0);
-        if (window % 8 != 0) pitch += ((window - pitch) % 8 + 8) % 8;
-        pitch += pairs ? pitch % 2 : 0;
-        pixel = channels + kWide;  // an odd number of vectors, too
-        buffer = band * pitch * pixel;
+        // Columns from the first one of a tile to the first one of its last patch.
+        const int before = columns.most(in_row - kPatchColumns);
         vectors = channels / kWide;
         copiers = threads() / vectors;
+        if (adjacent) {
+            // Rows are as far apart as those of a window, modulo 8, so eight outputs of a step begin in different
+            // banks.
+            pitch = before + window;
+            if (window % 8 != 0) pitch += ((window - pitch) % 8 + 8) % 8;
+            pixel = channels + kWide;  // an odd number of vectors, too
+            channel = 1;
+            buffer = band * pitch * pixel;
+        } else {
+            pitch = (before + kWide - 1) / kWide * kWide + window;
+            pixel = 1;
+            channel = (band * pitch / kWide | 1) *
+                      kWide;  // an odd number of vectors: eight channels are in different banks
+            buffer = channels * channel;
+            chunks_in_row = Divisor(pitch / copied_at_once);
+            chunks = band * pitch / copied_at_once;
+            copied_across = Divisor(std::min(chunks, threads()));
+            copied_lines = Divisor(threads() / copied_across.number);
+        }
+        rows_of_tile = Divisor(sources);
         plane = sources * in_row + kWide;
         steps = static_cast<int>(ceil_div(band * window, kStep));
         matrix = steps * kStep * kPatch + kApart;
@@ -149,8 +212,8 @@ private:
             return static_cast<int>(std::min<int64_t>(before, INT32_MAX));
         };
         grads = take(int64_t{2} * buffer, sizeof(uint16_t));
-        bytes = std::max(
-            bytes, std::max(int64_t{sources} * in_row * pixel, int64_t{channels} * plane) * int64_t{sizeof(uint16_t)});
+        bytes = std::max(bytes, (adjacent ? int64_t{sources} * in_row * pixel : int64_t{channels} * plane) *
+                                    int64_t{sizeof(uint16_t)});
         tile = take(kBytesOfTile, 1);
         rows_of_outputs = take(most_rows, sizeof(OutputLine));
         columns_of_outputs = take(most_columns, sizeof(OutputLine));
@@ -158,18 +221,19 @@ private:
         column_terms = take(in_row + 2 * (k - 1), sizeof(int));
         firsts = take(patch_columns, sizeof(int));
         offsets = take(steps * kStep, sizeof(int));
-        touched = take(bands * steps, sizeof(int));
-        places = take(band * pitch, sizeof(int));
+        steps_of_pairs = take(bands * pairs(), sizeof(int));
+        if (adjacent) places = take(band * pitch, sizeof(int));
         shared_bytes = bytes;
     }
 
     // Bands of few absent outputs, and as many of masks as fit.
-    bool choose_bands(const Problem& p) {
+    bool choose_bands(const Problem& p, bool adjacent) {
         constexpr int kMostBand = 8;
+        const int64_t most = 2 * threads() <= kMostThreads ? std::min(most_bytes, kBytesOfHalf) : most_bytes;
         const auto fits = [&](int rows_of_band, int bands_of_masks) {
             band = rows_of_band, bands = bands_of_masks;
-            measure(p);
-            return shared_bytes <= most_bytes;
+            measure(p, adjacent);
+            return shared_bytes <= most;
         };
         if (!fits(1, 1)) return false;
         const int all = most_rows;
@@ -181,10 +245,10 @@ private:
             if (cost < least) least = cost, best = tried;
         }
         fits(best, 1);
-        const int64_t of_another = of_band * int64_t{sizeof(uint16_t)} + steps * int64_t{sizeof(int)};
-        int most = static_cast<int>(std::min(ceil_div(all, best), 1 + (most_bytes - shared_bytes) / of_another));
-        while (!fits(best, most)) most--;
-        return fits(best, even_part(ceil_div(all, best), most));
+        const int64_t of_another = of_band * int64_t{sizeof(uint16_t)} + pairs() * int64_t{sizeof(int)};
+        int most_bands = static_cast<int>(std::min(ceil_div(all, best), 1 + (most - shared_bytes) / of_another));
+        while (!fits(best, most_bands)) most_bands--;
+        return fits(best, even_part(ceil_div(all, best), most_bands));
     }
 
     // Cycles of a multiprocessor, about.
@@ -195,12 +259,14 @@ private:
         const double sources = double(patch_rows) * patch_columns * kPatch;
         const double bands_of_item = double(ceil_div(most_rows, band));
         const double all_steps = bands_of_item * steps * warps();
-        const double touched = double(patch_rows) * (kPatchRows + k - 1) / (patch_rows * kPatchRows + k - 1);
-        const double instructions = 1.0 * taps + outputs * channels * (vectors ? 0.07 : 0.12) +
-                                    all_steps * (24 + 3 * products + touched * (products + 1)) +
-                                    bands_of_item * warps() * 130 + sources * channels * 0.13 + warps() * 600;
-        const double wavefronts = 0.3 * taps + outputs * channels * (vectors ? 0.03 : 0.06) +
-                                  all_steps * 4 * (products + touched / 2) + sources * channels * 0.06;
+        // Pairs of rows of patches that a band touches, of all.
+        const double touched = std::min(1.0, double(2 * kPatchRows + k - 1) / (patch_rows * kPatchRows + k - 1));
+        const double at_once = vectors ? kWide : copied_at_once;
+        const double instructions = 0.8 * taps + outputs * channels * (vectors ? 0.3 : 0.2) / at_once +
+                                    touched * all_steps * double(ceil_div(pairs(), row_parts)) * (9 + 3 * products) +
+                                    bands_of_item * warps() * 100 + sources * channels * 0.13 + warps() * 600;
+        const double wavefronts = 0.3 * taps + outputs * channels * 0.24 / at_once +
+                                  touched * all_steps * 4 * (products + 1) + sources * channels * 0.06;
         // With adjacent columns rows begin and end within sectors.
         constexpr int kSector = 16;
         const int in_row = patch_columns * kPatchColumns;
@@ -210,7 +276,12 @@ private:
                                                                                               : in_row + kSector / 2;
         const double bytes = 2 * (most_rows * read * channels + (vectors ? 1 : 2) * taps +
                                   stored * patch_rows * kPatchRows * channels);
-        const double of_item = std::max(instructions / kIssued, wavefronts) + kOfItem;
+        // Few warps at once issue less.
+        constexpr int kEnoughWarps = 16;
+        const int64_t at_once_of_items = std::min(std::max(kEnoughWarps / warps(), 1) * int64_t{1},
+                                                  ceil_div(items, kMultiprocessors));
+        const double issued = kIssued * std::min(1.0, double(at_once_of_items) * warps() / kEnoughWarps);
+        const double of_item = std::max(instructions / issued, wavefronts) + kOfItem;
         return std::max(of_item * static_cast<double>(ceil_div(items, kMultiprocessors)),
                         bytes / kBytes * static_cast<double>(items) / kMultiprocessors);
     }
@@ -223,7 +294,7 @@ struct TileOfPatches {
     int top, left;
     int out_top, out_left, out_rows, out_columns;
     int64_t grads;    // of the first output in grad_output
-    int copied_left;  // the first column of bands: an even one if pairs are loaded
+    int copied_left;  // the first column of bands: of a whole vector unless channels are adjacent
 
     __device__ __forceinline__ TileOfPatches(const Problem& p, const GradPatchesPlan& plan, uint32_t item) {
         const auto take = [&](int64_t count) {
@@ -245,7 +316,7 @@ struct TileOfPatches {
         out_rows = plan.rows.first(top + plan.sources + radius) - out_top;
         out_columns = plan.columns.first(left + plan.across.number + radius) - out_left;
         if (out_columns == 0) out_rows = 0;
-        copied_left = plan.pairs ? out_left & ~1 : out_left;
+        copied_left = plan.channel == 1 ? out_left : out_left / kWide * kWide;
         grads = n * p.grad_output.stride_n + c * p.grad_output.stride_c + out_top * p.grad_output.stride_h +
                 copied_left * p.grad_output.stride_w;
     }
@@ -261,7 +332,7 @@ struct RoomOfPatches {
     __device__ __forceinline__ T* matrices() const { return shared_memory<T>(); }
     // Instead of these: [source][channel], or the reverse
     __device__ __forceinline__ T* results() const { return shared_memory<T>(); }
-    // A buffer has [row][column][channel].
+    // A buffer has [row][column][channel], or [channel][row][column].
     __device__ __forceinline__ T* grads() const { return at<T>(plan.grads); }
     __device__ __forceinline__ OutputLine* rows() const { return at<OutputLine>(plan.rows_of_outputs); }
     __device__ __forceinline__ OutputLine* columns() const { return at<OutputLine>(plan.columns_of_outputs); }
@@ -272,10 +343,10 @@ struct RoomOfPatches {
     __device__ __forceinline__ int* firsts() const { return at<int>(plan.firsts); }
     // Places of the outputs of a column of patches, in a band.
     __device__ __forceinline__ int* offsets() const { return at<int>(plan.offsets); }
-    // A step has the bits of its rows.
-    __device__ __forceinline__ uint32_t* touched() const { return at<uint32_t>(plan.touched); }
+    // [band][pair of rows of patches] the steps that touch it: the first one and, from bit 16 on, the end
+    __device__ __forceinline__ uint32_t* steps_of_pairs() const { return at<uint32_t>(plan.steps_of_pairs); }
     __device__ __forceinline__ TileOfPatches& tile() const { return *at<TileOfPatches>(plan.tile); }
-    // Places of the outputs of a band in grad_output, or kBeyond.
+    // Places of the outputs of a band in grad_output, if channels are adjacent.
     __device__ __forceinline__ int* places() const { return at<int>(plan.places); }
 
 private:

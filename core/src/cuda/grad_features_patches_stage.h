@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/grad_features_patches_plan.h"
+#include "cuda/grad_output.h"
 #include "cuda/stage_pixels.h"
 
 namespace carafepp::cuda {
@@ -22,6 +23,7 @@ struct MatrixStage {
     const RoomOfPatches<T>& room;
     int first, count;  // rows
     int columns;
+    int warp;
 
     __device__ __forceinline__ void stage(int64_t n, int64_t group) const {
         const Array& array = p.from_logits ? p.logits : p.masks;
@@ -75,27 +77,28 @@ private:
         const int thread = thread_computed_late(), threads = static_cast<int>(blockDim.x), lane = thread % kLanes;
         const int all = numbers(), tap = static_cast<int>(plan.tap);
         const bool of_float = array.dtype == CARAFEPP_FLOAT32, has_last = lane + (kRows - 1) * kLanes < K;
+        const int to_next_row = ((kLanes - 1) * K + 1) * tap, to_last_row = has_last ? to_next_row : -(K - 1) * tap;
         const int* const terms = room.row_terms();
         first_element += lane * K * plan.tap;
 #pragma unroll 1
-        for (int before = 0; before < all; before += threads / kLanes) {
-            const Own own = output(before + thread / kLanes);
+        for (int before = warp * (32 / kLanes); before < all; before += threads / kLanes) {
+            const Own own = output(before + thread % 32 / kLanes);
             const int64_t place = first_element + own.from;
             float values[kRows][K];
+            // A thread without a last row loads the one before again.
+            const auto load = [&](auto* from) __attribute__((always_inline)) {
+#pragma unroll
+                for (int t = 0; t < kRows * K; t++) {
+                    const float value = widen(load_input(from));
+                    values[t / K][t % K] = t / K < kRows - 1 || has_last ? value : -INFINITY;
+                    const int step = t % K < K - 1 ? tap : t / K < kRows - 2 ? to_next_row : to_last_row;
+                    from = at_stride(from, step, 1);
+                }
+            };
             if (of_float) {
-                const float* const from = static_cast<const float*>(array.data) + place;
-#pragma unroll
-                for (int t = 0; t < kRows * K; t++)
-                    values[t / K][t % K] = t / K < kRows - 1 || has_last
-                                               ? load_input(at_stride(from, tap, t / K * kLanes * K + t % K))
-                                               : -INFINITY;
+                load(static_cast<const float*>(array.data) + place);
             } else {
-                const T* const from = static_cast<const T*>(array.data) + place;
-#pragma unroll
-                for (int t = 0; t < kRows * K; t++)
-                    values[t / K][t % K] = t / K < kRows - 1 || has_last
-                                               ? widen(load_input(at_stride(from, tap, t / K * kLanes * K + t % K)))
-                                               : -INFINITY;
+                load(static_cast<const T*>(array.data) + place);
             }
             float factor = scale_of_masks<T>(p);
             if (!plain) {
@@ -172,59 +175,78 @@ private:
     }
 };
 
-// How a block stages grad_output, eight channels of an output in a vector. What does not exist is 0.
+constexpr int kNoPlace = INT32_MIN;  // of an output that does not exist
+
+// Stages eight channels of pixels from `first` on, of which `channels` exist; 0 for pixels that do not, and from `end`
+// on. Channels are adjacent. They arrive as copies of this thread do.
+template <class T>
+__device__ __forceinline__ void copy_pixels_ahead(const T* from, const int* pixels, int count, int end, int first,
+                                                  int step, int channels, T* to, int apart) {
+    if (channels <= 0) end = 0;
+    pixels += first, to += first * apart;
+    // Places are loaded ahead of copies: a copy that follows a load of shared memory waits for it.
+    const auto copy = [&](auto number, int pixel) __attribute__((always_inline)) {
+        constexpr int kAtOnce = decltype(number)::value;
+        int places[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++) places[k] = pixels[k * step];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++) {
+            const bool exists = places[k] != kNoPlace && pixel + k * step < end;
+            const T* const at = at_stride(from, places[k], 1);  // nobody reads there what does not exist
+            copy_async<kWide * sizeof(T)>(to + k * step * apart, at, exists);
+        }
+        pixels += kAtOnce * step, to += kAtOnce * step * apart;
+    };
+    constexpr std::integral_constant<int, 4> kFour;
+    constexpr std::integral_constant<int, 1> kOne;
+    int pixel = first;
+#pragma unroll 1
+    for (; pixel + 3 * step < count; pixel += 4 * step) copy(kFour, pixel);
+#pragma unroll 1
+    for (; pixel < count; pixel += step) copy(kOne, pixel);
+}
+
+// How a block stages a band of grad_output where columns are adjacent. What does not exist is 0, but for channels that
+// do not: they keep what was there, and nobody reads their sums.
 template <class T>
 struct BandCopy {
     const T* from;  // the first channel of the first output
-    int stride_c;
-    int channels;       // that exist
-    int vectors;        // of the slice
-    const int* places;  // of outputs, or kBeyond
-    int outputs, pixel;
+    const Array& grad_output;
+    const GradPatchesPlan& plan;
+    int rows;         // that exist
+    int64_t columns;  // likewise
+    int channels;     // likewise
 
-    // Takes adjacent channels. They arrive as copies of this thread do.
-    __device__ __forceinline__ void copy_vectors(int vector, int first, int step, int end, T* to) const {
-        to += first * pixel + vector * kWide;
-        if (vector * kWide >= channels) end = 0;
-#pragma unroll 2
-        for (int output = first; output < outputs; output += step, to += step * pixel) {
-            const int place = places[output];
-            copy_async<kWide * sizeof(T)>(to, at_stride(from + vector * kWide, 1, place),
-                                          output < end && place != kBeyond);
-        }
-    }
-
-    // `Columns` neighbouring outputs at once, by way of registers; a warp has a vector. Instead of channels that do not
-    // exist it stages the last one.
-    template <int Columns>
-    __device__ __forceinline__ void transpose(int end, T* to) const {
-        const int thread = thread_computed_late(), lane = thread % 32, warps = static_cast<int>(blockDim.x) / 32;
-        using Word = std::conditional_t<Columns == 2, uint32_t, uint16_t>;
+    // Neighbouring threads have chunks of some columns, and groups of threads have channels.
+    __device__ __forceinline__ void copy(T* to) const {
+        const int thread = thread_computed_late(), line = plan.copied_across.quotient(thread);
+        if (line >= plan.copied_lines.number) return;
+        const int count = plan.copied_lines.quotient(max(channels - line + plan.copied_lines.number - 1, 0));
+        const int at_once = plan.copied_at_once, step_to = plan.copied_lines.number * plan.channel;
+        const int64_t step = plan.copied_lines.number * grad_output.stride_c;
 #pragma unroll 1
-        for (int vector = thread / 32; vector < vectors; vector += warps) {
-            const int there = channels - vector * kWide;
-            const T* const of_vector = from + int64_t{vector * kWide} * stride_c;
-#pragma unroll 1
-            for (int output = lane * Columns; output < outputs; output += 32 * Columns) {
-                const int place = places[output];
-                const bool exists = output < end && place != kBeyond && there > 0;
-                uint32_t words[kWide];
-                const T* at = of_vector + (exists ? place : 0);
-#pragma unroll
-                for (int v = 0; v < kWide; v++) {
-                    words[v] = exists ? __ldg(reinterpret_cast<const Word*>(at)) : 0;
-                    if (v + 1 < there) at = at_stride(at, stride_c, 1);
-                }
-#pragma unroll
-                for (int k = 0; k < Columns; k++) {
-                    // Eight neighbouring threads store to different banks if four of them begin with the second column.
-                    const int column = Columns == 2 ? (lane / 4 + k) % 2 : 0;
-                    uint32_t of[kWide / 2];
-#pragma unroll
-                    for (int v = 0; v < kWide; v += 2) of[v / 2] = halves_of(words[v], words[v + 1], column == 1);
-                    *reinterpret_cast<uint4*>(to + (output + column) * pixel + vector * kWide) = make_uint4(
-                        of[0], of[1], of[2], of[3]);
-                }
+        for (int chunk = thread - line * plan.copied_across.number; chunk < plan.chunks;
+             chunk += plan.copied_across.number) {
+            const int y = plan.chunks_in_row.quotient(chunk), x = (chunk - y * plan.chunks_in_row.number) * at_once;
+            const bool exists = y < rows && x < columns;
+            const T* at = from + (exists ? y * grad_output.stride_h + x * grad_output.stride_w : 0) +
+                          line * grad_output.stride_c;
+            T* to_channel = to + line * plan.channel + y * plan.pitch + x;
+            const auto copy_channels = [&](auto copy_one) __attribute__((always_inline)) {
+                repeat<4>(count, [&]() __attribute__((always_inline)) {
+                    copy_one();
+                    at += step, to_channel += step_to;
+                });
+            };
+            if (at_once == 8) {
+                copy_channels([&] { copy_async<8 * sizeof(T)>(to_channel, at, exists); });
+            } else if (at_once == 4) {
+                copy_channels([&] { copy_async<4 * sizeof(T)>(to_channel, at, exists); });
+            } else if (at_once == 2) {
+                copy_channels([&] { copy_async<2 * sizeof(T)>(to_channel, at, exists); });
+            } else {
+                copy_channels([&] { *to_channel = exists ? load_input(at) : T{}; });
             }
         }
     }
