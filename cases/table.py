@@ -291,6 +291,8 @@ _CUDA_TABLE = [
     Case("up4_k7", "49 taps, 16 outputs of a source", 1, 12, 3, 3, up=4, kernel_size=7),
     Case("up6_c12", "two quads of three in a source", 1, 12, 2, 3, up=6),
     Case("up8_c12", "two quads of four in a source", 1, 12, 2, 2, up=8, kernel_size=5),
+    Case("up2_k9", "81 taps, two quads of a thread", 1, 8, 4, 4, up=2, kernel_size=9),
+    Case("up41_pixel", "several bands of the outputs of one source", 1, 4, 1, 1, up=41),
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),
     Case("same_c8_w12", "half a slice, quads of columns", 1, 16, 2, 12, kernel_size=5, groups=2),
     Case("k7_groups_c16", "49 taps, groups of 16", 1, 32, 9, 10, kernel_size=7, groups=2),

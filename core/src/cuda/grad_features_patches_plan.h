@@ -278,11 +278,11 @@ private:
                                   stored * patch_rows * kPatchRows * channels);
         // Few warps at once issue less.
         constexpr int kEnoughWarps = 16;
-        const int64_t at_once_of_items = std::min(std::max(kEnoughWarps / warps(), 1) * int64_t{1},
-                                                  ceil_div(items, kMultiprocessors));
+        const int64_t turns = std::max<int64_t>(ceil_div(items, kMultiprocessors), 1);
+        const int64_t at_once_of_items = std::min<int64_t>(std::max(kEnoughWarps / warps(), 1), turns);
         const double issued = kIssued * std::min(1.0, double(at_once_of_items) * warps() / kEnoughWarps);
         const double of_item = std::max(instructions / issued, wavefronts) + kOfItem;
-        return std::max(of_item * static_cast<double>(ceil_div(items, kMultiprocessors)),
+        return std::max(of_item * static_cast<double>(turns),
                         bytes / kBytes * static_cast<double>(items) / kMultiprocessors);
     }
 };

@@ -61,7 +61,7 @@ struct GradFeaturesUp2NhwcPlan {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, kCopiesBoxes ? 3 : 2)  // as many as have shared memory
     grad_features_up2_nhwc_kernel(Arguments arguments, const __grid_constant__ GradFeaturesUp2NhwcPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_features = arguments.result;  // [N, C, H, W]

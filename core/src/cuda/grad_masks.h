@@ -26,23 +26,10 @@ __device__ __forceinline__ SoftmaxGradient softmax_gradient(float (&taps)[K * K]
     return gradient;
 }
 
-// The same, where clear(grad) clears the taps beyond the borders. Sums are 0 there, as features are, unless a factor is
-// no finite number. Then the mean is none either, and only then they are cleared.
-template <int K, class Clear>
-__device__ __forceinline__ SoftmaxGradient softmax_gradient(float (&taps)[K * K], float (&grad)[K * K], Clear clear) {
-    SoftmaxGradient gradient = softmax_gradient<K>(taps, grad);
-    if (fabsf(gradient.mean) < INFINITY) return gradient;
-    clear(grad);
-    gradient = {};
-#pragma unroll
-    for (int t = 0; t < K * K; t++) gradient.add(taps[t], grad[t]);
-    gradient.finish();
-    return gradient;
-}
-
 // Carries the gradients of the masks of a thread's outputs through the normaliser. Their logits are in shared memory,
 // and change: own[t * step] are those of a tap, as a float or as the floats of a vector. Most problems have a softmax,
-// so what is for others is not unrolled. clear(grad) clears the taps of an output beyond the borders.
+// so what is for others is not unrolled. clear(grad) clears the taps of an output beyond the borders. Sums are 0 there,
+// as features are, unless a factor is no finite number: then the mean is none either, and only then a softmax clears.
 template <int K, class Outputs, int Count, class Clear>
 __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalizer, Outputs* own, int step,
                                                    float (&grad)[Count][K * K], Clear clear) {
@@ -75,10 +62,11 @@ __device__ __forceinline__ void through_normalizer(carafepp_normalizer normalize
 #pragma unroll
     for (int q = 0; q < Count; q++) {
         SoftmaxGradient gradient{1, 0};  // of a sigmoid, whose taps are factors of the gradients
-        if (normalizer == CARAFEPP_SIGMOID) {
+        const bool is_softmax = normalizer != CARAFEPP_SIGMOID;
+        if (is_softmax) gradient = softmax_gradient<K>(taps[q], grad[q]);
+        if (!is_softmax || !gradient.is_finite()) {
             clear(grad[q]);
-        } else {
-            gradient = softmax_gradient<K>(taps[q], grad[q], clear);
+            if (is_softmax) gradient.weigh_again(taps[q], grad[q]);
         }
 #pragma unroll
         for (int t = 0; t < kTaps; t++) grad[q][t] = gradient(taps[q][t], grad[q][t]);

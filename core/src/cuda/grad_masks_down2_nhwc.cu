@@ -8,6 +8,12 @@ namespace carafepp::cuda {
 namespace {
 
 constexpr int kThreadsOfPair = kBytesOfPixel / kBytesOfCopy;
+// Blocks that the shared memory of a multiprocessor has room for. More of them would have fewer registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocksAtOnce = 3;
+#else
+constexpr int kBlocksAtOnce = 4;
+#endif
 
 template <int K>
 constexpr int kOwn = (K * K + kThreadsOfPair - 1) / kThreadsOfPair;  // taps of a thread at the end
@@ -35,7 +41,7 @@ __device__ __forceinline__ void add_up(int lane, float (&sums)[Count]) {
 }
 
 template <int K>
-__global__ void __launch_bounds__(kBlock, 4) grad_masks_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) grad_masks_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     using S = SliceOfPixels<K, float>;

@@ -18,10 +18,14 @@ struct GradMasksFewPlan : FewPlan {
 };
 
 // Carries the gradients of the masks of an output through a softmax, from its logits. clear(grads) clears the taps
-// beyond the borders.
+// beyond the borders. Only a factor that is no finite number makes that necessary, as features are 0 there.
 template <int K, class Clear>
 __device__ __forceinline__ void through_softmax(float (&taps)[K * K], float (&grads)[K * K], Clear clear) {
-    const SoftmaxGradient gradient = softmax_gradient<K>(taps, grads, clear);
+    SoftmaxGradient gradient = softmax_gradient<K>(taps, grads);
+    if (!gradient.is_finite()) {
+        clear(grads);
+        gradient.weigh_again(taps, grads);
+    }
 #pragma unroll
     for (int t = 0; t < K * K; t++) grads[t] = gradient(taps[t], grads[t]);
 }

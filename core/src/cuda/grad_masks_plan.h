@@ -103,13 +103,14 @@ struct GradMasksTilesPlan {
         normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
         all_vectors = static_cast<int>(ceil_div(channels, kVector));
         double least = INFINITY;
-        vectors = quads = 1;
+        const int fewest = paired ? 2 : 1;
+        vectors = 1;
+        quads = fewest;
         measure(p, 1);
         GradMasksTilesPlan best = *this;  // if none fits
         for (vectors = kMostVectors; vectors > 0; vectors /= 2) {
             if (vectors > 1 && vectors >= 2 * all_vectors) continue;
             int tried = 0;
-            const int fewest = paired ? 2 : 1;
             for (int most_columns : {64, 48, 32, 24, 20, 18, 16, 12, 10, 8, 6, 4, 2, 1}) {
                 for (quads = fewest; quads * k * segments.number <= kThreadsOfTile; quads += fewest) {
                     measure(p, most_columns);
@@ -153,8 +154,13 @@ private:
                 if (wanted > 1 && is_paired(pattern, own_taps)) pattern = pattern_of(2 * of_quad, 1);
             }
         }
-        own_rows = Divisor(rows_of_quad(pattern, own_taps));
         paired = is_paired(pattern, own_taps);
+        if (paired && 2 * kernel_size.number * segments.number > kThreadsOfTile) {  // two quads are too many
+            pattern = kAnySources;
+            quads_of_source = 0;
+            paired = false;
+        }
+        own_rows = Divisor(rows_of_quad(pattern, own_taps));
     }
 
     // The most features from the first to the last source of some outputs. `aligned`: the first output is the first one
@@ -200,18 +206,21 @@ private:
         tile.columns_of_cell = Divisor(width % up == 0 ? up : 1);
         tile.cells_in_row = Divisor(width / tile.columns_of_cell.number);
         tile.pitch = width + (whole_rows ? 8 : 0);  // rows of a cell begin in different banks
-        // So do taps of a row, and neighbouring outputs, of the threads of a warp.
-        const int of_warp = static_cast<int>(ceil_div(32, k)) | 1, least_room = tile.rows * tile.pitch;
-        tile.room = least_room + ((of_warp - least_room) % 32 + 32) % 32;
         threads = static_cast<int>(ceil_div(width * k * segments.number * quads, 32)) * 32;
-        const int64_t finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) *
-                                 tile.room;
         places_bytes = std::max(pixels * int64_t{sizeof(StagedPixel)}, tile.count() * int64_t{sizeof(OutputPlace)});
         // Threads that copy neighbouring vectors of a pixel do so to different banks.
         plane = static_cast<int>(ceil_div(grads_at + pitch * width, 8)) * 8 + 8 / vectors % 8;
         const int64_t staged = int64_t{2} * vectors * plane * int64_t{sizeof(float4)};
         const int64_t told = paired ? kQuad * own_taps * threads * int64_t{sizeof(float)} : 0;
-        shared_bytes = tile.rows * int64_t{sizeof(Slot)} + places_bytes + std::max({staged, finished, told});
+        // So do taps of a row, and neighbouring outputs, of the threads of a warp: if that much memory is there.
+        const int of_warp = static_cast<int>(ceil_div(32, k)) | 1, least_room = tile.rows * tile.pitch;
+        for (int room : {least_room + ((of_warp - least_room) % 32 + 32) % 32, least_room | 1}) {
+            tile.room = room;
+            const int64_t finished = k * (k * int64_t{sizeof(float)} + segments.number * int64_t{sizeof(float2)}) *
+                                     room;
+            shared_bytes = tile.rows * int64_t{sizeof(Slot)} + places_bytes + std::max({staged, finished, told});
+            if (shared_bytes <= kMostSharedBytes) break;
+        }
         const int64_t all_sources = (rows.count - 1) * int64_t{rows.down} / rows.up + 1;
         const int64_t all_quads = quads_of_source == 0 ? ceil_div(rows.count, of_quad) : all_sources * quads_of_source;
         row_tiles = rows.count == 0 ? 0 : static_cast<uint32_t>(ceil_div(all_quads, quads));

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChannels = 16;  // of a slice
 constexpr int kOfMatrix = 8;   // rows, and columns
+constexpr int kBefore = 2;     // columns of a halo
 constexpr int kColumnsOfWarp = kTileColumns / kWarps;
 static_assert(kColumnsOfWarp + 2 * kBefore == kOfMatrix, "windows of 5 x 5 taps");
 static_assert(kColumnsOfWarp * kUp == kOfMatrix, "a matrix has a row of a warp's outputs");

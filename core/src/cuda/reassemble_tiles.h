@@ -75,6 +75,10 @@ struct TilesPlan {
             }
             measure(p, share);
         }
+        if (shared_bytes > kMostSharedBytes && columns_at_once > 1) {
+            columns_at_once = 1;
+            measure(p, share);
+        }
         row_tiles = ceil_div(rows.size(), unit_rows * share.s * share.d);
         column_tiles = ceil_div(columns.size(), unit_columns * share.d);
         const int64_t tiles = p.features.n * p.groups * row_tiles * column_tiles * parts * parts;

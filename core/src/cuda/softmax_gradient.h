@@ -22,6 +22,15 @@ struct SoftmaxGradient {
         scale = reciprocal(scale);
         mean *= scale * scale;
     }
+    __device__ __forceinline__ bool is_finite() const { return fabsf(mean) < INFINITY; }
+    // The mean of other gradients.
+    template <int Count>
+    __device__ __forceinline__ void weigh_again(const float (&powers)[Count], const float (&grads)[Count]) {
+        mean = 0;
+#pragma unroll
+        for (int t = 0; t < Count; t++) mean += powers[t] * grads[t];
+        mean *= scale * scale;
+    }
     __device__ __forceinline__ float operator()(float power, float grad) const { return power * (grad * scale - mean); }
 };
 
