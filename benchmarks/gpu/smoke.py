@@ -39,6 +39,7 @@ CASES = [
     Case("same_even", "whole vectors", 2, 64, 6, 10, kernel_size=5),
     Case("same_k3_groups", "K=3, groups", 1, 48, 5, 18, kernel_size=3, groups=2),
     Case("same_wide", "several tiles of columns", 1, 8, 3, 70, kernel_size=5),
+    Case("same_k5_groups", "K=5, groups", 1, 48, 7, 13, kernel_size=5, groups=2),
     Case("same_k7", "K=7, groups", 1, 32, 9, 12, kernel_size=7, groups=2),
     Case("few_up8", "convex upsampling", 2, 2, 6, 10, up=8, kernel_size=3),
     Case("few_up4_wide", "several tiles of columns", 1, 2, 5, 70, up=4, kernel_size=3),
