@@ -21,8 +21,8 @@ constexpr int kMultiprocessors = 132, kSharedBytesOfMultiprocessor = 224 * 1024;
 // or kAnySources. If features are shared by many rows, a thread has two quads of outputs, and half of the channels.
 constexpr int kAnySources = 0;
 CARAFEPP_HOST_DEVICE constexpr int pattern_of(int up, int down) { return up * 8 + down; }
-constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2),
-                             pattern_of(2, 1), pattern_of(1, 2), pattern_of(1, 3)};
+constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2), pattern_of(2, 1),
+                             pattern_of(1, 1), pattern_of(1, 2), pattern_of(1, 3)};
 
 // What a pattern is for threads with some taps: registers have kMostSums.
 CARAFEPP_HOST_DEVICE constexpr bool is_paired(int pattern, int taps) {

@@ -187,6 +187,7 @@ __device__ __forceinline__ void with_pattern(int taps, int pattern, F f) {
         case pattern_of(3, 1): with_taps<pattern_of(3, 1)>(taps, f); break;
         case pattern_of(3, 2): with_taps<pattern_of(3, 2)>(taps, f); break;
         case pattern_of(2, 1): with_taps<pattern_of(2, 1)>(taps, f); break;
+        case pattern_of(1, 1): with_taps<pattern_of(1, 1)>(taps, f); break;
         case pattern_of(1, 2): with_taps<pattern_of(1, 2)>(taps, f); break;
         case pattern_of(1, 3): with_taps<pattern_of(1, 3)>(taps, f); break;
     }
