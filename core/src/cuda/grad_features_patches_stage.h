@@ -207,8 +207,8 @@ __device__ __forceinline__ void copy_pixels_ahead(const T* from, const int* pixe
     for (; pixel < count; pixel += step) copy(kOne, pixel);
 }
 
-// How a block stages a band of grad_output where columns are adjacent. What does not exist is 0, but for channels that
-// do not: they keep what was there, and nobody reads their sums.
+// A block stages a band of grad_output with adjacent columns. Outputs that do not exist are 0. Channels that do not
+// exist keep what was there, and nobody reads their sums.
 template <class T>
 struct BandCopy {
     const T* from;  // the first channel of the first output

@@ -193,7 +193,7 @@ struct TapsInThread {
     __device__ __forceinline__ int place(int t) const { return (first_row + t / K) * row_of_taps(K) + t % K; }
 };
 
-// Of any kernel_size: every so many taps.
+// For any kernel_size, every so many taps.
 template <>
 struct TapsInThread<0> {
     static constexpr int kCount = 12;

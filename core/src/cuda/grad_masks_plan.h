@@ -24,7 +24,7 @@ CARAFEPP_HOST_DEVICE constexpr int pattern_of(int up, int down) { return up * 8 
 constexpr int kPatterns[] = {pattern_of(4, 1), pattern_of(3, 1), pattern_of(3, 2), pattern_of(2, 1),
                              pattern_of(1, 1), pattern_of(1, 2), pattern_of(1, 3)};
 
-// What a pattern is for threads with some taps: registers have kMostSums.
+// A pattern for threads with some taps: registers have kMostSums.
 CARAFEPP_HOST_DEVICE constexpr bool is_paired(int pattern, int taps) {
     const int up = pattern / 8;
     return up > 1 && (up % 4 != 0 || taps < 7);

@@ -2,8 +2,8 @@
 // The gradient of masks or logits for any factor. A block has a tile of outputs of a group. A thread has a quad, three
 // or four outputs below each other, and some taps of a column of their windows, with all sums in registers. The block
 // goes through the channels in slices, as vectors of four in shared memory: features with their halo, and grad_output.
-// Both stand there column by column, so what a thread loads is at constant distances. Where channels are adjacent the
-// next slice arrives meanwhile, as copies of vectors; else it passes registers, which transpose it. Outputs of a source
+// Both stand there column by column, so a thread loads at constant distances. With adjacent channels the next slice
+// arrives meanwhile, as copies of vectors; else it passes registers, which transpose it. Outputs of a source
 // share the features that a thread loads, and those of neighbouring sources most of them. So, where a source has
 // several outputs, two threads have both their quads through the channels, each with half of them. In the end they
 // share sums.
@@ -260,8 +260,8 @@ __device__ __forceinline__ void find_pixels(const Problem& p, const GradMasksTil
     }
 }
 
-// The sums of a thread's own quad, from those of a row after row. Of two quads, a thread has those over half of the
-// channels, and two threads tell each other by shared memory. All threads of a block call it.
+// The sums of a thread's own quad, from those of a row after row. A thread of a pair has the sums of both quads over
+// half of the channels, and the two exchange them through shared memory. All threads of a block call it.
 template <int Taps>
 __device__ __forceinline__ void share_sums(const GradMasksTilesPlan& plan, const Part& own,
                                            const float (&of_rows)[kMostSums], float* told,

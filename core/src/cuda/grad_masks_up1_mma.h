@@ -10,7 +10,7 @@ namespace carafepp::cuda {
 
 constexpr int kMostRowsOfSumsOfMma = 4;  // of a tile
 
-// Floats from output to output. Those that a warp stores at once are in different banks, or in the same one twice.
+// Floats from output to output. A warp stores to different banks at once, or to the same one twice.
 template <int K>
 constexpr int kApartSums = K == 7 ? 53 : K * K;
 
@@ -28,7 +28,7 @@ private:
     }
 };
 
-// What a lane loads for a run of outputs, and where its sums are. Tap b of output r is in pixel r + kShift + b of 16.
+// A lane loads this for a run of outputs, and has its sums there. Tap b of output r is in pixel r + kShift + b of 16.
 template <int K, bool Vectors, class T>
 struct LaneOfSums {
     const T *features, *grads;

@@ -2,7 +2,7 @@
 // The forward for any factor with features of 16 bits, on tensor cores. A block has a tile of patches of 16 outputs.
 // Once it stages their masks as matrices. It goes through the channels a slice at a time. It stages the slice's
 // features with their halo, channels adjacent. A warp multiplies a patch's matrix by its window, 16 channels at a time.
-// A step of a product has any 16 pixels of a window, since each tells its own address. Where rows of outputs are whole
+// A step of a product has any 16 pixels of a window, since each tells its own address. If rows of outputs are whole
 // vectors of eight, two lanes exchange outputs of two patches, and each stores eight. A zero of a matrix makes NaN of
 // an infinite feature. Sums that are not finite are computed again, tap by tap.
 #pragma once

@@ -13,7 +13,7 @@ namespace carafepp::cuda {
 
 constexpr int64_t kEnoughTiles = 384;  // that keep all multiprocessors busy
 
-// The outputs of a thread: P x P of each of S squares of D x D sources. Where D is 1, a source may have fewer.
+// The outputs of a thread: P x P of each of S squares of D x D sources. If D is 1, a source may have fewer.
 struct Share {
     int p, d, s;
 

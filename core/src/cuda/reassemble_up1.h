@@ -35,7 +35,7 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
         typename Own::Taps taps;
         own.load(p, memory(y, x), exists, taps);
         if (!exists) return;
-        // The pixel that tap (0, 0) is staged for. Those left of the tile, and above it, are large without a sign.
+        // The pixel that tap (0, 0) is staged for. Pixels left of the tile, and above it, are large without a sign.
         const int row = y + outputs.top - top - kAround, column = x + outputs.left - left - kAround;
         const int row_of_quads = plan.quads * K * kQuad;
         float* const to = masks + row * row_of_quads + (Transposed ? (K - 1) * plan.apart() : 0);

@@ -87,8 +87,8 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
     });
 }
 
-// What a lane loads for a run, from bands and from a slice. Four matrices of bands are loaded at once: those of four
-// rows of taps or, transposed, those of two for two runs.
+// A lane loads this for a run, from bands and from a slice. Four matrices of bands are loaded at once: of four rows of
+// taps or, transposed, of two rows for two runs.
 template <int K, bool Vectors, bool Transposed, class T>
 struct LaneOfRun {
     const T *bands, *slice;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 3)
             for (int row = first_row; row < end; row += step, to += step * result.stride_h) {
                 float sums[4] = {};
                 own.multiply(row, sums);
-                // What does not exist may be anything.
+                // Pixels that do not exist may be anything.
                 if (pair < columns) zero += (sums[0] + sums[2]) * 0;
                 if (pair + 1 < columns) zero += (sums[1] + sums[3]) * 0;
                 if constexpr (Vectors) {

@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_elements(T* to, const T* from, bool exist) 
     }
 }
 
-// Of `height` rows as many as `units` of threads copy at once, in the fewest turns. Other units have other channels.
+// The rows, of `height`, that `units` of threads copy at once in the fewest turns. Other units have other channels.
 constexpr int rows_at_once(int height, int units) {
     int best = 1, fewest = INT32_MAX;
     for (int rows = 1; rows <= std::min(height, units); rows++) {

@@ -129,7 +129,7 @@ struct TapsOfPixel {
         });
     }
 
-    // Loads taps, and normalises them if they are logits. What there is not is -INFINITY, as it changes no sum.
+    // Loads taps, and normalises them if they are logits. A tap that does not exist is -INFINITY, as it changes no sum.
     __device__ __forceinline__ void load(const Problem& p, const float* first, bool exist, Taps& taps) const {
         if (kParts == 1 && !exist) return;
         each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,

@@ -21,7 +21,7 @@ constexpr int64_t kMostBytesOfUp1 = 104 * 1024;  // of a block: a multiprocessor
 constexpr int kRowOfSlice = kPitch * kOfSlice;
 static_assert(kPitch == (kMostRuns + 1) * kRun && kPitch / kRun % 2 == 1, "rows of a matrix are in different banks");
 
-// Where pixels of a run are in the windows of others: tap 0 of pixel r is pixel r + kShift of 16.
+// Places of windows: tap 0 of pixel r of a run is pixel r + kShift of 16.
 template <int K>
 constexpr int kShift = kBeforeRun - K / 2;
 
@@ -145,8 +145,8 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
 }
 
 // Loads the taps of this thread's pixel and normalises them if they are logits. `first` points to tap (0, 0) of a pixel
-// that exists. What there is not is -INFINITY, and in a pixel that does not exist anything. All lanes of a warp call
-// it, with memory of the warp.
+// that exists. A tap that does not exist is -INFINITY, and in a pixel that does not exist anything. All lanes of a warp
+// call it, with memory of the warp.
 template <int K, bool Vectors, class T>
 __device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& plan, const TapsOfPixel<K, false>& own,
                                           const T* first, bool exists, T* of_warp,
