@@ -306,7 +306,7 @@ inline const char* not_for_grad_patches(const Problem& p, const Array& grad_feat
     if (itemsize(p.features.dtype) != 2) return "features are not of 16 bits";
     if (const char* reason = not_for_bands(p)) return reason;
     if (p.kernel_size < 3) return "kernel_size is less than 3";
-    if (p.factor.down >= (vectors ? 4 : 2) * p.factor.up) return "few outputs touch a source";
+    if (p.factor.down >= 2 * p.factor.up) return "few outputs touch a source";
     if (p.features.c / p.groups < kWide) return "a group has fewer than 8 channels";
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
     const GradPatchesPlan plan(p, grad_features, vectors);
