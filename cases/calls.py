@@ -44,6 +44,11 @@ def arguments(function: str, case: Case, arrays, normalizer: str = "softmax"):
     return tuple(getattr(arrays, name) for name in INPUTS[function]), dict(params)
 
 
+def is_generic(name: str) -> bool:
+    """Return whether an implementation for CUDA runs every problem."""
+    return "_any_" in name and "_few_" not in name
+
+
 def call(function: str, inputs, params) -> tuple:
     """Return the result or results, always as a tuple."""
     results = getattr(carafepp, function)(*inputs, **params)

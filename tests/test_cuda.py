@@ -30,7 +30,7 @@ from cases import (
     integer_arrays,
     random_arrays,
 )
-from cases.calls import FUNCTIONS, RESULTS, arguments, call, from_layout, in_layout
+from cases.calls import FUNCTIONS, RESULTS, arguments, call, from_layout, in_layout, is_generic
 from cuda_libraries import BUILT_WITHOUT, EMULATED, connected
 from expected import assert_results
 from foreign import PretendedCUDA
@@ -267,7 +267,7 @@ def test_a_missing_driver_is_reported():
 
 def fast(names):
     """Return the names of kernels that are not generic."""
-    return {name for name in names if "_any_" not in name or "_few_" in name}
+    return {name for name in names if not is_generic(name)}
 
 
 def problems_for_fast_kernels(library):

@@ -17,6 +17,7 @@ import numpy as np
 
 import carafepp
 from cases import DTYPES, numpy_dtype
+from cases.calls import is_generic
 
 from ..passes import Pass, in_layout, shape
 from . import smoke
@@ -78,7 +79,7 @@ def counted(device: Any, case_name: str, dtype: str, quick: bool) -> Iterator[tu
             pass_ = Pass(case, "logits", pass_name)
             call = pass_.call(layout, arrays.__getitem__)
             for name in pass_.implementations(layout, arrays.__getitem__):
-                if "_any_" in name and dtype != "float32":  # they take seconds each
+                if is_generic(name) and dtype != "float32":  # they take seconds each
                     continue
 
                 def forced(name=name, call=call):

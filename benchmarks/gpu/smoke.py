@@ -17,7 +17,7 @@ import numpy as np
 
 import carafepp
 from cases import DTYPES, Case, Dtypes, double, integer_arrays, random_arrays
-from cases.calls import FUNCTIONS, arguments, call, from_layout, in_layout
+from cases.calls import FUNCTIONS, arguments, call, from_layout, in_layout, is_generic
 
 from ..check import assert_near
 from .devices import TorchGpu, TorchHost
@@ -152,8 +152,7 @@ def names(device: TorchGpu) -> list[str]:
 
 def problems(device: TorchGpu, name: str, dtypes: Dtypes, exact: bool) -> Iterator[Problem]:
     """Yield the problems of these dtypes that an implementation accepts, four per function."""
-    is_generic = "_any_" in name and "_few_" not in name
-    cases = [case for case in CASES if case.name in GENERIC_CASES or not is_generic]
+    cases = [case for case in CASES if case.name in GENERIC_CASES or not is_generic(name)]
     for function in FUNCTIONS:
         accepted = 0
         for k, case in enumerate(cases):
