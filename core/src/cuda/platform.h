@@ -43,12 +43,6 @@ inline int even_part(int64_t count, int64_t most) {
     return static_cast<int>(std::max<int64_t>(ceil_div(count, std::max<int64_t>(ceil_div(count, most), 1)), 1));
 }
 
-// The plan of a kernel that counts its tiles and no more.
-struct TilePlan {
-    int64_t tiles;  // of an image or, where a kernel says so, of a row
-    int64_t items;  // all tiles of all groups
-};
-
 // Queues blocks of `threads` on the stream of a problem. They go on to the next item when there are more items than a
 // grid can have blocks. `shared_bytes` may be as many as not_for_shared_memory() allows.
 template <class Plan>

@@ -7,8 +7,6 @@
 
 namespace carafepp::cuda {
 
-constexpr int64_t kBytesOfTap = kOutputs * sizeof(float);  // of a source
-
 // Are four channels of logits one aligned vector?
 template <class M>
 __device__ __forceinline__ bool in_vectors(const Array& logits) {
