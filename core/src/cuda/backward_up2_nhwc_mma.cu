@@ -20,8 +20,8 @@ using Features = StagedPixels<TileShape<K, kTileColumns>::kSourceRows, TileShape
 constexpr int kThreadsOfRole = TileShape<5, kTileColumns>::kThreads, kThreadsOfBlock = 2 * kThreadsOfRole;
 static_assert(kThreadsOfRole == 2 * kBlock, "the tile is two tiles of grad_masks_up2.h");
 
-__device__ __forceinline__ int thread_of_role() { return thread_computed_late() % kThreadsOfRole; }
-__device__ __forceinline__ bool is_of_masks() { return thread_computed_late() >= kThreadsOfRole; }
+[[maybe_unused]] __device__ __forceinline__ int thread_of_role() { return thread_computed_late() % kThreadsOfRole; }
+[[maybe_unused]] __device__ __forceinline__ bool is_of_masks() { return thread_computed_late() >= kThreadsOfRole; }
 
 // Shared memory: the results of a slice, then two slices of gradients and features.
 template <int K, class T>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two neighbouring columns, the first an even one, loaded and stored as one.
+// Neighbouring columns, the first a multiple of their number, loaded and stored as one.
 #pragma once
 
 #include "cuda/channels.h"
@@ -19,6 +19,18 @@ __device__ __forceinline__ float2 load_columns(const T* from, bool exist) {
 template <class T>
 __device__ __forceinline__ void store_columns(float2 value, T* to) {
     __stcs(reinterpret_cast<uint32_t*>(to), pair_of<T>(value.x, value.y));
+}
+
+// Calls f with `count` of columns, 4, 2 or 1, as a constant.
+template <class F>
+__device__ __forceinline__ void with_columns(int count, F f) {
+    if (count == 4) {
+        f(std::integral_constant<int, 4>());
+    } else if (count == 2) {
+        f(std::integral_constant<int, 2>());
+    } else {
+        f(std::integral_constant<int, 1>());
+    }
 }
 
 // Stores neighbouring columns of a row in one channel: all as a vector, or `there` of them.

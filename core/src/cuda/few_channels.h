@@ -261,8 +261,7 @@ inline const char* not_for_few_channels(const Problem& p, const Array& result) {
         if (size > kMostSize / kMostUp) return "rows or columns are too many";
     }
     for (const Array* array : {&p.masks, &p.logits, &result}) {
-        const int64_t apart = p.from_logits ? p.factor.up * p.factor.up : 1;  // from tap to tap
-        for (int64_t stride : {array->stride_c * apart, array->stride_h, array->stride_w}) {
+        for (int64_t stride : {taps_apart(p, *array), array->stride_h, array->stride_w}) {
             if (!array->empty() && (stride > INT32_MAX || stride < -INT32_MAX)) return "strides are too long";
         }
     }

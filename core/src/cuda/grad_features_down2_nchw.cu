@@ -98,17 +98,10 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll 1
         for (int channels = tile.channels; channels > 0; channels -= S::kChannels) {
             const int end = static_cast<int>(p.out_w);
-            const auto copy = [&](auto count) {
+            with_columns(plan.copied, [&](auto count) {
                 copy_rows<S::kHeight, kWidth, S::kChannels, kBlock, count>(p.grad_output, from, top,
                                                                            tile.left - kBefore, end, channels, grads);
-            };
-            if (plan.copied == 4) {
-                copy(std::integral_constant<int, 4>());
-            } else if (plan.copied == 2) {
-                copy(std::integral_constant<int, 2>());
-            } else {
-                copy(std::integral_constant<int, 1>());
-            }
+            });
             from += S::kChannels * p.grad_output.stride_c;
             wait_for_copies();
             __syncthreads();

@@ -17,7 +17,6 @@ constexpr int kBeyond = INT32_MIN / 4;  // the place of sources beyond a tile
 // Bytes of shared memory that a block asks for, if there are: of half the threads, and of more.
 constexpr int64_t kBytesOfHalf = 99 * 1024;
 constexpr int64_t kBytesOfMany[] = {200 * 1024, 160 * 1024, kBytesOfHalf};
-constexpr int kMultiprocessors = 132;  // of a large device
 
 constexpr int kBytesOfTile = 80;  // of a TileOfPatches
 
@@ -83,7 +82,7 @@ struct GradPatchesPlan {
           stored_in_row(1),
           rows_of_tile(1) {
         const int64_t of_group = p.features.c / p.groups;
-        tap = p.from_logits ? p.logits.stride_c * p.factor.up * p.factor.up : p.masks.stride_c;
+        tap = taps_apart(p, p.from_logits ? p.logits : p.masks);
         copied_at_once = kWide;
         while (copied_at_once > 1 && not_for_columns(p.grad_output, copied_at_once) != nullptr) copied_at_once /= 2;
         aligned_window = most_of_window(p);

@@ -17,10 +17,9 @@ constexpr int kThreadsOfUnits = 256;  // at most
 constexpr int kMostLanesOfUnit = 16;  // threads of a unit
 constexpr int kMostWindow = 19;       // kernel_size: a warp has the taps of an output
 
-// A large device: multiprocessors, warps of this kernel and instructions in a cycle of each, cycles that a warp waits
-// for loads while others do not work. And the shared memory that a multiprocessor takes for a block, beyond what the
-// block has.
-constexpr int kLargeDevice = 132, kWarpsAtOnce = 16, kBytesOfBlock = 1024;
+// A multiprocessor: warps of this kernel, instructions in a cycle, cycles that a warp waits for loads while others do
+// not work, and the shared memory that it takes for a block, beyond what the block has.
+constexpr int kWarpsAtOnce = 16, kBytesOfBlock = 1024;
 constexpr double kIssued = 2.4, kArrival = 200;
 
 // Kernels are compiled for a kernel_size of 3, 5 and 7, in 16 channels of a group or more: a thread has four vectors of
@@ -145,7 +144,7 @@ private:
         // Copies that pass registers arrive a few at a time.
         const double arrivals = channels_adjacent ? 1
                                                   : 1 + std::ceil(copied / bands / warps / std::min(2 * at_once, 4));
-        const int64_t blocks = std::max<int64_t>(ceil_div(items, kLargeDevice), 1),
+        const int64_t blocks = std::max<int64_t>(ceil_div(items, kMultiprocessors), 1),
                       resident = std::min(
                           {kWarpsAtOnce / warps, bytes_at_once / (shared_bytes + kBytesOfBlock), blocks});
         return work * blocks + kArrival * bands * arrivals * ceil_div(blocks, resident) / resident;

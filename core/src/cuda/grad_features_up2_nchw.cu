@@ -129,13 +129,8 @@ __global__ void __launch_bounds__(kBlock, 3)
                 }
             }
             const T* const from = element<const T>(p.grad_output, tile.n, c, out_top, out_left);
-            if (plan.copied == 4) {
-                copy_slice<K, 4>(p, from, out_top, out_left, channels, grads);
-            } else if (plan.copied == 2) {
-                copy_slice<K, 2>(p, from, out_top, out_left, channels, grads);
-            } else {
-                copy_slice<K, 1>(p, from, out_top, out_left, channels, grads);
-            }
+            with_columns(plan.copied,
+                         [&](auto count) { copy_slice<K, count>(p, from, out_top, out_left, channels, grads); });
         };
         if (boxes) {
             write_before_boxes();

@@ -13,12 +13,11 @@
 
 namespace carafepp::cuda {
 
-constexpr int kPatch = 4;                  // rows and columns of outputs
-constexpr int kEight = 2 * kPatch;         // outputs of a product: two rows of a patch
-constexpr int kPixelsOfProduct = 16;       // and channels
-constexpr int kMostProducts = 4;           // of a warp, for each eight
-constexpr int kMostWarps = 8;              // of a block
-constexpr int kMostMultiprocessors = 132;  // of the device that tiles are chosen for
+constexpr int kPatch = 4;             // rows and columns of outputs
+constexpr int kEight = 2 * kPatch;    // outputs of a product: two rows of a patch
+constexpr int kPixelsOfProduct = 16;  // and channels
+constexpr int kMostProducts = 4;      // of a warp, for each eight
+constexpr int kMostWarps = 8;         // of a block
 
 // A pixel's number in a tile goes along rows of the halo. Behind the halo are outputs, in eights: two rows of four.
 struct GradMasksMmaPlan {
@@ -156,7 +155,7 @@ private:
                                                                outputs.rows * sectors(outputs.columns.number - 1)) +
                                                  of_taps * taps);
         const double resident = std::min<int64_t>(200 * 1024 / (shared_bytes + 1024), 768 / threads);
-        const double each = static_cast<double>(ceil_div(items, kMostMultiprocessors));
+        const double each = static_cast<double>(ceil_div(items, kMultiprocessors));
         const double issue = instructions / kIssued, transfer = bytes / kBytes;
         return each * (std::max({issue, wavefronts, transfer}) + issue + wavefronts + transfer) / 2 +
                std::ceil(each / resident) * (slices + 3) * kLatency;

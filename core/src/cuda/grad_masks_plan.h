@@ -11,11 +11,10 @@
 
 namespace carafepp::cuda {
 
-constexpr int kMostVectors = 8;      // of a slice
-constexpr int kPixels = 4;           // that a thread loads together
-constexpr int kThreadsOfTile = 384;  // at most: they have the registers of a multiprocessor
-// The device that tiles are chosen for.
-constexpr int kMultiprocessors = 132, kSharedBytesOfMultiprocessor = 224 * 1024;
+constexpr int kMostVectors = 8;                           // of a slice
+constexpr int kPixels = 4;                                // that a thread loads together
+constexpr int kThreadsOfTile = 384;                       // at most: they have the registers of a multiprocessor
+constexpr int kSharedBytesOfMultiprocessor = 224 * 1024;  // of the device that tiles are chosen for
 
 // Rows of quads are centred on sources that `o * down / up` tells, for row o. A pattern is this quotient as a number,
 // or kAnySources. If features are shared by many rows, a thread has two quads of outputs, and half of the channels.

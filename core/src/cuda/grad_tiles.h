@@ -67,11 +67,6 @@ struct Band {
     Divisor width;
 };
 
-// Elements from tap to tap in an array of the shape of masks or logits.
-CARAFEPP_HOST_DEVICE inline int64_t taps_apart(const Problem& p, const Array& array) {
-    return array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
-}
-
 // Why no tile can be planned for a problem of any plan.
 inline const char* not_for_bands(const Problem& p) {
     if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";

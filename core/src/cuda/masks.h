@@ -12,6 +12,11 @@ namespace carafepp::cuda {
 constexpr int kNormalizers = 8;  // neighbouring threads that normalise an output
 static_assert(32 % kNormalizers == 0, "they are of one warp");
 
+// Elements from tap to tap in an array of the shape of masks or logits.
+CARAFEPP_HOST_DEVICE inline int64_t taps_apart(const Problem& p, const Array& array) {
+    return array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+}
+
 // A pixel of the output, or of the features.
 struct Pixel {
     int64_t i, j;
@@ -147,12 +152,13 @@ template <class T, class A>
 __device__ __forceinline__ void load_masks(const Problem& p, const Array& array, int64_t n, int64_t group,
                                            int64_t first_tap, int64_t taps, int64_t outputs, const int64_t* places,
                                            A* to, int64_t pitch) {
-    const int64_t apart = p.from_logits ? p.factor.up * p.factor.up : 1;
+    const int64_t apart = taps_apart(p, array);
     with_masks<T>(array, [&](auto mask) {
-        copy_grid<kThreads>(element<const decltype(mask)>(array, n, (group * p.taps() + first_tap) * apart, 0, 0),
-                            static_cast<int>(taps), static_cast<int>(outputs), array.stride_w <= array.stride_c,
+        const auto* const from = element<const decltype(mask)>(array, n, 0, 0, 0) +
+                                 (group * p.taps() + first_tap) * apart;
+        copy_grid<kThreads>(from, static_cast<int>(taps), static_cast<int>(outputs), array.stride_w <= array.stride_c,
                             [&](int t, int q) {
-            return StagedElement{places[q] + t * apart * array.stride_c, static_cast<int>(t * pitch + q), true};
+            return StagedElement{places[q] + t * apart, static_cast<int>(t * pitch + q), true};
         }, to);
     });
 }
@@ -224,7 +230,7 @@ template <class T>
 __device__ float mask_of(const Problem& p, int64_t n, int64_t group, int64_t t, Pixel output) {
     const Array& array = p.from_logits ? p.logits : p.masks;
     const MaskPointer<T> taps = mask_at<T>(p, array, n, group, 0, output);
-    const int64_t step = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+    const int64_t step = taps_apart(p, array);
     const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
     const auto tap = [&](int64_t k) {
         const float logit = taps[k * step];

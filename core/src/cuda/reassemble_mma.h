@@ -18,8 +18,7 @@ constexpr int kQuad = 4, kQuads = kPatch / kQuad;  // neighbouring outputs of a 
 constexpr int kStep = 16;                          // pixels of a product
 constexpr int kChannelsOfMma = 16;
 constexpr int kMostPatches = 16;
-constexpr int64_t kMultiprocessors = 132;  // of an H100; others have about as many
-constexpr int64_t kFewestItems = 3;        // of a multiprocessor, which keep it busy
+constexpr int64_t kFewestItems = 3;  // of a multiprocessor, which keep it busy
 
 // The patches that a warp has one after the other. Two are stored together where channels are not adjacent.
 CARAFEPP_HOST_DEVICE constexpr int neighbours(bool vectors) { return vectors ? 1 : 2; }
@@ -540,7 +539,7 @@ inline const char* not_for_patches(const Problem& p, const Array& output, bool v
         if (size > kMostSize / std::max(p.factor.up, p.factor.down)) return "rows or columns are too many";
     }
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
-    const int64_t tap = p.from_logits ? p.logits.stride_c * p.factor.up * p.factor.up : p.masks.stride_c;
+    const int64_t tap = taps_apart(p, p.from_logits ? p.logits : p.masks);
     if (tap != static_cast<int>(tap)) return "masks of an output are too far apart";
     if (p.features.stride_c != static_cast<int>(p.features.stride_c)) return "channels are too far apart";
     if (p.out_h == 0 || p.out_w == 0) return nullptr;

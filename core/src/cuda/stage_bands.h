@@ -35,7 +35,7 @@ struct BandStage {
         const Array& array = p.from_logits ? p.logits : p.masks;
         const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
         const bool softmax = normalizer == CARAFEPP_SOFTMAX;
-        const int64_t tap = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+        const int64_t tap = taps_apart(p, array);
         const int64_t first = n * array.stride_n + group * p.taps() * tap;
         with_masks<T>(array, [&](auto mask) {
             const auto* const from = static_cast<const decltype(mask)*>(array.data) + first;

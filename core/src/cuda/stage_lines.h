@@ -121,7 +121,7 @@ __device__ __forceinline__ void stage_lines(const Problem& p, int64_t n, int64_t
     constexpr int kChunk = 8;  // loads in flight: K * K is 8 m + 1
     const Array& array = p.from_logits ? p.logits : p.masks;
     const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
-    const int64_t tap = array.stride_c * (p.from_logits ? p.factor.up * p.factor.up : 1);
+    const int64_t tap = taps_apart(p, array);
     const int64_t first = n * array.stride_n + group * p.taps() * tap;
     const int k = static_cast<int>(p.kernel_size);
     const int lane = static_cast<int>(threadIdx.x) % kNormalizers;

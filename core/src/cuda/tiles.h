@@ -34,7 +34,7 @@ struct Tiles {
 // Gives the items of tiles as many channels that the busiest multiprocessor is done first. An item stages its masks,
 // which takes as long as some slices. A multiprocessor with fewer items than `at_once` is partly idle.
 inline Tiles with_even_items(Tiles tiles, int channels_of_slice, int64_t slices_to_stage, int64_t at_once = 2) {
-    constexpr int64_t kMultiprocessors = 132, kMostBlocks = 32;
+    constexpr int64_t kMostBlocks = 32;
     const int64_t all = ceil_div(tiles.channels * tiles.channel_blocks, int64_t{channels_of_slice}),
                   of_channels = tiles.items / tiles.channel_blocks;
     int64_t least = INT64_MAX;

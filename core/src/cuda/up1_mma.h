@@ -120,7 +120,7 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
             const bool exists = i >= 0 && i < height && channel < channels;
             const T* const from = element<const T>(array, n, c + (exists ? channel : 0), exists ? i : 0, 0);
             T* const to = slice + item * kPitch + column;
-            const auto copy = [&](auto at_once) __attribute__((always_inline)) {
+            with_columns(plan.columns_at_once, [&](auto at_once) __attribute__((always_inline)) {
                 constexpr int kColumns = decltype(at_once)::value;
 #pragma unroll
                 for (int k = 0; k < kQuad; k += kColumns) {
@@ -132,14 +132,7 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
                         copy_async<kColumns * sizeof(T)>(to + k, own, has);
                     }
                 }
-            };
-            if (plan.columns_at_once == 4) {
-                copy(std::integral_constant<int, 4>());
-            } else if (plan.columns_at_once == 2) {
-                copy(std::integral_constant<int, 2>());
-            } else {
-                copy(std::integral_constant<int, 1>());
-            }
+            });
         }
     }
 }
