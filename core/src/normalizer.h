@@ -9,7 +9,8 @@
 //     definition does; a product with the reciprocal rounds otherwise.
 //   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h). So does softmax() of the
 //     gradients for up x2 and down x2, which also sums the gradients (cuda/grad_masks.h).
-//   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/grad_features_mma.h). The second asks
+//   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/up2/grad_features_up2_mma.h). The
+//   second asks
 //     for logits again, as it is rare.
 //   - finish_staging() shares the taps of an output among threads (cuda/masks.h); normalize_line() has an output in a
 //     thread (cuda/stage_lines.h). Both are in shared memory.

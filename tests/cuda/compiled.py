@@ -39,6 +39,7 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_up2_nchw_mma_kernel": 168,
     "reassemble_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_mma_kernel": 168,
+    "grad_masks_down2_nhwc_kernel": 168,  # before sm_90; 128 on others
     "grad_masks_tiles_kernel": 168,  # with all sums of two quads; a block has at most 384 threads
     "grad_masks_down2_nchw_mma_kernel": 255,  # on sm_75; 128 on others
     "grad_features_up2_nhwc_kernel": 168,  # with a quarter of the masks of four pixels
@@ -562,7 +563,7 @@ def main() -> None:
         sys.exit("nvcc was not found")
     if asked.built is not None and asked.cuobjdump is None:
         sys.exit("cuobjdump was not found, which reads the objects of a build")
-    sources = sorted((ROOT / "core/src/cuda").glob("*.cu"))
+    sources = sorted((ROOT / "core/src/cuda").rglob("*.cu"))
     jobs = list(product(sources, asked.architectures.split(",")))
     with ThreadPoolExecutor() as pool:
         if asked.built is not None:

@@ -242,7 +242,7 @@ MUTANTS = [
     ),
     Mutant(
         "columns of sub-pixels are copied to the next phase",
-        "grad_tiles.h",
+        "bands.h",
         "min(own, count % pitch)",
         "own",
         sanitizer="address",
@@ -1000,31 +1000,31 @@ MUTANTS = [
     ),
     Mutant(
         "both rows of a half have the masks of the upper one",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "const int a = y - s + K - 1;",
         "const int a = 2 * y - s + K - 1;",
     ),
     Mutant(
         "the last sources that reach a tile are left out",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "y < kOfWarp + K - 1; y++",
         "y < kOfWarp + K - 2; y++",
     ),
     Mutant(
         "gradients arrive over masks that other warps still read",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "PixelsOfWarp<Tile>());\n        __syncthreads();",
         "PixelsOfWarp<Tile>());",
     ),
     Mutant(
         "gradients are multiplied before others have copied them",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "            wait_for_copies();\n            __syncthreads();",
         "            wait_for_copies();",
     ),
     Mutant(
         "the next slice arrives over the one that tensor cores multiply",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "next = buffers + (Slice::kBuffers - 1) * Slice::kGrads;",
         "next = buffers;",
     ),
@@ -1061,7 +1061,7 @@ MUTANTS = [
     ),
     Mutant(
         "the lower of two rows of pixels is the upper one",
-        "mma.h",
+        "mma_up2.h",
         "const int a = y + of - s;",
         "const int a = y - s;",
     ),
@@ -1079,25 +1079,25 @@ MUTANTS = [
     ),
     Mutant(
         "a mask leads to a pixel beside its own",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "(half * kRowsOfHalf + s) * Tile",
         "(half + s) * Tile",
     ),
     Mutant(
         "the next gradients arrive over those that are multiplied",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "multiply_slice<K>(slice, bands, grads, unscale, results);\n            __syncthreads();",
         "multiply_slice<K>(slice, bands, grads, unscale, results);",
     ),
     Mutant(
         "an infinite gradient spreads beyond its window",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "if (!slice.finite) compute_again",
         "if (slice.finite) compute_again",
     ),
     Mutant(
         "masks of the next tile are staged over results that are still read",
-        "grad_features_mma.h",
+        "grad_features_up2_mma.h",
         "plan, item, slice);\n        __syncthreads();\n    }",
         "plan, item, slice);\n    }",
     ),
@@ -1486,7 +1486,7 @@ class Build:
             path = Path(entry["file"]).relative_to(ROOT).as_posix()
             if re.search(r"/(carafepp|test_kernels)\.dir/", entry["command"]):
                 self.commands[path] = shlex.split(entry["command"])
-        if f"{KERNELS}/reassemble.cu" not in self.commands or not self.library.exists():
+        if f"{KERNELS}/generic/reassemble.cu" not in self.commands or not self.library.exists():
             sys.exit(f"{folder} is no build with CARAFEPP_CUDA=EMULATED; see --help")
         self.unchanged: dict[str, dict[str, Path]] = {}
 
@@ -1527,14 +1527,23 @@ class Build:
         return program
 
 
+def path_of(file: str, root: Path) -> Path:
+    """Return the path of a file of the kernels in a tree."""
+    return next((root / KERNELS).rglob(file))
+
+
 def includers(file: str) -> set[str]:
     """Return the kernels' sources that include a file, or the file itself."""
-    texts = {path.name: path.read_text() for path in (ROOT / KERNELS).iterdir()}
-    found = {file}
+    sources = ROOT / "core/src"
+    texts = {
+        path.relative_to(sources).as_posix(): path.read_text()
+        for path in (ROOT / KERNELS).rglob("*.[ch]*")
+    }
+    found = {path_of(file, ROOT).relative_to(sources).as_posix()}
     while True:
-        more = {n for n, t in texts.items() if any(f'#include "cuda/{f}"' in t for f in found)}
+        more = {n for n, t in texts.items() if any(f'#include "{f}"' in t for f in found)}
         if more <= found:
-            return {f"{KERNELS}/{name}" for name in found if name.endswith(".cu")}
+            return {f"core/src/{name}" for name in found if name.endswith(".cu")}
         found |= more
 
 
@@ -1562,7 +1571,7 @@ def run(mutant: Mutant, build: Build) -> str:
     with tempfile.TemporaryDirectory(dir=build.work) as name:
         folder = Path(name)
         shutil.copytree(ROOT / "core/src", folder / "core/src")
-        file = folder / KERNELS / mutant.file
+        file = path_of(mutant.file, folder)
         text = file.read_text()
         if text.count(mutant.text) != 1:
             raise RuntimeError(f"{mutant.file} has its text {text.count(mutant.text)} times")

@@ -251,7 +251,8 @@ def read_code(nvcc: str, nvdisasm: str, source: str) -> dict[str, Code]:
         cubin = f"{folder}/kernels.cubin"
         options = ["-std=c++17", "-arch=sm_90", "-lineinfo", "-Xptxas=-v", "-cubin", "-o", cubin]
         options += ["-Icore/include", "-Icore/src", '-DCARAFEPP_CUDA_BUILD=""']
-        said = compiled.run(nvcc, *options, f"core/src/cuda/{source}").stderr
+        path = next((compiled.ROOT / "core/src/cuda").rglob(source))
+        said = compiled.run(nvcc, *options, str(path)).stderr
         text = compiled.run(nvdisasm, "-gi", "-c", cubin).stdout
     kernels = compiled.KERNEL.finditer(said)
     registers = {kernel["name"]: int(kernel["registers"]) for kernel in kernels}

@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels on tensor cores, for arrays of 16 bits; most are for up x2. In the fragments of PTX's mma.m16n8k8 and
+// Shared by kernels on tensor cores, for arrays of 16 bits. In the fragments of PTX's mma.m16n8k8 and
 // mma.m16n8k16 a lane holds pairs of elements. Below, `row` is lane / 4 and `pair` is lane % 4: a lane sums in rows
 // `row` and `row` + 8, columns 2 * pair and 2 * pair + 1.
 #pragma once
 
-#include <initializer_list>
-
-#include "cuda/channels.h"
 #include "cuda/columns.h"
-#include "cuda/up2.h"
 
 namespace carafepp::cuda {
 
@@ -59,19 +55,11 @@ __device__ __forceinline__ float scale_of_masks(const Problem& p) {
     return std::is_same_v<T, Float16> && p.from_logits && p.normalizer != CARAFEPP_NONE ? 0x1p15f : 1.0f;
 }
 
-// A lane's pair in the forward's band matrix: taps b and b + 1 of a window's row a, 0 outside the window. `weights`
-// are the output's masks as stage_masks_up2.h stages them.
-template <int K, class T>
-__device__ __forceinline__ uint32_t pair_of_band(const float* weights, int a, int b, float scale) {
-    const auto weight = [&](int tap) { return tap >= 0 && tap < K ? scale * weights[(a * K + tap) * kOutputs] : 0.0f; };
-    return pair_of<T>(weight(b), weight(b + 1));
-}
-
-// The same output in one channel without tensor cores, with the window around (i, j). A zero of the band makes NaN of
-// an infinite feature; here no zero is multiplied. `weights` are `apart` from tap to tap.
+// An output in one channel without tensor cores, with the window around (i, j). A zero of a matrix makes NaN of an
+// infinite feature; here no zero is multiplied. `weights` are `apart` from tap to tap.
 template <int K, class T>
 __device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64_t i, int64_t j, const float* weights,
-                                   int apart = kOutputs) {
+                                   int apart) {
     float sum = 0;
 #pragma unroll 1
     for (int t = 0; t < K * K; t++) {
@@ -82,53 +70,11 @@ __device__ float output_tap_by_tap(const Problem& p, int64_t n, int64_t c, int64
     return sum;
 }
 
-// Likewise one element of the gradient of features.
-template <class T>
-__device__ float feature_tap_by_tap(const Problem& p, int64_t n, int64_t group, int64_t c, int64_t y, int64_t x) {
-    const int64_t k = p.kernel_size, radius = p.radius();
-    float sum = 0;
-#pragma unroll 1
-    for (int64_t t = 0; t < k * k; t++) {
-        const int64_t i = y + radius - t / k, j = x + radius - t % k;  // the source whose tap t is this pixel
-        if (i < 0 || i >= p.features.h || j < 0 || j >= p.features.w) continue;
-#pragma unroll 1
-        for (int o = 0; o < kOutputs; o++) {
-            const Pixel output{i * kUp + o / kUp, j * kUp + o % kUp};
-            if (output.i < p.out_h && output.j < p.out_w) {
-                sum += mask_of<T>(p, n, group, t, output) *
-                       widen(*element<const T>(p.grad_output, n, c, output.i, output.j));
-            }
-        }
-    }
-    return sum;
-}
-
 // ---- why these kernels do not take a problem ----
 
 inline const char* not_of_16_bits(const Problem& p) {
     return itemsize(p.features.dtype) != 2 ? "features are not of 16 bits" : nullptr;
 }
-inline const char* not_for_mma(const Problem& p) {
-    if (const char* reason = not_for_up2(p, 5)) return reason;
-    return not_of_16_bits(p);
-}
-
-// With channels, or columns, of some arrays in fragments.
-inline const char* not_for_channels_of_mma(const Problem& p, std::initializer_list<const Array*> arrays) {
-    if (const char* reason = not_for_mma(p)) return reason;
-    for (const Array* array : arrays) {
-        if (const char* reason = not_for_vectors(p, *array, kWide)) return reason;
-    }
-    return nullptr;
-}
-inline const char* not_for_columns_of_mma(const Problem& p, std::initializer_list<const Array*> arrays) {
-    if (const char* reason = not_for_mma(p)) return reason;
-    for (const Array* array : arrays) {
-        if (const char* reason = not_for_columns(*array)) return reason;
-    }
-    return nullptr;
-}
-
 inline const char* masks_too_large_for_mma(const Problem& p) {
     const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
     const carafepp_dtype dtype = p.from_logits ? p.logits.dtype : p.masks.dtype;
@@ -140,20 +86,6 @@ template <class... Parameters>
 const char* not_compiled_for_bfloat16(const Problem& p, void (*kernel)(Parameters...)) {
     if (p.features.dtype != CARAFEPP_BFLOAT16 || is_compiled_for(80, kernel)) return nullptr;
     return "the device has no tensor cores for bfloat16, or this build no code for them";
-}
-
-// Adds the products of a warp's outputs and of rows y and y + 1 of the pixels of their windows: tap y - s of row s.
-template <class T, int Rows, int K>
-__device__ __forceinline__ void add_two_rows(const uint32_t (&outputs)[Rows][4], const uint32_t (&pixels)[4], int y,
-                                             float (&sums)[Rows][K][4]) {
-#pragma unroll
-    for (int of = 0; of < 2; of++) {
-#pragma unroll
-        for (int s = 0; s < Rows; s++) {
-            const int a = y + of - s;
-            if (a >= 0 && a < K) multiply_add<T>(sums[s][a], outputs[s], {pixels[of * 2], pixels[of * 2 + 1]});
-        }
-    }
 }
 
 }  // namespace carafepp::cuda

@@ -87,6 +87,19 @@ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
     return {a / b, a % b};
 }
 
+// Quotients of small numbers by one that is known beforehand.
+struct Divisor {
+    int number;
+    uint32_t reciprocal;
+
+    explicit Divisor(int number) : number(number), reciprocal(static_cast<uint32_t>((int64_t{1} << 31) / number + 1)) {}
+
+    // For n * number < 2^31.
+    __device__ __forceinline__ int quotient(int n) const {
+        return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * reciprocal >> 31);
+    }
+};
+
 // An element of an input, by a load that may run before earlier stores.
 template <class T>
 __device__ __forceinline__ T load_input(const T* from) {

@@ -6,6 +6,7 @@
 
 namespace carafepp::cuda {
 
+constexpr int kMostFactor = 1 << 16;      // of kernels with tiles
 constexpr int kMostSize = INT32_MAX / 4;  // of the numbers that places of an axis are computed from
 constexpr int64_t kNowhere = INT64_MIN;   // the place of what does not exist
 
@@ -65,5 +66,16 @@ struct Positions : Outputs {
         return up > down ? positions : static_cast<int>(ceil_div((positions - 1) * int64_t{down}, up)) + 1;
     }
 };
+
+// Why no kernel for any factor can plan tiles for a problem.
+inline const char* not_for_tiles(const Problem& p) {
+    if (p.features.dtype == CARAFEPP_FLOAT64) return "features are float64";
+    const int64_t factor = std::max(p.factor.up, p.factor.down);
+    if (factor > kMostFactor) return "the factor is too large";
+    for (int64_t size : {p.features.h, p.features.w, p.out_h, p.out_w}) {
+        if (size > kMostSize / factor) return "rows or columns are too many";
+    }
+    return nullptr;
+}
 
 }  // namespace carafepp::cuda

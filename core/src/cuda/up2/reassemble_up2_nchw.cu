@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward for up x2 with adjacent columns. A block has a tile of sources, whose masks it stages once as
+// [source][tap][output]. It goes through the channels a slice at a time: it copies the slice's features, with their
+// halo, into shared memory and contracts them. A thread has two sources in some channels. It sums their eight outputs
+// in registers: a feature serves both sources, and a vector of masks four outputs and all channels. From sm_90 on a box
+// of float32 features is copied at once, where a tensor map can describe it. There small maps, such as those of
+// 14 x 14, have wider tiles.
+#include "cuda/columns.h"
+#include "cuda/tensor_map.h"
+#include "cuda/up2/tile_up2.h"
+
+namespace carafepp::cuda {
+namespace {
+
+constexpr int kRows = 8;             // of a tile
+constexpr int kSourcesOfThread = 2;  // neighbours in a row
+constexpr int kChannelsOfThread = 8, kGroups = kChannelsOfSlice / kChannelsOfThread;
+constexpr int kBefore = 2;          // columns of a halo, such that the first one is even
+constexpr int kMostColumns = 14;    // of a wider tile
+constexpr int kRowsOfWarp = 4;      // if tiles are not wide
+constexpr int kChannelsAtOnce = 2;  // of a warp then
+
+// How columns are copied: singly; in pairs, with outputs stored in fours; or as boxes, with outputs in fours. Wide
+// tiles have pairs.
+enum Columns { kSingle, kVectors, kBoxes, kSmallMaps };
+
+// Neighbouring channels of a thread are so many apart.
+template <int How>
+constexpr int kApart = How == kSmallMaps ? kGroups : kChannelsAtOnce;
+
+// A tile's masks, and its features as [channel][row][column].
+template <int K, int How, class T>
+struct Staged {
+    static constexpr int kColumnsOfTile = How == kSmallMaps ? kMostColumns : kColumns;
+    static constexpr int kPairsInRow = kColumnsOfTile / kSourcesOfThread;
+    // Registers are given to four warps at once; some threads of wide tiles have no sources, and copy like others.
+    static constexpr int kThreads = static_cast<int>(ceil_div(kRows * kPairsInRow * kGroups, 128)) * 128;
+    static constexpr int kWidth = kBefore + kColumnsOfTile + 2;
+    static constexpr int kMasks = kRows * kColumnsOfTile * K * K * kOutputs;
+    static constexpr int kBoxRows = 12, kChannel = kBoxRows * kWidth;
+    static_assert(kBoxRows >= kRows + K - 1 && kChannel % 32 == (How == kSmallMaps ? 24 : 16));
+    using Features = HaloOfColumns<kRows + K - 1, kWidth, kBefore, kChannel, kThreads, T>;
+    static constexpr int64_t kBytes = kMasks * int64_t{sizeof(float)} + Features::kElements * int64_t{sizeof(T)} +
+                                      int64_t{sizeof(uint64_t)};  // and a barrier
+};
+
+struct ReassembleUp2NchwPlan {
+    Tiles tiles;
+    CUtensorMap boxes{};  // of the features of a slice
+
+    ReassembleUp2NchwPlan(const Problem& p, int columns) : tiles(tiles_of_up2(p, kRows, columns)) {}
+};
+
+// Two columns in shared memory.
+__device__ __forceinline__ float2 staged_columns(const float* from) { return *reinterpret_cast<const float2*>(from); }
+template <class T>
+__device__ __forceinline__ float2 staged_columns(const T* from) {
+    return widen_pair<T>(*reinterpret_cast<const uint32_t*>(from));
+}
+
+// Four neighbouring outputs.
+__device__ __forceinline__ void store_four(float2 left, float2 right, float* to) {
+    __stcs(reinterpret_cast<float4*>(to), make_float4(left.x, left.y, right.x, right.y));
+}
+template <class T>
+__device__ __forceinline__ void store_four(float2 left, float2 right, T* to) {
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair_of<T>(left.x, left.y), pair_of<T>(right.x, right.y)));
+}
+
+// sums[channel][source][output] += masks * features, of a row of taps.
+template <int K, int How, class T>
+__device__ __forceinline__ void add_row(const float4* weights, const T* pixels,
+                                        float (&sums)[kChannelsOfThread][kSourcesOfThread][kOutputs]) {
+#pragma unroll
+    for (int x = 0; x < kBefore + kSourcesOfThread + 2; x += 2) {
+        float2 columns[kChannelsOfThread];
+#pragma unroll
+        for (int q = 0; q < kChannelsOfThread; q++)
+            columns[q] = staged_columns(pixels + q * kApart<How> * Staged<K, How, T>::kChannel + x);
+#pragma unroll
+        for (int k = 0; k < 2 * kSourcesOfThread; k++) {
+            const int s = k % kSourcesOfThread, b = x + k / kSourcesOfThread - s - (kBefore - K / 2);
+            if (b < 0 || b >= K) continue;
+            const float4 weight = weights[s * K * K + b];
+#pragma unroll
+            for (int q = 0; q < kChannelsOfThread; q++) {
+                const float feature = k < kSourcesOfThread ? columns[q].x : columns[q].y;
+                sums[q][s][0] += weight.x * feature;
+                sums[q][s][1] += weight.y * feature;
+                sums[q][s][2] += weight.z * feature;
+                sums[q][s][3] += weight.w * feature;
+            }
+        }
+    }
+}
+
+// The first source of a thread in its tile, and its first channel in each slice.
+struct Own {
+    int row, column, channel;
+};
+
+template <int How, int PairsInRow>
+__device__ __forceinline__ Own own_of(int thread) {
+    if constexpr (How == kSmallMaps) {
+        // Eight neighbouring sources of a warp have four channels, which are in different banks.
+        const int pair = thread / kGroups;
+        return {pair / PairsInRow, pair % PairsInRow * kSourcesOfThread, thread % kGroups};
+    } else {
+        // A quarter of a warp has a row in two channels, which have the same masks. Half of it has a row and the one
+        // after the next: their features, and those of two channels, are in different banks.
+        const int warp = thread / 32, lane = thread % 32;
+        return {
+            warp % (kRows / kRowsOfWarp) * kRowsOfWarp + lane / (2 * PairsInRow) % 2 * 2 + lane / 16,
+            lane % PairsInRow * kSourcesOfThread,
+            warp / (kRows / kRowsOfWarp) * (kChannelsAtOnce * kChannelsOfThread) + lane / PairsInRow % kChannelsAtOnce};
+    }
+}
+
+template <int K, int How, class T>
+__device__ __forceinline__ void reassemble_items(const Problem& p, const Array& output,
+                                                 const ReassembleUp2NchwPlan& plan) {
+    using S = Staged<K, How, T>;
+    constexpr int kTaps = K * K;
+    float* const masks = shared_memory<float>();                  // [row][column][tap][output]
+    T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [channel][row][column]
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(features + S::Features::kElements);
+    unsigned phase = 0;
+    if constexpr (How == kBoxes) {
+        if (threadIdx.x == 0) begin_barrier(barrier);
+        __syncthreads();
+    }
+    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+        const Own own = own_of<How, S::kPairsInRow>(thread_computed_late());
+        const TileOfItem tile(p, plan.tiles, item);
+        const int i = tile.top + own.row, j = tile.left + own.column;
+        constexpr int kCopied = How == kSingle ? 1 : 2;  // columns at once
+        typename S::Features halo;
+        if constexpr (How != kBoxes) halo.template begin<kCopied>(p, tile, K / 2);
+        const auto copy = [&](int channels) {
+            if constexpr (How != kBoxes) {
+                halo.template copy<kCopied>(p.features, channels, features);
+            } else if (threadIdx.x == 0) {
+                expect_bytes(barrier, S::Features::kElements * sizeof(T));
+                copy_box(features, plan.boxes, tile.left - kBefore, tile.top - K / 2,
+                         static_cast<int>(tile.c) + tile.channels - channels, static_cast<int>(tile.n), barrier);
+            }
+        };
+        copy(tile.channels);
+        const int rows = min(kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
+        stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, S::kColumnsOfTile, masks, rows);
+        clear_staged_outside<K, S::kThreads>(p, tile.left, S::kColumnsOfTile, masks, rows);
+        const int a_begin = max(K / 2 - i, 0);
+        const float4* const first_weights = reinterpret_cast<const float4*>(masks) +
+                                            (own.row * S::kColumnsOfTile + own.column) * kTaps + a_begin * K;
+        const T* const first_pixels = features + own.channel * S::kChannel + (own.row + a_begin) * S::kWidth +
+                                      own.column;
+        // This thread's columns of a row, of the next slice: [C, H', W'].
+        T* to = element<T>(output, tile.n, tile.c + own.channel, int64_t{i} * kUp, int64_t{j} * kUp);
+        const int channels_apart = static_cast<int>(output.stride_c);
+        const int out_columns = static_cast<int>(
+            min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));  // that exist
+        const bool has_outputs = own.row < kRows && out_columns > 0;
+        const int out_rows = has_outputs ? static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp)) : 0;
+        // Rows of taps that exist, and of outputs, in one register; 0 if there are no outputs.
+        const int rows_of_taps = min(K, static_cast<int>(p.features.h) + K / 2 - i) - a_begin;
+        const int packed = out_rows > 0 ? rows_of_taps * kUp + out_rows - 1 : 0;
+#pragma unroll 1
+        for (int channels = tile.channels; channels > 0; channels -= kChannelsOfSlice) {
+            if constexpr (How == kBoxes) {
+                wait_for_phase(barrier, phase);
+                phase ^= 1;
+            } else {
+                wait_for_copies();
+                __syncthreads();
+            }
+            if (!__any_sync(0xffffffffu, packed > 0)) {  // this warp has no outputs
+                sync_warps_of_block();
+                if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice);
+                continue;
+            }
+            float sums[kChannelsOfThread][kSourcesOfThread][kOutputs] = {};
+            const float4* weights = first_weights;
+            const T* pixels = first_pixels;
+            add_row<K, How>(weights, pixels, sums);  // by itself, so that no sum is set to 0 before
+#pragma unroll 1
+            for (int more = packed / kUp - 1; more > 0; more--) {
+                weights += K;
+                pixels += S::kWidth;
+                add_row<K, How>(weights, pixels, sums);
+            }
+            sync_warps_of_block();
+            if (channels > kChannelsOfSlice) copy(channels - kChannelsOfSlice);
+            const auto store = [&](int own_channels) {  // that exist, from this thread's first one on
+#pragma unroll
+                for (int r = 0; r < kUp; r++) {
+                    if (packed == 0 || r > packed % kUp) break;
+                    T* const of_row = to + r * output.stride_h;
+#pragma unroll
+                    for (int q = 0; q < kChannelsOfThread; q++) {
+                        T* const outputs = at_stride(of_row, channels_apart, q * kApart<How>);
+                        if (q * kApart<How> >= own_channels) break;
+                        if constexpr (How != kSingle) {
+                            store_four(make_float2(sums[q][0][r * kUp], sums[q][0][r * kUp + 1]),
+                                       make_float2(sums[q][1][r * kUp], sums[q][1][r * kUp + 1]), outputs);
+                        } else {
+#pragma unroll
+                            for (int x = 0; x < kSourcesOfThread * kUp; x++) {
+                                if (x < out_columns) outputs[x] = narrow<T>(sums[q][x / kUp][r * kUp + x % kUp]);
+                            }
+                        }
+                    }
+                }
+            };
+            if (How != kSingle && channels >= kChannelsOfSlice) {
+                store(kChannelsOfSlice);
+            } else {
+                store(channels - own_of<How, S::kPairsInRow>(thread_computed_late()).channel);
+            }
+            to = at_stride(to, channels_apart, kChannelsOfSlice);
+        }
+    }
+}
+
+// Devices before sm_90 have no code for boxes, nor for wide tiles, for which their registers do not suffice.
+template <int K, int How, class T>
+__global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps ? 2
+                                                               : How == kBoxes   ? 4
+                                                                                 : 3)
+    reassemble_up2_nchw_kernel(Arguments arguments, const __grid_constant__ ReassembleUp2NchwPlan plan) {
+    if constexpr (How < kBoxes || kCopiesBoxes) reassemble_items<K, How, T>(arguments.problem, arguments.result, plan);
+}
+
+template <int K, int How, class T>
+void launch_with(const Problem& p, const Array& output, const CUtensorMap& boxes) {
+    using S = Staged<K, How, T>;
+    ReassembleUp2NchwPlan plan(p, S::kColumnsOfTile);
+    plan.boxes = boxes;
+    launch(reassemble_up2_nchw_kernel<K, How, T>, plan.tiles.items, S::kThreads, S::kBytes, p, output, plan);
+}
+
+}  // namespace
+
+const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output) {
+    for (const Array* array : {&p.features, &output}) {
+        if (const char* reason = channels_too_far_apart(*array)) return reason;
+    }
+    return not_for_columns_of_up2(p, p.features, output);
+}
+
+void reassemble_up2_nchw(const Problem& p, const Array& output) {
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+        using T = decltype(feature);
+        CUtensorMap boxes{};
+        if constexpr (sizeof(T) == sizeof(float)) {  // tensor cores have aligned columns of 16 bits
+            using S = Staged<k, kBoxes, T>;
+            if (not_for_columns(p.features) == nullptr && not_for_columns(output, 4) == nullptr) {
+                const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
+                if (columns(kMostColumns) < columns(kColumns) &&
+                    is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
+                    not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
+                    return launch_with<k, kSmallMaps, T>(p, output, boxes);
+                if (is_compiled_for(90, reassemble_up2_nchw_kernel<k, kBoxes, T>) &&
+                    describe_boxes_of_columns(p.features, S::kWidth, S::kBoxRows, kChannelsOfSlice, &boxes))
+                    return launch_with<k, kBoxes, T>(p, output, boxes);
+                return launch_with<k, kVectors, T>(p, output, boxes);
+            }
+        }
+        launch_with<k, kSingle, T>(p, output, boxes);
+    });
+}
+
+}  // namespace carafepp::cuda
