@@ -305,6 +305,11 @@ _CUDA_TABLE = [
     Case("same_crop", "a crop", 1, 8, 9, 7, kernel_size=5, size=(5, 4), padding=(1, 1)),
     Case("ratio_c40", "a fraction", 1, 40, 9, 16, up=3, down=2, kernel_size=5, padding=(1, 0)),
     Case("down3_k9_c8", "81 taps, windows of 18 x 18", 1, 8, 7, 13, down=3, kernel_size=9),
+    Case("down3_groups", "cells of nine sources", 2, 16, 7, 8, down=3, kernel_size=5, groups=2),
+    Case("down3_c8_wide", "two tiles of cells and of fours of columns", 1, 8, 4, 101, down=3),
+    Case("down3_crop", "a crop", 1, 8, 10, 16, down=3, kernel_size=5, size=(2, 4)),
+    Case("down4_k7", "49 taps", 1, 8, 11, 14, down=4, kernel_size=7, padding=(2, 1)),
+    Case("down4_c8_tall", "sources that no tap reaches", 1, 8, 38, 12, down=4),
     Case("down_far", "a halo of 2^31 pixels", 1, 8, 2, 2, up=2, down=60000, kernel_size=1),
 ]
 CASES = {case.name: case for case in _TABLE}

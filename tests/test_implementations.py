@@ -62,7 +62,7 @@ def test_every_implementation_accepts_some_problem_of_the_table(function, implem
 GRAMMAR = (
     "(reassemble|reassemble_with_logits|grad_features|grad_masks|grad_logits"
     "|normalize_masks|normalize_masks_backward|backward)"
-    "(_up1|_up2|_down2|_few|_runs)?_(any|nchw|nhwc)(_mma)?_(ref|avx2|avx512|neon|generic|cuda)"
+    "(_up1|_up2|_down2|_down|_few|_runs)?_(any|nchw|nhwc)(_mma)?_(ref|avx2|avx512|neon|generic|cuda)"
 )
 
 

@@ -35,6 +35,7 @@ CASES = [
     Case("down2_k3_groups", "K=3, groups", 1, 48, 6, 36, down=2, kernel_size=3, groups=2),
     Case("down2_wide", "several tiles of columns", 1, 8, 4, 140, down=2, kernel_size=5),
     Case("down2_small", "a window that is larger than the map", 2, 16, 2, 4, down=2, kernel_size=5),
+    Case("down3_even", "whole vectors", 2, 64, 9, 16, down=3, kernel_size=5),
     Case("ratio_3_2", "a fraction", 1, 9, 5, 6, up=3, down=2),
     Case("same_even", "whole vectors", 2, 64, 6, 10, kernel_size=5),
     Case("same_k3_groups", "K=3, groups", 1, 48, 5, 18, kernel_size=3, groups=2),

@@ -1270,6 +1270,36 @@ MUTANTS = [
         "k = 0; false && k < K * kQuad;",
     ),
     Mutant(
+        "masks around a tile are read before they are staged",
+        "grad_features_down.h",
+        "    }\n    __syncthreads();\n}",
+        "    }\n}",
+    ),
+    Mutant(
+        "sources before the first output are not written",
+        "grad_features_down_nhwc.cu",
+        "offset > 0 ? 0 : 1",
+        "1",
+    ),
+    Mutant(
+        "a cell has gradients of outputs below the last ones",
+        "grad_features_down_nhwc.cu",
+        "top + y + 1 < p.out_h",
+        "top + y + 1 <= p.out_h",
+    ),
+    Mutant(
+        "a unit has a row below the features",
+        "grad_features_down_nchw.cu",
+        "if (y < rows)",
+        "if (y <= rows)",
+    ),
+    Mutant(
+        "an infinite gradient makes NaN of sources beside its window",
+        "grad_features_down_nchw.cu",
+        "if (zeros == 0) continue;",
+        "if (zeros == 0 || item >= 0) continue;",
+    ),
+    Mutant(
         "the next slice arrives over gradients that are still read",
         "grad_features_down2_nhwc.cu",
         "            __syncthreads();\n            from += kChannels;",

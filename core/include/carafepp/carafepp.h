@@ -248,7 +248,7 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  *     <result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
  *             normalize_masks_backward, backward (both gradients)
- *     factor: up1 (up = down = 1), up2 or down2, of a kernel for that factor alone
+ *     factor: up1 (up = down = 1), up2 or down2, of a kernel for that factor alone; down, for all whole factors
  *     few:    of a kernel for few channels in a group
  *     runs:   of a kernel for runs of neighbouring outputs, each centred on a source of its own
  *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)

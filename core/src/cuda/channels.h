@@ -36,6 +36,31 @@ __device__ __forceinline__ float4 staged_channels(const T* from) {
     return make_float4(low.x, low.y, high.x, high.y);
 }
 
+// The channels of 16 bytes.
+template <class T>
+constexpr int kVectorsOfWords = sizeof(uint4) / sizeof(T) / kVector;
+template <class T>
+__device__ __forceinline__ void widen_words(uint4 bits, float4 (&values)[kVectorsOfWords<T>]) {
+    if constexpr (sizeof(T) == 2) {
+        const float2 pairs[] = {widen_pair<T>(bits.x), widen_pair<T>(bits.y), widen_pair<T>(bits.z),
+                                widen_pair<T>(bits.w)};
+        values[0] = make_float4(pairs[0].x, pairs[0].y, pairs[1].x, pairs[1].y);
+        values[1] = make_float4(pairs[2].x, pairs[2].y, pairs[3].x, pairs[3].y);
+    } else {
+        values[0] = make_float4(float_of(bits.x), float_of(bits.y), float_of(bits.z), float_of(bits.w));
+    }
+}
+template <class T>
+__device__ __forceinline__ void store_words(const float4 (&values)[kVectorsOfWords<T>], T* to) {
+    if constexpr (sizeof(T) == 2) {
+        __stcs(reinterpret_cast<uint4*>(to),
+               make_uint4(pair_of<T>(values[0].x, values[0].y), pair_of<T>(values[0].z, values[0].w),
+                          pair_of<T>(values[1].x, values[1].y), pair_of<T>(values[1].z, values[1].w)));
+    } else {
+        store_channels(values[0], to);
+    }
+}
+
 // Four channels of a pixel, of which `there` exist; others are 0. `Vectors`: they are one vector in memory, and all
 // exist or none.
 template <bool Vectors, class T>

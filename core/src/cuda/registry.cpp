@@ -38,6 +38,8 @@ namespace carafepp::cuda {
     X(result "_up2_nchw", grad_features_up2_nchw)         \
     X(result "_down2_nhwc", grad_features_down2_nhwc)     \
     X(result "_down2_nchw", grad_features_down2_nchw)     \
+    X(result "_down_nhwc", grad_features_down_nhwc)       \
+    X(result "_down_nchw", grad_features_down_nchw)       \
     X(result "_up1_nhwc_mma", grad_features_up1_nhwc_mma) \
     X(result "_up1_nhwc", grad_features_up1_nhwc)         \
     X(result "_up1_nchw_mma", grad_features_up1_nchw_mma) \

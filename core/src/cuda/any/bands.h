@@ -52,4 +52,22 @@ struct Band {
     Divisor width;
 };
 
+// An element of the gradient of features by itself. Where a zero stands for a mask that is not there, it makes NaN of
+// an infinite gradient; here no such zero is multiplied.
+template <class T>
+__device__ float feature_tap_by_tap(const Problem& p, const Outputs& rows, const Outputs& columns, int64_t n,
+                                    int64_t group, int64_t c, int y, int x) {
+    const int k = static_cast<int>(p.kernel_size), radius = k / 2;
+    float sum = 0;
+#pragma unroll 1
+    for (int i = rows.first(y - radius); i < rows.first(y + radius + 1); i++) {
+#pragma unroll 1
+        for (int j = columns.first(x - radius); j < columns.first(x + radius + 1); j++) {
+            const int a = y - rows.source(i) + radius, b = x - columns.source(j) + radius;
+            sum += mask_of<T>(p, n, group, a * k + b, {i, j}) * widen(*element<const T>(p.grad_output, n, c, i, j));
+        }
+    }
+    return sum;
+}
+
 }  // namespace carafepp::cuda

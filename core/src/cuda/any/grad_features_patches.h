@@ -12,24 +12,6 @@
 
 namespace carafepp::cuda {
 
-// An element of the result without tensor cores. A zero of a matrix makes NaN of an infinite gradient; here no zero is
-// multiplied.
-template <class T>
-__device__ float feature_tap_by_tap(const Problem& p, const GradPatchesPlan& plan, int64_t n, int64_t group, int64_t c,
-                                    int y, int x) {
-    const int k = static_cast<int>(p.kernel_size), radius = k / 2;
-    float sum = 0;
-#pragma unroll 1
-    for (int i = plan.rows.first(y - radius); i < plan.rows.first(y + radius + 1); i++) {
-#pragma unroll 1
-        for (int j = plan.columns.first(x - radius); j < plan.columns.first(x + radius + 1); j++) {
-            const int a = y - plan.rows.source(i) + radius, b = x - plan.columns.source(j) + radius;
-            sum += mask_of<T>(p, n, group, a * k + b, {i, j}) * widen(*element<const T>(p.grad_output, n, c, i, j));
-        }
-    }
-    return sum;
-}
-
 // Stores a vector of elements of shared memory; see add_zeros.
 template <class T>
 __device__ __forceinline__ void store_elements(uint32_t word, T* to, uint32_t& zeros) {
@@ -293,7 +275,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     const int64_t c = tile.c + channel + (Vectors ? v : 0);
                     T* const stored = element<T>(grad_features, tile.n, c, i, j);
                     if (!(fabsf(widen(*stored)) < INFINITY))
-                        *stored = narrow<T>(feature_tap_by_tap<T>(p, plan, tile.n, tile.group, c, i, j));
+                        *stored = narrow<T>(
+                            feature_tap_by_tap<T>(p, plan.rows, plan.columns, tile.n, tile.group, c, i, j));
                 }
             });
         }

@@ -3,7 +3,7 @@
 // It goes through the channels a slice at a time: it copies the slice's features, with their halo, into shared memory
 // and contracts them. A thread has 2 x 2 outputs in some channels. It keeps their masks in registers through all
 // channels.
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 
 namespace carafepp::cuda {
 namespace {

@@ -3,7 +3,7 @@
 // an output and the one below it, in some channels of each slice: more threads share a pair where rows are short. It
 // contracts both windows with their gradients, with all sums in registers. Then the sums of the threads of a pair are
 // added, always in the same order.
-#include "cuda/down2/grad_masks_down2.h"
+#include "cuda/down/grad_masks_down2.h"
 
 namespace carafepp::cuda {
 namespace {

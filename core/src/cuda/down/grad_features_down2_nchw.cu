@@ -3,7 +3,7 @@
 // the masks of all outputs whose windows reach it once. It goes through the channels a slice at a time: it copies the
 // slice's gradients of these outputs into shared memory. A thread has two quads of a row in some channels. It keeps
 // their masks in registers through all channels.
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 
 namespace carafepp::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // The gradient of masks or logits for down x2 with adjacent columns of 16 bits, on tensor cores. A block has a tile of
 // 4 x 28 outputs, and a warp four neighbouring columns of it. It multiplies the pixels of a row of their windows by the
 // gradients of the outputs of two rows, summed over channels. A band of the products is the gradient of masks.
-#include "cuda/down2/grad_masks_down2.h"
+#include "cuda/down/grad_masks_down2.h"
 #include "cuda/mma.h"
 
 namespace carafepp::cuda {

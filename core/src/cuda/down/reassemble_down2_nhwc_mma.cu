@@ -4,7 +4,7 @@
 // from the staged masks. Then it multiplies them by two rows of pixels at once, a slice of channels at a time, while
 // the features of the next slice arrive. A zero of the band makes NaN of an infinite feature. Sums that are not finite
 // are computed again, tap by tap.
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 #include "cuda/mma.h"
 
 namespace carafepp::cuda {

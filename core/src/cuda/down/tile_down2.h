@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/channels.h"
-#include "cuda/down2/down2.h"
+#include "cuda/down/down2.h"
 #include "cuda/tiles.h"
 
 namespace carafepp::cuda {

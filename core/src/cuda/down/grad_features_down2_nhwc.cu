@@ -3,7 +3,7 @@
 // the masks of all outputs whose windows reach it once. It goes through the channels a slice at a time: it copies the
 // slice's gradients of these outputs into shared memory. A thread keeps the K*K masks of a quad in registers, and
 // contracts them with some channels.
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 
 namespace carafepp::cuda {
 namespace {
@@ -22,25 +22,6 @@ struct Tile {
     static constexpr int64_t kBytes = MasksOfTile::kElements * int64_t{sizeof(float)} +
                                       kOutputs * int64_t{kBytesOfPixel + sizeof(int)};
 };
-
-// The channels of a copy, as vectors.
-template <class T>
-constexpr int kOwn = kChannelsOfCopy<T> / kVector;
-__device__ __forceinline__ void load_own(const float* from, float4 (&values)[1]) { values[0] = staged_channels(from); }
-template <class T>
-__device__ __forceinline__ void load_own(const T* from, float4 (&values)[2]) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const float2 pairs[] = {widen_pair<T>(bits.x), widen_pair<T>(bits.y), widen_pair<T>(bits.z), widen_pair<T>(bits.w)};
-    values[0] = make_float4(pairs[0].x, pairs[0].y, pairs[1].x, pairs[1].y);
-    values[1] = make_float4(pairs[2].x, pairs[2].y, pairs[3].x, pairs[3].y);
-}
-__device__ __forceinline__ void store_own(const float4 (&values)[1], float* to) { store_channels(values[0], to); }
-template <class T>
-__device__ __forceinline__ void store_own(const float4 (&values)[2], T* to) {
-    __stcs(reinterpret_cast<uint4*>(to),
-           make_uint4(pair_of<T>(values[0].x, values[0].y), pair_of<T>(values[0].z, values[0].w),
-                      pair_of<T>(values[1].x, values[1].y), pair_of<T>(values[1].z, values[1].w)));
-}
 
 template <int K, class T>
 __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arguments arguments, Tiles plan) {
@@ -88,17 +69,19 @@ __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arg
         for (int channels = tile.channels; channels > 0; channels -= kChannels, to += kChannels) {
             wait_for_copies();
             __syncthreads();
-            float4 sums[kFeatures][kOwn<T>] = {};
+            float4 sums[kFeatures][kVectorsOfWords<T>] = {};
             if (has_quad) {
 #pragma unroll
                 for (int y = 0; y < R::kOutputs; y++) {
 #pragma unroll
                     for (int x = 0; x < R::kOutputs; x++) {
-                        float4 grad[kOwn<T>];
-                        load_own(own_grads + (y * S::kWidth + x) * kChannels, grad);
+                        float4 grad[kVectorsOfWords<T>];
+                        widen_words<T>(*reinterpret_cast<const uint4*>(own_grads + (y * S::kWidth + x) * kChannels),
+                                       grad);
                         for_each_tap_of_quad<K>(y, x, [&](int feature, int t) {
 #pragma unroll
-                            for (int v = 0; v < kOwn<T>; v++) add_products(weights[t], grad[v], sums[feature][v]);
+                            for (int v = 0; v < kVectorsOfWords<T>; v++)
+                                add_products(weights[t], grad[v], sums[feature][v]);
                         });
                     }
                 }
@@ -107,10 +90,10 @@ __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arg
             from += kChannels;
             copy_pixels<S::kOutputs, kBlock>(from, places, channels - kChannels, grads);
             if (!has_quad || channel >= channels) continue;
-            store_own(sums[0], to);
-            if (right) store_own(sums[1], to + grad_features.stride_w);
-            if (below) store_own(sums[2], to + grad_features.stride_h);
-            if (below && right) store_own(sums[3], to + grad_features.stride_h + grad_features.stride_w);
+            store_words(sums[0], to);
+            if (right) store_words(sums[1], to + grad_features.stride_w);
+            if (below) store_words(sums[2], to + grad_features.stride_h);
+            if (below && right) store_words(sums[3], to + grad_features.stride_h + grad_features.stride_w);
         }
     }
 }

@@ -4,7 +4,7 @@
 // matrices from the staged masks, which stay in registers through all channels. Then features take the place of masks,
 // a slice of channels at a time. A zero of the band makes NaN of an infinite feature. Sums that are not finite are
 // computed again, tap by tap.
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 #include "cuda/mma.h"
 
 namespace carafepp::cuda {

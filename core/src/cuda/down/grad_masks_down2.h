@@ -5,7 +5,7 @@
 // and a thread carries those of an output through the normaliser.
 #pragma once
 
-#include "cuda/down2/tile_down2.h"
+#include "cuda/down/tile_down2.h"
 #include "cuda/grad_masks.h"
 
 namespace carafepp::cuda {

@@ -2,7 +2,7 @@
 // The gradient of masks or logits for down x2 with adjacent channels. A block has a tile of 4 x 14 outputs. Four
 // threads have an output and the one below it, and each has four channels of a slice. A thread contracts both windows
 // with their gradients, with all sums in registers. Then the threads' sums are added, always in the same order.
-#include "cuda/down2/grad_masks_down2.h"
+#include "cuda/down/grad_masks_down2.h"
 
 namespace carafepp::cuda {
 namespace {
