@@ -107,7 +107,7 @@ struct GradPatchesPlan {
     }
 
     int warps() const { return patch_columns * parts * row_parts; }
-    CARAFEPP_HOST_DEVICE int pairs() const { return static_cast<int>(ceil_div(patch_rows, 2)); }  // of rows of patches
+    CARAFEPP_HOST_DEVICE int pairs() const { return (patch_rows + 1) / 2; }  // of rows of patches
     int threads() const { return warps() * 32; }
 
 private:
