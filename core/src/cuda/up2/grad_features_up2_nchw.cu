@@ -1,204 +1,143 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for up x2 with adjacent columns: see grad_features_up2.h. In the end a thread has every
-// other channel of a slice, of a row of its quad. From sm_90 on a slice is copied as one box, where a tensor map can
-// describe it.
+// The gradient of features for up x2 with adjacent columns: see grad_features_up2.h.
 #include "cuda/columns.h"
-#include "cuda/tensor_map.h"
 #include "cuda/up2/grad_features_up2.h"
 
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kChannels = 8;  // of a slice
-// Gradients of a slice: [channel][row][column]. Neighbouring quads, rows and halves of sources are in different banks.
-static_assert(kGradsInRow / kVector % 8 == 2 && kQuad * kUp == kVector);
-
-template <int K>
-constexpr int kChannel = MasksOfQuad<K>::kGradRows * kGradsInRow;
-template <int K>
-constexpr int kSlice = kChannels * kChannel<K>;
-// Two slices, in whose place masks are before, and a barrier.
-template <int K, class T>
-constexpr int64_t kBytes = std::max(MasksOfQuad<K>::kStaged * int64_t{sizeof(float)},
-                                    2 * kSlice<K> * int64_t{sizeof(T)}) +
-                           int64_t{sizeof(uint64_t)};
-
 struct GradFeaturesUp2NchwPlan {
-    Tiles tiles;
-    int copied;           // columns of grad_output at once: 4, 2 or 1
-    bool pairs;           // both columns of a quad are stored at once
-    bool boxes = false;   // a slice is copied at once
-    CUtensorMap slice{};  // of grad_output
-
-    GradFeaturesUp2NchwPlan(const Problem& p, const Array& grad_features)
-        : tiles(tiles_of_quads(p, kChannels, 5, columns_before(p))),
-          copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
-                 : not_for_columns(p.grad_output) == nullptr  ? 2
-                                                              : 1),
-          pairs(not_for_columns(grad_features) == nullptr) {}
-
-    // Columns of the first tile left of the result: so rows of a tile's gradients begin with a whole sector. None if
-    // that takes more tiles.
-    static int columns_before(const Problem& p) {
-        const int64_t width = p.features.w;
-        return ceil_div(width + kBefore, kColumns) == ceil_div(width, kColumns) ? kBefore : 0;
-    }
+    Strips strips;
+    int copied;  // columns of grad_output at once: 4, 2 or 1
+    bool pairs;  // both pixels of a thread are stored at once
 };
 
-// Copies `Count` columns at once: of 2 bytes not by themselves.
-template <int Count, class T>
-__device__ __forceinline__ void copy_columns(T* to, const T* from, bool exist) {
-    if constexpr (Count * sizeof(T) >= 4) {
-        copy_async<Count * sizeof(T)>(to, from, exist);
-    } else {
-        *to = exist ? load_input(from) : T{};
-    }
-}
+// Gradients of a slice: [row][channel][column]. A thread has every eighth channel. Neighbouring channels are in
+// different banks.
+static_assert(kGradsInRow / kVector % 2 == 1 && kOfPair * kUp == kVector);
 
-// Copies a slice, of which `channels` channels exist, from output (i, j) on: `Count` columns at once, 0 where there is
-// no output.
-template <int K, int Count, class T>
-__device__ __forceinline__ void copy_slice(const Problem& p, const T* from, int i, int j, int channels, T* grads) {
-    constexpr int kVectorsInRow = kGradsInRow / Count, kVectors = kChannel<K> / Count;
-    const Array& grad_output = p.grad_output;
-#pragma unroll 1
-    for (int k = thread_computed_late(); k < kVectors; k += kBlock) {
-        const int y = k / kVectorsInRow, x = k % kVectorsInRow * Count;
-        const bool exist = static_cast<unsigned>(i + y) < static_cast<unsigned>(p.out_h) &&
-                           static_cast<unsigned>(j + x) < static_cast<unsigned>(p.out_w);
-        const int end = exist ? channels : 0;
-        const T* const columns = at_stride(from, static_cast<int>(grad_output.stride_h), y) + x;
+class AdjacentColumns {
+public:
+    __device__ __forceinline__ AdjacentColumns(const Array& grad_features, const TileOfItem& tile,
+                                               const PartOfStrip& own, int columns)
+        : columns_(columns),
+          channels_(columns > 0 ? tile.channels - channel(own) : 0),
+          stride_c_(static_cast<int>(grad_features.stride_c)),
+          stride_h_(grad_features.stride_h),
+          to_(element<float>(grad_features, tile.n, tile.c + channel(own), tile.top, tile.left + own.column)) {}
+
+    // 0 where there is no output.
+    static __device__ __forceinline__ void copy_row(const Problem& p, const TileOfItem& tile, const PartOfStrip& own,
+                                                    const GradFeaturesUp2NchwPlan& plan, int row, float* grads) {
+        const int c = own.slice * kChannels, j = (tile.left - kBefore) * kUp;
+        const float* const from = element<const float>(p.grad_output, tile.n, tile.c + c, row * kUp, j);
+        const int rows = static_cast<int>(min(int64_t{kUp}, p.out_h - row * kUp));
+        with_columns(plan.copied, [&](auto count) { copy_row<count>(p, from, j, rows, tile.channels - c, grads); });
+    }
+
+    // Where a thread's gradients begin in its slice.
+    static __device__ __forceinline__ int place(const PartOfStrip& own) {
+        return own.lane * kGradsInRow + own.column * kUp;
+    }
+
+    static __device__ __forceinline__ void load(const float* own, int pair,
+                                                float (&grads)[kOwnChannels][kOfPair][kOutputs]) {
 #pragma unroll
-        for (int c = 0; c < kChannels; c++) {
-            copy_columns<Count>(grads + k * Count + c * kChannel<K>,
-                                at_stride(columns, static_cast<int>(grad_output.stride_c), c), c < end);
+        for (int k = 0; k < kOwnChannels * kUp; k++) {
+            const int c = k / kUp, r = k % kUp;
+            const float4 four = staged_channels(own + (r * kChannels + c * kLanes) * kGradsInRow + pair * kVector);
+            grads[c][0][r * kUp] = four.x;
+            grads[c][0][r * kUp + 1] = four.y;
+            grads[c][1][r * kUp] = four.z;
+            grads[c][1][r * kUp + 1] = four.w;
         }
     }
-}
 
-// Stores a thread's results: `columns` of each channel that is one of `channels`.
-template <class T>
-__device__ __forceinline__ void store_results(const float (&results)[kChannels / 2][kQuad], int columns, int channels,
-                                              bool pairs, int64_t stride_c, T* to) {
+    __device__ __forceinline__ void store(const float (&sums)[kPixels][kOwnChannels],
+                                          const GradFeaturesUp2NchwPlan& plan) {
 #pragma unroll
-    for (int k = 0; k < kChannels / 2; k++, to += 2 * stride_c) {
-        const bool exists = 2 * k < channels;
-        if (pairs) {
-            if (exists) store_columns(make_float2(results[k][0], results[k][1]), to);
-        } else {
-            if (exists) to[0] = narrow<T>(results[k][0]);
-            if (exists && columns > 1) to[1] = narrow<T>(results[k][1]);
-        }
-    }
-}
-
-template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3)
-    grad_features_up2_nchw_kernel(Arguments arguments, const __grid_constant__ GradFeaturesUp2NchwPlan plan) {
-    const Problem& p = arguments.problem;
-    const Array& grad_features = arguments.result;  // [N, C, H, W]
-    using Masks = MasksOfQuad<K>;
-    T* const slices = shared_memory<T>();
-    uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared_memory<char>() + kBytes<K, T>) - 1;
-    const bool boxes = kCopiesBoxes && plan.boxes;
-    unsigned phase = 0;
-    if (boxes && threadIdx.x == 0) begin_barrier(barrier);
-    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const TileOfItem tile(p, plan.tiles, item);
-        const PartOfQuad own = PartOfQuad::of_thread(true);
-        Masks masks;
-        masks.template take<T>(p, tile, own, shared_memory<float>());
-        int rows[Masks::kHalf];  // of the outputs that reach the thread
-#pragma unroll
-        for (int y = 0; y < Masks::kHalf; y++)
-            rows[y] = (own.source_row<K>(y) * kUp + own.parity) * kGradsInRow + own.column * kUp;
-        const int i = tile.top + own.row + own.half, j = tile.left + own.column;
-        const int columns = i < grad_features.h && j >= 0 ? static_cast<int>(min(grad_features.w - j, int64_t{kQuad}))
-                                                          : 0;
-        T* to = element<T>(grad_features, tile.n, tile.c + own.unit(), i, j);  // [C, H, W]
-        const auto copy = [&](int channels, T* grads) {
-            const int out_top = (tile.top - K / 2) * kUp, out_left = (tile.left - kBefore) * kUp;
-            const int64_t c = tile.c + tile.channels - channels;
-            if constexpr (kCopiesBoxes) {
-                if (boxes) {
-                    if (threadIdx.x != 0) return;
-                    expect_bytes(barrier, kSlice<K> * sizeof(T));
-                    copy_box(grads, plan.slice, out_left, out_top, static_cast<int>(c), static_cast<int>(tile.n),
-                             barrier);
-                    return;
-                }
-            }
-            const T* const from = element<const T>(p.grad_output, tile.n, c, out_top, out_left);
-            with_columns(plan.copied,
-                         [&](auto count) { copy_slice<K, count>(p, from, out_top, out_left, channels, grads); });
-        };
-        if (boxes) {
-            write_before_boxes();
-            __syncthreads();
-        }
-        T *grads = slices, *next = slices + kSlice<K>;
-        copy(tile.channels, grads);
-#pragma unroll 1
-        for (int channels = tile.channels; channels > 0; channels -= kChannels) {
-            if (boxes) {
-                wait_for_phase(barrier, phase);
-                phase ^= 1;
+        for (int k = 0; k < kOwnChannels; k++) {
+            if (k * kLanes >= channels_) break;
+            float* const pixels = at_stride(to_, stride_c_, k * kLanes);
+            if (plan.pairs) {
+                store_columns(make_float2(sums[0][k], sums[1][k]), pixels);
             } else {
-                wait_for_copies();
+                pixels[0] = sums[0][k];
+                if (columns_ > 1) pixels[1] = sums[1][k];
             }
-            __syncthreads();
-            if (channels > kChannels) copy(channels - kChannels, next);
-            if (warp_has(columns > 0)) {
-                const T* of_unit[2];  // of each pair of channels, the thread's own one first
-#pragma unroll
-                for (int u = 0; u < 2; u++) of_unit[u] = grads + (u ^ own.unit()) * kChannel<K>;
-                float sums[kChannels][kQuad][kQuad] = {}, results[kChannels / 2][kQuad];
-#pragma unroll
-                for (int c = 0; c < kChannels; c++) {
-#pragma unroll
-                    for (int y = 0; y < Masks::kHalf; y++) {
-#pragma unroll
-                        for (int x = 0; x < kReach; x += kVector / kUp) {
-                            const float4 four = staged_channels(of_unit[c % 2] + rows[y] + c / 2 * 2 * kChannel<K> +
-                                                                x * kUp);
-                            masks.add(y, x, 0, four.x, sums[c]);
-                            masks.add(y, x, 1, four.y, sums[c]);
-                            masks.add(y, x + 1, 0, four.z, sums[c]);
-                            masks.add(y, x + 1, 1, four.w, sums[c]);
-                        }
-                    }
-                }
-                add_sums(sums, results);
-                store_results(results, columns, columns > 0 ? channels - own.unit() : 0, plan.pairs,
-                              grad_features.stride_c, to);
-            }
-            to += kChannels * grad_features.stride_c;
-            T* const read = grads;
-            grads = next;
-            next = read;
         }
-        __syncthreads();
+        to_ += stride_h_;
     }
+
+private:
+    // Copies rows of a slice, of which `channels` channels exist: `Count` columns at once.
+    template <int Count>
+    static __device__ __forceinline__ void copy_row(const Problem& p, const float* from, int j, int rows, int channels,
+                                                    float* grads) {
+        constexpr int kVectorsInRow = kGradsInRow / Count, kOfChannel = kUp * kVectorsInRow;
+        const int stride_c = static_cast<int>(p.grad_output.stride_c);
+#pragma unroll 1
+        for (int k = thread_computed_late() % kThreadsOfSlice; k < kOfChannel * kLanes; k += kThreadsOfSlice) {
+            const int x = k % kVectorsInRow * Count, r = k / kVectorsInRow % kUp, channel = k / kOfChannel;
+            const bool exist = static_cast<unsigned>(j + x) < static_cast<unsigned>(p.out_w) && r < rows;
+            const int left = exist ? channels - channel : 0;
+            const float* const columns = at_stride(from + r * p.grad_output.stride_h + x, stride_c, channel);
+            float* const to = grads + (r * kChannels + channel) * kGradsInRow + x;
+#pragma unroll
+            for (int q = 0; q < kChannels; q += kLanes)
+                copy_async<Count * sizeof(float)>(to + q * kGradsInRow, at_stride(columns, stride_c, q), q < left);
+        }
+    }
+
+    // The first one of a thread in its block.
+    static __device__ __forceinline__ int channel(const PartOfStrip& own) { return own.slice * kChannels + own.lane; }
+
+    int columns_, channels_;  // that exist, from the thread's first one on
+    int stride_c_;
+    int64_t stride_h_;
+    float* to_;  // the next row of pixels
+};
+
+template <int K>
+__global__ void __launch_bounds__(kMostSlices* kThreadsOfSlice)
+    grad_features_up2_nchw_kernel(Arguments arguments, const __grid_constant__ GradFeaturesUp2NchwPlan plan) {
+    sum_strips<K, false, AdjacentColumns>(arguments, plan);
 }
 
 }  // namespace
 
 const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
-    if (std::abs(p.grad_output.stride_h) > INT32_MAX || std::abs(p.grad_output.stride_c) > INT32_MAX)
-        return "rows or channels are too far apart";
+    if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";
+    for (int64_t stride : {p.grad_output.stride_c, grad_features.stride_c}) {
+        if (std::abs(stride) > INT32_MAX) return "channels are too far apart";
+    }
     return not_for_columns_of_up2(p, p.grad_output, grad_features);
 }
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
-    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
-        using T = decltype(feature);
-        const auto kernel = grad_features_up2_nchw_kernel<k, T>;
-        GradFeaturesUp2NchwPlan plan(p, grad_features);
-        plan.boxes = is_compiled_for(90, kernel) &&
-                     describe_boxes_of_columns(p.grad_output, kGradsInRow, MasksOfQuad<k>::kGradRows, kChannels,
-                                               &plan.slice);
-        launch(kernel, plan.tiles.items, kBlock, kBytes<k, T>, p, grad_features, plan);
-    });
+    const auto launch_for = [&](auto k) {
+        const auto kernel = grad_features_up2_nchw_kernel<k>;
+        const Array& grads = p.grad_output;
+        GradFeaturesUp2NchwPlan plan{Strips::of<k>(p),
+                                     not_for_columns(p.grad_output, 4) == nullptr ? 4
+                                     : not_for_columns(p.grad_output) == nullptr  ? 2
+                                                                                  : 1,
+                                     not_for_columns(grad_features) == nullptr};
+        Strips& strips = plan.strips;
+        strips.boxes = is_compiled_for(90, kernel) && describe_boxes(grads,
+                                                                     {{grads.w, grads.stride_w, kGradsInRow},
+                                                                      {grads.c, grads.stride_c, kChannels},
+                                                                      {grads.h, grads.stride_h, kUp},
+                                                                      {grads.n, grads.stride_n, 1}},
+                                                                     &strips.slice);
+        launch(kernel, strips.tiles.items, strips.slices * kThreadsOfSlice, strips.shared_bytes, p, grad_features,
+               plan);
+    };
+    if (p.kernel_size == 3) {
+        launch_for(std::integral_constant<int, 3>());
+    } else {
+        launch_for(std::integral_constant<int, 5>());
+    }
 }
 
 }  // namespace carafepp::cuda
