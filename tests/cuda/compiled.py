@@ -42,8 +42,8 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_down2_nhwc_kernel": 168,  # before sm_90; 128 on others
     "grad_masks_tiles_kernel": 168,  # with all sums of two quads; a block has at most 384 threads
     "grad_masks_down2_nchw_mma_kernel": 255,  # on sm_75; 128 on others
-    "grad_features_up2_nhwc_kernel": 168,  # with a quarter of the masks of four pixels
-    "grad_features_up2_nchw_kernel": 168,
+    "grad_features_up2_nhwc_kernel": 224,  # with ten pixels in eight channels; 224 threads
+    "grad_features_up2_nchw_kernel": 224,
 }
 # Required instructions, by a part of the mangled name. LDG, STG: global memory; LDS, STS: shared.
 INSTRUCTIONS = {
@@ -53,16 +53,7 @@ INSTRUCTIONS = {
         r"STG\S*\.64",
         r"LDS\S*\.128",
     ),
-    r"grad_features_up2_nhwc_kernelILi.EfE": (
-        r"LDGSTS\S*\.128",
-        r"STG\S*\.128",
-        r"LDS\S*\.128",
-    ),
-    r"grad_features_up2_nhwc_kernelILi.E\w*Float16": (
-        r"LDGSTS\S*\.64",
-        r"STG\S*\.64",
-        r"LDS\S*\.64",
-    ),
+    r"grad_features_up2_nhwc_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"grad_masks_up2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"),
     r"grad_masks_up2_nhwc_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
     r"grad_masks_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"LDS\S*\.128"),
@@ -182,11 +173,7 @@ INSTRUCTIONS = {
         r"LDS\S*\.64",
     ),
     r"grad_features_down2_nchw_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"STG\S*\.64"),
-    r"grad_features_up2_nchw_kernelILi.EfE": (
-        r"LDGSTS\S*\.128",
-        r"STG\S*\.64",
-        r"LDS\S*\.128",
-    ),
+    r"grad_features_up2_nchw_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.64", r"LDS\S*\.128"),
     r"(reassemble|grad_masks)_few_kernelILi3ELi4EfE": (r"LDG\S*\.128", r"STG\S*\.128"),
     r"(reassemble|grad_masks)_few_kernelILi3ELi4E\w*Float16": (r"LDG\S*\.64", r"STG\S*\.64"),
     r"grad_features_few_kernelILi3ELi4EfE": (r"LDG\S*\.128",),
@@ -241,12 +228,9 @@ BUDGETS = {
     "reassemble_down2_nhwc.cu": {"float32": 724},
     "reassemble_down2_nchw_mma.cu": {"float16": 511, "bfloat16": 493},  # a slice, with its copies
     "reassemble_down2_nhwc_mma.cu": {"float16": 284, "bfloat16": 267},
-    "grad_features_up2_nhwc.cu": {"float32": 947, "float16": 1240, "bfloat16": 1240},
-    "grad_features_up2_nchw.cu": {  # a slice, with four ways to copy the next one
-        "float32": 1284,
-        "float16": 1612,
-        "bfloat16": 1612,
-    },
+    # A row of sources, with logits of the next one and the ways to copy it.
+    "grad_features_up2_nhwc.cu": {"float32": 2746},
+    "grad_features_up2_nchw.cu": {"float32": 2995},
     "grad_features_up2_nchw_mma.cu": {"float16": 339, "bfloat16": 337},  # a slice, with its copies
     "grad_features_up2_nhwc_mma.cu": {"float16": 89, "bfloat16": 80},
     "backward_up2_nhwc_mma.cu": {"float16": 90, "bfloat16": 81},  # the gradient of features
@@ -365,14 +349,15 @@ class Kernel:
         """Return the number of instructions of the inner loop, 0 if there is none.
 
         The inner loop is the shortest of those with the most HMMA or, without HMMA, FFMA. A loop
-        with MUFU or a call stages masks and does not count.
+        with MUFU or a call stages masks and does not count, unless most of it are products.
         """
         code, loops = self.loops()
         product = "HMMA" if "HMMA" in self.code else "FFMA"
         sizes = [
             (-sum(product in code[k] for k in loop), len(loop))
             for loop in loops
-            if not any(re.search(r"\b(MUFU|CALL)\b", code[k]) for k in loop)
+            if 2 * sum(product in code[k] for k in loop) > len(loop)
+            or not any(re.search(r"\b(MUFU|CALL)\b", code[k]) for k in loop)
         ]
         products, size = min(sizes, default=(0, 0))
         return size if products else 0
