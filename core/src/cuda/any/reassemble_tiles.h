@@ -170,7 +170,8 @@ __device__ __forceinline__ void find_lines(const Problem& p, const TilesPlan& pl
     }
 }
 
-// `Vectors`: a vector of channels is one in memory. `Whole`: the columns of a source are.
+// `Vectors`: a vector of channels is one in memory. `Whole`: the columns of a source are; tensor cores have such
+// columns of 16 bits.
 template <int P, int D, int S, bool Vectors, bool Whole, class T>
 __global__ void __launch_bounds__(kBlock, 4) reassemble_tiles_kernel(Arguments arguments, TilesPlan plan) {
     const Problem& p = arguments.problem;
@@ -346,13 +347,14 @@ void reassemble_tiles(const Problem& p, const Array& output) {
     with_types(p, [&](auto features, auto) {
         using T = typename decltype(features)::type;
         if constexpr (sizeof(T) < sizeof(double)) {
-            const bool whole = !Vectors && plan.whole_columns;
-            constexpr int kPair = sizeof(T) == sizeof(float) ? 2 : 1;  // sources of three outputs: see Share
-            const auto kernel = share.p == 4   ? whole ? reassemble_tiles_kernel<4, 1, 1, Vectors, !Vectors, T>
+            constexpr bool kFloats = sizeof(T) == sizeof(float), kWhole = kFloats && !Vectors;
+            constexpr int kPair = kFloats ? 2 : 1;  // sources of three outputs: see Share
+            const bool whole = kWhole && plan.whole_columns;
+            const auto kernel = share.p == 4   ? whole ? reassemble_tiles_kernel<4, 1, 1, Vectors, kWhole, T>
                                                        : reassemble_tiles_kernel<4, 1, 1, Vectors, false, T>
                                 : share.d == 2 ? reassemble_tiles_kernel<3, kPair, 1, Vectors, false, T>
                                 : share.p == 3 ? reassemble_tiles_kernel<3, 1, 1, Vectors, false, T>
-                                : share.p == 2 ? whole ? reassemble_tiles_kernel<2, 1, 2, Vectors, !Vectors, T>
+                                : share.p == 2 ? whole ? reassemble_tiles_kernel<2, 1, 2, Vectors, kWhole, T>
                                                        : reassemble_tiles_kernel<2, 1, 2, Vectors, false, T>
                                 : share.s == 4 ? reassemble_tiles_kernel<1, 1, 4, Vectors, false, T>
                                                : reassemble_tiles_kernel<1, 1, 1, Vectors, false, T>;
