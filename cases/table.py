@@ -291,6 +291,7 @@ _CUDA_TABLE = [
     Case("up4_k7", "49 taps, 16 outputs of a source", 1, 12, 3, 3, up=4, kernel_size=7),
     Case("up6_c12", "two quads of three in a source", 1, 12, 2, 3, up=6),
     Case("up8_c12", "two quads of four in a source", 1, 12, 2, 2, up=8, kernel_size=5),
+    Case("up2_k7", "tiles and slices, a crop", 1, 36, 2, 18, up=2, kernel_size=7, size=(3, 36)),
     Case("up2_k9", "81 taps, two quads of a thread", 1, 8, 4, 4, up=2, kernel_size=9),
     Case("up41_pixel", "several bands of the outputs of one source", 1, 4, 1, 1, up=41),
     Case("same_c40", "slices, rows of patches", 1, 40, 9, 34, kernel_size=5),

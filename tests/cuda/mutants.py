@@ -552,22 +552,34 @@ MUTANTS = [
     Mutant(
         "gradients are loaded beyond the last channel",
         "grad_masks_up2_nchw.cu",
-        "            if (left == 0) outputs.end();\n",
-        "",
+        "from = end ? first : at_stride(from, stride_c, channels);",
+        "from = at_stride(from, stride_c, channels);",
         sanitizer="address",
     ),
     Mutant(
         "a channel of another group is copied, beside the last",
         "grad_masks_up2_nchw.cu",
-        "const bool exists = vector * kVector + channel < channels;",
-        "const bool exists = vector * kVector + channel <= channels;",
+        "halo.copy(c + thread % Halo::kLanes < channels, slice);",
+        "halo.copy(c + thread % Halo::kLanes <= channels, slice);",
         sanitizer="address",
     ),
     Mutant(
-        "a column to the left of a tile is taken from its right",
-        "grad_masks_up2_nchw.cu",
-        "if (x >= K / 2) x += kTileColumns;",
-        "if (x >= K / 2 - 1) x += kTileColumns;",
+        "the halo of a tile begins a column too late",
+        "grad_masks_up2.h",
+        "x = number % kWidth - K / 2;",
+        "x = number % kWidth - K / 2 + 1;",
+    ),
+    Mutant(
+        "a thread of 7 x 7 taps has the other's rows",
+        "grad_masks_up2.h",
+        "window + part * (K - Part::kRows) * kRow",
+        "window",
+    ),
+    Mutant(
+        "both threads add the products of the middle row in all channels",
+        "grad_masks_up2.h",
+        "if (v < kOwnVectors)",
+        "if (v < Part::kVectors)",
     ),
     Mutant(
         "an infinite gradient of a tile meets a tap beyond a border",
@@ -620,14 +632,14 @@ MUTANTS = [
     Mutant(
         "a box begins a column too late",
         "reassemble_up2_nchw.cu",
-        "tile.left - kBefore, tile.top",
-        "tile.left - kBefore + 1, tile.top",
+        "tile.left - S::kBefore, tile.top",
+        "tile.left - S::kBefore + 1, tile.top",
     ),
     Mutant(
         "the border of a box is not filled",
         "reassemble_up2_nchw.cu",
-        "tile.left - kBefore, tile.top",
-        "max(tile.left - kBefore, 0), tile.top",
+        "tile.left - S::kBefore, tile.top",
+        "max(tile.left - S::kBefore, 0), tile.top",
     ),
     Mutant(
         "a copied row below the last is not 0",
@@ -651,13 +663,13 @@ MUTANTS = [
     Mutant(
         "four columns are stored at once where rows are not aligned",
         "reassemble_up2_nchw.cu",
-        "not_for_columns(output, 4) == nullptr)",
+        "not_for_columns(output, kSourcesOfThread * kUp) == nullptr)",
         "output.w % 4 == 0)",
     ),
     Mutant(
         "four columns are stored at once where a row has fewer",
         "reassemble_up2_nchw.cu",
-        "not_for_columns(output, 4) == nullptr)",
+        "not_for_columns(output, kSourcesOfThread * kUp) == nullptr)",
         "true)",
     ),
     Mutant(
@@ -887,8 +899,8 @@ MUTANTS = [
     Mutant(
         "sums are read before the other thread gives them",
         "grad_masks_up2.h",
-        "sums[kUp + 1][t]);\n    __syncthreads();",
-        "sums[kUp + 1][t]);",
+        "sums[1][t]);\n    }\n    __syncthreads();",
+        "sums[1][t]);\n    }",
     ),
     Mutant(
         "a band leads to the source beside its own",
@@ -1001,7 +1013,7 @@ MUTANTS = [
     Mutant(
         "threads without sources store those of the next tile",
         "reassemble_up2_nchw.cu",
-        "own.row < kRows && out_columns > 0;",
+        "own.row < S::kRows && out_columns > 0;",
         "out_columns > 0;",
     ),
     Mutant(

@@ -423,12 +423,13 @@ def code_of(kernel: str, problem: Case, dtype: str, tools: tuple[str, str]) -> C
     size = f"Li{problem.kernel_size}E"
     arguments = {"", size, f"{size}Lb1E"}
     if name == "reassemble_up2_nchw":
-        wide = ceil(problem.w / 14) * 14 < ceil(problem.w / 8) * 8
+        wide = ceil(problem.w / 14) * 14 < ceil(problem.w / 8) * 8 and problem.kernel_size < 7
         arguments = {f"{size}Li{3 if wide else 2}E"}  # wide tiles, or boxes
     if name in ("reassemble_nhwc", "reassemble_nchw"):
         p, d, s = share_of(problem)
         vectors = name.endswith("nhwc")
-        whole = not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
+        floats = dtype == "float32"
+        whole = floats and not vectors and p in (2, 4) and problem.down == 1 and problem.up % p == 0
         arguments = {f"Li{p}ELi{d}ELi{s}ELb{int(vectors)}ELb{int(whole)}E"}
     if name in ("reassemble_nhwc_mma", "reassemble_nchw_mma"):
         arguments = {f"Lb{int(name.endswith('nhwc_mma'))}E"}

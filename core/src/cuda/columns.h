@@ -48,6 +48,16 @@ __device__ __forceinline__ void store_row(const float (&values)[P], int there, i
     }
 }
 
+// Copies `Count` elements at once: of 2 bytes not by themselves.
+template <int Count, class T>
+__device__ __forceinline__ void copy_elements(T* to, const T* from, bool exist) {
+    if constexpr (Count * sizeof(T) >= 4) {
+        copy_async<Count * sizeof(T)>(to, from, exist);
+    } else {
+        *to = exist ? load_input(from) : T{};
+    }
+}
+
 // Why columns of an array cannot be, or not `count` of them.
 inline const char* not_for_columns(const Array& array, int count = 2) {
     if (array.empty()) return nullptr;

@@ -4,7 +4,7 @@
 // thread has the gradients of the masks of two neighbouring outputs, which it carries through the normaliser.
 #pragma once
 
-#include "cuda/channels.h"
+#include "cuda/columns.h"
 #include "cuda/grad_masks.h"
 #include "cuda/up2/stage_masks_up2.h"
 
@@ -114,12 +114,74 @@ struct HaloOfVectors {
     }
 };
 
-// Without tensor cores two threads share a source: each has two vectors of four channels of a slice, whose features are
-// in shared memory as [vector][row][column][channel]. A warp has half of the columns of a tile, or half of its rows.
-// Vectors begin in different banks.
+// Without tensor cores two threads share a source: each has two vectors of four channels of a slice, its own. Of 7 x 7
+// taps it has only the row in the middle in these, and three rows above or below in all vectors: so registers suffice.
+// A warp has half of the columns of a tile, or half of its rows.
 constexpr int kParts = kBlock / kSourcesOfTile, kOwnVectors = 2, kVectors = kParts * kOwnVectors;
 constexpr int kSlice = kVectors * kVector;  // channels
-constexpr int kVectorsApart = kHaloRows * kHaloColumns * kVector + 2 * kVector, kFeatures = kVectors * kVectorsApart;
+
+template <int K>
+struct PartOfSource {
+    static constexpr int kRows = K < 7 ? 0 : K / 2;  // of taps, in all vectors
+    static constexpr int kMiddleRows = K - 2 * kRows;
+    static constexpr int kTaps = (kRows + kMiddleRows) * K;                    // first those in all vectors
+    static constexpr int kVectors = kRows > 0 ? cuda::kVectors : kOwnVectors;  // its own first
+
+    // The number in its slice of a part's vector v.
+    static __device__ __forceinline__ int vector(int part, int v) {
+        return (v < kOwnVectors ? part : kParts - 1 - part) * kOwnVectors + v % kOwnVectors;
+    }
+};
+
+// The features of a slice, with the halo of a tile, in shared memory: [vector][row][column][channel]. Vectors begin in
+// different banks. Four lanes have the vectors of a pixel, or the channels of a vector; they copy every 32nd pixel.
+// `Count` channels are copied at once.
+template <int K, int Count, class T>
+struct HaloOfTile {
+    static constexpr int kWidth = kTileColumns + K - 1, kPixels = (kTileRows + K - 1) * kWidth;
+    static constexpr int kLanes = 4, kAtOnce = kBlock / kLanes, kSteps = static_cast<int>(ceil_div(kPixels, kAtOnce));
+    static constexpr int kVectorsApart = kSteps * kAtOnce * kVector + 2 * kVector, kElements = kVectors * kVectorsApart;
+
+    static constexpr bool kStaged = K == 7;                        // for places of pixels registers do not suffice
+    static constexpr int64_t kBytes = 2 * kElements * sizeof(T) +  // of two slices
+                                      (kStaged ? kSteps * kBlock * sizeof(int) : 0);
+
+    const T* from;      // of the tile's first source
+    int kept[kSteps];   // pixels from there on
+    int* const staged;  // the same in shared memory
+    uint32_t exist;     // of bit k the pixel of step k
+    int to;
+
+    __device__ __forceinline__ HaloOfTile(const Problem& p, const SourcesOfBlock& tile, int thread, T* slices)
+        : staged(reinterpret_cast<int*>(slices + 2 * kElements) + thread) {
+        const int lane = thread % kLanes, pixel = thread / kLanes;
+        const int stride_h = static_cast<int>(p.features.stride_h), stride_w = static_cast<int>(p.features.stride_w);
+        from = element<const T>(p.features, tile.n, tile.c + lane * Count, tile.top, tile.left);
+        to = pixel * kVector + lane * (Count == kVector ? kVectorsApart : 1);
+        exist = 0;
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+            const int number = pixel + k * kAtOnce, y = number / kWidth - K / 2, x = number % kWidth - K / 2;
+            const int i = tile.top + y, j = tile.left + x;
+            const bool exists = number < kPixels && i >= 0 && i < p.features.h && j >= 0 && j < p.features.w;
+            exist |= static_cast<uint32_t>(exists) << k;
+            apart(k) = exists ? y * stride_h + x * stride_w : 0;
+        }
+    }
+
+    __device__ __forceinline__ int& apart(int k) {
+        if constexpr (kStaged) return staged[k * kBlock];
+        return kept[k];
+    }
+
+    // Copies `Count` channels of the thread's pixels, if they exist; else 0.
+    __device__ __forceinline__ void copy(bool channels_exist, T* slice) {
+        const uint32_t copied = channels_exist ? exist : 0;
+#pragma unroll
+        for (int k = 0; k < kSteps; k++)
+            copy_elements<Count>(slice + to + k * kAtOnce * kVector, from + apart(k), (copied >> k & 1) != 0);
+    }
+};
 
 struct OwnSource {
     int part, row, column;
@@ -134,9 +196,10 @@ struct OwnSource {
         row = first_row + lane / plan.columns_of_warp;
         column = first_column + lane % plan.columns_of_warp;
     }
-    // Its window in the features of this thread's first vector.
+    // Its window in the features of a slice.
+    template <class Halo>
     __device__ __forceinline__ int window() const {
-        return part * kOwnVectors * kVectorsApart + (row * kHaloColumns + column) * kVector;
+        return (row * Halo::kWidth + column) * kVector;
     }
     // All sources of its warp are beyond the last row or column.
     __device__ __forceinline__ bool idle(const Problem& p, const SourcesOfBlock& tile) const {
@@ -144,20 +207,32 @@ struct OwnSource {
     }
 };
 
-// sums[output][tap] += grad * features of a window, over four channels.
-template <int K, class T>
-__device__ __forceinline__ void add_window(const T* window, const float (&grad)[kVector][kOutputs],
-                                           float (&sums)[kOutputs][K * K]) {
+// sums[output][tap] += grad * features, over four channels, of rows of taps: `first` is the feature of the first tap.
+template <int K, int Rows, int FirstTap, int Width, class T, int Taps>
+__device__ __forceinline__ void add_rows(const T* first, const float (&grad)[kVector][kOutputs],
+                                         float (&sums)[kOutputs][Taps]) {
 #pragma unroll
-    for (int t = 0; t < K * K; t++) {
-        const float4 vector = staged_channels(window + (t / K * kHaloColumns + t % K) * kVector);
+    for (int t = 0; t < Rows * K; t++) {
+        const float4 vector = staged_channels(first + (t / K * Width + t % K) * kVector);
         const float feature[kVector] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
         for (int q = 0; q < kVector; q++) {
 #pragma unroll
-            for (int o = 0; o < kOutputs; o++) sums[o][t] += grad[q][o] * feature[q];
+            for (int o = 0; o < kOutputs; o++) sums[o][FirstTap + t] += grad[q][o] * feature[q];
         }
     }
+}
+
+// Adds the products of a part's vector v: `window` is its source's in the features of a slice.
+template <int K, class Halo, class T>
+__device__ __forceinline__ void add_window(const T* window, int part, int v, const float (&grad)[kVector][kOutputs],
+                                           float (&sums)[kOutputs][PartOfSource<K>::kTaps]) {
+    using Part = PartOfSource<K>;
+    constexpr int kRow = Halo::kWidth * kVector;
+    window += Part::vector(part, v) * Halo::kVectorsApart;
+    add_rows<K, Part::kRows, 0, Halo::kWidth>(window + part * (K - Part::kRows) * kRow, grad, sums);
+    if (v < kOwnVectors)
+        add_rows<K, Part::kMiddleRows, Part::kRows * K, Halo::kWidth>(window + Part::kRows * kRow, grad, sums);
 }
 
 // Room for a pair for each tap and thread, in shared memory. Taps are so far apart that neighbouring ones of a source
@@ -167,21 +242,29 @@ template <int K>
 constexpr int64_t kBytesOfPairs = K * K * kPairsApart * sizeof(float2);
 
 // The other thread of the source gets the sums of its row of outputs, the last two. `grad` are those of this thread's
-// row, of all channels. Begins with a barrier.
+// row, of all taps and channels. Begins with a barrier.
 template <int K>
-__device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][K * K], int thread, float2* pairs,
-                                              float (&grad)[kUp][K * K]) {
+__device__ __forceinline__ void exchange_sums(const float (&sums)[kOutputs][PartOfSource<K>::kTaps], int thread,
+                                              int part, float2* pairs, float (&grad)[kUp][K * K]) {
+    using Part = PartOfSource<K>;
+    constexpr int kMiddle = Part::kRows * K;  // the first tap there
     const float2* const own = pairs + thread;
+    const int first = part * (K - Part::kRows) * K * kPairsApart;  // tap, but for those in the middle
     float2* const others = pairs + (thread ^ kSourcesOfTile);
     __syncthreads();
 #pragma unroll
-    for (int t = 0; t < K * K; t++) others[t * kPairsApart] = make_float2(sums[kUp][t], sums[kUp + 1][t]);
+    for (int t = 0; t < Part::kTaps; t++) {
+        const int to = t < kMiddle ? first : 0;
+        others[to + t * kPairsApart] = make_float2(sums[kUp][t], sums[kUp + 1][t]);
+        if (t < kMiddle) pairs[thread + to + t * kPairsApart] = make_float2(sums[0][t], sums[1][t]);
+    }
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < K * K; t++) {
         const float2 pair = own[t * kPairsApart];
-        grad[0][t] = sums[0][t] + pair.x;
-        grad[1][t] = sums[1][t] + pair.y;
+        const bool both = t >= kMiddle && t < Part::kTaps;
+        grad[0][t] = both ? sums[0][t] + pair.x : pair.x;
+        grad[1][t] = both ? sums[1][t] + pair.y : pair.y;
     }
 }
 
@@ -346,19 +429,23 @@ private:
 template <int K, class M, class F>
 __device__ __forceinline__ void for_each_vector(const Problem& p, const Array& array, const SourcesOfBlock& tile,
                                                 float* lines, F f) {
-    const int thread = thread_computed_late() % kBlock, warp = thread / 32, channel = thread % 32 * kVector;
-    const int rows = channel < Lines<K>::kSize ? static_cast<int>(p.features.h) - tile.top : 0;
+    const int thread = thread_computed_late() % kBlock, warp = thread / 32;
     const int columns = static_cast<int>(p.features.w) - tile.left - warp;
-    const int stride_h = rows > 0 ? static_cast<int>(array.stride_h) : 0,
-              stride_w = columns > 0 ? static_cast<int>(array.stride_w) : 0;
-    M* const first = element<M>(array, tile.n, tile.group * Lines<K>::kSize + channel, tile.top, tile.left + warp);
 #pragma unroll
-    for (int y = 0; y < kTileRows; y++) {
-        M* const row = at_stride(first, stride_h, y);
+    for (int channel = thread % 32 * kVector, end = Lines<K>::kSize; end > 0;
+         channel += 32 * kVector, end -= 32 * kVector) {
+        const int rows = channel < Lines<K>::kSize ? static_cast<int>(p.features.h) - tile.top : 0;
+        const int stride_h = rows > 0 ? static_cast<int>(array.stride_h) : 0,
+                  stride_w = columns > 0 ? static_cast<int>(array.stride_w) : 0;
+        M* const first = element<M>(array, tile.n, tile.group * Lines<K>::kSize + channel, tile.top, tile.left + warp);
 #pragma unroll
-        for (int x = 0; x < kTileColumns; x += kWarps) {
-            if (y < rows && x < columns)
-                f(at_stride(row, stride_w, x), lines + (y * kTileColumns + x + warp) * Lines<K>::kSize + channel);
+        for (int y = 0; y < kTileRows; y++) {
+            M* const row = at_stride(first, stride_h, y);
+#pragma unroll
+            for (int x = 0; x < kTileColumns; x += kWarps) {
+                if (y < rows && x < columns)
+                    f(at_stride(row, stride_w, x), lines + (y * kTileColumns + x + warp) * Lines<K>::kSize + channel);
+            }
         }
     }
 }

@@ -12,13 +12,10 @@
 namespace carafepp::cuda {
 namespace {
 
-constexpr int kRows = 8;             // of a tile
 constexpr int kSourcesOfThread = 2;  // neighbours in a row
 constexpr int kChannelsOfThread = 8, kGroups = kChannelsOfSlice / kChannelsOfThread;
-constexpr int kBefore = 2;          // columns of a halo, such that the first one is even
 constexpr int kMostColumns = 14;    // of a wider tile
-constexpr int kRowsOfWarp = 4;      // if tiles are not wide
-constexpr int kChannelsAtOnce = 2;  // of a warp then
+constexpr int kChannelsAtOnce = 2;  // of a warp if tiles are not wide
 
 // How columns are copied: singly; in pairs, with outputs stored in fours; or as boxes, with outputs in fours. Wide
 // tiles have pairs.
@@ -28,18 +25,26 @@ enum Columns { kSingle, kVectors, kBoxes, kSmallMaps };
 template <int How>
 constexpr int kApart = How == kSmallMaps ? kGroups : kChannelsAtOnce;
 
-// A tile's masks, and its features as [channel][row][column].
+// Columns that a thread copies at once: a halo of 7 x 7 taps begins with an odd one.
+template <int K, int How>
+constexpr int kCopied = How == kSingle || K == 7 ? 1 : 2;
+
+// A tile's masks, and its features as [channel][row][column]. Tiles of 7 x 7 taps are flat: a row of their pairs in two
+// channels is in all banks.
 template <int K, int How, class T>
 struct Staged {
-    static constexpr int kColumnsOfTile = How == kSmallMaps ? kMostColumns : kColumns;
+    static constexpr int kRows = K < 7 ? 8 : 4;
+    static constexpr int kColumnsOfTile = How == kSmallMaps ? kMostColumns : K < 7 ? kColumns : 2 * kColumns;
+    static constexpr int kBefore = K < 7 ? 2 : K / 2;  // columns of a halo
     static constexpr int kPairsInRow = kColumnsOfTile / kSourcesOfThread;
     // Registers are given to four warps at once; some threads of wide tiles have no sources, and copy like others.
     static constexpr int kThreads = static_cast<int>(ceil_div(kRows * kPairsInRow * kGroups, 128)) * 128;
-    static constexpr int kWidth = kBefore + kColumnsOfTile + 2;
+    static constexpr int kWidth = K < 7 ? kBefore + kColumnsOfTile + 2 : 24;
     static constexpr int kMasks = kRows * kColumnsOfTile * K * K * kOutputs;
-    static constexpr int kBoxRows = 12, kChannel = kBoxRows * kWidth;
+    static constexpr int kBoxRows = K < 7 ? 12 : 10, kChannel = kBoxRows * kWidth;
     static_assert(kBoxRows >= kRows + K - 1 && kChannel % 32 == (How == kSmallMaps ? 24 : 16));
     using Features = HaloOfColumns<kRows + K - 1, kWidth, kBefore, kChannel, kThreads, T>;
+    static constexpr int64_t kEnough = K < 7 ? kEnoughItems : 256;  // as fewer fit a multiprocessor
     static constexpr int64_t kBytes = kMasks * int64_t{sizeof(float)} + Features::kElements * int64_t{sizeof(T)} +
                                       int64_t{sizeof(uint64_t)};  // and a barrier
 };
@@ -48,7 +53,8 @@ struct ReassembleUp2NchwPlan {
     Tiles tiles;
     CUtensorMap boxes{};  // of the features of a slice
 
-    ReassembleUp2NchwPlan(const Problem& p, int columns) : tiles(tiles_of_up2(p, kRows, columns)) {}
+    ReassembleUp2NchwPlan(const Problem& p, int rows, int columns, int64_t enough)
+        : tiles(tiles_of_up2(p, rows, columns, enough)) {}
 };
 
 // Two columns in shared memory.
@@ -71,15 +77,16 @@ __device__ __forceinline__ void store_four(float2 left, float2 right, T* to) {
 template <int K, int How, class T>
 __device__ __forceinline__ void add_row(const float4* weights, const T* pixels,
                                         float (&sums)[kChannelsOfThread][kSourcesOfThread][kOutputs]) {
+    using S = Staged<K, How, T>;
 #pragma unroll
-    for (int x = 0; x < kBefore + kSourcesOfThread + 2; x += 2) {
+    for (int x = 0; x < S::kBefore + kSourcesOfThread + K / 2; x += 2) {
         float2 columns[kChannelsOfThread];
 #pragma unroll
         for (int q = 0; q < kChannelsOfThread; q++)
-            columns[q] = staged_columns(pixels + q * kApart<How> * Staged<K, How, T>::kChannel + x);
+            columns[q] = staged_columns(pixels + q * kApart<How> * S::kChannel + x);
 #pragma unroll
         for (int k = 0; k < 2 * kSourcesOfThread; k++) {
-            const int s = k % kSourcesOfThread, b = x + k / kSourcesOfThread - s - (kBefore - K / 2);
+            const int s = k % kSourcesOfThread, b = x + k / kSourcesOfThread - s - (S::kBefore - K / 2);
             if (b < 0 || b >= K) continue;
             const float4 weight = weights[s * K * K + b];
 #pragma unroll
@@ -99,20 +106,21 @@ struct Own {
     int row, column, channel;
 };
 
-template <int How, int PairsInRow>
+template <class S, int How>
 __device__ __forceinline__ Own own_of(int thread) {
+    constexpr int kPairsInRow = S::kPairsInRow;
     if constexpr (How == kSmallMaps) {
         // Eight neighbouring sources of a warp have four channels, which are in different banks.
         const int pair = thread / kGroups;
-        return {pair / PairsInRow, pair % PairsInRow * kSourcesOfThread, thread % kGroups};
+        return {pair / kPairsInRow, pair % kPairsInRow * kSourcesOfThread, thread % kGroups};
     } else {
-        // A quarter of a warp has a row in two channels, which have the same masks. Half of it has a row and the one
-        // after the next: their features, and those of two channels, are in different banks.
-        const int warp = thread / 32, lane = thread % 32;
-        return {
-            warp % (kRows / kRowsOfWarp) * kRowsOfWarp + lane / (2 * PairsInRow) % 2 * 2 + lane / 16,
-            lane % PairsInRow * kSourcesOfThread,
-            warp / (kRows / kRowsOfWarp) * (kChannelsAtOnce * kChannelsOfThread) + lane / PairsInRow % kChannelsAtOnce};
+        // Some neighbouring threads have a row in two channels, which have the same masks. Half of a warp has such a
+        // row, or one and the one after the next: their features, and those of two channels, are in different banks.
+        constexpr int kRowsOfWarp = 32 / (kPairsInRow * kChannelsAtOnce), kWarpsInColumn = S::kRows / kRowsOfWarp;
+        const int warp = thread / 32, lane = thread % 32, row = lane / (kPairsInRow * kChannelsAtOnce);
+        return {warp % kWarpsInColumn * kRowsOfWarp + (kRowsOfWarp == 4 ? row % 2 * 2 + row / 2 : row),
+                lane % kPairsInRow * kSourcesOfThread,
+                warp / kWarpsInColumn * (kChannelsAtOnce * kChannelsOfThread) + lane / kPairsInRow % kChannelsAtOnce};
     }
 }
 
@@ -130,23 +138,22 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
         __syncthreads();
     }
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
-        const Own own = own_of<How, S::kPairsInRow>(thread_computed_late());
+        const Own own = own_of<S, How>(thread_computed_late());
         const TileOfItem tile(p, plan.tiles, item);
         const int i = tile.top + own.row, j = tile.left + own.column;
-        constexpr int kCopied = How == kSingle ? 1 : 2;  // columns at once
         typename S::Features halo;
-        if constexpr (How != kBoxes) halo.template begin<kCopied>(p, tile, K / 2);
+        if constexpr (How != kBoxes) halo.template begin<kCopied<K, How>>(p, tile, K / 2);
         const auto copy = [&](int channels) {
             if constexpr (How != kBoxes) {
-                halo.template copy<kCopied>(p.features, channels, features);
+                halo.template copy<kCopied<K, How>>(p.features, channels, features);
             } else if (threadIdx.x == 0) {
                 expect_bytes(barrier, S::Features::kElements * sizeof(T));
-                copy_box(features, plan.boxes, tile.left - kBefore, tile.top - K / 2,
+                copy_box(features, plan.boxes, tile.left - S::kBefore, tile.top - K / 2,
                          static_cast<int>(tile.c) + tile.channels - channels, static_cast<int>(tile.n), barrier);
             }
         };
         copy(tile.channels);
-        const int rows = min(kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
+        const int rows = min(S::kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
         stage_sources<K, T, S::kThreads>(p, tile.n, tile.group, tile.top, tile.left, S::kColumnsOfTile, masks, rows);
         clear_staged_outside<K, S::kThreads>(p, tile.left, S::kColumnsOfTile, masks, rows);
         const int a_begin = max(K / 2 - i, 0);
@@ -159,7 +166,7 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
         const int channels_apart = static_cast<int>(output.stride_c);
         const int out_columns = static_cast<int>(
             min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));  // that exist
-        const bool has_outputs = own.row < kRows && out_columns > 0;
+        const bool has_outputs = own.row < S::kRows && out_columns > 0;
         const int out_rows = has_outputs ? static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp)) : 0;
         // Rows of taps that exist, and of outputs, in one register; 0 if there are no outputs.
         const int rows_of_taps = min(K, static_cast<int>(p.features.h) + K / 2 - i) - a_begin;
@@ -214,7 +221,7 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
             if (How != kSingle && channels >= kChannelsOfSlice) {
                 store(kChannelsOfSlice);
             } else {
-                store(channels - own_of<How, S::kPairsInRow>(thread_computed_late()).channel);
+                store(channels - own_of<S, How>(thread_computed_late()).channel);
             }
             to = at_stride(to, channels_apart, kChannelsOfSlice);
         }
@@ -223,9 +230,9 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
 
 // Devices before sm_90 have no code for boxes, nor for wide tiles, for which their registers do not suffice.
 template <int K, int How, class T>
-__global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps ? 2
-                                                               : How == kBoxes   ? 4
-                                                                                 : 3)
+__global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps || K == 7 ? 2
+                                                               : How == kBoxes             ? 4
+                                                                                           : 3)
     reassemble_up2_nchw_kernel(Arguments arguments, const __grid_constant__ ReassembleUp2NchwPlan plan) {
     if constexpr (How < kBoxes || kCopiesBoxes) reassemble_items<K, How, T>(arguments.problem, arguments.result, plan);
 }
@@ -233,7 +240,7 @@ __global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps
 template <int K, int How, class T>
 void launch_with(const Problem& p, const Array& output, const CUtensorMap& boxes) {
     using S = Staged<K, How, T>;
-    ReassembleUp2NchwPlan plan(p, S::kColumnsOfTile);
+    ReassembleUp2NchwPlan plan(p, S::kRows, S::kColumnsOfTile, S::kEnough);
     plan.boxes = boxes;
     launch(reassemble_up2_nchw_kernel<K, How, T>, plan.tiles.items, S::kThreads, S::kBytes, p, output, plan);
 }
@@ -244,28 +251,35 @@ const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output
     for (const Array* array : {&p.features, &output}) {
         if (const char* reason = channels_too_far_apart(*array)) return reason;
     }
-    return not_for_columns_of_up2(p, p.features, output);
+    if (p.kernel_size == 7) {
+        if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";  // tensor cores are faster
+        if (const char* reason = not_for_columns(output, kSourcesOfThread * kUp)) return reason;
+    }
+    return not_for_columns_of_up2(p, p.features, output, 7);
 }
 
 void reassemble_up2_nchw(const Problem& p, const Array& output) {
-    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
         CUtensorMap boxes{};
         if constexpr (sizeof(T) == sizeof(float)) {  // tensor cores have aligned columns of 16 bits
             using S = Staged<k, kBoxes, T>;
-            if (not_for_columns(p.features) == nullptr && not_for_columns(output, 4) == nullptr) {
-                const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
-                if (columns(kMostColumns) < columns(kColumns) &&
-                    is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
-                    not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
-                    return launch_with<k, kSmallMaps, T>(p, output, boxes);
+            if (not_for_columns(p.features, kCopied<k, kBoxes>) == nullptr &&
+                not_for_columns(output, kSourcesOfThread * kUp) == nullptr) {
+                if constexpr (k < 7) {
+                    const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
+                    if (columns(kMostColumns) < columns(kColumns) &&
+                        is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
+                        not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
+                        return launch_with<k, kSmallMaps, T>(p, output, boxes);
+                }
                 if (is_compiled_for(90, reassemble_up2_nchw_kernel<k, kBoxes, T>) &&
                     describe_boxes_of_columns(p.features, S::kWidth, S::kBoxRows, kChannelsOfSlice, &boxes))
                     return launch_with<k, kBoxes, T>(p, output, boxes);
                 return launch_with<k, kVectors, T>(p, output, boxes);
             }
         }
-        launch_with<k, kSingle, T>(p, output, boxes);
+        if constexpr (k < 7) launch_with<k, kSingle, T>(p, output, boxes);
     });
 }
 

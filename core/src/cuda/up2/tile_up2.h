@@ -3,6 +3,7 @@
 // and copies each slice's features with their halo into shared memory.
 #pragma once
 
+#include "cuda/columns.h"
 #include "cuda/tiles.h"
 #include "cuda/up2/stage_masks_up2.h"
 
@@ -69,16 +70,6 @@ struct Halo {
 };
 
 // ---- with adjacent columns ----
-
-// Copies `Count` elements at once: of 2 bytes not by themselves.
-template <int Count, class T>
-__device__ __forceinline__ void copy_elements(T* to, const T* from, bool exist) {
-    if constexpr (Count * sizeof(T) >= 4) {
-        copy_async<Count * sizeof(T)>(to, from, exist);
-    } else {
-        *to = exist ? load_input(from) : T{};
-    }
-}
 
 // The rows, of `height`, that `units` of threads copy at once in the fewest turns. Other units have other channels.
 constexpr int rows_at_once(int height, int units) {

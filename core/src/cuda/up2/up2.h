@@ -32,8 +32,9 @@ inline int columns_of_warp(const Problem& p, int pixels, int few) {
 }
 
 // With columns in lanes, of two arrays.
-inline const char* not_for_columns_of_up2(const Problem& p, const Array& one, const Array& other) {
-    if (const char* reason = not_for_up2(p, 5)) return reason;
+inline const char* not_for_columns_of_up2(const Problem& p, const Array& one, const Array& other,
+                                          int64_t largest_kernel = 5) {
+    if (const char* reason = not_for_up2(p, largest_kernel)) return reason;
     for (const Array* array : {&one, &other}) {
         if (!array->empty() && array->stride_w != 1) return "columns are not adjacent";
     }
