@@ -19,7 +19,7 @@
 //   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
 //   - through_normalizer() has some taps of four outputs in a thread, and the sums in registers
 //     (cuda/grad_masks_tiles.h).
-//   - derivatives() has taps of a pixel in some threads, and the sums in shared memory (cuda/grad_masks_up1.h).
+//   - to_multiples() has taps of a pixel in a thread, and leaves their factor to its caller (cuda/up1.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
 

@@ -1,21 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of masks or logits for up = down = 1. A thread has a row of taps of a quad, with all sums in registers
-// through all channels. Then those that have the taps of a pixel carry them through the normaliser.
+// through all channels. Then a thread carries those of a pixel through the normaliser.
 #pragma once
 
 #include "cuda/up1/up1.h"
 
 namespace carafepp::cuda {
 
-constexpr int kMostRowsOfSums = 5;  // of a tile: more threads would have too few registers
+// Of a tile: more threads would have too few registers.
+template <int K>
+constexpr int kMostRowsOfSums = K == 7 ? 4 : 5;
 
-// The slice of grad_output is behind that of features. In the end, gradients of masks are where these were.
+// The slice of grad_output is behind that of features. In the end, gradients of masks are where these were, and behind
+// them adjacent taps.
 struct GradMasksUp1Plan : Up1Plan {
-    GradMasksUp1Plan(const Problem& p, const Array& grad_masks)
-        : Up1Plan(p, grad_masks, p.features, kMostRowsOfSums, 0) {
+    GradMasksUp1Plan(const Problem& p, const Array& grad_masks, bool adjacent_taps)
+        : Up1Plan(p, grad_masks, p.features, p.kernel_size == 7 ? kMostRowsOfSums<7> : kMostRowsOfSums<5>, 0,
+                  adjacent_taps) {
         whole = whole && not_for_columns(p.grad_output, kQuad) == nullptr;
     }
-    int64_t bytes() const { return std::max(slice(halo_rows()) + slice(rows), masks()) * int64_t{sizeof(float)}; }
+    int64_t bytes() const {
+        const int64_t pixels = adjacent ? ceil_div(rows * quads * kQuad, 32) * 32 : 0;
+        return std::max<int64_t>(slice(halo_rows()) + slice(rows), masks() + pixels * kernel_size * kernel_size) *
+               int64_t{sizeof(float)};
+    }
 };
 
 // The quad of a thread, and its row of taps. It takes few instructions to find, and registers to keep.
@@ -33,68 +41,58 @@ struct QuadOfThread {
     }
 };
 
-// Turns masks into the derivatives of the normaliser: a gradient becomes taps[k] * (gradient - mean). Returns the mean.
-// The gradient of tap (a, b) is grads[a * apart + b * step].
-template <int K, bool Column, class M, class Taps>
-__device__ __forceinline__ float derivatives(const Problem& p, const TapsOfPixel<K, Column>& own, const M* logits,
-                                             bool exists, const float* grads, int apart, int step, Taps& taps) {
+// Turns logits into their gradients; grad(t) is that of a mask.
+template <int K, class M, class F>
+__device__ __forceinline__ void through_normalizer(const Problem& p, const TapsInMemory<const M>& logits, int place,
+                                                   float largest, F grad, TapsOfPixel<K>& own) {
+    const float scale = own.to_multiples(p.normalizer, largest);
     if (p.normalizer == CARAFEPP_SIGMOID) {
-        own.map([](int, int, float mask) { return mask * (1 - mask); }, taps);
-        return 0;
+        own.map([&](float mask, int) { return mask * (1 - mask); });
+        own.each([&](float& tap, int t) { tap *= grad(t); });
+        return;
     }
-    float mean = 0;
-    own.each_tap([&](int k, int a, int b, bool has) {
-        if (exists && has) mean += taps[k] * grads[a * apart + b * step];
-    });
-    mean = own.over_threads(mean, [](float a, float b) { return a + b; });
+    float means[2] = {};  // weighted by multiples of masks
+    own.each([&](float tap, int t) { means[t % 2] += tap * grad(t); });
+    const float mean = (means[0] + means[1]) * scale * scale;
     if (p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
-        own.map([&](int a, int b, float mask) {
-            if (!exists || a >= K || b >= K) return mask;
-            return mask * sigmoid(-widen(load_input(logits + (a * K + b) * p.logits.stride_c)));
-        }, taps);
+        own.map([&](float tap, int t) {
+            return tap * sigmoid(-widen(load_input(logits.at(place) + t * p.logits.stride_c)));
+        });
     }
-    return mean;
+    own.each([&](float& tap, int t) { tap *= grad(t) * scale - mean; });
 }
 
 // Writes the gradients of a tile, whose sums are staged as masks are.
-template <int K, bool Column>
+template <int K, bool Adjacent>
 __device__ __forceinline__ void finish(const Problem& p, const Array& result, const GradMasksUp1Plan& plan,
-                                       const TileOfItem& tile, const float* grads) {
+                                       const TileOfItem& tile, float* grads) {
     const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
     const Rectangle outputs(tile.top, min(tile.top + plan.rows, static_cast<int>(result.h)), tile.left,
                             min(tile.left + plan.quads * kQuad, static_cast<int>(result.w)));
     const TapsInMemory<const float> logits(p, p.logits, tile, outputs);
     const TapsInMemory<float> memory(p, result, tile, outputs);
-    using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
-        const Own own;
-        const float* const from = grads + plan.place<K>(y, static_cast<unsigned>(x));
-        typename Own::Taps taps;
-        own.each([&](int k, int) { taps[k] = 1; });
-        float mean = 0;
-        if (normalized) {
-            const bool computed = exists && tile.top + y < p.out_h &&
-                                  tile.left + x < p.out_w;  // not left out by a crop
-            own.load(p, logits(y, x), computed, taps);
-            mean = derivatives<K>(p, own, logits(y, x), computed, from, plan.apart(), kQuad, taps);
-            if (!computed) {
-                own.each([&](int k, int) { taps[k] = 0; });
-                mean = 0;
-            }
+    for_each_pixel(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
+        float* const of_warp = grads + plan.masks() + thread_computed_late() / 32 * 32 * K * K;
+        const bool computed = exists && tile.top + y < p.out_h && tile.left + x < p.out_w;  // not left out by a crop
+        const auto grad = [from = grads + plan.place<K>(y, static_cast<unsigned>(x)), apart = plan.apart()](int t) {
+            return from[t / K * apart + t % K * kQuad];
+        };
+        TapsOfPixel<K> own;
+        const int place = logits.place(y, x, computed);
+        if (normalized) load_taps<K, Adjacent>(logits, place, of_warp, own);
+        if (!computed) {
+            own.each([](float& tap, int) { tap = 0; });
+        } else if (normalized) {
+            through_normalizer(p, logits, place, own.largest(), grad, own);
+        } else {
+            own.each([&](float& tap, int t) { tap = grad(t); });
         }
-        if (!exists) return;
-        own.each_tap([&](int k, int a, int b, bool has) {
-            if (has) taps[k] *= from[a * plan.apart() + b * kQuad] - mean;
-        });
-        own.each_in_memory(memory(y, x), result.stride_c,
-                           [&](float* tap, int k, bool has) __attribute__((always_inline)) {
-            if (has) *tap = taps[k];
-        });
+        store_taps<K, Adjacent>(memory, memory.place(y, x, exists), of_warp, own);
     });
 }
 
 template <int K>
-constexpr int kMostThreadsOfSums = (kMostQuads * kMostRowsOfSums * K + 31) / 32 * 32;  // whole warps
+constexpr int kMostThreadsOfSums = (kMostQuads * kMostRowsOfSums<K> * K + 31) / 32 * 32;  // whole warps
 
 template <int K, bool Vectors>
 __global__ void __launch_bounds__(kMostThreadsOfSums<K>, 2)
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(kMostThreadsOfSums<K>, 2)
                 const float* own_rows = features + (own.row + own.a) * kRow + own.quad * kQuad;
 #pragma unroll 1
                 for (int vector = 0; vector < plan.vectors(); vector++) {
-#pragma unroll
+#pragma unroll 2  // more would have too few registers
                     for (int c = 0; c < kVector; c++) {
                         float grad[kQuad];
                         load_staged(own_grads + c * kPitch, grad);
@@ -184,7 +182,7 @@ const char* not_for_grad_masks_up1(const Problem& p, const Array& grad_masks) {
 
 template <bool Vectors>
 void grad_masks_up1(const Problem& p, const Array& grad_masks) {
-    const GradMasksUp1Plan plan(p, grad_masks);
+    const GradMasksUp1Plan plan(p, grad_masks, Vectors);
     const auto run = [&](auto kernel, int k) {
         launch(kernel, plan.tiles.items, plan.threads(k), plan.bytes(), p, grad_masks, plan);
     };

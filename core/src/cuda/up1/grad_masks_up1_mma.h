@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of masks or logits for up = down = 1 on tensor cores. A product has the sums of a run of outputs in a
-// row of taps. Then those that have the taps of a pixel carry them through the normaliser.
+// row of taps. Then a thread carries those of a pixel through the normaliser.
 #pragma once
 
 #include "cuda/up1/grad_masks_up1.h"
@@ -14,12 +14,16 @@ constexpr int kMostRowsOfSumsOfMma = 4;  // of a tile
 template <int K>
 constexpr int kApartSums = K == 7 ? 53 : K * K;
 
-// In shared memory: a slice of features, one of grad_output, the sums, and taps of the warps.
+// In shared memory: a slice of features, one of grad_output, and the sums. In the end, taps of a pixel are where slices
+// were.
 struct GradMasksUp1MmaPlan : Up1MmaPlan {
-    GradMasksUp1MmaPlan(const Problem& p, const Array& grad_masks, bool vectors)
-        : Up1MmaPlan(p, grad_masks, p.features, kMostRowsOfSumsOfMma, elements_of_row(p), vectors) {
+    GradMasksUp1MmaPlan(const Problem& p, const Array& grad_masks)
+        : Up1MmaPlan(p, grad_masks, p.features, kMostRowsOfSumsOfMma, elements_of_row(p), false) {
         columns_at_once = std::min(columns_at_once, columns_of(p, p.grad_output));
     }
+
+    static_assert(kMostRowsOfSumsOfMma * TapsOfWarp<7>::kElements <= (2 * kMostRowsOfSumsOfMma + 6) * kRowOfSlice,
+                  "as many warps have pixels as rows");
 
 private:
     static int elements_of_row(const Problem& p) {
@@ -82,37 +86,8 @@ struct LaneOfSums {
     }
 };
 
-// Writes the taps of this thread's pixel. All lanes of a warp call it, with memory of the warp.
 template <int K, bool Vectors, class T>
-__device__ __forceinline__ void store_taps(const TapsOfPixel<K, false>& own,
-                                           const typename TapsOfPixel<K, false>::Taps& taps, T* first, bool exists,
-                                           int64_t stride_c, T* of_warp) {
-    if constexpr (Vectors) {
-        const int lane = thread_computed_late() % 32;
-        constexpr int kPixels = TapsOfPixel<K, false>::kApart;
-        __syncwarp();  // what was there has been read
-        T* const to = of_warp + lane % kPixels * K * K + own.first_row * K;
-        own.each_tap([&](int k, int, int, bool has) {
-            if (has) to[k] = narrow<T>(taps[k]);
-        });
-        __syncwarp();
-        const uint64_t address = exists ? reinterpret_cast<uintptr_t>(first) : 0;
-#pragma unroll 4
-        for (int pixel = 0; pixel < kPixels; pixel++) {
-            T* const of_pixel = reinterpret_cast<T*>(__shfl_sync(0xffffffffu, address, pixel));
-            if (of_pixel == nullptr) continue;
-#pragma unroll
-            for (int t = lane; t < K * K; t += 32) of_pixel[t] = of_warp[pixel * K * K + t];
-        }
-    } else if (exists) {
-        own.each_in_memory(first, stride_c, [&](T* tap, int k, bool has) __attribute__((always_inline)) {
-            if (has) *tap = narrow<T>(taps[k]);
-        });
-    }
-}
-
-template <int K, bool Vectors, class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, K == 7 || Vectors ? 2 : 3)
     grad_masks_up1_mma_kernel(Arguments arguments, GradMasksUp1MmaPlan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;
@@ -120,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     T* const grads = features + plan.slice();
     float* const sums = reinterpret_cast<float*>(grads + plan.rows * kRowOfSlice);
     const int warp = same_in_warp(thread_computed_late() / 32);
-    T* const of_warp = features + plan.slice() + plan.rows * plan.of_row + warp * plan.of_warp;
+    T* const of_warp = features + warp * TapsOfWarp<K>::kElements;  // in the end
     const int run = warp & (plan.runs() - 1), step = kWarpsOfUp1 >> plan.run_bits;
     const bool normalized = p.from_logits && p.normalizer != CARAFEPP_NONE;
 #pragma unroll 1
@@ -158,25 +133,22 @@ __global__ void __launch_bounds__(kThreads, 3)
                                 min(tile.left + plan.runs() * kRun, static_cast<int>(result.w)));
         const TapsInMemory<const T> logits(p, p.logits, tile, outputs);
         const TapsInMemory<T> memory(p, result, tile, outputs);
-        using Own = TapsOfPixel<K, false>;
-        for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
-            if (!__any_sync(0xffffffffu, exists)) return;
-            const Own own;
-            const float* const from = sums + (exists ? (y * kMostRuns * kRun + x) * kApartSums<K> : 0);
-            typename Own::Taps taps;
-            own.each([&](int k, int) { taps[k] = 1; });
-            float mean = 0;
+        for_each_pixel(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
             const bool computed = exists && tile.top + y < p.out_h &&
                                   tile.left + x < p.out_w;  // not left out by a crop
-            if (normalized) {
-                load_taps<K, Vectors>(p, plan, own, logits(y, x), computed, of_warp, taps);
-                mean = derivatives<K>(p, own, logits(y, x), computed, from, K, 1, taps);
+            const auto grad = [from = sums + (y * kMostRuns * kRun + x) * kApartSums<K>](int t) { return from[t]; };
+            TapsOfPixel<K> own;
+            const int place = logits.place(y, x, computed);
+            float largest = 0;
+            if (normalized) largest = load_taps<K, Vectors>(plan, logits, place, of_warp, own);
+            if (!computed) {
+                own.each([](float& tap, int) { tap = 0; });
+            } else if (normalized) {
+                through_normalizer(p, logits, place, largest, grad, own);
+            } else {
+                own.each([&](float& tap, int t) { tap = grad(t); });
             }
-            own.each_tap([&](int k, int a, int b, bool has) {
-                if (has) taps[k] *= from[a * K + b] - mean;
-            });
-            if (!computed) own.each([&](int k, int) { taps[k] = 0; });
-            store_taps<K, Vectors>(own, taps, memory(y, x), exists, result.stride_c, of_warp);
+            store_taps<K, Vectors>(memory, memory.place(y, x, exists), of_warp, own);
         });
         __syncthreads();
     }
@@ -192,13 +164,13 @@ const char* not_for_grad_masks_up1_mma(const Problem& p, const Array& grad_masks
     for (const Array* array : {&p.features, &p.grad_output}) {
         if (const char* reason = not_for_pixels_of_mma(p, *array, Vectors)) return reason;
     }
-    if (const char* reason = not_for_shared_memory(GradMasksUp1MmaPlan(p, grad_masks, Vectors).bytes())) return reason;
+    if (const char* reason = not_for_shared_memory(GradMasksUp1MmaPlan(p, grad_masks).bytes())) return reason;
     return not_compiled_for_bfloat16(p, grad_masks_up1_mma_kernel<5, Vectors, BFloat16>);
 }
 
 template <bool Vectors>
 void grad_masks_up1_mma(const Problem& p, const Array& grad_masks) {
-    const GradMasksUp1MmaPlan plan(p, grad_masks, Vectors);
+    const GradMasksUp1MmaPlan plan(p, grad_masks);
     with_kernel_of_up1_mma(p, [&](auto k, auto type) {
         launch(grad_masks_up1_mma_kernel<decltype(k)::value, Vectors, decltype(type)>, plan.tiles.items, kThreads,
                plan.bytes(), p, grad_masks, plan);

@@ -11,11 +11,11 @@ namespace carafepp::cuda {
 // finite in all taps or none. Others are cleared, as 0 * Inf is NaN.
 // Transposed, the masks that the tile's sources have in the outputs around them. Taps are reversed: source s is in the
 // window of output s + K/2 - a by tap a, which is staged as K - 1 - a.
-template <int K, bool Column, bool Transposed>
-__device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& plan, const TileOfItem& tile,
-                                            float* masks) {
+template <int K, bool Adjacent, bool Transposed>
+__device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& plan, const TileOfItem& tile, float* masks,
+                                            float* of_warp) {
     if (Transposed) {
-#pragma unroll 1
+#pragma unroll 4
         for (int k = static_cast<int>(threadIdx.x); k < plan.masks() / kQuad; k += static_cast<int>(blockDim.x))
             reinterpret_cast<float4*>(masks)[k] = make_float4(0, 0, 0, 0);
         __syncthreads();
@@ -29,41 +29,42 @@ __device__ __forceinline__ void stage_masks(const Problem& p, const Up1Plan& pla
                             max(left - kAround, 0),
                             min(left + plan.quads * kQuad + kAround, static_cast<int>(p.out_w)));
     const TapsInMemory<const float> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
-    using Own = TapsOfPixel<K, Column>;
-    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
-        const Own own;
-        typename Own::Taps taps;
-        own.load(p, memory(y, x), exists, taps);
+    for_each_pixel(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
+        TapsOfPixel<K> own;
+        load_taps<K, Adjacent>(memory, memory.place(y, x, exists), of_warp, own);
         if (!exists) return;
+        const float scale = own.to_multiples(normalizer, own.largest());
         // The pixel that tap (0, 0) is staged for. Pixels left of the tile, and above it, are large without a sign.
         const int row = y + outputs.top - top - kAround, column = x + outputs.left - left - kAround;
         const int row_of_quads = plan.quads * K * kQuad;
         float* const to = masks + row * row_of_quads + (Transposed ? (K - 1) * plan.apart() : 0);
-        own.each_tap([&](int k, int a, int b, bool has) {
+        const int step = Transposed ? row_of_quads - plan.apart() : plan.apart();  // from a row of taps to the next
+#pragma unroll
+        for (int b = 0; b < K; b++) {
             const unsigned at = static_cast<unsigned>(column + (Transposed ? b : 0));
-            if (!has || (Transposed && (static_cast<unsigned>(row + a) >= rows || at >= columns))) return;
-            const int of_row = a * (Transposed ? row_of_quads - plan.apart() : plan.apart());
-            to[of_row + plan.place<K>(0, at) + (Transposed ? K - 1 - b : b) * kQuad] = taps[k];
-        });
+            if (Transposed && at >= columns) continue;
+            float* const of_column = to + plan.place<K>(0, at) + (Transposed ? K - 1 - b : b) * kQuad;
+#pragma unroll
+            for (int a = 0; a < K; a++) {
+                if (Transposed && static_cast<unsigned>(row + a) >= rows) continue;
+                of_column[a * step] = own.taps[a * K + b] * scale;
+            }
+        }
         if (Transposed || (normalizer != CARAFEPP_NONE && normalizer != CARAFEPP_SIGMOID)) return;
         float nothing = 0;
-        own.each_tap([&](int k, int, int, bool has) {
-            if (has) nothing += taps[k] * 0;
-        });
+        own.each([&](float tap, int) { nothing += tap * 0; });
         if (nothing == 0) return;
 #pragma unroll 1
-        for (int k = 0; k < Own::kCount; k++) {
-            const int a = own.first_row + k / Own::kColumns, b = own.first_column + k % Own::kColumns;
-            const bool has = a < K && b < K;
-            if (has && !tap_inside<K>(p, tile.top + y + static_cast<int>(p.offset_h),
-                                      tile.left + x + static_cast<int>(p.offset_w), a * K + b))
-                to[a * plan.apart() + plan.place<K>(0, static_cast<unsigned>(x)) + b * kQuad] = 0;
+        for (int t = 0; t < K * K; t++) {
+            if (!tap_inside<K>(p, tile.top + y + static_cast<int>(p.offset_h),
+                               tile.left + x + static_cast<int>(p.offset_w), t))
+                to[t / K * step + plan.place<K>(0, static_cast<unsigned>(x)) + t % K * kQuad] = 0;
         }
     });
 }
 
 template <int K, bool Vectors, bool Transposed>
-__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 && !Vectors && !Transposed ? 2 : 3)
+__global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 && !Vectors ? 2 : 3)
     reassemble_up1_kernel(Arguments arguments, Up1Plan plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kMostQuads * kMostRows * kMostVectors, K == 7 
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
         const TileOfItem tile(p, plan.tiles, item);
-        stage_masks<K, Vectors, Transposed>(p, plan, tile, masks);
+        stage_masks<K, Vectors, Transposed>(p, plan, tile, masks, slice + thread_computed_late() / 32 * 32 * K * K);
+        if (Vectors) __syncthreads();  // the slice takes the place of taps in memory
 #pragma unroll 1
         for (int before = 0; before < tile.channels; before += plan.vectors() * kVector) {
             stage_slice<Vectors, Vectors ? 5 : 2>(plan, sliced, tile.n, tile.c + before, tile.channels - before,
@@ -148,7 +150,7 @@ const char* not_for_reassemble_up1(const Problem& p, const Array& result) {
 
 template <bool Vectors, bool Transposed>
 void reassemble_up1(const Problem& p, const Array& result) {
-    const Up1Plan plan(p, result, Transposed ? p.grad_output : p.features, kMostRows, kEnoughTiles);
+    const Up1Plan plan(p, result, Transposed ? p.grad_output : p.features, kMostRows, kEnoughTiles, Vectors);
     const auto run = [&](auto kernel) {
         launch(kernel, plan.tiles.items, plan.threads(plan.vectors()), plan.bytes(), p, result, plan);
     };

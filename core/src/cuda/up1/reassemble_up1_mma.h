@@ -14,13 +14,19 @@ constexpr int kRunsOfBands = kMostRuns + (Transposed ? 1 : 0);
 template <bool Transposed>
 constexpr int kRowOfTaps = kRunsOfBands<Transposed> * kRun * kRun;  // elements of bands
 
+// Bands have multiples of masks, which as 16 bits lose few bits. Outputs of the forward are finished by a factor of
+// each pixel. Transposed, masks of many pixels meet in a source, and all have one factor.
+constexpr int kFactors = kMostRuns * kRun * 2;  // of a tile's row; floats are two elements
+template <class T>
+constexpr int kExponent = std::is_same_v<T, Float16> ? 15 : 0;
+
 template <bool Transposed>
 struct ReassembleUp1MmaPlan : Up1MmaPlan {
     bool whole_result;  // two columns are stored at once
 
     ReassembleUp1MmaPlan(const Problem& p, const Array& result, bool vectors)
         : Up1MmaPlan(p, result, Transposed ? p.grad_output : p.features, Transposed ? 14 : 8,
-                     static_cast<int>(p.kernel_size) * kRowOfTaps<Transposed>, vectors),
+                     static_cast<int>(p.kernel_size) * kRowOfTaps<Transposed> + (Transposed ? 0 : kFactors), vectors),
           whole_result(not_for_columns(result) == nullptr) {}
 };
 
@@ -46,7 +52,7 @@ __device__ float up1_tap_by_tap(const Problem& p, const TileOfItem& tile, int64_
 // those of all outputs around its sources. Runs of these begin four columns before those of the tile.
 template <int K, bool Vectors, bool Transposed, class T>
 __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp1MmaPlan<Transposed>& plan,
-                                            const TileOfItem& tile, T* bands, T* of_warp) {
+                                            const TileOfItem& tile, T* bands, float* factors, T* of_warp) {
     const int radius = Transposed ? K / 2 : 0, before = Transposed ? kBeforeRun : 0;
     const int top = tile.top - (Transposed ? static_cast<int>(p.offset_h) : 0),
               left = tile.left - (Transposed ? static_cast<int>(p.offset_w) : 0);
@@ -59,27 +65,24 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
     const Rectangle outputs(max(top - radius, 0), min(top + plan.rows + radius, static_cast<int>(p.out_h)),
                             max(left - radius, 0), min(left + plan.runs() * kRun + radius, static_cast<int>(p.out_w)));
     const TapsInMemory<const T> memory(p, p.from_logits ? p.logits : p.masks, tile, outputs);
-    const float scale = scale_of_masks<T>(p);
-    using Own = TapsOfPixel<K, false>;
-    for_each_pixel<Own>(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
-        if (!__any_sync(0xffffffffu, exists)) return;
-        const Own own;
-        typename Own::Taps taps;
-        load_taps<K, Vectors>(p, plan, own, memory(y, x), exists, of_warp, taps);
+    const carafepp_normalizer normalizer = p.from_logits ? p.normalizer : CARAFEPP_NONE;
+    for_each_pixel(outputs, [&](int y, int x, bool exists) __attribute__((always_inline)) {
+        TapsOfPixel<K> own;
+        const float largest = load_taps<K, Vectors>(plan, memory, memory.place(y, x, exists), of_warp, own);
         if (!exists) return;
+        const float factor = own.template to_multiples<kExponent<T>>(normalizer, largest);
         const int column = x + outputs.left - left + before;
-        const int row = y + outputs.top - top - radius + (Transposed ? own.first_row : 0);  // of the result
-        const int step = (Transposed ? K + 1 : 1) * kRowOfTaps<Transposed>;
-        T* to = bands + (row * K + own.first_row) * kRowOfTaps<Transposed> + column * kRun;
+        const int row = y + outputs.top - top - radius;  // of the result
+        if (!Transposed) factors[y * kMostRuns * kRun + x] = factor;
+        const float scale = Transposed ? factor * scale_of_masks<T>(p) : 1;
+        T* to = bands + row * K * kRowOfTaps<Transposed> + column * kRun;
 #pragma unroll
-        for (int k = 0; k < Own::kRows; k++, to += step) {
-            if (own.first_row + k >= K ||
-                (Transposed && static_cast<unsigned>(row + k) >= static_cast<unsigned>(plan.rows)))
-                continue;
+        for (int a = 0; a < K; a++, to += (Transposed ? K + 1 : 1) * kRowOfTaps<Transposed>) {
+            if (Transposed && static_cast<unsigned>(row + a) >= static_cast<unsigned>(plan.rows)) continue;
             uint32_t words[4];
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const auto tap = [&](int b) { return b < K ? scale * taps[k * K + (b < K ? b : 0)] : 0.0f; };
+                const auto tap = [&](int b) { return b < K ? scale * own.taps[a * K + (b < K ? b : 0)] : 0.0f; };
                 words[q] = 2 * q < K ? pair_of<T>(tap(2 * q), tap(2 * q + 1)) : 0;
             }
             *reinterpret_cast<uint4*>(to) = turned(words, column + kShift<K>);
@@ -129,15 +132,18 @@ struct LaneOfRun {
 };
 
 template <int K, bool Vectors, bool Transposed, class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, K == 7 || Transposed ? 2 : 3)
     reassemble_up1_mma_kernel(Arguments arguments, ReassembleUp1MmaPlan<Transposed> plan) {
     const Problem& p = arguments.problem;
     const Array& result = arguments.result;
     const Array& sliced = Transposed ? p.grad_output : p.features;
     T* const bands = shared_memory<T>();
-    T* const slice = bands + plan.rows * plan.of_row;
+    float* const factors = reinterpret_cast<float*>(bands + plan.rows * K * kRowOfTaps<Transposed>);
+    T* const results = bands + plan.rows * plan.of_row;
+    T* const slice = results + plan.of_results;
     const int warp = same_in_warp(thread_computed_late() / 32);
-    T* const of_warp = slice + plan.slice() + warp * plan.of_warp;
+    T* const of_warp = slice + warp * TapsOfWarp<K>::kElements;
+    T* const of_run = results + warp * kRun * kOfSlice;
     const int offset_h = static_cast<int>(Transposed ? -p.offset_h : p.offset_h),
               offset_w = static_cast<int>(Transposed ? -p.offset_w : p.offset_w);
     const int run = warp & (plan.runs() - 1), first_row = warp >> plan.run_bits, step = kWarpsOfUp1 >> plan.run_bits;
@@ -150,14 +156,19 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll 1
         for (int before = 0; before < tile.channels; before += kOfSlice) {
             const int channels = tile.channels - before;
+            const auto stage = [&] { stage_bands<K, Vectors, Transposed>(p, plan, tile, bands, factors, of_warp); };
+            if (before == 0 && Vectors) {
+                stage();
+                __syncthreads();  // the slice takes the place of taps in memory
+            }
             copy_slice<Vectors>(plan, sliced, tile.n, tile.c + before, channels, tile.top + offset_h - K / 2,
                                 tile.left + offset_w - kBeforeRun, plan.halo_rows(), plan.runs() + 1, slice);
-            if (before == 0) stage_bands<K, Vectors, Transposed>(p, plan, tile, bands, of_warp);
+            if (before == 0 && !Vectors) stage();
             wait_for_copies();
             __syncthreads();
             const LaneOfRun<K, Vectors, Transposed, T> own(bands, slice, run);
             const int lane = thread_computed_late() % 32, channel = lane / 4, pair = lane % 4 * 2;
-            const float factor = 1 / scale_of_masks<T>(p);
+            const float scale = scale_of_masks<T>(p);
             // With adjacent channels a lane stores half a pixel, else two pixels in two channels.
             const int half = Vectors ? lane % 2 * kWide : channel, pixel = Vectors ? lane / 2 : pair;
             const int there = pixel < min(columns, kRun) ? channels - half : 0;
@@ -166,6 +177,9 @@ __global__ void __launch_bounds__(kThreads, 3)
             for (int row = first_row; row < end; row += step, to += step * result.stride_h) {
                 float sums[4] = {};
                 own.multiply(row, sums);
+                float2 factor = make_float2(1 / scale, 1 / scale);
+                if (!Transposed)
+                    factor = reinterpret_cast<const float2*>(factors + (row * kMostRuns + run) * kRun)[lane % 4];
                 // Pixels that do not exist may be anything.
                 if (pair < columns) zero += (sums[0] + sums[2]) * 0;
                 if (pair + 1 < columns) zero += (sums[1] + sums[3]) * 0;
@@ -173,15 +187,16 @@ __global__ void __launch_bounds__(kThreads, 3)
                     __syncwarp();  // what was there has been stored
 #pragma unroll
                     for (int k = 0; k < 4; k++)
-                        of_warp[(pair + k % 2) * kOfSlice + k / 2 * kWide + channel] = narrow<T>(sums[k] * factor);
+                        of_run[(pair + k % 2) * kOfSlice + k / 2 * kWide + channel] = narrow<T>(
+                            sums[k] * (k % 2 == 0 ? factor.x : factor.y));
                     __syncwarp();
-                    if (there > 0) __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(of_warp)[lane]);
+                    if (there > 0) __stcs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(of_run)[lane]);
                 } else {
                     T* of_channel = to;
 #pragma unroll
                     for (int k = 0; k < 2; k++, of_channel += kWide * result.stride_c) {
                         if (k * kWide >= there) continue;
-                        const float values[2] = {sums[k * 2] * factor, sums[k * 2 + 1] * factor};
+                        const float values[2] = {sums[k * 2] * factor.x, sums[k * 2 + 1] * factor.y};
                         if (plan.whole_result) {
                             store_row<true>(values, 2, 1, of_channel);
                         } else {

@@ -13,14 +13,15 @@
 
 namespace carafepp::cuda {
 
-constexpr int kQuad = 4;                          // pixels
-constexpr int kMostQuads = 8, kMostRows = 6;      // of a tile: more threads would have too few registers
-constexpr int kMostVectors = 4;                   // of a slice
-constexpr int kPitch = (kMostQuads + 2) * kQuad;  // from channel to channel of a row of a slice
-constexpr int kRow = kVector * kPitch;            // and from row to row
-constexpr int kSkew = 8;                          // vectors of a pixel are in different banks
-constexpr int kMostChannels = 64;                 // of a group, where kernels for any factor are faster beyond
-constexpr int kEnoughTiles = 384;                 // that keep all multiprocessors busy
+constexpr int kQuad = 4;                           // pixels
+constexpr int kMostQuads = 8, kMostRows = 6;       // of a tile: more threads would have too few registers
+constexpr int kMostVectors = 4;                    // of a slice
+constexpr int64_t kMostBytesOfFloats = 75 * 1024;  // of a block: a multiprocessor of sm_90 has three
+constexpr int kPitch = (kMostQuads + 2) * kQuad;   // from channel to channel of a row of a slice
+constexpr int kRow = kVector * kPitch;             // and from row to row
+constexpr int kSkew = 8;                           // vectors of a pixel are in different banks
+constexpr int kMostChannels = 64;                  // of a group, where kernels for any factor are faster beyond
+constexpr int kEnoughTiles = 384;                  // that keep all multiprocessors busy
 
 // Masks are staged as [row of taps][quad][column of taps][pixel], a slice as [vector][row][channel][column]. Its
 // columns begin a quad before those of the tile.
@@ -28,17 +29,19 @@ struct Up1Plan {
     int kernel_size;
     int quads;                   // of a row of a tile
     int quad_bits, vector_bits;  // of a thread's number
+    bool adjacent;               // taps are
     int rows;                    // of a tile
     Tiles tiles;
     bool whole;         // a quad of a slice is a vector in memory, or outside
     bool whole_result;  // and so is one of the result
 
     // Tiles are those of the result, of `most` rows at most. Items have all channels if `enough` is 0: see Tiles.
-    Up1Plan(const Problem& p, const Array& result, const Array& sliced, int most, int enough)
+    Up1Plan(const Problem& p, const Array& result, const Array& sliced, int most, int enough, bool adjacent_taps)
         : kernel_size(static_cast<int>(p.kernel_size)),
           quads(even_part(ceil_div(result.w, kQuad), kMostQuads)),
           quad_bits(bits(quads)),
           vector_bits(bits(std::clamp<int64_t>(ceil_div(p.features.c / p.groups, kVector), 1, kMostVectors))),
+          adjacent(adjacent_taps),
           rows(even_part(result.h, rows_that_fit(most))),
           tiles(p, result.h, result.w, rows, quads * kQuad, kVector << vector_bits, enough),
           whole(p.offset_w == 0 && not_for_columns(sliced, kQuad) == nullptr),
@@ -57,7 +60,11 @@ struct Up1Plan {
         return static_cast<int>((row * quads + column / kQuad) * (K * kQuad) + column % kQuad);
     }
 
-    int64_t bytes() const { return (masks() + slice(halo_rows())) * int64_t{sizeof(float)}; }
+    // Adjacent taps of the pixels that a block has at once are in the place of the slice.
+    int64_t bytes() const {
+        const int taps = adjacent ? threads(vectors()) * kernel_size * kernel_size : 0;
+        return (masks() + std::max(slice(halo_rows()), taps)) * int64_t{sizeof(float)};
+    }
     // If so many share a quad.
     int threads(int of_quad) const { return static_cast<int>(ceil_div((rows * of_quad) << quad_bits, 32)) * 32; }
 
@@ -65,100 +72,64 @@ private:
     static int bits(int64_t number) { return number > 4 ? 3 : number > 2 ? 2 : number > 1 ? 1 : 0; }
 
     int rows_that_fit(int most) {
-        for (rows = most; rows > 1 && bytes() > kMostAskedBytes;) rows--;
+        for (rows = most; rows > 1 && bytes() > std::min<int64_t>(most_shared_bytes(), kMostBytesOfFloats);) rows--;
         return rows;
     }
 };
 
-// Taps of a pixel in the registers of a thread: whole rows, of which two threads of a warp may have halves, or one of
-// neighbouring threads a `Column`.
-template <int K, bool Column>
+// The taps of a pixel, in the registers of a thread.
+template <int K>
 struct TapsOfPixel {
-    static constexpr int kParts = Column ? K == 3 ? 4 : 8 : K >= 5 ? 2 : 1;  // threads of a pixel
-    static constexpr int kOfWarp = 32 / kParts;                              // pixels
-    static constexpr int kApart = Column ? 1 : kOfWarp;                      // lanes from one to the next
-    static constexpr int kColumns = Column ? 1 : K, kRows = Column ? K : (K + kParts - 1) / kParts;
-    static constexpr int kCount = kRows * kColumns;
-    using Taps = float[kCount];
+    float taps[K * K];
 
-    int first_row, first_column;
-
-    __device__ __forceinline__ TapsOfPixel() {
-        const int part = static_cast<int>(static_cast<unsigned>(thread_computed_late()) / kApart % kParts);
-        first_row = Column ? 0 : part * kRows;
-        first_column = Column ? part : 0;
-    }
-
-    // The pixel of this thread, among those that a block has at once.
-    static __device__ __forceinline__ int pixel() {
-        const unsigned thread = static_cast<unsigned>(thread_computed_late());
-        return static_cast<int>(Column ? thread / kParts : thread / 32 * kApart + thread % kApart);
-    }
-
-    // Calls f(register, row, column, exists).
     template <class F>
-    __device__ __forceinline__ void each_tap(F f) const {
+    __device__ __forceinline__ void each(F f) {
 #pragma unroll
-        for (int k = 0; k < kCount; k++) {
-            const int a = k / kColumns, b = k % kColumns;
-            const bool in_all = Column ? false : (kParts - 1) * kRows + a < K;
-            f(k, first_row + a, first_column + b, in_all || (first_row + a < K && first_column + b < K));
-        }
+        for (int t = 0; t < K * K; t++) f(taps[t], t);
     }
+    // taps[t] = f(taps[t], t) for what is rare: in a loop, in which taps take turns with the first register.
     template <class F>
-    __device__ __forceinline__ void each(F f) const {
-        each_tap([&](int k, int a, int b, bool) { f(k, a * K + b); });
-    }
-    // f over the threads of the pixel. All lanes of a warp call it.
-    template <class F>
-    __device__ __forceinline__ float over_threads(float value, F f) const {
-#pragma unroll
-        for (int distance = kApart; distance < kApart * kParts; distance *= 2)
-            value = f(value, __shfl_xor_sync(0xffffffffu, value, distance));
-        return value;
-    }
-
-    // Calls f(pointer, register, exists) for each tap. `first` points to the first one of the pixel in an array of the
-    // shape of masks. A pointer comes from the one before: that takes fewer registers than products.
-    template <class M, class F>
-    __device__ __forceinline__ void each_in_memory(M* first, int64_t apart, F f) const {
-        first += Column ? first_column : first_row * K * apart;
-        each_tap([&](int k, int, int, bool exists) __attribute__((always_inline)) {
-            f(Column ? first + k * K : first, k, exists);
-            if (!Column) first = at_stride(first, static_cast<int>(apart), 1);
-        });
-    }
-
-    // Loads taps, and normalises them if they are logits. A tap that does not exist is -INFINITY, as it changes no sum.
-    __device__ __forceinline__ void load(const Problem& p, const float* first, bool exist, Taps& taps) const {
-        if (kParts == 1 && !exist) return;
-        each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,
-                       [&](const float* tap, int k, bool exists) __attribute__((always_inline)) {
-            taps[k] = kParts == 1 || (exist && exists) ? load_input(tap) : -INFINITY;
-        });
-        if (p.from_logits) normalize(p.normalizer, taps);
-    }
-
-    // taps[k] = f(a, b, taps[k]) for what is rare: in a loop, in which taps take turns with the first register.
-    template <class F>
-    __device__ __forceinline__ void map(F f, Taps& taps) const {
+    __device__ __forceinline__ void map(F f) {
 #pragma unroll 1
-        for (int k = 0; k < kCount; k++) {
-            const float value = f(first_row + k / kColumns, first_column + k % kColumns, taps[0]);
+        for (int t = 0; t < K * K; t++) {
+            const float value = f(taps[0], t);
 #pragma unroll
-            for (int next = 1; next < kCount; next++) taps[next - 1] = taps[next];
-            taps[kCount - 1] = value;
+            for (int next = 1; next < K * K; next++) taps[next - 1] = taps[next];
+            taps[K * K - 1] = value;
         }
     }
 
-    __device__ __forceinline__ void normalize(carafepp_normalizer normalizer, Taps& taps) const {
-        if (normalizer == CARAFEPP_NONE) return;
+    __device__ __forceinline__ float largest() {
+        float of[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};          // so that few wait for each other
+        each([&](float tap, int t) { of[t % 4] = fmaxf(tap, of[t % 4]); });  // of NaN and a number the number
+        return fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
+    }
+
+    // Turns logits, of which the largest is known, into multiples of masks. The largest of a softmax becomes
+    // 2^Exponent. Returns what a multiple times is the mask.
+    template <int Exponent = 0>
+    __device__ __forceinline__ float to_multiples(carafepp_normalizer normalizer, float largest) {
+        constexpr float kScale = 1 << Exponent;
+        if (normalizer == CARAFEPP_NONE) return 1;
         if (normalizer != CARAFEPP_SOFTMAX) {
-            map([&](int, int, float tap) { return normalizer == CARAFEPP_SIGMOID ? sigmoid(tap) : log_sigmoid(tap); },
-                taps);
-            if (normalizer == CARAFEPP_SIGMOID) return;
+            map([&](float tap, int) {
+                return normalizer == CARAFEPP_SIGMOID ? kScale * sigmoid(tap) : log_sigmoid(tap);
+            });
+            if (normalizer == CARAFEPP_SIGMOID) return 1 / kScale;
+            largest = log_sigmoid(largest);
         }
-        normalize_registers(CARAFEPP_SOFTMAX, *this, taps);
+        // What rounding does to `shift` is common to all taps. It is small, unless logits are huge.
+        if (!(fabsf(largest) < 0x1p16f)) {
+            map([&](float tap, int) { return tap - largest; });
+            largest = 0;
+        }
+        const float shift = Exponent - largest * kLog2OfE;
+        float sums[2] = {};
+        each([&](float& tap, int t) {
+            tap = power_of_2(fmaf(tap, kLog2OfE, shift));
+            sums[t % 2] += tap;
+        });
+        return reciprocal(sums[0] + sums[1]);
     }
 };
 
@@ -172,36 +143,107 @@ struct Rectangle {
 
 // Calls f(row, column, exists) for the pixels of a thread, counted in the rectangle. All lanes of a warp call it
 // equally often.
-template <class Own, class F>
+template <class F>
 __device__ __forceinline__ void for_each_pixel(const Rectangle& pixels, F f) {
     if (pixels.rows <= 0 || pixels.columns <= 0) return;
-    const int further = static_cast<int>(blockDim.x) / Own::kParts;
-    int row = 0, column = Own::pixel();
+    const int threads = static_cast<int>(blockDim.x);
+    int row = 0, column = thread_computed_late();
 #pragma unroll 1
-    for (int before = 0; before < pixels.rows * pixels.columns; before += further) {
+    for (int before = 0; before < pixels.rows * pixels.columns; before += threads) {
 #pragma unroll 1
         while (column >= pixels.columns) column -= pixels.columns, row++;
-        f(row, column, row < pixels.rows);
-        column += further;
+        if (__any_sync(0xffffffffu, row < pixels.rows)) f(row, column, row < pixels.rows);
+        column += threads;
     }
 }
 
 // The taps of the pixels of a rectangle, in an array of the shape of masks.
 template <class M>
 struct TapsInMemory {
+    static constexpr int kNoPixel = INT32_MIN;
+
     M* corner;
-    int stride_h, stride_w;
+    int stride_h, stride_w, stride_c;
 
     __device__ __forceinline__ TapsInMemory(const Problem& p, const Array& array, const TileOfItem& tile,
                                             const Rectangle& pixels)
         : corner(element<M>(array, tile.n, tile.group * p.taps(), pixels.top, pixels.left)),
           stride_h(static_cast<int>(array.stride_h)),
-          stride_w(static_cast<int>(array.stride_w)) {}
+          stride_w(static_cast<int>(array.stride_w)),
+          stride_c(static_cast<int>(array.stride_c)) {}
 
-    __device__ __forceinline__ M* operator()(int row, int column) const {
-        return at_stride(corner, row * stride_h + column * stride_w, 1);
+    // Where the first tap of a pixel is, from the corner on.
+    __device__ __forceinline__ int place(int row, int column, bool exists) const {
+        return exists ? row * stride_h + column * stride_w : kNoPixel;
+    }
+    __device__ __forceinline__ M* at(int place) const { return at_stride(corner, place, 1); }
+
+    // Calls f(pointer, tap) for the taps of the pixel there.
+    template <int K, class F>
+    __device__ __forceinline__ void each(int place, F f) const {
+        M* row = at(place);
+#pragma unroll
+        for (int a = 0; a < K; a++, row = at_stride(row, stride_c, K)) {
+#pragma unroll
+            for (int b = 0; b < K; b++) f(at_stride(row, stride_c, b), a * K + b);
+        }
+    }
+    // The same for the pixels of the lanes of a warp, whose taps are adjacent: calls f(pointer, lane, tap). `All` of
+    // the pixels exist, or some. All lanes call it.
+    template <int K, bool All, class F>
+    __device__ __forceinline__ void each_of_warp(int place, F f) const {
+        constexpr int kTaps = K * K, kAtOnce = kTaps < 32 ? 32 / kTaps : 1;  // pixels
+        const int lane = thread_computed_late() % 32, own = lane / kTaps, tap = lane % kTaps;
+#pragma unroll 2
+        for (int before = 0; before < 32; before += kAtOnce) {
+            const int pixel = before + own, of_pixel = __shfl_sync(0xffffffffu, place, pixel);
+            if (!All && of_pixel == kNoPixel) continue;
+            if (kTaps < 32 && (own >= kAtOnce || pixel >= 32)) continue;
+            M* const of_lane = at(of_pixel + tap);
+#pragma unroll
+            for (int t = 0; t < kTaps; t += 32) {
+                if (t + 32 <= kTaps || tap + t < kTaps) f(of_lane + t, pixel, tap + t);
+            }
+        }
     }
 };
+
+// Loads the taps of this thread's pixel, at a place in memory. In one that does not exist they are anything. All
+// lanes of a warp call it. With adjacent taps it has memory of the warp, for all taps of 32 pixels.
+template <int K, bool Adjacent>
+__device__ __forceinline__ void load_taps(const TapsInMemory<const float>& memory, int place, float* of_warp,
+                                          TapsOfPixel<K>& own) {
+    if (place == memory.kNoPixel) place = 0;  // that of a pixel that exists
+    if constexpr (Adjacent) {
+        __syncwarp();  // what was there has been read
+        memory.each_of_warp<K, true>(place, [&](const float* tap, int lane, int t) __attribute__((always_inline)) {
+            copy_async<sizeof(float)>(of_warp + lane * K * K + t, tap, true);
+        });
+        wait_for_copies();
+        __syncwarp();
+        const float* const from = of_warp + thread_computed_late() % 32 * K * K;
+        own.each([&](float& tap, int t) { tap = from[t]; });
+    } else {
+        memory.each<K>(place != memory.kNoPixel ? place : 0,
+                       [&](const float* tap, int t) __attribute__((always_inline)) { own.taps[t] = load_input(tap); });
+    }
+}
+
+// Stores them likewise.
+template <int K, bool Adjacent, class T>
+__device__ __forceinline__ void store_taps(const TapsInMemory<T>& memory, int place, T* of_warp, TapsOfPixel<K>& own) {
+    if constexpr (Adjacent) {
+        __syncwarp();  // what was there has been read
+        T* const to = of_warp + thread_computed_late() % 32 * K * K;
+        own.each([&](float tap, int t) { to[t] = narrow<T>(tap); });
+        __syncwarp();
+        memory.template each_of_warp<K, false>(
+            place, [&](T* tap, int lane, int t) __attribute__((always_inline)) { *tap = of_warp[lane * K * K + t]; });
+    } else if (place != memory.kNoPixel) {
+        memory.template each<K>(place,
+                                [&](T* tap, int t) __attribute__((always_inline)) { *tap = narrow<T>(own.taps[t]); });
+    }
+}
 
 // Four columns of a row, of which those in [begin, end) exist; others are 0. If they are `whole`, all exist or none.
 __device__ __forceinline__ float4 load_quad(const float* from, int64_t stride_w, bool whole, int begin, int end) {

@@ -25,15 +25,13 @@ static_assert(kPitch == (kMostRuns + 1) * kRun && kPitch / kRun % 2 == 1, "rows 
 template <int K>
 constexpr int kShift = kBeforeRun - K / 2;
 
-// Taps of the 16 pixels that a warp has at once, where they are adjacent in memory: a copy of the vectors that have
-// them.
+// Taps of the pixels that a warp has at once, where they are adjacent in memory: a copy of the vectors that have them.
 template <int K>
 struct TapsOfWarp {
-    static constexpr int kPixels = TapsOfPixel<K, false>::kOfWarp;
     static constexpr int kVectors = (K * K + 2 * (kWide - 1)) / kWide;  // of a pixel
     static constexpr int kLanes = kVectors > 4 ? 8 : 4;                 // that copy them
-    static constexpr int kPixel = kVectors * kWide, kElements = kPixels * kPixel;
-    static_assert(TapsOfPixel<K, false>::kParts == 2 && kVectors <= kLanes, "lanes have half a pixel, and a vector");
+    static constexpr int kPixel = kVectors * kWide, kElements = 32 * kPixel;
+    static_assert(kVectors <= kLanes, "a lane has a vector");
 };
 
 struct Up1MmaPlan {
@@ -41,18 +39,20 @@ struct Up1MmaPlan {
     int run_bits;  // of a row of a tile
     int rows;      // of a tile
     Tiles tiles;
-    int columns_at_once;             // that are copied
-    int of_row, of_warp;             // elements of 16 bits beside a slice: of a tile's row, and of a warp
+    int columns_at_once;  // that are copied
+    // Elements of 16 bits in shared memory: of a tile's row beside a slice, of results on their way, and of taps in the
+    // place of the slice.
+    int of_row, of_results, taps;
     uint64_t first_vector, vectors;  // of 16 bytes, in the memory of masks or logits
 
     // Tiles are those of the result.
     Up1MmaPlan(const Problem& p, const Array& result, const Array& sliced, int most_rows, int elements_of_row,
-               bool vectors_of_channels)
+               bool stages_taps)
         : kernel_size(static_cast<int>(p.kernel_size)),
           run_bits(result.w <= kRun       ? 0
                    : result.w <= 2 * kRun ? 1
                                           : 2),
-          rows(even_part(result.h, rows_that_fit(most_rows, elements_of_row, vectors_of_channels))),
+          rows(even_part(result.h, rows_that_fit(most_rows, elements_of_row, stages_taps))),
           tiles(p, result.h, result.w, rows, kRun << run_bits, kOfSlice, 0),
           columns_at_once(columns_of(p, sliced)) {
         const Array& taps = p.from_logits ? p.logits : p.masks;
@@ -68,7 +68,7 @@ struct Up1MmaPlan {
     CARAFEPP_HOST_DEVICE int runs() const { return 1 << run_bits; }
     CARAFEPP_HOST_DEVICE int halo_rows() const { return rows + kernel_size - 1; }
     CARAFEPP_HOST_DEVICE int slice() const { return halo_rows() * kRowOfSlice; }
-    int64_t bytes() const { return (slice() + rows * of_row + kWarpsOfUp1 * of_warp) * int64_t{sizeof(uint16_t)}; }
+    int64_t bytes() const { return (rows * of_row + of_results + std::max(slice(), taps)) * int64_t{sizeof(uint16_t)}; }
 
     static int columns_of(const Problem& p, const Array& sliced) {
         for (int columns : {4, 2}) {
@@ -78,9 +78,12 @@ struct Up1MmaPlan {
     }
 
 private:
-    int rows_that_fit(int most, int elements_of_row, bool vectors_of_channels) {
+    int rows_that_fit(int most, int elements_of_row, bool stages_taps) {
         of_row = elements_of_row;
-        of_warp = !vectors_of_channels ? 0 : kernel_size == 5 ? TapsOfWarp<5>::kElements : TapsOfWarp<7>::kElements;
+        of_results = stages_taps ? kThreads * kQuad : 0;
+        taps = !stages_taps       ? 0
+               : kernel_size == 5 ? kWarpsOfUp1 * TapsOfWarp<5>::kElements
+                                  : kWarpsOfUp1 * TapsOfWarp<7>::kElements;
         const int64_t most_bytes = std::min<int64_t>(most_shared_bytes(), kMostBytesOfUp1);
         for (rows = most; rows > 1 && bytes() > most_bytes;) rows--;
         return rows;
@@ -111,97 +114,135 @@ __device__ __forceinline__ void copy_slice(const Up1MmaPlan& plan, const Array& 
             }
         }
     } else {
-        const int quads = runs * (kRun / kQuad), at_once = 32 / quads;
-        const int number = lane / quads, column = lane % quads * kQuad, j = left + column;
-        if (number >= at_once) return;
-#pragma unroll 1
-        for (int item = warp * at_once + number; item < rows * kOfSlice; item += kWarpsOfUp1 * at_once) {
-            const int channel = item % kOfSlice, i = top + item / kOfSlice;
-            const bool exists = i >= 0 && i < height && channel < channels;
-            const T* const from = element<const T>(array, n, c + (exists ? channel : 0), exists ? i : 0, 0);
-            T* const to = slice + item * kPitch + column;
-            with_columns(plan.columns_at_once, [&](auto at_once) __attribute__((always_inline)) {
-                constexpr int kColumns = decltype(at_once)::value;
+        // A thread has a quad of a channel, in some rows.
+        const int lanes = runs * kRun > 8 * kQuad ? 16 : 8, line = thread / lanes, step = kThreads / kOfSlice / lanes;
+        const int channel = line % kOfSlice, first = line / kOfSlice, column = thread % lanes * kQuad,
+                  j = left + column;
+        if (column >= runs * kRun) return;
+        const T* from = element<const T>(array, n, c + channel, top + first, j);
+        T* to = slice + line * kPitch + column;
+        with_columns(plan.columns_at_once, [&](auto at_once) __attribute__((always_inline)) {
+            constexpr int kColumns = decltype(at_once)::value;
+#pragma unroll 2
+            for (int row = first; row < rows; row += step, from += step * array.stride_h, to += step * kRowOfSlice) {
+                const bool exists = channel < channels &&
+                                    static_cast<unsigned>(top + row) < static_cast<unsigned>(height);
 #pragma unroll
                 for (int k = 0; k < kQuad; k += kColumns) {
-                    const bool has = exists && j + k >= 0 && j + k < width;
-                    const T* const own = from + (has ? j + k : 0);
+                    const bool has = exists && static_cast<unsigned>(j + k) < static_cast<unsigned>(width);
                     if constexpr (kColumns == 1) {
-                        to[k].bits = has ? load_input(own).bits : 0;
+                        to[k].bits = has ? load_input(from + k).bits : 0;
                     } else {
-                        copy_async<kColumns * sizeof(T)>(to + k, own, has);
+                        copy_async<kColumns * sizeof(T)>(to + k, from + k, has);
                     }
                 }
-            });
-        }
+            }
+        });
     }
 }
 
-// Loads the taps of this thread's pixel and normalises them if they are logits. `first` points to tap (0, 0) of a pixel
-// that exists. A tap that does not exist is -INFINITY, and in a pixel that does not exist anything. All lanes of a warp
-// call it, with memory of the warp.
-template <int K, bool Vectors, class T>
-__device__ __forceinline__ void load_taps(const Problem& p, const Up1MmaPlan& plan, const TapsOfPixel<K, false>& own,
-                                          const T* first, bool exists, T* of_warp,
-                                          typename TapsOfPixel<K, false>::Taps& taps) {
-    if constexpr (Vectors) {
+// The larger elements of two pairs; of NaN and a number the number.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t larger;
+    if constexpr (std::is_same_v<T, Float16>) {
+        asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    } else {
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    }
+    return larger;
+#else
+    const float2 x = widen_pair<T>(a), y = widen_pair<T>(b);
+    return pair_of<T>(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+#endif
+}
+
+// A word or, if `odd`, its last element and the first one of the word behind it.
+__device__ __forceinline__ uint32_t pair_at(uint32_t word, uint32_t behind, bool odd) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(word, behind, odd ? 0x5432 : 0x3210);
+#else
+    return odd ? word >> 16 | behind << 16 : word;
+#endif
+}
+
+// Loads the taps of this thread's pixel, at a place in memory, and returns the largest. In a pixel that does not exist
+// they are anything. All lanes of a warp call it, with memory of the warp.
+template <int K, bool Adjacent, class T>
+__device__ __forceinline__ float load_taps(const Up1MmaPlan& plan, const TapsInMemory<const T>& memory, int place,
+                                           T* of_warp, TapsOfPixel<K>& own) {
+    if (place == memory.kNoPixel) place = 0;  // that of a pixel that exists
+    if constexpr (Adjacent) {
         using Copies = TapsOfWarp<K>;
         constexpr unsigned kBytes = K * K * sizeof(T);
-        const uint64_t address = reinterpret_cast<uintptr_t>(first);
-        // A bit that no address has: all vectors of the pixel are in the array.
+        const uint64_t address = reinterpret_cast<uintptr_t>(memory.at(place));
         const bool inside = address / 16 - plan.first_vector < plan.vectors &&
                             (address + kBytes - 1) / 16 - plan.first_vector < plan.vectors;
-        const uint64_t own_pixel = exists ? address + inside : 0;
-        const int lane = thread_computed_late() % 32, number = lane % Copies::kLanes;
+        const int lane = thread_computed_late() % 32;
         __syncwarp();  // what was there has been read
+        if (!__any_sync(0xffffffffu, !inside)) {
+            const int number = lane % Copies::kLanes;
 #pragma unroll
-        for (int before = 0; before < Copies::kPixels; before += 32 / Copies::kLanes) {
-            const int pixel = before + lane / Copies::kLanes;
-            const uint64_t of_pixel = __shfl_sync(0xffffffffu, own_pixel, pixel);
-            const unsigned skipped = static_cast<unsigned>(of_pixel) & 14;
-            if (of_pixel == 0 || static_cast<unsigned>(number) * 16 >= skipped + kBytes) continue;
-            T* const to = of_warp + pixel * Copies::kPixel + number * kWide;
-            const T* const vector = reinterpret_cast<const T*>(of_pixel & ~uint64_t{15}) + number * kWide;
-            if (of_pixel % 2 != 0) {
-                copy_async<16>(to, vector, true);
-            } else {
-#pragma unroll 1
-                for (int k = 0; k < kWide; k++) {
-                    const unsigned tap = static_cast<unsigned>(number * kWide + k) * sizeof(T) - skipped;
-                    if (tap < kBytes) to[k] = load_input(vector + k);
-                }
+            for (int before = 0; before < 32; before += 32 / Copies::kLanes) {
+                const int pixel = before + lane / Copies::kLanes;
+                const T* const first = memory.at(__shfl_sync(0xffffffffu, place, pixel));
+                const unsigned skipped = static_cast<unsigned>(reinterpret_cast<uintptr_t>(first)) % 16 / sizeof(T);
+                if (static_cast<unsigned>(number) * kWide < skipped + K * K)
+                    copy_async<16>(of_warp + pixel * Copies::kPixel + number * kWide, first - skipped + number * kWide,
+                                   true);
             }
+        } else {
+            memory.template each_of_warp<K, true>(place, [&](const T* tap, int pixel, int t) {
+                const auto skipped = reinterpret_cast<uintptr_t>(tap - t) % 16 / sizeof(T);
+                of_warp[pixel * Copies::kPixel + skipped + t] = load_input(tap);
+            });
         }
         wait_for_copies();
         __syncwarp();
-        const T* const from = of_warp + lane % Copies::kPixels * Copies::kPixel + address % 16 / sizeof(T) +
-                              own.first_row * K;
-        own.each_tap([&](int k, int, int, bool has) { taps[k] = has ? widen(from[k]) : -INFINITY; });
+        // Two words are loaded at once, as pixels are apart by few banks. Two taps are a word, or halves of two words.
+        // The last tap is alone.
+        constexpr int kWords = K * K / 2 + 1;
+        static_assert(kWords % 2 == 1, "a word more is loaded");
+        const unsigned skipped = static_cast<unsigned>(address) % 16 / sizeof(T);
+        const uint2* const from = reinterpret_cast<const uint2*>(of_warp + lane * Copies::kPixel) + skipped / 4;
+        uint32_t words[kWords + 1], largest[2];
+#pragma unroll
+        for (int k = 0; k <= kWords; k += 2) {
+            const uint2 two = from[k / 2];
+            words[k] = two.x, words[k + 1] = two.y;
+        }
+#pragma unroll
+        for (int k = 0; k < kWords; k++) words[k] = skipped / 2 % 2 != 0 ? words[k + 1] : words[k];
+#pragma unroll
+        for (int k = 0; k < kWords; k++) {
+            const bool last = k + 1 == kWords;
+            const uint32_t pair = pair_at(words[k], words[last ? k : k + 1], skipped % 2 != 0),
+                           own_taps = last ? (pair & 0xffff) * 0x10001 : pair;
+            largest[k % 2] = k < 2 ? own_taps : larger_pair<T>(own_taps, largest[k % 2]);
+            const float2 taps = widen_pair<T>(pair);
+            own.taps[2 * k] = taps.x;
+            if (!last) own.taps[2 * k + (last ? 0 : 1)] = taps.y;
+        }
+        const float2 both = widen_pair<T>(larger_pair<T>(largest[0], largest[1]));
+        return fmaxf(both.x, both.y);
     } else {
-        own.each_in_memory(first, (p.from_logits ? p.logits : p.masks).stride_c,
-                           [&](const T* tap, int k, bool has) __attribute__((always_inline)) {
-            taps[k] = exists && has ? widen(load_input(tap)) : -INFINITY;
-        });
+        memory.template each<K>(
+            place, [&](const T* tap, int t) __attribute__((always_inline)) { own.taps[t] = widen(load_input(tap)); });
+        return own.largest();
     }
-    if (p.from_logits) own.normalize(p.normalizer, taps);
 }
 
-// Turns eight elements around by `count` places, towards higher ones.
+// Turns eight elements around by `count` places, towards higher ones: words by one place more, and elements back.
 __device__ __forceinline__ uint4 turned(const uint32_t (&words)[4], int count) {
-    const bool odd = count % 2 != 0, one = count / 2 % 2 != 0, two = count / 4 % 2 != 0;
-    uint32_t by_one[4], by_two[4];
+    const bool one = (count + 1) / 2 % 2 != 0, two = (count + 1) / 4 % 2 != 0;
+    uint32_t back[4], by_one[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-#if defined(__CUDA_ARCH__)
-        by_one[k] = __byte_perm(words[(k + 3) % 4], words[k], odd ? 0x5432 : 0x7654);
-#else
-        by_one[k] = odd ? words[(k + 3) % 4] >> 16 | words[k] << 16 : words[k];
-#endif
-    }
+    for (int k = 0; k < 4; k++) back[k] = pair_at(words[k], words[(k + 1) % 4], count % 2 != 0);
 #pragma unroll
-    for (int k = 0; k < 4; k++) by_two[k] = one ? by_one[(k + 3) % 4] : by_one[k];
-    return two ? make_uint4(by_two[2], by_two[3], by_two[0], by_two[1])
-               : make_uint4(by_two[0], by_two[1], by_two[2], by_two[3]);
+    for (int k = 0; k < 4; k++) by_one[k] = one ? back[(k + 3) % 4] : back[k];
+    return two ? make_uint4(by_one[2], by_one[3], by_one[0], by_one[1])
+               : make_uint4(by_one[0], by_one[1], by_one[2], by_one[3]);
 }
 
 // Why these kernels do not take a problem.
