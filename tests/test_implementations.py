@@ -10,7 +10,7 @@ import pytest
 
 import carafepp
 from cases import CASES, DTYPES, FEW, Case, integer_arrays, random_arrays
-from cases.calls import FUNCTIONS, arguments, call, in_layout
+from cases.calls import FUNCTIONS, RESULTS, arguments, call, in_layout
 from cuda_libraries import EMULATED
 from foreign import PretendedCUDA
 from functions import ISAS as KERNELS
@@ -39,6 +39,26 @@ def test_the_list_is_the_same_for_every_problem_and_some_reference_accepts_it(
     assert entries[-1][0].endswith("_ref")
     assert all(reason is None for name, reason in entries if name.endswith("_ref"))
     assert all(reason is None or len(reason) > 3 for _, reason in entries)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@product(case=CASES, by_default={"case": FEW}, turns={"function": FUNCTIONS, "dtypes": DTYPES})
+def test_a_result_that_is_not_given_counts_as_the_one_that_a_call_makes(
+    case, function, dtypes, layout
+):
+    arrays = integer_arrays(case, dtypes)
+    inputs, params = arguments(function, case, arrays)
+    results = [
+        getattr(arrays, {"output": "grad_output"}.get(name, name)) for name in RESULTS[function]
+    ]
+    place = PretendedCUDA if EMULATED else np.asarray
+    inputs = [place(array) for array in in_layout(inputs, layout)]
+    results = [place(np.zeros_like(array)) for array in in_layout(results, layout)]
+    out = tuple(results) if len(results) == 2 else results[0]
+    listed = carafepp.list_implementations(function, *inputs, **params, layout=layout)
+    assert listed == carafepp.list_implementations(
+        function, *inputs, **params, layout=layout, out=out
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ struct KernelOfBoth {
     void (*run)(const Problem&, const Array& grad_features, const Array& grad_masks);  // which have elements
 };
 
-// The results that kernels compute. With logits, an output has names of its own but the same kernels. An empty result,
-// whose shape is not known yet, may come to `cannot_run` and `slower`.
+// The results that kernels compute. With logits, an output has names of its own but the same kernels. `cannot_run` and
+// `slower` may get a result without memory.
 enum Result {
     kReassemble,
     kReassembleWithLogits,

@@ -445,6 +445,16 @@ void output_shape(carafepp_function function, const carafepp_params* given, cons
     std::copy_n(axes + (input->ndim == 3), input->ndim, shape);
 }
 
+// A result that is not known yet counts as contiguous, with adjacent channels where those of `like` are.
+static Array unknown(const Shape& shape, const Array& like) {
+    const auto [n, c, h, w] = shape.numbers;
+    int64_t plane = 0, image = 0;
+    if (__builtin_mul_overflow(h, w, &plane) || __builtin_mul_overflow(c, plane, &image)) return {};
+    Array result{nullptr, like.dtype, n, c, h, w, image, plane, w, 1};
+    if (like.stride_c == 1 && c > 1) result.stride_c = 1, result.stride_h = w * c, result.stride_w = c;
+    return result;
+}
+
 Call check_call(carafepp_function function, const carafepp_params* given, const carafepp_tensor* const* tensors,
                 bool results_required) {
     if (!known(function))
@@ -527,24 +537,28 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
                            has_features ? ceil_div(rows.centres(first.h), down) : first.h,
                            has_features ? ceil_div(columns.centres(first.w), down) : first.w},
                           check.padding_hint()};
+    const auto shape_of = [&](Role role) {
+        switch (role) {
+            case Role::kFeatures:
+            case Role::kGradFeatures: return of_features;
+            case Role::kOutput:
+            case Role::kGradOutput: return of_output;
+            case Role::kMasks:
+            case Role::kGradMasks: return of_masks;
+            default: return of_logits;
+        }
+    };
     for (int k = 0; k < arguments; k++) {
-        if (arrays[k] == nullptr) continue;
         const Argument& argument = signature.arguments[k];
         const bool has_pixels = is_pixels(argument.role);
-        if (arrays[k] != &masks) {
-            check.check_same_dtype(argument.name, *arrays[k], has_pixels ? "features" : kernels.name,
-                                   has_pixels ? problem.features : masks);
+        const Array& like = has_pixels ? problem.features : masks;
+        if (arrays[k] == nullptr) {
+            if (!results_required) call.results[k - signature.inputs] = unknown(shape_of(argument.role), like);
+            continue;
         }
-        switch (argument.role) {
-            case Role::kFeatures:
-            case Role::kGradFeatures: check.check_shape(argument.name, *arrays[k], of_features); break;
-            case Role::kOutput:
-            case Role::kGradOutput: check.check_shape(argument.name, *arrays[k], of_output); break;
-            case Role::kMasks:
-            case Role::kGradMasks: check.check_shape(argument.name, *arrays[k], of_masks); break;
-            case Role::kLogits:
-            case Role::kGradLogits: check.check_shape(argument.name, *arrays[k], of_logits); break;
-        }
+        if (arrays[k] != &masks)
+            check.check_same_dtype(argument.name, *arrays[k], has_pixels ? "features" : kernels.name, like);
+        check.check_shape(argument.name, *arrays[k], shape_of(argument.role));
     }
 
     // Results beside everything else.

@@ -243,7 +243,8 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  * NULL for one that can run the problem, else the reason. One that can run, runs if it is forced. Otherwise the first
  * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which). For a backward there may be
  * implementations of both gradients. They come first, and run only where both are wanted.
- * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known.
+ * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known: they
+ * count as contiguous, with adjacent channels where features, or masks or logits, have them.
  * Strings live until visit returns. Names follow one grammar:
  *     <result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,

@@ -26,6 +26,7 @@ inline int64_t cells_of(int64_t sources, int64_t offset, int64_t down) {
 
 struct DownNhwcPlan {
     static constexpr int kMostColumns = 32, kMostLanes = 8;  // cells in a row of a tile; lanes that store a line
+    static constexpr int kMostDown = 16;                     // a thread stores all sources of a cell
     static constexpr int kBlocks = 3;                        // of a multiprocessor
 
     Outputs rows, columns;
@@ -145,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, DownNhwcPlan::kBlocks)
 
 const char* cannot_run_grad_features_down_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_grad_features_down(p)) return reason;
+    if (p.factor.down > DownNhwcPlan::kMostDown) return "the factor is less than 1/16";
     if (const char* reason = not_for_vectors(p, p.grad_output, own_channels(p))) return reason;
     return not_for_vectors(p, grad_features, own_channels(p));
 }
