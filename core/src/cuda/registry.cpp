@@ -10,9 +10,9 @@
 
 namespace carafepp::cuda {
 
-// Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why
-// it cannot run a problem.
-#define CARAFEPP_REASSEMBLE_KERNELS(X, result)             \
+// Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why it cannot run
+// a problem. Those in Y also tell why a later one is faster.
+#define CARAFEPP_REASSEMBLE_KERNELS(X, Y, result)          \
     X(result "_few_any", reassemble_few)                   \
     X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma)     \
     X(result "_up2_nhwc", reassemble_up2_nhwc)             \
@@ -30,12 +30,12 @@ namespace carafepp::cuda {
     X(result "_nhwc", reassemble_nhwc)                     \
     X(result "_nchw_mma", reassemble_nchw_mma)             \
     X(result "_nchw", reassemble_nchw)
-#define CARAFEPP_GRAD_FEATURES_KERNELS(X, result)         \
+#define CARAFEPP_GRAD_FEATURES_KERNELS(X, Y, result)      \
     X(result "_few_any", grad_features_few)               \
     X(result "_up2_nhwc_mma", grad_features_up2_nhwc_mma) \
-    X(result "_up2_nhwc", grad_features_up2_nhwc)         \
+    Y(result "_up2_nhwc", grad_features_up2_nhwc)         \
     X(result "_up2_nchw_mma", grad_features_up2_nchw_mma) \
-    X(result "_up2_nchw", grad_features_up2_nchw)         \
+    Y(result "_up2_nchw", grad_features_up2_nchw)         \
     X(result "_down2_nhwc", grad_features_down2_nhwc)     \
     X(result "_down2_nchw", grad_features_down2_nchw)     \
     X(result "_down_nhwc", grad_features_down_nhwc)       \
@@ -48,7 +48,7 @@ namespace carafepp::cuda {
     X(result "_nhwc", grad_features_nhwc)                 \
     X(result "_nchw_mma", grad_features_nchw_mma)         \
     X(result "_nchw", grad_features_nchw)
-#define CARAFEPP_GRAD_MASKS_KERNELS(X, result)             \
+#define CARAFEPP_GRAD_MASKS_KERNELS(X, Y, result)          \
     X(result "_few_any", grad_masks_few)                   \
     X(result "_up2_nhwc_mma", grad_masks_up2_nhwc_mma)     \
     X(result "_up2_nhwc", grad_masks_up2_nhwc)             \
@@ -73,9 +73,12 @@ namespace carafepp::cuda {
 #define CARAFEPP_DECLARE(name, kernel)                                            \
     const char* cannot_run_##kernel(const Problem& problem, const Array& result); \
     void kernel(const Problem& problem, const Array& result);
-CARAFEPP_REASSEMBLE_KERNELS(CARAFEPP_DECLARE, )
-CARAFEPP_GRAD_FEATURES_KERNELS(CARAFEPP_DECLARE, )
-CARAFEPP_GRAD_MASKS_KERNELS(CARAFEPP_DECLARE, )
+#define CARAFEPP_DECLARE_SLOWER(name, kernel) \
+    CARAFEPP_DECLARE(name, kernel)            \
+    const char* slower_##kernel(const Problem& problem, const Array& result);
+CARAFEPP_REASSEMBLE_KERNELS(CARAFEPP_DECLARE, CARAFEPP_DECLARE_SLOWER, )
+CARAFEPP_GRAD_FEATURES_KERNELS(CARAFEPP_DECLARE, CARAFEPP_DECLARE_SLOWER, )
+CARAFEPP_GRAD_MASKS_KERNELS(CARAFEPP_DECLARE, CARAFEPP_DECLARE_SLOWER, )
 
 #define CARAFEPP_DECLARE_BACKWARD(name, kernel)                                                                   \
     const char* cannot_run_##kernel(const Problem& problem, const Array& grad_features, const Array& grad_masks); \
@@ -122,14 +125,14 @@ const char* cannot_run_here(const Problem& problem, const Results&... results) {
 // An entry of a fast kernel.
 #define CARAFEPP_ENTRY(name, kernel) {name "_cuda", cannot_run_here<cannot_run_##kernel>, never_slower, kernel},
 
-#define CARAFEPP_ENTRY_OF_BOTH(name, kernel) \
+#define CARAFEPP_ENTRY_SLOWER(name, kernel) \
     {name "_cuda", cannot_run_here<cannot_run_##kernel>, slower_##kernel, kernel},
 
 // clang-format off
 // The list of a result: its fast kernels, and the generic one.
 #define CARAFEPP_LIST(result, kernel, fast_kernels)             \
     {                                                           \
-        fast_kernels(CARAFEPP_ENTRY, result)                    \
+        fast_kernels(CARAFEPP_ENTRY, CARAFEPP_ENTRY_SLOWER, result) \
         {result "_any_cuda", runs_all, never_slower, kernel},   \
         {}                                                      \
     }
@@ -145,7 +148,7 @@ constexpr Kernel kOfNormalizeMasks[] = {{"normalize_masks_any_cuda", runs_all, n
 constexpr Kernel kOfNormalizeMasksBackward[] = {
     {"normalize_masks_backward_any_cuda", runs_all, never_slower, normalize_masks_backward}, {}};
 
-constexpr KernelOfBoth kOfBoth[] = {CARAFEPP_BACKWARD_KERNELS(CARAFEPP_ENTRY_OF_BOTH){}};
+constexpr KernelOfBoth kOfBoth[] = {CARAFEPP_BACKWARD_KERNELS(CARAFEPP_ENTRY_SLOWER){}};
 
 }  // namespace
 

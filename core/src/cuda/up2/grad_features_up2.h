@@ -57,11 +57,11 @@ private:
     // As many rows that the busiest multiprocessor is done first. To begin a strip takes as long as some rows. A
     // multiprocessor with less than all the slices that it has room for is partly idle.
     static int rows_of_strip(const Problem& p, int slices, int64_t channel_blocks) {
-        constexpr int64_t kRowsToBegin = 3, kFewestRows = 2, kMostParts = 64;
+        constexpr int64_t kRowsToBegin = 3, kFewestRows = 2, kEach = 16;  // few numbers of parts are tried
         const int64_t height = std::max<int64_t>(p.features.h, 1), at_once = kMostSlices / slices,
                       strips = p.features.n * p.groups * channel_blocks * ceil_div(p.features.w, int64_t{kColumns});
         int64_t least = INT64_MAX, best = height;
-        for (int64_t parts = 1; parts <= std::min(ceil_div(height, kFewestRows), kMostParts); parts++) {
+        for (int64_t parts = 1; parts <= ceil_div(height, kFewestRows); parts += ceil_div(parts, kEach)) {
             const int64_t rows = ceil_div(height, parts), items = strips * ceil_div(height, rows),
                           cost = std::max(ceil_div(items, kMultiprocessors), at_once) * (rows + kRowsToBegin);
             if (cost < least) best = rows;
@@ -70,6 +70,12 @@ private:
         return static_cast<int>(best);
     }
 };
+
+// Why a kernel for any factor is faster: threads of channels that a group does not have are idle.
+inline const char* slower_by_strips(const Problem& p) {
+    const int64_t channels = p.features.c / p.groups, of_slices = ceil_div(channels, int64_t{kChannels}) * kChannels;
+    return 3 * channels < 2 * of_slices ? "a group has few of the channels of its slices" : nullptr;
+}
 
 // A thread's part of a strip.
 struct PartOfStrip {
@@ -293,7 +299,7 @@ __device__ __forceinline__ void sum_strips(const Arguments& arguments, const Pla
             buffer ^= 1;
         }
 #pragma unroll 1
-        for (int row = last; row < end; row++) {
+        for (int row = max(first, last); row < end; row++) {
             sums.advance();
             if (row - K / 2 >= tile.top) layout.store(sums.of[0], plan);
         }

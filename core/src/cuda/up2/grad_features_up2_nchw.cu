@@ -108,11 +108,14 @@ __global__ void __launch_bounds__(kMostSlices* kThreadsOfSlice)
 
 const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";
+    if (p.grad_output.empty()) return "there is no output";
     for (int64_t stride : {p.grad_output.stride_c, grad_features.stride_c}) {
         if (std::abs(stride) > INT32_MAX) return "channels are too far apart";
     }
     return not_for_columns_of_up2(p, p.grad_output, grad_features);
 }
+
+const char* slower_grad_features_up2_nchw(const Problem& p, const Array&) { return slower_by_strips(p); }
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
     const auto launch_for = [&](auto k) {

@@ -101,9 +101,12 @@ __global__ void __launch_bounds__(kMostSlices* kThreadsOfSlice)
 const char* cannot_run_grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_up2(p, 5)) return reason;
     if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";
+    if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_vectors(p, p.grad_output)) return reason;
     return not_for_vectors(p, grad_features);
 }
+
+const char* slower_grad_features_up2_nhwc(const Problem& p, const Array&) { return slower_by_strips(p); }
 
 void grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
     const auto launch_for = [&](auto k) {
