@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps
 template <int K, int How, class T>
 void launch_with(const Problem& p, const Array& output, const CUtensorMap& boxes) {
     using S = Staged<K, How, T>;
+    static_assert(K == 7 || How == kSmallMaps || S::kBytes <= kMostAskedBytes);  // those ask the device
     ReassembleUp2NchwPlan plan(p, S::kRows, S::kColumnsOfTile, S::kEnough);
     plan.boxes = boxes;
     launch(reassemble_up2_nchw_kernel<K, How, T>, plan.tiles.items, S::kThreads, S::kBytes, p, output, plan);
@@ -254,6 +255,7 @@ const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output
     if (p.kernel_size == 7) {
         if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";  // tensor cores are faster
         if (const char* reason = not_for_columns(output, kSourcesOfThread * kUp)) return reason;
+        if (const char* reason = not_for_shared_memory(Staged<7, kVectors, float>::kBytes)) return reason;
     }
     return not_for_columns_of_up2(p, p.features, output, 7);
 }
