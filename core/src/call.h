@@ -26,8 +26,8 @@ struct Call {
 };
 
 // Checks every argument of a call; throws Error with the sentence for the caller. `tensors` are in the order of the
-// signature. Without `results_required` results may be NULL, while they are not known: each has the shape, the dtype and
-// the order of memory that it would have.
+// signature. Without `results_required` results may be NULL, while they are not known: each has the shape, the dtype
+// and the order of memory that it would have.
 Call check_call(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
                 bool results_required);
 

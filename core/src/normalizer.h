@@ -10,16 +10,14 @@
 //   - normalize_registers() keeps the taps of CUDA kernels in registers (cuda/masks.h). So does softmax() of the
 //     gradients for up x2 and down x2, which also sums the gradients (cuda/grad_masks.h).
 //   - softmax() and normalize_by_sigmoid() serve masks that become 16 bits (cuda/up2/grad_features_up2_mma.h). The
-//   second asks
-//     for logits again, as it is rare.
+//     second asks for logits again, as it is rare.
 //   - finish_staging() shares the taps of an output among threads (cuda/masks.h); normalize_line() has an output in a
-//     thread (cuda/stage_lines.h). Both are in shared memory.
-//   - stage_rows_of_taps() has taps of an output in the registers of some threads
-//     (cuda/grad_features_units.h).
-//   - BandStage leaves the division by the sum to the sums of products (cuda/stage_bands.h).
+//     thread (cuda/any/stage_lines.h). Both are in shared memory.
+//   - stage_rows_of_taps() has taps of an output in registers of some threads (cuda/any/grad_features_units.h).
+//   - BandStage leaves the division by the sum to the sums of products (cuda/any/stage_bands.h).
 //   - through_normalizer() has some taps of four outputs in a thread, and the sums in registers
-//     (cuda/grad_masks_tiles.h).
-//   - to_multiples() has taps of a pixel in a thread, and leaves their factor to its caller (cuda/up1.h).
+//     (cuda/any/grad_masks_tiles.h).
+//   - to_multiples() has taps of a pixel in a thread, and leaves their factor to its caller (cuda/up1/up1.h).
 //   - mask_of() needs no memory for the other taps of a mask (cuda/masks.h).
 #pragma once
 

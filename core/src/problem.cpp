@@ -151,6 +151,7 @@ public:
         array.dtype = tensor->dtype;
         check_extent(name, *tensor);
         if (array.empty()) {  // its pointer and its strides may be anything, also where kernels step over it
+            array.data = nullptr;
             array.stride_n = array.stride_c = array.stride_h = array.stride_w = 0;
             return array;
         }

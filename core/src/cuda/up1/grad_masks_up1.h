@@ -52,8 +52,8 @@ __device__ __forceinline__ void through_normalizer(const Problem& p, const TapsI
         return;
     }
     float means[2] = {};  // weighted by multiples of masks
-    own.each([&](float tap, int t) { means[t % 2] += tap * grad(t); });
-    const float mean = (means[0] + means[1]) * scale * scale;
+    own.each([&](float tap, int t) { means[t % 2] += tap * (grad(t) * scale); });
+    const float mean = (means[0] + means[1]) * scale;
     if (p.normalizer == CARAFEPP_SIGMOID_NORMALIZED) {
         own.map([&](float tap, int t) {
             return tap * sigmoid(-widen(load_input(logits.at(place) + t * p.logits.stride_c)));

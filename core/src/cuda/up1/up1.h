@@ -119,7 +119,7 @@ struct TapsOfPixel {
             largest = log_sigmoid(largest);
         }
         // What rounding does to `shift` is common to all taps. It is small, unless logits are huge.
-        if (!(fabsf(largest) < 0x1p16f)) {
+        if (!(fabsf(largest) < 0x1p10f)) {
             map([&](float tap, int) { return tap - largest; });
             largest = 0;
         }
