@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The forward with adjacent channels, compiled once for each instruction set. A vector holds channels of one pixel. For
-// up >= down, up*up outputs are centred on one source and read one window. A vector of features serves two of them. If
-// one output is centred on a source and channels are few, two neighbours share what their windows have in common.
+// up >= down, up*up outputs are centred on one source and read one window. A vector of features serves two or four of
+// them. If one output is centred on a source and channels are few, two neighbours share what their windows have in
+// common.
 // First comes the plan. Each item then stages the masks of a tile, contracts the taps of its windows in register tiles,
 // and writes.
 #include <algorithm>
@@ -216,12 +217,13 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int o, int64_t c,
     for (int q = 0; q < P; q++) write_channels<NV, kTail>(sums[q], at.outputs[o + q] + c, tail, at.non_temporal);
 }
 
-// All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for; the last
-// ones have fewer, and a tail.
+// All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for: with 16
+// registers four outputs have 12 sums, which hide latency, and 7 loads for 12 products. The last tiles have fewer
+// vectors, and a tail.
 template <int P, bool kRun, class T>
 __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int o, int64_t channels) {
     constexpr int L = kLanes<Accumulator<T>>;
-    constexpr int kMost = P == 1 || kVectorRegisters == 32 ? 8 : 4;
+    constexpr int kMost = P == 1 || kVectorRegisters == 32 ? 8 : P == 4 ? 3 : 4;
     int64_t c = 0;
     for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, o, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
@@ -239,12 +241,16 @@ __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at
     if (c < channels) sum_over_taps<P, kRun, 1, true>(at, o, c, static_cast<int>(channels - c));
 }
 
-// The groups of a tile, one after the other. A pair of outputs mostly lies in one row. Non-temporal stores in
-// turns to two rows take up to three times as long, if these are a multiple of 4 KiB apart.
+// The groups of a tile, one after the other. With many registers a pair of outputs, which mostly lies in one row, has
+// sums enough. Non-temporal stores in turns to two rows take up to three times as long, if these are a multiple of 4
+// KiB apart.
 template <class T>
 void reassemble_groups(const ReassembleNhwc<T>& plan, int64_t groups, WindowOutputs<T>& at) {
     while (true) {
         int o = 0;
+        if constexpr (kVectorRegisters == 16 && !std::is_same_v<T, BFloat16>) {  // which has pairs of vectors
+            for (; o + 4 <= at.count; o += 4) sum_channels_over_taps<4, false>(at, o, plan.channels);
+        }
         for (; o + 2 <= at.count; o += 2) {
             at.alone + at.behind > 0 ? sum_channels_over_taps<2, true>(at, o, plan.channels)
                                      : sum_channels_over_taps<2, false>(at, o, plan.channels);
