@@ -12,8 +12,8 @@ import carafepp
 
 FRAMES = 16  # of Python in one call of reassemble on NumPy arrays, `out` included
 CALLS = 10  # of functions written in C
-TENSOR_FRAMES = 24  # of ours in one call of reassemble on tensors that require grad
-TENSOR_CALLS = 32
+TENSOR_FRAMES = {True: 22, False: 16}  # of ours in one call on tensors that require grad, or not
+TENSOR_CALLS = 33
 
 
 @pytest.fixture
@@ -66,11 +66,32 @@ def test_a_tiny_call_starts_no_thread():
     subprocess.run([sys.executable, "-c", TINY_CALLS], check=True)
 
 
-def test_a_call_on_tensors_takes_few_steps_of_ours(arrays, torch):
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_call_on_tensors_takes_few_steps_of_ours(grad, arrays, torch):
     """PyTorch's own steps, which differ from version to version, are not counted."""
     features, masks = map(torch.from_numpy, arrays)
-    features.requires_grad_()
+    features.requires_grad_(grad)
     package = os.path.dirname(carafepp.__file__)
     events = counted(lambda: carafepp.reassemble(features, masks), within=package)
-    assert events["call"] <= TENSOR_FRAMES
+    assert events["call"] <= TENSOR_FRAMES[grad]
     assert events["c_call"] <= TENSOR_CALLS
+
+
+def test_a_profiler_and_a_mode_see_calls_on_tensors_without_gradient(arrays, torch):
+    """Such calls pass PyTorch's dispatcher by, unless somebody listens."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    features, masks = map(torch.from_numpy, arrays)
+    with Listener():
+        carafepp.reassemble(features, masks)
+    with torch.autograd.profiler.profile() as profile:
+        carafepp.reassemble(features, masks)
+    assert "carafepp::reassemble" in seen
+    assert "carafepp::reassemble" in [event.name for event in profile.function_events]

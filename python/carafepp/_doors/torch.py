@@ -50,7 +50,8 @@ class PyTorch(Door):
 
     def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
         """Return an uninitialised result, channels_last if `like` unambiguously is."""
-        if len(shape) == 4 and _is_channels_last(like.shape, like.stride()):
+        usual = len(shape) != 4 or like.is_contiguous()
+        if not usual and _is_channels_last(like.shape, like.stride()):
             torch = sys.modules["torch"]
             return torch.empty(
                 shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last

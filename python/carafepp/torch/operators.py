@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import isqrt
+from types import NoneType
 from typing import Any
 
 import torch
@@ -46,6 +47,19 @@ try:  # the public API cannot express derivatives inside torch.func
     from torch.autograd.function import _SingleLevelFunction
 except ImportError:
     _SingleLevelFunction = None
+
+try:  # no public API tells that a call needs nothing but its kernel
+    from torch._C import (
+        _get_tracing_state,
+        _is_any_autocast_enabled,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch.autograd import _profiler_enabled
+
+    _knows_plain = _SingleLevelFunction is not None
+except ImportError:
+    _knows_plain = False
 
 Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, ...]
@@ -296,13 +310,39 @@ def _autocast(operator: Any, device: str, features: Tensor, masks: Tensor, **par
 # The arguments of a caller
 
 
+def _is_plain(tensors: tuple[Any, ...]) -> bool:
+    """Tell whether the dispatcher has nothing to do but to call the eager kernel.
+
+    It has, for example, with a gradient, vmap, a trace, a mode, autocast or a profiler.
+    """
+    if not _knows_plain or torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+        if (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_neg():
+            return False
+    return not (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _profiler_enabled()
+        or _are_functorch_transforms_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
+
+
 def call(
     function: str, tensors: tuple[Any, ...], params: Mapping[str, Any], needed: tuple[bool, ...]
 ) -> tuple[Any, ...]:
     """Call the operator for each result of a function that is needed.
 
-    PyTorch alone would truncate some parameters and would not know others.
+    PyTorch alone would truncate some parameters and would not know others. The dispatcher costs as
+    much as several small calls, so plain tensors pass it by.
     """
+    if _is_plain(tensors) and isinstance(params.get("size"), (NoneType, torch.Size)):
+        return _door.compute(function, tensors, params, needed=needed)
     changed = {}
     for key, value in params.items():
         kind, default = _PARAMS[key]
