@@ -217,14 +217,14 @@ CARAFEPP_INLINE void sum_over_taps(const WindowOutputs<T>& at, int o, int64_t c,
     for (int q = 0; q < P; q++) write_channels<NV, kTail>(sums[q], at.outputs[o + q] + c, tail, at.non_temporal);
 }
 
-// All channels of a group, for `P` outputs. Register tiles have as many vectors as there are registers for: with 16
-// registers four outputs have 12 sums, which hide latency, and 7 loads for 12 products. The last tiles have fewer
-// vectors, and a tail.
+// The channels of a group from `c` on, for `P` outputs. Register tiles have as many vectors as there are registers for:
+// with 16 registers four outputs have 12 sums, which hide latency, and 7 loads for 12 products. The last tiles have
+// fewer vectors, and a tail.
 template <int P, bool kRun, class T>
-__attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int o, int64_t channels) {
+__attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at, int o, int64_t channels,
+                                                      int64_t c = 0) {
     constexpr int L = kLanes<Accumulator<T>>;
     constexpr int kMost = P == 1 || kVectorRegisters == 32 ? 8 : P == 4 ? 3 : 4;
-    int64_t c = 0;
     for (; c + kMost * L <= channels; c += kMost * L) sum_over_taps<P, kRun, kMost, false>(at, o, c, 0);
     if (kMost > 4 && c + 4 * L <= channels) {
         sum_over_taps<P, kRun, 4, false>(at, o, c, 0);
@@ -241,15 +241,40 @@ __attribute__((noinline)) void sum_channels_over_taps(const WindowOutputs<T>& at
     if (c < channels) sum_over_taps<P, kRun, 1, true>(at, o, c, static_cast<int>(channels - c));
 }
 
+// The same for four outputs, which mostly lie in two rows. Non-temporal stores in turns to two rows take up to three
+// times as long, if these are a multiple of 4 KiB apart. So some channels are staged, and leave output by output.
+template <class T>
+void sum_channels_of_four(WindowOutputs<T>& at, int o, int64_t channels) {
+    constexpr int64_t L = kLanes<Accumulator<T>>, kStaged = 12 * L;
+    if (!at.non_temporal) return sum_channels_over_taps<4, false>(at, o, channels);
+    T staged[4][kStaged];
+    T* outputs[4];
+    std::copy_n(at.outputs + o, 4, outputs);
+    at.non_temporal = false;
+    for (int64_t c = 0; c < channels; c += kStaged) {
+        const int64_t end = std::min(c + kStaged, channels);
+        for (int q = 0; q < 4; q++) at.outputs[o + q] = staged[q] - c;
+        sum_channels_over_taps<4, false>(at, o, end, c);
+        for (int q = 0; q < 4; q++) {
+            for (int64_t k = c; k < end; k += L) {
+                Vector<Accumulator<T>> values[1];
+                read_channels<1, false>(staged[q] + k - c, 0, values);
+                write_channels<1, false>(values, outputs[q] + k, 0, true);
+            }
+        }
+    }
+    at.non_temporal = true;
+    std::copy_n(outputs, 4, at.outputs + o);
+}
+
 // The groups of a tile, one after the other. With many registers a pair of outputs, which mostly lies in one row, has
-// sums enough. Non-temporal stores in turns to two rows take up to three times as long, if these are a multiple of 4
-// KiB apart.
+// sums enough.
 template <class T>
 void reassemble_groups(const ReassembleNhwc<T>& plan, int64_t groups, WindowOutputs<T>& at) {
     while (true) {
         int o = 0;
         if constexpr (kVectorRegisters == 16 && !std::is_same_v<T, BFloat16>) {  // which has pairs of vectors
-            for (; o + 4 <= at.count; o += 4) sum_channels_over_taps<4, false>(at, o, plan.channels);
+            for (; o + 4 <= at.count; o += 4) sum_channels_of_four(at, o, plan.channels);
         }
         for (; o + 2 <= at.count; o += 2) {
             at.alone + at.behind > 0 ? sum_channels_over_taps<2, true>(at, o, plan.channels)
