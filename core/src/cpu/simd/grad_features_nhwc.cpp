@@ -146,10 +146,13 @@ CARAFEPP_INLINE void with_range(int range_code, F f) {
     f(std::integral_constant<int, kBegin>(), std::integral_constant<int, kEnd>());
 }
 
-// Neighbouring outputs of one row whose windows hold the same columns of a source tile.
-struct OutputSpan {
-    int range_code, count;
-};
+// Calls f(code, begin, end) with each range code in turn.
+template <int Most, int Code = 0, class F>
+CARAFEPP_INLINE void with_each_range(F f) {
+    constexpr int kBegin = Code < Most ? 0 : Code - Most + 1, kEnd = Code < Most ? Code + 1 : Most;
+    f(Code, std::integral_constant<int, kBegin>(), std::integral_constant<int, kEnd>());
+    if constexpr (Code < 2 * Most - 2) with_each_range<Most, Code + 1>(f);
+}
 
 // One row of outputs whose windows touch a source tile. The weights are [output][row][column of the tile].
 template <class T>
@@ -163,8 +166,8 @@ struct OutputRow {
 template <class T>
 struct TileOutputs {
     const OutputRow<T>* rows;
-    const OutputSpan* spans;
-    int row_count, span_count;
+    int row_count;
+    int spans[2 * kColumns - 1];  // outputs of a row whose windows hold the columns of a range code, which grows
     int64_t pixel_stride;
     PixelPrefetch<T> prefetch;  // rows that the tile below is the first to read: its columns
 };
@@ -184,6 +187,7 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
                                                 int tail) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
+    constexpr int kBlockBytes = NV * L * static_cast<int>(sizeof(T));
     Vector<A> sums[kRows][kColumns][NV] = {};
     for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
         if (row - outputs.rows < outputs.prefetch.rows) {
@@ -196,32 +200,30 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
         const T* grads = row->grads + c;
         const A* weights = row->weights;
         with_range<kRows>(row->range_code, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
-            for (const OutputSpan* span = outputs.spans; span < outputs.spans + outputs.span_count; span++) {
-                with_range<kColumns>(span->range_code, [&](auto q_begin, auto q_end) __attribute__((always_inline)) {
-                    int left = span->count;
-                    do {
-                        Vector<A> grad[NV];
-                        read_channels<NV, kTail>(grads, tail, grad);
-                        // The next channels of this pixel are the next ones wanted.
-                        if constexpr (NV == kVectors) {
+            with_each_range<kColumns>([&](int code, auto q_begin, auto q_end) __attribute__((always_inline)) {
+                for (int left = outputs.spans[code]; left > 0; left--) {
+                    Vector<A> grad[NV];
+                    read_channels<NV, kTail>(grads, tail, grad);
+                    // The next channels of this pixel are the next ones wanted.
+                    if constexpr (NV == kVectors) {
 #pragma GCC unroll 4
-                            for (int v = 0; v < NV; v++) __builtin_prefetch(grads + (NV + v) * L);
+                        for (int byte = 0; byte < kBlockBytes; byte += 64)
+                            __builtin_prefetch(reinterpret_cast<const char*>(grads + NV * L) + byte);
+                    }
+#pragma GCC unroll 4
+                    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+                        for (int q = 0; q < kColumns; q++) {
+                            if (r < r_begin || r >= r_end || q < q_begin || q >= q_end) continue;
+                            const Vector<A> weight = splat(weights[r * kColumns + q]);
+#pragma GCC unroll 4
+                            for (int v = 0; v < NV; v++) sums[r][q][v] += weight * grad[v];
                         }
-#pragma GCC unroll 4
-                        for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 4
-                            for (int q = 0; q < kColumns; q++) {
-                                if (r < r_begin || r >= r_end || q < q_begin || q >= q_end) continue;
-                                const Vector<A> weight = splat(weights[r * kColumns + q]);
-#pragma GCC unroll 4
-                                for (int v = 0; v < NV; v++) sums[r][q][v] += weight * grad[v];
-                            }
-                        }
-                        grads += outputs.pixel_stride;
-                        weights += kSources;
-                    } while (--left > 0);
-                });
-            }
+                    }
+                    grads += outputs.pixel_stride;
+                    weights += kSources;
+                }
+            });
         });
     }
 #pragma GCC unroll 4
@@ -256,19 +258,15 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
     const Problem& p = plan.p;
     const Axis in_rows = p.rows(), in_columns = p.columns();
     const int64_t radius = plan.radius, k = p.kernel_size, channel = at.group * plan.channels;
-    OutputSpan spans[2 * kColumns];
     int64_t taps_of[kMostOutputs];  // of the output's window, where the tile's first source is in its rows
     OutputRow<T> rows[kMostOutputs];
-    TileOutputs<T> outputs{rows, spans, 0, 0, p.grad_output.stride_w, {}};
+    TileOutputs<T> outputs{rows, 0, {}, p.grad_output.stride_w, {}};
 
     const int64_t first = first_output_inside(in_columns, j - radius, p.out_w);
     const int64_t end = first_output_inside(in_columns, j + kColumns + radius, p.out_w);
     int64_t source = in_columns.source(first), remainder = first * plan.down % plan.up;
     for (int64_t q = first; q < end; q++) {
-        const int range_code = range_code_in_tile(source - radius - j, k, kColumns);
-        if (outputs.span_count == 0 || spans[outputs.span_count - 1].range_code != range_code)
-            spans[outputs.span_count++] = {range_code, 0};
-        spans[outputs.span_count - 1].count++;
+        outputs.spans[range_code_in_tile(source - radius - j, k, kColumns)]++;
         taps_of[q - first] = (q - at.first_cell * plan.up) * plan.taps + j - source + radius;
         for (remainder += plan.down; remainder >= plan.up; remainder -= plan.up) source++;
     }
