@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/masks_nhwc.h"
 #include "cpu/simd/normalize.h"
 #include "cpu/simd/row_deinterleave.h"
 #include "cpu/simd/tile_transpose.h"
@@ -224,6 +225,16 @@ void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Range rows, int64_t ce
         return;
     }
     const int64_t up = p.factor.up;
+    const CellMasks<A> cells(p.normalizer, taps, up * up);
+    if (of_logits && p.logits.stride_c == 1 && phases == up && cells.splits()) {
+        const int64_t most = up * row_size(L) / cells.size;
+        for (int64_t q = 0; q < count; q += most) {
+            const int here = static_cast<int>(std::min(most, count - q));
+            cells.normalize(p.logits, {n, group * cells.channels, rows.begin / up, cell + q}, here, tile);
+            cells.split(tile, here, static_cast<int>(rows.end - rows.begin), row_pitch, to + q * up * taps);
+        }
+        return;
+    }
     for (int64_t q = 0; q < count; q += L) {
         const int lanes = static_cast<int>(std::min<int64_t>(L, count - q));
         stage(n, group, rows, cell + q, lanes, L, tile);

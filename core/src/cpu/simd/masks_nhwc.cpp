@@ -2,6 +2,7 @@
 #include "cpu/simd/masks_nhwc.h"
 
 #include "cpu/simd/normalize.h"
+#include "cpu/simd/tile_transpose.h"
 
 namespace carafepp::CARAFEPP_ISA {
 namespace {
@@ -87,6 +88,25 @@ void CellMasks<A>::write(const A* from, const Array& result, CellAt at, int coun
             for (int k = 0; k < size; k += L) store_part(load(from + k), to + k, channels - k);
         }
     });
+}
+
+template <class A>
+void CellMasks<A>::split(const A* masks, int count, int rows, int64_t row_pitch, A* to) const {
+    const int taps = channels / outputs;
+    for (int q = 0; q < count; q++, masks += size, to += 2 * taps) {
+        for_each_block<L>(taps, [&](int begin, int) __attribute__((always_inline)) {
+            Vector<A> lanes[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) lanes[v] = load(masks + 4 * begin + v * L);
+            deinterleave<A, 4>(lanes);
+#pragma GCC unroll 2
+            for (int row = 0; row < 2; row++) {
+                if (row == rows) return;
+                store(lanes[2 * row], to + row * row_pitch + begin);
+                store(lanes[2 * row + 1], to + row * row_pitch + taps + begin);
+            }
+        });
+    }
 }
 
 template struct CellMasks<float>;
