@@ -165,22 +165,27 @@ struct ChannelPrefetch {
 
 // A register tile: `P` outputs times NA x NB pixels from `pixels` on, over all channels of a group.
 template <int P, int NA, int NB, class T>
-__attribute__((noinline)) void sum_over_channels(const T* const* grads, const T* pixels, int64_t row_stride,
-                                                 int64_t pixel_stride, int64_t channels, Accumulator<T>* const* sums,
-                                                 int64_t row_step, int64_t tap_step,
-                                                 const ChannelPrefetch<T>& prefetch) {
+CARAFEPP_INLINE void sum_over_channels(const T* const (&grads)[P], const T* pixels, int64_t row_stride,
+                                       int64_t pixel_stride, int64_t channels, Accumulator<T>* const (&sums)[P],
+                                       int64_t row_step, int64_t tap_step, const ChannelPrefetch<T>& prefetch) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
     Vector<A> sum[P][NA][NB] = {};
+    const T* columns[NB];
+#pragma GCC unroll 8
+    for (int b = 0; b < NB; b++) {
+        columns[b] = pixels + b * pixel_stride;
+        if (NA > 1) columns[b] = opaque(columns[b]);  // else each tap has an address of its own, which spills
+    }
     const auto add = [&](auto load_channels_from) __attribute__((always_inline)) {
         Vector<A> grad[P];
 #pragma GCC unroll 4
-        for (int o = 0; o < P; o++) grad[o] = load_channels_from(grads[o]);
+        for (int o = 0; o < P; o++) grad[o] = load_channels_from(grads[o], 0);
 #pragma GCC unroll 4
         for (int a = 0; a < NA; a++) {
 #pragma GCC unroll 8
             for (int b = 0; b < NB; b++) {
-                const Vector<A> features = load_channels_from(pixels + a * row_stride + b * pixel_stride);
+                const Vector<A> features = load_channels_from(columns[b], a * row_stride);
 #pragma GCC unroll 4
                 for (int o = 0; o < P; o++) sum[o][a][b] += grad[o] * features;
             }
@@ -191,17 +196,18 @@ __attribute__((noinline)) void sum_over_channels(const T* const* grads, const T*
     if constexpr (kPairs) {
         for (; c + 2 * L <= channels; c += 2 * L) {
             prefetch.template prefetch_channels<P == 1>(c);
-            add([c](const T* from) __attribute__((always_inline)) { return load_even(from + c); });
-            add([c](const T* from) __attribute__((always_inline)) { return load_odd(from + c); });
+            add([c](const T* from, int64_t row) __attribute__((always_inline)) { return load_even(from + (c + row)); });
+            add([c](const T* from, int64_t row) __attribute__((always_inline)) { return load_odd(from + (c + row)); });
         }
     }
     for (; !kPairs && c + L <= channels; c += L) {
         prefetch.template prefetch_channels<P == 1>(c);
-        add([c](const T* from) __attribute__((always_inline)) { return load(from + c); });
+        add([c](const T* from, int64_t row) __attribute__((always_inline)) { return load(from + (c + row)); });
     }
     for (; c < channels; c += L) {
         const int rest = static_cast<int>(std::min<int64_t>(channels - c, L));
-        add([c, rest](const T* from) __attribute__((always_inline)) { return load_between(from + c, 0, rest); });
+        add([c, rest](const T* from, int64_t row)
+                __attribute__((always_inline)) { return load_between(from + (c + row), 0, rest); });
     }
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) {
@@ -286,27 +292,34 @@ inline int part_of(int left, int most) {
 // All taps of a window for `P` outputs from `first` on. Register tiles have as many rows and columns as there are
 // registers for.
 template <int P, class T>
-void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<const T>& window,
-                            const WindowGrads<T>& outputs, int first, PrefetchQueue<T>& queue) {
+__attribute__((noinline)) void sum_taps_over_channels(const GradMasksNhwc<T>& plan, const PixelWindow<const T>& window,
+                                                      const WindowGrads<T>& outputs, int first,
+                                                      PrefetchQueue<T>& queue) {
     using A = Accumulator<T>;
     constexpr int kColumns = std::min(5, kMostSums / P), kRows = std::min(3, kMostSums / P / kColumns);
-    const int64_t tap_step = plan.order.tap_step * kLanes<A>, k = plan.p.kernel_size;
+    const int64_t tap_step = plan.order.tap_step * kLanes<A>, row_step = plan.p.kernel_size * tap_step;
+    const int64_t row_stride = window.row_stride, pixel_stride = window.pixel_stride, channels = plan.channels;
+    const int64_t next_cell = plan.up * plan.p.grad_output.stride_w;
+    const T* grads[P];
+    for (int o = 0; o < P; o++) grads[o] = outputs.grads[first + o];
     for (int a = window.a_begin; a < window.a_end;) {
         const int na = part_of(window.a_end - a, kRows);
+        const T* pixels = window.pixel(a, window.b_begin);
+        A* sums[P];
+        for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + a * row_step + window.b_begin * tap_step;
         for (int b = window.b_begin; b < window.b_end;) {
             const int nb = part_of(window.b_end - b, kColumns);
-            A* sums[P];
-            for (int o = 0; o < P; o++) sums[o] = outputs.sums[first + o] + (a * k + b) * tap_step;
-            const T* const right = window.pixel(a, b + nb);
-            const ChannelPrefetch<T> prefetch{outputs.grads[first + a % P] + plan.up * plan.p.grad_output.stride_w,
+            const T* const right = pixels + nb * pixel_stride;
+            const ChannelPrefetch<T> prefetch{outputs.grads[first + static_cast<unsigned>(a) % P] + next_cell,
                                               queue.take(right), queue.take(right)};
-            with_count<kRows>(na, [&](auto rows_here) {
-                with_count<kColumns>(nb, [&](auto columns_here) {
-                    sum_over_channels<P, rows_here(), columns_here()>(
-                        outputs.grads + first, window.pixel(a, b), window.row_stride, window.pixel_stride,
-                        plan.channels, sums, k * tap_step, tap_step, prefetch);
+            with_count<kRows>(na, [&](auto rows_here) __attribute__((always_inline)) {
+                with_count<kColumns>(nb, [&](auto columns_here) __attribute__((always_inline)) {
+                    sum_over_channels<P, rows_here(), columns_here()>(grads, pixels, row_stride, pixel_stride, channels,
+                                                                      sums, row_step, tap_step, prefetch);
                 });
             });
+            for (int o = 0; o < P; o++) sums[o] += nb * tap_step;
+            pixels = right;
             b += nb;
         }
         a += na;
@@ -362,12 +375,34 @@ bool is_inner(const GradMasksNhwc<T>& plan, int64_t cell_row, int64_t cell) {
            j + plan.columns.windows[plan.columns.count - 1].source + r < p.features.w;
 }
 
+// Zeroes what has no sum: the taps beyond the borders of a window, and all those of outputs that do not exist.
+template <class T, class A>
+void zero_absent_taps(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, SharedWindow r,
+                      SharedWindow q, A* line) {
+    const Problem& p = plan.p;
+    const int k = static_cast<int>(p.kernel_size);
+    const PixelWindow<const T> window = window_of<const T>(
+        p, p.features, at.n, 0, at.cell_row * p.factor.down + r.source, cell * p.factor.down + q.source);
+    for (int64_t row = r.begin; row < r.end; row++) {
+        for (int64_t phase = q.begin; phase < q.end; phase++) {
+            const bool exists = at.cell_row * plan.up + row < p.out_h && cell * plan.up + phase < p.out_w;
+            A* tap = line + row * plan.order.row_step + phase * plan.order.phase_step;
+            for (int a = 0; a < k; a++) {
+                const bool inside = exists && a >= window.a_begin && a < window.a_end;
+                const int begin = inside ? window.b_begin : k, end = inside ? window.b_end : k;
+                for (int b = 0; b < begin; b++) tap[b * plan.order.tap_step] = 0;
+                for (int b = end; b < k; b++) tap[b * plan.order.tap_step] = 0;
+                tap += k * plan.order.tap_step;
+            }
+        }
+    }
+}
+
 // line = the gradient of the masks of one cell.
 template <class T, class A>
 void grad_masks_of_cell(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at, int64_t cell, A* line) {
     constexpr int L = kLanes<A>;
     PrefetchQueue<T> queue = prefetch_queue(plan, at, cell);
-    if (!is_inner(plan, at.cell_row, cell)) std::fill(at.partial, at.partial + plan.sums_of_cell * L, A{0});
     for (int r = 0; r < plan.rows.count; r++) {
         for (int q = 0; q < plan.columns.count; q++)
             grad_masks_of_window(plan, at, cell, plan.rows.windows[r], plan.columns.windows[q], queue);
@@ -377,6 +412,11 @@ void grad_masks_of_cell(const GradMasksNhwc<T>& plan, const GradMasksItem<A>& at
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++) partial[i] = load(at.partial + (k + i) * L);
         store(sums_of_lanes<A>(partial), line + k);
+    }
+    if (is_inner(plan, at.cell_row, cell)) return;
+    for (int r = 0; r < plan.rows.count; r++) {
+        for (int q = 0; q < plan.columns.count; q++)
+            zero_absent_taps(plan, at, cell, plan.rows.windows[r], plan.columns.windows[q], line);
     }
 }
 

@@ -143,7 +143,9 @@ struct Elements : MaskTiles<Accumulator<M>> {
             const A* of_row = from + (row - rows.begin) * phases * taps;
             M* to = element<M>(result, n, group * taps, row, cell * p.factor.up);
             for (int64_t phase = 0; phase < columns; phase++, of_row += taps, to += result.stride_w) {
-                for (int64_t t = 0; t < taps; t += L) store_part(load(of_row + t), to + t, taps - t);
+                for_each_block<L>(static_cast<int>(taps), [&](int begin, int size) __attribute__((always_inline)) {
+                    store_part(load(of_row + begin), to + begin, size);
+                });
             }
         }
     }

@@ -85,7 +85,9 @@ void CellMasks<A>::write(const A* from, const Array& result, CellAt at, int coun
         using M = typename decltype(type)::type;
         M* to = element<M>(result, at.n, at.channel, at.row, at.cell);
         for (int q = 0; q < count; q++, from += size, to += result.stride_w) {
-            for (int k = 0; k < size; k += L) store_part(load(from + k), to + k, channels - k);
+            for_each_block<L>(channels, [&](int begin, int size) __attribute__((always_inline)) {
+                store_part(load(from + begin), to + begin, size);
+            });
         }
     });
 }
