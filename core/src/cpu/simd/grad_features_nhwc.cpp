@@ -154,20 +154,32 @@ CARAFEPP_INLINE void with_each_range(F f) {
     if constexpr (Code < 2 * Most - 2) with_each_range<Most, Code + 1>(f);
 }
 
-// One row of outputs whose windows touch a source tile. The weights are [output][row][column of the tile].
+constexpr int64_t kMostOutputs = (std::max(kRows, kColumns) + kMaxKernelSize) * kMaxFactor;  // along an axis of a tile
+
+// One row of outputs whose windows touch a row of source tiles.
 template <class T>
 struct OutputRow {
-    const T* grads;  // of the first
-    const Accumulator<T>* weights;
-    int range_code;  // of the source tile's rows
+    const T* grads;               // of output 0
+    const Accumulator<T>* masks;  // staged, from the tap on that reads the tiles' first row
+    int range_code;               // of the tiles' rows
 };
 
-// All outputs whose windows touch a source tile.
+// All rows of outputs whose windows touch a row of source tiles.
+template <class T>
+struct OutputRows {
+    OutputRow<T> rows[kMostOutputs];
+    int count;
+    int64_t end, next_end;  // the row behind them, and that of the tiles below
+};
+
+// All outputs whose windows touch a source tile. The weights are [output][row][column of the tile].
 template <class T>
 struct TileOutputs {
     const OutputRow<T>* rows;
     int row_count;
     int spans[2 * kColumns - 1];  // outputs of a row whose windows hold the columns of a range code, which grows
+    const Accumulator<T>* weights;
+    int64_t first;  // of output (0, 0) of the tile, from output 0 on
     int64_t pixel_stride;
     PixelPrefetch<T> prefetch;  // rows that the tile below is the first to read: its columns
 };
@@ -189,6 +201,7 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
     constexpr int L = kLanes<A>;
     constexpr int kBlockBytes = NV * L * static_cast<int>(sizeof(T));
     Vector<A> sums[kRows][kColumns][NV] = {};
+    const A* weights = outputs.weights;
     for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
         if (row - outputs.rows < outputs.prefetch.rows) {
             const T* pixel = outputs.prefetch.first + (row - outputs.rows) * outputs.prefetch.row_stride + c;
@@ -197,8 +210,7 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
                 for (int v = 0; v < NV; v++) __builtin_prefetch(pixel + v * L, 0, 2);
             }
         }
-        const T* grads = row->grads + c;
-        const A* weights = row->weights;
+        const T* grads = row->grads + outputs.first + c;
         with_range<kRows>(row->range_code, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
             with_each_range<kColumns>([&](int code, auto q_begin, auto q_end) __attribute__((always_inline)) {
                 for (int left = outputs.spans[code]; left > 0; left--) {
@@ -250,20 +262,33 @@ void sum_channels_over_outputs(const TileOutputs<T>& outputs, const SourceTile<T
         sum_over_outputs<kVectors, false>(outputs, sources, std::min(c, channels - kAtOnce), 0);
 }
 
+template <class T, class A>
+void find_rows(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t i, OutputRows<T>& outputs) {
+    const Problem& p = plan.p;
+    const Axis in_rows = p.rows();
+    outputs.count = 0;
+    outputs.end = first_output_inside(in_rows, i + kRows + plan.radius, p.out_h);
+    outputs.next_end = first_output_inside(in_rows, i + 2 * kRows + plan.radius, p.out_h);
+    for (int64_t row = first_output_inside(in_rows, i - plan.radius, p.out_h); row < outputs.end; row++) {
+        const int64_t top = in_rows.source(row) - plan.radius;
+        outputs.rows[outputs.count++] = {element<const T>(p.grad_output, at.n, at.group * plan.channels, row, 0),
+                                         staged_row(plan, at, row) + (i - top) * p.kernel_size,
+                                         range_code_in_tile(top - i, p.kernel_size, kRows)};
+    }
+}
+
 // The source tile with its corner at (i, j): packs the weights of its outputs, and contracts.
 template <class T, class A>
-void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at, int64_t i,
-                                  int64_t j) {
-    constexpr int64_t kMostOutputs = (kColumns + kMaxKernelSize) * kMaxFactor;  // of a row, that touch a source tile
+void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFeaturesItem<A>& at,
+                                  const OutputRows<T>& rows, int64_t i, int64_t j) {
     const Problem& p = plan.p;
-    const Axis in_rows = p.rows(), in_columns = p.columns();
+    const Axis in_columns = p.columns();
     const int64_t radius = plan.radius, k = p.kernel_size, channel = at.group * plan.channels;
     int64_t taps_of[kMostOutputs];  // of the output's window, where the tile's first source is in its rows
-    OutputRow<T> rows[kMostOutputs];
-    TileOutputs<T> outputs{rows, 0, {}, p.grad_output.stride_w, {}};
-
     const int64_t first = first_output_inside(in_columns, j - radius, p.out_w);
     const int64_t end = first_output_inside(in_columns, j + kColumns + radius, p.out_w);
+    TileOutputs<T> outputs{rows.rows, rows.count, {}, at.packed, first * p.grad_output.stride_w, p.grad_output.stride_w,
+                           {}};
     int64_t source = in_columns.source(first), remainder = first * plan.down % plan.up;
     for (int64_t q = first; q < end; q++) {
         outputs.spans[range_code_in_tile(source - radius - j, k, kColumns)]++;
@@ -272,23 +297,19 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
     }
 
     A* packed = at.packed;
-    const int64_t end_row = first_output_inside(in_rows, i + kRows + radius, p.out_h);
-    for (int64_t row = first_output_inside(in_rows, i - radius, p.out_h); row < end_row; row++) {
-        const int64_t top = in_rows.source(row) - radius;
-        rows[outputs.row_count++] = {element<const T>(p.grad_output, at.n, channel, row, first), packed,
-                                     range_code_in_tile(top - i, k, kRows)};
-        const A* const weights = staged_row(plan, at, row) + (i - top) * k;
+    for (int row = 0; row < rows.count; row++) {
+        const A* const weights = rows.rows[row].masks;
         for (int64_t q = 0; q < end - first; q++, packed += kSources) {
 #pragma GCC unroll 4
             for (int b = 0; b < kRows; b++)
                 std::memcpy(packed + b * kColumns, weights + taps_of[q] + b * k, kColumns * sizeof(A));
         }
     }
-    const int64_t next_end = first_output_inside(in_rows, i + 2 * kRows + radius, p.out_h);
     const int64_t own = first_output_inside(in_columns, j + radius, p.out_w);
     const int64_t own_end = first_output_inside(in_columns, j + radius + kColumns, p.out_w);
-    outputs.prefetch = {element<const T>(p.grad_output, at.n, channel, end_row, own), p.grad_output.stride_h,
-                        p.grad_output.stride_w, static_cast<int>(next_end - end_row), static_cast<int>(own_end - own)};
+    outputs.prefetch = {element<const T>(p.grad_output, at.n, channel, rows.end, own), p.grad_output.stride_h,
+                        p.grad_output.stride_w, static_cast<int>(rows.next_end - rows.end),
+                        static_cast<int>(own_end - own)};
     const SourceTile<T> sources{element<T>(plan.grad_features, at.n, channel, i, j),
                                 plan.grad_features.stride_h,
                                 plan.grad_features.stride_w,
@@ -312,12 +333,14 @@ void GradFeaturesNhwc<T>::run_item(int64_t item, A* scratch) const {
     at.ring = scratch + margin;
     at.tile = scratch + ring_size;
     at.packed = at.tile + tile_size;
+    OutputRows<T> rows;
     int64_t staged = 0;  // rows of cells before it are
     for (int64_t i = at.top; i < at.bottom; i += kRows) {
         const int64_t end = ceil_div(first_output_inside(p.rows(), i + kRows + radius, p.out_h), up);
         staged = std::max(staged, first_output_inside(p.rows(), i - radius, p.out_h) / up);
         for (; staged < end; staged++) stage_cells(*this, at, staged);
-        for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_source_tile(*this, at, i, j);
+        find_rows(*this, at, i, rows);
+        for (int64_t j = at.left; j < at.right; j += kColumns) grad_features_of_source_tile(*this, at, rows, i, j);
     }
     if (non_temporal) finish_non_temporal_stores();
 }
