@@ -6,6 +6,8 @@
 // of the next outputs. For each source tile it packs the weights in their order, contracts, and writes.
 #include <algorithm>
 #include <cassert>
+#include <iterator>
+#include <numeric>
 
 #include "cpu/geometry.h"
 #include "cpu/simd/kernels.h"
@@ -177,7 +179,7 @@ template <class T>
 struct TileOutputs {
     const OutputRow<T>* rows;
     int row_count;
-    int spans[2 * kColumns - 1];  // outputs of a row whose windows hold the columns of a range code, which grows
+    int64_t ends[2 * kColumns - 1];  // of the weights of a row's outputs, by the range code of columns, which grows
     const Accumulator<T>* weights;
     int64_t first;  // of output (0, 0) of the tile, from output 0 on
     int64_t pixel_stride;
@@ -202,18 +204,15 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
     constexpr int kBlockBytes = NV * L * static_cast<int>(sizeof(T));
     Vector<A> sums[kRows][kColumns][NV] = {};
     const A* weights = outputs.weights;
-    for (const OutputRow<T>* row = outputs.rows; row < outputs.rows + outputs.row_count; row++) {
-        if (row - outputs.rows < outputs.prefetch.rows) {
-            const T* pixel = outputs.prefetch.first + (row - outputs.rows) * outputs.prefetch.row_stride + c;
-            for (int q = 0; q < outputs.prefetch.columns; q++, pixel += outputs.pixel_stride) {
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) __builtin_prefetch(pixel + v * L, 0, 2);
-            }
-        }
+    const int64_t pixel_stride = outputs.pixel_stride;
+    for (int index = 0; index < outputs.row_count; index++) {
+        if (index < outputs.prefetch.rows) prefetch_row<NV>(outputs.prefetch, index, c);
+        const OutputRow<T>* const row = outputs.rows + index;
         const T* grads = row->grads + outputs.first + c;
+        const A* const first = weights;
         with_range<kRows>(row->range_code, [&](auto r_begin, auto r_end) __attribute__((always_inline)) {
             with_each_range<kColumns>([&](int code, auto q_begin, auto q_end) __attribute__((always_inline)) {
-                for (int left = outputs.spans[code]; left > 0; left--) {
+                for (const A* const end = first + outputs.ends[code]; weights < end; weights += kSources) {
                     Vector<A> grad[NV];
                     read_channels<NV, kTail>(grads, tail, grad);
                     // The next channels of this pixel are the next ones wanted.
@@ -232,8 +231,7 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
                             for (int v = 0; v < NV; v++) sums[r][q][v] += weight * grad[v];
                         }
                     }
-                    grads += outputs.pixel_stride;
-                    weights += kSources;
+                    grads += pixel_stride;
                 }
             });
         });
@@ -291,11 +289,12 @@ void grad_features_of_source_tile(const GradFeaturesNhwc<T>& plan, const GradFea
                            {}};
     int64_t source = in_columns.source(first), remainder = first * plan.down % plan.up;
     for (int64_t q = first; q < end; q++) {
-        outputs.spans[range_code_in_tile(source - radius - j, k, kColumns)]++;
+        outputs.ends[range_code_in_tile(source - radius - j, k, kColumns)] += kSources;
         taps_of[q - first] = (q - at.first_cell * plan.up) * plan.taps + j - source + radius;
         for (remainder += plan.down; remainder >= plan.up; remainder -= plan.up) source++;
     }
 
+    std::partial_sum(std::begin(outputs.ends), std::end(outputs.ends), outputs.ends);
     A* packed = at.packed;
     for (int row = 0; row < rows.count; row++) {
         const A* const weights = rows.rows[row].masks;
