@@ -215,6 +215,10 @@ __attribute__((noinline)) void sum_over_outputs(const TileOutputs<T>& outputs, c
                 for (const A* const end = first + outputs.ends[code]; weights < end; weights += kSources) {
                     Vector<A> grad[NV];
                     read_channels<NV, kTail>(grads, tail, grad);
+                    if constexpr ((r_end() - r_begin()) * (q_end() - q_begin()) > 1) {
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; v++) grad[v] = in_register(grad[v]);
+                    }
                     // The next channels of this pixel are the next ones wanted.
                     if constexpr (NV == kVectors) {
 #pragma GCC unroll 4

@@ -170,6 +170,9 @@ CARAFEPP_INLINE void sum_over_channels(const T* const (&grads)[P], const T* pixe
                                        int64_t row_step, int64_t tap_step, const ChannelPrefetch<T>& prefetch) {
     using A = Accumulator<T>;
     constexpr int L = kLanes<A>;
+    // Beside the sums, registers hold all gradients and a pixel, or a row of pixels and a gradient: nothing is read
+    // twice.
+    constexpr bool kGradsFit = P * NA * NB + P + 1 <= kVectorRegisters;
     Vector<A> sum[P][NA][NB] = {};
     const T* columns[NB];
 #pragma GCC unroll 8
@@ -179,15 +182,24 @@ CARAFEPP_INLINE void sum_over_channels(const T* const (&grads)[P], const T* pixe
     }
     const auto add = [&](auto load_channels_from) __attribute__((always_inline)) {
         Vector<A> grad[P];
+        if (kGradsFit) {
 #pragma GCC unroll 4
-        for (int o = 0; o < P; o++) grad[o] = load_channels_from(grads[o], 0);
+            for (int o = 0; o < P; o++) grad[o] = in_register(load_channels_from(grads[o], 0));
+        }
 #pragma GCC unroll 4
         for (int a = 0; a < NA; a++) {
+            Vector<A> features[NB];
 #pragma GCC unroll 8
             for (int b = 0; b < NB; b++) {
-                const Vector<A> features = load_channels_from(columns[b], a * row_stride);
-#pragma GCC unroll 4
-                for (int o = 0; o < P; o++) sum[o][a][b] += grad[o] * features;
+                features[b] = load_channels_from(columns[b], a * row_stride);
+                if (!kGradsFit) features[b] = in_register(features[b]);
+            }
+#pragma GCC unroll 20
+            for (int k = 0; k < P * NB; k++) {
+                const int o = kGradsFit ? k % P : k / NB, b = kGradsFit ? k / P : k % NB;
+                if (!kGradsFit && b == 0) grad[o] = in_register(load_channels_from(grads[o], 0));
+                if (kGradsFit && P > 1 && o == 0) features[b] = in_register(features[b]);
+                sum[o][a][b] += grad[o] * features[b];
             }
         }
     };
