@@ -204,12 +204,24 @@ CARAFEPP_INLINE void sum_over_channels(const T* const (&grads)[P], const T* pixe
         }
     };
     constexpr bool kPairs = std::is_same_v<T, BFloat16>;  // of vectors
+    // Where few products share a load, a cache line is prefetched once, not for each of its vectors.
+    constexpr bool kTwoAtOnce = kPairs || (P == 1 && 2 * L * sizeof(T) <= 64);
     int64_t c = 0;
-    if constexpr (kPairs) {
+    if constexpr (kTwoAtOnce) {
         for (; c + 2 * L <= channels; c += 2 * L) {
             prefetch.template prefetch_channels<P == 1>(c);
-            add([c](const T* from, int64_t row) __attribute__((always_inline)) { return load_even(from + (c + row)); });
-            add([c](const T* from, int64_t row) __attribute__((always_inline)) { return load_odd(from + (c + row)); });
+            add([c](const T* from, int64_t row) __attribute__((always_inline)) {
+                if constexpr (kPairs)
+                    return load_even(from + (c + row));
+                else
+                    return load(from + (c + row));
+            });
+            add([c](const T* from, int64_t row) __attribute__((always_inline)) {
+                if constexpr (kPairs)
+                    return load_odd(from + (c + row));
+                else
+                    return load(from + (c + L + row));
+            });
         }
     }
     for (; !kPairs && c + L <= channels; c += L) {
