@@ -27,15 +27,22 @@ constexpr int64_t kFewestRows = 8;           // of a block, if fewer tiles make 
 constexpr int64_t kFewChannels = 16;         // their rows of grad_output stay in the level 1 cache
 constexpr int64_t kManyChannels = 128;       // if the masks are staged again for each of these blocks
 
-// A register tile has sums of some rows of sources, in some channels.
-constexpr int kTileRows = kVectorRegisters == 32 ? 5 : 3;
-constexpr int kTileChannels = 4;
+// A register tile has sums of some rows of sources, in some channels. The masks of a tap and grad_output of these
+// channels share the registers with them.
+constexpr int kTileRows = 5;
+constexpr int tile_channels(int rows) { return kVectorRegisters == 32 || rows <= 3 ? 4 : rows == 4 ? 3 : 2; }
 
 // ---- plan ----
 
-// The places of a tap in staged outputs and staged masks.
-struct TapOffsets {
-    int64_t grads, masks;
+// The taps by which the outputs of a phase read a residue. Each reads the cell before that of the tap before it.
+struct TapRun {
+    int64_t grads;  // place of the first tap in staged outputs
+    int taps;
+};
+
+// The cell that a tap of a row reads for the first source of a tile, and its place in staged masks.
+struct TapPlace {
+    int64_t cell, masks;
 };
 
 // One item computes a block: some rows of some tiles of sources, in all channels of a group. It stages and contracts
@@ -47,7 +54,7 @@ struct GradFeaturesBlockShape {
 // The sizes of staged arrays for blocks of a shape, in elements of the sums.
 struct GradFeaturesSizes {
     int64_t mask_rows;                             // of outputs whose masks are staged together
-    int64_t masks_tap_row, masks_row, masks_tile;  // [tile][row of outputs][tap row][b][phase][lane]
+    int64_t masks_tap, masks_row, masks_tile;      // [tile][row of outputs][tap of a row][tap row][lane]
     int64_t cells, cell_stride, all_masks_stride;  // of outputs that read a block, with halo
     int64_t sums_row;                              // [residue][channel][lane]
     int64_t masks, sums, rows, grads_or_masks, scratch;
@@ -60,8 +67,10 @@ struct GradFeaturesPlan {
     int64_t blocks_across, blocks_down, items;
     bool non_temporal;  // whole rows are collected, and copied by non-temporal stores
     GradFeaturesSizes sizes;
-    TapOffsets taps[kMaxFactor * kMaxKernelSize];
-    int taps_of[kMaxFactor + 1];  // those of a residue are [taps_of[residue], taps_of[residue + 1])
+    // The taps of a row lie in the order of their runs: by residue, phase and column.
+    TapPlace tap_places[kMaxFactor * kMaxKernelSize];  // [b][phase]
+    TapRun runs[kMaxFactor * kMaxFactor];
+    int runs_of[kMaxFactor + 1], taps_of[kMaxFactor];  // a residue has runs [runs_of[residue], runs_of[residue + 1])
 };
 
 // The masks that a tile stages for a block of `rows` rows of sources.
@@ -81,8 +90,8 @@ GradFeaturesSizes sizes_of(const Problem& p, const Columns& columns, const GradF
     const int64_t rows_of_source = ceil_div(up, down), tap_rows = std::min(block.rows, k);
     GradFeaturesSizes sizes;
     sizes.mask_rows = keeps_masks ? p.factor.first_output(block.rows + k - 1) : rows_of_source;
-    sizes.masks_tap_row = k * up * lanes;
-    sizes.masks_row = tap_rows * sizes.masks_tap_row;
+    sizes.masks_tap = tap_rows * lanes;
+    sizes.masks_row = k * up * sizes.masks_tap;
     sizes.masks_tile = sizes.mask_rows * sizes.masks_row;
     sizes.cells = block.tiles * lanes + columns.halo();
     sizes.cell_stride = ceil_div(sizes.cells, lanes) * lanes;
@@ -135,20 +144,23 @@ GradFeaturesPlan plan_grad_features(const Problem& p, const Array& grad_features
     plan.non_temporal = writes_non_temporal_rows(grad_features, plan.blocks_across == 1);
     plan.sizes = sizes();
 
-    int count = 0;
+    int runs = 0, taps = 0;
     for (int residue = 0; residue < columns.down; residue++) {
-        plan.taps_of[residue] = count;
+        plan.runs_of[residue] = runs;
+        plan.taps_of[residue] = taps;
         for (int phase = 0; phase < columns.phases; phase++) {
+            TapRun run{0, 0};
             for (int b = 0; b < k; b++) {
                 const Columns::Tap& tap = columns.tap(phase, b);
-                if (tap.residue == residue) {
-                    plan.taps[count++] = {phase * plan.sizes.cell_stride + columns.most_shift - tap.shift,
-                                          (b * columns.phases + phase) * lanes};
-                }
+                if (tap.residue != residue) continue;
+                const int64_t cell = columns.most_shift - tap.shift;
+                if (run.taps++ == 0) run.grads = phase * plan.sizes.cell_stride + cell;
+                plan.tap_places[b * columns.phases + phase] = {cell, taps++ * plan.sizes.masks_tap};
             }
+            if (run.taps > 0) plan.runs[runs++] = run;
         }
     }
-    plan.taps_of[columns.down] = count;
+    plan.runs_of[columns.down] = runs;
     return plan;
 }
 
@@ -159,7 +171,7 @@ struct GradFeaturesBlock {
     int64_t first_cell;  // of the outputs that read the block; perhaps before the row
     Range sources;       // rows
     Range outputs;       // rows that read them
-    A* masks;            // [tile][row of outputs][tap row][b][phase][lane]
+    A* masks;            // [tile][row of outputs][tap of a row][tap row][lane]
     A* sums;             // [tile][row][residue][channel][lane]
     T* rows;             // [row][column]; the result of one channel
     A* grads;            // [channel][row of outputs][phase][cell]
@@ -200,46 +212,54 @@ template <class A>
 struct GradFeaturesRegisterTile {
     A* sums;  // first row; channels lie a vector apart
     int64_t sums_row;
-    const A* masks;  // first tap row
-    int64_t masks_tap_row, masks_row;
+    int64_t begun;   // rows before it have sums, the others begin with 0
+    const A* masks;  // first tap, first row
+    int64_t masks_tap, masks_row;
     const A* grads;
     int64_t grads_channel, grads_row;
     int64_t outputs;  // rows
-    const TapOffsets *taps, *taps_end;
+    const TapRun *runs, *runs_end;
 };
 
 // Adds masks * grad_output to the sums of NR rows of sources and NC channels, which stay in registers.
 template <int NR, int NC, class A>
-__attribute__((noinline)) void add_grads_to_sources(const GradFeaturesRegisterTile<A>& tile, RowPrefetch& prefetch) {
+__attribute__((noinline)) void add_grads_to_sources(const GradFeaturesRegisterTile<A>& tile) {
     constexpr int L = kLanes<A>;
-    Vector<A> sums[NR][NC];
+    A* const sums_of_tile = tile.sums;
+    const int64_t sums_row = tile.sums_row;
+    Vector<A> sums[NR][NC] = {};
 #pragma GCC unroll 5
     for (int r = 0; r < NR; r++) {
+        if (r >= tile.begun) continue;
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) sums[r][c] = load(tile.sums + r * tile.sums_row + c * L);
+        for (int c = 0; c < NC; c++) sums[r][c] = load(sums_of_tile + r * sums_row + c * L);
     }
-    const int64_t grads_channel = tile.grads_channel, masks_tap_row = tile.masks_tap_row;
-    for (int64_t o = 0; o < tile.outputs; o++) {
-        const A* const grads = tile.grads + o * tile.grads_row;
-        const A* const masks = tile.masks + o * tile.masks_row;
-        for (const TapOffsets* tap = tile.taps; tap != tile.taps_end; tap++) {
-            const A* const from = grads + tap->grads;
-            prefetch.prefetch_line();
-            Vector<A> mask[NR];
-#pragma GCC unroll 5
-            for (int r = 0; r < NR; r++) mask[r] = load(masks + tap->masks + r * masks_tap_row);
+    const int64_t grads_channel = tile.grads_channel, masks_tap = tile.masks_tap;
+    const A *of_row = tile.masks, *grads = tile.grads;
+    for (int64_t o = tile.outputs; o > 0; o--, of_row += tile.masks_row, grads += tile.grads_row) {
+        const A* masks = of_row;
+        for (const TapRun* run = tile.runs; run != tile.runs_end; run++) {
+            const A* from[NC];
+            from[0] = opaque(grads + run->grads);
 #pragma GCC unroll 4
-            for (int c = 0; c < NC; c++) {
-                const Vector<A> grad = load(from + c * grads_channel);
+            for (int c = 1; c < NC; c++) from[c] = opaque(from[c - 1] + grads_channel);
+            for (int64_t t = 0; t < run->taps; t++, masks += masks_tap) {
+                Vector<A> grad[NC];
+#pragma GCC unroll 4
+                for (int c = 0; c < NC; c++) grad[c] = in_register(load(from[c] - t));
 #pragma GCC unroll 5
-                for (int r = 0; r < NR; r++) sums[r][c] += mask[r] * grad;
+                for (int r = 0; r < NR; r++) {
+                    const Vector<A> mask = in_register(load(masks + r * L));
+#pragma GCC unroll 4
+                    for (int c = 0; c < NC; c++) sums[r][c] += mask * grad[c];
+                }
             }
         }
     }
 #pragma GCC unroll 5
     for (int r = 0; r < NR; r++) {
 #pragma GCC unroll 4
-        for (int c = 0; c < NC; c++) store(sums[r][c], tile.sums + r * tile.sums_row + c * L);
+        for (int c = 0; c < NC; c++) store(sums[r][c], sums_of_tile + r * sums_row + c * L);
     }
 }
 
@@ -280,8 +300,8 @@ struct GradFeaturesNchw {
         return {std::max<int64_t>(b.sources.begin - top, 0), std::min(b.sources.end - top, k)};
     }
 
-    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Cells
-    // without an output have 0. `first` is the first row that is staged with this one.
+    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Those of
+    // cells without an output are finite. `first` is the first row that is staged with this one.
     void stage_masks(const Block& b, int64_t row, int64_t first) const {
         const Range inside = tap_rows(b, row);
         const int64_t stride = sizes.all_masks_stride;
@@ -292,34 +312,31 @@ struct GradFeaturesNchw {
         }
         const int64_t begin = std::clamp<int64_t>(b.first_cell, 0, columns.cells);
         const int64_t end = std::clamp<int64_t>(b.first_cell + sizes.cells, 0, columns.cells);
+        // Cells that are not staged are 0. A vector that ends behind them is there before they are staged.
+        const int64_t rows = masks.taps * up, before = -std::min<int64_t>(b.first_cell, 0);
+        zero_cells(b.all_masks, rows, {0, before});
         for (int64_t cell = begin; cell < end; cell += L) {
             const int count = static_cast<int>(std::min<int64_t>(L, columns.cells - cell));
             masks.stage(b.n, b.group, {row, row + 1}, cell, count, stride, b.all_masks + (cell - b.first_cell));
         }
-        zero_cells_without_output(b, masks.taps);
+        zero_cells(b.all_masks, rows, {before + ceil_div(end - begin, L) * L, sizes.cells});
+        const TapPlace* const end_of_row = plan.tap_places + k * up;
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             A* to = b.masks_of(plan, tile, row, first);
-            for (int64_t t = inside.begin * k; t < inside.end * k; t++) {
-                for (int phase = 0; phase < up; phase++, to += L) {
-                    const int64_t shift = columns.most_shift - columns.tap(phase, t % k).shift;
-                    store(load(b.all_masks + ((t - masks.first_tap) * up + phase) * stride + tile * L + shift), to);
-                }
+            const A* from = b.all_masks + (inside.begin * k - masks.first_tap) * up * stride + tile * L;
+            for (int64_t a = inside.begin; a < inside.end; a++, to += L) {
+                for (const TapPlace* tap = plan.tap_places; tap != end_of_row; tap++, from += stride)
+                    store(load(from + tap->cell), to + tap->masks);
             }
         }
     }
 
-    void zero_cells_without_output(const Block& b, int64_t taps) const {
-        const int64_t cells = sizes.cell_stride, stride = sizes.all_masks_stride;
-        for (int64_t phase = 0; phase < up; phase++) {
-            const int64_t outputs = columns.outputs(phase);
-            if (b.first_cell >= 0 && b.first_cell + cells <= outputs) continue;
-            const int64_t begin = std::clamp<int64_t>(-b.first_cell, 0, cells);
-            const int64_t end = std::clamp<int64_t>(outputs - b.first_cell, 0, cells);
-            for (int64_t t = 0; t < taps; t++) {
-                A* const lanes = b.all_masks + (t * up + phase) * stride;
-                std::fill(lanes, lanes + begin, A{0});
-                std::fill(lanes + end, lanes + cells, A{0});
-            }
+    // Zeroes whole vectors that cover some cells of rows of masks.
+    void zero_cells(A* masks, int64_t rows, Range cells) const {
+        if (cells.size() == 0) return;
+        const Vector<A> zero = in_register(Vector<A>{});  // a vector is shorter than a call of memset
+        for (int64_t r = 0; r < rows; r++, masks += sizes.all_masks_stride) {
+            for (int64_t cell = cells.begin; cell < cells.end; cell += L) store(zero, masks + cell);
         }
     }
 
@@ -345,50 +362,73 @@ struct GradFeaturesNchw {
 
     // Adds all outputs that read a block, in `count` channels, to its sums.
     void sweep_outputs(const Block& b, int64_t channel, int64_t count) const {
-        std::fill_n(b.sums, b.tiles * plan.block.rows * sizes.sums_row, A{0});
         Range rows = {b.outputs.begin, b.outputs.begin};  // centred on one row of sources
+        int64_t begun = 0;                                // rows of the block before it have sums
         for (; rows.begin < b.outputs.end; rows.begin = rows.end) {
             rows.end = std::min(p.rows().first_output(p.rows().source(rows.begin) + 1), b.outputs.end);
             if (!plan.keeps_masks) {
                 for (int64_t row = rows.begin; row < rows.end; row++) stage_masks(b, row, rows.begin);
             }
             stage_grads(b, channel, count, rows);
-            contract_outputs(b, channel, count, rows);
+            const Range inside = tap_rows(b, rows.begin);
+            const int64_t first_source = p.rows().source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
+            zero_sums(b, {begun, first_source});
+            contract_outputs(b, channel, count, rows, first_source, begun);
+            begun = std::max(begun, first_source + inside.size());
         }
+        zero_sums(b, {begun, b.sources.size()});
     }
 
-    // Adds rows of outputs that are centred on one row of sources.
-    void contract_outputs(const Block& b, int64_t channel, int64_t count, Range rows) const {
-        const Range inside = tap_rows(b, rows.begin);
-        const int64_t first_source = p.rows().source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
-        const int rows_inside = static_cast<int>(inside.size());
+    // Zeroes the sums of sources that no output reads.
+    void zero_sums(const Block& b, Range rows) const {
+        if (rows.size() == 0) return;
+        for (int64_t t = 0; t < b.tiles; t++)
+            std::fill(b.sums_of(plan, t, rows.begin), b.sums_of(plan, t, rows.end), A{0});
+    }
+
+    // Adds rows of outputs that are centred on one row of sources. Rows of sources before `begun` have sums.
+    void contract_outputs(const Block& b, int64_t channel, int64_t count, Range rows, int64_t first_source,
+                          int64_t begun) const {
+        const int rows_inside = static_cast<int>(tap_rows(b, rows.begin).size());
         const int tiles_down = (rows_inside + kTileRows - 1) / kTileRows;
         GradFeaturesRegisterTile<A> tile;
         tile.sums_row = sizes.sums_row;
-        tile.masks_tap_row = sizes.masks_tap_row;
+        tile.masks_tap = sizes.masks_tap;
         tile.masks_row = sizes.masks_row;
         tile.grads_row = up * sizes.cell_stride;
         tile.grads_channel = rows.size() * tile.grads_row;
         tile.outputs = rows.size();
         RowPrefetch prefetch = grads_prefetch(b, channel, rows);
+        const int64_t channel_tiles = ceil_div(count, tile_channels(rows_inside / tiles_down));
+        const int64_t lines = ceil_div(prefetch.lines(), b.tiles * tiles_down * down * channel_tiles);
         for (int64_t t = 0; t < b.tiles; t++) {
             const A* const masks = b.masks_of(plan, t, rows.begin, plan.keeps_masks ? b.outputs.begin : rows.begin);
             for (int s = 0; s < tiles_down; s++) {
                 const Range some = share_of(rows_inside, s, tiles_down);
-                tile.masks = masks + some.begin * sizes.masks_tap_row;
+                tile.begun = begun - first_source - some.begin;
                 for (int residue = 0; residue < down; residue++) {
-                    tile.taps = plan.taps + plan.taps_of[residue];
-                    tile.taps_end = plan.taps + plan.taps_of[residue + 1];
-                    A* const sums = b.sums_of(plan, t, first_source + some.begin) + residue * plan.block.channels * L;
-                    for (int64_t c = 0; c < count; c += kTileChannels) {
-                        tile.sums = sums + c * L;
-                        tile.grads = b.grads + c * tile.grads_channel + t * L;
-                        with_count<kTileRows>(static_cast<int>(some.size()), [&](auto tile_rows) {
-                            with_count<kTileChannels>(static_cast<int>(count - c), [&](auto tile_channels) {
-                                add_grads_to_sources<tile_rows(), tile_channels()>(tile, prefetch);
-                            });
-                        });
-                    }
+                    tile.masks = masks + plan.taps_of[residue] * sizes.masks_tap + some.begin * L;
+                    tile.runs = plan.runs + plan.runs_of[residue];
+                    tile.runs_end = plan.runs + plan.runs_of[residue + 1];
+                    tile.sums = b.sums_of(plan, t, first_source + some.begin) + residue * plan.block.channels * L;
+                    tile.grads = b.grads + t * L;
+                    with_count<kTileRows>(static_cast<int>(some.size()), [&](auto tile_rows) {
+                        constexpr int kChannels = tile_channels(tile_rows());
+                        for (int64_t c = 0; c < count; c += kChannels) {
+                            prefetch.prefetch_lines(lines);
+                            if (c + kChannels <= count) {
+                                add_grads_to_sources<tile_rows(), kChannels>(tile);
+                                tile.sums += kChannels * L;
+                                tile.grads += kChannels * tile.grads_channel;
+                                continue;
+                            }
+                            for (int64_t last = c; last < count; last++) {
+                                add_grads_to_sources<tile_rows(), 1>(tile);
+                                tile.sums += L;
+                                tile.grads += tile.grads_channel;
+                            }
+                        }
+                    });
                 }
             }
         }
@@ -416,17 +456,31 @@ struct GradFeaturesNchw {
     // Writes the rows of one channel of a block.
     void write_rows(const Block& b, int64_t c, T* to, int64_t row_stride, int64_t column_stride) const {
         const int64_t tile_columns = L * down, sums_tile = plan.block.rows * sizes.sums_row;
-        for (int64_t i = 0; i < b.sources.size(); i++, to += row_stride) {
-            const A* from = b.sums_of(plan, 0, i) + c * L;
-            T* tile = to;
-            int64_t left = p.features.w - b.first_tile * tile_columns;
-            for (int64_t t = 0; t < b.tiles; t++) {
-                store_interleaved(from, plan.block.channels * L, static_cast<int>(down), left, tile, column_stride);
-                from += sums_tile;
-                tile += tile_columns * column_stride;
-                left -= tile_columns;
+        const int64_t width = p.features.w - b.first_tile * tile_columns, residue_stride = plan.block.channels * L;
+        const A* sums = b.sums + c * L;
+        const auto for_each_tile = [&](auto store_tile) __attribute__((always_inline)) {
+            for (int64_t i = b.sources.size(); i > 0; i--, sums += sizes.sums_row, to += row_stride) {
+                const A* from = sums;
+                T* tile = to;
+                for (int64_t left = width, t = b.tiles; t > 0; t--, left -= tile_columns) {
+                    store_tile(from, left, tile);
+                    from += sums_tile;
+                    tile += tile_columns * column_stride;
+                }
             }
+        };
+        const int factor = static_cast<int>(down);
+        if (column_stride == 1 && factor <= 2) {
+            with_count<2>(factor, [&](auto known) __attribute__((always_inline)) {
+                for_each_tile([&](const A* from, int64_t left, T* tile) __attribute__((always_inline)) {
+                    store_interleaved<decltype(known)::value>(from, residue_stride, left, tile);
+                });
+            });
+            return;
         }
+        for_each_tile([&](const A* from, int64_t left, T* tile) __attribute__((always_inline)) {
+            store_interleaved(from, residue_stride, factor, left, tile, column_stride);
+        });
     }
 
     // Writes all channels together, adjacent in each pixel.
