@@ -8,6 +8,9 @@
 // these outputs, some channels at a time. It deinterleaves each row of grad_output, and adds its products to the sums
 // of the sources that it reads. At last it writes the sums. Masks of large windows would leave the caches. The kernel
 // stages those during the sweep, for many channels at a time.
+//
+// Without up, and with a down of 2, an output adds few products to a sum. There each source gathers them: the sums of
+// two rows in both residues stay in registers until they are written.
 #include <algorithm>
 
 #include "cpu/geometry.h"
@@ -31,6 +34,9 @@ constexpr int64_t kManyChannels = 128;       // if the masks are staged again fo
 // channels share the registers with them.
 constexpr int kTileRows = 5;
 constexpr int tile_channels(int rows) { return kVectorRegisters == 32 || rows <= 3 ? 4 : rows == 4 ? 3 : 2; }
+
+// A register tile that gathers has sums of two rows of sources in both residues, in some channels.
+constexpr int kGatherChannels = kVectorRegisters == 32 ? 6 : 3;
 
 // ---- plan ----
 
@@ -63,6 +69,7 @@ struct GradFeaturesSizes {
 struct GradFeaturesPlan {
     int64_t tiles;     // of a row of sources
     bool keeps_masks;  // of all rows of outputs that read a block; else of those centred on one row of sources
+    bool gathers;      // two rows of sources at a time
     GradFeaturesBlockShape block;
     int64_t blocks_across, blocks_down, items;
     bool non_temporal;  // whole rows are collected, and copied by non-temporal stores
@@ -84,10 +91,13 @@ bool writes_non_temporal_rows(const Array& grad_features, bool all_tiles) {
            wants_non_temporal_stores(grad_features);
 }
 
+// Rows of outputs that read two rows of sources, at most, if down is 2.
+int64_t gathered_rows(const Problem& p) { return (p.kernel_size + 1) / 2; }
+
 GradFeaturesSizes sizes_of(const Problem& p, const Columns& columns, const GradFeaturesBlockShape& block,
-                           bool keeps_masks, bool non_temporal, int64_t lanes) {
+                           bool keeps_masks, bool gathers, bool non_temporal, int64_t lanes) {
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size;
-    const int64_t rows_of_source = ceil_div(up, down), tap_rows = std::min(block.rows, k);
+    const int64_t rows_of_source = gathers ? gathered_rows(p) : ceil_div(up, down), tap_rows = std::min(block.rows, k);
     GradFeaturesSizes sizes;
     sizes.mask_rows = keeps_masks ? p.factor.first_output(block.rows + k - 1) : rows_of_source;
     sizes.masks_tap = tap_rows * lanes;
@@ -98,8 +108,9 @@ GradFeaturesSizes sizes_of(const Problem& p, const Columns& columns, const GradF
     sizes.all_masks_stride = sizes.cell_stride + lanes;
     sizes.sums_row = down * block.channels * lanes;
     sizes.masks = block.tiles * sizes.masks_tile;
-    sizes.sums = block.tiles * block.rows * sizes.sums_row;
-    sizes.rows = non_temporal ? ceil_div(block.rows * p.features.w, lanes) * lanes : 0;
+    sizes.sums = gathers ? kGatherChannels * 2 * down * lanes : block.tiles * block.rows * sizes.sums_row;
+    const int64_t collected_rows = gathers ? 2 * block.channels : block.rows;
+    sizes.rows = non_temporal ? ceil_div(collected_rows * p.features.w, lanes) * lanes : 0;
     const int64_t grads = block.channels * rows_of_source * up * sizes.cell_stride;
     const int64_t masks_of_row = (p.from_logits ? k : tap_rows) * k * up * sizes.all_masks_stride;
     sizes.grads_or_masks = std::max(grads, masks_of_row);
@@ -125,8 +136,10 @@ GradFeaturesPlan plan_grad_features(const Problem& p, const Array& grad_features
     }
     const auto sizes = [&] {
         const bool non_temporal = writes_non_temporal_rows(grad_features, block.tiles == plan.tiles);
-        return sizes_of(p, columns, block, plan.keeps_masks, non_temporal, lanes);
+        return sizes_of(p, columns, block, plan.keeps_masks, plan.gathers, non_temporal, lanes);
     };
+    plan.gathers = plan.keeps_masks && p.factor.up == 1 && p.factor.down == 2 && grad_features.stride_w == 1 &&
+                   p.features.dtype != CARAFEPP_FLOAT64;
     const int64_t most = kScratchBytes * lanes / kVectorBytes;
     while (sizes().scratch > most) {
         int64_t& largest = block.tiles > 1 ? block.tiles : block.rows > 1 ? block.rows : block.channels;
@@ -138,6 +151,7 @@ GradFeaturesPlan plan_grad_features(const Problem& p, const Array& grad_features
     const int64_t threads = threads_for(INT32_MAX, p.cost() / static_cast<double>(lanes));
     while (blocks_of_row * ceil_div(height, block.rows) < threads && block.rows >= 2 * k)
         block.rows = ceil_div(block.rows, 2);
+    if (plan.gathers) block.rows += block.rows % 2;
     plan.block = block;
     plan.blocks_down = ceil_div(height, block.rows);
     plan.items = blocks_of_row * plan.blocks_down;
@@ -164,18 +178,17 @@ GradFeaturesPlan plan_grad_features(const Problem& p, const Array& grad_features
     return plan;
 }
 
-template <class T>
+template <class A>
 struct GradFeaturesBlock {
-    using A = Accumulator<T>;
     int64_t n, group, first_tile, tiles;
     int64_t first_cell;  // of the outputs that read the block; perhaps before the row
     Range sources;       // rows
     Range outputs;       // rows that read them
     A* masks;            // [tile][row of outputs][tap of a row][tap row][lane]
     A* sums;             // [tile][row][residue][channel][lane]
-    T* rows;             // [row][column]; the result of one channel
-    A* grads;            // [channel][row of outputs][phase][cell]
-    A* all_masks;        // [tap][phase][cell]; one row of outputs
+    A* rows;             // [row][column]; the result of one channel, or two rows of some
+    A* grads;      // [channel][row of outputs][phase][cell]; if gathered, rows modulo those that are read together
+    A* all_masks;  // [tap][phase][cell]; one row of outputs
 
     GradFeaturesBlock(const GradFeaturesPlan& plan, const Problem& p, const Columns& columns, int64_t item,
                       A* scratch) {
@@ -191,7 +204,7 @@ struct GradFeaturesBlock {
         outputs = outputs_of(p, sources);
         masks = scratch;
         sums = masks + plan.sizes.masks;
-        rows = reinterpret_cast<T*>(sums + plan.sizes.sums);
+        rows = sums + plan.sizes.sums;
         grads = all_masks = sums + plan.sizes.sums + plan.sizes.rows;  // one after the other
     }
 
@@ -263,12 +276,99 @@ __attribute__((noinline)) void add_grads_to_sources(const GradFeaturesRegisterTi
     }
 }
 
+// ---- contraction: two rows of sources in both residues, and the rows of outputs that read them ----
+
+// A row of outputs, and the masks of its first tap row that reads one of the rows of sources.
+template <class A>
+struct GatheredRow {
+    const A *grads, *masks;
+    bool first, second;  // which of the rows of sources it reads
+};
+
+template <class A>
+struct GradFeaturesGather {
+    const GatheredRow<A>* rows;
+    int rows_count;
+    int64_t grads_offset, grads_channel;  // to the first channel, to the next
+    int64_t masks_tap;
+    int64_t residue_masks;  // from the first tap of a residue to that of the other
+    // From the first grad_output back, so many are read by the second residue, then by both, then by the first.
+    int64_t second_alone, both, first_alone;
+    A* sources;
+    int64_t sources_channel, sources_row;
+    int sources_rows;  // that are written
+};
+
+// Adds grad_output of one cell to the sums of some rows and residues. `masks` are the next taps of each residue.
+template <int R0, int R1, int Q0, int Q1, int NC, class A>
+CARAFEPP_INLINE void gather_cell(const A* const (&grads)[NC], int64_t cell, const A* (&masks)[2], int64_t masks_tap,
+                                 Vector<A> (&sums)[2][2][NC]) {
+    Vector<A> grad[NC];
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; c++) grad[c] = in_register(load(grads[c] - cell));
+#pragma GCC unroll 2
+    for (int q = Q0; q < Q1; q++) {
+#pragma GCC unroll 2
+        for (int r = R0; r < R1; r++) {
+            const Vector<A> mask = in_register(load(masks[q] + (r - R0) * kLanes<A>));
+#pragma GCC unroll 6
+            for (int c = 0; c < NC; c++) sums[r][q][c] += mask * grad[c];
+        }
+        masks[q] = opaque(masks[q] + masks_tap);
+    }
+}
+
+template <int R0, int R1, int NC, class A>
+CARAFEPP_INLINE void gather_row(const GradFeaturesGather<A>& tile, const GatheredRow<A>& row,
+                                Vector<A> (&sums)[2][2][NC]) {
+    const A *grads[NC], *masks[2] = {row.masks, row.masks + tile.residue_masks};
+    grads[0] = opaque(row.grads + tile.grads_offset);
+#pragma GCC unroll 6
+    for (int c = 1; c < NC; c++) grads[c] = opaque(grads[c - 1] + tile.grads_channel);
+    const int64_t masks_tap = tile.masks_tap, both_end = tile.second_alone + tile.both;
+    int64_t cell = 0;
+    for (; cell < tile.second_alone; cell++) gather_cell<R0, R1, 1, 2>(grads, cell, masks, masks_tap, sums);
+    for (; cell < both_end; cell++) gather_cell<R0, R1, 0, 2>(grads, cell, masks, masks_tap, sums);
+    if (tile.first_alone > 0) gather_cell<R0, R1, 0, 1>(grads, cell, masks, masks_tap, sums);
+}
+
+// Writes the sums of some channels as columns.
+template <class A>
+__attribute__((noinline)) void gather_sources(const GradFeaturesGather<A>& tile) {
+    constexpr int NC = kGatherChannels;
+    Vector<A> sums[2][2][NC] = {};
+    for (int n = 0; n < tile.rows_count; n++) {
+        const GatheredRow<A>& row = tile.rows[n];
+        if (!row.second) {
+            gather_row<0, 1>(tile, row, sums);
+        } else if (!row.first) {
+            gather_row<1, 2>(tile, row, sums);
+        } else {
+            gather_row<0, 2>(tile, row, sums);
+        }
+    }
+    const int64_t channel_stride = tile.sources_channel, row_stride = tile.sources_row;
+    A* to = tile.sources;
+    const bool both = tile.sources_rows > 1;
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; c++, to += channel_stride) {
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++) {
+            if (r == 1 && !both) continue;
+            Vector<A> columns[2] = {sums[r][0][c], sums[r][1][c]};
+            interleave<A, 2>(columns);
+            store(columns[0], to + r * row_stride);
+            store(columns[1], to + r * row_stride + kLanes<A>);
+        }
+    }
+}
+
 // ---- the kernel ----
 
-template <class T>
-struct GradFeaturesNchw {
-    using A = Accumulator<T>;
-    using Block = GradFeaturesBlock<T>;
+// What depends on the type of the sums only.
+template <class A>
+struct GradFeaturesSums {
+    using Block = GradFeaturesBlock<A>;
     static constexpr int L = kLanes<A>;
 
     const Problem& p;
@@ -279,18 +379,6 @@ struct GradFeaturesNchw {
     const int64_t up = p.factor.up, down = p.factor.down, k = p.kernel_size;
     const int64_t channels = p.features.c / p.groups;
     const int64_t items = plan.items, scratch_size = plan.sizes.scratch;
-
-    void run_item(int64_t item, A* scratch) const {
-        const Block b(plan, p, columns, item, scratch);
-        if (plan.keeps_masks) {
-            for (int64_t row = b.outputs.begin; row < b.outputs.end; row++) stage_masks(b, row, b.outputs.begin);
-        }
-        for (int64_t c = 0; c < channels; c += plan.block.channels) {
-            const int64_t channel = b.group * channels + c, count = std::min(plan.block.channels, channels - c);
-            sweep_outputs(b, channel, count);
-            write_sums(b, channel, count);
-        }
-    }
 
     // ---- staging ----
 
@@ -340,11 +428,12 @@ struct GradFeaturesNchw {
         }
     }
 
-    void stage_grads(const Block& b, int64_t channel, int64_t count, Range rows) const {
+    // `staged_rows` are those of a channel.
+    void stage_grads(const Block& b, int64_t channel, int64_t count, Range rows, int64_t staged_rows, A* to) const {
         const int64_t row_stride = up * sizes.cell_stride;
         const Deinterleaved layout{static_cast<int>(up),     b.first_cell, b.tiles * L + columns.halo(),
-                                   rows.size() * row_stride, row_stride,   sizes.cell_stride};
-        deinterleave_rows(p.grad_output, b.n, channel, count, rows, layout, b.grads);
+                                   staged_rows * row_stride, row_stride,   sizes.cell_stride};
+        deinterleave_rows(p.grad_output, b.n, channel, count, rows, layout, to);
     }
 
     // The rows of grad_output that are staged after these: the next ones, or the first of the next channels.
@@ -369,7 +458,7 @@ struct GradFeaturesNchw {
             if (!plan.keeps_masks) {
                 for (int64_t row = rows.begin; row < rows.end; row++) stage_masks(b, row, rows.begin);
             }
-            stage_grads(b, channel, count, rows);
+            stage_grads(b, channel, count, rows, rows.size(), b.grads);
             const Range inside = tap_rows(b, rows.begin);
             const int64_t first_source = p.rows().source(rows.begin) - p.radius() + inside.begin - b.sources.begin;
             zero_sums(b, {begun, first_source});
@@ -399,14 +488,14 @@ struct GradFeaturesNchw {
         tile.grads_channel = rows.size() * tile.grads_row;
         tile.outputs = rows.size();
         RowPrefetch prefetch = grads_prefetch(b, channel, rows);
-        const int64_t channel_tiles = ceil_div(count, tile_channels(rows_inside / tiles_down));
-        const int64_t lines = ceil_div(prefetch.lines(), b.tiles * tiles_down * down * channel_tiles);
+        const int64_t lines = ceil_div(prefetch.lines(), b.tiles * tiles_down * down);
         for (int64_t t = 0; t < b.tiles; t++) {
             const A* const masks = b.masks_of(plan, t, rows.begin, plan.keeps_masks ? b.outputs.begin : rows.begin);
             for (int s = 0; s < tiles_down; s++) {
                 const Range some = share_of(rows_inside, s, tiles_down);
                 tile.begun = begun - first_source - some.begin;
                 for (int residue = 0; residue < down; residue++) {
+                    prefetch.prefetch_lines(lines);
                     tile.masks = masks + plan.taps_of[residue] * sizes.masks_tap + some.begin * L;
                     tile.runs = plan.runs + plan.runs_of[residue];
                     tile.runs_end = plan.runs + plan.runs_of[residue + 1];
@@ -415,7 +504,6 @@ struct GradFeaturesNchw {
                     with_count<kTileRows>(static_cast<int>(some.size()), [&](auto tile_rows) {
                         constexpr int kChannels = tile_channels(tile_rows());
                         for (int64_t c = 0; c < count; c += kChannels) {
-                            prefetch.prefetch_lines(lines);
                             if (c + kChannels <= count) {
                                 add_grads_to_sources<tile_rows(), kChannels>(tile);
                                 tile.sums += kChannels * L;
@@ -433,6 +521,117 @@ struct GradFeaturesNchw {
             }
         }
     }
+};
+
+template <class T>
+struct GradFeaturesNchw : GradFeaturesSums<Accumulator<T>> {
+    using A = Accumulator<T>;
+    using Sums = GradFeaturesSums<A>;
+    using Sums::L, Sums::p, Sums::grad_features, Sums::columns, Sums::plan, Sums::sizes, Sums::down, Sums::channels;
+    using Sums::stage_masks, Sums::stage_grads, Sums::grads_prefetch, Sums::tap_rows, Sums::sweep_outputs;
+    using typename Sums::Block;
+
+    void run_item(int64_t item, A* scratch) const {
+        const Block b(plan, p, columns, item, scratch);
+        if (plan.keeps_masks) {
+            for (int64_t row = b.outputs.begin; row < b.outputs.end; row++) stage_masks(b, row, b.outputs.begin);
+        }
+        for (int64_t c = 0; c < channels; c += plan.block.channels) {
+            const int64_t channel = b.group * channels + c, count = std::min(plan.block.channels, channels - c);
+            if (plan.gathers) {
+                if constexpr (std::is_same_v<A, float>) sweep_sources(b, channel, count);
+                continue;
+            }
+            sweep_outputs(b, channel, count);
+            write_sums(b, channel, count);
+        }
+    }
+
+    // ---- gathering ----
+
+    // Gathers and writes two rows of sources at a time.
+    void sweep_sources(const Block& b, int64_t channel, int64_t count) const {
+        const int64_t ring = gathered_rows(p), width = p.features.w;
+        int64_t staged = b.outputs.begin;  // rows of outputs before it are staged
+        for (Range rows = b.sources; rows.begin < b.sources.end; rows.begin += 2) {
+            rows.end = std::min(rows.begin + 2, b.sources.end);
+            const Range readers = outputs_of(p, rows);
+            const Range next = {staged, std::max(staged, readers.end)};
+            for (; staged < next.end; staged++)
+                stage_grads(b, channel, count, {staged, staged + 1}, ring, b.grads + staged % ring * sizes.cell_stride);
+            T* const to = element<T>(grad_features, b.n, channel, rows.begin, b.first_tile * 2 * L);
+            RowPrefetch prefetch = grads_prefetch(b, channel, next);
+            if (!plan.non_temporal) {
+                gather_sources_of(b, count, rows, readers, prefetch, to, grad_features.stride_c,
+                                  grad_features.stride_h);
+                continue;
+            }
+            T* const collected = reinterpret_cast<T*>(b.rows);
+            gather_sources_of(b, count, rows, readers, prefetch, collected, 2 * width, width);
+            for (int64_t c = 0; c < count; c++) {
+                copy_non_temporal(collected + c * 2 * width, rows.size() * width, to + c * grad_features.stride_c);
+            }
+        }
+        if (plan.non_temporal) finish_non_temporal_stores();
+    }
+
+    // Gathers one or two rows of sources from the rows of outputs that read them, and writes them to `to`.
+    void gather_sources_of(const Block& b, int64_t count, Range rows, Range readers, RowPrefetch& prefetch, T* to,
+                           int64_t channel_stride, int64_t row_stride) const {
+        const TapRun *const first = plan.runs, *const second = plan.runs + plan.runs_of[1];
+        const int first_taps = first->taps, second_taps = plan.runs_of[2] > plan.runs_of[1] ? second->taps : 0;
+        GatheredRow<A> gathered[(kMaxKernelSize + 1) / 2];
+        GradFeaturesGather<A> tile;
+        tile.rows = gathered;
+        tile.rows_count = static_cast<int>(readers.size());
+        const int64_t grads_channel = tile.grads_channel = gathered_rows(p) * sizes.cell_stride;
+        tile.masks_tap = sizes.masks_tap;
+        tile.residue_masks = plan.taps_of[1] * sizes.masks_tap;
+        tile.second_alone = second_taps > 0 ? second->grads - first->grads : 0;
+        tile.both = std::min<int64_t>(first_taps, second_taps);
+        tile.first_alone = first_taps - tile.both;
+        tile.sources_rows = static_cast<int>(rows.size());
+        const int64_t first_grad = first->grads + tile.second_alone;
+        // The last channels overlap those before. Fewer than a register tile holds are computed one by one.
+        const int64_t together = count < kGatherChannels ? 1 : kGatherChannels;
+        if (together == 1) tile.grads_channel = 0;
+        const int64_t lines = ceil_div(prefetch.lines(), b.tiles), tile_columns = 2 * L;
+        for (int64_t t = 0; t < b.tiles; t++, to += tile_columns) {
+            prefetch.prefetch_lines(lines);
+            for (int64_t row = readers.begin; row < readers.end; row++) {
+                const Range inside = tap_rows(b, row);
+                const int64_t a = rows.begin - p.rows().source(row) + p.radius();  // that reads the first row
+                gathered[row - readers.begin] = {
+                    b.grads + row % gathered_rows(p) * sizes.cell_stride + t * L + first_grad,
+                    b.masks_of(plan, t, row, b.outputs.begin) + (std::max(a, inside.begin) - inside.begin) * L,
+                    a >= inside.begin, a + 1 < inside.end};
+            }
+            const int64_t left = p.features.w - (b.first_tile + t) * tile_columns;
+            const bool in_place = std::is_same_v<T, A> && left >= tile_columns;
+            tile.sources_row = in_place ? row_stride : tile_columns;
+            tile.sources_channel = together == 1 ? 0 : in_place ? channel_stride : 2 * tile_columns;
+            for (int64_t c = 0; c < count; c += together) {
+                c = std::min(c, count - together);
+                T* const of_channel = to + c * channel_stride;
+                tile.grads_offset = c * grads_channel;
+                tile.sources = in_place ? reinterpret_cast<A*>(of_channel) : b.sums;
+                gather_sources(tile);
+                if (!in_place)
+                    write_gathered(b.sums, together, rows.size(), left, of_channel, channel_stride, row_stride);
+            }
+        }
+    }
+
+    // Writes `left` columns of some channels of a gathered tile, or all of its columns.
+    void write_gathered(const A* from, int64_t count, int64_t rows, int64_t left, T* to, int64_t channel_stride,
+                        int64_t row_stride) const {
+        for (int64_t c = 0; c < count; c++, from += 4 * L, to += channel_stride) {
+            for (int64_t r = 0; r < rows; r++) {
+                store_part(load(from + 2 * r * L), to + r * row_stride, left);
+                store_part(load(from + (2 * r + 1) * L), to + r * row_stride + L, left - L);
+            }
+        }
+    }
 
     // ---- write out ----
 
@@ -444,8 +643,9 @@ struct GradFeaturesNchw {
         for (int64_t c = 0; c < count; c++) {
             T* const to = element<T>(grad_features, b.n, channel + c, b.sources.begin, b.first_tile * L * down);
             if (plan.non_temporal) {
-                write_rows(b, c, b.rows, p.features.w, 1);
-                copy_non_temporal(b.rows, b.sources.size() * p.features.w, to);
+                T* const rows = reinterpret_cast<T*>(b.rows);
+                write_rows(b, c, rows, p.features.w, 1);
+                copy_non_temporal(rows, b.sources.size() * p.features.w, to);
             } else {
                 write_rows(b, c, to, grad_features.stride_h, grad_features.stride_w);
             }
@@ -456,7 +656,7 @@ struct GradFeaturesNchw {
     // Writes the rows of one channel of a block.
     void write_rows(const Block& b, int64_t c, T* to, int64_t row_stride, int64_t column_stride) const {
         const int64_t tile_columns = L * down, sums_tile = plan.block.rows * sizes.sums_row;
-        const int64_t width = p.features.w - b.first_tile * tile_columns, residue_stride = plan.block.channels * L;
+        const int64_t width = p.features.w - b.first_tile * tile_columns;
         const A* sums = b.sums + c * L;
         const auto for_each_tile = [&](auto store_tile) __attribute__((always_inline)) {
             for (int64_t i = b.sources.size(); i > 0; i--, sums += sizes.sums_row, to += row_stride) {
@@ -469,17 +669,13 @@ struct GradFeaturesNchw {
                 }
             }
         };
-        const int factor = static_cast<int>(down);
-        if (column_stride == 1 && factor <= 2) {
-            with_count<2>(factor, [&](auto known) __attribute__((always_inline)) {
-                for_each_tile([&](const A* from, int64_t left, T* tile) __attribute__((always_inline)) {
-                    store_interleaved<decltype(known)::value>(from, residue_stride, left, tile);
-                });
-            });
+        if (column_stride == 1 && down == 1) {
+            for_each_tile([](const A* from, int64_t left, T* tile)
+                              __attribute__((always_inline)) { store_part(load(from), tile, left); });
             return;
         }
-        for_each_tile([&](const A* from, int64_t left, T* tile) __attribute__((always_inline)) {
-            store_interleaved(from, residue_stride, factor, left, tile, column_stride);
+        for_each_tile([&](const A* from, int64_t left, T* tile) __attribute__((noinline)) {
+            store_interleaved(from, plan.block.channels * L, static_cast<int>(down), left, tile, column_stride);
         });
     }
 

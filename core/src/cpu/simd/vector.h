@@ -396,6 +396,11 @@ struct Unpack {  // in each four lanes, two of the first alternating with two of
     static constexpr int at(int lane, int lanes) { return lane / 4 * 4 + First + lane % 4 / 2 + lane % 2 * lanes; }
 };
 
+template <int First>
+struct EveryOtherOfFour {  // in each four lanes, two of the first before two of the second
+    static constexpr int at(int lane, int lanes) { return lane / 4 * 4 + First + lane % 2 * 2 + lane % 4 / 2 * lanes; }
+};
+
 // rows[i] lane k becomes rows[k] lane i.
 template <class A, int Distance = 1>
 CARAFEPP_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
@@ -473,6 +478,13 @@ template <class A, int N>
 CARAFEPP_INLINE void deinterleave(Vector<A> (&columns)[N]) {
     static_assert(N <= 4 || N == 8, "shuffles for more are not written");
     if constexpr (N == 2) {
+        if constexpr (kVectorBytes == 32 && sizeof(A) == 4) {  // each shuffle is one instruction
+            const Vector<A> low = shuffle<ExchangeLow<4>, A>(columns[0], columns[1]);
+            const Vector<A> high = shuffle<ExchangeHigh<4>, A>(columns[0], columns[1]);
+            columns[0] = shuffle<EveryOtherOfFour<0>, A>(low, high);
+            columns[1] = shuffle<EveryOtherOfFour<1>, A>(low, high);
+            return;
+        }
         const Vector<A> even = shuffle<EvenLanes, A>(columns[0], columns[1]);
         columns[1] = shuffle<OddLanes, A>(columns[0], columns[1]);
         columns[0] = even;
