@@ -155,24 +155,23 @@ struct GradMasksRegisterTile {
     const A* grads[kTileOutputs];  // channels lie a vector apart
     A* sums[kTileOutputs];         // first tap of a tap row of each output
     int64_t tap_stride;            // of the sums
-};
-
-// The rows that are staged next.
-struct RowPrefetches {
-    RowPrefetch grads, features;
+    bool begins;                   // there are no sums yet
 };
 
 // Adds grad_output * features to the sums of P outputs and of NB tap columns from `b` on. The sums stay in registers.
 template <int P, int NB, class A>
 __attribute__((noinline)) void add_products_to_taps(const GradMasksRegisterTile<A>& tile, const A* features,
                                                     int64_t channel_stride, const int64_t* tap_offsets, int64_t b,
-                                                    int64_t channels, RowPrefetches& prefetch) {
+                                                    int64_t channels) {
     constexpr int L = kLanes<A>;
-    Vector<A> sums[P][NB];
+    const int64_t tap_stride = tile.tap_stride;
+    Vector<A> sums[P][NB] = {};
+    if (!tile.begins) {
 #pragma GCC unroll 4
-    for (int o = 0; o < P; o++) {
+        for (int o = 0; o < P; o++) {
 #pragma GCC unroll 5
-        for (int k = 0; k < NB; k++) sums[o][k] = load(tile.sums[o] + (b + k) * tile.tap_stride);
+            for (int k = 0; k < NB; k++) sums[o][k] = load(tile.sums[o] + (b + k) * tap_stride);
+        }
     }
     const A* grads[P];
 #pragma GCC unroll 4
@@ -181,8 +180,6 @@ __attribute__((noinline)) void add_products_to_taps(const GradMasksRegisterTile<
 #pragma GCC unroll 5
     for (int k = 0; k < NB; k++) offset[k] = tap_offsets[b + k];
     for (int64_t at = 0; at < channels * L; at += L, features += channel_stride) {
-        prefetch.grads.prefetch_line();
-        prefetch.features.prefetch_line();
         Vector<A> read[NB];
 #pragma GCC unroll 5
         for (int k = 0; k < NB; k++) read[k] = load(features + offset[k]);
@@ -196,21 +193,20 @@ __attribute__((noinline)) void add_products_to_taps(const GradMasksRegisterTile<
 #pragma GCC unroll 4
     for (int o = 0; o < P; o++) {
 #pragma GCC unroll 5
-        for (int k = 0; k < NB; k++) store(sums[o][k], tile.sums[o] + (b + k) * tile.tap_stride);
+        for (int k = 0; k < NB; k++) store(sums[o][k], tile.sums[o] + (b + k) * tap_stride);
     }
 }
 
 // Adds the products of P outputs in all tap columns.
 template <int P, class A>
 void add_products_of_outputs(const GradMasksRegisterTile<A>& tile, const A* features, int64_t channel_stride,
-                             const int64_t* tap_offsets, int kernel_size, int64_t channels, RowPrefetches& prefetch) {
+                             const int64_t* tap_offsets, int kernel_size, int64_t channels) {
     constexpr int kMost = most_tap_columns(P);
     const int shares = (kernel_size + kMost - 1) / kMost;
     for (int k = 0; k < shares; k++) {
         const Range some = share_of(kernel_size, k, shares);
         with_count<kMost>(static_cast<int>(some.size()), [&](auto columns) {
-            add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels,
-                                               prefetch);
+            add_products_to_taps<P, columns()>(tile, features, channel_stride, tap_offsets, some.begin, channels);
         });
     }
 }
@@ -236,10 +232,21 @@ struct GradMasksNchw {
 
     void run_item(int64_t item, A* scratch) const {
         const Block b(plan, p, item, scratch);
-        std::fill_n(b.sums, b.tiles * b.rows.size() * plan.row_size, A{0});
+        zero_sums(b);
         for (int64_t c = 0; c < channels && b.computed.size() > 0; c += plan.block.channels)
             sweep_rows(b, b.group * channels + c, std::min(plan.block.channels, channels - c));
         for (int64_t tile = 0; tile < b.tiles; tile++) write_tile(b, tile);
+    }
+
+    // Zeroes the sums of rows with taps beyond the border, and of rows without an output. No other sum is read before
+    // it is written.
+    void zero_sums(const Block& b) const {
+        for (int64_t row = b.rows.begin; row < b.rows.end; row++) {
+            const int64_t top = p.rows().source(row) - p.radius();
+            const bool inside = top >= 0 && top + p.kernel_size <= p.features.h;
+            if (inside && row < b.computed.end && channels > 0) continue;
+            for (int64_t tile = 0; tile < b.tiles; tile++) std::fill_n(b.sums_of(plan, tile, row), plan.row_size, A{0});
+        }
     }
 
     // ---- staging ----
@@ -292,20 +299,25 @@ struct GradMasksNchw {
     // Adds the products of all rows of a block, in `count` channels.
     void sweep_rows(const Block& b, int64_t channel, int64_t count) const {
         stage_features(b, channel, count);
-        RowPrefetches prefetch;
-        prefetch.features = features_prefetch(b, channel);
+        const bool begins = channel == b.group * channels;
+        RowPrefetch next_features = features_prefetch(b, channel);
+        const int64_t feature_lines = ceil_div(next_features.lines(),
+                                               b.tiles * ceil_div(b.computed.size(), plan.rows_together));
         for (int64_t begin = b.computed.begin; begin < b.computed.end; begin += plan.rows_together) {
             const Range rows = {begin, std::min(begin + plan.rows_together, b.computed.end)};
-            prefetch.grads = grads_prefetch(b, channel, rows.end);
+            RowPrefetch next_grads = grads_prefetch(b, channel, rows.end);
+            const int64_t grad_lines = ceil_div(next_grads.lines(), b.tiles);
             for (int64_t tile = 0; tile < b.tiles; tile++) {
                 stage_grads(b, channel, count, tile, rows);
-                contract_rows(b, count, tile, rows, prefetch);
+                next_features.prefetch_lines(feature_lines);
+                next_grads.prefetch_lines(grad_lines);
+                contract_rows(b, count, tile, rows, begins);
             }
         }
     }
 
     // Contracts each row of features with the outputs of `rows` that read it.
-    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, RowPrefetches& prefetch) const {
+    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, bool begins) const {
         const Range sources = sources_of(p, rows);
         for (int64_t i = sources.begin; i < sources.end; i++) {
             const Range readers = outputs_of(p, {i, i + 1});
@@ -320,6 +332,7 @@ struct GradMasksNchw {
                     const Range some = share_of(outputs, k, shares);
                     GradMasksRegisterTile<A> register_tile;
                     register_tile.tap_stride = up * L;
+                    register_tile.begins = begins;
                     const int first = static_cast<int>(some.begin), outputs_here = static_cast<int>(some.size());
                     for (int o = 0; o < outputs_here; o++) {
                         const int64_t row = begin + (first + o) / width, phase = window.begin + (first + o) % width;
@@ -330,7 +343,7 @@ struct GradMasksNchw {
                     with_count<kTileOutputs>(outputs_here, [&](auto known_outputs) {
                         add_products_of_outputs<known_outputs()>(register_tile, features, sizes.features_channel,
                                                                  plan.tap_offsets[w], static_cast<int>(p.kernel_size),
-                                                                 count, prefetch);
+                                                                 count);
                     });
                 }
             }

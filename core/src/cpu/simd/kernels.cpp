@@ -412,7 +412,8 @@ static const char* slower_backward_in_columns(const Problem& p) {
 }
 
 const char* slower_grad_features_nchw(const Problem& p, const Array& grad_features) {
-    const bool narrow = better_on_images(cannot_run_grad_features_any, slower_grad_features_any, p, grad_features);
+    const bool narrow = columns_of_cells(p) % 16 != 0 &&  // full vectors need no pixels
+                        better_on_images(cannot_run_grad_features_any, slower_grad_features_any, p, grad_features);
     return narrow ? kNarrow : slower_backward_in_columns(p);
 }
 
