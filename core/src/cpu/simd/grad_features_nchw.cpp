@@ -348,19 +348,19 @@ __attribute__((noinline)) void gather_sources(const GradFeaturesGather<A>& tile)
         }
     }
     const int64_t channel_stride = tile.sources_channel, row_stride = tile.sources_row;
-    A* to = tile.sources;
+    A* const to = tile.sources;
     const bool both = tile.sources_rows > 1;
+    const auto write_row = [&](int r, A* to) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-    for (int c = 0; c < NC; c++, to += channel_stride) {
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; r++) {
-            if (r == 1 && !both) continue;
+        for (int c = 0; c < NC; c++, to += channel_stride) {
             Vector<A> columns[2] = {sums[r][0][c], sums[r][1][c]};
             interleave<A, 2>(columns);
-            store(columns[0], to + r * row_stride);
-            store(columns[1], to + r * row_stride + kLanes<A>);
+            store(columns[0], to);
+            store(columns[1], to + kLanes<A>);
         }
-    }
+    };
+    write_row(0, to);
+    if (both) write_row(1, to + row_stride);
 }
 
 // ---- the kernel ----
@@ -596,16 +596,16 @@ struct GradFeaturesNchw : GradFeaturesSums<Accumulator<T>> {
         const int64_t together = count < kGatherChannels ? 1 : kGatherChannels;
         if (together == 1) tile.grads_channel = 0;
         const int64_t lines = ceil_div(prefetch.lines(), b.tiles), tile_columns = 2 * L;
+        for (int64_t row = readers.begin; row < readers.end; row++) {
+            const Range inside = tap_rows(b, row);
+            const int64_t a = rows.begin - p.rows().source(row) + p.radius();  // that reads the first row
+            gathered[row - readers.begin] = {
+                b.grads + row % gathered_rows(p) * sizes.cell_stride + first_grad,
+                b.masks_of(plan, 0, row, b.outputs.begin) + (std::max(a, inside.begin) - inside.begin) * L,
+                a >= inside.begin, a + 1 < inside.end};
+        }
         for (int64_t t = 0; t < b.tiles; t++, to += tile_columns) {
             prefetch.prefetch_lines(lines);
-            for (int64_t row = readers.begin; row < readers.end; row++) {
-                const Range inside = tap_rows(b, row);
-                const int64_t a = rows.begin - p.rows().source(row) + p.radius();  // that reads the first row
-                gathered[row - readers.begin] = {
-                    b.grads + row % gathered_rows(p) * sizes.cell_stride + t * L + first_grad,
-                    b.masks_of(plan, t, row, b.outputs.begin) + (std::max(a, inside.begin) - inside.begin) * L,
-                    a >= inside.begin, a + 1 < inside.end};
-            }
             const int64_t left = p.features.w - (b.first_tile + t) * tile_columns;
             const bool in_place = std::is_same_v<T, A> && left >= tile_columns;
             tile.sources_row = in_place ? row_stride : tile_columns;
@@ -618,6 +618,10 @@ struct GradFeaturesNchw : GradFeaturesSums<Accumulator<T>> {
                 gather_sources(tile);
                 if (!in_place)
                     write_gathered(b.sums, together, rows.size(), left, of_channel, channel_stride, row_stride);
+            }
+            for (int n = 0; n < tile.rows_count; n++) {
+                gathered[n].grads += L;
+                gathered[n].masks += sizes.masks_tile;
             }
         }
     }
