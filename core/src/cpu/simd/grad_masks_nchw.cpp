@@ -158,6 +158,12 @@ struct GradMasksRegisterTile {
     bool begins;                   // there are no sums yet
 };
 
+// The rows that are staged next, and how many of their lines are prefetched with each row of features.
+struct RowPrefetches {
+    RowPrefetch grads, features;
+    int64_t grad_lines, feature_lines;
+};
+
 // Adds grad_output * features to the sums of P outputs and of NB tap columns from `b` on. The sums stay in registers.
 template <int P, int NB, class A>
 __attribute__((noinline)) void add_products_to_taps(const GradMasksRegisterTile<A>& tile, const A* features,
@@ -300,26 +306,34 @@ struct GradMasksNchw {
     void sweep_rows(const Block& b, int64_t channel, int64_t count) const {
         stage_features(b, channel, count);
         const bool begins = channel == b.group * channels;
-        RowPrefetch next_features = features_prefetch(b, channel);
-        const int64_t feature_lines = ceil_div(next_features.lines(),
-                                               b.tiles * ceil_div(b.computed.size(), plan.rows_together));
+        RowPrefetches prefetch;
+        prefetch.features = features_prefetch(b, channel);
+        const int64_t tiles = b.tiles * ceil_div(b.computed.size(), plan.rows_together);
+        const int64_t feature_lines = ceil_div(prefetch.features.lines(), tiles);
         for (int64_t begin = b.computed.begin; begin < b.computed.end; begin += plan.rows_together) {
             const Range rows = {begin, std::min(begin + plan.rows_together, b.computed.end)};
-            RowPrefetch next_grads = grads_prefetch(b, channel, rows.end);
-            const int64_t grad_lines = ceil_div(next_grads.lines(), b.tiles);
+            prefetch.grads = grads_prefetch(b, channel, rows.end);
+            const int64_t sources = std::max<int64_t>(sources_of(p, rows).size(), 1);
+            prefetch.feature_lines = ceil_div(feature_lines, sources);
+            prefetch.grad_lines = ceil_div(prefetch.grads.lines(), b.tiles * sources);
             for (int64_t tile = 0; tile < b.tiles; tile++) {
                 stage_grads(b, channel, count, tile, rows);
-                next_features.prefetch_lines(feature_lines);
-                next_grads.prefetch_lines(grad_lines);
-                contract_rows(b, count, tile, rows, begins);
+                contract_rows(b, count, tile, rows, begins, prefetch);
             }
         }
     }
 
     // Contracts each row of features with the outputs of `rows` that read it.
-    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, bool begins) const {
+    void contract_rows(const Block& b, int64_t count, int64_t tile, Range rows, bool begins,
+                       RowPrefetches& prefetch) const {
+        static_assert(kRowsTogether <= kMaxFactor);
+        int64_t tops[kMaxFactor];  // of the windows of each row; a division each
+        for (int64_t row = rows.begin; row < rows.end; row++)
+            tops[row - rows.begin] = p.rows().source(row) - p.radius();
         const Range sources = sources_of(p, rows);
         for (int64_t i = sources.begin; i < sources.end; i++) {
+            prefetch.features.prefetch_lines(prefetch.feature_lines);
+            prefetch.grads.prefetch_lines(prefetch.grad_lines);
             const Range readers = outputs_of(p, {i, i + 1});
             const int64_t begin = std::max(readers.begin, rows.begin), end = std::min(readers.end, rows.end);
             const A* const features = b.features + (i - b.sources.begin) * sizes.features_row + tile * L;
@@ -328,17 +342,20 @@ struct GradMasksNchw {
                 const int width = window.end - window.begin;
                 const int outputs = static_cast<int>(end - begin) * width;
                 const int shares = (outputs + kTileOutputs - 1) / kTileOutputs;
+                GradMasksRegisterTile<A> register_tile;
+                register_tile.tap_stride = up * L;
+                register_tile.begins = begins;
+                int64_t row = begin - rows.begin, phase = window.begin;
                 for (int k = 0; k < shares; k++) {
-                    const Range some = share_of(outputs, k, shares);
-                    GradMasksRegisterTile<A> register_tile;
-                    register_tile.tap_stride = up * L;
-                    register_tile.begins = begins;
-                    const int first = static_cast<int>(some.begin), outputs_here = static_cast<int>(some.size());
+                    const int outputs_here = static_cast<int>(share_of(outputs, k, shares).size());
                     for (int o = 0; o < outputs_here; o++) {
-                        const int64_t row = begin + (first + o) / width, phase = window.begin + (first + o) % width;
-                        const int64_t a = i - p.rows().source(row) + p.radius();
-                        register_tile.grads[o] = b.grads + ((row - rows.begin) * up + phase) * sizes.grads_phase;
-                        register_tile.sums[o] = b.sums_of(plan, tile, row) + (a * p.kernel_size * up + phase) * L;
+                        register_tile.grads[o] = b.grads + (row * up + phase) * sizes.grads_phase;
+                        register_tile.sums[o] = b.sums_of(plan, tile, rows.begin + row) +
+                                                ((i - tops[row]) * p.kernel_size * up + phase) * L;
+                        if (++phase == window.end) {
+                            phase = window.begin;
+                            row++;
+                        }
                     }
                     with_count<kTileOutputs>(outputs_here, [&](auto known_outputs) {
                         add_products_of_outputs<known_outputs()>(register_tile, features, sizes.features_channel,
