@@ -136,7 +136,9 @@ GradFeaturesPlan plan_grad_features(const Problem& p, const Array& grad_features
     }
     const auto sizes = [&] {
         const bool non_temporal = writes_non_temporal_rows(grad_features, block.tiles == plan.tiles);
-        return sizes_of(p, columns, block, plan.keeps_masks, plan.gathers, non_temporal, lanes);
+        GradFeaturesBlockShape whole_pairs = block;
+        if (plan.gathers) whole_pairs.rows += block.rows % 2;
+        return sizes_of(p, columns, whole_pairs, plan.keeps_masks, plan.gathers, non_temporal, lanes);
     };
     plan.gathers = plan.keeps_masks && p.factor.up == 1 && p.factor.down == 2 && grad_features.stride_w == 1 &&
                    p.features.dtype != CARAFEPP_FLOAT64;

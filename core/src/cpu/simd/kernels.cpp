@@ -376,16 +376,20 @@ const char* slower_grad_features_any(const Problem& p, const Array&) {
 
 static int64_t columns_of_cells(const Problem& p) { return ceil_div(p.features.w, p.factor.down); }
 
+// Tells if no lane of a vector is unused. Then the gradient of features is faster without pixels, and so is that of
+// masks if down is larger than up.
+static bool fills_vectors(const Problem& p) { return columns_of_cells(p) % 16 == 0; }
+
 static bool better_in_pixels(const Problem& p) {
     const int64_t columns = columns_of_cells(p), channels = p.features.c / p.groups;
-    const int64_t for_column = columns % 16 == 0 ? kChannelsForColumnOfFullVectors : kChannelsForColumn;
+    const int64_t for_column = fills_vectors(p) ? kChannelsForColumnOfFullVectors : kChannelsForColumn;
     return channels >= for_column * columns && channels_of_image(p) >= std::min(channels, kChannelsAtOnce);
 }
 
 // The fewer outputs a row of features has, the less they make up for deinterleaving it. Pixels need none of that.
 static bool better_in_pixels_than_deinterleaved(const Problem& p) {
     const int64_t columns = columns_of_cells(p), channels = p.features.c / p.groups;
-    if (p.factor.up > 1 || p.factor.down == 1 || columns % 16 == 0) return false;
+    if (p.factor.up > 1 || p.factor.down == 1 || fills_vectors(p)) return false;
     const int64_t at_once = p.factor.down == 2 ? kChannelsAtOnce : kFewestChannelsAtOnce;
     return channels >= std::max(kFewestChannelsOfPixels, columns / 2) &&
            channels_of_image(p) >= std::min(channels, at_once);
@@ -412,13 +416,14 @@ static const char* slower_backward_in_columns(const Problem& p) {
 }
 
 const char* slower_grad_features_nchw(const Problem& p, const Array& grad_features) {
-    const bool narrow = columns_of_cells(p) % 16 != 0 &&  // full vectors need no pixels
+    const bool narrow = !fills_vectors(p) &&
                         better_on_images(cannot_run_grad_features_any, slower_grad_features_any, p, grad_features);
     return narrow ? kNarrow : slower_backward_in_columns(p);
 }
 
 const char* slower_grad_masks_nchw(const Problem& p, const Array& grad_masks) {
-    const bool narrow = better_on_images(cannot_run_grad_masks_any, slower_grad_masks_any, p, grad_masks);
+    const bool narrow = !(fills_vectors(p) && p.factor.down > p.factor.up) &&
+                        better_on_images(cannot_run_grad_masks_any, slower_grad_masks_any, p, grad_masks);
     return narrow ? kNarrow : slower_backward_in_columns(p);
 }
 
