@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefetches the rows that a kernel stages next, a line at a time. Its arithmetic in between hides the wait.
+// Prefetches the rows that a kernel stages next, some lines at a time. Its arithmetic in between hides the wait.
 #pragma once
 
 #include <algorithm>
@@ -36,13 +36,6 @@ struct RowPrefetch {
     }
 
     int64_t lines() const { return int64_t{channels} * rows * ((row_bytes + 63) / 64); }
-
-    __attribute__((always_inline)) void prefetch_line() {
-        if (channels <= 0) return;
-        __builtin_prefetch(row + at, 0, 2);
-        at += 64;
-        if (at >= row_bytes) step_to_next_row();
-    }
 
     // Prefetches some lines; returns how many of them are not there.
     __attribute__((noinline)) int64_t prefetch_lines(int64_t lines) {
