@@ -319,7 +319,17 @@ CUDA_CASES = {case.name: case for case in _CUDA_TABLE}
 FEW = [
     CASES[name]
     for name in (
-        *("up2", "down2", "ratio_3_2", "groups_2", "one_pixel", "w17", "crop_up", "skips_features"),
+        *(
+            "up2",
+            "down2",
+            "ratio_3_2",
+            "ratio_2_3",
+            "groups_2",
+            "one_pixel",
+            "w17",
+            "crop_up",
+            "skips_features",
+        ),
         *("valid_up2", "padding_ratio", "padding_of_too_few"),
         *("empty_batch", "zero_channels", "zero_height", "zero_width", "empty_crop"),
     )

@@ -410,6 +410,7 @@ struct GradFeaturesSums {
             masks.stage(b.n, b.group, {row, row + 1}, cell, count, stride, b.all_masks + (cell - b.first_cell));
         }
         zero_cells(b.all_masks, rows, {before + ceil_div(end - begin, L) * L, sizes.cells});
+        zero_cropped_outputs(b, masks.taps);
         const TapPlace* const end_of_row = plan.tap_places + k * up;
         for (int64_t tile = 0; tile < b.tiles; tile++) {
             A* to = b.masks_of(plan, tile, row, first);
@@ -417,6 +418,18 @@ struct GradFeaturesSums {
             for (int64_t a = inside.begin; a < inside.end; a++, to += L) {
                 for (const TapPlace* tap = plan.tap_places; tap != end_of_row; tap++, from += stride)
                     store(load(from + tap->cell), to + tap->masks);
+            }
+        }
+    }
+
+    // A crop leaves out some outputs of the last cells. Their logits may be no numbers.
+    void zero_cropped_outputs(const Block& b, int64_t taps) const {
+        const int64_t end = std::min(columns.cells - b.first_cell, sizes.cells);
+        for (int64_t phase = 0; phase < up; phase++) {
+            const int64_t begin = std::max<int64_t>(columns.outputs(phase) - b.first_cell, 0);
+            for (int64_t t = 0; begin < end && t < taps; t++) {
+                A* const lanes = b.all_masks + (t * up + phase) * sizes.all_masks_stride;
+                std::fill(lanes + begin, lanes + end, A{0});
             }
         }
     }

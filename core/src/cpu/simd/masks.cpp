@@ -228,12 +228,13 @@ void MaskTiles<A>::stage_pixels(int64_t n, int64_t group, Range rows, int64_t ce
     }
     const int64_t up = p.factor.up;
     const CellMasks<A> cells(p.normalizer, taps, up * up);
-    if (of_logits && p.logits.stride_c == 1 && phases == up && cells.splits()) {
+    const bool whole_cells = rows.size() == up && phases == up;
+    if (of_logits && p.logits.stride_c == 1 && whole_cells && cells.splits()) {
         const int64_t most = up * row_size(L) / cells.size;
         for (int64_t q = 0; q < count; q += most) {
             const int here = static_cast<int>(std::min(most, count - q));
             cells.normalize(p.logits, {n, group * cells.channels, rows.begin / up, cell + q}, here, tile);
-            cells.split(tile, here, static_cast<int>(rows.end - rows.begin), row_pitch, to + q * up * taps);
+            cells.split(tile, here, row_pitch, to + q * up * taps);
         }
         return;
     }

@@ -93,7 +93,7 @@ void CellMasks<A>::write(const A* from, const Array& result, CellAt at, int coun
 }
 
 template <class A>
-void CellMasks<A>::split(const A* masks, int count, int rows, int64_t row_pitch, A* to) const {
+void CellMasks<A>::split(const A* masks, int count, int64_t row_pitch, A* to) const {
     const int taps = channels / outputs;
     for (int q = 0; q < count; q++, masks += size, to += 2 * taps) {
         for_each_block<L>(taps, [&](int begin, int) __attribute__((always_inline)) {
@@ -103,7 +103,6 @@ void CellMasks<A>::split(const A* masks, int count, int rows, int64_t row_pitch,
             deinterleave<A, 4>(lanes);
 #pragma GCC unroll 2
             for (int row = 0; row < 2; row++) {
-                if (row == rows) return;
                 store(lanes[2 * row], to + row * row_pitch + begin);
                 store(lanes[2 * row + 1], to + row * row_pitch + taps + begin);
             }

@@ -32,9 +32,8 @@ struct CellMasks {
     // Tells if split() knows the cells: they have 2x2 outputs, whose taps fill a vector.
     bool splits() const { return outputs == 4 && fits(4) && channels >= 4 * L; }
 
-    // Stages some cells output by output, each with its taps adjacent, and `rows` rows of the outputs. The q-th cell
-    // begins at masks[q*size].
-    void split(const A* masks, int count, int rows, int64_t row_pitch, A* to) const;
+    // Stages some cells output by output, each with its taps adjacent. The q-th cell begins at masks[q*size].
+    void split(const A* masks, int count, int64_t row_pitch, A* to) const;
 
     // Normalises cells; the q-th begins at masks[q*size]. Lanes beyond its channels make no difference.
     void normalize(const Array& logits, CellAt at, int count, A* masks) const;

@@ -27,6 +27,7 @@ struct RowPrefetch {
         row_bytes = columns * array.stride_w * size;
         row_stride = array.stride_h * size;
         channel_stride = array.stride_c * size - (rows - 1) * row_stride;
+        if (array.stride_c == 1) channels = std::min(channels, 1);  // they share their rows
         if (rows <= 0 || columns <= 0) channels = 0;
         if (row_stride == row_bytes) {  // adjacent rows are one row
             row_bytes *= rows;

@@ -563,7 +563,7 @@ struct ReassembleNchw {
         const int64_t taps = p.taps() * up * up, first = rows.begin / up, column = b.first_cell * phases;
         const int64_t count_columns = std::min(b.cells * phases, array.w - column);
         return RowPrefetch(array, b.n, b.group * taps, first, column, count_columns, ceil_div(rows.end, up) - first,
-                           array.stride_c == 1 ? 1 : taps);
+                           taps);
     }
 
     // ---- contraction ----
