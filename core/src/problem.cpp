@@ -446,13 +446,16 @@ void output_shape(carafepp_function function, const carafepp_params* given, cons
     std::copy_n(axes + (input->ndim == 3), input->ndim, shape);
 }
 
-// A result that is not known yet counts as contiguous, with adjacent channels where those of `like` are.
-static Array unknown(const Shape& shape, const Array& like) {
+// A result that is not known yet counts as contiguous, with adjacent channels if they are the last axis, or where those
+// of `like` are.
+static Array unknown(const Shape& shape, const Array& like, bool channels_last) {
     const auto [n, c, h, w] = shape.numbers;
-    int64_t plane = 0, image = 0;
-    if (__builtin_mul_overflow(h, w, &plane) || __builtin_mul_overflow(c, plane, &image)) return {};
-    Array result{nullptr, like.dtype, n, c, h, w, image, plane, w, 1};
-    if (like.stride_c == 1 && c > 1) result.stride_c = 1, result.stride_h = w * c, result.stride_w = c;
+    Array result{nullptr, like.dtype, n, c, h, w, 0, 0, w, 1};
+    if (result.empty() || __builtin_mul_overflow(h, w, &result.stride_c) ||
+        __builtin_mul_overflow(c, result.stride_c, &result.stride_n))
+        return {};
+    if (channels_last || (like.stride_c == 1 && like.c > 1 && like.h * like.w > 1))
+        result.stride_c = 1, result.stride_h = w * c, result.stride_w = c;
     return result;
 }
 
@@ -549,12 +552,14 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
             default: return of_logits;
         }
     };
+    const bool last_axis = call.params.flags & CARAFEPP_CHANNELS_LAST;
     for (int k = 0; k < arguments; k++) {
         const Argument& argument = signature.arguments[k];
         const bool has_pixels = is_pixels(argument.role);
         const Array& like = has_pixels ? problem.features : masks;
         if (arrays[k] == nullptr) {
-            if (!results_required) call.results[k - signature.inputs] = unknown(shape_of(argument.role), like);
+            if (!results_required)
+                call.results[k - signature.inputs] = unknown(shape_of(argument.role), like, last_axis);
             continue;
         }
         if (arrays[k] != &masks)

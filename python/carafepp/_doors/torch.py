@@ -50,7 +50,7 @@ class PyTorch(Door):
 
     def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
         """Return an uninitialised result, channels_last if `like` unambiguously is."""
-        usual = len(shape) != 4 or like.is_contiguous()
+        usual = len(shape) != 4 or (like.is_contiguous() and like.numel() > 0)
         if not usual and _is_channels_last(like.shape, like.stride()):
             torch = sys.modules["torch"]
             return torch.empty(

@@ -55,6 +55,7 @@ try:  # no public API tells that a call needs nothing but its kernel
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
+    from torch._C._functorch import is_legacy_batchedtensor
     from torch.autograd import _profiler_enabled
 
     _knows_plain = _SingleLevelFunction is not None
@@ -320,7 +321,9 @@ def _is_plain(tensors: tuple[Any, ...]) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor or not (tensor.is_cpu or tensor.is_cuda):
             return False
-        if (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_neg():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+        if tensor.is_neg() or tensor._is_zerotensor() or is_legacy_batchedtensor(tensor):
             return False
     return not (
         _len_torch_dispatch_stack()

@@ -33,7 +33,7 @@ constexpr int64_t kManyChannels = 128;       // if the masks are staged again fo
 // A register tile has sums of some rows of sources, in some channels. The masks of a tap and grad_output of these
 // channels share the registers with them.
 constexpr int kTileRows = 5;
-constexpr int tile_channels(int rows) { return kVectorRegisters == 32 || rows <= 3 ? 4 : rows == 4 ? 3 : 2; }
+constexpr int tile_channels(int rows) { return kVectorRegisters == 32 || rows < 3 ? 4 : rows <= 4 ? 3 : 2; }
 
 // A register tile that gathers has sums of two rows of sources in both residues, in some channels.
 constexpr int kGatherChannels = kVectorRegisters == 32 ? 6 : 3;
