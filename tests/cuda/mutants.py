@@ -795,8 +795,8 @@ MUTANTS = [
     Mutant(
         "the last rows of a strip are not stored",
         "grad_features_up2.h",
-        "for (int row = last; row < end; row++)",
-        "for (int row = last; row < end - 1; row++)",
+        "for (int row = max(first, last); row < end; row++)",
+        "for (int row = max(first, last); row < end - 1; row++)",
     ),
     Mutant(
         "a strip has no rows of sources above it",

@@ -306,4 +306,19 @@ __device__ __forceinline__ void sum_strips(const Arguments& arguments, const Pla
     }
 }
 
+// Launches the strips of a plan. Channels or columns are innermost in a slice, and in its boxes.
+template <bool ChannelsInnermost, class Plan>
+void launch_strips(void (*kernel)(Arguments, Plan), const Problem& p, const Array& grad_features, Plan plan) {
+    Strips& strips = plan.strips;
+    const Array& grads = p.grad_output;
+    const AxisOfBox channels{grads.c, grads.stride_c, kChannels}, columns{grads.w, grads.stride_w, kGradsInRow};
+    strips.boxes = is_compiled_for(90, kernel) && describe_boxes(grads,
+                                                                 {ChannelsInnermost ? channels : columns,
+                                                                  ChannelsInnermost ? columns : channels,
+                                                                  {grads.h, grads.stride_h, kUp},
+                                                                  {grads.n, grads.stride_n, 1}},
+                                                                 &strips.slice);
+    launch(kernel, strips.tiles.items, strips.slices * kThreadsOfSlice, strips.shared_bytes, p, grad_features, plan);
+}
+
 }  // namespace carafepp::cuda

@@ -118,29 +118,14 @@ const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& gra
 const char* slower_grad_features_up2_nchw(const Problem& p, const Array&) { return slower_by_strips(p); }
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
-    const auto launch_for = [&](auto k) {
-        const auto kernel = grad_features_up2_nchw_kernel<k>;
-        const Array& grads = p.grad_output;
-        GradFeaturesUp2NchwPlan plan{Strips::of<k>(p),
-                                     not_for_columns(p.grad_output, 4) == nullptr ? 4
-                                     : not_for_columns(p.grad_output) == nullptr  ? 2
-                                                                                  : 1,
-                                     not_for_columns(grad_features) == nullptr};
-        Strips& strips = plan.strips;
-        strips.boxes = is_compiled_for(90, kernel) && describe_boxes(grads,
-                                                                     {{grads.w, grads.stride_w, kGradsInRow},
-                                                                      {grads.c, grads.stride_c, kChannels},
-                                                                      {grads.h, grads.stride_h, kUp},
-                                                                      {grads.n, grads.stride_n, 1}},
-                                                                     &strips.slice);
-        launch(kernel, strips.tiles.items, strips.slices * kThreadsOfSlice, strips.shared_bytes, p, grad_features,
-               plan);
-    };
-    if (p.kernel_size == 3) {
-        launch_for(std::integral_constant<int, 3>());
-    } else {
-        launch_for(std::integral_constant<int, 5>());
-    }
+    const int copied = not_for_columns(p.grad_output, 4) == nullptr ? 4
+                       : not_for_columns(p.grad_output) == nullptr  ? 2
+                                                                    : 1;
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto) {
+        launch_strips<false>(
+            grad_features_up2_nchw_kernel<k>, p, grad_features,
+            GradFeaturesUp2NchwPlan{Strips::of<k>(p), copied, not_for_columns(grad_features) == nullptr});
+    });
 }
 
 }  // namespace carafepp::cuda

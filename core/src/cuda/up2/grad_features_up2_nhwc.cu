@@ -109,25 +109,10 @@ const char* cannot_run_grad_features_up2_nhwc(const Problem& p, const Array& gra
 const char* slower_grad_features_up2_nhwc(const Problem& p, const Array&) { return slower_by_strips(p); }
 
 void grad_features_up2_nhwc(const Problem& p, const Array& grad_features) {
-    const auto launch_for = [&](auto k) {
-        const auto kernel = grad_features_up2_nhwc_kernel<k>;
-        const Array& grads = p.grad_output;
-        GradFeaturesUp2NhwcPlan plan{Strips::of<k>(p)};
-        Strips& strips = plan.strips;
-        strips.boxes = is_compiled_for(90, kernel) && describe_boxes(grads,
-                                                                     {{grads.c, grads.stride_c, kChannels},
-                                                                      {grads.w, grads.stride_w, kGradsInRow},
-                                                                      {grads.h, grads.stride_h, kUp},
-                                                                      {grads.n, grads.stride_n, 1}},
-                                                                     &strips.slice);
-        launch(kernel, strips.tiles.items, strips.slices * kThreadsOfSlice, strips.shared_bytes, p, grad_features,
-               plan);
-    };
-    if (p.kernel_size == 3) {
-        launch_for(std::integral_constant<int, 3>());
-    } else {
-        launch_for(std::integral_constant<int, 5>());
-    }
+    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto) {
+        launch_strips<true>(grad_features_up2_nhwc_kernel<k>, p, grad_features,
+                            GradFeaturesUp2NhwcPlan{Strips::of<k>(p)});
+    });
 }
 
 }  // namespace carafepp::cuda
