@@ -273,7 +273,8 @@ def fast(names):
 def problems_for_fast_kernels(library):
     """Return problems for the fast kernels: (function, NumPy arrays, CUDA arrays, parameters)."""
     of_factors = [CASES["c32"], CUDA_CASES["up2_c32"], CASES["c16_down"]]  # up x2 and down x2
-    cases = [*of_factors, CUDA_CASES["same_c40"], CUDA_CASES["few_up8"]]
+    others = [CUDA_CASES[name] for name in ("same_c40", "few_up8", "down3_c8_wide")]
+    cases = [*of_factors, *others]
     wanted = itertools.product(RESULTS, cases, (DTYPES[0], DTYPES[2]), ("NCHW", "NHWC"))
     for function, case, dtypes, layout in wanted:
         inputs, params = problem(function, case, dtypes)
