@@ -11,7 +11,7 @@
 namespace carafepp::cuda {
 
 // Kernels for one factor, faster ones first; then those for any factor. A .cu file defines each, and why it cannot run
-// a problem. Those in Y also tell why a later one is faster.
+// a problem. Kernels in Y also tell why a later one is faster.
 #define CARAFEPP_REASSEMBLE_KERNELS(X, Y, result)          \
     X(result "_few_any", reassemble_few)                   \
     X(result "_up2_nhwc_mma", reassemble_up2_nhwc_mma)     \

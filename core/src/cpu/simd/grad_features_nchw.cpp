@@ -367,7 +367,7 @@ __attribute__((noinline)) void gather_sources(const GradFeaturesGather<A>& tile)
 
 // ---- the kernel ----
 
-// What depends on the type of the sums only.
+// The part that depends on the type of the sums only.
 template <class A>
 struct GradFeaturesSums {
     using Block = GradFeaturesBlock<A>;
@@ -390,8 +390,8 @@ struct GradFeaturesSums {
         return {std::max<int64_t>(b.sources.begin - top, 0), std::min(b.sources.end - top, k)};
     }
 
-    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Those of
-    // cells without an output are finite. `first` is the first row that is staged with this one.
+    // Stages the masks of one row of outputs, each tap shifted to the cells of the sources that it reads. Masks of
+    // cells without an output are 0. `first` is the first row that is staged with this one.
     void stage_masks(const Block& b, int64_t row, int64_t first) const {
         const Range inside = tap_rows(b, row);
         const int64_t stride = sizes.all_masks_stride;

@@ -204,7 +204,7 @@ CARAFEPP_INLINE void sum_over_channels(const T* const (&grads)[P], const T* pixe
         }
     };
     constexpr bool kPairs = std::is_same_v<T, BFloat16>;  // of vectors
-    // Where few products share a load, a cache line is prefetched once, not for each of its vectors.
+    // If few products share a load, a cache line is prefetched once, not for each of its vectors.
     constexpr bool kTwoAtOnce = kPairs || (P == 1 && 2 * L * sizeof(T) <= 64);
     int64_t c = 0;
     if constexpr (kTwoAtOnce) {

@@ -52,8 +52,8 @@ struct Band {
     Divisor width;
 };
 
-// An element of the gradient of features by itself. Where a zero stands for a mask that is not there, it makes NaN of
-// an infinite gradient; here no such zero is multiplied.
+// An element of the gradient of features by itself. A zero that stands for a mask that is not there makes NaN of an
+// infinite gradient; here no such zero is multiplied.
 template <class T>
 __device__ float feature_tap_by_tap(const Problem& p, const Outputs& rows, const Outputs& columns, int64_t n,
                                     int64_t group, int64_t c, int y, int x) {

@@ -7,7 +7,7 @@
 
 namespace carafepp::cuda {
 
-// Of a tile: more threads would have too few registers.
+// Rows of a tile, at most: more threads would have too few registers.
 template <int K>
 constexpr int kMostRowsOfSums = K == 7 ? 4 : 5;
 

@@ -118,7 +118,7 @@ struct TapsOfPixel {
             if (normalizer == CARAFEPP_SIGMOID) return 1 / kScale;
             largest = log_sigmoid(largest);
         }
-        // What rounding does to `shift` is common to all taps. It is small, unless logits are huge.
+        // The rounding of `shift` is common to all taps. It is small, unless logits are huge.
         if (!(fabsf(largest) < 0x1p10f)) {
             map([&](float tap, int) { return tap - largest; });
             largest = 0;
@@ -172,7 +172,7 @@ struct TapsInMemory {
           stride_w(static_cast<int>(array.stride_w)),
           stride_c(static_cast<int>(array.stride_c)) {}
 
-    // Where the first tap of a pixel is, from the corner on.
+    // The place of the first tap of a pixel, from the corner on.
     __device__ __forceinline__ int place(int row, int column, bool exists) const {
         return exists ? row * stride_h + column * stride_w : kNoPixel;
     }

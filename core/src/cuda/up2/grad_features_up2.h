@@ -87,8 +87,8 @@ struct PartOfStrip {
     }
 };
 
-// Copies masks or logits of rows of sources, to [source][tap][output]. The threads of the first slice do. Of logits a
-// thread has a vector of some sources, or some channels of one, and its place in the first row.
+// Copies masks or logits of rows of sources, to [source][tap][output]. The threads of the first slice do. A thread has
+// a vector of logits of some sources, or some channels of one, and its place in the first row.
 template <int K>
 class CopiesOfMasks {
 public:

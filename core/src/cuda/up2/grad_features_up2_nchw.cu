@@ -35,7 +35,7 @@ public:
         with_columns(plan.copied, [&](auto count) { copy_row<count>(p, from, j, rows, tile.channels - c, grads); });
     }
 
-    // Where a thread's gradients begin in its slice.
+    // The place of a thread's first gradient in its slice.
     static __device__ __forceinline__ int place(const PartOfStrip& own) {
         return own.lane * kGradsInRow + own.column * kUp;
     }

@@ -44,7 +44,7 @@ public:
         }
     }
 
-    // Where a thread's gradients begin in its slice.
+    // The place of a thread's first gradient in its slice.
     static __device__ __forceinline__ int place(const PartOfStrip& own) {
         return own.column * kUp * kChannels + own.lane * kVector;
     }
