@@ -71,4 +71,9 @@ inline const char* not_for_columns(const Array& array, int count = 2) {
     return nullptr;
 }
 
+// As many neighbouring columns of an array as are one vector in memory: 4, 2 or 1.
+inline int columns_at_once(const Array& array) {
+    return not_for_columns(array, 4) == nullptr ? 4 : not_for_columns(array, 2) == nullptr ? 2 : 1;
+}
+
 }  // namespace carafepp::cuda

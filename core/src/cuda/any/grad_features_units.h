@@ -89,7 +89,7 @@ private:
           width(1),
           tap(static_cast<int>(taps_apart(p, p.from_logits ? p.logits : p.masks))),
           kernel_size(static_cast<int>(p.kernel_size)),
-          at_once(channels_adjacent ? 1 : columns_at_once(p.grad_output)),
+          at_once(channels_adjacent || p.grad_output.dtype != CARAFEPP_FLOAT32 ? 1 : columns_at_once(p.grad_output)),
           copy(1, 1, 1, 1, 1),
           bytes_at_once(most_shared_bytes() + kBytesOfBlock),
           cost(INFINITY) {}

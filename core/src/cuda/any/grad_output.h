@@ -30,12 +30,6 @@ struct CopyPlan {
     }
 };
 
-// As many columns of a row of float32 as are one vector in memory.
-inline int columns_at_once(const Array& array) {
-    if (array.dtype != CARAFEPP_FLOAT32) return 1;
-    return not_for_columns(array, 4) == nullptr ? 4 : not_for_columns(array, 2) == nullptr ? 2 : 1;
-}
-
 // Elements of 16 bits, of either dtype: loops over them are compiled once.
 struct Bits16 {
     uint16_t bits;

@@ -35,9 +35,7 @@ struct GradFeaturesDown2NchwPlan {
         : tiles(p, ceil_div(grad_features.h, kDown), ceil_div(grad_features.w, kDown), kRows,
                 even_columns(ceil_div(grad_features.w, kDown), kMostColumns, kAligned), channels_of_slice,
                 kEnoughItems),
-          copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
-                 : not_for_columns(p.grad_output) == nullptr  ? 2
-                                                              : 1),
+          copied(columns_at_once(p.grad_output)),
           fours(not_for_columns(grad_features, 4) == nullptr) {}
 };
 

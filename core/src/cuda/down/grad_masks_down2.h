@@ -88,60 +88,6 @@ __device__ __forceinline__ void finish_tile(const Problem& p, const TileOfItem& 
     __syncthreads();
 }
 
-// ---- with adjacent channels ----
-
-// A slice has 64 bytes of each pixel: [pixel][channel] of features, twice, and of gradients. The pixels of a tile with
-// its halo are kWidth in a row.
-template <int K, class T>
-struct SliceOfPixels {
-    static constexpr int kColumns = 14, kOutputs = kTileRows * kColumns;
-    static constexpr int kHeight = kDown * (kTileRows - 1) + K, kWidth = kDown * (kColumns - 1) + K,
-                         kPixels = kHeight * kWidth;
-    static constexpr int kChannels = kChannelsOfPixel<T>, kFeatures = kPixels * kChannels;
-    static constexpr int64_t kBytes = std::max(
-        (2 * kPixels + kOutputs) * int64_t{kBytesOfPixel} + (kPixels + kOutputs) * int64_t{sizeof(int)},
-        kBytesOfSums<K, kColumns>);
-};
-
-// Copies slice after slice. Calls load(gradients) for each, which keeps what it needs, and then contract(features).
-// column(x) is the place of column x of the features in a row. Ends with a barrier.
-template <int K, class T, class Column, class Load, class Contract>
-__device__ __forceinline__ void for_each_slice_of_pixels(const Problem& p, const TileOfItem& tile, Column column,
-                                                         Load load, Contract contract) {
-    using S = SliceOfPixels<K, T>;
-    T* const features = shared_memory<T>();
-    T* const grads = features + 2 * S::kFeatures;
-    int* const places = reinterpret_cast<int*>(grads + S::kOutputs * S::kChannels);
-    find_pixels<S::kPixels, kBlock, T>(p.features, [&](int q) {
-        return make_int2(tile.top * kDown - K / 2 + q / S::kWidth, tile.left * kDown - K / 2 + column(q % S::kWidth));
-    }, places);
-    find_pixels<S::kOutputs, kBlock, T>(p.grad_output, [&](int q) {
-        return make_int2(tile.top + q / S::kColumns, tile.left + q % S::kColumns);
-    }, places + S::kPixels);
-    __syncthreads();
-    const T* from_features = element<const T>(p.features, tile.n, tile.c, 0, 0);
-    const T* from_grads = element<const T>(p.grad_output, tile.n, tile.c, 0, 0);
-    const auto copy = [&](int channels, T* slice) {
-        copy_pixels<S::kPixels, kBlock>(from_features, places, channels, slice);
-        copy_pixels<S::kOutputs, kBlock>(from_grads, places + S::kPixels, channels, grads);
-        from_features += S::kChannels;
-        from_grads += S::kChannels;
-    };
-    int slice = 0;  // the first element
-    copy(tile.channels, features);
-#pragma unroll 1
-    for (int channels = tile.channels; channels > 0; channels -= S::kChannels) {
-        wait_for_copies();
-        __syncthreads();
-        load(grads);
-        __syncthreads();  // the next gradients take the place of these
-        copy(channels - S::kChannels, features + (S::kFeatures - slice));
-        contract(features + slice);
-        slice = S::kFeatures - slice;
-    }
-    __syncthreads();
-}
-
 // ---- with adjacent columns ----
 
 // Rows of a tile have 28 outputs at most. A slice has all columns of features that their windows reach, from kBefore
@@ -158,9 +104,7 @@ struct ColumnsDown2Plan {
     ColumnsDown2Plan(const Problem& p, const Array& grad_masks)
         : tiles(tiles_in_all_channels(p, grad_masks, kMostColumns, 4)),
           fours(not_for_columns(p.features, 4) == nullptr),
-          copied(not_for_columns(p.grad_output, 4) == nullptr ? 4
-                 : not_for_columns(p.grad_output) == nullptr  ? 2
-                                                              : 1) {}
+          copied(columns_at_once(p.grad_output)) {}
 };
 
 inline const char* not_for_columns_down2(const Problem& p) {

@@ -44,9 +44,7 @@ struct ReassembleDown2NchwMmaPlan {
           tiles(p, p.out_h, p.out_w, tall ? kHalves * kRows : kRows,
                 even_columns(p.out_w, tall ? kColumns : kHalves * kColumns, 4), kChannels, kEnoughItemsOfTwo),
           fours(not_for_columns(p.features, 4) == nullptr),
-          stored(not_for_columns(output, 4) == nullptr ? 4
-                 : not_for_columns(output) == nullptr  ? 2
-                                                       : 1) {}
+          stored(columns_at_once(output)) {}
 };
 
 // The place of an output's masks.

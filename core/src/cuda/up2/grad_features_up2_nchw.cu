@@ -118,9 +118,7 @@ const char* cannot_run_grad_features_up2_nchw(const Problem& p, const Array& gra
 const char* slower_grad_features_up2_nchw(const Problem& p, const Array&) { return slower_by_strips(p); }
 
 void grad_features_up2_nchw(const Problem& p, const Array& grad_features) {
-    const int copied = not_for_columns(p.grad_output, 4) == nullptr ? 4
-                       : not_for_columns(p.grad_output) == nullptr  ? 2
-                                                                    : 1;
+    const int copied = columns_at_once(p.grad_output);
     with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto) {
         launch_strips<false>(
             grad_features_up2_nchw_kernel<k>, p, grad_features,
