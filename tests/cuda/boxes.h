@@ -23,7 +23,8 @@ void begin_barrier(uint64_t* barrier, Place place = Place::here());
 // Arrives; `bytes` more are to come in this phase.
 void expect_bytes(uint64_t* barrier, size_t bytes, Place place = Place::here());
 
-// Copies the box that begins at `first`; 0 outside the tensor. Deferred, it arrives when a thread waits.
+// Copies the box that begins at `first`, a multiple of 16 bytes in a row; 0 outside the tensor. Deferred, it arrives
+// when a thread waits.
 void copy_box(void* shared, const TensorMap& map, const int (&first)[TensorMap::kAxes], uint64_t* barrier,
               Place place = Place::here());
 

@@ -781,6 +781,10 @@ void copy_box(void* shared, const TensorMap& map, const int (&first)[TensorMap::
     Box box{static_cast<char*>(shared), map, {}};
     std::copy_n(first, TensorMap::kAxes, box.first);
     check_shared(shared, box.bytes(), 128, place);
+    if (first[0] * map.strides[0] % 16 != 0) {
+        fail("%s copies a box that begins at element %d of a row, no multiple of 16 bytes, at %s:%d",
+             name_of(*machine.current), first[0], place.file, place.line);
+    }
     machine.bytes_copied += box.bytes();
     machine.groups_copied += machine.count;  // a thread copies for all
     if (carafepp_trace_row != nullptr) {

@@ -352,8 +352,8 @@ struct BoxMistakes {
 };
 constexpr BoxMistakes kNoMistake;
 constexpr unsigned kElementsOfBox = 16;
-constexpr int kBoxes = 6, kFirsts[kBoxes][TensorMap::kAxes] = {{0, 0, 0, 0}, {-2, 1, 0, 1}, {6, -1, -1, 0},
-                                                               {3, 2, 1, 1}, {4, 0, 0, -1}, {-4, 0, 0, 0}};
+constexpr int kBoxes = 6, kFirsts[kBoxes][TensorMap::kAxes] = {{0, 0, 0, 0}, {-4, 1, 0, 1}, {4, -1, -1, 0},
+                                                               {4, 2, 1, 1}, {4, 0, 0, -1}, {8, 0, 0, 0}};
 
 template <const BoxMistakes& of>
 __global__ void read_boxes(const TensorMap map, float* result) {
@@ -560,10 +560,11 @@ __global__ void use_no_barrier() { expect_bytes(static_cast<uint64_t*>(shared_me
 
 __global__ void begin_a_barrier_twice() { begin_barrier(static_cast<uint64_t*>(shared_memory())); }
 
-__global__ void copy_a_box_beside(const TensorMap map) {
-    uint64_t* const barrier = static_cast<uint64_t*>(shared_memory());
+__global__ void copy_a_box(const TensorMap map, int place, int first) {
+    char* const memory = static_cast<char*>(shared_memory());
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(memory);
     begin_barrier(barrier);
-    copy_box(barrier + 2, map, {0, 0, 0, 0}, barrier);
+    copy_box(memory + place, map, {first, 0, 0, 0}, barrier);
 }
 
 __global__ void barrier_in_a_branch() {
@@ -635,6 +636,7 @@ struct Mistake {
 };
 
 alignas(16) float numbers[64];
+const TensorMap kMapOfNumbers{reinterpret_cast<const char*>(numbers), {4, 1, 1, 1}, {4, 16, 16, 16}, {4, 1, 1, 1}};
 std::vector<float> three_numbers(3);
 
 const Mistake kMistakes[] = {
@@ -676,11 +678,11 @@ const Mistake kMistakes[] = {
     {"use_no_barrier", Mistake::kAlways, [] { launch(use_no_barrier, 1, 1, 8, nullptr); }, "that has not begun"},
     {"begin_a_barrier_twice", Mistake::kAlways, [] { launch(begin_a_barrier_twice, 1, 2, 8, nullptr); },
      "begins twice"},
-    {"copy_a_box_beside", Mistake::kAlways,
-     [] {
-    launch(copy_a_box_beside, 1, 1, 256, nullptr,
-           TensorMap{reinterpret_cast<const char*>(numbers), {4, 1, 1, 1}, {4, 16, 16, 16}, {4, 1, 1, 1}});
-}, "which is not aligned to 128 bytes"},
+    {"copy_a_box_beside", Mistake::kAlways, [] { launch(copy_a_box, 1, 1, 256, nullptr, kMapOfNumbers, 16, 0); },
+     "which is not aligned to 128 bytes"},
+    {"copy_a_box_between_vectors", Mistake::kAlways,
+     [] { launch(copy_a_box, 1, 1, 256, nullptr, kMapOfNumbers, 128, -2); },
+     "begins at element -2 of a row, no multiple of 16 bytes"},
     {"boxes_ahead_of_threads", Mistake::kAlways, [] { boxes_are_right<kWithoutBarrier>(); }, "deadlock"},
     {"write_beyond", Mistake::kAlways, [] { launch(write_beyond, 1, 5, 16, nullptr); },
      kUnderAsan ? "use-after-poison" : "wrote beyond the 16 bytes of shared memory"},

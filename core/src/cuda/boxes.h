@@ -42,8 +42,8 @@ __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
                      : "memory");
 }
 
-// Copies a box that begins at (x, y, z, n), the innermost axis first. Outside the tensor it has zeros. Shared memory is
-// aligned to 128 bytes, and nobody reads it any more.
+// Copies a box that begins at (x, y, z, n), the innermost axis first. Outside the tensor it has zeros. x is a multiple
+// of 16 bytes, or the instruction is illegal. Shared memory is aligned to 128 bytes, and nobody reads it any more.
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, int x, int y, int z, int n,
                                          uint64_t* barrier) {
     if constexpr (kCopiesBoxes)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How kernels for a factor of 2 or 1/2 divide their work. An item is a tile of one image and group, in all or some of
-// the group's channels. A block goes through the channels of an item a slice at a time.
+// the group's channels. A block goes through the channels of an item a slice at a time. Items that are few leave
+// multiprocessors idle at the end; then blocks have even shares of the slices of all tiles.
 #pragma once
 
 #include "cuda/platform.h"
@@ -68,6 +69,61 @@ struct TileOfItem {
         c = group * channels_in_group + first;
         channels = static_cast<int>(min(channels_in_group - first, plan.channels));
     }
+};
+
+// Tiles in all channels, shared by the blocks of a grid. A share begins with any slice of a tile, and ends with any
+// slice of the same tile or of a later one. So all blocks are done at once, but more of them stage masks of a tile.
+// Where that takes longer, shares are whole tiles.
+struct SharedTiles : Tiles {
+    uint32_t channels_of_part, parts_of_tile;  // a part is a slice, or the whole tile
+    int64_t parts, blocks;
+
+    // The device runs `at_once` blocks.
+    SharedTiles(const Tiles& tiles, int channels_of_slice, int64_t at_once) : Tiles(tiles) {
+        constexpr int64_t kToStage = 1, kFewest = 2;  // slices: to stage masks takes as long; of a share
+        const int64_t slices = channels / channels_of_slice, of_share = ceil_div(items * slices, at_once);
+        const bool whole = ceil_div(items, at_once) * (slices + kToStage) <=
+                           of_share + kToStage * (ceil_div(of_share, slices) + 1);
+        channels_of_part = static_cast<uint32_t>(whole ? channels : channels_of_slice);
+        parts_of_tile = static_cast<uint32_t>(whole ? 1 : slices);
+        parts = items * parts_of_tile;
+        blocks = std::clamp<int64_t>(whole ? items : parts / kFewest, std::min<int64_t>(items, 1), at_once);
+    }
+};
+
+// The tiles of a block's share, one after the other. It keeps their count alone, which a uniform register has.
+class TilesOfBlock {
+public:
+    __device__ __forceinline__ bool exist(const SharedTiles& plan) const { return count_ < tiles_of_share(plan); }
+
+    // The next tile, in the channels of the share.
+    __device__ __forceinline__ TileOfItem take(const Problem& p, const SharedTiles& plan) {
+        const uint32_t of_tile = parts_of_tile(plan), first = begin_of(plan, blockIdx.x),
+                       number = first / of_tile + count_++, begin = max(first, number * of_tile) - number * of_tile,
+                       end = min(begin_of(plan, blockIdx.x + 1), (number + 1) * of_tile) - number * of_tile;
+        TileOfItem tile(p, plan, number);
+        tile.c += begin * plan.channels_of_part;
+        tile.channels = min(tile.channels, static_cast<int>(end * plan.channels_of_part)) -
+                        static_cast<int>(begin * plan.channels_of_part);
+        return tile;
+    }
+
+private:
+    static __device__ __forceinline__ uint32_t parts_of_tile(const SharedTiles& plan) {
+        return static_cast<uint32_t>(computed_late(plan.parts_of_tile));
+    }
+    // The first part of a block's share.
+    static __device__ __forceinline__ uint32_t begin_of(const SharedTiles& plan, uint32_t block) {
+        const auto all = static_cast<uint32_t>(computed_late(plan.parts)), of_block = all / gridDim.x;
+        return block * of_block + min(block, all % gridDim.x);
+    }
+    static __device__ __forceinline__ uint32_t tiles_of_share(const SharedTiles& plan) {
+        const uint32_t of_tile = parts_of_tile(plan), begin = begin_of(plan, blockIdx.x),
+                       end = begin_of(plan, blockIdx.x + 1);
+        return begin < end ? (end - 1) / of_tile - begin / of_tile + 1 : 0;
+    }
+
+    uint32_t count_ = 0;
 };
 
 }  // namespace carafepp::cuda

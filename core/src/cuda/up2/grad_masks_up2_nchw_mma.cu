@@ -72,10 +72,18 @@ struct Copies {
     }
 };
 
+// Blocks of a multiprocessor. Before sm_90 their registers do not suffice for a fourth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
+
 // In the products of mma.m16n8k16 rows are outputs, the upper ones first, and columns are pixels. The sum is over
 // channels.
 template <int K, class T>
-__global__ void __launch_bounds__(kBlock, 3) grad_masks_up2_nchw_mma_kernel(Arguments arguments, SourcesPlan plan) {
+__global__ void __launch_bounds__(kBlock, kBlocks)
+    grad_masks_up2_nchw_mma_kernel(Arguments arguments, SourcesPlan plan) {
     const Problem& p = arguments.problem;
     const Array& grad_masks = arguments.result;  // of the shape of masks or logits
     T* const staged = shared_memory<T>();        // two slices

@@ -4,7 +4,7 @@
 // halo, into shared memory and contracts them. A thread has two sources in some channels. It sums their eight outputs
 // in registers: a feature serves both sources, and a vector of masks four outputs and all channels. From sm_90 on a box
 // of float32 features is copied at once, where a tensor map can describe it. There small maps, such as those of
-// 14 x 14, have wider tiles.
+// 14 x 14, have wider tiles. Rows of a box begin with a vector, so the first tile has columns that do not exist.
 #include "cuda/columns.h"
 #include "cuda/tensor_map.h"
 #include "cuda/up2/tile_up2.h"
@@ -25,9 +25,9 @@ enum Columns { kSingle, kVectors, kBoxes, kSmallMaps };
 template <int How>
 constexpr int kApart = How == kSmallMaps ? kGroups : kChannelsAtOnce;
 
-// Columns that a thread copies at once: a halo of 7 x 7 taps begins with an odd one.
-template <int K, int How>
-constexpr int kCopied = How == kSingle || K == 7 ? 1 : 2;
+// Columns that a thread copies at once.
+template <int How>
+constexpr int kCopied = How == kSingle ? 1 : 2;
 
 // A tile's masks, and its features as [channel][row][column]. Tiles of 7 x 7 taps are flat: a row of their pairs in two
 // channels is in all banks.
@@ -35,7 +35,8 @@ template <int K, int How, class T>
 struct Staged {
     static constexpr int kRows = K < 7 ? 8 : 4;
     static constexpr int kColumnsOfTile = How == kSmallMaps ? kMostColumns : K < 7 ? kColumns : 2 * kColumns;
-    static constexpr int kBefore = K < 7 ? 2 : K / 2;  // columns of a halo
+    static constexpr int kBefore = K < 7 ? 2 : kVector;                    // columns of a halo
+    static constexpr int kOutside = How == kBoxes && K < 7 ? kBefore : 0;  // columns of the first tile
     static constexpr int kPairsInRow = kColumnsOfTile / kSourcesOfThread;
     // Registers are given to four warps at once; some threads of wide tiles have no sources, and copy like others.
     static constexpr int kThreads = static_cast<int>(ceil_div(kRows * kPairsInRow * kGroups, 128)) * 128;
@@ -43,18 +44,16 @@ struct Staged {
     static constexpr int kMasks = kRows * kColumnsOfTile * K * K * kOutputs;
     static constexpr int kBoxRows = K < 7 ? 12 : 10, kChannel = kBoxRows * kWidth;
     static_assert(kBoxRows >= kRows + K - 1 && kChannel % 32 == (How == kSmallMaps ? 24 : 16));
+    static_assert(How != kBoxes || ((kBefore + kOutside) % kVector == 0 && kColumnsOfTile % kVector == 0));
     using Features = HaloOfColumns<kRows + K - 1, kWidth, kBefore, kChannel, kThreads, T>;
-    static constexpr int64_t kEnough = K < 7 ? kEnoughItems : 256;  // as fewer fit a multiprocessor
+    static constexpr int kBlocks = How == kSmallMaps || K == 7 ? 2 : How == kBoxes ? 4 : 3;  // of a multiprocessor
     static constexpr int64_t kBytes = kMasks * int64_t{sizeof(float)} + Features::kElements * int64_t{sizeof(T)} +
                                       int64_t{sizeof(uint64_t)};  // and a barrier
 };
 
 struct ReassembleUp2NchwPlan {
-    Tiles tiles;
-    CUtensorMap boxes{};  // of the features of a slice
-
-    ReassembleUp2NchwPlan(const Problem& p, int rows, int columns, int64_t enough)
-        : tiles(tiles_of_up2(p, rows, columns, enough)) {}
+    SharedTiles tiles;
+    CUtensorMap boxes;  // of the features of a slice
 };
 
 // Two columns in shared memory.
@@ -137,15 +136,15 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
         if (threadIdx.x == 0) begin_barrier(barrier);
         __syncthreads();
     }
-    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+    for (TilesOfBlock tiles; tiles.exist(plan.tiles);) {
         const Own own = own_of<S, How>(thread_computed_late());
-        const TileOfItem tile(p, plan.tiles, item);
+        const TileOfItem tile = tiles.take(p, plan.tiles);
         const int i = tile.top + own.row, j = tile.left + own.column;
         typename S::Features halo;
-        if constexpr (How != kBoxes) halo.template begin<kCopied<K, How>>(p, tile, K / 2);
+        if constexpr (How != kBoxes) halo.template begin<kCopied<How>>(p, tile, K / 2);
         const auto copy = [&](int channels) {
             if constexpr (How != kBoxes) {
-                halo.template copy<kCopied<K, How>>(p.features, channels, features);
+                halo.template copy<kCopied<How>>(p.features, channels, features);
             } else if (threadIdx.x == 0) {
                 expect_bytes(barrier, S::Features::kElements * sizeof(T));
                 copy_box(features, plan.boxes, tile.left - S::kBefore, tile.top - K / 2,
@@ -166,7 +165,7 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
         const int channels_apart = static_cast<int>(output.stride_c);
         const int out_columns = static_cast<int>(
             min(int64_t{kSourcesOfThread * kUp}, p.out_w - j * kUp));  // that exist
-        const bool has_outputs = own.row < S::kRows && out_columns > 0;
+        const bool has_outputs = own.row < S::kRows && j >= 0 && out_columns > 0;
         const int out_rows = has_outputs ? static_cast<int>(min(int64_t{kUp}, p.out_h - i * kUp)) : 0;
         // Rows of taps that exist, and of outputs, in one register; 0 if there are no outputs.
         const int rows_of_taps = min(K, static_cast<int>(p.features.h) + K / 2 - i) - a_begin;
@@ -230,9 +229,7 @@ __device__ __forceinline__ void reassemble_items(const Problem& p, const Array& 
 
 // Devices before sm_90 have no code for boxes, nor for wide tiles, for which their registers do not suffice.
 template <int K, int How, class T>
-__global__ void __launch_bounds__(Staged<K, How, T>::kThreads, How == kSmallMaps || K == 7 ? 2
-                                                               : How == kBoxes             ? 4
-                                                                                           : 3)
+__global__ void __launch_bounds__(Staged<K, How, T>::kThreads, Staged<K, How, T>::kBlocks)
     reassemble_up2_nchw_kernel(Arguments arguments, const __grid_constant__ ReassembleUp2NchwPlan plan) {
     if constexpr (How < kBoxes || kCopiesBoxes) reassemble_items<K, How, T>(arguments.problem, arguments.result, plan);
 }
@@ -241,9 +238,9 @@ template <int K, int How, class T>
 void launch_with(const Problem& p, const Array& output, const CUtensorMap& boxes) {
     using S = Staged<K, How, T>;
     static_assert(K == 7 || How == kSmallMaps || S::kBytes <= kMostAskedBytes);  // those ask the device
-    ReassembleUp2NchwPlan plan(p, S::kRows, S::kColumnsOfTile, S::kEnough);
-    plan.boxes = boxes;
-    launch(reassemble_up2_nchw_kernel<K, How, T>, plan.tiles.items, S::kThreads, S::kBytes, p, output, plan);
+    const SharedTiles tiles = tiles_of_up2(p, S::kRows, S::kColumnsOfTile, S::kBlocks, S::kOutside);
+    launch(reassemble_up2_nchw_kernel<K, How, T>, tiles.blocks, S::kThreads, S::kBytes, p, output,
+           ReassembleUp2NchwPlan{tiles, boxes});
 }
 
 }  // namespace
@@ -257,7 +254,8 @@ const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output
         if (const char* reason = not_for_columns(output, kSourcesOfThread * kUp)) return reason;
         if (const char* reason = not_for_shared_memory(Staged<7, kVectors, float>::kBytes)) return reason;
     }
-    return not_for_columns_of_up2(p, p.features, output, 7);
+    if (const char* reason = not_for_columns_of_up2(p, p.features, output, 7)) return reason;
+    return tiles_too_many(p);
 }
 
 void reassemble_up2_nchw(const Problem& p, const Array& output) {
@@ -266,11 +264,13 @@ void reassemble_up2_nchw(const Problem& p, const Array& output) {
         CUtensorMap boxes{};
         if constexpr (sizeof(T) == sizeof(float)) {  // tensor cores have aligned columns of 16 bits
             using S = Staged<k, kBoxes, T>;
-            if (not_for_columns(p.features, kCopied<k, kBoxes>) == nullptr &&
+            if (not_for_columns(p.features, kCopied<kBoxes>) == nullptr &&
                 not_for_columns(output, kSourcesOfThread * kUp) == nullptr) {
                 if constexpr (k < 7) {
-                    const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
-                    if (columns(kMostColumns) < columns(kColumns) &&
+                    const auto columns = [&](int of_tile, int outside) {
+                        return ceil_div(p.features.w + outside, of_tile) * of_tile;
+                    };
+                    if (columns(kMostColumns, 0) < columns(kColumns, S::kOutside) &&
                         is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
                         not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
                         return launch_with<k, kSmallMaps, T>(p, output, boxes);

@@ -16,8 +16,8 @@ constexpr int kRows = kThreads / 32 / kWarpsInRow;  // of a tile
 constexpr int kSourcesOfLane = 2;                   // neighbours, of two products
 constexpr int kChannelsOfMma = 16, kPixelsOfMma = 16;
 constexpr int kBefore = 4, kWidth = kBefore + kColumnsOfTile + 4;  // columns of a halo
-constexpr int64_t kEnoughItemsOfTwo = 256;       // that keep all multiprocessors busy, with two blocks of each
-constexpr int kSums = kSourcesOfLane * kUp * 4;  // of a lane
+constexpr int kBlocks = 2;                                         // of a multiprocessor
+constexpr int kSums = kSourcesOfLane * kUp * 4;                    // of a lane
 static_assert(kColumnsOfWarp == 4 * kSourcesOfLane, "four lanes have the sources of a warp");
 static_assert(kWidth == kColumnsOfTile - kColumnsOfWarp + kPixelsOfMma, "a halo has the pixels of all products");
 static_assert(kBefore >= 5 / 2 && kBefore + kColumnsOfWarp + 5 / 2 <= kPixelsOfMma, "a product has all windows");
@@ -31,18 +31,17 @@ struct Staged {
 };
 
 struct ReassembleUp2NchwMmaPlan {
-    Tiles tiles;
+    SharedTiles tiles;
     bool fours;  // features are aligned fours of columns
 
     explicit ReassembleUp2NchwMmaPlan(const Problem& p)
-        : tiles(tiles_of_up2(p, kRows, kColumnsOfTile, kEnoughItemsOfTwo)),
-          fours(not_for_columns(p.features, 4) == nullptr) {}
+        : tiles(tiles_of_up2(p, kRows, kColumnsOfTile, kBlocks)), fours(not_for_columns(p.features, 4) == nullptr) {}
 };
 
 // In the products of mma.m16n8k16 rows are channels, columns are the outputs of every other source. The sum is over 16
 // pixels of a row, of which some are not in any window.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     reassemble_up2_nchw_mma_kernel(Arguments arguments, ReassembleUp2NchwMmaPlan plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
@@ -51,11 +50,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     float* const staged = shared_memory<float>();                  // [row][column][tap][output]
     T* const features = reinterpret_cast<T*>(staged + S::kMasks);  // two slices of [channel][row][column]
     const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
-    for (int64_t item = blockIdx.x; item < plan.tiles.items; item += gridDim.x) {
+    for (TilesOfBlock tiles; tiles.exist(plan.tiles);) {
         const int thread = thread_computed_late(), warp = thread / 32, lane = thread % 32;
         const int row = lane / 4, pair = lane % 4;
         const int own_row = warp / kWarpsInRow, own_column = warp % kWarpsInRow * kColumnsOfWarp;
-        const TileOfItem tile(p, plan.tiles, item);
+        const TileOfItem tile = tiles.take(p, plan.tiles);
         const int rows = min(kRows, static_cast<int>(p.features.h) - tile.top);  // that exist
         const int i = tile.top + own_row,
                   j = tile.left + own_column + kSourcesOfLane * pair;  // this lane's first source
@@ -104,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             second = !second;
             if (channels > kChannelsOfSlice)
                 copy(channels - kChannelsOfSlice, features + second * S::Features::kElements);
+            __syncwarp();  // copies part a warp
             if (!has_sources) continue;
 #pragma unroll 1
             for (int first = 0; first < min(channels, kChannelsOfSlice);
@@ -167,6 +167,7 @@ const char* cannot_run_reassemble_up2_nchw_mma(const Problem& p, const Array& ou
         if (const char* reason = channels_too_far_apart(*array)) return reason;
     }
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
+    if (const char* reason = tiles_too_many(p)) return reason;
     return not_compiled_for_bfloat16(p, reassemble_up2_nchw_mma_kernel<5, BFloat16>);
 }
 
@@ -175,7 +176,7 @@ void reassemble_up2_nchw_mma(const Problem& p, const Array& output) {
         using T = decltype(feature);
         using S = Staged<k, T>;
         const ReassembleUp2NchwMmaPlan plan(p);
-        launch(reassemble_up2_nchw_mma_kernel<k, T>, plan.tiles.items, kThreads,
+        launch(reassemble_up2_nchw_mma_kernel<k, T>, plan.tiles.blocks, kThreads,
                S::kMasks * int64_t{sizeof(float)} + 2 * S::Features::kElements * int64_t{sizeof(T)}, p, output, plan);
     });
 }

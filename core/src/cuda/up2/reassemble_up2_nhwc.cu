@@ -10,6 +10,7 @@ namespace carafepp::cuda {
 namespace {
 
 constexpr int kSourcesOfThread = 2;  // neighbours in a row
+constexpr int kBlocks = 3;           // of a multiprocessor
 
 // How threads share a tile of kernel size K.
 template <int K, class T>
@@ -26,20 +27,20 @@ struct Shares {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(Shares<K, T>::kThreads, 3)
-    reassemble_up2_nhwc_kernel(Arguments arguments, Tiles plan) {
+__global__ void __launch_bounds__(Shares<K, T>::kThreads, kBlocks)
+    reassemble_up2_nhwc_kernel(Arguments arguments, SharedTiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     using S = Shares<K, T>;
     constexpr int kTaps = K * K, kPixel = kChannelsOfSlice;
     float* const masks = shared_memory<float>();                  // [row][column][tap][output]
     T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [row][column][channel]
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    for (TilesOfBlock tiles; tiles.exist(plan);) {
         const int thread = thread_computed_late();
         const int lane = thread % S::kLanes, pair = thread / S::kLanes;
         const int row = pair / (kColumns / kSourcesOfThread),
                   column = pair % (kColumns / kSourcesOfThread) * kSourcesOfThread;
-        const TileOfItem tile(p, plan, item);
+        const TileOfItem tile = tiles.take(p, plan);
         const int i = tile.top + row, j = tile.left + column;
         typename S::Features halo(p, tile, S::swizzle);
         halo.copy(p.features, tile.channels, features);
@@ -134,15 +135,16 @@ const char* cannot_run_reassemble_up2_nhwc(const Problem& p, const Array& output
     const bool floats = p.features.dtype == CARAFEPP_FLOAT32;  // tensor cores are faster at 7 x 7 products of 16 bits
     if (const char* reason = not_for_up2(p, floats ? 7 : 5)) return reason;
     if (const char* reason = not_for_vectors(p, p.features)) return reason;
-    return not_for_vectors(p, output);
+    if (const char* reason = not_for_vectors(p, output)) return reason;
+    return tiles_too_many(p);
 }
 
 void reassemble_up2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
         using S = Shares<k, decltype(feature)>;
         if constexpr (k <= 5 || sizeof(feature) == sizeof(float)) {
-            const Tiles plan = tiles_of_up2(p, S::kRows);
-            launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.items, S::kThreads,
+            const SharedTiles plan = tiles_of_up2(p, S::kRows, kColumns, kBlocks);
+            launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.blocks, S::kThreads,
                    S::kMasks * int64_t{sizeof(float)} + S::Features::kElements * int64_t{sizeof(feature)}, p, output,
                    plan);
         }

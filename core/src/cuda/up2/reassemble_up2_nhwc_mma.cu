@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kColumnsOfWarp = 4, kRowsOfWarp = 2, kWarpsInRow = kColumns / kColumnsOfWarp;
 constexpr int kRows = kThreads / 32 / kWarpsInRow * kRowsOfWarp;  // of a tile
+constexpr int kBlocks = 2;                                        // of a multiprocessor
 constexpr int kPixels = 8;                                        // of a product
 constexpr int kWidth = kColumns + 4;                              // columns of a halo
 static_assert(kWidth == kColumns - kColumnsOfWarp + kPixels, "a halo has the pixels of all products");
@@ -30,14 +31,15 @@ __device__ __forceinline__ int swizzle(int column) { return column / 2 % kProduc
 // In the products of mma.m16n8k16 rows are outputs, the upper ones first, and columns are channels. The sum is over the
 // pixels of two rows.
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Arguments arguments, Tiles plan) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    reassemble_up2_nhwc_mma_kernel(Arguments arguments, SharedTiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
     constexpr int kTaps = K * K;
     float* const masks = shared_memory<float>();                  // [row][column][tap][output]
     T* const features = reinterpret_cast<T*>(masks + kMasks<K>);  // two slices of [row][column][channel]
     const float scale = scale_of_masks<T>(p), unscale = 1 / scale;
-    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    for (TilesOfBlock tiles; tiles.exist(plan);) {
         const int thread = thread_computed_late();
         const int warp = thread / 32, lane = thread % 32;
         const int row = lane / 4, pair = lane % 4, odd = pair % 2;
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
         const int x = own_column + lane % kPixels, y = own_row + lane / kPixels % 2;
         const int pixel = (y * kWidth + x) * kChannelsOfSlice;
         const int product = lane / (2 * kPixels);
-        const TileOfItem tile(p, plan, item);
+        const TileOfItem tile = tiles.take(p, plan);
         const int i = tile.top + own_row, j = tile.left + own_column;
         Features<K, T> halo(p, tile, swizzle);
         halo.copy(p.features, tile.channels, features);
@@ -83,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
             if (channels > kChannelsOfSlice) {
                 halo.copy(p.features, channels - kChannelsOfSlice, features + second * Features<K, T>::kElements);
             }
+            __syncwarp();  // copies part a warp
             if (!has_sources) continue;
             float sums[kRowsOfWarp][kProducts][4] = {};
 #pragma unroll
@@ -143,14 +146,15 @@ __global__ void __launch_bounds__(kThreads, 2) reassemble_up2_nhwc_mma_kernel(Ar
 const char* cannot_run_reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     if (const char* reason = not_for_channels_of_mma(p, {&p.features, &output})) return reason;
     if (const char* reason = masks_too_large_for_mma(p)) return reason;
+    if (const char* reason = tiles_too_many(p)) return reason;
     return not_compiled_for_bfloat16(p, reassemble_up2_nhwc_mma_kernel<5, BFloat16>);
 }
 
 void reassemble_up2_nhwc_mma(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
-        const Tiles plan = tiles_of_up2(p, kRows);
-        launch(reassemble_up2_nhwc_mma_kernel<k, T>, plan.items, kThreads,
+        const SharedTiles plan = tiles_of_up2(p, kRows, kColumns, kBlocks);
+        launch(reassemble_up2_nhwc_mma_kernel<k, T>, plan.blocks, kThreads,
                kMasks<k> * int64_t{sizeof(float)} + 2 * Features<k, T>::kElements * int64_t{sizeof(T)}, p, output,
                plan);
     });

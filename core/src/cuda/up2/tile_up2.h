@@ -11,11 +11,19 @@ namespace carafepp::cuda {
 
 constexpr int kColumns = 8;  // of most tiles
 constexpr int kChannelsOfSlice = 32;
-constexpr int kSlots = 16;             // threads along the columns of a halo
-constexpr int64_t kEnoughItems = 384;  // that keep all multiprocessors busy
+constexpr int kSlots = 16;  // threads along the columns of a halo
 
-inline Tiles tiles_of_up2(const Problem& p, int rows, int columns = kColumns, int64_t enough = kEnoughItems) {
-    return Tiles(p, p.features.h, p.features.w, rows, columns, kChannelsOfSlice, enough);
+// A multiprocessor runs `blocks` at once.
+inline SharedTiles tiles_of_up2(const Problem& p, int rows, int columns, int64_t blocks, int before = 0) {
+    return SharedTiles(Tiles(p, p.features.h, p.features.w, rows, columns, kChannelsOfSlice, 0, before),
+                       kChannelsOfSlice, blocks * kMultiprocessors);
+}
+
+// Why these kernels, which count slices of tiles in 32 bits, do not take a problem.
+inline const char* tiles_too_many(const Problem& p) {
+    constexpr int kFewestRows = 4;
+    const Tiles tiles(p, p.features.h, p.features.w, kFewestRows, kColumns, kChannelsOfSlice, 0, kColumns);
+    return tiles.items > INT32_MAX / (tiles.channels / kChannelsOfSlice) ? "tiles are too many" : nullptr;
 }
 
 // ---- with adjacent channels ----
