@@ -38,7 +38,6 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_up2_nhwc_mma_kernel": 255,  # on sm_75; 168 on others
     "grad_masks_up2_nchw_mma_kernel": 168,
     "reassemble_down2_nchw_kernel": 168,
-    "grad_masks_down2_nhwc_mma_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,  # before sm_90; 128 on others
     "grad_masks_tiles_kernel": 168,  # with all sums of two quads; a block has at most 384 threads
     "grad_masks_down2_nchw_mma_kernel": 255,  # on sm_75; 128 on others
@@ -57,11 +56,6 @@ INSTRUCTIONS = {
     r"grad_masks_up2_nhwc_kernelILi.EfE": (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128"),
     r"grad_masks_up2_nhwc_kernelILi.E\w*Float16": (r"LDGSTS\S*\.64", r"LDS\S*\.64"),
     r"grad_masks_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"LDS\S*\.128"),
-    r"grad_masks_down2_nhwc_mma_kernelILi.E\w*Float16": (
-        r"HMMA",
-        r"LDGSTS\S*\.128",
-        r"LDS\S*\.128",
-    ),
     r"reassemble_up2_nchw_kernelILi[35]ELi[13]EfE": (
         r"LDGSTS\S*\.64",
         r"STG\S*\.128",
@@ -126,14 +120,7 @@ INSTRUCTIONS = {
     r"grad_masks_tiles_kernelILb0E": (r"LDG\S*\.64", r"STS\S*\.128", r"LDS\S*\.128"),
     r"grad_masks_mma_kernelILb1E": (r"HMMA", r"LDSM\S*\.4", r"LDGSTS\S*\.128"),
     r"grad_masks_mma_kernelILb0E": (r"HMMA", r"LDSM\S*\.4", r"STS\S*\.128"),
-    r"reassemble_down2_nhwc_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.128", r"LDS\S*\.128"),
     r"reassemble_down2_nchw_kernel": (r"LDGSTS\S*\.128", r"STG\S*\.64", r"LDS\S*\.128"),
-    r"reassemble_down2_nhwc_mma_kernelILi.E\w*Float16": (
-        r"HMMA",
-        r"LDSM\S*\.4",
-        r"LDGSTS\S*\.128",
-        r"STG\S*\.128",
-    ),
     r"reassemble_down2_nchw_mma_kernelILi.E\w*Float16": (
         r"HMMA",
         r"LDSM\S*\.4",
@@ -225,9 +212,7 @@ BUDGETS = {
         "bfloat16 ILi4ELi1ELi1E": 74,
     },
     "reassemble_down2_nchw.cu": {"float32": 151},
-    "reassemble_down2_nhwc.cu": {"float32": 724},
     "reassemble_down2_nchw_mma.cu": {"float16": 511, "bfloat16": 493},  # a slice, with its copies
-    "reassemble_down2_nhwc_mma.cu": {"float16": 284, "bfloat16": 267},
     # A row of sources, with logits of the next one and the ways to copy it.
     "grad_features_up2_nhwc.cu": {"float32": 2753},
     "grad_features_up2_nchw.cu": {"float32": 2995},
@@ -245,7 +230,6 @@ BUDGETS = {
     "grad_masks_up2_nchw_mma.cu": {"float16": 316, "bfloat16": 316},
     "grad_masks_down2_nhwc.cu": {"float32": 403},
     "grad_masks_down2_nchw.cu": {"float32": 78},
-    "grad_masks_down2_nhwc_mma.cu": {"float16": 331, "bfloat16": 331},
     "grad_masks_down2_nchw_mma.cu": {"float16": 296, "bfloat16": 296},
     "grad_masks_nhwc.cu": {"float32": 4339},  # a slice, with its copies and 29 sorts of quads
     "grad_masks_nchw.cu": {"float32": 4617},
@@ -269,7 +253,7 @@ BUDGETS = {
     "grad_masks_up1_nchw.cu": {"float32": 53},
     "grad_features_down_nhwc.cu": {"float32": 49, "float16": 83, "bfloat16": 83},  # a source
     "grad_features_down_nchw.cu": {"float32": 75, "float16": 86, "bfloat16": 86},  # a unit
-    "grad_features_down2_nhwc.cu": {"float32": 212, "float16": 414, "bfloat16": 414},
+    "grad_features_down2_nhwc.cu": {"float16": 414, "bfloat16": 414},
     "grad_features_down2_nchw.cu": {"float32": 79, "float16": 97, "bfloat16": 97},
 }
 MOST_TO_STAGE = 65  # instructions for a load or store

@@ -1013,8 +1013,26 @@ MUTANTS = [
     Mutant(
         "threads without sources store those of the next tile",
         "reassemble_up2_nchw.cu",
-        "own.row < S::kRows && out_columns > 0;",
-        "out_columns > 0;",
+        "own.row < S::kRows && j >= 0",
+        "j >= 0",
+    ),
+    Mutant(
+        "columns left of the image are stored",
+        "reassemble_up2_nchw.cu",
+        "own.row < S::kRows && j >= 0",
+        "own.row < S::kRows",
+    ),
+    Mutant(
+        "the slices that blocks do not share evenly are left out",
+        "tiles.h",
+        "block * of_block + min(block, all % gridDim.x)",
+        "block * of_block",
+    ),
+    Mutant(
+        "a share begins with the first channels of its tile",
+        "tiles.h",
+        "tile.c += begin * plan.channels_of_part;",
+        "",
     ),
     Mutant(
         "both rows of a half have the masks of the upper one",
@@ -1144,18 +1162,6 @@ MUTANTS = [
         "K / 2 + feature % kDown",
     ),
     Mutant(
-        "pixels of a slice have not arrived",
-        "reassemble_down2_nhwc.cu",
-        "            wait_for_copies();\n            __syncthreads();\n            float4 sums",
-        "            __syncthreads();\n            float4 sums",
-    ),
-    Mutant(
-        "the next slice arrives over pixels that are still read",
-        "reassemble_down2_nhwc.cu",
-        "            __syncthreads();\n            from += kChannels;",
-        "            from += kChannels;",
-    ),
-    Mutant(
         "features arrive over masks that are still read",
         "reassemble_down2_nchw.cu",
         "            __syncthreads();\n            if (plan.fours) {\n                copy_rows",
@@ -1166,30 +1172,6 @@ MUTANTS = [
         "reassemble_down2_nchw.cu",
         "below = out_i + 1 < p.out_h",
         "below = out_i < p.out_h",
-    ),
-    Mutant(
-        "the next slice arrives in the place of the one that is multiplied, downsampling",
-        "reassemble_down2_nhwc_mma.cu",
-        "            second = !second;\n",
-        "",
-    ),
-    Mutant(
-        "windows of a row of outputs begin a row of pixels too late",
-        "reassemble_down2_nhwc_mma.cu",
-        "k / 4 == row + step",
-        "k / 4 == row + step + 1",
-    ),
-    Mutant(
-        "pixels are copied in another order than they are loaded in",
-        "tile_down2.h",
-        "(Swizzled ? swizzled(first, copy) : copy)",
-        "copy",
-    ),
-    Mutant(
-        "an infinite feature makes NaN of outputs that do not read it, channels adjacent",
-        "reassemble_down2_nhwc_mma.cu",
-        "if (zeros != 0) {",
-        "if (zeros != 0 && item < 0) {",
     ),
     Mutant(
         "features take the place of masks that are still read",
@@ -1355,15 +1337,15 @@ MUTANTS = [
     ),
     Mutant(
         "pixels of both slices are in one place",
-        "grad_masks_down2.h",
+        "grad_masks_down2_nhwc.cu",
         "features + (S::kFeatures - slice));",
         "features + slice);",
     ),
     Mutant(
         "the next gradients arrive over those that are loaded",
-        "grad_masks_down2.h",
-        "        __syncthreads();  // the next gradients take the place of these\n        copy(",
-        "        copy(",
+        "grad_masks_down2_nhwc.cu",
+        "            __syncthreads();  // the next gradients take the place of these\n",
+        "",
     ),
     Mutant(
         "channels of the last slice that do not exist are not 0",
@@ -1405,8 +1387,8 @@ MUTANTS = [
     Mutant(
         "even columns are in the place of odd ones",
         "grad_masks_down2_nhwc.cu",
-        "b % 2 * kEven + b / 2",
-        "(1 - b % 2) * kEven + b / 2",
+        "b % 2 * S::kEven + b / 2",
+        "(1 - b % 2) * S::kEven + b / 2",
     ),
     Mutant(
         "sums of another tap are added up",

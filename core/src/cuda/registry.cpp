@@ -18,8 +18,6 @@ namespace carafepp::cuda {
     X(result "_up2_nhwc", reassemble_up2_nhwc)             \
     X(result "_up2_nchw_mma", reassemble_up2_nchw_mma)     \
     X(result "_up2_nchw", reassemble_up2_nchw)             \
-    X(result "_down2_nhwc_mma", reassemble_down2_nhwc_mma) \
-    X(result "_down2_nhwc", reassemble_down2_nhwc)         \
     X(result "_down2_nchw_mma", reassemble_down2_nchw_mma) \
     X(result "_down2_nchw", reassemble_down2_nchw)         \
     X(result "_up1_nhwc_mma", reassemble_up1_nhwc_mma)     \
@@ -54,7 +52,6 @@ namespace carafepp::cuda {
     X(result "_up2_nhwc", grad_masks_up2_nhwc)             \
     X(result "_up2_nchw_mma", grad_masks_up2_nchw_mma)     \
     X(result "_up2_nchw", grad_masks_up2_nchw)             \
-    X(result "_down2_nhwc_mma", grad_masks_down2_nhwc_mma) \
     X(result "_down2_nhwc", grad_masks_down2_nhwc)         \
     X(result "_down2_nchw_mma", grad_masks_down2_nchw_mma) \
     X(result "_down2_nchw", grad_masks_down2_nchw)         \

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features for down x2 with adjacent channels, in gather form. A block has a tile of quads. It stages
-// the masks of all outputs whose windows reach it once. It goes through the channels a slice at a time: it copies the
-// slice's gradients of these outputs into shared memory. A thread keeps the K*K masks of a quad in registers, and
-// contracts them with some channels.
+// The gradient of features for down x2 with adjacent channels of 16 bits, in gather form. A block has a tile of quads.
+// It stages the masks of all outputs whose windows reach it once. It goes through the channels a slice at a time: it
+// copies the slice's gradients of these outputs into shared memory. A thread keeps the K*K masks of a quad in
+// registers, and contracts them with some channels.
 #include "cuda/down/tile_down2.h"
 
 namespace carafepp::cuda {
@@ -102,13 +102,14 @@ __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arg
 
 const char* cannot_run_grad_features_down2_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_down2(p)) return reason;
+    if (p.features.dtype == CARAFEPP_FLOAT32) return "features are float32";  // more warps are faster
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_pixels(p, p.grad_output)) return reason;
     return not_for_pixels(p, grad_features);
 }
 
 void grad_features_down2_nhwc(const Problem& p, const Array& grad_features) {
-    with_kernel_size<sizeof(float), 3, 5>(p, [&](auto k, auto feature) {
+    with_kernel_size<sizeof(Float16), 3, 5>(p, [&](auto k, auto feature) {
         using T = decltype(feature);
         const Tiles plan(p, ceil_div(grad_features.h, kDown), ceil_div(grad_features.w, kDown), kRows, kColumns,
                          kChannelsOfPixel<T>, kEnoughItems);

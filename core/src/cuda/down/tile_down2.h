@@ -162,21 +162,17 @@ __device__ __forceinline__ void find_pixels(const Array& array, At at, int* plac
     }
 }
 
-// The place of a copy among those of a pixel, such that the same one of eight neighbours is in different banks.
-__device__ __forceinline__ int swizzled(int pixel, int copy) { return copy ^ pixel / 2 % kCopiesOfPixel; }
-
 // Copies a slice of these pixels, of which `channels` channels exist, to [pixel][channel]; 0 where there is none. It
-// does nothing without channels. Copies of a pixel are in order, or `Swizzled`.
-template <int Count, int Threads, class T, bool Swizzled = false>
+// does nothing without channels.
+template <int Count, int Threads, class T>
 __device__ __forceinline__ void copy_pixels(const T* from, const int* places, int channels, T* staged) {
     constexpr int kInFlight = 4, kStep = Threads / kCopiesOfPixel;
-    static_assert(!Swizzled || kStep % (2 * kCopiesOfPixel) == 0, "all pixels of a thread are swizzled alike");
-    const int thread = thread_computed_late(), first = thread / kCopiesOfPixel, copy = thread % kCopiesOfPixel,
-              channel = copy * kChannelsOfCopy<T>;
+    const int thread = thread_computed_late(), first = thread / kCopiesOfPixel,
+              channel = thread % kCopiesOfPixel * kChannelsOfCopy<T>;
     if (channels <= 0) return;
     const bool has_some = channel < channels;
     from += channel;
-    staged += first * kChannelsOfPixel<T> + (Swizzled ? swizzled(first, copy) : copy) * kChannelsOfCopy<T>;
+    staged += first * kChannelsOfPixel<T> + channel;
     places += first;
 #pragma unroll
     for (int before = 0; before < Count; before += kInFlight * kStep) {
