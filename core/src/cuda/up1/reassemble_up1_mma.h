@@ -91,16 +91,20 @@ __device__ __forceinline__ void stage_bands(const Problem& p, const ReassembleUp
 }
 
 // A lane loads this for a run, from bands and from a slice. Four matrices of bands are loaded at once: of four rows of
-// taps or, transposed, of two rows for two runs.
+// taps or, transposed, of two rows for two runs. Beyond the last row of taps the last one is loaded again.
 template <int K, bool Vectors, bool Transposed, class T>
 struct LaneOfRun {
+    static constexpr int kRowsOfLoad = Transposed ? 2 : 4, kLastLoad = (K - 1) / kRowsOfLoad * kRowsOfLoad;
+
     const T *bands, *slice;
+    int beyond;      // elements from the last row of taps on
     uint32_t first;  // of a word's two pixels, those in the first eight of 16: in line r of a band those from r on
 
     __device__ __forceinline__ LaneOfRun(const T* all_bands, const T* all_pixels, int run) {
         const int lane = thread_computed_late() % 32, matrix = lane / 8, line = lane % 8;
-        bands = all_bands + (Transposed ? matrix / 2 : matrix) * kRowOfTaps<Transposed> +
-                ((run + (Transposed ? matrix % 2 : 0)) * kRun + line) * kRun;
+        const int row = Transposed ? matrix / 2 : matrix;
+        beyond = max(row - (K - 1 - kLastLoad), 0) * kRowOfTaps<Transposed>;
+        bands = all_bands + row * kRowOfTaps<Transposed> + ((run + (Transposed ? matrix % 2 : 0)) * kRun + line) * kRun;
         slice = all_pixels + (Vectors ? ((run + matrix / 2) * kRun + line) * kOfSlice + (matrix % 2 ^ line / 4) * kWide
                                       : (matrix % 2 * kRun + line) * kPitch + (run + matrix / 2) * kRun);
         const int own = lane / 4, pair = lane % 4 * 2;
@@ -110,15 +114,14 @@ struct LaneOfRun {
 
     // Adds the products of a row of the result.
     __device__ __forceinline__ void multiply(int row, float (&sums)[4]) const {
-        constexpr int kOfLoad = Transposed ? 2 : 4;
         const T* const own_bands = bands + row * K * kRowOfTaps<Transposed>;
         const T* const pixels = slice + row * kRowOfSlice;
 #pragma unroll
-        for (int a = 0; a < K; a += kOfLoad) {
+        for (int a = 0; a < K; a += kRowsOfLoad) {
             uint32_t words[4];
-            load_matrices<Transposed>(own_bands + a * kRowOfTaps<Transposed>, words);
+            load_matrices<Transposed>(own_bands + a * kRowOfTaps<Transposed> - (a == kLastLoad ? beyond : 0), words);
 #pragma unroll
-            for (int k = 0; k < kOfLoad && a + k < K; k++) {
+            for (int k = 0; k < kRowsOfLoad && a + k < K; k++) {
                 uint32_t values[4];
                 load_matrices<Vectors>(pixels + (Transposed ? K - 1 - a - k : a + k) * kRowOfSlice, values);
                 if constexpr (Transposed) {
@@ -203,6 +206,7 @@ __global__ void __launch_bounds__(kThreads, K == 7 || Transposed ? 2 : 3)
                             store_row<false>(values, columns - pair, 1, of_channel);
                         }
                     }
+                    __syncwarp();  // stores part a warp
                 }
             }
             __syncthreads();
