@@ -105,6 +105,13 @@ struct Params {
     Params(const Params&) = delete;  // values points into implementation
 };
 
+// A stride in elements. CuPy up to 14.2 divides a negative stride, in bytes, as a number without a sign (cupy#10172):
+// it is too large by 2**64 / itemsize.
+int64_t with_sign(int64_t stride, int64_t itemsize) {
+    const int64_t half = INT64_MAX / itemsize + 1;
+    return itemsize > 1 && stride >= half && stride - half < half ? stride - half - half : stride;
+}
+
 // An array argument. It is an array, None for an optional result, or a pair of 16-bit integers and a dtype number.
 // The pair is for bfloat16: NumPy cannot export the dtype of ml_dtypes.
 class Tensor {
@@ -142,6 +149,10 @@ public:
         const size_t axes = std::min<size_t>(view_.ndim(), 5);
         std::copy_n(view_.shape_ptr(), axes, tensor_.shape);
         std::copy_n(view_.stride_ptr(), axes, tensor_.strides);
+        if (view_.device_type() != nb::device::cpu::value) {
+            for (size_t axis = 0; axis < axes; axis++)
+                tensor_.strides[axis] = with_sign(tensor_.strides[axis], static_cast<int64_t>(view_.itemsize()));
+        }
         given_ = true;
     }
 

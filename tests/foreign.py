@@ -100,13 +100,18 @@ class Foreign:
 
 
 class PretendedCUDA(Foreign):
-    """Host memory that says it is a CUDA array of a library with a namespace of its own."""
+    """Host memory that says it is a CUDA array of a library with a namespace of its own.
+
+    As CuPy up to 14.2, it divides negative strides as numbers without a sign.
+    """
 
     device = "cuda:0"
 
     def __init__(self, array, **options):
         super().__init__(array, **{"device": (CUDA, 0), **options})
         self.dtype = array.dtype
+        for axis, stride in enumerate(array.strides):
+            self.steps[axis] = stride % 2**64 // array.itemsize
 
     def __array_namespace__(self):
         def empty(shape, *, dtype, device):
