@@ -28,13 +28,10 @@ RUN_TIME = ["nanobind-backend>=1.0"]
 # A build needs these beside CMake and ninja; scikit-build-core needs the last two.
 BUILD = ["nanobind>=3.1,<4", "scikit-build-core>=1.1,<2", "pathspec", "packaging"]
 MMCV_FILES = [
-    "pytorch/carafe.cpp",
     "pytorch/cuda/carafe_cuda.cu",
     "common/cuda/carafe_cuda_kernel.cuh",
     "common/cuda/common_cuda_helper.hpp",
-    "common/pytorch_cpp_helper.hpp",
     "common/pytorch_cuda_helper.hpp",
-    "common/pytorch_device_registry.hpp",
 ]
 MMCV_SOURCES = Path("mmcv/ops/csrc")
 _MOST_BYTES = 60 << 20  # a bundle travels with a working tree

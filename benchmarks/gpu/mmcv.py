@@ -16,17 +16,17 @@ _BINDING = r"""
 #include <torch/extension.h>
 using at::Tensor;
 
-void carafe_forward(Tensor features, Tensor masks, Tensor rfeatures, Tensor routput,
-                    Tensor rmasks, Tensor output, int kernel_size, int group_size,
-                    int scale_factor);
-void carafe_backward(Tensor top_grad, Tensor rfeatures, Tensor masks, Tensor rtop_grad,
-                     Tensor rbottom_grad_hs, Tensor rbottom_grad, Tensor rmask_grad,
-                     Tensor bottom_grad, Tensor mask_grad, int kernel_size, int group_size,
-                     int scale_factor);
+void CARAFEForwardCUDAKernelLauncher(
+    const Tensor features, const Tensor masks, Tensor rfeatures, Tensor routput, Tensor rmasks,
+    Tensor output, const int kernel_size, const int group_size, const int scale_factor);
+void CARAFEBackwardCUDAKernelLauncher(
+    const Tensor top_grad, const Tensor rfeatures, const Tensor masks, Tensor rtop_grad,
+    Tensor rbottom_grad_hs, Tensor rbottom_grad, Tensor rmask_grad, Tensor bottom_grad,
+    Tensor mask_grad, const int kernel_size, const int group_size, const int scale_factor);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-    m.def("forward", &carafe_forward);
-    m.def("backward", &carafe_backward);
+    m.def("forward", &CARAFEForwardCUDAKernelLauncher);
+    m.def("backward", &CARAFEBackwardCUDAKernelLauncher);
 }
 """
 
@@ -53,13 +53,8 @@ def load_mmcv(tree: Path) -> Callable:
     _write(binding, _BINDING)
     module = load(
         "mmcv_carafe",
-        [
-            str(binding),
-            str(csrc / "pytorch" / "carafe.cpp"),
-            str(csrc / "pytorch" / "cuda" / "carafe_cuda.cu"),
-        ],
-        extra_cflags=["-DMMCV_WITH_CUDA"],
-        extra_cuda_cflags=["-DMMCV_WITH_CUDA", *_headers_of_libraries()],
+        [str(binding), str(csrc / "pytorch" / "cuda" / "carafe_cuda.cu")],
+        extra_cuda_cflags=_headers_of_libraries(),
         extra_include_paths=[
             str(csrc / "common"),
             str(csrc / "common" / "cuda"),
