@@ -105,11 +105,12 @@ struct Params {
     Params(const Params&) = delete;  // values points into implementation
 };
 
-// A stride in elements. CuPy up to 14.2 divides a negative stride, in bytes, as a number without a sign (cupy#10172):
-// it is too large by 2**64 / itemsize.
+// A stride in elements with its sign. CuPy up to 14.2 loses that of negative strides (cupy#10172). It divides bytes
+// as numbers without a sign, so these strides are too large by 2**64 / itemsize.
 int64_t with_sign(int64_t stride, int64_t itemsize) {
+    if (itemsize < 2) return stride;
     const int64_t half = INT64_MAX / itemsize + 1;
-    return itemsize > 1 && stride >= half && stride - half < half ? stride - half - half : stride;
+    return stride >= half && stride - half < half ? stride - half - half : stride;
 }
 
 // An array argument. It is an array, None for an optional result, or a pair of 16-bit integers and a dtype number.

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,21 @@ def test_inputs_and_results_may_have_any_layout(memory, function, name, dtypes, 
         with by(implementation):
             call_into(function, on_device, params, outs)
             assert_equal(read(library, outs), expected)
+
+
+@product(memory=list(LAYOUTS))
+def test_a_new_output_is_right_for_inputs_of_any_layout(memory, library):
+    """It is contiguous: its columns may be whole vectors where those of features are not."""
+    if "flipped" in memory and not library.negative_strides:
+        pytest.skip("PyTorch has no negative strides")
+    for kernel_size in (3, 5, 7):
+        case = replace(CASES["up2"], c=8, h=4, w=8, groups=1, kernel_size=kernel_size)
+        inputs, params = problem("reassemble", case)
+        expected = call("reassemble", inputs, params)
+        on_device = placed(library, inputs, memory)
+        for implementation in accepting("reassemble", on_device, params):
+            with by(implementation, kernel_size):
+                assert_equal(read(library, call("reassemble", on_device, params)), expected)
 
 
 @product(which=EACH_INPUT, axes=BROADCAST_AXES)

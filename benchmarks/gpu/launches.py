@@ -52,7 +52,7 @@ def sanitized(device: Any, done: set[str]) -> None:
                 by_function: dict[str, list[smoke.Problem]] = {}
                 for problem in smoke.problems(device, name, dtypes, exact):
                     by_function.setdefault(problem.function, []).append(problem)
-                problems += [taken[1 if exact else 2] for taken in by_function.values()]
+                problems += [taken[0 if exact else 2] for taken in by_function.values()]
             if problems:
                 launch(item, lambda p=problems, name=name: [x.check(name) for x in p])
 

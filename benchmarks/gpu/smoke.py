@@ -25,7 +25,7 @@ from .worker import Task, Worker
 
 # Each implementation runs the first four cases that it accepts.
 CASES = [
-    Case("up2_even", "whole vectors", 2, 64, 6, 10, up=2, kernel_size=5),
+    Case("up2_even", "whole vectors, as boxes have", 2, 64, 6, 16, up=2, kernel_size=5),
     Case("up2_k3_groups", "K=3, groups", 1, 48, 5, 18, up=2, kernel_size=3, groups=2),
     Case("up2_wide", "several tiles of columns", 1, 8, 3, 70, up=2, kernel_size=5),
     Case("up2_crop", "rows are cropped", 1, 24, 7, 6, up=2, kernel_size=5, size=(13, 12)),

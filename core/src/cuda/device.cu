@@ -73,6 +73,13 @@ int most_shared_bytes() {
     return most;
 }
 
+int64_t multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 const char* not_for_shared_memory(int64_t bytes) {
     return bytes > most_shared_bytes() ? "the device gives a block too little shared memory" : nullptr;
 }

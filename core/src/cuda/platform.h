@@ -20,15 +20,16 @@ constexpr int64_t kMostSharedBytes = 48 * 1024;  // that every device gives to a
 constexpr int64_t kMostAskedBytes = 64 * 1024;   // and to one that asks for more
 constexpr int64_t kSharedBytes = 40 * 1024;      // of a block of the generic kernels
 
-// Plans give a large device even work: an H100 or H200 has so many multiprocessors. They do not ask the device, so
-// results have the same bits on all devices of an architecture.
+// Plans give a large device even work: an H100 or H200 has so many multiprocessors. They do not ask the device if sums
+// depend on them, so results have the same bits on all devices of an architecture.
 constexpr int64_t kMultiprocessors = 132;
 
 void check(cudaError_t error);             // throws Failure for an error, which it clears for the caller
 [[noreturn]] void fail(const char* text);  // throws Failure
 int architecture_of(const void* kernel);   // the current device runs code for this one: 80 is 8.0
 
-int most_shared_bytes();  // that the current device gives to a block
+int most_shared_bytes();    // that the current device gives to a block
+int64_t multiprocessors();  // of the current device
 
 // Why the current device gives a block less than `bytes` of shared memory, or NULL.
 const char* not_for_shared_memory(int64_t bytes);

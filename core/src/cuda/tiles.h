@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How kernels for a factor of 2 or 1/2 divide their work. An item is a tile of one image and group, in all or some of
-// the group's channels. A block goes through the channels of an item a slice at a time. Items that are few leave
-// multiprocessors idle at the end; then blocks have even shares of the slices of all tiles.
+// the group's channels. A block goes through the channels of an item a slice at a time. A last round of few items
+// leaves multiprocessors idle. Shares of the slices of all tiles leave none.
 #pragma once
 
 #include "cuda/platform.h"
@@ -71,9 +71,8 @@ struct TileOfItem {
     }
 };
 
-// Tiles in all channels, shared by the blocks of a grid. A share begins with any slice of a tile, and ends with any
-// slice of the same tile or of a later one. So all blocks are done at once, but more of them stage masks of a tile.
-// Where that takes longer, shares are whole tiles.
+// Tiles in all channels, shared by the blocks of a grid. A share may begin and end with any slice of a tile. So all
+// blocks are done at once, but more of them stage masks of a tile. If that takes longer, shares are whole tiles.
 struct SharedTiles : Tiles {
     uint32_t channels_of_part, parts_of_tile;  // a part is a slice, or the whole tile
     int64_t parts, blocks;

@@ -39,7 +39,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
              : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
                  ? static_cast<int>(carafepp::emulation::kMostSharedBytes)
-                 : 0;
+             : attribute == cudaDevAttrMultiProcessorCount ? 132
+                                                           : 0;
     return cudaSuccess;
 }
 

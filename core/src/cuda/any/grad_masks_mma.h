@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Vectors ? 3 : 2)
                 buffer = plan.slice - buffer;
                 stage_next(channels - plan.channels, staged + buffer);
             }
-            __syncwarp();  // copies part a warp
+            __syncwarp();  // lanes diverge in copies
             const int steps = (min(channels, plan.channels) + kPixelsOfProduct - 1) / kPixelsOfProduct;
             if (p.features.dtype == CARAFEPP_FLOAT16) {
                 add_products<Float16>(slice, of_pixels, of_outputs, plan.products, steps, sums);

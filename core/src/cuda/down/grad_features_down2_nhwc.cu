@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kBlock, 2) grad_features_down2_nhwc_kernel(Arg
 
 const char* cannot_run_grad_features_down2_nhwc(const Problem& p, const Array& grad_features) {
     if (const char* reason = not_for_down2(p)) return reason;
-    if (p.features.dtype == CARAFEPP_FLOAT32) return "features are float32";  // more warps are faster
+    if (p.features.dtype == CARAFEPP_FLOAT32) return "features are float32";  // kernels for any factor are faster
     if (p.grad_output.empty()) return "there is no output";
     if (const char* reason = not_for_pixels(p, p.grad_output)) return reason;
     return not_for_pixels(p, grad_features);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreadsOfTile, kBlocks)
             const uint32_t outputs[kPairs][2] = {{words[0], words[2]}, {words[1], words[3]}};
             __syncthreads();  // the next gradients take the place of these
             copies.copy(channels - kChannels, staged + (kPixels<K> - slice), grads);
-            __syncwarp();  // copies part a warp
+            __syncwarp();  // lanes diverge in copies
 #pragma unroll
             for (int y = 0; y < kHeight<K>; y++) {
                 uint32_t pixels[4];

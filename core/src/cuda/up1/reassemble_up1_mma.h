@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, K == 7 || Transposed ? 2 : 3)
                             store_row<false>(values, columns - pair, 1, of_channel);
                         }
                     }
-                    __syncwarp();  // stores part a warp
+                    __syncwarp();  // lanes diverge in stores
                 }
             }
             __syncthreads();

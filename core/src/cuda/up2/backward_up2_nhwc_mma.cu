@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
                 sync_warps_of_block();
                 if (channels > kChannelsOfSlice)
                     copies.copy(p, channels - kChannelsOfSlice, slices + (k + 1) % 2 * kOfSlice);
-                __syncwarp();  // copies part a warp
+                __syncwarp();  // lanes diverge in copies
                 products.add(slices + k % 2 * kOfSlice);
             }
             sync_warps_of_block();

@@ -279,7 +279,7 @@ __device__ __forceinline__ void compute_grad_features(const Problem& p, const Ar
             wait_for_copies();
             __syncthreads();
             if (Slice::kBuffers == 2 && behind > 0) slice.copy(p, behind, next);
-            __syncwarp();  // copies part a warp
+            __syncwarp();  // lanes diverge in copies
             multiply_slice<K>(slice, bands, grads, unscale, results);
             __syncthreads();
             if (Slice::kBuffers == 1 && behind > 0) slice.copy(p, behind, next);

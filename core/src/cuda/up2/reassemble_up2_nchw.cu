@@ -251,6 +251,7 @@ const char* cannot_run_reassemble_up2_nchw(const Problem& p, const Array& output
     }
     if (p.kernel_size == 7) {
         if (p.features.dtype != CARAFEPP_FLOAT32) return "features are not float32";  // tensor cores are faster
+        if (const char* reason = not_for_columns(p.features)) return reason;
         if (const char* reason = not_for_columns(output, kSourcesOfThread * kUp)) return reason;
         if (const char* reason = not_for_shared_memory(Staged<7, kVectors, float>::kBytes)) return reason;
     }
@@ -267,10 +268,8 @@ void reassemble_up2_nchw(const Problem& p, const Array& output) {
             if (not_for_columns(p.features, kCopied<kBoxes>) == nullptr &&
                 not_for_columns(output, kSourcesOfThread * kUp) == nullptr) {
                 if constexpr (k < 7) {
-                    const auto columns = [&](int of_tile, int outside) {
-                        return ceil_div(p.features.w + outside, of_tile) * of_tile;
-                    };
-                    if (columns(kMostColumns, 0) < columns(kColumns, S::kOutside) &&
+                    const auto columns = [&](int of_tile) { return ceil_div(p.features.w, of_tile) * of_tile; };
+                    if (columns(kMostColumns) < columns(kColumns) &&
                         is_compiled_for(90, reassemble_up2_nchw_kernel<k, kSmallMaps, T>) &&
                         not_for_shared_memory(Staged<k, kSmallMaps, T>::kBytes) == nullptr)
                         return launch_with<k, kSmallMaps, T>(p, output, boxes);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             second = !second;
             if (channels > kChannelsOfSlice)
                 copy(channels - kChannelsOfSlice, features + second * S::Features::kElements);
-            __syncwarp();  // copies part a warp
+            __syncwarp();  // lanes diverge in copies
             if (!has_sources) continue;
 #pragma unroll 1
             for (int first = 0; first < min(channels, kChannelsOfSlice);

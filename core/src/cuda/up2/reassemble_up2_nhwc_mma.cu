@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             if (channels > kChannelsOfSlice) {
                 halo.copy(p.features, channels - kChannelsOfSlice, features + second * Features<K, T>::kElements);
             }
-            __syncwarp();  // copies part a warp
+            __syncwarp();  // lanes diverge in copies
             if (!has_sources) continue;
             float sums[kRowsOfWarp][kProducts][4] = {};
 #pragma unroll

@@ -13,14 +13,15 @@ constexpr int kColumns = 8;  // of most tiles
 constexpr int kChannelsOfSlice = 32;
 constexpr int kSlots = 16;  // threads along the columns of a halo
 
-// A multiprocessor runs `blocks` at once.
+// A multiprocessor runs `blocks` at once. No bit of an output depends on how tiles are shared.
 inline SharedTiles tiles_of_up2(const Problem& p, int rows, int columns, int64_t blocks, int before = 0) {
     return SharedTiles(Tiles(p, p.features.h, p.features.w, rows, columns, kChannelsOfSlice, 0, before),
-                       kChannelsOfSlice, blocks * kMultiprocessors);
+                       kChannelsOfSlice, blocks * multiprocessors());
 }
 
-// Why these kernels, which count slices of tiles in 32 bits, do not take a problem.
+// Why these kernels, which count channels and slices of tiles in 32 bits, do not take a problem.
 inline const char* tiles_too_many(const Problem& p) {
+    if (p.features.c / p.groups > INT32_MAX - kChannelsOfSlice) return "channels are too many";
     constexpr int kFewestRows = 4;
     const Tiles tiles(p, p.features.h, p.features.w, kFewestRows, kColumns, kChannelsOfSlice, 0, kColumns);
     return tiles.items > INT32_MAX / (tiles.channels / kChannelsOfSlice) ? "tiles are too many" : nullptr;
