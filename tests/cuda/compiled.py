@@ -36,7 +36,7 @@ MOST_REGISTERS_OF = {  # with all masks of a source, or all sums, in registers
     "grad_masks_up2_nhwc_kernel": 255,  # all sums, and the gradients of a slice
     "grad_masks_up2_nchw_kernel": 255,
     "grad_masks_up2_nhwc_mma_kernel": 255,  # on sm_75; 168 on others
-    "grad_masks_up2_nchw_mma_kernel": 168,  # before sm_90; 128 on others
+    "grad_masks_up2_nchw_mma_kernel": 168,  # 128 on sm_90
     "reassemble_down2_nchw_kernel": 168,
     "grad_masks_down2_nhwc_kernel": 168,  # before sm_90; 128 on others
     "grad_masks_tiles_kernel": 168,  # with all sums of two quads; a block has at most 384 threads

@@ -72,8 +72,8 @@ struct Copies {
     }
 };
 
-// Blocks of a multiprocessor. Before sm_90 their registers do not suffice for a fourth.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Blocks of a multiprocessor. Compilers for other devices than sm_90 need more registers than a fourth leaves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kBlocks = 3;
 #else
 constexpr int kBlocks = 4;
