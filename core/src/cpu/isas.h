@@ -25,7 +25,7 @@ namespace carafepp {
 enum class Isa { CARAFEPP_ISAS(CARAFEPP_ENUMERATOR, , ) };
 #undef CARAFEPP_ENUMERATOR
 
-// Its vector registers are 16: half of what the others have, but for the portable one.
+// AVX2 has 16 vector registers, half of what AVX-512 and NEON have.
 constexpr bool has_sixteen_registers([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
     return isa == Isa::avx2;

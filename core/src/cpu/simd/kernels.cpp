@@ -357,8 +357,8 @@ static const char* slower_on_images(const Problem& p, const char* few) {
 
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 
-// With 16 registers, rows of windows that a vector of columns reads once for each tap cost more than transposing. So
-// they do where down is 2, and where loads convert.
+// Columns in lanes are deinterleaved if down is 2, and are loaded again for each tap. With 16 registers few products
+// share a load. Transposing to pixels costs less, and converts 16 bits only once.
 static bool better_in_sharing_runs(const Problem& p, Isa isa) {
     return has_sixteen_registers(isa) && shares_windows(p) && !adjacent(p.features) &&
            p.features.w <= kMostSharedColumns && (p.factor.down == 2 || itemsize(p.features.dtype) == 2);
