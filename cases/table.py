@@ -186,6 +186,8 @@ _TABLE = [
     Case("involution_down2", "an odd row", 1, 32, 15, 21, down=2, kernel_size=7, groups=2),
     Case("involution_narrow", "no window inside", 1, 16, 8, 5, kernel_size=7, padding=(1, 3)),
     Case("adaptive_conv", "a crop", 1, 32, 13, 18, kernel_size=7, size=(6, 11), padding=(0, 0)),
+    Case("runs_down2", "runs of 6 and 4, K=5", 1, 16, 5, 19, down=2, kernel_size=5),
+    Case("runs_narrow", "runs of K=5 overlap", 1, 16, 6, 11, kernel_size=5, padding=(1, 0)),
     # Crops
     Case("crop_up", "a skip connection of odd size", 2, 9, 4, 5, up=2, kernel_size=5, size=(7, 9)),
     Case("crop_down", "a crop, downsampling", 2, 9, 9, 11, down=2, kernel_size=5, size=(4, 5)),

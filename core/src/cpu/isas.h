@@ -25,6 +25,15 @@ namespace carafepp {
 enum class Isa { CARAFEPP_ISAS(CARAFEPP_ENUMERATOR, , ) };
 #undef CARAFEPP_ENUMERATOR
 
+// AVX2 has 16 vector registers, half of what AVX-512 and NEON have.
+constexpr bool has_sixteen_registers([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+    return isa == Isa::avx2;
+#else
+    return false;
+#endif
+}
+
 // Why kernels of an instruction set cannot run, or NULL.
 const char* unavailable(Isa isa);
 

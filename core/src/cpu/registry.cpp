@@ -25,6 +25,14 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel},
 #define CARAFEPP_ENTRIES(name, kernel) CARAFEPP_ISAS(CARAFEPP_ENTRY, name, kernel)
 
+// The kernel for runs is preferred for more problems where registers are few.
+template <Isa isa>
+const char* slower_runs(const Problem& problem, const Array& output) {
+    return slower_reassemble_runs_any(problem, output, isa);
+}
+#define CARAFEPP_RUNS(isa, supported, unsupported, name, kernel) \
+    {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_runs<Isa::isa>, isa::kernel},
+
 // The same for few channels, whose kernels may compute both gradients of a backward together.
 #define CARAFEPP_FEW_NCHW(isa, supported, unsupported, name, kernel) \
     {name "_" #isa, cannot_run_here<Isa::isa, cannot_run_##kernel>, slower_##kernel, isa::kernel, isa::grads_few_nchw},
@@ -54,10 +62,11 @@ const char* cannot_run_here(const Problem& problem, const Array& result) {
     }
 // clang-format on
 
-constexpr Kernel kOfReassemble[] = CARAFEPP_LIST("reassemble", reassemble,
-                                                 CARAFEPP_ENTRIES("reassemble_runs_any", reassemble_runs_any));
+constexpr Kernel kOfReassemble[] = CARAFEPP_LIST(
+    "reassemble", reassemble, CARAFEPP_ISAS(CARAFEPP_RUNS, "reassemble_runs_any", reassemble_runs_any));
 constexpr Kernel kOfReassembleWithLogits[] = CARAFEPP_LIST(
-    "reassemble_with_logits", reassemble, CARAFEPP_ENTRIES("reassemble_with_logits_runs_any", reassemble_runs_any));
+    "reassemble_with_logits", reassemble,
+    CARAFEPP_ISAS(CARAFEPP_RUNS, "reassemble_with_logits_runs_any", reassemble_runs_any));
 constexpr Kernel kOfGradFeatures[] = CARAFEPP_LIST("grad_features", grad_features, );
 constexpr Kernel kOfGradMasks[] = CARAFEPP_LIST("grad_masks", grad_masks, );
 constexpr Kernel kOfGradLogits[] = CARAFEPP_LIST("grad_logits", grad_masks, );

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "dtypes.h"
+
 namespace carafepp {
 
 // ---- what a kernel cannot run: strides, tables of phases, and 2 MiB of scratch for each thread ----
@@ -189,9 +191,10 @@ const char* cannot_run_grad_masks_nchw(const Problem& p, const Array& grad_masks
 
 // ---- runs: channels in lanes, of any layout ----
 
+bool shares_windows(const Problem& p) { return (p.kernel_size == 5 || p.kernel_size == 7) && p.factor.down <= 2; }
+
 bool reads_masks_in_place(const Problem& p) {
-    return !p.from_logits && p.kernel_size == kRunKernelSize && p.factor.down <= 2 &&
-           p.features.dtype == CARAFEPP_FLOAT32;
+    return !p.from_logits && p.kernel_size == 7 && shares_windows(p) && p.features.dtype == CARAFEPP_FLOAT32;
 }
 
 const char* cannot_run_reassemble_runs_any(const Problem& p, const Array&) {
@@ -200,7 +203,7 @@ const char* cannot_run_reassemble_runs_any(const Problem& p, const Array&) {
     if (p.features.c == 0 || p.features.c / p.groups % kRunChannels != 0)
         return "channels of a group are no multiple of 16";
     if (p.out_w < kFewestRunColumns) return "fewer than 4 columns of outputs";
-    if (p.taps() * (p.out_w + 16) * size_of_sum(p) > kScratchBytes / 8)
+    if (p.taps() * (p.out_w + 32) * size_of_sum(p) > kScratchBytes / 8)
         return "the masks of a row take more than 256 KiB";
     const int64_t columns = p.features.w + p.kernel_size + 8 * p.factor.down;
     if (in_lanes(p.kernel_size * columns + 6 * p.out_w) > kScratchBytes / 4 * 3)
@@ -288,7 +291,8 @@ constexpr int64_t kFewestChannelsAtOnce = 32, kFewestChannelsOfPixels = 16;  // 
 constexpr int64_t kCellsToDeinterleaveByThree = 21;                          // of a row: by 3 takes the fewest shuffles
 
 constexpr int kFewestDownOfRuns = 3, kFewestStagedColumns = 8;  // with staged masks
-constexpr int64_t kMostRunChannels = 256;  // of a group, if its masks are far apart or its features are not
+constexpr int64_t kMostSharedColumns = 320;  // of features, with staged masks: a block of wider ones has too few rows
+constexpr int64_t kMostRunChannels = 256;    // of a group, if its masks are far apart or its features are not
 
 constexpr const char* kManyChannels = "many channels in a group are worth register tiles";
 constexpr const char* kColumnsApart = "columns of masks or logits are not adjacent";
@@ -353,8 +357,16 @@ static const char* slower_on_images(const Problem& p, const char* few) {
 
 const char* slower_reassemble_any(const Problem& p, const Array&) { return slower_on_images(p, kNoVectors); }
 
-const char* slower_reassemble_runs_any(const Problem& p, const Array&) {
+// Columns in lanes are deinterleaved if down is 2, and are loaded again for each tap. With 16 registers few products
+// share a load. Transposing to pixels costs less, and converts 16 bits only once.
+static bool better_in_sharing_runs(const Problem& p, Isa isa) {
+    return has_sixteen_registers(isa) && shares_windows(p) && !adjacent(p.features) &&
+           p.features.w <= kMostSharedColumns && (p.factor.down == 2 || itemsize(p.features.dtype) == 2);
+}
+
+const char* slower_reassemble_runs_any(const Problem& p, const Array&, Isa isa) {
     if (!reads_masks_in_place(p)) {
+        if (better_in_sharing_runs(p, isa)) return nullptr;
         if (p.factor.down < kFewestDownOfRuns) return "down is less than 3 and masks are staged";
         if (adjacent(p.features)) return "channels of features are adjacent, so nothing is transposed";
         return p.out_w < kFewestStagedColumns ? "fewer than 8 columns of outputs, of staged masks" : nullptr;

@@ -44,10 +44,11 @@ constexpr int64_t kImageBytes = kScratchBytes / 2, kImageScratchBytes = kScratch
 // Columns of outputs of a block of the kernels for few channels from masks, about.
 constexpr int64_t kFewColumns = 1024;
 
-// The kernel for runs stages a cache line of channels together, and needs some columns of outputs. It reads masks of
-// one kernel size, of most involutions, where they are.
-constexpr int kRunKernelSize = 7, kRunChannels = 16, kFewestRunColumns = 4;
+// The kernel for runs stages a cache line of channels together, and needs some columns of outputs. Its outputs share
+// features if K is 5, or 7 as in most involutions, and down is at most 2. It reads masks of K=7 where they are.
+constexpr int kRunChannels = 16, kFewestRunColumns = 4;
 
+bool shares_windows(const Problem& problem);
 bool reads_masks_in_place(const Problem& problem);
 
 // Sources of a register tile of grad_features_nhwc, at most: with 32 vector registers.
@@ -97,7 +98,7 @@ const char* slower_grad_masks_nhwc(const Problem& problem, const Array& grad_mas
 const char* slower_grad_features_nchw(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_nchw(const Problem& problem, const Array& grad_masks);
 const char* slower_reassemble_any(const Problem& problem, const Array& output);
-const char* slower_reassemble_runs_any(const Problem& problem, const Array& output);
+const char* slower_reassemble_runs_any(const Problem& problem, const Array& output, Isa isa);
 const char* slower_grad_features_any(const Problem& problem, const Array& grad_features);
 const char* slower_grad_masks_any(const Problem& problem, const Array& grad_masks);
 const char* slower_reassemble_few_nhwc(const Problem& problem, const Array& output);

@@ -23,6 +23,7 @@ constexpr int64_t kBlockMaskVectors = 384 * 1024 / kVectorBytes;     // part of 
 constexpr int64_t kBlockFeatureVectors = 28 * 1024 / kVectorBytes;   // part of a level 1 cache
 constexpr int64_t kMostFeatureVectors = 1024 * 1024 / kVectorBytes;  // for wide rows
 constexpr int64_t kNonTemporalBytes = 64 * 1024;                     // outputs collected for non-temporal stores
+constexpr int64_t kPrefetchedBytes = 1024 * 1024;                    // inputs of a call that are worth prefetching
 
 // A register tile has sums of one row of outputs, of two rows with at most two phases, or of three rows without a
 // factor.
@@ -59,6 +60,7 @@ struct ReassemblePlan {
     int register_tiles_count;
     int64_t register_channels;  // of a register tile, at most
 
+    bool prefetches;            // inputs
     bool stores_sums;           // into the output; otherwise first into `sums`: all phases of a tile of rows
     bool non_temporal_vectors;  // each vector of sums is a non-temporal store
     bool non_temporal_rows;     // rows are collected first, as their vectors are not whole cache lines
@@ -156,6 +158,9 @@ ReassemblePlan plan_reassemble(const Problem& p, const Array& output, const Colu
                 columns.offset(columns.tap(window.begin, b), plan.residue_stride));
         }
     }
+
+    const auto bytes = [](const Array& array) { return array.n * array.c * array.h * array.w * itemsize(array.dtype); };
+    plan.prefetches = bytes(p.features) + bytes(p.from_logits ? p.logits : p.masks) >= kPrefetchedBytes;
 
     plan.line = 64 / itemsize(output.dtype);
     Array rows_together = output;
@@ -640,7 +645,7 @@ struct ReassembleNchw {
                 for (int64_t r = 0; r < rows.size(); r++)
                     tile.masks[r] = masks_of_tile + r * tiles * mask_row_size + some.first * L;
                 tile.outputs = sums + some.first * L;
-                inputs[1].prefetch_lines(inputs[0].prefetch_lines(lines));
+                if (plan.prefetches) inputs[1].prefetch_lines(inputs[0].prefetch_lines(lines));
                 reassemble_tile(tile, some.count, count, rows.size());
             }
             if (!plan.stores_sums)

@@ -3,8 +3,8 @@
 // The forward for runs, compiled once for each instruction set. Their outputs are neighbours, each centred on a source
 // of its own. A vector holds channels of one pixel, in any layout. First comes the plan. Each item then stages features
 // of a cache line of channels, contracts the taps of runs, and writes. Staged pixels are adjacent, so the windows of a
-// row of outputs stay in the level 1 cache. A run of the most frequent kind reads masks where they are, and shares
-// features between its outputs. All others read staged masks.
+// row of outputs stay in the level 1 cache. Runs of the most frequent kinds share features between their outputs, and
+// some of these read masks where they are. All others read staged masks.
 #include <algorithm>
 #include <utility>
 
@@ -38,16 +38,16 @@ struct ReassembleRuns {
 
     const Problem& p;
     const Array& output;
-    const bool in_place = reads_masks_in_place(p);
+    const bool sharing = shares_windows(p), in_place = reads_masks_in_place(p);
     const MaskTiles<A> masks{p, 1};
     const Columns columns{p, 1};
-    const int64_t tiles = ceil_div(p.out_w, L), tile_size = masks.row_size(L);  // of staged masks, [tap][lane]
+    const int64_t pitch = (ceil_div(p.out_w, L) | 1) * L;  // of staged masks, [tap][output]: spread over the cache
     int64_t before, width;         // columns of 0 before those of features: the padding; of a row of both
     int64_t parts, shares;         // cache lines of channels; an item takes one share of them
     int64_t rows_of_item, blocks;  // of outputs; items of the rows of an image
     int64_t rows_together;         // of outputs
     bool outputs_in_place, non_temporal;
-    int64_t masks_size;                 // [row][tile][tap][lane]
+    int64_t masks_size;                 // [row][tap][output]
     int64_t features_size;              // [row][column][channel]
     int64_t outputs_size, planes_size;  // [row][column][channel], of rows together; room for non-temporal stores
     int64_t items, scratch_size;
@@ -57,13 +57,13 @@ struct ReassembleRuns {
         const int64_t down = p.factor.down;
         parts = p.features.c / kChannels;
         const int64_t columns_read = (ceil_div(p.out_w, kStagedRun) * kStagedRun - 1) * down + p.kernel_size;
-        before = in_place ? 0 : p.radius() - p.offset_w;
-        width = in_place ? p.features.w : std::max(before + p.features.w, columns_read);
+        before = sharing ? 0 : p.radius() - p.offset_w;
+        width = sharing ? p.features.w : std::max(before + p.features.w, columns_read);
         // A thread gets about four items, so no thread waits long for the others.
         const int64_t threads = threads_worth<A>(p);
         const int64_t fewest_blocks = threads > 1 ? ceil_div(4 * threads, output.n * parts) : 1;
         const int64_t most_sources = kFeaturesBytes / (width * kPixelBytes);
-        const int64_t most_rows = in_place ? p.out_h : kMasksBytes / (tiles * tile_size * int64_t{sizeof(A)});
+        const int64_t most_rows = in_place ? p.out_h : kMasksBytes / (masks.row_size(pitch) * int64_t{sizeof(A)});
         rows_of_item = share_size(p.out_h, std::min({most_rows, (most_sources - p.kernel_size) / down + 1,
                                                      std::max(p.out_h / fewest_blocks, kMostRowsTogether)}));
         blocks = ceil_div(p.out_h, rows_of_item);
@@ -76,7 +76,7 @@ struct ReassembleRuns {
                            ? takes_non_temporal_stores<A>(output, kChannels)
                            : output.stride_w == 1 && output.stride_h == output.w && wants_non_temporal_stores(output);
         const int64_t sources = std::min((rows_of_item - 1) * down + p.kernel_size, p.features.h);
-        masks_size = in_place ? 0 : rows_of_item * tiles * tile_size;
+        masks_size = in_place ? 0 : rows_of_item * masks.row_size(pitch);
         features_size = sources * width * kChannels;
         outputs_size = outputs_in_place ? 0 : rows_together * p.out_w * kChannels;
         planes_size = outputs_in_place ? 0 : rows_together * p.out_w * L;
@@ -87,10 +87,11 @@ struct ReassembleRuns {
 
     // Masks of taps beyond the border become 0: features are staged as 0 there, and 0 times an infinite mask is NaN.
     void stage_masks(int64_t n, int64_t group, Range rows, A* to) const {
-        for (int64_t row = rows.begin; row < rows.end; row++) {
-            for (int64_t cell = 0; cell < p.out_w; cell += L, to += tile_size) {
-                masks.stage(n, group, {row, row + 1}, cell, static_cast<int>(std::min(L, p.out_w - cell)), L, to);
-                zero_taps_outside(columns, cell, to);
+        for (int64_t row = rows.begin; row < rows.end; row++, to += masks.row_size(pitch)) {
+            for (int64_t cell = 0; cell < p.out_w; cell += L) {
+                const int count = static_cast<int>(std::min(L, p.out_w - cell));
+                masks.stage(n, group, {row, row + 1}, cell, count, pitch, to + cell);
+                if (!sharing) zero_phase_outside(columns, 0, cell, to + cell, pitch);
             }
         }
     }
@@ -133,7 +134,7 @@ struct Run {
     }
 };
 
-// ---- masks in place: outputs share the union of their windows ----
+// ---- outputs that share the union of their windows ----
 
 struct SharingRun : Run {
     int begin, end;                    // columns of the union inside the border
@@ -193,11 +194,8 @@ __attribute__((noinline)) void reassemble_run(const SharingRun& run) {
 }
 
 // A row of outputs. The pointers of `row` are those of column 0.
+template <int K, int kDown>
 void reassemble_sharing_row(const Problem& p, const SharingRun& row) {
-    constexpr int K = kRunKernelSize;
-    const bool down2 = p.factor.down == 2;
-    const auto run_long = down2 ? reassemble_run<K, 2, kLongRun> : reassemble_run<K, 1, kLongRun>;
-    const auto run_short = down2 ? reassemble_run<K, 2, kShortRun> : reassemble_run<K, 1, kShortRun>;
     SharingRun run = row;
     bool new_lines = true;  // of masks, in a row; every other run has none if taps are not adjacent
     for (int64_t j = 0, count; j < p.out_w; j += count, new_lines = !new_lines || row.tap_stride == 1) {
@@ -205,32 +203,41 @@ void reassemble_sharing_row(const Problem& p, const SharingRun& row) {
         const int64_t left = p.out_w - j;
         count = left == kLongRun || left > 2 * kShortRun ? kLongRun : kShortRun;
         j = std::min(j, p.out_w - count);  // a run may compute outputs of the one before it again
-        const int64_t column = j * p.factor.down + p.offset_w - K / 2;
+        const int64_t column = j * kDown + p.offset_w - K / 2;
         run.begin = static_cast<int>(std::max<int64_t>(-column, 0));
         run.end = static_cast<int>(p.features.w - column);
         run.features = row.features + column * kChannels;
         run.masks = row.masks + j * run.output_masks;
         run.outputs = row.outputs + j * run.output_stride;
-        (count == kLongRun ? run_long : run_short)(run);
+        count == kLongRun ? reassemble_run<K, kDown, kLongRun>(run) : reassemble_run<K, kDown, kShortRun>(run);
     }
 }
 
-// ---- staged masks ----
+void reassemble_sharing_row(const Problem& p, const SharingRun& row) {
+    const bool down2 = p.factor.down == 2;
+    if (p.kernel_size == 5) {
+        down2 ? reassemble_sharing_row<5, 2>(p, row) : reassemble_sharing_row<5, 1>(p, row);
+    } else {
+        down2 ? reassemble_sharing_row<7, 2>(p, row) : reassemble_sharing_row<7, 1>(p, row);
+    }
+}
+
+// ---- any other run ----
 
 struct StagedRun : Run {
-    int64_t source_stride;  // from output to output
+    int64_t source_stride, tap_stride;  // from output to output; of masks
     int kernel_size;
 };
 
-// Contracts a run whose masks are [tap][lane]. Outputs beyond the row are not written.
+// Contracts a run whose masks are [tap][output]. Outputs beyond the row are not written.
 __attribute__((noinline)) void reassemble_staged_run(const StagedRun& run, int64_t outputs) {
     constexpr int P = kStagedRun;
     Vector<float> sums[P][kVectors] = {};
     const float *row = run.features, *masks = run.masks;
-    const int64_t source_stride = run.source_stride;
+    const int64_t source_stride = run.source_stride, tap_stride = run.tap_stride;
     for (int a = 0; a < run.rows; a++, row += run.row_stride) {
         const float* x = row;
-        for (int b = 0; b < run.kernel_size; b++, x += kChannels, masks += kLanes<float>) {
+        for (int b = 0; b < run.kernel_size; b++, x += kChannels, masks += tap_stride) {
 #pragma GCC unroll 8
             for (int o = 0; o < P; o++) {
                 const Vector<float> mask = splat(masks[o]);
@@ -242,13 +249,12 @@ __attribute__((noinline)) void reassemble_staged_run(const StagedRun& run, int64
     run.write(sums, outputs);
 }
 
-// A row of outputs. The pointers of `row` are those of output 0; its masks are tiles of `tile_size`.
-void reassemble_staged_row(const Problem& p, const Run& row, int64_t tile_size) {
-    constexpr int64_t L = kLanes<float>;
-    StagedRun run{row, p.factor.down * kChannels, static_cast<int>(p.kernel_size)};
+// A row of outputs. The pointers of `row` are those of output 0.
+void reassemble_staged_row(const Problem& p, const Run& row, int64_t tap_stride) {
+    StagedRun run{row, p.factor.down * kChannels, tap_stride, static_cast<int>(p.kernel_size)};
     for (int64_t j = 0; j < p.out_w; j += kStagedRun) {
-        run.masks = row.masks + j / L * tile_size + j % L;
         reassemble_staged_run(run, p.out_w - j);
+        run.masks += kStagedRun;
         run.features += kStagedRun * run.source_stride;
         run.outputs += kStagedRun * run.output_stride;
     }
@@ -264,7 +270,7 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
     run.non_temporal = outputs_in_place && non_temporal;
     const Range all_rows = {block * rows_of_item, std::min((block + 1) * rows_of_item, p.out_h)};
     const Range sources = sources_of(p, all_rows);
-    if (!in_place) std::fill_n(features, features_size, A{0});
+    if (!sharing) std::fill_n(features, features_size, A{0});
     const int64_t first_part = parts * share / shares;
     for (int64_t part = first_part; part < parts * (share + 1) / shares; part++) {
         const int64_t channel = part * kChannels, group = channel / group_channels;
@@ -285,9 +291,13 @@ void ReassembleRuns::run_item(int64_t item, A* scratch) const {
                     run.masks = element<const A>(p.masks, n, group * p.taps() + taps_before, row, 0);
                     const int64_t next_masks = first_of_group && row + 1 < all_rows.end ? p.masks.stride_h : 0;
                     reassemble_sharing_row(p, {run, 0, 0, p.masks.stride_c, p.masks.stride_w, next_masks});
+                    continue;
+                }
+                run.masks = scratch + (row - all_rows.begin) * masks.row_size(pitch) + taps_before * pitch;
+                if (sharing) {
+                    reassemble_sharing_row(p, {run, 0, 0, pitch, 1, 0});
                 } else {
-                    run.masks = scratch + (row - all_rows.begin) * tiles * tile_size + taps_before * L;
-                    reassemble_staged_row(p, run, tile_size);
+                    reassemble_staged_row(p, run, pitch);
                 }
             }
             if (outputs_in_place) continue;
