@@ -143,6 +143,14 @@ def test_the_floor_touches_each_byte_once(traffic):
     assert row.lanes() == 0.5
 
 
+def test_the_last_round_takes_as_long_as_a_full_one(traffic):
+    device = traffic.Device("example", 2, clock=1e9, dram=1e12, l2=2e12, l1=64 << 10, threads=1024)
+    case = Case("one", "one element", 1, 1, 1, 1)
+    row = traffic.Row(case, counted() | {"blocks": 5}, None, Counter())
+    assert row.resident(device) == 2  # so four blocks run at once, and the fifth alone
+    assert row.times(device)["L1"] == pytest.approx(2 * 2 * (8192 + 2048) / 1e9)
+
+
 def test_conflicts_take_time(traffic):
     device = traffic.Device("example", 2, clock=1e9, dram=1e12, l2=2e12, l1=64 << 10, threads=1024)
     rows = [

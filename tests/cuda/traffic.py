@@ -30,7 +30,8 @@ hidden behind it:
     latency  the time of an access for what is in flight: the bytes that a loop loads before an
              instruction waits, or those that a thread copies before it waits, in all warps that fit
 
-L1 and issue are those of the multiprocessor with the most blocks. Bandwidths are what public
+L1 and issue are those of the multiprocessor with the most blocks. If blocks run in several rounds,
+the last one takes as long as a full one, as it did on an H200. Bandwidths are what public
 measurements reach of the data sheets' figures.
 """
 
@@ -339,8 +340,9 @@ class Row:
     def times(self, device: Device) -> dict[str, float]:
         """Return the times in seconds, by what takes them."""
         machine = device.multiprocessors * device.clock
-        each = self.blocks / device.multiprocessors
-        full = ceil(each) / each
+        each, resident = self.blocks / device.multiprocessors, self.resident(device)
+        rounds = ceil(each / resident)
+        full = (ceil(each) if rounds == 1 else rounds * resident) / each
         lines = self.total("load_lines") + self.total("store_lines")
         wavefronts = self.shared["wavefronts"] * self._scale
         reads = self.l2_reads(device)
@@ -352,7 +354,7 @@ class Row:
         if self.code is not None:
             products = 0 if self.mmas else self.products / self.lanes() / device.products
             times["issue"] = max(self.instructions() / ISSUED, products) / machine * full
-            threads = min(self.resident(device), each) * self.threads * device.multiprocessors
+            threads = min(resident, each) * self.threads * device.multiprocessors
             flight = max(self.code.in_flight, self.copied) * threads
             latency = TO_DRAM if reads < 1.5 * self.touched() else TO_L2
             times["latency"] = reads * latency / flight if flight else 0.0
