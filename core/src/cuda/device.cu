@@ -66,19 +66,16 @@ int architecture_of(const void* kernel) {
     return attributes.ptxVersion;
 }
 
-int most_shared_bytes() {
-    int device = 0, most = 0;
+static int of_current_device(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
     check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return most;
+    check(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
 }
 
-int64_t multiprocessors() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
+int most_shared_bytes() { return of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+int64_t multiprocessors() { return of_current_device(cudaDevAttrMultiProcessorCount); }
 
 const char* not_for_shared_memory(int64_t bytes) {
     return bytes > most_shared_bytes() ? "the device gives a block too little shared memory" : nullptr;

@@ -93,7 +93,10 @@ struct SharedTiles : Tiles {
 // The tiles of a block's share, one after the other. It keeps their count alone, which a uniform register has.
 class TilesOfBlock {
 public:
-    __device__ __forceinline__ bool exist(const SharedTiles& plan) const { return count_ < tiles_of_share(plan); }
+    __device__ __forceinline__ bool exist(const SharedTiles& plan) const {
+        const uint32_t of_tile = parts_of_tile(plan), first = begin_of(plan, blockIdx.x);
+        return max(first, (first / of_tile + count_) * of_tile) < begin_of(plan, blockIdx.x + 1);
+    }
 
     // The next tile, in the channels of the share.
     __device__ __forceinline__ TileOfItem take(const Problem& p, const SharedTiles& plan) {
@@ -115,11 +118,6 @@ private:
     static __device__ __forceinline__ uint32_t begin_of(const SharedTiles& plan, uint32_t block) {
         const auto all = static_cast<uint32_t>(computed_late(plan.parts)), of_block = all / gridDim.x;
         return block * of_block + min(block, all % gridDim.x);
-    }
-    static __device__ __forceinline__ uint32_t tiles_of_share(const SharedTiles& plan) {
-        const uint32_t of_tile = parts_of_tile(plan), begin = begin_of(plan, blockIdx.x),
-                       end = begin_of(plan, blockIdx.x + 1);
-        return begin < end ? (end - 1) / of_tile - begin / of_tile + 1 : 0;
     }
 
     uint32_t count_ = 0;

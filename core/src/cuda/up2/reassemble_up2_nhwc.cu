@@ -18,9 +18,9 @@ constexpr int kBlocksOf7 = 2;
 constexpr int kBlocksOf7 = kBlocks;
 #endif
 
-// How threads share a tile of kernel size K.
+// A tile's masks and features of kernel size K, and the threads that compute it.
 template <int K, class T>
-struct Shares {
+struct Staged {
     static constexpr int kRows = K < 7 ? 8 : 4;                           // of sources: shared memory holds their masks
     static constexpr int kVectors = K < 7 ? 2 : 1;                        // of a thread
     static constexpr int kLanes = kChannelsOfSlice / kVector / kVectors;  // threads along channels
@@ -33,11 +33,11 @@ struct Shares {
 };
 
 template <int K, class T>
-__global__ void __launch_bounds__(Shares<K, T>::kThreads, K < 7 ? kBlocks : kBlocksOf7)
+__global__ void __launch_bounds__(Staged<K, T>::kThreads, K < 7 ? kBlocks : kBlocksOf7)
     reassemble_up2_nhwc_kernel(Arguments arguments, SharedTiles plan) {
     const Problem& p = arguments.problem;
     const Array& output = arguments.result;  // [N, C, H', W']
-    using S = Shares<K, T>;
+    using S = Staged<K, T>;
     constexpr int kTaps = K * K, kPixel = kChannelsOfSlice;
     float* const masks = shared_memory<float>();                  // [row][column][tap][output]
     T* const features = reinterpret_cast<T*>(masks + S::kMasks);  // [row][column][channel]
@@ -147,7 +147,7 @@ const char* cannot_run_reassemble_up2_nhwc(const Problem& p, const Array& output
 
 void reassemble_up2_nhwc(const Problem& p, const Array& output) {
     with_kernel_size<sizeof(float), 3, 5, 7>(p, [&](auto k, auto feature) {
-        using S = Shares<k, decltype(feature)>;
+        using S = Staged<k, decltype(feature)>;
         if constexpr (k <= 5 || sizeof(feature) == sizeof(float)) {
             const SharedTiles plan = tiles_of_up2(p, S::kRows, kColumns, kBlocks);
             launch(reassemble_up2_nhwc_kernel<k, decltype(feature)>, plan.blocks, S::kThreads,
