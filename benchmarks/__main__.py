@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import machine, report
+from . import report
 from .compare import compare
+from .machine import Machine
 from .overhead import one_call
 from .passes import BYTES, FLOPS
 from .peers import COMPILED
@@ -82,9 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not (asked.quick and one[1:] == QUICK_WITHOUT)
     ]
     end = time.monotonic() + QUICK_SECONDS
-    peaks = machine.measure(asked.threads) if asked.seconds else {}
-    limits = {f"peaks, threads: {count}": str(peak) for count, peak in peaks.items()}
-    pages = report.Report(**FACTS, **limits)
+    pages = report.Report(**FACTS)
+    computer = Machine()
     calls = one_call(min(asked.seconds, 1)) if asked.seconds else []
     rows: list[report.Row] = []
     if calls:
@@ -96,13 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
             share = (end - time.monotonic()) / (len(todo) - number)
             seconds = max(0.5, min(seconds, share / 2))  # checks take the other half
         case = PROBLEMS[name]
-        found = compare(case, weights, pass_, asked, seconds, peaks)
+        found = compare(case, weights, pass_, asked, seconds, computer)
         factor = f"up x{case.up}" if case.up > 1 else f"down x{case.down}"
         crop = f", cropped to {case.size}" if case.size else ""
         title = (
             f"{name}: {case.reason}, {case.features_shape}, {factor}{crop}, K={case.kernel_size}"
         )
         pages.table(f"{title}: {pass_} from {weights}", sorted(found, key=_order), COLUMNS)
+        pages.limits(found)
         rows += found
     if asked.seconds:
         summarize(pages, rows, asked)
@@ -111,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if notes:
         pages.show("\n".join(f"- {note}" for note in notes))
-    limits = {count: vars(peak) for count, peak in peaks.items()}
-    pages.write(asked, [*calls, *rows], limits=limits)
+    pages.write(asked, [*calls, *rows])
     if asked.plot and asked.seconds:
         from . import plot
 
@@ -144,7 +144,7 @@ CALL_COLUMNS = {
     "arrays": lambda row: row["arrays"],
     "call": lambda row: row["name"],
     "us": report.number("seconds", 1e-6),
-    "quartiles": lambda row: report.interval(row, 1e-6),
+    "median, q3": lambda row: report.interval(row, 1e-6),
     "carafepp's time / this one's": report.number("ratio"),
 }
 

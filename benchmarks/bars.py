@@ -12,9 +12,9 @@ from functools import partial
 
 from cases import Case
 
-from . import implementations, machine, peers, report, timing
-from .compare import SLACK, answer, described
-from .machine import Peaks
+from . import implementations, peers, report, timing
+from .compare import SLACK, answer, described, measure
+from .machine import Machine, Peaks
 from .passes import BYTES, FLOPS, Pass
 from .problems import Arrays
 from .timing import Candidate
@@ -111,7 +111,6 @@ def main(
     description: str,
     parts: dict[Part, dict[str, Case]],
     arguments: list[str] | None,
-    threads: tuple[int, ...] = (1,),
     **facts: str,
 ) -> int:
     """Run a command; return the exit status, 1 if an answer is wrong.
@@ -125,34 +124,33 @@ def main(
     parser.add_argument("--layout", default=LAYOUTS, type=report.words(LAYOUTS))
     parser.add_argument("--alone", action="store_true", help="without PyTorch's compositions")
     asked = parser.parse_args(arguments)
-    peaks = machine.measure(list(threads)) if asked.seconds else {}
-    limits = {f"peaks, threads: {count}": str(peak) for count, peak in peaks.items()}
-    pages = report.Report(**FACTS, **facts, **limits)
+    pages = report.Report(**FACTS, **facts)
+    computer = Machine()
     rows: Rows = []
     for part, known in parts.items():
         cases = [case for name, case in known.items() if name in asked.cases]
         for title, timed, reach in part(cases, asked.layout):
             if asked.alone:
                 timed = [one for one in timed if one[1].labels["kind"] != "composition"]
-            found = compare(timed, reach, asked.seconds, peaks)
+            found = compare(timed, reach, asked.seconds, computer)
             pages.table(title, found, COLUMNS)
+            pages.limits(found)
             rows += [row | {"table": title} for row in found]
     show(pages, rows)
     for row in rows:
         row["bars"] = [vars(bar) | {"met": bar.met} for bar in row.get("bars", [])]
-    pages.write(asked, rows, limits={count: vars(peak) for count, peak in peaks.items()})
+    pages.write(asked, rows)
     return 1 if any(row["error"] for row in rows) else 0
 
 
-def compare(
-    timed: Timed, reach: Callable[[Rows], None], seconds: float, peaks: dict[int, Peaks]
-) -> Rows:
+def compare(timed: Timed, reach: Callable[[Rows], None], seconds: float, computer: Machine) -> Rows:
     """Check and time candidates; return a row for each, with an "error" if its answer is wrong.
 
     If an answer is wrong, or `seconds` is 0, nothing is timed and no row has a bar.
     """
     truths: dict[tuple[Case, str, str], Truth] = {}
     errors = {}
+    peaks: dict[int, Peaks] = {}
     for arrays, candidate in timed:
         labels = candidate.labels
         if labels["kind"] == "operator":  # computes something else
@@ -170,7 +168,7 @@ def compare(
         slow = [one for _, one in timed if one.warm_up > timing.SLOW]
         for candidate in sorted(slow, key=lambda one: one.warm_up)[:2]:
             timing.warm_up(candidate)  # again: its only sample must not be a cold call
-        timing.measure([candidate for _, candidate in timed], seconds)
+        peaks = measure([(made.case, one) for made, one in timed], seconds, computer)
     rows = [
         described(arrays.case, candidate, peaks) | {"error": errors.get(candidate)}
         for arrays, candidate in timed
@@ -178,7 +176,7 @@ def compare(
     for row, (arrays, _) in zip(rows, timed, strict=True):
         if "flops" in row and row["weights"] == "logits":
             logits = math.prod(arrays.case.logits_shape)
-            row["exp"] = logits / row["seconds"] / peaks[1].exponentials
+            row["exp"] = logits / row["seconds"] / row["limits"]["exponentials"]
     if seconds and not errors:
         reach(rows)
     return rows

@@ -178,7 +178,7 @@ PARTS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
-    return bars.main("benchmarks.carafe", __doc__, PARTS, arguments, threads=(1, 2))
+    return bars.main("benchmarks.carafe", __doc__, PARTS, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """One comparison: all candidates for a pass of a problem, checked, then timed in turns."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from cases import Case
 
-from . import implementations, peers, timing
-from .machine import Peaks
+from . import implementations, machine, peers, timing
+from .machine import Machine, Peaks
 from .passes import Pass, as_nchw
 from .problems import Arrays
 from .timing import Candidate
@@ -18,7 +19,7 @@ SLACK = {"float64": 4, "float32": 4, "float16": 4, "bfloat16": 2}
 
 
 def compare(
-    case: Case, weights: str, pass_: str, asked, seconds: float, peaks: dict[int, Peaks]
+    case: Case, weights: str, pass_: str, asked, seconds: float, computer: Machine
 ) -> list[dict[str, Any]]:
     """Return a row for each candidate; a row with a wrong answer has an "error" and no time.
 
@@ -31,8 +32,8 @@ def compare(
         The options of `python -m benchmarks`.
     seconds : float
         The time budget; 0 only checks the answers.
-    peaks : dict
-        The machine's peaks for each number of threads; empty if nothing is timed.
+    computer : Machine
+        Computes the peaks that limit the candidates.
     """
     arrays = {dtype: Arrays(case, dtype) for dtype in asked.dtype}
     truths = {
@@ -73,17 +74,38 @@ def compare(
         for candidate in _compiled(first, right, asked.layout, *how):
             check(candidate)
             found.append(candidate)
+    peaks: dict[int, Peaks] = {}
     if seconds:
         for candidate in [one for count in asked.threads for one in _ranked(right, count)[:2]]:
             if candidate.warm_up > timing.SLOW:
                 timing.warm_up(candidate)  # again: ratios need a warm best composition
-        timing.measure([candidate for candidate in found if candidate not in errors], seconds)
+        right = [candidate for candidate in found if candidate not in errors]
+        peaks = measure([(case, candidate) for candidate in right], seconds, computer)
     rows = [
         described(case, candidate, peaks) | {"error": errors.get(candidate)} for candidate in found
     ]
     for row in rows:
         row |= _ratios(row, rows)
     return rows
+
+
+def measure(
+    timed: Iterable[tuple[Case, Candidate]], seconds: float, computer: Machine
+) -> dict[int, Peaks]:
+    """Time candidates and the peaks that limit them in turns; return the peaks."""
+    timed = list(timed)
+    calls = [
+        (candidate.threads, _pass(case, candidate).bytes(candidate.labels["dtype"]))
+        for case, candidate in timed
+        if candidate.labels["kind"] != "operator"
+    ]
+    limits = computer.limits(calls)
+    timing.measure([*(candidate for _, candidate in timed), *limits], seconds)
+    return machine.peaks(limits)
+
+
+def _pass(case: Case, candidate: Candidate) -> Pass:
+    return Pass(case, candidate.labels["weights"], candidate.labels["pass"])
 
 
 def answer(candidate: Candidate, arrays: Arrays) -> dict[str, Any]:
@@ -125,7 +147,7 @@ def described(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict
     shapes = {"shape": case.features_shape, "output_shape": case.output_shape}
     row = {"case": case.name, **shapes, **candidate.row()}
     if candidate.samples and row["kind"] != "operator":
-        pass_ = Pass(case, row["weights"], row["pass"])
+        pass_ = _pass(case, candidate)
         operations, traffic = pass_.flops, pass_.bytes(row["dtype"])
         limits = peaks[candidate.threads]
         ceiling = limits.ceiling(operations, traffic, row["dtype"])
@@ -133,6 +155,7 @@ def described(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict
         row |= {"flops": operations / row["seconds"], "bytes": traffic / row["seconds"]}
         row |= {"intensity": operations / traffic, "ceiling_flops": ceiling}
         row["share"] = row["flops"] / ceiling
+        row["limits"] = vars(limits)
     return row
 
 

@@ -1,9 +1,12 @@
-"""The machine's peaks, measured once in a run by a few lines of C: arithmetic, copies and exp.
+"""The machine's peaks, by a few lines of C: arithmetic, copies and exponentials.
 
 Arithmetic: independent fused multiply-adds in registers, on the widest vectors. Copies of several
-sizes: bytes read plus bytes written, by memcpy or by non-temporal stores, whichever is faster.
-Exponentials: by the C library (glibc's libmvec) or by NumPy, whichever is faster. The array is in
-the level 1 cache.
+sizes: bytes read plus bytes written, by memcpy or by non-temporal stores. Exponentials: by the C
+library (glibc's libmvec) or by NumPy; the array is in the level 1 cache. A first try chooses the
+faster of two ways.
+
+Peaks take turns with the calls that they limit. So a busy neighbour slows both, and their ratio
+stays.
 """
 
 import ctypes
@@ -12,8 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from . import timing
+from .timing import Candidate
+
 TRAFFIC = [1 << exponent for exponent in range(18, 29, 2)]  # bytes read plus written by a copy
-_SAMPLE = 10e-3  # seconds
-_SAMPLES = 9
+_CALL = 2e-3  # seconds; a call repeats its work at least so long
+
+_EXPONENTIALS = 2048  # of one round
+
+Work = Callable[[int, int], None]  # of a thread, so many rounds
 
 _SOURCE = r"""
 #include <string.h>
@@ -109,23 +117,78 @@ class Peaks:
 
     def ceiling(self, flops: int, traffic: int, dtype: str) -> float:
         """Return the operations a second that the roofline allows."""
-        nearest = min(self.copy, key=lambda size: abs(math.log(size / traffic)))
-        return min(self.peak(dtype), flops * self.copy[nearest] / traffic)
+        return min(self.peak(dtype), flops * self.copy[_nearest(traffic)] / traffic)
 
 
-def measure(threads: list[int]) -> dict[int, Peaks]:
-    """Return the peaks for each number of threads."""
-    code = _compile()
-    exponentials = _exponentials(code)
-    return {
-        count: Peaks(
-            count,
-            _flops(code, count),
-            {size: _copy(code, size, count) for size in TRAFFIC},
-            exponentials,
-        )
-        for count in threads
-    }
+class Machine:
+    """What computes the peaks."""
+
+    def __init__(self) -> None:
+        self._code = _compile()
+
+    def limits(self, calls: Iterable[tuple[int, int]]) -> list[Candidate]:
+        """Return candidates for the peaks of calls, each given by its threads and its bytes."""
+        sizes: dict[int, set[int]] = {}
+        for threads, traffic in calls:
+            sizes.setdefault(threads, set()).add(_nearest(traffic))
+        found = [_fastest("exponentials", self._exponentials(), _EXPONENTIALS, 1)]
+        for threads in sorted(sizes):
+            flops = threads * ctypes.c_long.in_dll(self._code, "flops").value
+            found.append(_fastest("flops", [self._multiply_add], flops, threads))
+            for size in sorted(sizes[threads]):
+                limit = _fastest("copy", self._copies(size, threads), size, threads)
+                limit.labels["size"] = size
+                found.append(limit)
+        return found
+
+    def _multiply_add(self, thread: int, rounds: int) -> None:
+        self._code.multiply_add(rounds, 0.999, 1e-4)
+
+    def _copies(self, traffic: int, threads: int) -> list[Work]:
+        """Return two ways to copy; each thread has its own arrays."""
+        floats = traffic // threads // 8 // 16 * 16
+        pairs = [(_aligned(floats), _aligned(floats)) for _ in range(threads)]
+
+        def copy(function: Callable[..., None], thread: int, rounds: int) -> None:
+            to, original = (array.ctypes.data for array in pairs[thread])
+            function(to, original, floats, rounds)
+
+        return [partial(copy, way) for way in (self._code.copy, self._code.copy_non_temporal)]
+
+    def _exponentials(self) -> list[Work]:
+        """Return two ways to compute exponentials."""
+        logits, result = _aligned(_EXPONENTIALS), _aligned(_EXPONENTIALS)
+
+        def of_c(_: int, rounds: int) -> None:
+            self._code.exponentials(result.ctypes.data, logits.ctypes.data, logits.size, rounds)
+
+        def of_numpy(_: int, rounds: int) -> None:
+            for _ in range(rounds):
+                np.exp(logits, out=result)
+
+        return [of_c, of_numpy]
+
+
+def peaks(limits: list[Candidate]) -> dict[int, Peaks]:
+    """Return the peaks for each number of threads, from the times of their candidates."""
+    found: dict[int, Peaks] = {}
+    exponentials = _rate(limits[0])
+    for limit in limits[1:]:
+        if limit.name == "flops":
+            found[limit.threads] = Peaks(limit.threads, _rate(limit), {}, exponentials)
+        else:
+            found[limit.threads].copy[limit.labels["size"]] = _rate(limit)
+    return found
+
+
+def _rate(limit: Candidate) -> float:
+    """Return the amounts that a candidate does in a second."""
+    return limit.labels["amount"] / limit.row()["seconds"]
+
+
+def _nearest(traffic: int) -> int:
+    """Return the size of a copy that stands for so many bytes."""
+    return min(TRAFFIC, key=lambda size: abs(math.log(size / traffic)))
 
 
 def _compile() -> ctypes.CDLL:
@@ -149,55 +212,26 @@ def _compile() -> ctypes.CDLL:
     return code
 
 
-def _best_rate(work: Callable[[int, int], object], amount: float, threads: int) -> float:
-    """Return the best rate of `work(thread, rounds)`, in amounts a second.
+def _fastest(name: str, ways: list[Work], amount: int, threads: int) -> Candidate:
+    """Return a candidate that works in the way that is the fastest now.
 
     All threads together do `amount` in one round.
     """
-    with ThreadPoolExecutor(threads) as pool:
+    found = []
+    for work in ways:
+        pool = ThreadPoolExecutor(threads)
 
-        def run(rounds: int) -> float:
-            begin = time.perf_counter()
+        def call(rounds: int, work: Work = work, pool: ThreadPoolExecutor = pool) -> None:
             list(pool.map(work, range(threads), [rounds] * threads))
-            return time.perf_counter() - begin
 
         rounds = 1
-        while (duration := min(run(rounds) for _ in range(3))) < _SAMPLE / 2:
-            rounds = math.ceil(rounds * min(100, _SAMPLE / duration))
-        return max(rounds * amount / run(rounds) for _ in range(_SAMPLES))
-
-
-def _flops(code: ctypes.CDLL, threads: int) -> float:
-    amount = threads * ctypes.c_long.in_dll(code, "flops").value
-    return _best_rate(lambda _, rounds: code.multiply_add(rounds, 0.999, 1e-4), amount, threads)
-
-
-def _copy(code: ctypes.CDLL, traffic: int, threads: int) -> float:
-    """Return the rate of copies, in bytes a second; each thread has its own arrays."""
-    floats = traffic // threads // 8 // 16 * 16
-    pairs = [(_aligned(floats), _aligned(floats)) for _ in range(threads)]
-
-    def copy(function, thread: int, rounds: int) -> None:
-        to, original = (array.ctypes.data for array in pairs[thread])
-        function(to, original, floats, rounds)
-
-    functions = [partial(copy, function) for function in (code.copy, code.copy_non_temporal)]
-    return max(_best_rate(function, threads * floats * 8, threads) for function in functions)
-
-
-def _exponentials(code: ctypes.CDLL) -> float:
-    """Return the float32 exponentials that one thread computes in a second."""
-    floats = 2048
-    logits, result = _aligned(floats), _aligned(floats)
-
-    def of_c(_: int, rounds: int) -> None:
-        code.exponentials(result.ctypes.data, logits.ctypes.data, floats, rounds)
-
-    def of_numpy(_: int, rounds: int) -> None:
-        for _ in range(rounds):
-            np.exp(logits, out=result)
-
-    return max(_best_rate(function, floats, 1) for function in (of_c, of_numpy))
+        while (seconds := min(timing.wall_time(partial(call, rounds)) for _ in range(3))) < _CALL:
+            rounds = math.ceil(rounds * min(100, 1.2 * _CALL / seconds))
+        labels = {"kind": "limit", "amount": rounds * amount}
+        found.append(
+            (seconds / rounds, Candidate(name, partial(call, rounds), threads, labels=labels))
+        )
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _aligned(floats: int) -> np.ndarray:

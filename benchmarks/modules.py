@@ -126,7 +126,7 @@ def columns(rows: list[dict]) -> dict[str, Callable[[dict], str]]:
     return {
         "": lambda row: row["name"],
         "time": report.multiple(rows, "seconds", 1e-3, "ms"),
-        "quartiles, ms": report.interval,
+        "median, q3, ms": report.interval,
         "n": lambda row: str(row["samples"]),
         "peak memory": report.multiple(rows, "memory", 2**20, "MiB"),
         "parameters": lambda row: f"{row['parameters']:,}",

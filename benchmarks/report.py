@@ -27,6 +27,8 @@ from rich.console import Console  # noqa: E402
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from .machine import Peaks  # noqa: E402
+
 Row = dict[str, Any]
 
 
@@ -81,6 +83,13 @@ class Report:
         table.title, table.title_justify, table.box = title, "left", box.SIMPLE_HEAD
         self._print(table, markdown + "\n")
 
+    def limits(self, rows: list[Row]) -> None:
+        """Print the peaks that limit the rows of a table."""
+        found = {row["threads"]: Peaks(**row["limits"]) for row in rows if "limits" in row}
+        if found:
+            lines = [f"- peaks, threads: {count}: {found[count]}" for count in sorted(found)]
+            self.show("\n".join(lines))
+
     def _print(self, on_terminal: Any, elsewhere: str) -> None:
         if self.console.is_terminal:
             self.console.print(on_terminal)
@@ -100,16 +109,16 @@ class Report:
                 progress.update(task, description=name(one), completed=done, refresh=True)
                 yield one
 
-    def write(self, asked: argparse.Namespace, rows: list[Row], **run: Any) -> None:
+    def write(self, asked: argparse.Namespace, rows: list[Row]) -> None:
         """Write the files that the options ask for: tables, and rows with what they share.
 
-        A line of JSON has a row and its "run": the machine, the commit, and `run`. So rows of many
-        runs and machines can share a file.
+        A line of JSON has a row and its "run": the machine and the commit. So rows of many runs and
+        machines can share a file.
         """
         if asked.json:
-            run = {**self.environment, **run}
+            lines = [json.dumps({**row, "run": self.environment}) + "\n" for row in rows]
             with asked.json.open("a") as file:
-                file.writelines(json.dumps({**row, "run": run}) + "\n" for row in rows)
+                file.writelines(lines)
         if asked.markdown:
             asked.markdown.write_text("\n\n".join(self.texts) + "\n")
 
@@ -137,8 +146,8 @@ def milliseconds(row: Row) -> str:
 
 
 def interval(row: Row, scale: float = 1e-3) -> str:
-    """Return the first and the third quartile, in milliseconds."""
-    return f"{row['seconds_q1'] / scale:.4g}-{row['seconds_q3'] / scale:.4g}"
+    """Return the median and the third quartile, in milliseconds."""
+    return f"{row['seconds_median'] / scale:.4g}, {row['seconds_q3'] / scale:.4g}"
 
 
 def environment() -> dict[str, str]:
@@ -165,7 +174,7 @@ def _cpu() -> str:
 # The columns that tables of timed rows share.
 MEASURED = {
     "ms": milliseconds,
-    "quartiles": lambda row: interval(row) if "seconds" in row else "-",
+    "median, q3": lambda row: interval(row) if "seconds" in row else "-",
     "n": lambda row: str(row["samples"]),
     "GFLOP/s": number("flops", 1e9, ".1f"),
     "roofline": number("share", 1, ".0%"),

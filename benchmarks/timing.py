@@ -17,16 +17,18 @@ import carafepp
 
 Clock = Callable[[Callable[[], Any]], float]  # seconds of a call
 
-SAMPLE = 200e-6  # seconds; a sample repeats a shorter call
+SAMPLE = 1e-3  # seconds; a sample repeats a shorter call
+WARM = 4e-3  # seconds of untimed calls before samples: a core is slow for one or two
 TURN = 20e-3  # seconds of samples in a turn
 TURN_SAMPLES = (2, 5)  # fewest and most samples in a turn
 PATIENCE = 0.25  # seconds; a shorter call is sampled often, whatever the budget
 SLOW = 0.5  # seconds; a slower call is warmed up once
 
 HOW = (
-    "medians; candidates take turns in one process, in a new order every round; a turn is an "
-    f"untimed call and {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; all candidates get the same "
-    f"time; a call longer than that and than {PATIENCE} s is timed once"
+    "first quartiles, as a neighbour on a shared machine only adds time; then median and third "
+    "quartile; candidates take turns in one process, in a new order every round; a turn is "
+    f"{WARM * 1e3:g} ms of untimed calls, then {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; all "
+    f"candidates get the same time; a call longer than that and than {PATIENCE} s is timed once"
 )
 
 
@@ -66,7 +68,7 @@ class Candidate:
         row["samples"] = len(self.samples)
         if self.samples:
             low, median, high = spread(self.samples)
-            row |= {"seconds": median, "seconds_q1": low, "seconds_q3": high}
+            row |= {"seconds": low, "seconds_median": median, "seconds_q3": high}
         return row
 
 
@@ -111,7 +113,9 @@ def _turn(candidate: Candidate) -> float:
     """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
     with candidate.settings():
-        calls = max(1, math.ceil(SAMPLE / wall_time(candidate.call)))
+        while time.perf_counter() < begin + WARM:
+            seconds = wall_time(candidate.call)
+        calls = max(1, math.ceil(SAMPLE / seconds))
         turn_end = time.perf_counter() + TURN
         for k in range(TURN_SAMPLES[1]):
             if k >= TURN_SAMPLES[0] and time.perf_counter() > turn_end:
