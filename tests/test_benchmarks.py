@@ -181,15 +181,15 @@ def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
         return call
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    candidates = [timing.Candidate(str(seconds), takes(seconds)) for seconds in (1e-3, 1.1e-2, 60)]
+    candidates = [timing.Candidate(str(seconds), takes(seconds)) for seconds in (1.5e-3, 1.1e-2, 60)]
     for candidate in candidates:
         timing.warm_up(candidate)
     timing.measure(candidates, budget=10)
     fast, slow, once = (len(candidate.samples) for candidate in candidates)
     assert once == 1
-    assert fast * 6e-3 / 5 == pytest.approx(slow * 3.3e-2 / 2, rel=0.1)  # with the untimed calls
+    assert fast * 12e-3 / 5 == pytest.approx(slow * 3.3e-2 / 2, rel=0.1)  # with the untimed calls
     assert [candidate.row()["seconds"] for candidate in candidates] == pytest.approx(
-        [1e-3, 1.1e-2, 60]
+        [1.5e-3, 1.1e-2, 60]
     )
 
 
