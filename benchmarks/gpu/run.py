@@ -296,7 +296,7 @@ class Run:
         self.results.write("smoke", "list", "pass")
         names = json.loads(listed[1])
         # Few names share a process: an illegal access ends it, and a graph captures its first call.
-        count = 6 if self.options.rehearse else 3
+        count = 20 if self.options.rehearse else 3
         groups = [
             Group(names[k], [*command, *names[k : k + count]], patience=60)
             for k in range(0, len(names), count)
