@@ -181,7 +181,9 @@ def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
         return call
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    candidates = [timing.Candidate(str(seconds), takes(seconds)) for seconds in (1.5e-3, 1.1e-2, 60)]
+    candidates = [
+        timing.Candidate(str(seconds), takes(seconds)) for seconds in (1.5e-3, 1.1e-2, 60)
+    ]
     for candidate in candidates:
         timing.warm_up(candidate)
     timing.measure(candidates, budget=10)
