@@ -19,6 +19,8 @@ from skips import import_or_skip
 import_or_skip("torch")
 import_or_skip("rich")
 
+pytestmark = pytest.mark.xdist_group("benchmarks")  # fixtures take long
+
 ROOT = Path(__file__).parent.parent
 
 TINY = ["--cases", "tiny", "--threads", "1", "--dtype", "float32"]

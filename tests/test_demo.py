@@ -18,6 +18,8 @@ from PIL import Image
 
 from carafepp import demo
 
+pytestmark = pytest.mark.xdist_group("demo")  # a fixture takes long
+
 
 def open_png(path):
     with Image.open(path) as picture:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("distributed")  # the fixture takes long
+
 CHECKS = {}
 ROWS = 2  # an axis that no operator computes on in shards
 SINGLE = {"up": 2, "groups": 1}
