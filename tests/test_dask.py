@@ -1,5 +1,8 @@
 """Dask arrays: lazy results with the bits of NumPy's, whatever the chunks."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -105,6 +108,31 @@ def test_other_processes_give_the_same_bits(rng):
         computed = lazy.compute()
     expected = carafepp.reassemble_with_logits(features, logits, down=2, kernel_size=3)
     np.testing.assert_array_equal(computed, expected)
+
+
+def unaligned(block):
+    """Return the block one byte after an aligned address, as messages between workers have it."""
+    copy = np.empty(block.nbytes + 1, np.uint8)[1:].view(block.dtype).reshape(block.shape)
+    copy[...] = block
+    return copy
+
+
+def test_chunks_in_any_memory(rng):
+    """Not aligned, or transposed. One chunk along an axis has no halo, which would copy it."""
+    features = rng.standard_normal((1, 16, 24, 20), np.float32)
+    logits = rng.standard_normal((1, 36, 24, 20), np.float32)
+    params = {"up": 2, "kernel_size": 3}
+    expected = carafepp.reassemble_with_logits(features, logits, **params)
+    lazy = [
+        da.from_array(array, (1, -1, 24, 20)).map_blocks(unaligned) for array in (features, logits)
+    ]
+    assert_same(carafepp.reassemble_with_logits(*lazy, **params), expected)
+    params["layout"] = "NHWC"
+    lazy = [
+        da.from_array(array, (1, -1, 12, 20)).transpose(0, 2, 3, 1) for array in (features, logits)
+    ]
+    expected = carafepp.reassemble_with_logits(*in_layout((features, logits), "NHWC"), **params)
+    assert_same(carafepp.reassemble_with_logits(*lazy, **params), expected)
 
 
 def ones(shape, chunks=-1, dtype="f4"):
@@ -234,3 +262,38 @@ def test_a_forced_implementation_computes_every_tile(rng):
         pytest.raises(NotImplementedError, match=f"implementation {declining} declines: "),
     ):
         carafepp.reassemble(da.from_array(features, 15), da.from_array(masks))
+
+
+def recipe(name):
+    """Return a function that docs/dask.md defines."""
+    page = Path(__file__).parent.parent / "docs" / "dask.md"
+    if not page.exists():
+        pytest.skip("a source distribution has no docs")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(next(block for block in blocks if f"def {name}(" in block), names)
+    return names[name]
+
+
+@pytest.mark.parametrize("times", [None, 3])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_recipe_for_xarray(times, lazy, rng):
+    xr = import_or_skip("xarray", "pip install xarray")
+    batch, dims = ([times], ["time"]) if times else ([], [])
+    features = xr.DataArray(
+        rng.standard_normal((*batch, 4, 12, 20), np.float32),
+        dims=[*dims, "channel", "y", "x"],
+        coords={"y": np.arange(12.0), "x": 10 * np.arange(20.0)},
+    )
+    logits = xr.DataArray(
+        rng.standard_normal((*batch, 100, 12, 20), np.float32), dims=[*dims, "tap", "y", "x"]
+    )
+    expected = carafepp.reassemble_with_logits(features.values, logits.values, up=2)
+    if lazy:
+        features, logits = features.chunk({"y": 6, "x": 10}), logits.chunk({"tap": 20})
+    result = recipe("upsample")(features, logits, 2)
+    assert isinstance(result.data, da.Array) == lazy
+    assert result.dims == (*dims, "channel", "y", "x")
+    np.testing.assert_array_equal(result.values, expected)
+    assert result.y.values[:4].tolist() == [0, 0.25, 0.75, 1.25]
+    assert result.x.values[1] == 2.5

@@ -153,9 +153,20 @@ class _Axis(NamedTuple):
         """Return the least length of a chunk of features."""
         return max(*self.halo, _FEWEST_CELLS * self.down)
 
+    def aligned(self, chunks: Iterable[int]) -> tuple[int, ...]:
+        """Return chunks of features that hold a halo and begin with a cell."""
+        end = min(self.features, self.cells * self.down)
+        return _aligned(chunks, self.down, self.least, end)
+
+    def cells_and_outputs(self, chunks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the chunks of cells and of outputs that aligned chunks of features have."""
+        starts = [start // self.down for start in accumulate(chunks[:-1], initial=0)]
+        cells = [*starts, self.cells]
+        return _lengths(cells), _lengths([min(cell * self.up, self.outputs) for cell in cells])
+
 
 def _aligned(chunks: Iterable[int], unit: int, least: int, length: int) -> tuple[int, ...]:
-    """Return chunks of multiples of `unit`, at least `least`; the last one takes what is left."""
+    """Return chunks that begin at multiples of `unit` and have at least `least` before `length`."""
     starts = [0]
     *inner, total = accumulate(chunks)
     for start in inner:
@@ -191,6 +202,7 @@ def _lazy(
     padding = params.get("padding")
     pads = (radius, radius) if padding is None else padding_pair(function, padding)
 
+    # The features that windows read, in chunks that tiles can have.
     axes = []
     for k, pad in zip((h, h + 1), pads, strict=True):
         axis = _Axis(k, sources.shape[k], shape[k], up, down, radius, pad)
@@ -198,28 +210,25 @@ def _lazy(
     sources = _cropped(sources, {axis.number: axis.features for axis in axes})
     group = sources.shape[c] // groups
     unit = _CHANNELS if weights and 1 in (group, groups) else group
-    chunks = {c: _aligned(sources.chunks[c], unit, unit, sources.shape[c])}
-    for axis in axes:
-        end = min(axis.features, axis.cells * down)
-        chunks[axis.number] = _aligned(sources.chunks[axis.number], down, axis.least, end)
+    aligned = {axis.number: axis.aligned(sources.chunks[axis.number]) for axis in axes}
+    aligned[c] = _aligned(sources.chunks[c], unit, unit, sources.shape[c])
     least = tuple(axis.least for axis in axes)
-    sources = _rechunked(function, sources, chunks, least, down, unit)
+    sources = _rechunked(function, sources, aligned, least, down, unit)
 
-    of_cells, of_outputs = dict(enumerate(sources.chunks)), dict(enumerate(sources.chunks))
+    # The chunks of the result, and of masks or logits.
+    cells, outputs = dict(enumerate(sources.chunks)), dict(enumerate(sources.chunks))
     for axis in axes:
-        starts = accumulate(sources.chunks[axis.number][:-1], initial=0)
-        cells = [*(start // down for start in starts), axis.cells]
-        of_cells[axis.number] = _lengths(cells)
-        of_outputs[axis.number] = _lengths([min(cell * up, axis.outputs) for cell in cells])
+        k = axis.number
+        cells[k], outputs[k] = axis.cells_and_outputs(sources.chunks[k])
     if weights:
-        of_weights = dict(of_outputs if function == "reassemble" else of_cells)
-        per_group = weights[0].shape[c] // groups
-        shares = [n // group for n in of_cells[c]] if groups > 1 else [1]
-        of_weights[c] = tuple(share * per_group for share in shares)
-        cropped = _cropped(weights[0], {axis.number: sum(of_weights[axis.number]) for axis in axes})
-        weights = (cropped.rechunk(of_weights),)
+        chunks = outputs if function == "reassemble" else cells
+        shares = [n // group for n in sources.chunks[c]] if groups > 1 else [1]
+        in_share = weights[0].shape[c] // groups
+        chunks = {**chunks, c: tuple(share * in_share for share in shares)}
+        cropped = _cropped(weights[0], {k: sum(lengths) for k, lengths in chunks.items()})
+        weights = (cropped.rechunk(chunks),)
     else:
-        of_outputs[c] = tuple(n // up**2 for n in of_cells[c])
+        outputs[c] = tuple(n // up**2 for n in sources.chunks[c])
     halos = {k: axis.halo for axis in axes if len(sources.chunks[k := axis.number]) > 1}
     return da.map_blocks(
         carafepp_tile,
@@ -227,7 +236,7 @@ def _lazy(
         *weights,
         dtype=sources.dtype,
         meta=meta_from_array(sources),
-        chunks=tuple(of_outputs.values()),
+        chunks=tuple(outputs.values()),
         function=function,
         params=dict(params),
         axes=axes,
@@ -259,7 +268,7 @@ def _rechunked(
     changed = [
         f"axis {k} from {_short(sources.chunks[k])} to {_short(new)}"
         for k, new in sorted(chunks.items())
-        if new[:-1] != sources.chunks[k][: len(new) - 1]
+        if new not in (sources.chunks[k], _joined(sources.chunks[k]))
     ]
     if changed:
         warnings.warn(
@@ -269,6 +278,11 @@ def _rechunked(
             stacklevel=6,  # the line that calls carafepp
         )
     return sources.rechunk(chunks)
+
+
+def _joined(chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return chunks whose last one has joined the one before it."""
+    return (*chunks[:-2], sum(chunks[-2:]))
 
 
 def _short(chunks: tuple[int, ...]) -> str:
@@ -310,10 +324,7 @@ def carafepp_tile(
         params["padding"] = tuple(padding)
         if any(map(any, margins)):
             weights = (np.pad(weights[0], margins),)
-    inputs = [
-        array if array.strides[-1] == array.itemsize else array.copy()
-        for array in (sources[tuple(window)], *weights)
-    ]
+    inputs = [_as_the_core_takes_it(array) for array in (sources[tuple(window)], *weights)]
     compute = getattr(ops, function)
     try:
         with ops.force_implementation(implementation) if implementation else nullcontext():
@@ -321,3 +332,12 @@ def carafepp_tile(
     except NotImplementedError:  # on another processor, maybe
         result = compute(*inputs, **params)
     return result[tuple(kept)]
+
+
+def _as_the_core_takes_it(array: Any) -> Any:
+    """Return an aligned array in C order: chunks from other workers and transposed ones may not be.
+
+    CuPy's flags do not have `aligned`.
+    """
+    aligned = getattr(array.flags, "aligned", True)
+    return array if aligned and array.strides[-1] == array.itemsize else array.copy()
