@@ -45,26 +45,29 @@ def logits_from_guide(guide: Array, up: int, halo: Any = NO_HALO) -> Array:
     """
     k, r = KERNEL_SIZE, RADIUS
     lab = color.rgb2lab(guide).astype(np.float32) * np.array([LIGHTNESS, 1, 1], np.float32)
-    pixels = split_into_blocks(lab, up)  # [H/up, W/up, up*up, 3]
-    colour = pixels.mean(2, keepdims=True)  # the mean of a block
-    spread = np.sqrt(((pixels - colour) ** 2).sum(3).mean(2, keepdims=True))
+    pixels = np.ascontiguousarray(split_into_blocks(lab, up).transpose(3, 2, 0, 1))
+    colour = pixels.mean(1, keepdims=True)  # of a block, [3, 1, H/up, W/up]
+    spread = np.sqrt(((pixels - colour) ** 2).sum(0).mean(0))
     (top, bottom), (left, right) = halo
-    pixels = pixels[top : pixels.shape[0] - bottom, left : pixels.shape[1] - right]
-    rows, cols = pixels.shape[:2]
+    pixels = pixels[..., top : pixels.shape[2] - bottom, left : pixels.shape[3] - right]
+    rows, cols = pixels.shape[2:]
 
     # Blocks beyond the border have an infinite colour difference, so their weight is exactly 0.
-    border = [(r - top, r - bottom), (r - left, r - right), (0, 0)]
-    colour = np.pad(colour[:, :, 0], border, constant_values=np.inf)[:, :, None]
+    border = [(r - top, r - bottom), (r - left, r - right)]
+    colour = np.pad(colour, [(0, 0), (0, 0), *border], constant_values=np.inf)
     spread = np.pad(spread, border)
     position = (np.arange(up) + 0.5) / up - 0.5  # a pixel's centre from its block's, in blocks
 
     logits = np.empty((k, k, up * up, rows, cols), np.float32)
+    difference = np.empty_like(pixels)  # fresh memory for each step costs more than the step
     for a, b in np.ndindex(k, k):
-        tap = np.s_[a : a + rows, b : b + cols]
-        unlike = np.sqrt(((pixels - colour[tap]) ** 2).sum(3)) + MIXED_PENALTY * spread[tap]
+        tap, logit = np.s_[..., a : a + rows, b : b + cols], logits[a, b]
+        np.square(np.subtract(pixels, colour[tap], out=difference), out=difference)
+        np.sqrt(np.sum(difference, 0, out=logit), out=logit)
+        logit += MIXED_PENALTY * spread[tap]
+        logit /= -COLOUR_SCALE
         away2 = (position[:, None] - (a - r)) ** 2 + (position - (b - r)) ** 2  # [up, up]
-        logit = -unlike / COLOUR_SCALE - away2.ravel() / (2 * POSITION_SCALE**2)
-        logits[a, b] = logit.transpose(2, 0, 1)
+        logit -= away2.reshape(-1, 1, 1) / (2 * POSITION_SCALE**2)
     return logits.reshape(1, k * k * up * up, rows, cols)
 
 
