@@ -251,7 +251,7 @@ nb::tuple output_shape(const Params& params, nb::handle shape) {
 
 using Entry = std::tuple<std::string, std::optional<std::string>>;
 
-std::vector<Entry> list_implementations(const Params& params, nb::sequence inputs, nb::sequence results) {
+std::vector<Entry> list_implementations(const Params& params, nb::sequence inputs, nb::sequence results, bool fastest) {
     std::vector<Tensor> tensors;
     std::vector<const carafepp_tensor*> pointers;
     tensors.reserve(nb::len(inputs) + nb::len(results));
@@ -273,7 +273,9 @@ std::vector<Entry> list_implementations(const Params& params, nb::sequence input
         if (declines != nullptr) reason = declines;
         static_cast<std::vector<Entry>*>(user)->emplace_back(name, reason);
     };
-    check(carafepp_list_implementations(&params.values, params.number, pointers.data(), visit, &entries));
+    carafepp_params values = params.values;
+    if (fastest) values.flags |= CARAFEPP_FASTEST;
+    check(carafepp_list_implementations(&values, params.number, pointers.data(), visit, &entries));
     return entries;
 }
 
@@ -315,9 +317,9 @@ NB_MODULE(_core, m) {
           "stream"_a);
     m.def("output_shape", output_shape, "params"_a, "shape"_a,
           nb::sig("def output_shape(params: Params, shape: object) -> tuple[int, ...]"));
-    m.def("list_implementations", list_implementations, "params"_a, "inputs"_a, "results"_a,
-          nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object]) -> "
-                  "list[tuple[str, str | None]]"));
+    m.def("list_implementations", list_implementations, "params"_a, "inputs"_a, "results"_a, "fastest"_a = false,
+          nb::sig("def list_implementations(params: Params, inputs: list[object], results: list[object], "
+                  "fastest: bool = False) -> list[tuple[str, str | None]]"));
 
     nb::set_leak_warnings(false);  // a daemon thread may hold objects when the program ends
 

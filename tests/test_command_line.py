@@ -31,6 +31,7 @@ def test_an_unknown_command_is_told_the_known_ones():
     assert done.returncode == 2
     assert "no command 'dmeo'" in done.stderr
     assert "python -m carafepp demo" in done.stderr
+    assert "python -m carafepp upsample" in done.stderr
 
 
 CALL = """

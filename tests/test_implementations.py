@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import carafepp
+from carafepp import _core
+from carafepp._doors.door import params_of
 from cases import CASES, DTYPES, FEW, Case, integer_arrays, random_arrays
 from cases.calls import FUNCTIONS, RESULTS, arguments, call, in_layout
 from cuda_libraries import EMULATED
@@ -238,6 +240,16 @@ def test_a_slower_kernel_can_be_forced(reason, isa):
             actual = call(function, arrays, params)
         for result, other in zip(actual, expected, strict=True):
             np.testing.assert_allclose(result, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(KERNELS == ["ref"], reason="no kernels for this processor")
+@pytest.mark.parametrize("reason", SLOWER)
+def test_in_the_list_of_the_fastest_a_slower_kernel_declines(reason):
+    for name, function, arrays, params in problems(reason):
+        core_params = params_of(function, **params)
+        results = call(function, arrays, params)
+        listed = _core.list_implementations(core_params, arrays, results, fastest=True)
+        assert dict(listed)[f"{name}_{KERNELS[0]}"] in SLOWER
 
 
 @pytest.mark.skipif(KERNELS == ["ref"], reason="no kernels for this processor")

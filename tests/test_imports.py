@@ -8,7 +8,7 @@ import pytest
 
 FRAMEWORKS = (
     *("torch", "cupy", "jax", "tensorflow", "array_api_strict", "ml_dtypes"),
-    *("scipy", "skimage", "matplotlib", "PIL", "onnx", "numba", "pandas"),
+    *("scipy", "skimage", "matplotlib", "PIL", "onnx", "numba", "pandas", "dask", "zarr"),
 )
 
 # Modules by name, without those of the standard library and of the interpreter's own start.

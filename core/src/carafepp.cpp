@@ -296,18 +296,22 @@ carafepp_status carafepp_list_implementations(const carafepp_params* params, car
             fail(CARAFEPP_VALUE_ERROR, function, std::string(tensors ? "visit" : "tensors") + " must not be NULL.");
         }
         Call call = check(function, params, tensors, false);
+        const auto declines = [&](const auto& kernel, const auto&... results) {
+            const char* reason = kernel.cannot_run(call.problem, results...);
+            const bool asked = call.params.flags & CARAFEPP_FASTEST;
+            return reason == nullptr && asked ? kernel.slower(call.problem, results...) : reason;
+        };
         on_device(function, call.problem, [&] {
             const KernelOfBoth* both = list_of_both(call.problem.device, function);
             for (; both != nullptr && both->name != nullptr; both++) {
                 visit(user, both->name,
-                      call.wanted[0] != call.wanted[1]
-                          ? kOneNotWanted
-                          : both->cannot_run(call.problem, call.results[0], call.results[1]));
+                      call.wanted[0] != call.wanted[1] ? kOneNotWanted
+                                                       : declines(*both, call.results[0], call.results[1]));
             }
             for (int k = 0; k < 2; k++) {
                 const Kernel* kernel = list_of(call.problem.device, function, k);
                 for (; kernel != nullptr && kernel->name != nullptr; kernel++)
-                    visit(user, kernel->name, kernel->cannot_run(call.problem, call.results[k]));
+                    visit(user, kernel->name, declines(*kernel, call.results[k]));
             }
         });
     });

@@ -106,9 +106,10 @@ carafepp_params read_params(carafepp_function function, const carafepp_params* g
     for (int64_t reserved : params.reserved) {
         if (reserved != 0) fail(CARAFEPP_VALUE_ERROR, function, "params.reserved must be 0; got ", reserved, ".");
     }
-    if (params.flags & ~uint32_t{CARAFEPP_CHANNELS_LAST | CARAFEPP_SIZE | CARAFEPP_PADDING}) {
+    if (params.flags & ~uint32_t{CARAFEPP_CHANNELS_LAST | CARAFEPP_SIZE | CARAFEPP_PADDING | CARAFEPP_FASTEST}) {
         fail(CARAFEPP_VALUE_ERROR, function,
-             "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE and CARAFEPP_PADDING; got ",
+             "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE, CARAFEPP_PADDING and "
+             "CARAFEPP_FASTEST; got ",
              params.flags, ".");
     }
     if ((params.flags & CARAFEPP_PADDING) && function >= CARAFEPP_NORMALIZE_MASKS) {

@@ -24,9 +24,18 @@ try:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from PIL import Image, ImageOps
+    from PIL import Image
     from scipy import ndimage
     from skimage import color, data
+
+    from .guided import (
+        KERNEL_SIZE,
+        colours,
+        logits_from_guide,
+        open_picture,
+        pixels_of,
+        split_into_blocks,
+    )
 except ImportError as error:
     MISSING = error
 
@@ -34,13 +43,7 @@ Array = NDArray[Any]
 Panel = tuple[str, Array]  # a title and a picture [H, W, 3] in 0..1
 Region = tuple[slice, slice]  # rows and columns of a picture
 
-# Upsampling. The scores change little if one of these constants changes by a quarter.
 UP = 8
-UP_KERNEL = 5  # the position term is nearly 0 beyond two blocks
-LIGHTNESS = 0.5  # weight; light and shadow change lightness more than hue
-COLOUR_SCALE = 2.0  # CIELAB units; the eye notices differences from about 2
-MIXED_PENALTY = 0.5  # for a block of many colours, which spans an edge
-POSITION_SCALE = 0.4  # blocks; wide enough for a slope, narrow enough to stay local
 
 # Downsampling.
 DOWN = 4
@@ -70,15 +73,6 @@ class Look(NamedTuple):
     contrast: float  # standard deviation of the pixels from their 3x3 neighbourhood
 
 
-def split_into_blocks(image: Array, size: int) -> Array:
-    """[H, W, C] -> [ceil(H/size), ceil(W/size), size*size, C], NaN outside the image."""
-    pad = [(0, -image.shape[0] % size), (0, -image.shape[1] % size), (0, 0)]
-    padded = np.pad(image, pad, constant_values=np.nan)
-    rows, cols = padded.shape[0] // size, padded.shape[1] // size
-    blocks: Array = padded.reshape(rows, size, cols, size, -1).transpose(0, 2, 1, 3, 4)
-    return blocks.reshape(rows, cols, size * size, -1)
-
-
 # -------------------------------------------------------------------------------------------- up
 
 
@@ -102,42 +96,13 @@ def shrink_disparity(disparity: Array) -> Array:
     return lowres
 
 
-def upsampling_logits(photo: Array) -> Array:
-    """[H, W, 3] -> [1, K*K*8*8, H/8, W/8]: the similarity of pixels and blocks.
-
-    Similar pixels have a similar colour and position. This is joint bilateral upsampling (Kopf et
-    al. 2007) as CARAFE, with the weight exp(logit).
-    """
-    k, r = UP_KERNEL, UP_KERNEL // 2
-    lab = color.rgb2lab(photo).astype(np.float32) * np.array([LIGHTNESS, 1, 1], np.float32)
-    pixels = split_into_blocks(lab, UP)  # [H/8, W/8, 64, 3]
-    rows, cols = pixels.shape[:2]
-    colour = pixels.mean(2, keepdims=True)  # the mean of a block
-    spread = np.sqrt(((pixels - colour) ** 2).sum(3).mean(2, keepdims=True))
-
-    # Blocks beyond the border have an infinite colour difference, so their weight is exactly 0.
-    border = [(r, r), (r, r), (0, 0)]
-    colour = np.pad(colour[:, :, 0], border, constant_values=np.inf)[:, :, None]
-    spread = np.pad(spread, border)
-    position = (np.arange(UP) + 0.5) / UP - 0.5  # a pixel's centre from its block's, in blocks
-
-    logits = np.empty((k, k, UP * UP, rows, cols), np.float32)
-    for a, b in np.ndindex(k, k):
-        tap = np.s_[a : a + rows, b : b + cols]
-        unlike = np.sqrt(((pixels - colour[tap]) ** 2).sum(3)) + MIXED_PENALTY * spread[tap]
-        away2 = (position[:, None] - (a - r)) ** 2 + (position - (b - r)) ** 2  # [8, 8]
-        logit = -unlike / COLOUR_SCALE - away2.ravel() / (2 * POSITION_SCALE**2)
-        logits[a, b] = logit.transpose(2, 0, 1)
-    return logits.reshape(1, k * k * UP * UP, rows, cols)
-
-
 def upsample_with_photo(lowres: Array, photo: Array) -> Array:
     """[H/8, W/8] and [H, W, 3] -> [H, W]."""
     upsampled: Array = carafepp.reassemble_with_logits(
         lowres[None, None],
-        upsampling_logits(photo),
+        logits_from_guide(photo, UP),
         up=UP,
-        kernel_size=UP_KERNEL,
+        kernel_size=KERNEL_SIZE,
         normalizer="softmax",
     )
     return upsampled.squeeze((0, 1))
@@ -214,17 +179,7 @@ def draw_upsampling(
 
 def read_picture(path: Path) -> Array:
     """Any picture that Pillow reads -> [H, W, 3] in 0..1, upright, on white where transparent."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        picture = picture.convert("RGBA")
-    # Pillow raises many kinds of errors for a broken file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture), np.float32)[..., :3] / 255
+    return colours(pixels_of(open_picture(path)))
 
 
 def downsampling_logits(photo: Array) -> Array:

@@ -110,6 +110,8 @@ def reassemble(
     device. The work on CUDA arrays of other libraries is queued on the legacy default stream. The
     call does not wait for it. The call allocates only the result, from the library's memory pool.
 
+    Dask arrays give a lazy Dask array, of the same bits as NumPy's.
+
     References
     ----------
     J. Wang et al., "CARAFE++: Unified Content-Aware ReAssembly of FEatures", section 3.3, Eqn. 3.

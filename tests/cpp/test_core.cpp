@@ -434,9 +434,11 @@ TEST_CASE("struct size rules") {
     u.params.reserved[1] = 5;
     u.refused(CARAFEPP_VALUE_ERROR, "params.reserved must be 0; got 5.");
     Small v;
-    v.params.flags = 8;
-    v.refused(CARAFEPP_VALUE_ERROR,
-              "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE and CARAFEPP_PADDING; got 8.");
+    v.params.flags = 16;
+    v.refused(
+        CARAFEPP_VALUE_ERROR,
+        "params.flags must be a sum of CARAFEPP_CHANNELS_LAST, CARAFEPP_SIZE, CARAFEPP_PADDING and CARAFEPP_FASTEST; "
+        "got 16.");
     Small w;
     w.params.normalizer = 4;
     w.refused(CARAFEPP_VALUE_ERROR, "normalizer must be a number from 0 to 3; got 4.");

@@ -111,7 +111,8 @@ enum {
 enum {
     CARAFEPP_CHANNELS_LAST = 1, /* the axes of every tensor are N, H, W, C; strides alone tell how it lies in memory */
     CARAFEPP_SIZE = 2,          /* params.size holds the output size; otherwise it is the natural one */
-    CARAFEPP_PADDING = 4        /* params.padding holds the padding; otherwise it is kernel_size/2 */
+    CARAFEPP_PADDING = 4,       /* params.padding holds the padding; otherwise it is kernel_size/2 */
+    CARAFEPP_FASTEST = 8        /* in a list of implementations those that are slower here decline too */
 };
 
 /* The functions below, for carafepp_output_shape and carafepp_list_implementations. */
@@ -241,11 +242,11 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
 
 /* Calls visit(user, name, declines) for every implementation of `function`, in the order of preference. `declines` is
  * NULL for one that can run the problem, else the reason. One that can run, runs if it is forced. Otherwise the first
- * that can runs, without those that are slower here (CARAFEPP_LOG=debug tells which). For a backward there may be
- * implementations of both gradients. They come first, and run only where both are wanted.
- * `tensors` are those of the function in the order of its signature. Results may be NULL while they are not known: they
- * count as contiguous, with adjacent channels where features, or masks or logits, have them.
- * Strings live until visit returns. Names follow one grammar:
+ * that can runs, without those that are slower here: CARAFEPP_LOG=debug tells which. With CARAFEPP_FASTEST these
+ * decline too, so that the first without a reason runs. For a backward there may be implementations of both gradients.
+ * They come first, and run only where both are wanted. `tensors` are those of the function in the order of its
+ * signature. Results may be NULL while they are not known: they count as contiguous, with adjacent channels where
+ * features, or masks or logits, have them. Strings live until visit returns. Names follow one grammar:
  *     <result>[_<factor>|_few|_runs]_<layout>[_mma]_<target>
  *     result: reassemble, reassemble_with_logits, grad_features, grad_masks, grad_logits, normalize_masks,
  *             normalize_masks_backward, backward (both gradients)

@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 from .cupy import CuPy
+from .dask import Dask
 from .dlpack import DLPack
 from .door import FUNCTIONS, Door, not_an_array
 from .numpy import NumPy
 from .torch import PyTorch
 
 # The first door that recognises an array takes it; the last one takes all that speak DLPack.
-DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), DLPack())
+DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), Dask(), DLPack())
 
 
 def call(

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m carafepp upsample LOW GUIDE --factor 8 --out FILE`: a map follows a picture's edges.
+
+LOW is a depth map, a mask or a heat map, GUIDE a photograph of the same view, `factor` times as
+large. Tiles are read, upsampled and written one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import carafepp
+
+MISSING: ImportError | None = None
+try:
+    from PIL import Image
+
+    from .guided import (
+        KERNEL_SIZE,
+        RADIUS,
+        Array,
+        colours,
+        logits_from_guide,
+        open_picture,
+        pixels_of,
+    )
+except ImportError as error:
+    MISSING = error
+
+TILE = 512  # rows and columns of the result, about
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+TIFF = (".tif", ".tiff")
+READ, WRITTEN = (*PICTURES, *TIFF, ".npy", ".zarr"), (".png", *TIFF, ".npy", ".zarr")
+NEEDED = 'upsampling needs: pip install "carafepp[demo]"; .tif and .zarr: "carafepp[demo,dask]"'
+
+
+class Raster(NamedTuple):
+    """Rows and columns of pixels, perhaps with channels, and the palette of indices."""
+
+    pixels: Any  # of shape and dtype; slices of it are arrays
+    palette: Any = None
+
+    @property
+    def size(self) -> str:
+        """Return the size in words."""
+        return f"{self.pixels.shape[1]} x {self.pixels.shape[0]} pixels"
+
+
+class Target(NamedTuple):
+    """What tiles are written into, and how to close the file."""
+
+    pixels: Any
+    close: Callable[[], None]
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def open_raster(name: str, path: Path, files: ExitStack) -> Raster:
+    """Open a file, which `files` closes. Only pictures are read as a whole."""
+    suffix = path.suffix.lower()
+    if suffix not in READ:
+        raise OSError(f"{name} must end in one of {' '.join(READ)}; got {path}")
+    if not path.exists():
+        raise OSError(f"cannot read {path}: No such file or directory")
+    if suffix in PICTURES:
+        picture = open_picture(path)
+        if picture.mode == "P" and name == "LOW":
+            return Raster(np.asarray(picture), picture.getpalette())
+        pixels: Any = pixels_of(picture)
+    else:
+        try:
+            pixels = _open_array(suffix, path, files)
+        except ImportError:
+            raise
+        except Exception as error:  # each library has its own
+            raise OSError(f"cannot read {path}: {error}") from error
+    if len(pixels.shape) not in (2, 3) or 0 in pixels.shape:
+        raise OSError(
+            f"{name} must have rows, columns and perhaps channels; got the shape "
+            f"{tuple(pixels.shape)} in {path}"
+        )
+    if pixels.dtype.kind not in "buif":
+        raise OSError(f"{name} must have real numbers; got {pixels.dtype} in {path}")
+    return Raster(pixels)
+
+
+def _open_array(suffix: str, path: Path, files: ExitStack) -> Any:
+    if suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    import zarr
+
+    if suffix == ".zarr":
+        return zarr.open_array(str(path), mode="r")
+    import tifffile
+
+    tiff = files.enter_context(tifffile.TiffFile(path))
+    return zarr.open_array(tiff.aszarr(series=0, level=0), mode="r")
+
+
+def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: Any) -> Target:
+    """Make a file of this suffix, for pixels of this shape and dtype."""
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        pixels = np.empty(shape, dtype)
+
+        def save() -> None:
+            picture = Image.fromarray(pixels)
+            if palette is not None:
+                picture.putpalette(palette)
+            picture.save(path)
+
+        return Target(pixels, save)
+    if suffix == ".npy":
+        written = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        return Target(written, written.flush)
+    if suffix == ".zarr":
+        import zarr
+
+        chunks = (*(min(TILE, length) for length in shape[:2]), *shape[2:])
+        stored = zarr.open_array(str(path), mode="w", shape=shape, chunks=chunks, dtype=dtype)
+        return Target(stored, lambda: None)
+    import tifffile
+
+    mapped = tifffile.memmap(path, shape=shape, dtype=np.uint8 if dtype.kind == "b" else dtype)
+    return Target(mapped, mapped.flush)
+
+
+def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse a path that the result cannot be written to, before anything is computed."""
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN:
+        raise OSError(f"--out must end in one of {' '.join(WRITTEN)}; got {path}")
+    if path.exists():
+        raise OSError(f"--out must not exist; {path} does")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"--out must be in a folder that can be written to; got {path}")
+    channels = shape[2] if len(shape) == 3 else 1
+    in_png = {"bool": (1,), "uint8": (1, 3, 4), "uint16": (1,)}
+    if suffix == ".png" and channels not in in_png.get(dtype.name, ()):
+        raise OSError(
+            f"--out must end in .tif, .npy or .zarr: a PNG file has no {dtype} of {channels} "
+            f"channels; got {path}"
+        )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside this one. It becomes this one at the end, and is deleted on an error."""
+    part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------ pixels
+
+
+def is_mask(low: Raster) -> bool:
+    """Tell whether pixels are labels: a palette, booleans, or integers of at most two values."""
+    if low.palette is not None or low.pixels.dtype.kind == "b":
+        return True
+    if low.pixels.dtype.kind not in "ui" or len(low.pixels.shape) != 2:
+        return False
+    values: set[int] = set()
+    for first in range(0, low.pixels.shape[0], TILE):
+        for left in range(0, low.pixels.shape[1], TILE):
+            tile = low.pixels[first : first + TILE, left : left + TILE]
+            values.update(np.unique(tile).tolist())
+            if len(values) > 2:
+                return False
+    return True
+
+
+def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> Any:
+    """Upsample a tile; both arrays have a halo of blocks, `logits_from_guide` tells which."""
+    logits = logits_from_guide(colours(guide), factor, halo)
+    margins = [(RADIUS - before, RADIUS - after) for before, after in halo]
+
+    def weigh(channels: Array) -> Any:
+        """[C, h, w] -> [C, H, W]. Logits of blocks beyond the border are -inf."""
+        features = np.pad(channels, [(0, 0), *margins])[None]
+        return carafepp.reassemble_with_logits(
+            features,
+            logits.astype(features.dtype, copy=False),
+            up=factor,
+            kernel_size=KERNEL_SIZE,
+            padding=0,
+        )[0]
+
+    if labels:
+        names = np.unique(low)
+        shares = weigh((low == names[:, None, None]).astype(np.float32))
+        return names[shares.argmax(0)]
+
+    large = low.dtype.itemsize > (4 if low.dtype.kind == "f" else 2)
+    values = low.astype(np.float64 if large else np.float32).reshape(*low.shape[:2], -1)
+    values = values.transpose(2, 0, 1)
+    known = np.isfinite(values)
+    result = weigh(np.where(known, values, 0))
+    if not known.all():  # weights of known pixels alone, where they are the most
+        share = weigh(known.astype(values.dtype))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = np.where(share >= 0.5, result / share, np.nan)
+    least = np.where(known, values, np.inf).min((1, 2), keepdims=True)
+    most = np.where(known, values, -np.inf).max((1, 2), keepdims=True)
+    result = result.clip(least, most)  # rounding may leave the range
+    if low.dtype.kind in "ui":
+        result = np.rint(result)
+    result = result.astype(low.dtype).transpose(1, 2, 0)
+    return result.reshape(*result.shape[:2], *low.shape[2:])
+
+
+def tiles(length: int, side: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first, last, before, after) of tiles of blocks, with the blocks of their halos."""
+    for first in range(0, length, side):
+        last = min(first + side, length)
+        yield first, last, min(RADIUS, first), min(RADIUS, length - last)
+
+
+def run(low: Raster, guide: Raster, factor: int, target: Any, labels: bool) -> None:
+    """Upsample all tiles. On a terminal a bar shows how many are done."""
+    side = max(1, TILE // factor)
+    rows, columns = (list(tiles(length, side)) for length in low.pixels.shape[:2])
+    count, bar = len(rows) * len(columns), sys.stderr.isatty()
+    for done, (row, column) in enumerate((r, c) for r in rows for c in columns):
+        if bar:
+            print(f"\r{done / count:4.0%} of {count} tiles", end="", file=sys.stderr, flush=True)
+        spans = [(f - before, last + after) for f, last, before, after in (row, column)]
+        in_low, in_guide = (
+            tuple(slice(begin * scale, end * scale) for begin, end in spans)
+            for scale in (1, factor)
+        )
+        halo = (row[2:], column[2:])
+        picture = np.asarray(guide.pixels[in_guide])
+        if picture.dtype.kind == "f" and not (picture.min() >= 0 and picture.max() <= 1):
+            raise OSError(
+                f"GUIDE must have floats from 0 to 1; got {picture.min():g} to {picture.max():g}"
+            )
+        tile = upsample(np.asarray(low.pixels[in_low]), picture, factor, halo, labels)
+        target[row[0] * factor : row[1] * factor, column[0] * factor : column[1] * factor] = tile
+    if bar:
+        print(f"\r100% of {count} tiles", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def check_guide(low: Raster, guide: Raster, factor: int) -> None:
+    """Refuse a guide that has another size or another kind of pixels."""
+    rows, columns = low.pixels.shape[:2]
+    height, width = guide.pixels.shape[:2]
+    if (height, width) != (rows * factor, columns * factor):
+        fits = height // rows
+        hint = f"; --factor {fits} fits" if (height, width) == (rows * fits, columns * fits) else ""
+        raise OSError(
+            f"GUIDE must be {factor} times LOW of {low.size}: {columns * factor} x "
+            f"{rows * factor} pixels; it has {guide.size}{hint}"
+        )
+    if guide.pixels.dtype.name not in ("bool", "uint8", "uint16", "float32", "float64"):
+        raise OSError(f"GUIDE must be uint8, uint16 or floats; got {guide.pixels.dtype}")
+    if len(guide.pixels.shape) == 3 and guide.pixels.shape[2] > 4:
+        raise OSError(f"GUIDE must have 1 to 4 channels; got {guide.pixels.shape[2]}")
+
+
+def factor_of(text: str) -> int:
+    """Return the factor of the command line."""
+    factor = int(text)
+    if not 1 <= factor <= 64:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 64; got {factor}")
+    return factor
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. If it cannot run, return 2 and print the reason to stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m carafepp upsample",
+        description="Upsample a depth map, a mask or a heat map along the edges of a photograph.",
+        epilog="Integers of at most two values and pictures with a palette are masks: they stay "
+        f"what they are. Files end in {' '.join(READ)}.",
+    )
+    parser.add_argument("low", type=Path, metavar="LOW", help="the map to upsample")
+    parser.add_argument("guide", type=Path, metavar="GUIDE", help="the picture of its new size")
+    parser.add_argument("--factor", type=factor_of, required=True, metavar="N", help="1 to 64")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
+    parser.add_argument(
+        "--labels", action="store_true", help="values of LOW are names, and are not mixed"
+    )
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    with ExitStack() as files:
+        try:
+            if MISSING is not None:
+                raise MISSING
+            low = open_raster("LOW", arguments.low, files)
+            guide = open_raster("GUIDE", arguments.guide, files)
+            check_guide(low, guide, arguments.factor)
+            labels = arguments.labels or is_mask(low)
+            if labels and len(low.pixels.shape) == 3:
+                raise OSError(f"LOW must have one channel with --labels; got {low.pixels.shape[2]}")
+            shape = (*guide.pixels.shape[:2], *low.pixels.shape[2:])
+            dtype = np.dtype(low.pixels.dtype)
+            check_out(out, shape, dtype)
+            with new_file(out) as part:
+                target = create(part, shape, dtype, low.palette)
+                run(low, guide, arguments.factor, target.pixels, labels)
+                target.close()
+        except (OSError, ImportError) as error:
+            needed = f"; {NEEDED}" if isinstance(error, ImportError) else ""
+            print(f"{parser.prog}: {error}{needed}", file=sys.stderr)
+            return 2
+    print(f"{out}: {guide.size}, {dtype}{', a mask' if labels else ''}")
+    return 0
