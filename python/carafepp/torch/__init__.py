@@ -11,8 +11,8 @@
 Import it before you load an exported program with the operators ``torch.ops.carafepp.*``.
 """
 
-from . import operators  # noqa: F401  # registers them
 from .modules import CARAFE
+from .operators import decompositions  # which registers the operators
 from .relatives import AdaptiveConv, Involution2d, adaptive_conv, convex_upsample
 from .replacement import Replacement, replace_resampling
 
@@ -23,5 +23,6 @@ __all__ = [
     "Replacement",
     "adaptive_conv",
     "convex_upsample",
+    "decompositions",
     "replace_resampling",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from math import isqrt
 from types import NoneType
 from typing import Any
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._arguments import integer, is_proxy, natural_size, padding_pair, pair
 from .._doors.door import FUNCTIONS, not_an_array
 from .._doors.torch import PyTorch
-from . import dtensor
+from . import compositions, dtensor
 from .flops import (
     count_normalize_masks,
     count_normalize_masks_backward,
@@ -69,8 +69,11 @@ if "_library" not in globals():  # the registrations must outlive a reload
     _library = torch.library.Library("carafepp", "FRAGMENT")
 _door = PyTorch()
 _operators: dict[str, Any] = {}
+_compositions: dict[str, Callable[..., Tensor]] = {}
 flop_formulas: dict[str, Callable[..., int]] = {}
 _on_shards: dict[str, Callable[..., Tensor]] = {}
+
+_DEVICES = ("cpu", "cuda", "meta")  # where the core computes, and tensors without data
 
 # The type and the default of each parameter in the operators' schemas
 _PARAMS: dict[str, tuple[str, Any]] = {
@@ -95,6 +98,7 @@ def _define(
     *,
     pushes: tuple[Callable[..., Tensor] | None, ...],
     flops: Callable[..., int],
+    composition: Callable[..., Tensor],
     cast: bool = False,
 ) -> Any:
     """Register an operator and return it. After a reload, return the registered one.
@@ -113,6 +117,8 @@ def _define(
     pushes
         For each tensor, ``push(tangent, *tensors, **params)`` returns the tangent of the result;
         None if the operator is linear in that tensor.
+    composition
+        Computes the same with operators of PyTorch.
     cast
         If true, autocast casts the two tensors.
     """
@@ -132,6 +138,7 @@ def _define(
     if _SingleLevelFunction is None:
         kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
     flop_formulas[name] = by_name(flops)
+    composition = _compositions[name] = by_name(composition)
     if hasattr(torch.ops.carafepp, name):
         operator = _operators[name] = getattr(torch.ops.carafepp, name).default
         return operator
@@ -165,7 +172,7 @@ def _define(
     if _SingleLevelFunction is None:
         _register_autograd(name, count, keys, derivative)
     else:
-        autograd = _autograd(operator, count, keys, derivative, pushes)
+        autograd = _autograd(operator, count, keys, derivative, pushes, composition)
         _library.impl(name, autograd, "Autograd")
     if cast:
         for device in ("cpu", "cuda"):
@@ -182,6 +189,7 @@ def _autograd(
     keys: list[str],
     derivative: Callable[..., Gradients],
     pushes: tuple[Callable[..., Tensor] | None, ...],
+    composition: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
     """Return the function that the dispatcher calls for a possible derivative."""
 
@@ -231,6 +239,8 @@ def _autograd(
 
     def autograd(*args: Any) -> Any:
         tensors = args[:count]
+        if _has_no_kernel(tensors):  # PyTorch derives from the composition
+            return composition(*args)
         if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(torch.is_grad_enabled(), args[count:], *tensors)
@@ -241,6 +251,43 @@ def _autograd(
         return below(*args)
 
     return autograd
+
+
+def _has_no_kernel(tensors: tuple[Tensor, ...]) -> bool:
+    """Tell whether only PyTorch's own operators can compute: elsewhere, or in an ONNX graph."""
+    device = tensors[0].device.type
+    if device not in _DEVICES:
+        _warn_of_device(device)
+        return True
+    exported: bool = torch.onnx.is_in_onnx_export()
+    return exported
+
+
+@cache
+def _warn_of_device(device: str) -> None:
+    warnings.warn(
+        f"carafepp has no kernels for {device}: PyTorch's own operators compute there. They are "
+        "slower and take more memory.",
+        stacklevel=2,
+    )
+
+
+def decompositions() -> dict[Any, Callable[..., Tensor]]:
+    """Return the compositions of all operators, for ``ExportedProgram.run_decompositions``.
+
+    The program then has no operator of carafepp, so exporters that know PyTorch's operators alone
+    take it (ONNX, ExecuTorch, Core ML). Halves are summed in float32.
+
+    Examples
+    --------
+    >>> import torch, carafepp.torch
+    >>> upsample = carafepp.torch.CARAFE(8, up=2).eval()
+    >>> program = torch.export.export(upsample, (torch.zeros(1, 8, 4, 4),))
+    >>> program = program.run_decompositions(carafepp.torch.decompositions())
+    >>> any("carafepp" in str(node.target) for node in program.graph.nodes)
+    False
+    """
+    return {_operators[name]: composition for name, composition in _compositions.items()}
 
 
 def _without_tangents(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -640,6 +687,7 @@ reassemble = _define(
     _derive_output("reassemble", "masks"),
     pushes=(None, None),
     flops=count_reassemble,
+    composition=compositions.reassemble,
     cast=True,
 )
 reassemble_grad_features = _define(
@@ -651,6 +699,7 @@ reassemble_grad_features = _define(
     _derive_grad_features("reassemble", "masks"),
     pushes=(None, _unchanged, None),
     flops=count_reassemble_backward,
+    composition=compositions.gradient(compositions.reassemble, 0),
 )
 reassemble_grad_masks = _define(
     "reassemble_grad_masks",
@@ -661,6 +710,7 @@ reassemble_grad_masks = _define(
     _derive_grad_masks,
     pushes=(None, None, _unchanged),
     flops=count_reassemble_backward,
+    composition=compositions.gradient(compositions.reassemble, 1),
 )
 reassemble_with_logits = _define(
     "reassemble_with_logits",
@@ -671,6 +721,7 @@ reassemble_with_logits = _define(
     _derive_output("reassemble_with_logits", "logits"),
     pushes=(None, _push_output),
     flops=count_reassemble_with_logits,
+    composition=compositions.reassemble_with_logits,
     cast=True,
 )
 reassemble_with_logits_grad_features = _define(
@@ -682,6 +733,7 @@ reassemble_with_logits_grad_features = _define(
     _derive_grad_features("reassemble_with_logits", "logits"),
     pushes=(None, _unchanged, _push_grad_features),
     flops=count_reassemble_with_logits_backward,
+    composition=compositions.gradient(compositions.reassemble_with_logits, 0),
 )
 reassemble_with_logits_grad_logits = _define(
     "reassemble_with_logits_grad_logits",
@@ -692,6 +744,7 @@ reassemble_with_logits_grad_logits = _define(
     _derive_grad_logits,
     pushes=(None, None, _push_grad_logits),
     flops=count_reassemble_with_logits_backward,
+    composition=compositions.gradient(compositions.reassemble_with_logits, 1),
 )
 normalize_masks = _define(
     "normalize_masks",
@@ -702,6 +755,7 @@ normalize_masks = _define(
     _derive_normalize_masks,
     pushes=(_push_masks,),
     flops=count_normalize_masks,
+    composition=compositions.normalize_masks,
 )
 normalize_masks_backward = _define(
     "normalize_masks_backward",
@@ -712,6 +766,7 @@ normalize_masks_backward = _define(
     _derive_normalize_masks_backward,
     pushes=(None, _push_normalize_masks_backward),
     flops=count_normalize_masks_backward,
+    composition=compositions.gradient(compositions.normalize_masks, 0),
 )
 
 if _on_shards:
