@@ -14,11 +14,12 @@ from typing import Any
 from .cupy import CuPy
 from .dlpack import DLPack
 from .door import FUNCTIONS, Door, not_an_array
+from .jax import JAX
 from .numpy import NumPy
 from .torch import PyTorch
 
 # The first door that recognises an array takes it; the last one takes all that speak DLPack.
-DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), DLPack())
+DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), JAX(), DLPack())
 
 
 def call(
