@@ -2,9 +2,9 @@
 
 import os
 
-# Before JAX starts: two devices, for the tests of sharding.
+# Before JAX starts: devices for the tests of sharding.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
 import contextlib
@@ -24,6 +24,7 @@ from skips import import_or_skip, skip
 INSTALL = 'CARAFEPP_JAX=1 pip install ".[test,jax]"'
 jax = import_or_skip("jax", INSTALL)
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 try:
@@ -223,20 +224,17 @@ def test_only_the_needed_gradients_are_computed(rng, needed, argument):
     assert f"needed = {needed} :" in call
 
 
-HIGHER = [
-    (case, normalizer, layout)
-    for case, normalizer, layout in [
-        ("up2", "softmax", "NCHW"),
-        ("ratio_3_2", "sigmoid_normalized", "NHWC"),
-        ("padding_crop", "sigmoid", "NCHW"),
-        ("groups_down", "none", "NHWC"),
-    ]
-]
+def has_normalizer(function, normalizer):
+    return "logits" in function or "normalize" in function or normalizer == "none"
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(("case", "normalizer", "layout"), HIGHER)
-def test_second_derivatives(function, case, normalizer, layout):
+@product(
+    function=FUNCTIONS,
+    normalizer=NORMALIZERS,
+    turns={"case": ["ratio_3_2", "padding_crop", "groups_down"], "layout": LAYOUTS},
+    valid=has_normalizer,
+)
+def test_second_derivatives(function, normalizer, case, layout):
     """JAX compares with differences of the function itself."""
     case = CASES[case]
     inputs, params = arguments(function, case, random_arrays(case, DTYPES[1]), normalizer)
@@ -261,8 +259,8 @@ def test_derivatives_of_half_features_with_float32_logits(rng):
         jnp.bfloat16,
         jnp.float32,
     ]
-    half = jax.grad(second, (0, 1))(features, logits)
-    exact = jax.grad(second, (0, 1))(features.astype(jnp.float32), logits)
+    third = jax.jit(jax.grad(second, (0, 1)))
+    half, exact = third(features, logits), third(features.astype(jnp.float32), logits)
     for actual, expected in zip(half, exact, strict=True):
         np.testing.assert_allclose(
             actual.astype(jnp.float32), expected, atol=0.05 * float(abs(expected).max())
@@ -338,3 +336,133 @@ def test_gradient_of_vmap_sums_over_what_is_shared(rng):
         return sum(jnp.sum(function(image, masks) ** 2) for image in features)
 
     np.testing.assert_allclose(jax.grad(loss)(masks), jax.grad(one_by_one)(masks), rtol=1e-5)
+
+
+# Sharding
+
+SHARDY = bool(jax.config.jax_use_shardy_partitioner)
+BATCH, CHANNELS, WHOLE = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
+
+
+def mesh_of(devices, kind="Auto"):
+    if not hasattr(jax.sharding, "AxisType"):
+        return Mesh(np.array(jax.devices()[:devices]), ("data",))
+    kinds = (getattr(jax.sharding.AxisType, kind),)
+    return jax.make_mesh((devices,), ("data",), axis_types=kinds, devices=jax.devices()[:devices])
+
+
+def integers(rng, *shape):
+    return rng.integers(-3, 3, shape, endpoint=True).astype(np.float32)
+
+
+def collectives(compiled):
+    names = "all-gather|all-reduce|all-to-all|collective-permute"
+    return set(re.findall(rf" ({names})\(", compiled.as_text()))
+
+
+@pytest.mark.skipif(not SHARDY, reason="before JAX 0.7 XLA gathers the arrays of custom calls")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("groups", "of_features", "of_logits", "sums"),
+    [
+        pytest.param(1, BATCH, BATCH, set(), id="batch"),
+        pytest.param(1, CHANNELS, WHOLE, {"all-reduce"}, id="channels"),
+        pytest.param(2, CHANNELS, CHANNELS, set(), id="groups"),
+    ],
+)
+def test_shards_are_not_gathered(rng, kind, layout, groups, of_features, of_logits, sums):
+    mesh = mesh_of(2, kind)
+    shapes = (2, 8, 4, 5), (2, groups * 9 * 4, 4, 5), (2, 8, 8, 10)
+    inputs = in_layout([integers(rng, *shape) for shape in shapes], layout)
+    params = {"up": 2, "kernel_size": 3, "groups": groups, "layout": layout, "normalizer": "none"}
+    forward = partial(carafepp.reassemble_with_logits, **params)
+    arrays = []
+    for array, spec in zip(inputs, (of_features, of_logits, of_features), strict=True):
+        axes = [*spec, *[None] * (4 - len(spec))]
+        axes = axes if layout == "NCHW" else [axes[0], *axes[2:], axes[1]]
+        arrays.append(jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes))))
+
+    def gradients(features, logits, weights):
+        return jax.grad(lambda *inputs: jnp.sum(forward(*inputs) * weights), (0, 1))(
+            features, logits
+        )
+
+    def curvatures(*arrays):
+        def loss(*inputs):
+            return sum(jnp.sum(gradient**2) for gradient in gradients(*inputs, arrays[2]))
+
+        return jax.grad(loss, (0, 1))(*arrays[:2])
+
+    for function, count, summed in [
+        (forward, 2, set()),
+        (gradients, 3, sums),
+        (curvatures, 3, sums),
+    ]:
+        compiled = jax.jit(function).lower(*arrays[:count]).compile()
+        assert collectives(compiled) <= summed
+        results = compiled(*arrays[:count])
+        expected = jax.jit(function)(*map(jnp.asarray, inputs[:count]))
+        for result, whole in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
+            assert_same_bits(result, np.asarray(whole))
+
+
+@pytest.mark.skipif(not SHARDY, reason="before JAX 0.7 XLA gathers the arrays of custom calls")
+@pytest.mark.parametrize(
+    ("groups", "shape"),
+    [
+        pytest.param(2, (2, 8, 4, 5), id="more devices than groups"),
+        pytest.param(1, (2, 6, 4, 5), id="channels that devices do not divide"),
+    ],
+)
+def test_what_cannot_be_shared_is_gathered(rng, groups, shape):
+    mesh = mesh_of(4)
+    features, masks = integers(rng, *shape), integers(rng, 2, groups * 9, 4, 5)
+    padded = np.zeros((2, 8, 4, 5), np.float32)
+    padded[:, : shape[1]] = features
+    on_devices = jax.device_put(padded, NamedSharding(mesh, CHANNELS))
+
+    def loss(padded, masks):
+        output = carafepp.reassemble(padded[:, : shape[1]], masks, groups=groups)
+        return jnp.sum(output**2)
+
+    actual = jax.jit(jax.grad(loss, (0, 1)))(on_devices, jnp.asarray(masks))
+    expected = jax.grad(loss, (0, 1))(jnp.asarray(padded), jnp.asarray(masks))
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, np.asarray(other))
+
+
+def test_vmap_over_a_part_of_a_sharded_axis(rng):
+    features, masks = integers(rng, 8, 4, 5, 6), integers(rng, 8, 9, 5, 6)
+    on_devices = [
+        jax.device_put(array, NamedSharding(mesh_of(4), BATCH)) for array in (features, masks)
+    ]
+
+    def by_time(features, masks):
+        videos = (array.reshape(2, 4, *array.shape[1:]) for array in (features, masks))
+        return jax.vmap(carafepp.reassemble)(*videos).reshape(features.shape)
+
+    assert_same_bits(jax.jit(by_time)(*on_devices), carafepp.reassemble(features, masks))
+
+
+@pytest.mark.parametrize("of_masks", [BATCH, WHOLE])
+def test_shard_map(rng, of_masks):
+    if hasattr(jax, "shard_map"):
+        shard_map = jax.shard_map
+    else:
+        from jax.experimental.shard_map import shard_map
+
+        shard_map = partial(shard_map, check_rep=False)
+    features, masks = integers(rng, 4, 8, 5, 6), integers(rng, 4, 9, 5, 6)
+    specs = {"in_specs": (CHANNELS, WHOLE), "out_specs": CHANNELS}
+    if of_masks == BATCH:
+        specs = {"in_specs": (BATCH, BATCH), "out_specs": BATCH}
+    function = jax.jit(shard_map(carafepp.reassemble, mesh=mesh_of(4), **specs))
+    output = carafepp.reassemble(features, masks)
+    assert_same_bits(function(features, masks), output)
+    gradients = jax.grad(lambda *inputs: jnp.sum(function(*inputs) ** 2), (0, 1))(
+        jnp.asarray(features), jnp.asarray(masks)
+    )
+    expected = carafepp.reassemble_backward(2 * output, features, masks)
+    for gradient, from_numpy in zip(gradients, expected, strict=True):
+        assert_same_bits(gradient, from_numpy)

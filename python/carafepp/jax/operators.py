@@ -1,7 +1,7 @@
 """The functions of carafepp in JAX programs.
 
-A function is a custom call of XLA, which runs a handler of ``libcarafepp_jax``. It has a rule
-for vmap and a derivative in reverse mode. Derivatives consist of the same functions, and
+A function is a custom call of XLA, which runs a handler of ``libcarafepp_jax``. It has rules for
+vmap and sharding, and a derivative in reverse mode. Derivatives consist of the same functions, and
 so have derivatives themselves.
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from .. import _core
@@ -26,6 +25,7 @@ from .._arguments import NORMALIZERS, padding_pair, pair
 from .._doors.door import FUNCTIONS, forced_implementation, params_of, result_shape
 from .._doors.numpy import NumPy
 from .._paths import get_library
+from .sharding import explicit_mesh, sharded, varying, varying_alike, varying_axes
 
 try:
     from jax import ffi
@@ -84,7 +84,7 @@ def compute(problem: Problem, *arrays: jax.Array) -> Gradients:
     """Return the results, with None for those that are not needed."""
     if not any(problem.needed):
         return tuple(None for _ in problem.needed)
-    results = iter(_operator(problem, *arrays))
+    results = iter(_operator(problem, *varying_alike(arrays)))
     return tuple(next(results) if need else None for need in problem.needed)
 
 
@@ -148,7 +148,7 @@ def _custom_call(problem: Problem, *arrays: jax.Array) -> Arrays:
                 shape[rows], shape[rows + 1] = problem.size
             if problem.function == "normalize_masks":
                 shape[-3 if problem.layout == "NCHW" else -1] //= problem.up**2
-            results.append(jax.ShapeDtypeStruct(tuple(shape), like.dtype))
+            results.append(jax.ShapeDtypeStruct(tuple(shape), like.dtype, **varying(like)))
     custom_call = ffi.ffi_call(
         f"carafepp_{problem.function}", tuple(results), vmap_method="broadcast_all"
     )
@@ -169,31 +169,17 @@ def _custom_call(problem: Problem, *arrays: jax.Array) -> Arrays:
     )
 
 
-@cache
-def _program(problem: Problem) -> Callable[..., Arrays]:
-    """Return the custom call of a problem, with its rule for vmap."""
-
-    def fold(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Arrays, Any]:
-        """Give all arrays one more leading axis."""
-        arrays = tuple(
-            array if has_axis else jnp.broadcast_to(array, (axis_size, *array.shape))
-            for array, has_axis in zip(arrays, batched, strict=True)
-        )
-        results = program(*arrays)
-        return results, tuple(True for _ in results)
-
-    program: Callable[..., Arrays] = custom_vmap(partial(_custom_call, problem))
-    program.def_vmap(fold)  # type: ignore[attr-defined]
-    return program
-
-
 # Derivatives
 
 
 @partial(jax.jit, static_argnums=0, inline=True)  # so that a call outside of jit is compiled once
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _operator(problem: Problem, *arrays: jax.Array) -> Arrays:
-    return _program(problem)(*arrays)
+    # An older JAX gathers shards. Inside of a shard_map there is nothing to share.
+    if not jax.config.jax_use_shardy_partitioner or varying_axes(arrays[0]):
+        return _custom_call(problem, *arrays)
+    results: Arrays = sharded(problem, _custom_call)(*arrays)
+    return results
 
 
 def _forward(problem: Problem, *arrays: Any) -> tuple[Arrays, Any]:
@@ -254,32 +240,10 @@ def _derive_reassemble_backward(
 def _derive_reassemble_with_logits_backward(
     problem: Problem, _: tuple[bool, ...], grads: Gradients, *arrays: jax.Array
 ) -> Gradients:
-    """Differentiate the composition of the other functions."""
-
-    def composed(grad_output: jax.Array, features: jax.Array, logits: jax.Array) -> Arrays:
-        needs_features, needs_logits = (grad is not None for grad in grads)
-        normalize = replace(problem, down=1, padding=None)
-        size = _size(grad_output.shape, problem.layout)
-        (masks,) = compute(
-            replace(normalize, function="normalize_masks", needed=(True,), size=size), logits
-        )
-        results = compute(
-            replace(
-                problem,
-                function="reassemble_backward",
-                needed=(needs_features, needs_logits),
-                kernel_size=0,
-                normalizer="none",
-            ),
-            *(grad_output, features, masks),
-        )
-        if needs_logits:
-            backward = replace(normalize, function="normalize_masks_backward", needed=(True,))
-            results = results[0], *compute(backward, results[1], logits)
-        return tuple(result for result in results if result is not None)
-
-    gradients: Gradients = jax.vjp(composed, *arrays)[1](
-        tuple(grad for grad in grads if grad is not None)
+    needed = tuple(grad is not None for grad in grads)
+    given = tuple(grad for grad in grads if grad is not None)
+    gradients: Gradients = _differentiate(
+        _composed, replace(problem, needed=needed), given, *arrays
     )
     return gradients
 
@@ -287,15 +251,51 @@ def _derive_reassemble_with_logits_backward(
 def _derive_normalize_masks_backward(
     problem: Problem, _: tuple[bool, ...], grads: Arrays, *arrays: jax.Array
 ) -> Gradients:
-    def gradient(grad_masks: jax.Array, logits: jax.Array) -> jax.Array:
-        size = _size(grad_masks.shape, problem.layout)
-        grad_logits: jax.Array = jax.vjp(partial(_normalize, problem, size), logits)[1](grad_masks)[
-            0
-        ]
-        return grad_logits
-
-    gradients: Gradients = jax.vjp(gradient, *arrays)[1](grads[0])
+    gradients: Gradients = _differentiate(_normalize_backward, problem, grads, *arrays)
     return gradients
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _differentiate(
+    function: Callable[..., Arrays], problem: Problem, grads: Arrays, *arrays: jax.Array
+) -> Gradients:
+    """Return the gradients of a composition that computes what the problem does."""
+    gradients: Gradients = jax.vjp(partial(function, problem), *arrays)[1](grads)
+    return gradients
+
+
+def _composed(
+    problem: Problem, grad_output: jax.Array, features: jax.Array, logits: jax.Array
+) -> Arrays:
+    """Return the results of `reassemble_with_logits_backward` by other functions."""
+    normalize = replace(
+        problem,
+        function="normalize_masks",
+        needed=(True,),
+        down=1,
+        padding=None,
+        size=_size(grad_output.shape, problem.layout),
+    )
+    backward = replace(problem, function="reassemble_backward", kernel_size=0, normalizer="none")
+    (masks,) = compute(normalize, logits)
+    results = compute(backward, grad_output, features, masks)
+    if results[1] is not None:
+        derive = replace(normalize, function="normalize_masks_backward", size=None)
+        results = results[0], *compute(derive, results[1], logits)
+    return tuple(result for result in results if result is not None)
+
+
+def _normalize_backward(problem: Problem, grad_masks: jax.Array, logits: jax.Array) -> Arrays:
+    """Return the result of `normalize_masks_backward` by JAX's functions."""
+    normalize = partial(_normalize, problem, _size(grad_masks.shape, problem.layout))
+
+    def gradient(grad_masks: jax.Array, logits: jax.Array) -> Arrays:
+        gradients: Arrays = jax.vjp(normalize, logits)[1](grad_masks)
+        return gradients
+
+    if explicit_mesh((logits,)) is not None:
+        gradient = jax.sharding.auto_axes(gradient, out_sharding=(jax.typeof(logits).sharding,))
+    return gradient(grad_masks, logits)
 
 
 def _normalize(problem: Problem, size: tuple[int, int], logits: jax.Array) -> jax.Array:
