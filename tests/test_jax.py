@@ -128,6 +128,23 @@ def test_calls_from_several_threads(rng):
             assert_same_bits(result, expected)
 
 
+def test_export_of_fixed_shapes(rng):
+    """JAX asks for a promise that a later version still has the custom call."""
+    export = pytest.importorskip("jax.export")
+    features, logits = random(rng, 1, 4, 3, 5), random(rng, 1, 100, 3, 5)
+    function = jax.jit(partial(carafepp.reassemble_with_logits, up=2))
+    with pytest.raises(ValueError, match="carafepp_reassemble_with_logits"):
+        export.export(function)(features, logits)
+    promise = export.DisabledSafetyCheck.custom_call("carafepp_reassemble_with_logits")
+    exported = export.export(function, disabled_checks=[promise])(features, logits)
+    loaded = export.deserialize(exported.serialize())
+    assert_same_bits(loaded.call(features, logits), np.asarray(function(features, logits)))
+    (batch,) = export.symbolic_shape("batch")
+    symbolic = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in (features, logits)]
+    with pytest.raises(TypeError, match=r"features must have a shape of numbers.* got \(batch, 4"):
+        export.export(function, disabled_checks=[promise])(*symbolic)
+
+
 # Errors, told while JAX traces
 
 

@@ -115,6 +115,11 @@ def _view(function: str, name: str, array: jax.Array) -> Any:
         raise TypeError(
             f"[{function}] {name} must be float32, float64, float16 or bfloat16; got {array.dtype}."
         )
+    if not all([isinstance(length, int) for length in array.shape]):
+        raise TypeError(
+            f"[{function}] {name} must have a shape of numbers, not of the symbols of jax.export; "
+            f"got {array.shape}."
+        )
     return NumPy().view(function, name, np.broadcast_to(np.zeros((), array.dtype), array.shape))
 
 
