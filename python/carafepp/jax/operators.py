@@ -57,7 +57,7 @@ def call(
     function: str, arrays: Arrays, params: Mapping[str, Any], needed: tuple[bool, ...]
 ) -> Gradients:
     """Check the arguments by their shapes and dtypes, and return the results."""
-    if not _has_handlers():
+    if not register_handlers():
         raise NotImplementedError(
             f"[{function}] JAX arrays cannot be computed on: this build of carafepp has no "
             "handlers for JAX. In a clone of carafepp, build it with them: CARAFEPP_JAX=1 pip "
@@ -89,8 +89,11 @@ def compute(problem: Problem, *arrays: jax.Array) -> Gradients:
 
 
 @cache
-def _has_handlers() -> bool:
-    """Tell XLA the handlers for the CPU and for CUDA devices, if this build has them."""
+def register_handlers() -> bool:
+    """Tell XLA the handlers for the CPU and for CUDA devices; False if this build has none.
+
+    A call does this by itself. A program that `jax.export` has loaded needs it first.
+    """
     core = Path(get_library())
     path = core.with_name(core.name.replace("libcarafepp", "libcarafepp_jax"))
     if not path.exists():
