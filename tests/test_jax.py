@@ -120,6 +120,19 @@ def test_a_forced_implementation_is_that_of_the_trace(rng):
         carafepp.reassemble(features, masks)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_the_list_of_implementations(dtypes):
+    inputs, params = arguments("reassemble", CASES["up2"], random_arrays(CASES["up2"], dtypes))
+    expected = carafepp.list_implementations("reassemble", *inputs, **params)
+    listed = partial(carafepp.list_implementations, "reassemble", **params)
+    with float64():
+        arrays = tuple(map(jnp.asarray, inputs))
+        assert listed(*arrays) == expected
+        traced = []
+        jax.jit(lambda *arrays: traced.append([name for name, _ in listed(*arrays)]))(*arrays)
+        assert traced == [[name for name, _ in expected]]
+
+
 def test_calls_from_several_threads(rng):
     features, logits = random(rng, 2, 16, 20, 22), random(rng, 2, 100, 20, 22)
     compiled = jax.jit(partial(carafepp.reassemble_with_logits, up=2))

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from .._imported import imported_class
-from .door import FUNCTIONS, Door
+from .dlpack import DLPack
+from .door import FUNCTIONS
 
 
-class JAX(Door):
+class JAX(DLPack):
     """JAX."""
 
     def recognise(self, array: Any) -> str | None:
         """Return "jax" for an array, and for a value that JAX traces."""
         cls = imported_class("jax", "Array")
         return "jax" if cls is not None and isinstance(array, cls) else None
+
+    def view(self, function: str, name: str, array: Any) -> Any:
+        """Return the array; of one that JAX traces, a view of its shape and dtype."""
+        if isinstance(array, sys.modules["jax"].core.Tracer):
+            from carafepp.jax import operators
+
+            return operators.view(function, name, array)
+        return super().view(function, name, array)
 
     def call(
         self,

@@ -65,7 +65,7 @@ def call(
         )
     spec = FUNCTIONS[function]
     core_params = params_of(function, **params)
-    views = [_view(function, *named) for named in zip(spec.inputs, arrays, strict=True)]
+    views = [view(function, *named) for named in zip(spec.inputs, arrays, strict=True)]
     _core.list_implementations(core_params, views, [None for _ in spec.results])
     plain = {key: _plain(function, key, value) for key, value in params.items()}
     if not spec.same_shape:
@@ -112,7 +112,7 @@ def register_handlers() -> bool:
 # Arguments
 
 
-def _view(function: str, name: str, array: jax.Array) -> Any:
+def view(function: str, name: str, array: jax.Array) -> Any:
     """Return a view of the shape and the dtype, without the memory."""
     if str(array.dtype) not in ("float32", "float64", "float16", "bfloat16"):
         raise TypeError(
