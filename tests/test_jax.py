@@ -210,6 +210,19 @@ def test_wrong_dtypes(dtype):
         carafepp.reassemble(features, masks)
 
 
+def test_a_build_without_handlers(monkeypatch, tmp_path):
+    from carafepp.jax import operators
+
+    monkeypatch.setattr(operators, "get_library", lambda: str(tmp_path / "libcarafepp.so"))
+    monkeypatch.setattr(operators, "_register", operators._register.__wrapped__)
+    ones = jnp.ones((1, 1, 2, 2))
+    with pytest.raises(
+        NotImplementedError,
+        match=r"\[reassemble\] .*: this build of carafepp has no handlers\. .*CARAFEPP_JAX=1 pip",
+    ):
+        carafepp.reassemble(ones, ones)
+
+
 def test_random_keys_are_no_features():
     keys = jax.random.split(jax.random.key(0), (1, 1, 2, 2))
     with pytest.raises(TypeError, match=r"\[reassemble\] features must .* got key<fry>"):

@@ -57,12 +57,7 @@ def call(
     function: str, arrays: Arrays, params: Mapping[str, Any], needed: tuple[bool, ...]
 ) -> Gradients:
     """Check the arguments by their shapes and dtypes, and return the results."""
-    if not register_handlers():
-        raise NotImplementedError(
-            f"[{function}] JAX arrays cannot be computed on: this build of carafepp has no "
-            "handlers for JAX. In a clone of carafepp, build it with them: CARAFEPP_JAX=1 pip "
-            "install ."
-        )
+    register_handlers(function)
     spec = FUNCTIONS[function]
     core_params = params_of(function, **params)
     views = [view(function, *named) for named in zip(spec.inputs, arrays, strict=True)]
@@ -88,16 +83,31 @@ def compute(problem: Problem, *arrays: jax.Array) -> Gradients:
     return tuple(next(results) if need else None for need in problem.needed)
 
 
-@cache
-def register_handlers() -> bool:
-    """Tell XLA the handlers for the CPU and for CUDA devices; False if this build has none.
+def register_handlers(function: str = "register_handlers") -> None:
+    """Tell XLA the handlers for the CPU and for CUDA devices.
 
     A call does this by itself. A program that `jax.export` has loaded needs it first.
+
+    Raises
+    ------
+    NotImplementedError
+        This build of carafepp has no handlers, or has some for a newer jaxlib.
     """
+    reason = _register()
+    if reason:
+        raise NotImplementedError(
+            f"[{function}] JAX arrays cannot be computed on: {reason}. In a clone of carafepp, "
+            "build handlers for JAX 0.4.38 and newer: CARAFEPP_JAX=1 pip install ."
+        )
+
+
+@cache
+def _register() -> str | None:
+    """Register the handlers, or return why they cannot be."""
     core = Path(get_library())
     path = core.with_name(core.name.replace("libcarafepp", "libcarafepp_jax"))
     if not path.exists():
-        return False
+        return "this build of carafepp has no handlers"
     library = ctypes.CDLL(str(path))
     platforms = {"cpu": "cpu"}
     if jax.__version_info__ >= (0, 6, 2):  # before, XLA does not tell which device
@@ -105,8 +115,11 @@ def register_handlers() -> bool:
     for function in FUNCTIONS:
         for suffix, platform in platforms.items():
             handler = ffi.pycapsule(getattr(library, f"carafepp_{function}_on_{suffix}"))
-            ffi.register_ffi_target(f"carafepp_{function}", handler, platform=platform)
-    return True
+            try:
+                ffi.register_ffi_target(f"carafepp_{function}", handler, platform=platform)
+            except RuntimeError as error:
+                return f"jaxlib refuses the handlers ({error})"
+    return None
 
 
 # Arguments
