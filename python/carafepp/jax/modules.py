@@ -201,40 +201,38 @@ class CARAFE(nnx.Module):
             for name, value in state_dict.items()
             if name.startswith(prefix) and not name.endswith("num_batches_tracked")
         }
-        compressor = "channel_compressor.0" if self.batch_norm else "channel_compressor"
-        parameters = self._convolution("content_encoder", self.content_encoder)
-        if self.compressed_channels is not None:
-            parameters |= self._convolution(compressor, self.channel_compressor)
-        if self.batch_norm:
-            parameters |= {
-                "channel_compressor.1.weight": self.norm.scale,
-                "channel_compressor.1.bias": self.norm.bias,
-                "channel_compressor.1.running_mean": self.norm.mean,
-                "channel_compressor.1.running_var": self.norm.var,
-            }
-        if given.keys() != parameters.keys():
+        ours = self._parameters()
+        if given.keys() != ours.keys():
             raise ValueError(
-                f"[CARAFE] state_dict must have {', '.join(sorted(parameters))} after the prefix "
+                f"[CARAFE] state_dict must have {', '.join(sorted(ours))} after the prefix "
                 f"{prefix!r}; got {', '.join(sorted(given)) or 'nothing'}."
             )
-        values = {}
-        for name, parameter in parameters.items():
-            value = _to_numpy(given[name])
+        state: dict[str, dict[str, Any]] = {}
+        for name, (layer, parameter) in ours.items():
+            before, value = getattr(getattr(self, layer), parameter), _to_numpy(given[name])
             if value.ndim == 4:  # PyTorch's convolutions have (out, in, rows, columns)
                 value = value.transpose(2, 3, 1, 0)
-            if value.shape != parameter.shape:
+            if value.shape != before.shape:
                 raise ValueError(
-                    f"[CARAFE] state_dict must have {prefix}{name} in the shape "
-                    f"{parameter.shape}, in Flax's order of axes; got {value.shape}."
+                    f"[CARAFE] state_dict must have {prefix}{name} in the shape {before.shape}, in "
+                    f"Flax's order of axes; got {value.shape}."
                 )
-            values[name] = jnp.asarray(value, parameter.dtype)
-        for name, parameter in parameters.items():
-            parameter[...] = values[name]
+            state.setdefault(layer, {})[parameter] = jnp.asarray(value, before.dtype)
+        nnx.update(self, state)
 
-    @staticmethod
-    def _convolution(name: str, layer: nnx.Conv) -> dict[str, Any]:
-        parameters = {f"{name}.weight": layer.kernel}
-        return parameters if layer.bias is None else {**parameters, f"{name}.bias": layer.bias}
+    def _parameters(self) -> dict[str, tuple[str, str]]:
+        """Return, for the names in PyTorch, the layers and the names of their parameters here."""
+        names = {"content_encoder.weight": ("content_encoder", "kernel")}
+        names["content_encoder.bias"] = ("content_encoder", "bias")
+        if self.batch_norm:
+            names["channel_compressor.0.weight"] = ("channel_compressor", "kernel")
+            theirs = ("weight", "bias", "running_mean", "running_var")
+            for name, ours in zip(theirs, ("scale", "bias", "mean", "var"), strict=True):
+                names[f"channel_compressor.1.{name}"] = ("norm", ours)
+        elif self.compressed_channels is not None:
+            names["channel_compressor.weight"] = ("channel_compressor", "kernel")
+            names["channel_compressor.bias"] = ("channel_compressor", "bias")
+        return names
 
     def _size(self, x: jax.Array, size: Any) -> tuple[Size, Size]:
         """Return the output size, and how many rows and columns of logits are missing for it."""
