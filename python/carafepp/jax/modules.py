@@ -217,7 +217,8 @@ class CARAFE(nnx.Module):
                     f"[CARAFE] state_dict must have {prefix}{name} in the shape {before.shape}, in "
                     f"Flax's order of axes; got {value.shape}."
                 )
-            state.setdefault(layer, {})[parameter] = jnp.asarray(value, before.dtype)
+            # A copy: jnp.asarray would share the memory of tensors that PyTorch goes on training.
+            state.setdefault(layer, {})[parameter] = jnp.array(value, before.dtype)
         nnx.update(self, state)
 
     def _parameters(self) -> dict[str, tuple[str, str]]:
