@@ -212,6 +212,16 @@ def _forward(problem: Problem, *arrays: Any) -> tuple[Arrays, Any]:
 
 def _backward(problem: Problem, residuals: Any, grads: Any) -> Gradients:
     """Return a gradient for each array that needs one, else None."""
+    gradients = _gradients(problem, residuals, grads)
+    if jax.__version_info__ < (0, 7):  # where a second trace must return None at the same places
+        return tuple(
+            jnp.zeros_like(array) if gradient is None else gradient
+            for array, gradient in zip(residuals[0], gradients, strict=True)
+        )
+    return gradients
+
+
+def _gradients(problem: Problem, residuals: Any, grads: Any) -> Gradients:
     arrays, marks = residuals
     given = iter(None if isinstance(grad, SymbolicZero) else grad for grad in grads)
     grads = tuple(next(given) if need else None for need in problem.needed)
