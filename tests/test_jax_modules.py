@@ -12,8 +12,8 @@ torch = import_or_skip("torch")
 import jax.numpy as jnp
 
 import carafepp.torch
-from carafepp.jax import CARAFE
 import test_jax  # noqa: F401  # skips this file too, where the build has no handlers
+from carafepp.jax import CARAFE
 
 OPTIONS = [
     pytest.param({"up": 2}, id="up2"),
