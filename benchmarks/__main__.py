@@ -10,7 +10,7 @@ from pathlib import Path
 from . import report
 from .compare import compare
 from .machine import Machine
-from .overhead import one_call
+from .overhead import bar_of, one_call
 from .passes import BYTES, FLOPS
 from .peers import COMPILED
 from .problems import PROBLEMS
@@ -89,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[report.Row] = []
     if calls:
         pages.table("One call on arrays of one value", calls, CALL_COLUMNS)
+        bar = bar_of(calls)
+        if bar:
+            pages.show(f"{bar.work}: {bar.answer}; {bar.asked}, {'met' if bar.met else 'MISSED'}")
     for number, one in enumerate(pages.track(todo, " ".join)):
         name, pass_, weights = one
         seconds = asked.seconds

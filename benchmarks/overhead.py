@@ -1,5 +1,6 @@
 """The cost of one call: `carafepp.reassemble` of one value beside the cheapest calls of others."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,10 @@ import torch
 
 import carafepp
 
+from .bars import Bar
 from .timing import Candidate, measure
+
+JAX = "JAX, under jit"
 
 
 class Product(torch.autograd.Function):
@@ -35,9 +39,39 @@ def one_call(seconds: float) -> list[dict[str, Any]]:
         ),
         ("PyTorch, with autograd", "torch.mul", lambda: torch.mul(tensor, tensor)),
         ("PyTorch, with autograd", "an autograd.Function", lambda: Product.apply(tensor, tensor)),
+        *_on_jax(),
     ]
     calls = [Candidate(name, call, labels={"arrays": arrays}) for arrays, name, call in listed]
+    for call in calls:
+        call.call()  # JAX compiles
     measure(calls, seconds)
     rows = [call.row() for call in calls]
     ours = {row["arrays"]: row["seconds"] for row in rows if row["name"] == calls[0].name}
     return [row | {"ratio": ours[row["arrays"]] / row["seconds"]} for row in rows]
+
+
+def _on_jax() -> list[tuple[str, str, Callable[[], Any]]]:
+    """Return calls under jit, where JAX and its handlers are installed."""
+    try:
+        import jax
+
+        from carafepp.jax import register_handlers
+
+        register_handlers()
+    except (ImportError, NotImplementedError):
+        return []
+    one = jax.numpy.ones((1, 1, 1, 1))
+    ours, theirs = jax.jit(carafepp.reassemble), jax.jit(lambda x: x + 1)
+    return [
+        (JAX, "carafepp.reassemble", lambda: ours(one, one).block_until_ready()),
+        (JAX, "x + 1", lambda: theirs(one).block_until_ready()),
+    ]
+
+
+def bar_of(rows: list[dict[str, Any]]) -> Bar | None:
+    """Return how much longer a call under JAX's jit takes than x + 1."""
+    times = [row["seconds"] * 1e6 for row in rows if row["arrays"] == JAX]
+    if not times:
+        return None
+    work = f"one call, {JAX}"
+    return Bar(work, "us more than x + 1", ".1f", times[0] - times[1], 12, least=False)

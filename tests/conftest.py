@@ -121,11 +121,6 @@ def array_api_strict():
     return import_or_skip("array_api_strict")
 
 
-@pytest.fixture(scope="session")
-def jax():
-    return import_or_skip("jax", "pip install jax")
-
-
 @pytest.fixture
 def rng(request) -> np.random.Generator:
     """Return random numbers that depend on the name of the test alone."""

@@ -502,10 +502,9 @@ def test_no_namespace_to_make_a_result_from():
     Calls.reassemble(Foreign(X), Foreign(M), out=Foreign(out))
 
 
-@pytest.mark.parametrize("package", ["jax", "jaxlib", "tensorflow"])
-def test_immutable_arrays(package):
-    immutable = type("Array", (Foreign,), {"__module__": f"{package}.core"})
-    sentence = f"[reassemble] arrays of {package} are immutable"
+def test_immutable_arrays():
+    immutable = type("Array", (Foreign,), {"__module__": "tensorflow.python"})
+    sentence = "[reassemble] arrays of tensorflow are immutable"
     with refused(TypeError, sentence):
         Calls.reassemble(immutable(X), immutable(M), out=immutable(zeros(2, 4, 6, 10)))
 

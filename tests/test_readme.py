@@ -21,7 +21,7 @@ BLOCKS = {
 
 
 def test_every_library_is_shown():
-    assert set(BLOCKS) == {"numpy", "torch", "cupy"}
+    assert set(BLOCKS) == {"numpy", "torch", "jax", "cupy"}
 
 
 def test_numpy():

@@ -23,6 +23,9 @@ NORMALIZERS = {
 }
 
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
 def index_of(value: Any) -> int | None:
     """Return an integer as an int, and None for anything else."""
     if type(value) is int:
@@ -120,6 +123,70 @@ def check_normalizer(function: str, normalizer: str) -> None:
         raise ValueError(
             f"[{function}] normalizer must be one of {', '.join(map(repr, NORMALIZERS))}; "
             f"got {normalizer!r}."
+        )
+
+
+def module_options(
+    *,
+    channels: int,
+    up: int,
+    down: int,
+    kernel_size: int,
+    groups: int,
+    compressed_channels: int | str | None,
+    encoder_kernel_size: int,
+    encoder_dilation: int,
+    padding: int | tuple[int, int] | None,
+    padding_mode: str,
+    batch_norm: bool,
+    normalizer: str,
+    ceil_mode: bool,
+) -> dict[str, Any]:
+    """Return the options of a CARAFE module, of any framework, as checked values."""
+    channels, up, down = positive("CARAFE", channels=channels, up=up, down=down)
+    kernel_size = odd("CARAFE", "kernel_size", kernel_size)
+    groups = integer("CARAFE", "groups", groups)
+    if isinstance(compressed_channels, str) and compressed_channels == "auto":
+        compressed_channels = 16 if down > up else 64
+    elif compressed_channels is not None:
+        compressed_channels = integer("CARAFE", "compressed_channels", compressed_channels)
+    encoder_kernel_size = odd("CARAFE", "encoder_kernel_size", encoder_kernel_size)
+    encoder_dilation = integer("CARAFE", "encoder_dilation", encoder_dilation)
+    if padding is not None:
+        padding = padding_pair("CARAFE", padding, kernel_size)
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f"[CARAFE] padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}; "
+            f"got {padding_mode!r}."
+        )
+    divisible("CARAFE", "channels", channels, "groups", groups)
+    if batch_norm and compressed_channels is None:
+        raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
+    check_normalizer("CARAFE", normalizer)
+    return {
+        "channels": channels,
+        "up": up,
+        "down": down,
+        "kernel_size": kernel_size,
+        "groups": groups,
+        "compressed_channels": compressed_channels,
+        "encoder_kernel_size": encoder_kernel_size,
+        "encoder_dilation": encoder_dilation,
+        "padding": padding,
+        "padding_mode": padding_mode,
+        "batch_norm": batch_norm,
+        "normalizer": normalizer,
+        "ceil_mode": ceil_mode,
+    }
+
+
+def check_reach(where: str, size: Any, natural: Any, up: int) -> None:
+    """Raise a ValueError if a size exceeds the natural one by `up` or more."""
+    most = natural[0] + up - 1, natural[1] + up - 1
+    if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
+        raise ValueError(
+            f"[{where}] size must be from (0, 0) to {most}, the natural size "
+            f"{tuple(natural)} and less than up={up} more; got {tuple(size)}."
         )
 
 

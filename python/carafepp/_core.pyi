@@ -26,6 +26,8 @@ SIGMOID_NORMALIZED: int = 2
 
 NONE: int = 3
 
+CHANNELS_LAST: int = 1
+
 BFLOAT16: int = 1040
 
 CUDA: int = 2

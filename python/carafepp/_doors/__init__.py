@@ -15,11 +15,12 @@ from .cupy import CuPy
 from .dask import Dask
 from .dlpack import DLPack
 from .door import FUNCTIONS, Door, not_an_array
+from .jax import JAX
 from .numpy import NumPy
 from .torch import PyTorch
 
 # The first door that recognises an array takes it; the last one takes all that speak DLPack.
-DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), Dask(), DLPack())
+DOORS: tuple[Door, ...] = (NumPy(), PyTorch(), CuPy(), Dask(), JAX(), DLPack())
 
 
 def call(

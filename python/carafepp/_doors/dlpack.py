@@ -8,7 +8,6 @@ from typing import Any
 from .. import _core
 from .door import Door
 
-_IMMUTABLE = ("jax", "jaxlib", "tensorflow")  # libraries
 _LEGACY_DEFAULT_STREAM = 1  # in DLPack's terms
 
 
@@ -50,11 +49,10 @@ class DLPack(Door):
     ) -> tuple[Any, ...]:
         """Compute, if results can be made and written."""
         like = inputs[0]
-        library = self.recognise(like)
-        if library in _IMMUTABLE:
+        if self.recognise(like) == "tensorflow":
             raise TypeError(
-                f"[{function}] arrays of {library} are immutable, so that no result can be written "
-                "into one. Pass NumPy arrays."
+                f"[{function}] arrays of tensorflow are immutable, so that no result can be "
+                "written into one. Pass NumPy arrays."
             )
         made = [need and result is None for result, need in zip(out, needed, strict=False)]
         if any(made) and not hasattr(like, "__array_namespace__"):

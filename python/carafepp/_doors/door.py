@@ -118,17 +118,9 @@ class Door:
         for k, name in enumerate(spec.out):
             result = out[k]
             if result is None and needed[k]:
-                like = inputs[spec.like[k]]
-                shape = like.shape
-                if function == "reassemble" and params.get("padding") is not None:
-                    # The natural size depends on kernel_size, which only the masks tell.
-                    axes = slice(-3, -1) if params.get("layout") == "NHWC" else slice(-2, None)
-                    shape = [*shape]
-                    shape[axes] = inputs[1].shape[axes]
-                elif not spec.same_shape:
-                    shape = _core.output_shape(core_params, shape)
+                shape = result_shape(function, core_params, params, inputs, k)
                 try:
-                    result = self.empty(function, like, shape)
+                    result = self.empty(function, inputs[spec.like[k]], shape)
                 except (MemoryError, RuntimeError, ValueError):
                     self._check_inputs(function, inputs, core_params)
                     raise
@@ -150,6 +142,27 @@ class Door:
         spec = FUNCTIONS[function]
         views = [self.view(function, spec.inputs[k], array) for k, array in enumerate(inputs)]
         _core.list_implementations(core_params, views, [None for _ in spec.results])
+
+
+def result_shape(
+    function: str,
+    core_params: _core.Params,
+    params: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    k: int,
+) -> Sequence[int]:
+    """Return the shape of result k of a function."""
+    spec = FUNCTIONS[function]
+    shape: Sequence[int] = inputs[spec.like[k]].shape
+    if spec.same_shape:
+        return shape
+    if function == "reassemble" and params.get("padding") is not None:
+        # The natural size depends on kernel_size, which only the masks tell.
+        axes = slice(-3, -1) if params.get("layout") == "NHWC" else slice(-2, None)
+        shape = [*shape]
+        shape[axes] = inputs[1].shape[axes]
+        return shape
+    return _core.output_shape(core_params, shape)
 
 
 def not_an_array(function: str, name: str, value: Any) -> TypeError:

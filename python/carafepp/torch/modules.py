@@ -1,7 +1,7 @@
 """The CARAFE++ module predicts kernels from features and reassembles the features by them."""
 
 import inspect
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -120,12 +120,7 @@ def exceeds(where: str, centres: Size, size: Size, up: int, down: int) -> tuple[
     """
     natural = _arguments.natural_size(centres, up, down)
     if not torch.jit.is_tracing() and not _is_exporting():
-        most = natural[0] + up - 1, natural[1] + up - 1
-        if not (0 <= size[0] <= most[0] and 0 <= size[1] <= most[1]):
-            raise ValueError(
-                f"[{where}] size must be from (0, 0) to {most}, the natural size "
-                f"{tuple(natural)} and less than up={up} more; got {tuple(size)}."
-            )
+        _arguments.check_reach(where, size, natural, up)
     rows, columns = (up > 1 and _may_exceed(s, n) for s, n in zip(size, natural, strict=True))
     return rows, columns
 
@@ -278,39 +273,25 @@ class CARAFE(nn.Module):
     ) -> None:
         super().__init__()
 
-        def positive(name: str, value: Any) -> int:
-            return _arguments.integer("CARAFE", name, value)
-
-        self.channels = channels = positive("channels", channels)
-        self.up = up = positive("up", up)
-        self.down = down = positive("down", down)
-        self.kernel_size = kernel_size = _arguments.odd("CARAFE", "kernel_size", kernel_size)
-        self.groups = groups = positive("groups", groups)
-        if isinstance(compressed_channels, str) and compressed_channels == "auto":
-            compressed_channels = 16 if down > up else 64
-        elif compressed_channels is not None:
-            compressed_channels = positive("compressed_channels", compressed_channels)
-        self.compressed_channels = compressed_channels
-        self.encoder_kernel_size = encoder_kernel_size = _arguments.odd(
-            "CARAFE", "encoder_kernel_size", encoder_kernel_size
+        options = _arguments.module_options(
+            channels=channels,
+            up=up,
+            down=down,
+            kernel_size=kernel_size,
+            groups=groups,
+            compressed_channels=compressed_channels,
+            encoder_kernel_size=encoder_kernel_size,
+            encoder_dilation=encoder_dilation,
+            padding=padding,
+            padding_mode=padding_mode,
+            batch_norm=batch_norm,
+            normalizer=normalizer,
+            ceil_mode=ceil_mode,
         )
-        self.encoder_dilation = encoder_dilation = positive("encoder_dilation", encoder_dilation)
-        if padding is not None:
-            self.padding = _arguments.padding_pair("CARAFE", padding, kernel_size)
-        if padding_mode not in get_args(PaddingMode):
-            raise ValueError(
-                "[CARAFE] padding_mode must be one of "
-                f"{', '.join(map(repr, get_args(PaddingMode)))}; got {padding_mode!r}."
-            )
-        self.padding_mode = padding_mode
-        self.batch_norm = batch_norm
-        self.normalizer = normalizer
-        self.ceil_mode = ceil_mode
-        _arguments.divisible("CARAFE", "channels", channels, "groups", groups)
-        if batch_norm and compressed_channels is None:
-            raise ValueError("[CARAFE] batch_norm must be False without a compressor; got True.")
-        _arguments.check_normalizer("CARAFE", normalizer)
-
+        for name, value in options.items():
+            setattr(self, name, value)
+        channels, compressed_channels = self.channels, self.compressed_channels
+        encoder_kernel_size, encoder_dilation = self.encoder_kernel_size, self.encoder_dilation
         tensor_options = {"device": device, "dtype": dtype}
         self.channel_compressor: nn.Module = nn.Identity()
         if compressed_channels is not None:
@@ -325,9 +306,9 @@ class CARAFE(nn.Module):
             )
         self.content_encoder = nn.Conv2d(
             channels if compressed_channels is None else compressed_channels,
-            groups * kernel_size**2 * up**2,
+            self.groups * self.kernel_size**2 * self.up**2,
             encoder_kernel_size,
-            stride=down,
+            stride=self.down,
             padding=encoder_dilation * (encoder_kernel_size // 2),
             dilation=encoder_dilation,
             **tensor_options,
