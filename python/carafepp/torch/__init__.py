@@ -6,7 +6,8 @@
 - `convex_upsample`, `adaptive_conv`, `AdaptiveConv` and `Involution2d`, other papers' operators;
 - `carafepp.torch.mmcv`, a replacement for mmcv's CARAFE;
 - `carafepp.torch.ultralytics`, for Ultralytics YOLO;
-- `carafepp.torch.models`, the paper's networks.
+- `carafepp.torch.models`, the paper's networks;
+- `decompositions`, for exporters that know PyTorch's operators alone.
 
 Import it before you load an exported program with the operators ``torch.ops.carafepp.*``.
 """
