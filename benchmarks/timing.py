@@ -113,6 +113,7 @@ def _turn(candidate: Candidate) -> float:
     """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
     with candidate.settings():
+        seconds = wall_time(candidate.call)
         while time.perf_counter() < begin + WARM:
             seconds = wall_time(candidate.call)
         calls = max(1, math.ceil(SAMPLE / seconds))
