@@ -255,17 +255,24 @@ std::vector<Entry> list_implementations(const Params& params, nb::sequence input
     std::vector<Tensor> tensors;
     std::vector<const carafepp_tensor*> pointers;
     tensors.reserve(nb::len(inputs) + nb::len(results));
-    for (nb::sequence arrays : {inputs, results}) {
-        for (nb::handle array : arrays) {
-            tensors.emplace_back(params, "array", array, false);
-            pointers.push_back(tensors.back().get());
-        }
-    }
     const size_t expected[][2] = {{0, 0}, {2, 1}, {3, 2}, {2, 1}, {3, 2}, {1, 1}, {2, 1}};
     if (nb::len(inputs) != expected[params.number][0] || nb::len(results) != expected[params.number][1]) {
         raise(PyExc_TypeError,
               params.sentence("the implementations depend on " + std::to_string(expected[params.number][0]) +
                               " arrays, those that the function reads; got " + std::to_string(nb::len(inputs)) + "."));
+    }
+    const char* const names[][5] = {{},
+                                    {"features", "masks", "output"},
+                                    {"grad_output", "features", "masks", "grad_features", "grad_masks"},
+                                    {"features", "logits", "output"},
+                                    {"grad_output", "features", "logits", "grad_features", "grad_logits"},
+                                    {"logits", "masks"},
+                                    {"grad_masks", "logits", "grad_logits"}};
+    for (nb::sequence arrays : {inputs, results}) {
+        for (nb::handle array : arrays) {
+            tensors.emplace_back(params, names[params.number][tensors.size()], array, false);
+            pointers.push_back(tensors.back().get());
+        }
     }
     std::vector<Entry> entries;
     const auto visit = [](void* user, const char* name, const char* declines) {

@@ -297,3 +297,11 @@ def test_the_recipe_for_xarray(times, lazy, rng):
     np.testing.assert_array_equal(result.values, expected)
     assert result.y.values[:4].tolist() == [0, 0.25, 0.75, 1.25]
     assert result.x.values[1] == 2.5
+
+
+def test_a_wrong_byte_order_is_told_as_of_numpy_arrays():
+    arrays = np.ones((1, 1, 4, 4), ">f4"), np.ones((1, 1, 4, 4), np.float32)
+    with pytest.raises(TypeError) as told:
+        carafepp.reassemble(*arrays)
+    with pytest.raises(TypeError, match=f"^{re.escape(str(told.value))}$"):
+        carafepp.reassemble(*map(da.from_array, arrays))

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
 
 import contextlib
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -516,3 +518,26 @@ def test_shard_map(rng, of_masks):
     expected = carafepp.reassemble_backward(2 * output, features, masks)
     for gradient, from_numpy in zip(gradients, expected, strict=True):
         assert_same_bits(gradient, from_numpy)
+
+
+HESSIAN = """
+import jax, jax.numpy as jnp, carafepp
+def f(logits):
+    return (carafepp.normalize_masks(logits, kernel_size=5) ** 2).sum()
+hessian = jax.jacrev(jax.grad(f))(jax.random.normal(jax.random.key(0), (1, 25, 2, 2)))
+assert jnp.allclose(hessian.reshape(100, 100), hessian.reshape(100, 100).T, atol=1e-5)
+"""
+
+
+def test_a_hessian_of_many_logits():
+    """A crash of XLA would end the process."""
+    done = subprocess.run([sys.executable, "-c", HESSIAN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_traced_size_is_refused():
+    features, masks = jnp.ones((1, 2, 4, 4)), jnp.ones((1, 9, 8, 8))
+    with pytest.raises(TypeError, match=r"^\[reassemble\] size must be"):
+        jax.jit(lambda size: carafepp.reassemble(features, masks, up=2, size=size))(
+            jnp.ones(2, int)
+        )

@@ -86,6 +86,49 @@ def test_gradients_of_any_order(composed):
     assert torch.autograd.gradgradcheck(module, x)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (1, 0, 3, 3), (1, 2, 0, 3)])
+def test_an_empty_map_has_a_gradient(composed, shape):
+    features = torch.ones(shape, requires_grad=True)
+    logits = torch.ones(shape[0], 4 * 9, *shape[2:], requires_grad=True)
+    carafepp.reassemble_with_logits(features, logits, up=2, kernel_size=3).sum().backward()
+    assert (features.grad.shape, logits.grad.shape) == (features.shape, logits.shape)
+
+
+def test_inference_mode_and_torch_func(composed, monkeypatch):
+    features, masks = torch.randn(1, 2, 4, 4), torch.randn(1, 9, 8, 8)
+    grad = torch.randn(1, 2, 8, 8)
+
+    def results():
+        with torch.inference_mode():
+            output = carafepp.reassemble(features.clone(), masks.clone(), up=2)
+
+        def of_gradient(features):
+            return carafepp.reassemble_backward(grad, features, masks, up=2)[1].sum()
+
+        return output, torch.func.grad(of_gradient)(features)
+
+    composed_results = results()
+    monkeypatch.undo()
+    torch.testing.assert_close(composed_results, results(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "params", "sentence"),
+    [
+        ((2, 9, 8, 8), {"up": 2}, "masks must have"),
+        ((1, 26, 8, 8), {"up": 2}, "masks must have"),
+        ((1, 9, 8, 8), {"up": 2, "padding": 9}, "padding must be"),
+        ((1, 9, 8, 8), {"up": 2, "layout": "NWHC"}, "layout must be"),
+        ((1, 9, 8, 8), {"up": 0}, "up must be"),
+    ],
+)
+def test_wrong_arguments_are_told_as_ever(composed, shape, params, sentence):
+    with pytest.raises(ValueError, match=rf"^\[reassemble\] {sentence}"):
+        carafepp.reassemble(torch.ones(1, 2, 4, 4), torch.ones(shape), **params)
+    with pytest.raises(TypeError, match=r"^\[reassemble\] masks must have the dtype"):
+        carafepp.reassemble(torch.ones(1, 2, 4, 4), torch.ones(1, 9, 8, 8).double(), up=2)
+
+
 def test_it_is_told_once(elsewhere):
     features, masks = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 8, 8)
     with pytest.warns(

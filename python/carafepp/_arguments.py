@@ -218,7 +218,10 @@ def _read(values: Any, read: Callable[[Any], Any]) -> tuple[Any, ...] | None:
         if not _is_row(values):
             return None
         if hasattr(values, "tolist") and not _is_traced(values):
-            values = values.tolist()
+            try:
+                values = values.tolist()
+            except TypeError:  # JAX traces it
+                return None
     numbers = tuple([read(value) for value in values])
     return None if any([number is None for number in numbers]) else numbers
 

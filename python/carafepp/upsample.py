@@ -206,6 +206,11 @@ def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> 
         shares = weigh((low == names[:, None, None]).astype(np.float32))
         return names[shares.argmax(0)]
 
+    if low.dtype.kind in "ui" and not -(2**53) <= low.min() <= low.max() <= 2**53:
+        raise OSError(
+            f"LOW must have integers within 2**53 of 0; got {low.min()} to {low.max()}. --labels "
+            "takes others, which are then names"
+        )
     large = low.dtype.itemsize > (4 if low.dtype.kind == "f" else 2)
     values = low.astype(np.float64 if large else np.float32).reshape(*low.shape[:2], -1)
     values = values.transpose(2, 0, 1)
@@ -278,10 +283,9 @@ def check_guide(low: Raster, guide: Raster, factor: int) -> None:
 
 def factor_of(text: str) -> int:
     """Return the factor of the command line."""
-    factor = int(text)
-    if not 1 <= factor <= 64:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 64; got {factor}")
-    return factor
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 64; got {text}")
+    return int(text)
 
 
 def main(argv: list[str]) -> int:
@@ -310,7 +314,10 @@ def main(argv: list[str]) -> int:
             check_guide(low, guide, arguments.factor)
             labels = arguments.labels or is_mask(low)
             if labels and len(low.pixels.shape) == 3:
-                raise OSError(f"LOW must have one channel with --labels; got {low.pixels.shape[2]}")
+                raise OSError(
+                    "LOW must have rows and columns alone where it is a mask (booleans or "
+                    f"--labels); got the shape {tuple(low.pixels.shape)}"
+                )
             shape = (*guide.pixels.shape[:2], *low.pixels.shape[2:])
             dtype = np.dtype(low.pixels.dtype)
             check_out(out, shape, dtype)

@@ -112,7 +112,7 @@ enum {
     CARAFEPP_CHANNELS_LAST = 1, /* the axes of every tensor are N, H, W, C; strides alone tell how it lies in memory */
     CARAFEPP_SIZE = 2,          /* params.size holds the output size; otherwise it is the natural one */
     CARAFEPP_PADDING = 4,       /* params.padding holds the padding; otherwise it is kernel_size/2 */
-    CARAFEPP_FASTEST = 8        /* in a list of implementations those that are slower here decline too */
+    CARAFEPP_FASTEST = 8 /* in a list of implementations the slower ones decline too; calls run the fastest anyway */
 };
 
 /* The functions below, for carafepp_output_shape and carafepp_list_implementations. */

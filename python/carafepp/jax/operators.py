@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import prod
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -337,14 +338,16 @@ def _normalize(problem: Problem, size: tuple[int, int], logits: jax.Array) -> ja
     *batch, channels, h, w = logits.shape
     up, groups = problem.up, problem.groups
     taps = channels // (groups * up**2)
-    values = logits.reshape(*batch, groups, taps, up, up, h, w)
+    # XLA of jaxlib 0.10 crashes in second derivatives of a softmax over one of seven axes.
+    values = logits.reshape(prod(batch) * groups, taps, up**2 * h * w)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if problem.normalizer == "sigmoid":
         values = jax.nn.sigmoid(values)
     elif problem.normalizer != "none":
         if problem.normalizer == "sigmoid_normalized":
             values = jax.nn.log_sigmoid(values)
-        values = jax.nn.softmax(values, axis=-5)
+        values = jax.nn.softmax(values, axis=1)
+    values = values.reshape(*batch, groups, taps, up, up, h, w)
     values = jnp.moveaxis(values, (-4, -3), (-3, -1))
     masks = values.reshape(*batch, groups * taps, h * up, w * up)[..., : size[0], : size[1]]
     masks = masks.astype(logits.dtype)

@@ -83,8 +83,7 @@ def normalize_masks(
     """Compose `carafepp.normalize_masks`."""
     (cells,) = _as_nchw(layout, logits)
     cells = _summable(cells).unflatten(-3, (groups, kernel_size**2, up**2))
-    masks = _normalize(cells, normalizer).to(logits.dtype).flatten(-5, -3)
-    masks = F.pixel_shuffle(masks, up)
+    masks = _shuffle(_normalize(cells, normalizer).to(logits.dtype).flatten(-5, -4), up)
     if size is not None:
         masks = masks[..., : size[0], : size[1]]
     return _in_layout(layout, masks)
@@ -94,9 +93,6 @@ def gradient(forward: Callable[..., Tensor], index: int) -> Callable[..., Tensor
     """Return the composition of the gradient of a forward with respect to one of its tensors."""
 
     def composed(grad: Tensor, *tensors: Tensor, layout: str = "NCHW", **params: Any) -> Tensor:
-        if 0 in grad.shape:  # PyTorch's pixel_shuffle has no gradient for it
-            return torch.zeros_like(tensors[index])
-
         def of_one(tensor: Tensor) -> Tensor:
             inputs = *tensors[:index], tensor, *tensors[index + 1 :]
             return forward(*inputs, layout=layout, size=_size(layout, grad), **params)
@@ -138,7 +134,16 @@ def _reassemble_cells(features: Tensor, cells: Tensor, up: int, down: int, paddi
         outputs.append(sum(products, next(products)))
     order = [phase for phases in sources.values() for phase in phases]
     output = _phases(torch.cat(outputs, -3), [order.index(phase) for phase in range(up**2)])
-    return F.pixel_shuffle(output.flatten(-5, -3), up).to(features.dtype)
+    return _shuffle(output.flatten(-5, -4), up).to(features.dtype)
+
+
+def _shuffle(cells: Tensor, up: int) -> Tensor:
+    """[..., C, up*up, h, w] -> [..., C, h*up, w*up]."""
+    if any(isinstance(length, int) and length == 0 for length in cells.shape):
+        # PyTorch's pixel_shuffle has no gradient for an empty tensor.
+        cells = cells.unflatten(-3, (up, up)).movedim((-4, -3), (-3, -1))
+        return cells.flatten(-4, -3).flatten(-2)
+    return F.pixel_shuffle(cells.flatten(-4, -3), up)
 
 
 def _phases(cells: Tensor, phases: list[int]) -> Tensor:
@@ -182,4 +187,4 @@ def _as_nchw(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _in_layout(layout: str, tensor: Tensor) -> Tensor:
-    return tensor if layout == "NCHW" else tensor.movedim(-3, -1)
+    return (tensor if layout == "NCHW" else tensor.movedim(-3, -1)).contiguous()

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .._arguments import integer, is_proxy, natural_size, padding_pair, pair
-from .._doors.door import FUNCTIONS, not_an_array
+from .._doors.door import FUNCTIONS, not_an_array, params_of
 from .._doors.torch import PyTorch
 from . import compositions, dtensor
 from .flops import (
@@ -134,11 +134,21 @@ def _define(
 
         return named
 
-    kernel = _kernel(*computes, {key: _PARAMS[key][1] for key in keys})
+    defaults = {key: _PARAMS[key][1] for key in keys}
+    kernel = _kernel(*computes, defaults)
     if _SingleLevelFunction is None:
         kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
     flop_formulas[name] = by_name(flops)
-    composition = _compositions[name] = by_name(composition)
+    _compositions[name] = by_name(composition)
+
+    def composed(*tensors: Tensor, **params: Any) -> Tensor:
+        _check(computes[0], tensors, {**defaults, **params})
+        return composition(*tensors, **params)
+
+    def eager(*tensors: Tensor, **params: Any) -> Tensor:
+        # Tensors of the inference mode come here at once, without a stop at autograd.
+        return (composed if _has_no_kernel(tensors) else kernel)(*tensors, **params)
+
     if hasattr(torch.ops.carafepp, name):
         operator = _operators[name] = getattr(torch.ops.carafepp, name).default
         return operator
@@ -166,16 +176,16 @@ def _define(
         result: tuple[Tensor, int] = by_name(partial(_vmap, operator, info, in_dims[:count]))(*args)
         return result
 
-    _library.impl(name, by_name(kernel), "CompositeExplicitAutograd")
+    _library.impl(name, by_name(eager), "CompositeExplicitAutograd")
     torch.library.register_fake(f"carafepp::{name}", by_name(fake), lib=_library)
     torch.library.register_vmap(f"carafepp::{name}", vmap, lib=_library)
     if _SingleLevelFunction is None:
         _register_autograd(name, count, keys, derivative)
     else:
-        autograd = _autograd(operator, count, keys, derivative, pushes, composition)
+        autograd = _autograd(operator, count, keys, derivative, pushes, by_name(composed))
         _library.impl(name, autograd, "Autograd")
     if cast:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cuda", "mps", "xpu"):
             autocast = by_name(partial(_autocast, operator, device))
             _library.impl(name, autocast, f"Autocast{device.upper()}")
     register_flop_formula(getattr(torch.ops.carafepp, name))(flop_formulas[name])
@@ -239,11 +249,11 @@ def _autograd(
 
     def autograd(*args: Any) -> Any:
         tensors = args[:count]
-        if _has_no_kernel(tensors):  # PyTorch derives from the composition
-            return composition(*args)
         if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(torch.is_grad_enabled(), args[count:], *tensors)
+        if _has_no_kernel(tensors):  # PyTorch derives from the composition
+            return composition(*args)
         grad_enabled = torch.is_grad_enabled()
         differentiated = grad_enabled and any([t.requires_grad for t in tensors])
         if differentiated or getattr(forward_ad, "_current_level", 0) >= 0 or traced(tensors):
@@ -261,6 +271,13 @@ def _has_no_kernel(tensors: tuple[Tensor, ...]) -> bool:
         return True
     exported: bool = torch.onnx.is_in_onnx_export()
     return exported
+
+
+def _check(function: str, tensors: tuple[Tensor, ...], params: Mapping[str, Any]) -> None:
+    """Let the core refuse arguments of a composition by their shapes and dtypes."""
+    if all([type(tensor) in (Tensor, Parameter) for tensor in tensors]):  # no trace
+        views = tuple(torch.empty(1, dtype=tensor.dtype).expand(tensor.shape) for tensor in tensors)
+        _door._check_inputs(function, views, params_of(function, **params))
 
 
 @cache
