@@ -172,7 +172,7 @@ LOW, GUIDE = np.ones((6, 8), np.float32), np.zeros((24, 32, 3), np.uint8)
         (LOW[0], GUIDE, "out.npy", [], "LOW must have rows, columns and perhaps channels; got the"),
         (LOW[:0], GUIDE[:0], "out.npy", [], "got the shape (0, 8)"),
         (LOW.astype("c8"), GUIDE, "out.npy", [], "LOW must have real numbers; got complex64"),
-        (2**53 + np.arange(48).reshape(6, 8), GUIDE, "out.npy", [], "LOW must have integers within"),
+        (2**53 + np.arange(48).reshape(6, 8), GUIDE, "out.npy", [], "LOW must have integers"),
         (LOW, GUIDE.astype("i4"), "out.npy", [], "GUIDE must be uint8, uint16 or floats; got"),
         (LOW, GUIDE.astype("f4") + 2, "out.npy", [], "GUIDE must have floats from 0 to 1; got 2"),
         (LOW, np.zeros((24, 32, 5), "u1"), "out.npy", [], "GUIDE must have 1 to 4 channels; got 5"),
