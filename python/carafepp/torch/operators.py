@@ -135,20 +135,16 @@ def _define(
         return named
 
     defaults = {key: _PARAMS[key][1] for key in keys}
-    kernel = _kernel(*computes, defaults)
-    if _SingleLevelFunction is None:
-        kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
-    flop_formulas[name] = by_name(flops)
-    _compositions[name] = by_name(composition)
 
     def composed(*tensors: Tensor, **params: Any) -> Tensor:
         _check(computes[0], tensors, {**defaults, **params})
         return composition(*tensors, **params)
 
-    def eager(*tensors: Tensor, **params: Any) -> Tensor:
-        # Tensors of the inference mode come here at once, without a stop at autograd.
-        return (composed if _has_no_kernel(tensors) else kernel)(*tensors, **params)
-
+    kernel = _kernel(*computes, defaults, composed)
+    if _SingleLevelFunction is None:
+        kernel, result = _without_tangents(name, kernel), _without_tangents(name, result)
+    flop_formulas[name] = by_name(flops)
+    _compositions[name] = by_name(composition)
     if hasattr(torch.ops.carafepp, name):
         operator = _operators[name] = getattr(torch.ops.carafepp, name).default
         return operator
@@ -176,7 +172,7 @@ def _define(
         result: tuple[Tensor, int] = by_name(partial(_vmap, operator, info, in_dims[:count]))(*args)
         return result
 
-    _library.impl(name, by_name(eager), "CompositeExplicitAutograd")
+    _library.impl(name, by_name(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"carafepp::{name}", by_name(fake), lib=_library)
     torch.library.register_vmap(f"carafepp::{name}", vmap, lib=_library)
     if _SingleLevelFunction is None:
@@ -468,11 +464,15 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
 # Eager kernels
 
 
-def _kernel(function: str, index: int, defaults: dict[str, Any]) -> Callable[..., Tensor]:
+def _kernel(
+    function: str, index: int, defaults: dict[str, Any], composed: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     """Return a function that computes one result of a function of the core."""
     needed = (index == 0, index == 1)
 
     def kernel(*tensors: Tensor, **params: Any) -> Tensor:
+        if _has_no_kernel(tensors):  # in inference mode; others have stopped at autograd
+            return composed(*tensors, **params)
         results = _door.compute(function, tensors, {**defaults, **params}, needed=needed)
         tensor: Tensor = results[index]
         return tensor
