@@ -121,7 +121,7 @@ class Peaks:
 
 
 class Machine:
-    """What computes the peaks."""
+    """The code that computes the peaks, compiled once."""
 
     def __init__(self) -> None:
         self._code = _compile()

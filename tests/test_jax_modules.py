@@ -41,7 +41,7 @@ def pair_of_modules(options):
     with torch.no_grad():
         for tensor in [*theirs.parameters(), *theirs.buffers()]:
             if tensor.is_floating_point():
-                # Of both signs, but for what BatchNorm has.
+                # Values have both signs, but for those of BatchNorm.
                 tensor.copy_(torch.rand(tensor.shape) / 2 - (tensor.dim() > 1) / 4)
     ours = CARAFE(8, **options, rngs=nnx.Rngs(0))
     ours.load_state_dict(theirs.state_dict())

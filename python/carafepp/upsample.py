@@ -56,7 +56,7 @@ class Raster(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What tiles are written into, and how to close the file."""
+    """Pixels that take the tiles, and the function that closes their file."""
 
     pixels: Any
     close: Callable[[], None]

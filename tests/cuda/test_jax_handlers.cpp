@@ -12,7 +12,7 @@
 
 namespace {
 
-// What the core was asked for in the last call.
+// The last call that the core got.
 carafepp_tensor seen_features;
 void* seen_stream;
 

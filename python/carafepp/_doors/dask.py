@@ -37,16 +37,13 @@ class Dask(Door):
         return "dask" if cls is not None and isinstance(array, cls) else None
 
     def view(self, function: str, name: str, array: Any) -> Any:
-        """Return a NumPy array of this shape and dtype, in C order, with memory for one element."""
+        """Return a view of the shape and the dtype, as of a NumPy array in C order."""
         if any(math.isnan(length) for length in array.shape):
             raise ValueError(
                 f"[{function}] {name} must have chunks of known sizes; got shape {array.shape}. "
                 "Call its compute_chunk_sizes()."
             )
-        one = np.empty(1, array.dtype)
-        strides = [one.itemsize * math.prod(array.shape[k + 1 :]) for k in range(array.ndim)]
-        whole = np.lib.stride_tricks.as_strided(one, array.shape, strides)
-        return NumPy().view(function, name, whole)
+        return NumPy().view_of_shape(function, name, array.shape, array.dtype)
 
     def call(
         self,

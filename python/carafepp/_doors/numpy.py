@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ class NumPy(Door):
         if dtype.kind == "V" and dtype.name == "bfloat16":  # NumPy does not export it
             return array.view(np.uint16), _core.BFLOAT16
         return array
+
+    def view_of_shape(self, function: str, name: str, shape: Sequence[int], dtype: Any) -> Any:
+        """Return a view in C order with memory for one element, for checks that read none."""
+        one = np.empty(1, dtype)
+        strides = [one.itemsize * prod(shape[k + 1 :]) for k in range(len(shape))]
+        return self.view(function, name, np.lib.stride_tricks.as_strided(one, shape, strides))
 
     def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
         """Return an uninitialised result in C order."""

@@ -189,7 +189,7 @@ class CARAFE(nnx.Module):
             ``module.state_dict()``, or one of a larger network or of a checkpoint: PyTorch tensors
             or NumPy arrays. mmcv's CARAFEPack has the same names.
         prefix : str, default ""
-            What precedes the names of this module, as "neck.upsample.".
+            The beginning of this module's names, such as "neck.upsample.".
 
         Raises
         ------

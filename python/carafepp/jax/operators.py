@@ -137,7 +137,7 @@ def view(function: str, name: str, array: jax.Array) -> Any:
             f"[{function}] {name} must have a shape of numbers, not of the symbols of jax.export; "
             f"got {array.shape}."
         )
-    return NumPy().view(function, name, np.broadcast_to(np.zeros((), array.dtype), array.shape))
+    return NumPy().view_of_shape(function, name, array.shape, array.dtype)
 
 
 def _plain(function: str, key: str, value: Any) -> Any:

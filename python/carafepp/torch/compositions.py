@@ -95,7 +95,7 @@ def gradient(forward: Callable[..., Tensor], index: int) -> Callable[..., Tensor
     def composed(grad: Tensor, *tensors: Tensor, layout: str = "NCHW", **params: Any) -> Tensor:
         def of_one(tensor: Tensor) -> Tensor:
             inputs = *tensors[:index], tensor, *tensors[index + 1 :]
-            return forward(*inputs, layout=layout, size=_size(layout, grad), **params)
+            return forward(*inputs, layout=layout, size=size_of(grad, layout=layout), **params)
 
         result: Tensor = torch.func.vjp(of_one, tensors[index])[1](grad)[0]
         return result
@@ -176,8 +176,10 @@ def _summable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _size(layout: str, tensor: Tensor) -> torch.Size:
-    return tensor.shape[-2:] if layout == "NCHW" else tensor.shape[-3:-1]
+def size_of(tensor: Tensor, *, layout: str = "NCHW", **_: Any) -> tuple[int, int]:
+    """Return the rows and columns of a tensor."""
+    height, width = tensor.shape[-2:] if layout == "NCHW" else tensor.shape[-3:-1]
+    return height, width
 
 
 def _as_nchw(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:

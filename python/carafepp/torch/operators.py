@@ -31,6 +31,7 @@ from .._arguments import integer, is_proxy, natural_size, padding_pair, pair
 from .._doors.door import FUNCTIONS, not_an_array, params_of
 from .._doors.torch import PyTorch
 from . import compositions, dtensor
+from .compositions import size_of
 from .flops import (
     count_normalize_masks,
     count_normalize_masks_backward,
@@ -454,7 +455,7 @@ def _crop(name: str, tensors: tuple[Tensor, ...], *, size: Any, **params: Any) -
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)
                 taps = int(masks.shape[-1 if nhwc else -3]) // params.get("groups", 1)
             more["kernel_size"] = isqrt(taps)
-        rows, columns = natural_size(_size(features, **params), **params, **more)
+        rows, columns = natural_size(size_of(features, **params), **params, **more)
         missing = (0, columns - width, 0, rows - height)
         tensors = features, F.pad(masks, (0, 0, *missing) if nhwc else missing)
     output: Tensor = _operators[name](*tensors, **params)
@@ -483,11 +484,6 @@ def _kernel(
 # Fake (meta) kernels: shapes and strides
 
 
-def _size(tensor: Tensor, *, layout: str = "NCHW", **_: Any) -> tuple[int, int]:
-    height, width = tensor.shape[-2:] if layout == "NCHW" else tensor.shape[-3:-1]
-    return height, width
-
-
 def _resized(
     like: Tensor, size: tuple[int, int], *, shrink: int = 1, layout: str = "NCHW", **_: Any
 ) -> Tensor:
@@ -500,18 +496,18 @@ def _reassembled(
     features: Tensor, masks: Tensor, *, size: Any = None, padding: Any = None, **params: Any
 ) -> Tensor:
     if padding is not None:  # the natural size depends on kernel_size, which only the masks tell
-        size = _size(masks, **params)
+        size = size_of(masks, **params)
     return _reassembled_with_logits(features, masks, size=size, **params)
 
 
 def _reassembled_with_logits(
     features: Tensor, logits: Tensor, *, size: Any = None, **params: Any
 ) -> Tensor:
-    return _resized(features, size or natural_size(_size(features, **params), **params), **params)
+    return _resized(features, size or natural_size(size_of(features, **params), **params), **params)
 
 
 def _normalized(logits: Tensor, *, size: Any = None, up: int = 1, **params: Any) -> Tensor:
-    size = size or natural_size(_size(logits, **params), up)
+    size = size or natural_size(size_of(logits, **params), up)
     return _resized(logits, size, shrink=up**2, **params)
 
 
@@ -542,7 +538,7 @@ def _derive_grad_features(name: str, masks: str) -> Callable[..., Gradients]:
     def derivative(
         needs: Needs, grad: Tensor, grad_output: Tensor, _: Tensor, masks_: Tensor, **params: Any
     ) -> Gradients:
-        size = _size(grad_output, **params)
+        size = size_of(grad_output, **params)
         reassemble, grad_masks = _operators[name], _operators[f"{name}_grad_{masks}"]
         return (
             reassemble(grad, masks_, size=size, **params) if needs[0] else None,
@@ -556,7 +552,7 @@ def _derive_grad_features(name: str, masks: str) -> Callable[..., Gradients]:
 def _derive_grad_masks(
     needs: Needs, grad: Tensor, grad_output: Tensor, features: Tensor, _: Tensor, **params: Any
 ) -> Gradients:
-    size = _size(grad_output, **params)
+    size = size_of(grad_output, **params)
     return (
         reassemble(features, grad, size=size, **params) if needs[0] else None,
         reassemble_grad_features(grad_output, features, grad, **params) if needs[1] else None,
@@ -570,7 +566,7 @@ def _derive_grad_logits(
     tensors = grad_output, features, logits
     gradients: Gradients = None, None
     if needs[0] or needs[1]:
-        size = _size(grad_output, **params)
+        size = size_of(grad_output, **params)
         grad_masks = _push_masks(grad, logits, size=size, **_normalizer(params))
         gradients = _derive_grad_masks(needs, grad_masks, *tensors, **_factors(params))
     return *gradients[:2], _push_grad_logits(grad, *tensors, **params) if needs[2] else None
@@ -585,7 +581,7 @@ def _derive_normalize_masks(
 def _derive_normalize_masks_backward(
     needs: Needs, grad: Tensor, grad_masks: Tensor, logits: Tensor, **params: Any
 ) -> Gradients:
-    size = _size(grad_masks, **params)
+    size = size_of(grad_masks, **params)
     return (
         _push_masks(grad, logits, size=size, **params) if needs[0] else None,
         _push_normalize_masks_backward(grad, grad_masks, logits, **params) if needs[1] else None,
@@ -647,7 +643,7 @@ def _push_normalize_masks_backward(
         change = _push_normalize_masks_backward(slope * direction, grad_masks, scores, **params)
         grad_scores = normalize_masks_backward(grad_masks, scores, **params)
         return slope * (change - (1 - slope) * direction * grad_scores)
-    size = _size(grad_masks, **params)
+    size = size_of(grad_masks, **params)
     masks = normalize_masks(logits, size=size, normalizer=normalizer, **params)
     change = normalize_masks(direction, size=size, normalizer="none", **params)
     if normalizer == "sigmoid":
@@ -670,7 +666,7 @@ def _centred(
 def _push_output(
     direction: Tensor, features: Tensor, logits: Tensor, *, size: Any = None, **params: Any
 ) -> Tensor:
-    size = size or natural_size(_size(features, **params), **params)
+    size = size or natural_size(size_of(features, **params), **params)
     masks = _push_masks(direction, logits, size=size, **_normalizer(params))
     output: Tensor = reassemble(features, masks, size=size, **_factors(params))
     return output
@@ -679,7 +675,7 @@ def _push_output(
 def _push_grad_features(
     direction: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
 ) -> Tensor:
-    size = _size(grad_output, **params)
+    size = size_of(grad_output, **params)
     masks = _push_masks(direction, logits, size=size, **_normalizer(params))
     gradient: Tensor = reassemble_grad_features(grad_output, features, masks, **_factors(params))
     return gradient
@@ -688,7 +684,7 @@ def _push_grad_features(
 def _push_grad_logits(
     direction: Tensor, grad_output: Tensor, features: Tensor, logits: Tensor, **params: Any
 ) -> Tensor:
-    masks = normalize_masks(logits, size=_size(grad_output, **params), **_normalizer(params))
+    masks = normalize_masks(logits, size=size_of(grad_output, **params), **_normalizer(params))
     grad_masks = reassemble_grad_masks(grad_output, features, masks, **_factors(params))
     return _push_normalize_masks_backward(direction, grad_masks, logits, **_normalizer(params))
 
