@@ -11,6 +11,9 @@ import numpy as np
 from .. import _core
 from .door import Door
 
+CACHE_LINE = 64  # bytes; np.empty begins in the middle of one
+LARGE = 1 << 22  # bytes; stores of larger results pass by the caches, and want whole lines
+
 
 class NumPy(Door):
     """NumPy."""
@@ -37,8 +40,14 @@ class NumPy(Door):
         return self.view(function, name, np.lib.stride_tricks.as_strided(one, shape, strides))
 
     def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
-        """Return an uninitialised result in C order."""
-        return np.empty(shape, like.dtype)
+        """Return an uninitialised result in C order; a large one begins at a cache line."""
+        dtype = like.dtype
+        size = prod(shape) * dtype.itemsize
+        if size < LARGE:
+            return np.empty(shape, dtype)
+        memory = np.empty(size + CACHE_LINE, np.uint8)
+        begin = -memory.ctypes.data % CACHE_LINE
+        return memory[begin : begin + size].view(dtype).reshape(shape)
 
     def stream(self, array: Any) -> int:
         """Return 0: the CPU has no streams."""
