@@ -90,7 +90,7 @@ def _reach(case: Case, rows: Rows) -> None:
     for (pass_, layout, _, threads), row in mine.items():
         base = mine[pass_, layout, DTYPE, 1]
         if threads > 1:
-            times = base["seconds"] / row["seconds"]
+            times = base["seconds_passed"] / row["seconds"]
             work = f"two threads, {where}, {pass_}"
             bars.note(row, Bar(work, "times as fast as one", ".2f", times, 1.7, least=True))
         elif row is not base:

@@ -5,8 +5,8 @@ sizes: bytes read plus bytes written, by memcpy or by non-temporal stores. Expon
 library (glibc's libmvec) or by NumPy; the array is in the level 1 cache. A first try chooses the
 faster of two ways.
 
-Peaks take turns with the calls that they limit. So a busy neighbour slows both, and their ratio
-stays.
+Peaks take turns with the calls that they limit, by the same clock. So what slows both leaves their
+ratio.
 """
 
 import ctypes
@@ -217,7 +217,7 @@ def _fastest(name: str, ways: list[Work], amount: int, threads: int) -> Candidat
 
     All threads together do `amount` in one round.
     """
-    found = []
+    found, clock = [], timing.clock(threads)
     for work in ways:
         pool = ThreadPoolExecutor(threads)
 
@@ -225,7 +225,7 @@ def _fastest(name: str, ways: list[Work], amount: int, threads: int) -> Candidat
             list(pool.map(work, range(threads), [rounds] * threads))
 
         rounds = 1
-        while (seconds := min(timing.wall_time(partial(call, rounds)) for _ in range(3))) < _CALL:
+        while (seconds := min(clock(partial(call, rounds)) for _ in range(3))) < _CALL:
             rounds = math.ceil(rounds * min(100, 1.2 * _CALL / seconds))
         labels = {"kind": "limit", "amount": rounds * amount}
         found.append(

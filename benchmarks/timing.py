@@ -25,10 +25,11 @@ PATIENCE = 0.25  # seconds; a shorter call is sampled often, whatever the budget
 SLOW = 0.5  # seconds; a slower call is warmed up once
 
 HOW = (
-    "first quartiles, as a neighbour on a shared machine only adds time; then median and third "
-    "quartile; candidates take turns in one process, in a new order every round; a turn is "
-    f"{WARM * 1e3:g} ms of untimed calls, then {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; all "
-    f"candidates get the same time; a call longer than that and than {PATIENCE} s is timed once"
+    "on one thread the time on the processor, which other processes cannot take; on more threads "
+    "the time that passes; first quartiles, then median and third quartile; candidates take turns "
+    f"in one process, in a new order every round; a turn is {WARM * 1e3:g} ms of untimed calls, "
+    f"then {TURN_SAMPLES[0]} to {TURN_SAMPLES[1]} samples; all candidates get the same time; a "
+    f"call longer than that and than {PATIENCE} s is timed once"
 )
 
 
@@ -46,7 +47,13 @@ class Candidate:
 
     warm_up: float = 0  # seconds of the last warm-up call
     memory: int | None = None  # bytes at the peak of that call, beyond the resident ones
-    samples: list[float] = field(default_factory=list)  # seconds per call
+    samples: list[float] = field(default_factory=list)  # seconds per call, by the clock
+    passed: list[float] = field(default_factory=list)  # the time that passed meanwhile, per call
+
+    @property
+    def clock(self) -> Clock:
+        """The time on the processor on one thread, the time that passes on more."""
+        return clock(self.threads)
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -69,6 +76,7 @@ class Candidate:
         if self.samples:
             low, median, high = spread(self.samples)
             row |= {"seconds": low, "seconds_median": median, "seconds_q3": high}
+            row["seconds_passed"] = spread(self.passed)[0]
         return row
 
 
@@ -77,16 +85,21 @@ def warm_up(candidate: Candidate, memory: bool = True) -> Any:
 
     Return the result of the last call.
     """
+    result = None
 
-    def timed() -> Any:
-        begin = time.perf_counter()
+    def kept() -> None:
+        nonlocal result
         result = candidate.call()
-        candidate.warm_up = time.perf_counter() - begin
-        return result
+
+    def timed() -> None:
+        candidate.warm_up = candidate.clock(kept)
 
     with candidate.settings():
         for _ in range(2):
-            result, candidate.memory = peak(timed) if memory else (timed(), None)
+            if memory:
+                _, candidate.memory = peak(timed)
+            else:
+                timed()
             if candidate.warm_up > SLOW and not candidate.compiles:
                 break
     return result
@@ -97,6 +110,7 @@ def measure(candidates: list[Candidate], budget: float) -> None:
     for candidate in candidates:
         if candidate.warm_up > max(PATIENCE, budget / len(candidates)):
             candidate.samples.append(candidate.warm_up)
+            candidate.passed.append(candidate.warm_up)
     candidates = [candidate for candidate in candidates if not candidate.samples]
     spent = dict.fromkeys(candidates, 0.0)
     order = random.Random(0)
@@ -113,23 +127,37 @@ def _turn(candidate: Candidate) -> float:
     """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
     with candidate.settings():
-        seconds = wall_time(candidate.call)
+        seconds = candidate.clock(candidate.call)
         while time.perf_counter() < begin + WARM:
-            seconds = wall_time(candidate.call)
+            seconds = candidate.clock(candidate.call)
         calls = max(1, math.ceil(SAMPLE / seconds))
         turn_end = time.perf_counter() + TURN
         for k in range(TURN_SAMPLES[1]):
             if k >= TURN_SAMPLES[0] and time.perf_counter() > turn_end:
                 break
-            candidate.samples.append(sample(candidate.call, calls))
+            sample_begin = time.perf_counter()
+            candidate.samples.append(sample(candidate.call, calls, candidate.clock))
+            candidate.passed.append((time.perf_counter() - sample_begin) / calls)
     return time.perf_counter() - begin
 
 
 def wall_time(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call."""
+    """Return the seconds that pass during a call."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def processor_time(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call that this process, with all its threads, has a processor."""
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
+def clock(threads: int) -> Clock:
+    """Return the clock for calls on so many threads."""
+    return processor_time if threads == 1 else wall_time
 
 
 def sample(call: Callable[[], Any], calls: int, clock: Clock = wall_time) -> float:
