@@ -43,7 +43,7 @@ def rescale(tmp_path_factory):
     library = Path(carafepp.get_library())
     done = run(
         *(compiler, "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O2"),
-        *("-I", carafepp.get_include(), EXAMPLES / "rescale.c", library, "-lm"),
+        *("-I", carafepp.get_include(), EXAMPLES / "rescale.c", library),
         *(f"-Wl,-rpath,{library.parent}", "-o", program),
     )
     assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_pkg_config_finds_the_package(tmp_path, monkeypatch):
         pytest.skip("there is no pkg-config, or no C compiler")
     monkeypatch.setenv("PKG_CONFIG_PATH", str(folder))
     flags = run("pkg-config", "--cflags", "--libs", "carafepp").stdout.split()
-    done = run("cc", EXAMPLES / "rescale.c", *flags, "-lm", "-o", tmp_path / "rescale")
+    done = run("cc", EXAMPLES / "rescale.c", *flags, "-o", tmp_path / "rescale")
     assert done.returncode == 0, done.stderr
     assert "usage" in run(tmp_path / "rescale").stderr
 
