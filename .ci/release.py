@@ -105,7 +105,9 @@ def check_sdist(path: Path, version: str) -> str:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
         information = archive.extractfile(f"carafepp-{version}/PKG-INFO").read().decode()
-    require(names == expected, f"{path.name} differs from the tree in {sorted(names ^ expected)}")
+    require(
+        names == expected, f"{path.name} differs from what git tracks in {sorted(names ^ expected)}"
+    )
     told(f"{path.name}: {path.stat().st_size:,} bytes, {len(names)} files of the tree")
 
     description = information.partition("\n\n")[2]

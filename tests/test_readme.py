@@ -23,7 +23,7 @@ PYTHON = {
 SHELL = [
     paragraph.strip()
     for fenced, indented in re.findall(
-        r"^```sh\n(.*?)^```|((?:^ {4}\S.*\n)+)", README, re.DOTALL | re.MULTILINE
+        r"^```sh\n(.*?)^```|((?:^ {4}\S[^\n]*\n)+)", README, re.DOTALL | re.MULTILINE
     )
     for paragraph in re.split(
         r"\n\s*\n", fenced or re.sub("^    ", "", indented, flags=re.MULTILINE)
