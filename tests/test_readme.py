@@ -43,6 +43,10 @@ def run_python(library):
     return names
 
 
+def test_it_has_at_most_110_lines():
+    assert len(README.splitlines()) <= 110
+
+
 def test_the_first_libraries_are_shown():
     assert {"numpy", "torch", "cupy"} <= set(PYTHON)
 
