@@ -12,7 +12,7 @@ import pytest
 
 import carafepp
 import products
-from skips import import_or_skip
+from skips import import_or_skip, summarize
 
 # PyTorch's own threads wait long for each other if several tests run at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,6 +97,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not asked:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell why tests were skipped, in few lines."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in summarize(report.longrepr[2].removeprefix("Skipped: ") for report in skipped):
+        terminalreporter.write_line(line)
 
 
 def pytest_collection_finish():

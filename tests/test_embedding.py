@@ -43,7 +43,7 @@ def rescale(tmp_path_factory):
     library = Path(carafepp.get_library())
     done = run(
         *(compiler, "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O2"),
-        *("-I", carafepp.get_include(), EXAMPLES / "rescale.c", library, "-lm"),
+        *("-I", carafepp.get_include(), EXAMPLES / "rescale.c", library),
         *(f"-Wl,-rpath,{library.parent}", "-o", program),
     )
     assert done.returncode == 0, done.stderr
@@ -97,20 +97,26 @@ def test_the_library_needs_no_python():
     assert "python" not in run("ldd", carafepp.get_library()).stdout
 
 
-def test_pkg_config_and_cmake_find_the_package(tmp_path):
-    library = Path(carafepp.get_library())
+def test_pkg_config_finds_the_package(tmp_path, monkeypatch):
+    folder = Path(carafepp.get_library()).parent / "pkgconfig"
+    assert f"Version: {carafepp.__version__}\n" in (folder / "carafepp.pc").read_text()
+    if shutil.which("pkg-config") is None or shutil.which("cc") is None:
+        pytest.skip("there is no pkg-config, or no C compiler")
+    monkeypatch.setenv("PKG_CONFIG_PATH", str(folder))
+    flags = run("pkg-config", "--cflags", "--libs", "carafepp").stdout.split()
+    done = run("cc", EXAMPLES / "rescale.c", *flags, "-o", tmp_path / "rescale")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in run(tmp_path / "rescale").stderr
+
+
+def test_cmake_finds_the_package(tmp_path):
     assert (Path(carafepp.get_cmake_dir()) / "carafepp-config.cmake").exists()
-    file = library.parent / "pkgconfig" / "carafepp.pc"
-    text = file.read_text()
-    assert f"Version: {carafepp.__version__}\n" in text
-    prefix = re.search(r"^prefix=\$\{pcfiledir\}/(.*)$", text, re.MULTILINE)[1]
-    assert (file.parent / prefix).resolve() == library.parent.parent
     if shutil.which("cmake") is None:
-        return
+        pytest.skip("there is no CMake")
     done = run(
         "cmake", "-S", EXAMPLES, "-B", tmp_path, f"-Dcarafepp_DIR={carafepp.get_cmake_dir()}"
     )
     assert done.returncode == 0, done.stderr
     done = run("cmake", "--build", tmp_path, "--target", "rescale")
     assert done.returncode == 0, done.stderr
-    assert run(tmp_path / "rescale").returncode == 1
+    assert "usage" in run(tmp_path / "rescale").stderr

@@ -5,6 +5,7 @@ import itertools
 import products
 from cases import CASES
 from functions import ISAS, LAYOUTS_OF_KERNELS, takes
+from skips import summarize
 
 
 def test_each_pair_of_values_comes():
@@ -39,3 +40,20 @@ def test_each_kernel_has_many_cases():
         taken = sum(valid(case, layout, isa) for case in CASES.values())
         came = sum(row[1:] == (layout, isa) for row in chosen)
         assert came >= taken / 7
+
+
+def test_why_tests_were_skipped_takes_at_most_five_lines():
+    command = 'pip install ".[test-all]"'
+    reasons = [f"reassemble_nchw_isa declines: reason {k % 9}" for k in range(99)]
+    reasons += [
+        f"{name}: No module named '{name}.io'; {command}" for name in ("skimage", "torch")
+    ] * 9
+    assert summarize(reasons) == [
+        "117 tests or files of tests were skipped:",
+        f"     18  not installed: skimage, torch; {command}",
+        "     11  reason 0",
+        "     11  reason 1",
+        "     77  for 7 other reasons: see pytest -rs",
+    ]
+    assert summarize(["slow: run with -m slow"])[1:] == ["      1  slow: run with -m slow"]
+    assert summarize([]) == []

@@ -25,8 +25,9 @@ from .. import ROOT, commit
 DEFAULT = ROOT / "build/bundle"
 ARCHITECTURES = "90-real;90-virtual"
 RUN_TIME = ["nanobind-backend>=1.0"]
-# A build needs these beside CMake and ninja; scikit-build-core needs the last two.
-BUILD = ["nanobind>=3.1,<4", "scikit-build-core>=1.1,<2", "pathspec", "packaging"]
+# A build needs these beside CMake and ninja; scikit-build-core needs the last three.
+BUILD = ["nanobind>=3.1,<4", "scikit-build-core>=1.1,<2"]
+BUILD += ["hatch-fancy-pypi-readme>=23.2", "pathspec", "packaging"]
 MMCV_FILES = [
     "pytorch/cuda/carafe_cuda.cu",
     "common/cuda/carafe_cuda_kernel.cuh",

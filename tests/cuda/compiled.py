@@ -457,7 +457,7 @@ def bounds_by_name(elf: str) -> dict[str, int]:
 
 def read_built(cuobjdump: str, built: Path, source: Path, architecture: str) -> list[Kernel]:
     """Return the kernels of a source from its object in a folder of CMake."""
-    objects = list(built.glob(f"CMakeFiles/carafepp.dir/**/{source.name}.o"))
+    objects = list(built.glob(f"core/CMakeFiles/carafepp.dir/**/{source.name}.o"))
     if not objects:
         sys.exit(f"{built} has no object of {source.name}")
     command = [cuobjdump, "-arch", f"sm_{architecture}", str(objects[0])]
