@@ -60,7 +60,7 @@ def upsampler(name: str, channels: int, *, factor: int = 2, **options: Any) -> n
     -------
     Module
         ``module(x, size=None)`` takes (N, C, H, W) and returns (N, C, H*factor, W*factor) or, given
-        a size, (N, C, *size). Interpolations interpolate to that size; the others are cropped. The
+        a size, ``(N, C, *size)``. Interpolations interpolate to that size; the others are cropped. The
         size may be larger by less than `factor`. "carafe" then continues as `CARAFE` describes;
         other upsamplers repeat their last row or column.
 
@@ -436,6 +436,7 @@ def _check_odd(name: str, kernel_size: int) -> None:
         raise ValueError(f"[{name}] kernel_size must be odd and at least 1; got {kernel_size}.")
 
 
+#: The upsampling modules, by name.
 UPSAMPLERS: dict[str, type[nn.Module]] = {
     "nearest": Nearest,
     "bilinear": Bilinear,
@@ -447,6 +448,7 @@ UPSAMPLERS: dict[str, type[nn.Module]] = {
     "spatial_attention": SpatialAttention,
     "carafe": CARAFE,
 }
+#: The downsampling modules, by name.
 DOWNSAMPLERS: dict[str, type[nn.Module]] = {
     "strided_conv": StridedConv,
     "max": MaxPool,

@@ -1,0 +1,152 @@
+"""The site of the documentation: sphinx-build -W docs build/site.
+
+Pages are Markdown that reads well on a code host too: their links are relative paths to files. Here
+a link to a file outside docs/ becomes its address there.
+"""
+
+import ast
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from sphinx.ext.autodoc.mock import _MockObject, mock
+from sphinx.util import logging
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT / "python")]
+
+REPOSITORY = "https://github.com/carafepp/carafepp"
+
+project = "carafepp"
+author = "the authors of carafepp"
+version = release = re.search(
+    r"project\(carafepp VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").read_text()
+)[1]
+
+extensions = [
+    "c_header",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["requirements.txt"]
+nitpicky = True  # a reference without a target is a warning, thus an error
+default_role = "py:obj"  # a name in single backticks is a link where the reference has it
+nitpick_ignore_regex = [  # types and arguments
+    (r"py:(obj|class|exc)", r"(?!carafepp\.).*"),
+    (r"c:identifier", r"u?int\d+_t|size_t"),
+]
+
+# Signatures and docstrings come from python/, without a compiler and without these packages.
+autodoc_mock_imports = [
+    "carafepp._core",
+    "flax",
+    "jax",
+    "jaxlib",
+    "matplotlib",
+    "torch",
+    "ultralytics",
+]
+_MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self  # in types: torch.dtype | None
+autodoc_typehints = "none"  # docstrings tell types, and shapes with them
+autodoc_preserve_defaults = True  # as the source has them
+autosummary_generate = False
+python_maximum_signature_line_length = c_maximum_signature_line_length = 80
+add_module_names = False
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+myst_heading_anchors = 4  # links to headings, by the names that a code host gives them
+myst_links_external_new_tab = False
+
+linkcheck_timeout = 20
+linkcheck_ignore = [re.escape(REPOSITORY)]  # files in there are checked here, before they are there
+
+html_theme = "furo"
+html_title = f"carafepp {version}"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [],
+}
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+# Pages that show another file of the repository.
+SHOWN = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+
+# Modules whose public names the reference must have.
+MODULES = [
+    "carafepp",
+    "carafepp.torch",
+    "carafepp.torch.mmcv",
+    "carafepp.torch.models",
+    "carafepp.torch.models.inpainting",
+    "carafepp.torch.ultralytics",
+    "carafepp.jax",
+    "carafepp.viz",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def read_page(app, docname, source):
+    """Put another file in the place of a page, and the address of files in the place of paths."""
+    folder = (DOCS / docname).parent
+    shown = SHOWN.get(docname)
+    if shown:
+        source[0] = (ROOT / shown).read_text()
+        app.env.note_dependency(str(ROOT / shown))
+
+    def link(match):
+        path, anchor = match[1], match[2] or ""
+        target = ((ROOT if shown else folder) / path).resolve()
+        if not target.exists():
+            return match[0]  # MyST complains
+        if target.is_relative_to(DOCS) and target.is_file():
+            return f"]({os.path.relpath(target, folder)}{anchor})"
+        kind = "tree" if target.is_dir() else "blob"
+        return f"]({REPOSITORY}/{kind}/main/{target.relative_to(ROOT)}{anchor})"
+
+    source[0] = re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)", link, source[0])
+
+
+def public_names(module):
+    """Return what a module exports: __all__, else the names that it defines itself."""
+    if hasattr(module, "__all__"):
+        return module.__all__
+    tree = ast.parse(Path(module.__file__).read_text())
+    defined = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [node.name for node in defined if not node.name.startswith("_")]
+
+
+def check_reference(app, env):
+    """Warn of public names that the reference lacks."""
+    documented = env.domains.python_domain.objects
+    with mock(autodoc_mock_imports):
+        for name in MODULES:
+            module = importlib.import_module(name)
+            for public in public_names(module):
+                if f"{name}.{public}" in documented:
+                    continue
+                defined = getattr(module, public)  # in the package of another page, which has it
+                if f"{defined.__module__}.{public}" not in documented:
+                    logger.warning("the reference lacks %s.%s", name, public)
+
+
+def setup(app):
+    """Connect the functions of this file."""
+    app.connect("source-read", read_page)
+    app.connect("env-check-consistency", check_reference)
