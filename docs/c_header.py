@@ -65,7 +65,7 @@ class Page:
             for name in re.findall(pattern, code)
         }
         self.sections = {}
-        self.read_overview(lines_of(COMMENT.match(header)[1]))
+        self.read_overview(lines_of(COMMENT.match(header)[1])[1:])  # without the licence
         declarations = re.search(r'extern "C" \{\n#endif(.*)#ifdef', header, re.S)
         self.begin("Types and constants")
         for comment, name in re.findall(r"/\*(.*)\*/\n#if .*\n#define (\w+)", header):
@@ -85,7 +85,7 @@ class Page:
         """Add prose and verbatim blocks."""
         for verbatim, block in groupby(lines, is_verbatim):
             if verbatim:
-                self.write(["::", "", *("    " + line for line in block)], indent)
+                self.write([".. code-block:: none", "", *("    " + line for line in block)], indent)
             else:
                 escaped = (re.sub(r"[\\*`|]|_(?!\w)", r"\\\g<0>", line) for line in block)
                 self.write([OURS.sub(self.reference, line) for line in escaped], indent)
@@ -98,7 +98,10 @@ class Page:
     def directive(self, kind, declared, comment, indent=0):
         """Add what a comment is for."""
         first = f".. c:{kind}:: "
-        self.write([first + declared[0], *(" " * len(first) + more for more in declared[1:])], indent)
+        lines = [first + declared[0], *(" " * len(first) + more for more in declared[1:])]
+        if kind in ("enumerator", "member"):
+            lines.append("   :no-contents-entry:")
+        self.write(lines, indent)
         self.text(lines_of(comment), indent + 3)
 
     def read_overview(self, lines):

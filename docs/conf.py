@@ -56,10 +56,12 @@ _MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self  # in types:
 autodoc_typehints = "none"  # docstrings tell types, and shapes with them
 autodoc_preserve_defaults = True  # as the source has them
 autosummary_generate = False
-python_maximum_signature_line_length = c_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 120
+c_maximum_signature_line_length = 80
 add_module_names = False
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_use_param = False  # "up, down : int" stays one entry
 napoleon_use_ivar = True
 
 myst_heading_anchors = 4  # links to headings, by the names that a code host gives them
@@ -71,8 +73,7 @@ linkcheck_ignore = [re.escape(REPOSITORY)]  # files in there are checked here, b
 html_theme = "furo"
 html_title = f"carafepp {version}"
 html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
-html_static_path = ["static"]
-html_css_files = ["site.css"]
+html_favicon = "favicon.svg"
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {

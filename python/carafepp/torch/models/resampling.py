@@ -436,7 +436,6 @@ def _check_odd(name: str, kernel_size: int) -> None:
         raise ValueError(f"[{name}] kernel_size must be odd and at least 1; got {kernel_size}.")
 
 
-#: The upsampling modules, by name.
 UPSAMPLERS: dict[str, type[nn.Module]] = {
     "nearest": Nearest,
     "bilinear": Bilinear,
@@ -448,7 +447,6 @@ UPSAMPLERS: dict[str, type[nn.Module]] = {
     "spatial_attention": SpatialAttention,
     "carafe": CARAFE,
 }
-#: The downsampling modules, by name.
 DOWNSAMPLERS: dict[str, type[nn.Module]] = {
     "strided_conv": StridedConv,
     "max": MaxPool,
