@@ -67,9 +67,9 @@ def search(browser, home, word):
     box = browser.find_element(By.CSS_SELECTOR, "input.sidebar-search")
     box.send_keys(word)
     box.submit()
-    links = WebDriverWait(browser, 20).until(
-        lambda b: b.find_elements(By.CSS_SELECTOR, "#search-results li a")
-    )
+    finished = (By.XPATH, "//*[@id='search-results']/h2[contains(., 'Search Results')]")
+    WebDriverWait(browser, 20).until(lambda b: b.find_elements(*finished))
+    links = browser.find_elements(By.CSS_SELECTOR, "#search-results li a")
     return [link.get_attribute("href") for link in links]
 
 
