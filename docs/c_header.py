@@ -8,6 +8,7 @@ as they are. What fits none of this is an error.
 
 import re
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from docutils import nodes
@@ -85,7 +86,7 @@ class Page:
         """Add prose and verbatim blocks."""
         for verbatim, block in groupby(lines, is_verbatim):
             if verbatim:
-                self.write([".. code-block:: none", "", *("    " + line for line in block)], indent)
+                self.write(["::", "", *("    " + line for line in block)], indent)
             else:
                 escaped = (re.sub(r"[\\*`|]|_(?!\w)", r"\\\g<0>", line) for line in block)
                 self.write([OURS.sub(self.reference, line) for line in escaped], indent)
@@ -140,8 +141,8 @@ class Page:
             elif enum := re.fullmatch(r"enum \{(.*)\}", declaration, re.S):
                 if comment:
                     self.text(lines_of(comment))
-                for name, about in matches(ENUMERATOR, enum[1]):
-                    self.directive("enumerator", [name], about)
+                for about, names in groupby(matches(ENUMERATOR, enum[1]), itemgetter(1)):
+                    self.directive("enumerator", [name for name, _ in names], about)
             else:
                 self.directive("type", [declaration.removeprefix("typedef ")], comment)
                 comment = ""

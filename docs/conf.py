@@ -59,6 +59,8 @@ autosummary_generate = False
 python_maximum_signature_line_length = 120
 c_maximum_signature_line_length = 80
 add_module_names = False
+highlight_language = "none"  # of formulas and commands; programs say theirs
+smartquotes = False  # H' is a size, not a quotation
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False  # "up, down : int" stays one entry
@@ -124,6 +126,11 @@ def read_page(app, docname, source):
     source[0] = re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)", link, source[0])
 
 
+def keep_initials(app, what, name, obj, options, lines):
+    """Escape the initial of "J. Wang", which would number a list."""
+    lines[:] = [re.sub(r"^(\s*[A-Z])\. ", r"\1\\. ", line) for line in lines]
+
+
 def public_names(module):
     """Return what a module exports: __all__, else the names that it defines itself."""
     if hasattr(module, "__all__"):
@@ -150,4 +157,5 @@ def check_reference(app, env):
 def setup(app):
     """Connect the functions of this file."""
     app.connect("source-read", read_page)
+    app.connect("autodoc-process-docstring", keep_initials)
     app.connect("env-check-consistency", check_reference)
