@@ -88,8 +88,12 @@ class Page:
             if verbatim:
                 self.write(["::", "", *("    " + line for line in block)], indent)
             else:
-                escaped = (re.sub(r"[\\*`|]|_(?!\w)", r"\\\g<0>", line) for line in block)
-                self.write([OURS.sub(self.reference, line) for line in escaped], indent)
+                self.write([self.prose(line) for line in block], indent)
+
+    def prose(self, line):
+        """Return a line with names in backticks as code, and links."""
+        line = re.sub(r"[\\*|]|_(?!\w)", r"\\\g<0>", line)
+        return OURS.sub(self.reference, re.sub(r"`(\w+)`", r"``\1``", line))
 
     def reference(self, match):
         """Return a link to what the header declares."""

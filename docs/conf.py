@@ -6,6 +6,7 @@ a link to a file outside docs/ becomes its address there.
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from sphinx.ext.autodoc.mock import _MockObject, mock
 from sphinx.util import logging
+from sphinx.util.inspect import stringify_signature
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -60,7 +62,7 @@ python_maximum_signature_line_length = 120
 c_maximum_signature_line_length = 80
 add_module_names = False
 highlight_language = "none"  # of formulas and commands; programs say theirs
-smartquotes = False  # H' is a size, not a quotation
+smartquotes_action = "D"  # dashes alone: H' is a size, not a quotation
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False  # "up, down : int" stays one entry
@@ -131,6 +133,15 @@ def keep_initials(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"^(\s*[A-Z])\. ", r"\1\\. ", line) for line in lines]
 
 
+def sign_class(app, what, name, obj, options, signature, returned):
+    """Return the signature of a class by its __init__: a base class that is a mock hides it."""
+    init = getattr(obj, "__init__", None)
+    if what == "class" and inspect.isfunction(init) and init.__module__.startswith("carafepp"):
+        signature = stringify_signature(inspect.signature(init), show_annotation=False)
+        return re.sub(r"\(self(, )?", "(", signature), returned
+    return None
+
+
 def public_names(module):
     """Return what a module exports: __all__, else the names that it defines itself."""
     if hasattr(module, "__all__"):
@@ -143,7 +154,7 @@ def public_names(module):
 def check_reference(app, env):
     """Warn of public names that the reference lacks."""
     documented = env.domains.python_domain.objects
-    with mock(autodoc_mock_imports):
+    with mock(app.config.autodoc_mock_imports):
         for name in MODULES:
             module = importlib.import_module(name)
             for public in public_names(module):
@@ -158,4 +169,5 @@ def setup(app):
     """Connect the functions of this file."""
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", keep_initials)
+    app.connect("autodoc-process-signature", sign_class)
     app.connect("env-check-consistency", check_reference)
