@@ -1,4 +1,4 @@
-"""Open every page of the built site in headless Chromium, wide and narrow: python docs/browser.py build/site.
+"""Open every page of the built site in headless Chromium: python docs/browser.py build/site.
 
 It needs selenium, chromium and chromedriver. A page fails if the browser logs an error, a picture
 does not load, or a phone has to scroll it sideways. The search has to find a word of the reference,
@@ -53,7 +53,8 @@ def open_page(browser, address):
     browser.execute_script("for (const i of document.images) i.loading = 'eager'")
     wait = WebDriverWait(browser, 20)
     wait.until(lambda b: b.execute_script(LOADED))
-    faults = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    log = browser.get_log("browser")
+    faults = [entry["message"] for entry in log if entry["level"] == "SEVERE"]
     faults += [f"{source} does not load" for source in browser.execute_script(BROKEN)]
     if (excess := browser.execute_script(EXCESS)) > 0:
         faults.append(f"{excess} pixels wider than the screen")

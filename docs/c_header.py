@@ -166,11 +166,10 @@ class CHeader(SphinxDirective):
         header = Path(path).read_text()
         result = []
         for title, lines in Page(header).sections.items():
-            parent = nodes.section(ids=[nodes.make_id(title)], names=[title]) if title else nodes.Element()
-            if title:
-                parent += nodes.title(title, title)
-            self.state.nested_parse(StringList(lines, path), 0, parent)
-            result += [parent] if title else parent.children
+            section = nodes.section(ids=[nodes.make_id(title)], names=[title])
+            section += nodes.title(title, title)
+            self.state.nested_parse(StringList(lines, path), 0, section)
+            result += [section] if title else section.children[1:]  # what comes first has no title
         names = {name for name in OURS.findall(COMMENT.sub("", header)) if not name.endswith("_H")}
         self.env.domaindata["c"].setdefault("of_headers", set()).update(names)
         return result
