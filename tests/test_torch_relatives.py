@@ -1,4 +1,4 @@
-"""Operators of other papers: the lines of docs/guides/relatives.md against the originals' definitions."""
+"""Operators of other papers: the lines of docs/guides/relatives.md against their definitions."""
 
 import doctest
 import functools
