@@ -126,8 +126,7 @@ class Page:
     def read_chunk(self, chunk):
         """Add the declarations of a chunk."""
         comment, code = re.fullmatch(r"(?:/\*(.*?)\*/\n)?(.*)", chunk, re.S).groups()
-        comment = comment or ""
-        functions = []
+        comment, functions = comment or "", []
         for declaration, behind in matches(DECLARATION, code):
             declaration = " ".join(declaration.split()) if "{" not in declaration else declaration
             if declaration.startswith("CARAFEPP_API "):
@@ -139,12 +138,13 @@ class Page:
                     functions.append(signature)
             elif struct := re.fullmatch(r"typedef struct (\w+) \{(.*)\} \w+", declaration, re.S):
                 self.directive("struct", [struct[1]], comment)
+                comment = ""
                 for kind, names, about in matches(MEMBER, struct[2]):
                     kind = " ".join(kind.split()) + " "
                     self.directive("member", [kind + name for name in names.split(", ")], about, 3)
             elif enum := re.fullmatch(r"enum \{(.*)\}", declaration, re.S):
-                if comment:
-                    self.text(lines_of(comment))
+                self.text(lines_of(comment))
+                comment = ""
                 for about, names in groupby(matches(ENUMERATOR, enum[1]), itemgetter(1)):
                     self.directive("enumerator", [name for name, _ in names], about)
             else:
@@ -152,6 +152,8 @@ class Page:
                 comment = ""
         if functions:
             self.directive("function", functions, comment)
+        elif comment:
+            raise ExtensionError(f"c-header does not see what this is for: {comment}")
 
 
 class CHeader(SphinxDirective):
