@@ -1,4 +1,4 @@
-"""Errors of the results, and extreme logits: the tables of docs/numbers.md.
+"""Errors of the results, and extreme logits: the tables of docs/numerics.md.
 
     PYTHONPATH=. python tests/accuracy.py [CASE ...]
 

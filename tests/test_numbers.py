@@ -349,9 +349,9 @@ def test_long_doubles_stay_the_same(layout, isa):
     assert np.longdouble(1) + np.longdouble(2) == 3
 
 
-# docs/numbers.md
+# docs/numerics.md
 
-PAGE = Path(__file__).parent.parent / "docs" / "numbers.md"
+PAGE = Path(__file__).parent.parent / "docs" / "numerics.md"
 page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a source distribution")
 
 

@@ -1,4 +1,4 @@
-"""Operators of other papers: the lines of docs/relatives.md against the originals' definitions."""
+"""Operators of other papers: the lines of docs/guides/relatives.md against their definitions."""
 
 import doctest
 import functools
@@ -23,7 +23,7 @@ import carafepp
 from carafepp.torch import AdaptiveConv, Involution2d, adaptive_conv, convex_upsample, relatives
 from torchvision_import import import_torchvision
 
-PAGE = Path(__file__).parent.parent / "docs" / "relatives.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "relatives.md"
 page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a source distribution")
 
 

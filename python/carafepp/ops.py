@@ -51,8 +51,11 @@ def reassemble(
 ) -> ArrayT:
     """Rescale features by a weighted sum over a window for every output pixel.
 
-    ``output[n,c,i',j'] = sum over a,b in [-r,r] of
-    masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]``
+    ::
+
+        output[n,c,i',j'] = sum over a,b in [-r,r] of
+            masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j'] * features[n, c, src(i')+a, src(j')+b]
+
     with ``r = K//2``, ``g(c) = c // (C//groups)``, ``src(i') = i'*down // up + r - padding``.
     Features are 0 outside their borders: such a tap contributes exactly 0.
 
@@ -224,11 +227,12 @@ def reassemble_backward(
 ) -> tuple[ArrayT | None, ArrayT | None]:
     """Return the gradients of `reassemble` for features and for masks.
 
-    ``grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of
-    grad_output[n,c,i',j'] * features[n, c, src(i')+a_t, src(j')+b_t]``
-    and
-    ``grad_features[n,c,i,j] = sum over (i',j',a,b) with src(i')+a = i, src(j')+b = j of
-    grad_output[n,c,i',j'] * masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j']``.
+    ::
+
+        grad_masks[n, g*K*K+t, i', j'] = sum over c in group g of
+            grad_output[n,c,i',j'] * features[n, c, src(i')+a_t, src(j')+b_t]
+        grad_features[n,c,i,j] = sum over (i',j',a,b) with src(i')+a = i, src(j')+b = j of
+            grad_output[n,c,i',j'] * masks[n, g(c)*K*K + (a+r)*K + (b+r), i', j']
 
     Parameters
     ----------
@@ -609,8 +613,9 @@ def normalize_masks_backward(
 ) -> ArrayT:
     """Return the gradient of `normalize_masks` for logits.
 
-    For the softmax ``grad_logits_t = masks_t * (grad_masks_t - sum over s of
-    masks_s * grad_masks_s)``, in the order of the logits before pixel_shuffle.
+    For the softmax, in the order of the logits before pixel_shuffle::
+
+        grad_logits_t = masks_t * (grad_masks_t - sum over s of masks_s * grad_masks_s)
 
     Parameters
     ----------

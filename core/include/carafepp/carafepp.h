@@ -70,6 +70,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Marks what the shared library exports. */
 #if defined(__GNUC__)
 #define CARAFEPP_API __attribute__((visibility("default")))
 #else
@@ -240,6 +241,9 @@ CARAFEPP_API carafepp_status carafepp_normalize_masks_backward(const carafepp_pa
 CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params, carafepp_function function,
                                                    const carafepp_tensor* input, int64_t* shape);
 
+/* What carafepp_list_implementations calls. */
+typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
+
 /* Calls visit(user, name, declines) for every implementation of `function`, in the order of preference. `declines` is
  * NULL for one that can run the problem, else the reason. One that can run, runs if it is forced. Otherwise the first
  * that can runs, without those that are slower here: CARAFEPP_LOG=debug tells which. With CARAFEPP_FASTEST these
@@ -256,7 +260,6 @@ CARAFEPP_API carafepp_status carafepp_output_shape(const carafepp_params* params
  *     layout: nchw (adjacent columns share a vector), nhwc (adjacent channels do), any (any strides)
  *     mma:    by tensor cores
  *     target: ref (portable loops), avx2, avx512, neon, generic or cuda */
-typedef void (*carafepp_visit)(void* user, const char* name, const char* declines);
 CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params* params, carafepp_function function,
                                                            const carafepp_tensor* const* tensors, carafepp_visit visit,
                                                            void* user);

@@ -1,7 +1,7 @@
 """Operators of other papers: convex upsampling, adaptive convolution, involution.
 
 Each takes the arguments of the paper's own code, and calls `carafepp.reassemble` or
-`carafepp.reassemble_with_logits`. docs/relatives.md shows the line that changes in each project.
+`carafepp.reassemble_with_logits`. docs/guides/relatives.md shows what changes in each project.
 """
 
 from __future__ import annotations

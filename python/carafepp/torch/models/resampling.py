@@ -60,8 +60,8 @@ def upsampler(name: str, channels: int, *, factor: int = 2, **options: Any) -> n
     -------
     Module
         ``module(x, size=None)`` takes (N, C, H, W) and returns (N, C, H*factor, W*factor) or, given
-        a size, (N, C, *size). Interpolations interpolate to that size; the others are cropped. The
-        size may be larger by less than `factor`. "carafe" then continues as `CARAFE` describes;
+        a size, ``(N, C, *size)``. Interpolations interpolate to that size; the others are cropped.
+        The size may be larger by less than `factor`. "carafe" then continues as `CARAFE` describes;
         other upsamplers repeat their last row or column.
 
     Raises

@@ -41,11 +41,11 @@ class GlobalLocalGenerator(nn.Module):
     dilations : sequence of int, default (2, 4, 8, 16)
     downsampler : str, default "strided_conv"
         "strided_conv" is the original: a convolution of stride 2. Other names of
-        `carafepp.torch.models.resampling.downsampler`, such as "carafe", stand for that layer and
+        `carafepp.torch.models.downsampler`, such as "carafe", stand for that layer and
         the convolution without its stride (section 4.3).
     upsampler : str, default "deconv"
         "deconv" is the original: a transposed convolution 4x4 of stride 2. Other names of
-        `carafepp.torch.models.resampling.upsampler` stand for that layer and a convolution, which
+        `carafepp.torch.models.upsampler` stand for that layer and a convolution, which
         changes the number of channels.
 
     Raises
