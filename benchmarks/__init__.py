@@ -28,9 +28,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def commit() -> str:
     """Return the commit of the tree, and whether files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12"]
-    command.append("--dirty= with changes")
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An unpacked archive may lie within another repository.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT:
+            return git(
+                "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"
+            )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        pass
+    return "unknown"

@@ -8,8 +8,6 @@ Down: a photograph is shrunk 4 times by masks that keep its thin structures.
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +33,7 @@ try:
         Shades,
         check_picture,
         colours,
+        make_folder,
         new_file,
         read_picture,
         sentence,
@@ -384,17 +383,6 @@ def run(image: Path | None, out: Path) -> None:
         print_scores(*upsampling_demo(written[0]))
     print_looks(downsampling_demo(sheet, shrunk, pixels, shades))
     print("Written:", *written, sep="\n  ")
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder of the results, or tell why it cannot be one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        reason = "a file" if isinstance(error, FileExistsError) else error.strerror
-        raise OSError(f"--out must be a folder to write into; got {out}: {reason}") from error
 
 
 def main(argv: list[str]) -> int:

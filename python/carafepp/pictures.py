@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import warnings
@@ -295,3 +296,14 @@ def new_file(path: Path) -> Iterator[Path]:
         if part.is_dir():
             shutil.rmtree(part)
         part.unlink(missing_ok=True)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of `--out`, or tell why it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = "a file" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(f"--out must be a folder to write into; got {out}: {reason}") from error
