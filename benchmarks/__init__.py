@@ -8,11 +8,12 @@
 | compare.py | one comparison: checks, times, ratios |
 | truth.py, check.py | the right results on three blocks; the tolerance |
 | machine.py | the machine's peaks: arithmetic, copies, exponentials |
-| report.py, plot.py | tables, progress and files; the picture |
+| report.py, plot.py | tables, progress and files; the pictures |
 | carafe.py | the operator of the paper beside its bars |
 | relatives.py | operators of other papers, other factors and kernel sizes, beside theirs |
 | bars.py | what these two share: bars, tables, the command |
 | overhead.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
+| memory.py | the memory of a training step |
 | gpu/ | everything that needs a GPU: `python -m benchmarks.gpu` |
 """
 
