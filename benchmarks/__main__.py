@@ -34,8 +34,11 @@ FACTS = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    text = "Check carafepp and PyTorch on the same problems, time them in turns, and print tables. "
-    parser = report.parser("benchmarks", text + "Exit status 1 if an answer is wrong.", SECONDS)
+    text = (
+        "Check carafepp and PyTorch on the same problems, time them in turns, and print tables.\n"
+    )
+    text += "The last line is a summary. Exit status 1 if an answer is wrong."
+    parser = report.parser("benchmarks", text, SECONDS)
 
     def words(name: str, default, text: str, known=None, kind=str, dest=None) -> None:
         text += f"; default {default}" if default else ""

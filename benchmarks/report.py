@@ -71,7 +71,11 @@ def _seconds(given: str) -> float:
 
 def parser(command: str, description: str, seconds: float | None) -> argparse.ArgumentParser:
     """Return the options of every command; `seconds` is None where nothing is timed."""
-    made = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    made = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     if seconds is not None:
         text = f"time budget of one comparison, 0 only checks the answers; default {seconds}"
         made.add_argument("--seconds", type=_seconds, default=seconds, help=text)

@@ -206,28 +206,31 @@ def downsampling_logits(photo: Array, halo: Any) -> Array:
     They get no logits.
     """
     k, first = DOWN_KERNEL, DOWN_KERNEL // 2
-    pixels = split_into_blocks(color.rgb2lab(photo).astype(np.float32), DOWN)
-    inner = tuple(
-        slice(before, length - after)
-        for length, (before, after) in zip(pixels.shape, halo, strict=False)
-    )
-    surroundings = ndimage.gaussian_filter(means(pixels), (AROUND, AROUND, 0), radius=REACH)
-    surroundings, pixels = surroundings[inner], pixels[inner]
-    rows, cols = pixels.shape[:2]  # [ceil(H/4), ceil(W/4), 16, 3]
-    difference2 = ((pixels - surroundings[:, :, None]) ** 2).sum(3)
+    pixels = planes(color.rgb2lab(photo))  # [3, 16, ceil(H/4), ceil(W/4)]
+    surroundings = ndimage.gaussian_filter(means(pixels), (0, AROUND, AROUND), radius=REACH)
+    (top, bottom), (left, right) = halo
+    inner = np.s_[..., top : pixels.shape[2] - bottom, left : pixels.shape[3] - right]
+    difference2 = ((pixels[inner] - surroundings[:, None][inner]) ** 2).sum(0)
     logit = np.where(np.isnan(difference2), -np.inf, np.log(difference2 + NOISE**2))
 
     # A window is centred on the first pixel of its block, so the block is its lower right part.
     # All other taps have weight 0, so the result does not shift against the photograph.
+    rows, cols = logit.shape[1:]
     logits = np.full((k, k, rows, cols), -np.inf, np.float32)
-    logits[first:, first:] = logit.reshape(rows, cols, DOWN, DOWN).transpose(2, 3, 0, 1)
+    logits[first:, first:] = logit.reshape(DOWN, DOWN, rows, cols)
     return logits.reshape(1, k * k, rows, cols)
 
 
-def means(blocks: Array) -> Array:
-    """[H, W, 16, 3] -> [H, W, 3]: of the pixels within the picture, the others are NaN."""
-    mean: Array = blocks.mean(2)
-    return np.nanmean(blocks, 2) if np.isnan(mean).any() else mean
+def planes(picture: Array) -> Array:
+    """[H, W, 3] -> [3, 16, ceil(H/4), ceil(W/4)], NaN outside: sums over blocks are fast."""
+    blocks = split_into_blocks(picture.astype(np.float32, copy=False), DOWN)
+    return np.ascontiguousarray(blocks.transpose(3, 2, 0, 1))
+
+
+def means(pixels: Array) -> Array:
+    """[3, 16, H, W] -> [3, H, W]: of the pixels within the picture."""
+    mean: Array = pixels.mean(1)
+    return np.nanmean(pixels, 1) if np.isnan(mean).any() else mean
 
 
 def downsample_with_masks(photo: Array, halo: Any) -> Array:
@@ -253,9 +256,9 @@ def shrink(pixels: Array, shades: Shades) -> dict[str, Array]:
         there = np.s_[row.first : row.last, column.first : column.last]
         results["carafepp"][there] = downsample_with_masks(photo, halo)
         inner = pixels[DOWN * row.first : DOWN * row.last, DOWN * column.first : DOWN * column.last]
-        blocks = split_into_blocks(colours(inner, shades), DOWN)
-        results["area averaging"][there] = means(blocks)
-        results["max pooling"][there] = np.nanmax(blocks, 2)
+        blocks = planes(colours(inner, shades))
+        results["area averaging"][there] = means(blocks).transpose(1, 2, 0)
+        results["max pooling"][there] = np.fmax.reduce(blocks, 1).transpose(1, 2, 0)
     return results
 
 
@@ -336,7 +339,7 @@ def write_sheet(
     size = right - left, last - first
     figure.axes[0].add_patch(Rectangle((left, first), *size, fill=False, edgecolor="white", lw=2))
     with new_file(path) as part:
-        figure.savefig(part, pil_kwargs={"optimize": True})
+        figure.savefig(part)
 
 
 def print_scores(scores: dict[str, Scores], seconds_of_logits: float) -> None:
