@@ -186,7 +186,7 @@ LOW, GUIDE = np.ones((6, 8), np.float32), np.zeros((24, 32, 3), np.uint8)
         (np.ones((6, 8, 3)), GUIDE, "out.npy", ["--labels"], "LOW must have rows and columns"),
         (LOW, GUIDE, "out.jpg", [], "--out must end in one of .png .tif .tiff .npy .zarr; got"),
         (LOW, GUIDE, "out.png", [], "a PNG file has no float32 of 1 channels"),
-        (LOW, GUIDE, "low.npy", [], "--out must not exist;"),
+        (LOW, GUIDE, "low.npy", [], "--out must be a new file; got low.npy, which exists"),
         (LOW, GUIDE, "no/folder/out.npy", [], "--out must be in a folder that can be written to;"),
         (LOW, GUIDE, "low.npy/out.npy", [], "--out must be in a folder that can be written to;"),
         (LOW, GUIDE, 200 * "long" + ".npy", [], ".npy: File name too long"),

@@ -88,7 +88,7 @@ def open_raster(name: str, path: Path, files: ExitStack) -> Picture:
 
 def _open_array(suffix: str, path: Path, files: ExitStack) -> Any:
     if suffix == ".npy":
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, "r")
     import zarr
 
     if suffix == ".zarr":
@@ -133,7 +133,7 @@ def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if suffix not in WRITTEN:
         raise OSError(f"--out must end in one of {' '.join(WRITTEN)}; got {path}")
     if path.exists():
-        raise OSError(f"--out must not exist; {path} does")
+        raise OSError(f"--out must be a new file; got {path}, which exists")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"--out must be in a folder that can be written to; got {path}")
     channels = shape[2] if len(shape) == 3 else 1
