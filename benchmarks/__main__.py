@@ -22,6 +22,9 @@ QUICK_SECONDS = 120  # time budget of --quick
 QUICK_CASES = ["fpn1", "s2", "tiny"]
 QUICK_PEERS = ["unfold", "taps", "bmm", "nearest", "avg_pool"]
 QUICK_WITHOUT = ("forward+backward", "logits")
+HELP = """\
+Check carafepp and PyTorch on the same problems, time them in turns, and print tables.
+The last line is a summary. Exit status 1 if an answer is wrong."""
 SAID = {"forward": "in the forward", "forward+backward": "in forward and backward"}
 FACTS = {
     "times": HOW,
@@ -34,11 +37,7 @@ FACTS = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    text = (
-        "Check carafepp and PyTorch on the same problems, time them in turns, and print tables.\n"
-    )
-    text += "The last line is a summary. Exit status 1 if an answer is wrong."
-    parser = report.parser("benchmarks", text, SECONDS)
+    parser = report.parser("benchmarks", HELP, SECONDS)
 
     def words(name: str, default, text: str, known=None, kind=str, dest=None) -> None:
         text += f"; default {default}" if default else ""
@@ -56,7 +55,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "parts of names, like avx2; carafepp is the automatic choice",
     )
     words("--peers", None, f"parts of names: unfold, taps, bmm, {COMPILED}, nearest, ..., or none")
-    words("--threads", "1,2", "numbers of threads; --quick takes the first for most rows", kind=int)
+    words(
+        "--threads",
+        "1,2",
+        "numbers of threads; --quick takes the first for most rows",
+        kind=report.count,
+    )
     words("--dtype", "float32,bfloat16", "peers run in the first one only", dtypes)
     words("--pass", passes, "the second adds each gradient alone", passes.split(","), dest="passes")
     words("--layout", layouts, "NHWC: channels_last for PyTorch", layouts.split(","))
@@ -88,7 +92,7 @@ def _read_rows(given: str) -> list[report.Row]:
     """Return the rows of a file; of rows with the same labels, the last one."""
     try:
         found = [json.loads(line) for line in Path(given).read_text().splitlines()]
-        rows = {(row["case"], _labels(row)): row for row in found if "case" in row}
+        rows = {(row["case"], _labels(row)): row for row in found if "x_composition" in row}
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot be read: {given}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
@@ -200,7 +204,7 @@ CALL_COLUMNS = {
 
 def _compared(rows: list[report.Row]) -> list[report.Row]:
     """Return carafepp's rows beside compositions: of the first dtype, on the first threads."""
-    first = {key: rows[0][key] for key in ("dtype", "threads")}
+    first = {key: rows[0][key] for key in ("dtype", "threads")} if rows else {}
     return [
         row
         for row in rows

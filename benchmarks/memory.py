@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = report.parser("benchmarks.memory", __doc__, None)
     known = [name for name, case in PROBLEMS.items() if case.up > 1]
     parser.add_argument("--case", default="fpn2", choices=known)
-    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--threads", default=1, type=report.count)
     text = "draw a bar for each row, a PNG"
     parser.add_argument("--plot", metavar="FILE", type=report.file_to_write, help=text)
     asked = parser.parse_args(arguments)
@@ -85,9 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
         {"name": name, "how": "measured", "memory": measured(name, case, asked.threads)}
         for name in pages.track(names, str)
     ]
+    if None in [row["memory"] for row in rows]:
+        sys.exit("[benchmarks.memory] the system must tell the peak of a process, as Linux does.")
     buffers = counted(case)
-    rows.append({"name": MMCV, "how": "counted", "memory": sum(buffers.values())})
-    rows.sort(key=lambda row: row["memory"] or 0)
+    rows.append({"name": MMCV, "how": "counted in its source", "memory": sum(buffers.values())})
+    rows.sort(key=lambda row: row["memory"])
     rows = [{"case": asked.case, "title": title, **row} for row in rows]
     columns = {
         "implementation": lambda row: row["name"],

@@ -33,22 +33,26 @@ Row = dict[str, Any]
 OUTPUTS = {"--json": "append each row as a line of JSON", "--markdown": "write all tables"}
 
 
-def words(known: Iterable[str] | None = None, kind: type = str) -> Callable[[str], list]:
+def words(
+    known: Iterable[str] | None = None, kind: Callable[[str], Any] = str
+) -> Callable[[str], list]:
     """Return the type of an option that takes words separated by commas."""
 
     def split(given: str) -> list:
-        try:
-            found = [kind(word.strip()) for word in given.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers; got {given!r}") from None
+        found = [kind(word.strip()) for word in given.split(",")]
         for word in found:
-            if kind is int and word < 1:
-                raise argparse.ArgumentTypeError(f"must be numbers from 1; got {given!r}")
             if known is not None and word not in known:
                 raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
         return found
 
     return split
+
+
+def count(given: str) -> int:
+    """Return the number of an option, 1 or more."""
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1; got {given!r}")
+    return int(given)
 
 
 def file_to_write(given: str) -> Path:
