@@ -11,6 +11,7 @@ from skips import import_or_skip
 import_or_skip("skimage")
 DASK = 'pip install ".[dask]"'  # has Zarr, which reads TIFF too
 
+import tifffile
 from PIL import Image
 
 from carafepp import upsample
@@ -146,6 +147,36 @@ def test_channels_are_upsampled_each(tmp_path, rng):
     np.testing.assert_array_equal(result[..., 1], np.load(tmp_path / "one.npy"))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
+def test_channels_survive_in_files(tmp_path, rng, suffix, channels):
+    """A TIFF file keeps them within one page."""
+    low = rng.integers(0, 256, (6, 8, channels), np.uint8)
+    guide = guide_of(rng, 6, 8)
+    status = run(tmp_path, low, guide, out=f"out{suffix}")
+    assert status == (2 if suffix == ".png" and channels == 5 else 0)
+    if status == 0:
+        assert run(tmp_path, low, guide, out="expected.npy") == 0
+        expected = np.load(tmp_path / "expected.npy")
+        tif = suffix == ".tif"
+        result = (tifffile.imread if tif else read)(tmp_path / f"out{suffix}")
+        np.testing.assert_array_equal(result.reshape(expected.shape), expected)
+        if tif:
+            with tifffile.TiffFile(tmp_path / "out.tif") as file:
+                assert len(file.pages) == 1
+
+
+def test_the_first_page_is_taken(tmp_path, rng, capsys):
+    import_or_skip("zarr", DASK)
+    pages, guide = rng.random((3, 6, 8), np.float32), guide_of(rng, 6, 8)
+    tifffile.imwrite(tmp_path / "low.tif", pages, photometric="minisblack")
+    assert run(tmp_path, tmp_path / "low.tif", guide) == 0
+    assert "LOW has 3 frames: the first one is taken." in capsys.readouterr().out
+    assert run(tmp_path, pages[0], guide, out="expected.npy") == 0
+    results = [np.load(tmp_path / name) for name in ("out.npy", "expected.npy")]
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("dtype", "white"), [("?", 1), ("u1", 255), ("u2", 65535), ("u2", 4095), ("f4", 1), ("f8", 255)]
@@ -186,7 +217,7 @@ LOW, GUIDE = np.ones((6, 8), np.float32), np.zeros((24, 32, 3), np.uint8)
         (np.ones((6, 8, 3)), GUIDE, "out.npy", ["--labels"], "LOW must have rows and columns"),
         (LOW, GUIDE, "out.jpg", [], "--out must end in one of .png .tif .tiff .npy .zarr; got"),
         (LOW, GUIDE, "out.png", [], "a PNG file has no float32 of 1 channels"),
-        (LOW, GUIDE, "low.npy", [], "--out must be a new file; got low.npy, which exists"),
+        (LOW, GUIDE, "low.npy", [], "low.npy, which exists"),
         (LOW, GUIDE, "no/folder/out.npy", [], "--out must be in a folder that can be written to;"),
         (LOW, GUIDE, "low.npy/out.npy", [], "--out must be in a folder that can be written to;"),
         (LOW, GUIDE, 200 * "long" + ".npy", [], ".npy: File name too long"),

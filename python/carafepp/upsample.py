@@ -8,6 +8,7 @@ large. Tiles are read, upsampled and written one after the other.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import carafepp
 
 MISSING: ImportError | None = None
 try:
+    import tifffile
     from PIL import Image
 
     from .guided import KERNEL_SIZE, RADIUS, logits_from_guide
@@ -79,24 +81,27 @@ def open_raster(name: str, path: Path, files: ExitStack) -> Picture:
         return read_picture(name, path, keep_palette=name == "LOW")
     try:
         path.stat()
-        return Picture(_open_array(suffix, path, files))
+        return _open_array(suffix, path, files)
     except ImportError:
         raise
     except Exception as error:  # each library has its own
         raise unreadable(name, path, error) from error
 
 
-def _open_array(suffix: str, path: Path, files: ExitStack) -> Any:
+def _open_array(suffix: str, path: Path, files: ExitStack) -> Picture:
     if suffix == ".npy":
-        return np.lib.format.open_memmap(path, "r")
+        return Picture(np.lib.format.open_memmap(path, "r"))
     import zarr
 
     if suffix == ".zarr":
-        return zarr.open_array(str(path), mode="r")
-    import tifffile
-
+        return Picture(zarr.open_array(str(path), mode="r"))
     tiff = files.enter_context(tifffile.TiffFile(path))
-    return zarr.open_array(tiff.aszarr(series=0, level=0), mode="r")
+    page: Any = tiff.pages[0]
+    if page.axes not in ("YX", "YXS"):
+        raise ValueError(f"its axes are {page.axes}, instead of YX or YXS")
+    several = tiff.series[0].axes != page.axes
+    pixels = zarr.open_array(page.aszarr(), mode="r")
+    return Picture(pixels, None, len(tiff.pages) if several else 1)
 
 
 def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: Any) -> Target:
@@ -121,10 +126,14 @@ def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: An
         chunks = (*(min(TILE, length) for length in shape[:2]), *shape[2:])
         stored = zarr.open_array(str(path), mode="w", shape=shape, chunks=chunks, dtype=dtype)
         return Target(stored, lambda: None)
-    import tifffile
-
-    mapped = tifffile.memmap(path, shape=shape, dtype=np.uint8 if dtype.kind == "b" else dtype)
-    return Target(mapped, mapped.flush)
+    form: dict[str, Any] = {}
+    if math.prod(shape[2:]) > 1:
+        form = {"photometric": "rgb" if shape[2] in (3, 4) else "minisblack"}
+        form["planarconfig"] = "contig"  # else rows may count as pages
+    in_file = shape if form else shape[:2]
+    dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype
+    mapped = tifffile.memmap(path, shape=in_file, dtype=dtype, **form)
+    return Target(mapped.reshape(shape), mapped.flush)
 
 
 def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
