@@ -579,6 +579,7 @@ def test_other_dtypes_and_threads_are_compared_with_the_row_of_float32_on_one_th
 
 def test_a_tiny_call_is_compared_with_numpys_and_pytorchs(bars):
     found = {bar["unit"]: bar["limit"] for bar in barred(bars, case="tiny_call")}
+    assert found.pop("us more than x + 1", 12) == 12  # where JAX is installed
     assert found == {"times np.empty, np.multiply": 6, "times torch.mul": 4}
 
 
@@ -590,7 +591,8 @@ def test_rows_of_several_runs_share_a_file(tmp_path):
     for _ in range(2):
         carafe.main(["--cases", "tiny_call", "--seconds", "0.01", "--json", str(path)])
     rows = rows_of(path)
-    assert [row["name"] for row in rows[:4]] == [row["name"] for row in rows[4:]]
+    names = [row["name"] for row in rows]
+    assert names[: len(rows) // 2] == names[len(rows) // 2 :]
     for row in rows:
         assert {"CPU", "commit of this repository", "date"} <= row["run"].keys()
         assert row["seconds"] <= row["seconds_median"] <= row["seconds_q3"]

@@ -405,7 +405,11 @@ def main(argv: list[str]) -> int:
         help="a picture of yours: JPEG, PNG, TIFF or what else Pillow reads, of any dtype",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="their folder; default: this one"
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="the folder of the PNG files; default: the current one",
     )
     arguments = parser.parse_args(argv)
     if MISSING is not None:
