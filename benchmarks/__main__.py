@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import report
-from .compare import compare
+from .compare import compare, ratios
 from .machine import Machine
 from .overhead import one_call
 from .passes import BYTES, FLOPS
@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     text = "draw the speeds as bars, a PNG"
     parser.add_argument("--plot", metavar="FILE", type=report.file_to_write, help=text)
-    text = "run nothing: sum up, and draw, the rows of a file that --json wrote"
+    text = "run nothing: sum up and draw rows that --json wrote, here or in benchmarks.carafe"
     parser.add_argument("--from-json", metavar="FILE", type=_read_rows, help=text)
     asked, default = parser.parse_args(arguments), vars(parser.parse_args([]))
     for name in ("from_json", "plot", "markdown"):
@@ -92,7 +92,10 @@ def _read_rows(given: str) -> list[report.Row]:
     """Return the rows of a file; of rows with the same labels, the last one."""
     try:
         found = [json.loads(line) for line in Path(given).read_text().splitlines()]
-        rows = {(row["case"], _labels(row)): row for row in found if "x_composition" in row}
+        rows = {(row["case"], _labels(row)): row for row in found if "case" in row}
+        for row in rows.values():
+            if "x_composition" not in row:  # of `benchmarks.carafe`
+                row |= ratios(row, [one for one in rows.values() if one["case"] == row["case"]])
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot be read: {given}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):

@@ -605,3 +605,15 @@ def test_the_summary_counts_every_bar(bars):
     summary = printed[printed.index(f"### Bars: {met} of {len(every)} are met") :]
     counts = re.findall(r": (\d+) of (\d+)(?= *\|)", summary)
     assert [sum(map(int, column)) for column in zip(*counts, strict=True)] == [met, len(every)]
+
+
+def test_rows_with_bars_are_summed_up_too(bars, tmp_path, capsys):
+    """They have no ratios: those come from the times."""
+    from benchmarks.__main__ import main
+
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(map(json.dumps, bars[0])))
+    assert main(["--from-json", str(path)]) == 0
+    found = {bar["reached"] for bar in barred(bars) if bar["unit"] == "times as fast as PyTorch"}
+    factors = f"{min(found):.1f} to {max(found):.1f} times as fast in forward and backward"
+    assert factors in capsys.readouterr().out
