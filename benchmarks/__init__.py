@@ -8,11 +8,12 @@
 | compare.py | one comparison: checks, times, ratios |
 | truth.py, check.py | the right results on three blocks; the tolerance |
 | machine.py | the machine's peaks: arithmetic, copies, exponentials |
-| report.py, plot.py | tables, progress and files; the picture |
+| report.py, plot.py | tables, progress and files; the pictures |
 | carafe.py | the operator of the paper beside its bars |
 | relatives.py | operators of other papers, other factors and kernel sizes, beside theirs |
 | bars.py | what these two share: bars, tables, the command |
 | overhead.py, modules.py, networks.py | the cost of one call; whole modules; whole networks |
+| memory.py | the memory of a training step |
 | gpu/ | everything that needs a GPU: `python -m benchmarks.gpu` |
 """
 
@@ -28,9 +29,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def commit() -> str:
     """Return the commit of the tree, and whether files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12"]
-    command.append("--dirty= with changes")
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An unpacked archive may lie within another repository.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT:
+            return git(
+                "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"
+            )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        pass
+    return "unknown"

@@ -2,15 +2,16 @@
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from . import report
-from .compare import compare
+from .compare import compare, ratios
 from .machine import Machine
-from .overhead import bar_of, one_call
+from .overhead import one_call
 from .passes import BYTES, FLOPS
 from .peers import COMPILED
 from .problems import PROBLEMS
@@ -21,6 +22,10 @@ QUICK_SECONDS = 120  # time budget of --quick
 QUICK_CASES = ["fpn1", "s2", "tiny"]
 QUICK_PEERS = ["unfold", "taps", "bmm", "nearest", "avg_pool"]
 QUICK_WITHOUT = ("forward+backward", "logits")
+HELP = """\
+Check carafepp and PyTorch on the same problems, time them in turns, and print tables.
+The last line is a summary. Exit status 1 if an answer is wrong."""
+SAID = {"forward": "in the forward", "forward+backward": "in forward and backward"}
 FACTS = {
     "times": HOW,
     "FLOP": FLOPS,
@@ -32,8 +37,7 @@ FACTS = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    text = "Check carafepp and PyTorch on the same problems, time them in turns, and print tables. "
-    parser = report.parser("benchmarks", text + "Exit status 1 if an answer is wrong.", SECONDS)
+    parser = report.parser("benchmarks", HELP, SECONDS)
 
     def words(name: str, default, text: str, known=None, kind=str, dest=None) -> None:
         text += f"; default {default}" if default else ""
@@ -42,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     passes, layouts, weights = "forward,forward+backward", "NCHW,NHWC", "masks,logits"
     dtypes = "float32", "float64", "float16", "bfloat16"
-    quick = "take two minutes: fewer problems and peers, nothing compiled"
+    quick = "take two minutes: fewer problems and peers, nothing compiled; print a summary alone"
     parser.add_argument("--quick", action="store_true", help=quick)
     words("--cases", None, f"any of {', '.join(PROBLEMS)}; default all", PROBLEMS)
     words(
@@ -51,7 +55,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "parts of names, like avx2; carafepp is the automatic choice",
     )
     words("--peers", None, f"parts of names: unfold, taps, bmm, {COMPILED}, nearest, ..., or none")
-    words("--threads", "1,2", "numbers of threads; --quick takes the first for most rows", kind=int)
+    words(
+        "--threads",
+        "1,2",
+        "numbers of threads; --quick takes the first for most rows",
+        kind=report.count,
+    )
     words("--dtype", "float32,bfloat16", "peers run in the first one only", dtypes)
     words("--pass", passes, "the second adds each gradient alone", passes.split(","), dest="passes")
     words("--layout", layouts, "NHWC: channels_last for PyTorch", layouts.split(","))
@@ -59,13 +68,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="results in fresh memory, without `out=`"
     )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture, a PNG")
-    asked = parser.parse_args(arguments)
+    text = "draw the speeds as bars, a PNG"
+    parser.add_argument("--plot", metavar="FILE", type=report.file_to_write, help=text)
+    text = "run nothing: sum up and draw rows that --json wrote, here or in benchmarks.carafe"
+    parser.add_argument("--from-json", metavar="FILE", type=_read_rows, help=text)
+    asked, default = parser.parse_args(arguments), vars(parser.parse_args([]))
+    for name in ("from_json", "plot", "markdown"):
+        default[name] = getattr(asked, name)
+    if asked.from_json and (
+        ignored := [name for name in default if vars(asked)[name] != default[name]]
+    ):
+        parser.error(f"--{ignored[0]} must be left out with --from-json, which runs nothing")
     asked.implementation = _wanted(asked.implementations)
     asked.peer = _wanted(asked.peers or (QUICK_PEERS if asked.quick else None))
+    if asked.plot and not asked.seconds:
+        parser.error("--plot must be left out with --seconds 0, which times nothing")
     if asked.plot:
         report.need("matplotlib")
     return asked
+
+
+def _read_rows(given: str) -> list[report.Row]:
+    """Return the rows of a file; of rows with the same labels, the last one."""
+    try:
+        found = [json.loads(line) for line in Path(given).read_text().splitlines()]
+        rows = {(row["case"], _labels(row)): row for row in found if "case" in row}
+        for row in rows.values():
+            if "x_composition" not in row:  # of `benchmarks.carafe`
+                row |= ratios(row, [one for one in rows.values() if one["case"] == row["case"]])
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be read: {given}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise argparse.ArgumentTypeError(f"must have the rows of --json; got {given}") from None
+    if not rows:
+        raise argparse.ArgumentTypeError(f"must have the rows of --json; got none in {given}")
+    return list(rows.values())
 
 
 def _wanted(parts: list[str] | None) -> Callable[[str], bool]:
@@ -76,6 +113,34 @@ def _wanted(parts: list[str] | None) -> Callable[[str], bool]:
 def main(arguments: list[str] | None = None) -> int:
     """Compare, print and write; return the exit status."""
     asked = parse(arguments)
+    if asked.from_json:
+        calls, rows = [], asked.from_json
+        pages = report.Report(quiet=True, machine=rows[-1]["run"], **FACTS)
+    else:
+        pages = report.Report(quiet=asked.quick, **FACTS)
+        calls, rows = run(asked, pages)
+    pages.quiet = False
+    notes = dict.fromkeys(
+        f"{row['case']}: {_labels(row)}: {row['error']}" for row in rows if row["error"]
+    )
+    if notes:
+        pages.show("\n".join(f"- {note}" for note in notes))
+    summarize(pages, rows)
+    if asked.quick:
+        pages.show("Tables of all times: --markdown FILE. Every row: --json FILE.")
+    pages.say(headline(rows, pages.environment["CPU"]))
+    pages.write(asked, [*calls, *rows])
+    if asked.plot:
+        from . import plot
+
+        plot.draw(rows, asked.plot)
+    return 1 if _wrong(rows) else 0
+
+
+def run(
+    asked: argparse.Namespace, pages: report.Report
+) -> tuple[list[report.Row], list[report.Row]]:
+    """Compare all problems; return the rows of single calls, and those of the problems."""
     cases = asked.cases or (QUICK_CASES if asked.quick else PROBLEMS)
     todo = [
         one
@@ -83,15 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not (asked.quick and one[1:] == QUICK_WITHOUT)
     ]
     end = time.monotonic() + QUICK_SECONDS
-    pages = report.Report(**FACTS)
     computer = Machine()
     calls = one_call(min(asked.seconds, 1)) if asked.seconds else []
     rows: list[report.Row] = []
     if calls:
         pages.table("One call on arrays of one value", calls, CALL_COLUMNS)
-        bar = bar_of(calls)
-        if bar:
-            pages.show(f"{bar.work}: {bar.answer}; {bar.asked}, {'met' if bar.met else 'MISSED'}")
     for number, one in enumerate(pages.track(todo, " ".join)):
         name, pass_, weights = one
         seconds = asked.seconds
@@ -108,19 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
         pages.table(f"{title}: {pass_} from {weights}", sorted(found, key=_order), COLUMNS)
         pages.limits(found)
         rows += found
-    if asked.seconds:
-        summarize(pages, rows, asked)
-    notes = dict.fromkeys(
-        f"{row['case']}: {_labels(row)}: {row['error']}" for row in rows if row["error"]
-    )
-    if notes:
-        pages.show("\n".join(f"- {note}" for note in notes))
-    pages.write(asked, [*calls, *rows])
-    if asked.plot and asked.seconds:
-        from . import plot
+    return calls, rows
 
-        plot.draw(rows, asked.plot)
-    return 1 if any((row["error"] or "").startswith("wrong") for row in rows) else 0
+
+def _wrong(rows: list[report.Row]) -> int:
+    return sum((row["error"] or "").startswith("wrong") for row in rows)
 
 
 def _labels(row: report.Row) -> str:
@@ -152,25 +205,58 @@ CALL_COLUMNS = {
 }
 
 
-def summarize(pages: report.Report, rows: list[report.Row], asked: argparse.Namespace) -> None:
-    """Print the speedups of the first dtype on the first number of threads."""
-    ratios: dict[str, dict[tuple, float]] = {}
-    for row in rows:
-        first = (row["dtype"], row["threads"]) == (asked.dtype[0], asked.threads[0])
-        if first and row["chosen"] and row["x_composition"]:
-            key = row["pass"], row["layout"], row["weights"]
-            ratios.setdefault(row["case"], {})[key] = row["x_composition"]
+def _compared(rows: list[report.Row]) -> list[report.Row]:
+    """Return carafepp's rows beside compositions: of the first dtype, on the first threads."""
+    first = {key: rows[0][key] for key in ("dtype", "threads")} if rows else {}
+    return [
+        row
+        for row in rows
+        if row["chosen"] and row["x_composition"] and first.items() <= row.items()
+    ]
+
+
+def headline(rows: list[report.Row], cpu: str) -> str:
+    """Return the sentence that a user wants."""
+    wrong, compared = _wrong(rows), _compared(rows)
+    answers = f"{wrong} answers are wrong" if wrong else "all answers are right"
+    factors = []
+    for pass_, words in SAID.items():
+        found = sorted(row["x_composition"] for row in compared if row["pass"] == pass_)
+        if found:
+            ends = dict.fromkeys(f"{factor:.1f}" for factor in (found[0], found[-1]))
+            factors.append(f"{' to '.join(ends)} times as fast {words}")
+    if not factors:
+        return f"Nothing was timed beside PyTorch; {answers}."
+    compiled = any(row["name"].startswith(COMPILED) and row["samples"] for row in rows)
+    threads = f"{rows[0]['threads']} thread" + "s" * (rows[0]["threads"] > 1)
+    return (
+        f"carafepp is {' and '.join(factors)} as the best {'' if compiled else 'eager '}"
+        f"composition of PyTorch's functions on this machine ({cpu}, {threads}, "
+        f"{rows[0]['dtype']}); {answers}."
+    )
+
+
+def summarize(pages: report.Report, rows: list[report.Row]) -> None:
+    """Print how many times as fast as the best composition carafepp is, for each problem."""
+    compared = _compared(rows)
+    if not compared:
+        return
+    problems: dict[str, dict[tuple, float]] = {}
+    for row in compared:
+        key = row["pass"], row["layout"], row["weights"]
+        problems.setdefault(row["case"], {})[key] = row["x_composition"]
+    passes, layouts, inputs = (
+        list(dict.fromkeys(row[key] for row in compared)) for key in ("pass", "layout", "weights")
+    )
 
     def column(pass_: str, layout: str) -> Callable[[report.Row], str]:
-        keys = [(pass_, layout, weights) for weights in asked.weights]
+        keys = [(pass_, layout, weights) for weights in inputs]
         return lambda row: " / ".join(f"{row[key]:.1f}" if key in row else "-" for key in keys)
 
-    columns = {
-        f"{one}, {layout}": column(one, layout) for one in asked.passes for layout in asked.layout
-    }
-    listed = [{"case": name, **found} for name, found in ratios.items()]
-    title = f"Speedup over the best composition, from {' / '.join(asked.weights)}"
-    title += f", {asked.dtype[0]}, threads: {asked.threads[0]}"
+    columns = {f"{one}, {layout}": column(one, layout) for one in passes for layout in layouts}
+    listed = [{"case": name, **found} for name, found in problems.items()]
+    title = f"Speedup over the best composition, from {' / '.join(inputs)}"
+    title += f", {rows[0]['dtype']}, threads: {rows[0]['threads']}"
     pages.table(title, listed, {"problem": lambda row: row["case"], **columns})
 
 

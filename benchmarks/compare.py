@@ -85,7 +85,7 @@ def compare(
         described(case, candidate, peaks) | {"error": errors.get(candidate)} for candidate in found
     ]
     for row in rows:
-        row |= _ratios(row, rows)
+        row |= ratios(row, rows)
     return rows
 
 
@@ -159,7 +159,7 @@ def described(case: Case, candidate: Candidate, peaks: dict[int, Peaks]) -> dict
     return row
 
 
-def _ratios(row: dict, rows: list[dict]) -> dict[str, float | None]:
+def ratios(row: dict, rows: list[dict]) -> dict[str, float | None]:
     """Return the times of the best alternatives by this one's, None if there is none."""
     alike = [
         other

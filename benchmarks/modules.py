@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", default=CASES, type=words(PROBLEMS), help=", ".join(PROBLEMS))
     text = "NHWC: channels_last"
     parser.add_argument("--layout", default="NCHW,NHWC", type=words(peers.FORMATS), help=text)
-    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--threads", default=1, type=report.count)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     asked = parser.parse_args(arguments)
     pages = report.Report(times=timing.HOW)

@@ -123,8 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     kind = report.words(passes)
     parser.add_argument("--pass", default="forward", type=kind, dest="passes", help=text)
     parser.add_argument("--scale", default=1, type=float, help="of the paper's image size")
-    parser.add_argument("--width", default=64, type=int, help="of the ResNet; the paper has 64")
-    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument(
+        "--width", default=64, type=report.count, help="of the ResNet; the paper has 64"
+    )
+    parser.add_argument("--threads", default=1, type=report.count)
     asked = parser.parse_args(arguments)
     pages = report.Report(times=timing.HOW)
     rows = []

@@ -8,7 +8,6 @@ import torch
 
 import carafepp
 
-from .bars import Bar
 from .timing import Candidate, measure
 
 JAX = "JAX, under jit"
@@ -39,7 +38,7 @@ def one_call(seconds: float) -> list[dict[str, Any]]:
         ),
         ("PyTorch, with autograd", "torch.mul", lambda: torch.mul(tensor, tensor)),
         ("PyTorch, with autograd", "an autograd.Function", lambda: Product.apply(tensor, tensor)),
-        *_on_jax(),
+        *calls_on_jax(),
     ]
     calls = [Candidate(name, call, labels={"arrays": arrays}) for arrays, name, call in listed]
     for call in calls:
@@ -50,7 +49,7 @@ def one_call(seconds: float) -> list[dict[str, Any]]:
     return [row | {"ratio": ours[row["arrays"]] / row["seconds"]} for row in rows]
 
 
-def _on_jax() -> list[tuple[str, str, Callable[[], Any]]]:
+def calls_on_jax() -> list[tuple[str, str, Callable[[], Any]]]:
     """Return calls under jit, where JAX and its handlers are installed."""
     try:
         import jax
@@ -66,12 +65,3 @@ def _on_jax() -> list[tuple[str, str, Callable[[], Any]]]:
         (JAX, "carafepp.reassemble", lambda: ours(one, one).block_until_ready()),
         (JAX, "x + 1", lambda: theirs(one).block_until_ready()),
     ]
-
-
-def bar_of(rows: list[dict[str, Any]]) -> Bar | None:
-    """Return how much longer a call under JAX's jit takes than x + 1."""
-    times = [row["seconds"] * 1e6 for row in rows if row["arrays"] == JAX]
-    if not times:
-        return None
-    work = f"one call, {JAX}"
-    return Bar(work, "us more than x + 1", ".1f", times[0] - times[1], 12, least=False)

@@ -30,9 +30,12 @@ from rich.table import Table  # noqa: E402
 from .machine import Peaks  # noqa: E402
 
 Row = dict[str, Any]
+OUTPUTS = {"--json": "append each row as a line of JSON", "--markdown": "write all tables"}
 
 
-def words(known: Iterable[str] | None = None, kind: type = str) -> Callable[[str], list]:
+def words(
+    known: Iterable[str] | None = None, kind: Callable[[str], Any] = str
+) -> Callable[[str], list]:
     """Return the type of an option that takes words separated by commas."""
 
     def split(given: str) -> list:
@@ -45,23 +48,57 @@ def words(known: Iterable[str] | None = None, kind: type = str) -> Callable[[str
     return split
 
 
-def parser(command: str, description: str, seconds: float) -> argparse.ArgumentParser:
-    """Return the options of every command."""
-    made = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
-    text = f"time budget of one comparison; default {seconds}"
-    made.add_argument("--seconds", type=float, default=seconds, help=text)
-    made.add_argument("--json", metavar="FILE", type=Path, help="append each row as a line of JSON")
-    made.add_argument("--markdown", metavar="FILE", type=Path, help="write the printed tables")
+def count(given: str) -> int:
+    """Return the number of an option, 1 or more."""
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1; got {given!r}")
+    return int(given)
+
+
+def file_to_write(given: str) -> Path:
+    """Return the path of an option, whose folder must exist."""
+    path = Path(given)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists; got {given}")
+    return path
+
+
+def _seconds(given: str) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0; got {given!r}")
+    return seconds
+
+
+def parser(command: str, description: str, seconds: float | None) -> argparse.ArgumentParser:
+    """Return the options of every command; `seconds` is None where nothing is timed."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if seconds is not None:
+        text = f"time budget of one comparison, 0 only checks the answers; default {seconds}"
+        made.add_argument("--seconds", type=_seconds, default=seconds, help=text)
+    for option, text in OUTPUTS.items():
+        made.add_argument(option, metavar="FILE", type=file_to_write, help=text)
     return made
 
 
 class Report:
-    """Prints the environment of a run, then tables; keeps the text for the files."""
+    """Prints the environment of a run, then tables; keeps the text for the files.
 
-    def __init__(self, **facts: str):
+    A quiet one prints nothing but what `say` is given.
+    """
+
+    def __init__(self, quiet: bool = False, machine: dict[str, str] | None = None, **facts: str):
+        self.quiet = quiet
         self.console = Console(markup=False, highlight=False)
         self.texts: list[str] = []
-        self.environment = environment()
+        self.environment = machine or environment()
         facts = {**self.environment, **facts}
         self.show("\n".join(f"- {key}: {value}" for key, value in facts.items()))
 
@@ -69,6 +106,11 @@ class Report:
         """Print a paragraph."""
         self.texts.append(text)
         self._print(text + "\n", text + "\n")
+
+    def say(self, text: str) -> None:
+        """Print a paragraph, which is the first one of the files."""
+        self.texts.insert(0, text)
+        print(text, flush=True)
 
     def table(self, title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> None:
         """Print a table under a title; `columns` maps a heading to a function of a row."""
@@ -91,6 +133,8 @@ class Report:
             self.show("\n".join(lines))
 
     def _print(self, on_terminal: Any, elsewhere: str) -> None:
+        if self.quiet:
+            return
         if self.console.is_terminal:
             self.console.print(on_terminal)
         else:

@@ -17,7 +17,8 @@ import psutil
 from distributed import Client, LocalCluster, progress
 
 import carafepp
-from carafepp.guided import KERNEL_SIZE, RADIUS, colours, logits_from_guide
+from carafepp.guided import KERNEL_SIZE, RADIUS, logits_from_guide
+from carafepp.pictures import colours
 
 UP, CHUNK = 8, 1000  # rows and columns of the picture in a chunk
 

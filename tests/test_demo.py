@@ -14,9 +14,12 @@ from skips import import_or_skip
 import_or_skip("skimage")
 import_or_skip("matplotlib")
 
+import tifffile
 from PIL import Image
 
 from carafepp import demo
+from carafepp.guided import NO_HALO
+from carafepp.pictures import colours, read_picture, shades_of
 
 pytestmark = pytest.mark.xdist_group("demo")  # a fixture takes long
 
@@ -45,12 +48,12 @@ def sheets(tmp_path_factory):
 @pytest.mark.parametrize("rival", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("measure", ["rmse", "mae", "bad"])
 def test_carafepp_beats_every_rival_on_every_measure(sheets, rival, measure):
-    scores = sheets.upsampling_demo
+    scores, _ = sheets.upsampling_demo
     assert getattr(scores["carafepp"], measure) < getattr(scores[rival], measure)
 
 
 def test_carafepp_beats_bicubic_by_far(sheets):
-    scores = sheets.upsampling_demo
+    scores, _ = sheets.upsampling_demo
     assert scores["carafepp"].mae <= 0.85 * scores["bicubic"].mae
 
 
@@ -62,10 +65,14 @@ def test_small_disparity_is_the_mean_of_known_pixels():
     np.testing.assert_array_equal(demo.shrink_disparity(disparity), [[2.5, 2.5, 8, 8]])
 
 
+def upsample(lowres, photo):
+    return demo.upsample_with_logits(lowres, demo.logits_from_guide(photo, demo.UP))
+
+
 def test_upsampling_keeps_a_constant_up_to_the_border():
     """No renormalisation in the operator: taps beyond the border must have weight 0."""
     photo = np.random.default_rng(0).random((24, 32, 3), np.float32)
-    upsampled = demo.upsample_with_photo(np.full((3, 4), 7, np.float32), photo)
+    upsampled = upsample(np.full((3, 4), 7, np.float32), photo)
     np.testing.assert_allclose(upsampled, np.full((24, 32), 7), rtol=1e-5)
 
 
@@ -73,8 +80,8 @@ def test_upsampling_is_not_shifted():
     """Mirrored input, mirrored output."""
     rng = np.random.default_rng(0)
     photo, lowres = rng.random((24, 32, 3), np.float32), rng.random((3, 4), np.float32)
-    mirrored = demo.upsample_with_photo(lowres[::-1, ::-1].copy(), photo[::-1, ::-1].copy())
-    upsampled = demo.upsample_with_photo(lowres, photo)
+    mirrored = upsample(lowres[::-1, ::-1].copy(), photo[::-1, ::-1].copy())
+    upsampled = upsample(lowres, photo)
     np.testing.assert_allclose(mirrored[::-1, ::-1], upsampled, rtol=1e-4)
 
 
@@ -84,18 +91,30 @@ def test_downsampling_a_flat_photo_is_area_averaging():
     photo = 0.5 + 1e-3 * noise
     average = np.nanmean(demo.split_into_blocks(photo, demo.DOWN), 2)
     assert average.shape == (4, 6, 3)
-    np.testing.assert_allclose(demo.downsample_with_masks(photo), average, atol=1e-5)
+    np.testing.assert_allclose(demo.downsample_with_masks(photo, NO_HALO), average, atol=1e-5)
 
 
 def test_downsampling_keeps_a_thin_line():
     photo = np.ones((32, 32, 3), np.float32)
     photo[:, 14] = 0  # a quarter of its block: averaging leaves a light grey, 0.75
-    assert demo.downsample_with_masks(photo)[:, 3].max() < 0.55
+    assert demo.downsample_with_masks(photo, NO_HALO)[:, 3].max() < 0.55
 
 
-def test_main_writes_both_sheets(sheets):
+def test_tiles_give_what_one_piece_gives(monkeypatch):
+    """45 x 58 pixels: the last blocks are not full, and the last tile has one block."""
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 58, 3), np.uint8)
+    shades = demo.shades_of("pixels", pixels)
+    whole = demo.shrink(pixels, shades)
+    monkeypatch.setattr(demo, "TILE", 7)
+    tiled = demo.shrink(pixels, shades)
+    for name in whole:
+        np.testing.assert_allclose(tiled[name], whole[name], atol=1e-5, err_msg=name)
+
+
+def test_main_writes_all_pictures(sheets):
     written = sorted(sheets.out.iterdir())
-    assert [path.name for path in written] == ["carafepp-disparity.png", "carafepp-photograph.png"]
+    names = ["disparity", "photograph-shrunk", "photograph"]
+    assert [path.name for path in written] == [f"carafepp-{name}.png" for name in names]
     for path in written:
         assert open_png(path).std() > 20
         assert path.stat().st_size < 2_000_000
@@ -111,44 +130,121 @@ def test_photo_keeps_brightness_and_gains_contrast(sheets):
     assert abs(ours.brightness - average.brightness) < 2 < maximum.brightness - average.brightness
 
 
-def save(path, mode):
-    rng = np.random.default_rng(0)
-    if mode == "I;16":
-        Image.fromarray(rng.integers(0, 2**16, (37, 51), np.uint16)).save(path)
-    else:
-        Image.fromarray(rng.integers(0, 256, (37, 51, 4), np.uint8)).convert(mode).save(path)
+def test_the_logits_have_a_time_of_their_own(sheets):
+    scores, seconds_of_logits = sheets.upsampling_demo
+    assert scores["carafepp"].seconds < seconds_of_logits
+    assert f"in {1000 * seconds_of_logits:.0f} ms" in sheets.printed
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L", "1", "P", "I;16"])
-def test_pictures_of_every_mode_are_read(tmp_path, mode):
-    save(tmp_path / "mine.png", mode)
-    picture = demo.read_picture(tmp_path / "mine.png")
-    assert (picture.shape, picture.dtype) == ((37, 51, 3), np.float32)
-    assert picture.min() >= 0
-    assert picture.max() <= 1
-    assert picture.std() > 0.1
+# A picture's grey values rise from 0 to 1; the last column is white.
+GREY = np.tile(np.linspace(0, 1, 52), (37, 1))
+COLOURS = np.stack([GREY, 1 - GREY, GREY**2], 2)
 
 
-def test_own_picture(tmp_path):
-    """37 x 51 pixels: no whole number of blocks."""
-    save(tmp_path / "mine.png", "RGB")
-    assert demo.main([str(tmp_path / "mine.png"), "--out", str(tmp_path / "out")]) == 0
-    (written,) = (tmp_path / "out").iterdir()
-    assert written.name == "carafepp-mine.png"
-    assert open_png(written).std() > 5
+def save(path, mode="RGB", **options):
+    picture = Image.fromarray(np.rint(255 * COLOURS).astype(np.uint8)).convert(mode)
+    picture.save(path, **options)
+    return np.asarray(picture.convert("RGB")) / np.float32(255)
 
 
-def test_own_picture_of_one_pixel(tmp_path):
-    Image.new("L", (1, 1), 100).save(tmp_path / "dot.png")
-    assert demo.main([str(tmp_path / "dot.png"), "--out", str(tmp_path)]) == 0
+def read(path):
+    picture = read_picture("IMAGE", path)
+    return colours(picture.pixels, shades_of("IMAGE", picture.pixels))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L", "1", "P", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_pictures_of_every_mode_are_read(tmp_path, mode, suffix):
+    if suffix == ".png" and mode in ("CMYK", "YCbCr"):
+        suffix = ".jpg"
+    expected = save(tmp_path / f"mine{suffix}", mode)
+    picture = read(tmp_path / f"mine{suffix}")
+    assert picture.dtype == np.float32
+    np.testing.assert_allclose(picture, expected, atol=0.1 if suffix == ".jpg" else 1e-6)
+
+
+RANGES = [
+    *[(dtype, least, most) for dtype in ("f2", "f4", "f8") for least, most in [(0, 1), (0, 255)]],
+    *[("f4", -3, 40), ("f8", 0, 3e9), ("f8", -1e308, 1e308), ("u1", 0, 255)],
+    *[("u2", 0, 65535), ("u2", 0, 4095), ("i1", -100, 100), ("i2", 0, 32767), ("i2", -1000, 3000)],
+    *[("i4", 0, 2**31 - 1), ("u4", 0, 2**32 - 1), ("u8", 0, 2**60), ("i4", 0, 255)],
+]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("dtype", "least", "most"), RANGES)
+def test_values_of_every_dtype_and_range_are_shown(tmp_path, dtype, least, most, channels):
+    shown = GREY if channels == 1 else COLOURS
+    values = least * (1 - shown) + most * shown
+    pixels = (values if dtype[0] == "f" else np.rint(values)).astype(dtype)
+    kind = "rgb" if channels == 3 else "minisblack"
+    tifffile.imwrite(tmp_path / "mine.tif", pixels, photometric=kind)
+    tolerance = 1e-3 if dtype == "f2" else 1 / (most - least) if dtype[0] in "iu" else 1e-6
+    expected = np.broadcast_to(shown if channels == 3 else shown[..., None], COLOURS.shape)
+    np.testing.assert_allclose(read(tmp_path / "mine.tif"), expected, atol=tolerance + 1e-6)
 
 
 def test_reading_pictures(tmp_path):
-    """16 bits are scaled, not clipped; what is transparent is white."""
+    """16 bits are scaled, not clipped; what is transparent is white, what is not finite black."""
     Image.fromarray(np.full((2, 3), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    np.testing.assert_allclose(demo.read_picture(tmp_path / "deep.png"), 128 / 255, rtol=1e-6)
+    np.testing.assert_allclose(read(tmp_path / "deep.png"), 128 / 255, rtol=1e-6)
     Image.new("RGBA", (3, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    np.testing.assert_array_equal(demo.read_picture(tmp_path / "clear.png"), np.ones((2, 3, 3)))
+    np.testing.assert_array_equal(read(tmp_path / "clear.png"), np.ones((2, 3, 3)))
+    tifffile.imwrite(tmp_path / "nan.tif", np.float32([[np.nan, np.inf, -np.inf, 1, 0.5]]))
+    np.testing.assert_array_equal(read(tmp_path / "nan.tif")[0, :, 0], [0, 0, 0, 1, 0.5])
+    tifffile.imwrite(tmp_path / "ink.tif", np.uint16([[0, 65535]]), photometric="miniswhite")
+    np.testing.assert_array_equal(read(tmp_path / "ink.tif")[0, :, 0], [1, 0])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(tmp_path, suffix, orientation):
+    """Pillow turns the one, we the other, of float16."""
+    path = tmp_path / f"turned{suffix}"
+    if suffix == ".jpg":
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray((255 * GREY).astype(np.uint8)).save(path, exif=exif)
+    else:
+        tifffile.imwrite(path, GREY.astype("f2"), extratags=[(274, 3, 1, orientation, True)])
+    white_side = {1: "right", 2: "left", 3: "left", 4: "right"}.get(
+        orientation, "bottom" if orientation in (5, 6) else "top"
+    )
+    picture = read(path)[..., 0]
+    sides = dict(left=picture[:, 0], right=picture[:, -1], top=picture[0], bottom=picture[-1])
+    assert max(sides, key=lambda side: sides[side].mean()) == white_side
+
+
+def test_own_picture(tmp_path, capsys):
+    """37 x 52 pixels: no whole number of blocks. Files of other kinds get names of their own."""
+    for name in ("mine.png", "mine.jpg"):
+        save(tmp_path / name)
+        assert demo.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 0
+        assert f"{name}: 52 x 37 pixels" in capsys.readouterr().out
+    written = {path.name: open_png(path) for path in (tmp_path / "out").iterdir()}
+    assert set(written) == {
+        f"carafepp-mine.{kind}{what}.png" for kind in ("png", "jpg") for what in ("", "-shrunk")
+    }
+    assert written["carafepp-mine.png-shrunk.png"].shape == (10, 13, 3)
+    assert all(picture.std() > 5 for picture in written.values())
+
+
+def test_the_input_is_never_overwritten(tmp_path):
+    save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    for name in ("carafepp-mine.png.png", "carafepp-mine.png-shrunk.png"):
+        (tmp_path / name).symlink_to("mine.png")
+    assert demo.main([str(tmp_path / "mine.png"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "mine.png").read_bytes() == before
+
+
+def test_what_a_user_may_not_expect_is_told(tmp_path, capsys):
+    pixels = np.stack([GREY.astype("f4") * 3000 - 7] * 2)
+    tifffile.imwrite(tmp_path / "mine.tif", pixels, photometric="minisblack")
+    assert demo.main([str(tmp_path / "mine.tif"), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "IMAGE has 2 frames: the first one is taken." in printed
+    assert "IMAGE has float32 values: -7 is black, 2993 is white." in printed
 
 
 def broken(path):
@@ -156,35 +252,59 @@ def broken(path):
 
 
 def truncated(path):
-    save(path, "RGB")
-    path.write_bytes(path.read_bytes()[:-200])
+    save(path)
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("name", "make", "reason"),
     [
-        (lambda path: None, "No such file"),
-        (lambda path: path.mkdir(), "Is a directory"),
-        (broken, "cannot identify image file"),
-        (truncated, "truncated"),
+        ("bad.png", lambda path: None, "No such file or directory"),
+        ("bad.png", lambda path: path.mkdir(), "Is a directory"),
+        ("bad.png", broken, "its content is no picture of a known kind"),
+        ("bad.tif", broken, "its content is no picture of a known kind"),
+        ("bad.png", truncated, "truncated"),
     ],
-    ids=["missing", "folder", "no_picture", "truncated"],
+    ids=["missing", "folder", "no_picture", "no_tiff", "truncated"],
 )
-def test_unreadable_picture(tmp_path, capsys, make, reason):
-    path = tmp_path / "bad.png"
+def test_unreadable_picture(tmp_path, capsys, name, make, reason):
+    path = tmp_path / name
     make(path)
     assert demo.main([str(path), "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(f"python -m carafepp demo: cannot read {path}: ")
+    sentence = f"python -m carafepp demo: IMAGE must be a file that can be read; got {path}: "
+    assert printed.err.startswith(sentence)
     assert reason in printed.err
     assert not (tmp_path / "out").exists()
 
 
-def test_out_is_a_file(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("pixels", "sentence"),
+    [
+        (np.zeros((3, 50), "u1"), "IMAGE must have 4 rows and columns or more"),
+        (np.full((9, 9), np.nan, "f4"), "IMAGE must have a finite pixel; got none"),
+        (np.zeros((9, 9), "c8"), "IMAGE must have real numbers; got complex64"),
+    ],
+    ids=["small", "nan", "complex"],
+)
+def test_pictures_that_are_refused(tmp_path, capsys, pixels, sentence):
+    tifffile.imwrite(tmp_path / "mine.tif", pixels)
+    assert demo.main([str(tmp_path / "mine.tif"), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, sentence in printed.err) == ("", True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("mine.png", "a file"), ("mine.png/new", "Not a directory"), (300 * "n", "File name too")],
+)
+def test_wrong_folders(tmp_path, capsys, out, reason):
     save(tmp_path / "mine.png", "L")
-    assert demo.main([str(tmp_path / "mine.png"), "--out", str(tmp_path / "mine.png")]) == 2
-    assert "File exists" in capsys.readouterr().err
+    assert demo.main([str(tmp_path / "mine.png"), "--out", str(tmp_path / out)]) == 2
+    sentence = f"--out must be a folder to write into; got {tmp_path / out}: {reason}"
+    assert sentence in capsys.readouterr().err
 
 
 def test_command_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -346,9 +347,23 @@ def test_other_lines_are_refused(tmp_path, capsys, line):
     assert f"must be one training a line; line 1 is {line + chr(10)!r}." in error
 
 
-def test_without_a_repository_the_version_stands_for_the_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(trainings, "__file__", str(tmp_path / "trainings.py"))
+@pytest.mark.parametrize("folder", ["python", ".venv/lib/python3/site-packages"])
+def test_the_commit_is_that_of_the_source_tree_alone(monkeypatch, tmp_path, folder):
+    """An installed package within another repository has a version."""
+    package = tmp_path / folder / "carafepp" / "experiments"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(trainings, "__file__", str(package / "trainings.py"))
     assert trainings.commit() == f"of version {carafepp.__version__}"
+    name = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    for command in (["init", "-q"], [*name, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    told = ["git", "-C", tmp_path, "rev-parse", "HEAD"]
+    head = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+    of_tree = trainings.commit()
+    if folder == "python":
+        assert head.startswith(of_tree)
+    else:
+        assert of_tree == f"of version {carafepp.__version__}"
 
 
 # --upsampler and --downsampler
@@ -380,6 +395,13 @@ def test_rows_are_repeated_with_other_operators():
         (["upsamplers", "--upsampler", "gum,bicubic"], "carafe; got 'bicubic'."),
         (["downsamplers", "--downsampler", "bilinear"], "carafe; got 'bilinear'."),
         (["all", "--upsampler", "gum"], "--upsampler must be left out for all"),
+        (["figures", "--seeds", "1"], "--seeds must be left out for figures"),
+        (["figures", "--steps", "3"], "--steps must be left out for figures"),
+        (["places", "--steps", "0"], "must be a number from 1; got '0'."),
+        *[
+            (["places", "--device", device], f"compute on here; got {device!r}: ")
+            for device in ("cuda:99", "mps", "meta", "nonsense", "")
+        ],
     ],
 )
 def test_arguments_that_the_command_line_refuses(arguments, message, capsys):
@@ -404,7 +426,15 @@ def test_operators_that_do_not_fit_a_table(arguments, message, capsys, tmp_path)
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert run("places", "--out", tmp_path / "file") == 1
-    assert "file" in capsys.readouterr().err
+    sentence = f"--out must be a folder to write into; got {tmp_path / 'file'}: a file"
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_broken_file_of_networks_is_named(capsys, tmp_path):
+    (tmp_path / "figures.pt").write_bytes(b"nothing of the kind")
+    assert run("figures", "--out", tmp_path) == 1
+    sentence = f"{tmp_path / 'figures.pt'} must be what an earlier run wrote; delete it"
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

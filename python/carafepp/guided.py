@@ -7,12 +7,10 @@ the exp of a logit, normalised by the softmax.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from skimage import color
 
 Array = NDArray[Any]
@@ -31,7 +29,7 @@ NO_HALO = ((0, 0), (0, 0))
 def split_into_blocks(image: Array, size: int) -> Array:
     """[H, W, C] -> [ceil(H/size), ceil(W/size), size*size, C], NaN outside the image."""
     pad = [(0, -image.shape[0] % size), (0, -image.shape[1] % size), (0, 0)]
-    padded = np.pad(image, pad, constant_values=np.nan)
+    padded = np.pad(image, pad, constant_values=np.nan) if np.any(pad) else image
     rows, cols = padded.shape[0] // size, padded.shape[1] // size
     blocks: Array = padded.reshape(rows, size, cols, size, -1).transpose(0, 2, 1, 3, 4)
     return blocks.reshape(rows, cols, size * size, -1)
@@ -69,34 +67,3 @@ def logits_from_guide(guide: Array, up: int, halo: Any = NO_HALO) -> Array:
         away2 = (position[:, None] - (a - r)) ** 2 + (position - (b - r)) ** 2  # [up, up]
         logit -= away2.reshape(-1, 1, 1) / (2 * POSITION_SCALE**2)
     return logits.reshape(1, k * k * up * up, rows, cols)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Return any picture that Pillow reads, upright."""
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
-    # Pillow raises many kinds of errors for a broken file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def pixels_of(picture: Image.Image) -> Array:
-    """[H, W], [H, W, 3] or [H, W, 4]: bool, uint8 or uint16, or what else the file has."""
-    if picture.mode.startswith("I"):
-        return np.asarray(picture).astype(np.uint16)
-    if picture.mode not in ("1", "L", "F", "RGB", "RGBA"):
-        picture = picture.convert("RGBA")
-    return np.asarray(picture)
-
-
-def colours(pixels: Array) -> Array:
-    """[H, W] or [H, W, 1 to 4] -> [H, W, 3] in 0..1, on white where transparent."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    most = 1 if pixels.dtype.kind in "bf" else np.iinfo(pixels.dtype).max
-    values = pixels.astype(np.float32) / np.float32(most)
-    if values.shape[2] in (2, 4):
-        alpha = values[..., -1:]
-        values = values[..., :-1] * alpha + (1 - alpha)
-    return np.broadcast_to(values, (*values.shape[:2], 3))

@@ -8,11 +8,11 @@ large. Tiles are read, upsampled and written one after the other.
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,37 +22,44 @@ import carafepp
 
 MISSING: ImportError | None = None
 try:
+    import tifffile
     from PIL import Image
 
-    from .guided import (
-        KERNEL_SIZE,
-        RADIUS,
+    from .guided import KERNEL_SIZE, RADIUS, logits_from_guide
+    from .pictures import (
         Array,
+        Picture,
+        Shades,
+        check_picture,
         colours,
-        logits_from_guide,
-        open_picture,
-        pixels_of,
+        new_file,
+        read_picture,
+        sentence,
+        shades_of,
+        tiles,
+        told,
+        unreadable,
+        with_bar,
     )
 except ImportError as error:
     MISSING = error
 
 TILE = 512  # rows and columns of the result, about
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-TIFF = (".tif", ".tiff")
-READ, WRITTEN = (*PICTURES, *TIFF, ".npy", ".zarr"), (".png", *TIFF, ".npy", ".zarr")
+READ = (*PICTURES, ".tif", ".tiff", ".npy", ".zarr")
+WRITTEN = (".png", ".tif", ".tiff", ".npy", ".zarr")
 NEEDED = 'upsampling needs: pip install "carafepp[demo]"; .tif and .zarr: "carafepp[demo,dask]"'
+HELP = f"""\
+LOW keeps its dtype, and its values stay in their range. Integers of at most two
+values and pictures with a palette are masks: they stay what they are.
+GUIDE is a picture of any dtype.
 
+LOW and GUIDE end in {" ".join(READ)},
+FILE in {" ".join(WRITTEN)}.
 
-class Raster(NamedTuple):
-    """Rows and columns of pixels, perhaps with channels, and the palette of indices."""
-
-    pixels: Any  # of shape and dtype; slices of it are arrays
-    palette: Any = None
-
-    @property
-    def size(self) -> str:
-        """Return the size in words."""
-        return f"{self.pixels.shape[1]} x {self.pixels.shape[0]} pixels"
+example:
+  python -m carafepp upsample depth.png photo.jpg --factor 8 --out large.png
+"""
 
 
 class Target(NamedTuple):
@@ -65,46 +72,36 @@ class Target(NamedTuple):
 # ------------------------------------------------------------------------------------------- files
 
 
-def open_raster(name: str, path: Path, files: ExitStack) -> Raster:
+def open_raster(name: str, path: Path, files: ExitStack) -> Picture:
     """Open a file, which `files` closes. Only pictures are read as a whole."""
     suffix = path.suffix.lower()
     if suffix not in READ:
         raise OSError(f"{name} must end in one of {' '.join(READ)}; got {path}")
-    if not path.exists():
-        raise OSError(f"cannot read {path}: No such file or directory")
     if suffix in PICTURES:
-        picture = open_picture(path)
-        if picture.mode == "P" and name == "LOW":
-            return Raster(np.asarray(picture), picture.getpalette())
-        pixels: Any = pixels_of(picture)
-    else:
-        try:
-            pixels = _open_array(suffix, path, files)
-        except ImportError:
-            raise
-        except Exception as error:  # each library has its own
-            raise OSError(f"cannot read {path}: {error}") from error
-    if len(pixels.shape) not in (2, 3) or 0 in pixels.shape:
-        raise OSError(
-            f"{name} must have rows, columns and perhaps channels; got the shape "
-            f"{tuple(pixels.shape)} in {path}"
-        )
-    if pixels.dtype.kind not in "buif":
-        raise OSError(f"{name} must have real numbers; got {pixels.dtype} in {path}")
-    return Raster(pixels)
+        return read_picture(name, path, keep_palette=name == "LOW")
+    try:
+        path.stat()
+        return _open_array(suffix, path, files)
+    except ImportError:
+        raise
+    except Exception as error:  # each library has its own
+        raise unreadable(name, path, error) from error
 
 
-def _open_array(suffix: str, path: Path, files: ExitStack) -> Any:
+def _open_array(suffix: str, path: Path, files: ExitStack) -> Picture:
     if suffix == ".npy":
-        return np.load(path, mmap_mode="r")
+        return Picture(np.lib.format.open_memmap(path, "r"))
     import zarr
 
     if suffix == ".zarr":
-        return zarr.open_array(str(path), mode="r")
-    import tifffile
-
+        return Picture(zarr.open_array(str(path), mode="r"))
     tiff = files.enter_context(tifffile.TiffFile(path))
-    return zarr.open_array(tiff.aszarr(series=0, level=0), mode="r")
+    page: Any = tiff.pages[0]
+    if page.axes not in ("YX", "YXS"):
+        raise ValueError(f"its axes are {page.axes}, instead of YX or YXS")
+    several = tiff.series[0].axes != page.axes
+    pixels = zarr.open_array(page.aszarr(), mode="r")
+    return Picture(pixels, None, len(tiff.pages) if several else 1)
 
 
 def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: Any) -> Target:
@@ -114,7 +111,7 @@ def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: An
         pixels = np.empty(shape, dtype)
 
         def save() -> None:
-            picture = Image.fromarray(pixels)
+            picture = Image.fromarray(pixels if pixels.shape[2:] != (1,) else pixels[..., 0])
             if palette is not None:
                 picture.putpalette(palette)
             picture.save(path)
@@ -129,10 +126,14 @@ def create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], palette: An
         chunks = (*(min(TILE, length) for length in shape[:2]), *shape[2:])
         stored = zarr.open_array(str(path), mode="w", shape=shape, chunks=chunks, dtype=dtype)
         return Target(stored, lambda: None)
-    import tifffile
-
-    mapped = tifffile.memmap(path, shape=shape, dtype=np.uint8 if dtype.kind == "b" else dtype)
-    return Target(mapped, mapped.flush)
+    form: dict[str, Any] = {}
+    if math.prod(shape[2:]) > 1:
+        form = {"photometric": "rgb" if shape[2] in (3, 4) else "minisblack"}
+        form["planarconfig"] = "contig"  # else rows may count as pages
+    in_file = shape if form else shape[:2]
+    dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype
+    mapped = tifffile.memmap(path, shape=in_file, dtype=dtype, **form)
+    return Target(mapped.reshape(shape), mapped.flush)
 
 
 def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -141,11 +142,11 @@ def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if suffix not in WRITTEN:
         raise OSError(f"--out must end in one of {' '.join(WRITTEN)}; got {path}")
     if path.exists():
-        raise OSError(f"--out must not exist; {path} does")
+        raise OSError(f"--out must be a new file; got {path}, which exists")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"--out must be in a folder that can be written to; got {path}")
     channels = shape[2] if len(shape) == 3 else 1
-    in_png = {"bool": (1,), "uint8": (1, 3, 4), "uint16": (1,)}
+    in_png = {"bool": (1,), "uint8": (1, 2, 3, 4), "uint16": (1,)}
     if suffix == ".png" and channels not in in_png.get(dtype.name, ()):
         raise OSError(
             f"--out must end in .tif, .npy or .zarr: a PNG file has no {dtype} of {channels} "
@@ -153,23 +154,10 @@ def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         )
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside this one. It becomes this one at the end, and is deleted on an error."""
-    part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------ pixels
 
 
-def is_mask(low: Raster) -> bool:
+def is_mask(low: Picture) -> bool:
     """Tell whether pixels are labels: a palette, booleans, or integers of at most two values."""
     if low.palette is not None or low.pixels.dtype.kind == "b":
         return True
@@ -186,8 +174,11 @@ def is_mask(low: Raster) -> bool:
 
 
 def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> Any:
-    """Upsample a tile; both arrays have a halo of blocks, `logits_from_guide` tells which."""
-    logits = logits_from_guide(colours(guide), factor, halo)
+    """Upsample a tile; both arrays have a halo of blocks, `logits_from_guide` tells which.
+
+    The guide is [H, W, 3] in 0..1.
+    """
+    logits = logits_from_guide(guide, factor, halo)
     margins = [(RADIUS - before, RADIUS - after) for before, after in halo]
 
     def weigh(channels: Array) -> Any:
@@ -229,43 +220,26 @@ def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> 
     return result.reshape(*result.shape[:2], *low.shape[2:])
 
 
-def tiles(length: int, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first, last, before, after) of tiles of blocks, with the blocks of their halos."""
-    for first in range(0, length, side):
-        last = min(first + side, length)
-        yield first, last, min(RADIUS, first), min(RADIUS, length - last)
-
-
-def run(low: Raster, guide: Raster, factor: int, target: Any, labels: bool) -> None:
+def run(
+    low: Picture, guide: Picture, shades: Shades, factor: int, target: Any, labels: bool
+) -> None:
     """Upsample all tiles. On a terminal a bar shows how many are done."""
-    side = max(1, TILE // factor)
-    rows, columns = (list(tiles(length, side)) for length in low.pixels.shape[:2])
-    count, bar = len(rows) * len(columns), sys.stderr.isatty()
-    for done, (row, column) in enumerate((r, c) for r in rows for c in columns):
-        if bar:
-            print(f"\r{done / count:4.0%} of {count} tiles", end="", file=sys.stderr, flush=True)
-        spans = [(f - before, last + after) for f, last, before, after in (row, column)]
-        in_low, in_guide = (
-            tuple(slice(begin * scale, end * scale) for begin, end in spans)
-            for scale in (1, factor)
-        )
+    cut = tiles(low.pixels.shape, max(1, TILE // factor), RADIUS)
+    for row, column in with_bar(cut, f"{len(cut)} tiles"):
         halo = (row[2:], column[2:])
-        picture = np.asarray(guide.pixels[in_guide])
-        if picture.dtype.kind == "f" and not (picture.min() >= 0 and picture.max() <= 1):
-            raise OSError(
-                f"GUIDE must have floats from 0 to 1; got {picture.min():g} to {picture.max():g}"
-            )
-        tile = upsample(np.asarray(low.pixels[in_low]), picture, factor, halo, labels)
-        target[row[0] * factor : row[1] * factor, column[0] * factor : column[1] * factor] = tile
-    if bar:
-        print(f"\r100% of {count} tiles", file=sys.stderr)
+        picture = colours(
+            np.asarray(guide.pixels[row.pixels(factor), column.pixels(factor)]), shades
+        )
+        tile = np.asarray(low.pixels[row.pixels(1), column.pixels(1)])
+        rows, columns = (slice(span.first * factor, span.last * factor) for span in (row, column))
+        target[rows, columns] = upsample(tile, picture, factor, halo, labels)
 
 
 # ---------------------------------------------------------------------------------------- command
 
 
-def check_guide(low: Raster, guide: Raster, factor: int) -> None:
-    """Refuse a guide that has another size or another kind of pixels."""
+def check_guide(low: Picture, guide: Picture, factor: int) -> None:
+    """Refuse a guide of another size."""
     rows, columns = low.pixels.shape[:2]
     height, width = guide.pixels.shape[:2]
     if (height, width) != (rows * factor, columns * factor):
@@ -275,10 +249,6 @@ def check_guide(low: Raster, guide: Raster, factor: int) -> None:
             f"GUIDE must be {factor} times LOW of {low.size}: {columns * factor} x "
             f"{rows * factor} pixels; it has {guide.size}{hint}"
         )
-    if guide.pixels.dtype.name not in ("bool", "uint8", "uint16", "float32", "float64"):
-        raise OSError(f"GUIDE must be uint8, uint16 or floats; got {guide.pixels.dtype}")
-    if len(guide.pixels.shape) == 3 and guide.pixels.shape[2] > 4:
-        raise OSError(f"GUIDE must have 1 to 4 channels; got {guide.pixels.shape[2]}")
 
 
 def factor_of(text: str) -> int:
@@ -293,24 +263,29 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m carafepp upsample",
         description="Upsample a depth map, a mask or a heat map along the edges of a photograph.",
-        epilog="Integers of at most two values and pictures with a palette are masks: they stay "
-        f"what they are. Files end in {' '.join(READ)}.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("low", type=Path, metavar="LOW", help="the map to upsample")
-    parser.add_argument("guide", type=Path, metavar="GUIDE", help="the picture of its new size")
-    parser.add_argument("--factor", type=factor_of, required=True, metavar="N", help="1 to 64")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
+    parser.add_argument("low", type=Path, metavar="LOW", help="the map: what is upsampled")
     parser.add_argument(
-        "--labels", action="store_true", help="values of LOW are names, and are not mixed"
+        "guide", type=Path, metavar="GUIDE", help="the photograph: N times as wide and high as LOW"
+    )
+    parser.add_argument("--factor", type=factor_of, required=True, metavar="N", help="1 to 64")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new file")
+    parser.add_argument(
+        "--labels", action="store_true", help="values of LOW are names, which are never mixed"
     )
     arguments = parser.parse_args(argv)
+    if MISSING is not None:
+        print(f"{parser.prog}: {MISSING}; {NEEDED}", file=sys.stderr)
+        return 2
     out: Path = arguments.out
     with ExitStack() as files:
         try:
-            if MISSING is not None:
-                raise MISSING
             low = open_raster("LOW", arguments.low, files)
+            check_picture("LOW", arguments.low, low, most=None)
             guide = open_raster("GUIDE", arguments.guide, files)
+            check_picture("GUIDE", arguments.guide, guide)
             check_guide(low, guide, arguments.factor)
             labels = arguments.labels or is_mask(low)
             if labels and len(low.pixels.shape) == 3:
@@ -319,15 +294,21 @@ def main(argv: list[str]) -> int:
                     f"--labels); got the shape {tuple(low.pixels.shape)}"
                 )
             shape = (*guide.pixels.shape[:2], *low.pixels.shape[2:])
-            dtype = np.dtype(low.pixels.dtype)
+            dtype = np.dtype(low.pixels.dtype).newbyteorder("=")
             check_out(out, shape, dtype)
+            shades = shades_of("GUIDE", guide.pixels)
+            for line in (*told("LOW", low), *told("GUIDE", guide, shades)):
+                print(line)
             with new_file(out) as part:
                 target = create(part, shape, dtype, low.palette)
-                run(low, guide, arguments.factor, target.pixels, labels)
+                run(low, guide, shades, arguments.factor, target.pixels, labels)
                 target.close()
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, MemoryError) as error:
             needed = f"; {NEEDED}" if isinstance(error, ImportError) else ""
-            print(f"{parser.prog}: {error}{needed}", file=sys.stderr)
+            print(f"{parser.prog}: {sentence(error)}{needed}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: stopped; nothing is written", file=sys.stderr)
+            return 130
     print(f"{out}: {guide.size}, {dtype}{', a mask' if labels else ''}")
     return 0

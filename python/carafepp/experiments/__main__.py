@@ -15,6 +15,7 @@ try:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from ..pictures import make_folder, sentence
     from ..torch.models import DOWNSAMPLERS, UPSAMPLERS
     from .figures import draw_figures
     from .report import markdown, plot
@@ -39,10 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     carafepp.set_num_threads(options.threads)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         run(options)
     except (OSError, ValueError) as error:
-        print(f"carafepp.experiments: {error}", file=sys.stderr)
+        print(f"carafepp.experiments: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last finished training.")
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [*TABLES, "all", "figures"]
     parser.add_argument("name", choices=names, metavar="NAME", help="a table, all, or figures")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="large: for a GPU")
-    parser.add_argument("--seeds", type=_positive, default=3, help="how many; default: 3")
+    parser.add_argument("--seeds", type=_positive, help="how many; default: 3")
     parser.add_argument("--steps", type=_positive, help="of a training; default: the preset's")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="a folder")
     parser.add_argument("--device", default="cpu", help="PyTorch's name for it; default: cpu")
@@ -87,7 +88,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 parser.error(f"--{option} must be of {', '.join(operators)}; got {name!r}.")
         if getattr(options, option) and options.name in ("all", "figures"):
             parser.error(f"--{option} must be left out for {options.name}, which are many things.")
+    for option in ("seeds", "steps"):
+        if getattr(options, option) is not None and options.name == "figures":
+            parser.error(
+                f"--{option} must be left out for figures, whose networks have one seed and the "
+                "steps of the preset."
+            )
+    options.seeds = options.seeds or 3
+    if reason := _refusal(options.device):
+        parser.error(
+            f"--device must be one that PyTorch and carafepp compute on here; got "
+            f"{options.device!r}: {reason}"
+        )
     return options
+
+
+def _refusal(device: str) -> str | None:
+    """Tell why networks cannot be trained on a device; None if they can."""
+    try:
+        one = torch.ones(1, 1, 1, 1, device=device)
+        carafepp.reassemble(one, one).item()
+    except Exception as error:  # each device of PyTorch has its own
+        return str(error).splitlines()[0].partition(". ")[0]
+    return None
 
 
 def _positive(word: str) -> int:

@@ -85,8 +85,14 @@ def load_networks(
     """Return two networks: "carafe" with CARAFE++ everywhere, and "nearest" without it."""
     given = {**PRESETS[preset]["figures"], "learning_rate": 0.002, "seed": 0}
     operators = {"carafe": ("carafe", "carafe"), "nearest": ("nearest", "strided_conv")}
-    saved = torch.load(path, map_location="cpu") if path.exists() else {}
-    if saved.get("arguments") != given:
+    try:
+        saved = torch.load(path, map_location="cpu") if path.exists() else {}
+        same = saved.get("arguments") == given
+    except Exception as error:  # PyTorch raises many kinds of errors for a broken file
+        raise ValueError(
+            f"[experiments] {path} must be what an earlier run wrote; delete it to train again."
+        ) from error
+    if not same:
         states = {}
         for name, (up, down) in operators.items():
             bar = progress.add_task(f"figures: {name}", total=given["steps"])

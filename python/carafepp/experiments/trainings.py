@@ -97,14 +97,20 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the surrounding repository, or else carafepp's version."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty"]
+    """Return the commit of carafepp's source tree, or else the version of the package."""
+    tree = Path(__file__).resolve().parents[3]  # python/carafepp/experiments/trainings.py
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", tree, *command], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # An installed package may lie within the repository of its user.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == tree:
+            return git("describe", "--always", "--exclude=*", "--dirty")
     except (OSError, subprocess.CalledProcessError):
-        return f"of version {carafepp.__version__}"
-    return done.stdout.strip()
+        pass
+    return f"of version {carafepp.__version__}"
 
 
 @dataclass(frozen=True)
