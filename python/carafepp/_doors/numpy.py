@@ -15,6 +15,8 @@ from .door import Door
 class NumPy(Door):
     """NumPy."""
 
+    cast = "{}.astype(np.{})"
+
     def recognise(self, array: Any) -> str | None:
         """Return "numpy" for a NumPy array, subclasses included."""
         return "numpy" if isinstance(array, np.ndarray) else None
