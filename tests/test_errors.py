@@ -326,7 +326,7 @@ WRONG = {
                             "make some share one. Pass another array."),
 }  # fmt: skip
 
-# What follows some of these sentences; test_hints.py follows the hints.
+# Hints at the end of some of these sentences; test_hints.py follows them.
 HINTS = {
     "int32": "Cast features to float32: features.astype(np.float32).",
     "uint16 is not bfloat16": "Cast features to float32: features.astype(np.float32).",

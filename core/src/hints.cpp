@@ -10,7 +10,7 @@ namespace carafepp {
 namespace {
 
 constexpr int kMostFactor = 32;        // up and down that are tried
-constexpr int kMostOfRatio = 4;        // the same, where both change
+constexpr int kMostOfRatio = 4;        // the same, if both change
 constexpr int kUsualKernel = 5;        // kernel_size in Python, if it is not given
 constexpr int64_t kLongest = 1 << 30;  // lengths and factors beyond it get no hints: products could overflow
 constexpr size_t kMostInputs = 3;
@@ -55,7 +55,10 @@ public:
                 if (tensor->shape[axis] < 0 || tensor->shape[axis] > kLongest) return "";
             }
         }
-        if (params_.up > kLongest || params_.down > kLongest || params_.groups > kLongest) return "";
+        for (int64_t number : {int64_t{params_.up}, int64_t{params_.down}, int64_t{params_.groups}, params_.size[0],
+                               params_.size[1], params_.padding[0], params_.padding[1]}) {
+            if (number < -kLongest || number > kLongest) return "";
+        }
         if (accepts(function_, params_, inputs_)) return "";  // a result is wrong
         if (status == CARAFEPP_TYPE_ERROR) return cast();
         for (auto look : {&Hints::one_number, &Hints::padding, &Hints::two_numbers, &Hints::layout, &Hints::order,
@@ -108,7 +111,7 @@ private:
         return " Cast " + joined(names, " and ") + " to " + dtype_name(dtype) + ".";
     }
 
-    // Whether an array of a DLPack dtype can be cast: integers, floats, bfloat16 and booleans.
+    // Tells if arrays of a DLPack dtype can be cast: integers, floats, bfloat16 and booleans.
     static bool is_real(carafepp_dtype dtype) {
         const int code = dtype >> 8;
         return (dtype & 0xff) != 0 && (code <= 2 || code == 4 || code == 6);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the caller of a refused call may have meant. Each hint is tried first: the check accepts the call that it makes.
+// Hints at what the caller of a refused call may have meant. The check accepts the call that a hint makes.
 #pragma once
 
 #include <string>

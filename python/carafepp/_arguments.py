@@ -181,7 +181,7 @@ def module_options(
     }
 
 
-# What other libraries call a parameter
+# Names that other libraries have for a parameter
 _OTHER_NAMES = {
     "up": ("scale_factor", "scale", "factor", "up_factor", "upscale_factor", "upscale"),
     "down": ("stride", "down_factor", "downscale_factor", "downscale"),

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <set>
@@ -553,6 +554,17 @@ TEST_CASE("hints for C") {
     Small w;
     w.params.kernel_size = 5;
     w.refused(CARAFEPP_VALUE_ERROR, "got (1, 9, 8, 8). Did you mean kernel_size=3?");
+}
+
+TEST_CASE("hints do not overflow") {
+    const int64_t smallest = std::numeric_limits<int64_t>::min();
+    Small s;
+    s.params.flags = CARAFEPP_SIZE | CARAFEPP_PADDING;
+    s.params.size[0] = s.params.padding[1] = smallest;
+    s.refused(CARAFEPP_VALUE_ERROR, "[reassemble] ");
+    Small t;
+    t.params.up = t.params.down = t.params.groups = std::numeric_limits<int32_t>::max();
+    t.refused(CARAFEPP_VALUE_ERROR, "[reassemble] ");
 }
 
 TEST_CASE("sizes that overflow") {

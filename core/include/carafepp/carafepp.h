@@ -266,8 +266,8 @@ CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params
                                                            void* user);
 
 /* The sentence of this thread's last failed call: "[function] argument must <rule> = <numbers>; got <numbers>. <hint>"
- * There is a hint where the inputs fit with another parameter, dtype, layout or order, or another function: one that
- * the check was asked about, and accepts. */
+ * There is a hint if the inputs fit with another parameter, dtype, layout or order, or another function. The check
+ * accepts the inputs with that change. */
 CARAFEPP_API const char* carafepp_last_error(void);
 
 CARAFEPP_API const char* carafepp_version(void); /* "major.minor.patch" */

@@ -18,7 +18,7 @@ Availability availability();
 // The build, as the value of carafepp_config's line "CUDA".
 const char* description();
 
-// What carafepp_devices tells. It asks the driver and the runtime, but makes no context.
+// The text of carafepp_devices. It asks the driver and the runtime, but makes no context.
 std::string devices();
 
 // A refusal of CUDA, with its name and text.

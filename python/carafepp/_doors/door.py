@@ -155,7 +155,11 @@ class Door:
         """Let the core refuse inputs: a result may be too large because an argument is wrong."""
         spec = FUNCTIONS[function]
         views = [self.view(function, spec.inputs[k], array) for k, array in enumerate(inputs)]
-        _core.list_implementations(core_params, views, [None for _ in spec.results])
+        try:
+            _core.list_implementations(core_params, views, [None for _ in spec.results])
+        except (TypeError, ValueError, NotImplementedError) as error:
+            error.args = (self._in_callers_words(function, str(error)),)
+            raise error from None
 
 
 def result_shape(
