@@ -315,8 +315,12 @@ const char* carafepp_version(void) { return CARAFEPP_VERSION; }
 int carafepp_abi_version(void) { return 1; }
 
 const char* carafepp_config(void) {
-    static const Config config;
-    return config.text.c_str();
+    const char* text = "";
+    guarded([&] {
+        static const Config config;
+        text = config.text.c_str();
+    });
+    return text;
 }
 
 const char* carafepp_devices(void) {
@@ -327,4 +331,8 @@ const char* carafepp_devices(void) {
 
 void carafepp_set_num_threads(int threads) { set_num_threads(threads); }
 
-int carafepp_get_num_threads(void) { return get_num_threads(); }
+int carafepp_get_num_threads(void) {
+    int threads = 1;
+    guarded([&] { threads = get_num_threads(); });  // which reads the environment
+    return threads;
+}

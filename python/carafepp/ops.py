@@ -750,8 +750,8 @@ def output_size(
 def set_num_threads(threads: int) -> None:
     """Set the largest number of CPU threads for one call; 0 restores the default.
 
-    The default is CARAFEPP_NUM_THREADS, else the number of cores that the process may use. Results
-    do not depend on the number of threads.
+    The default is CARAFEPP_NUM_THREADS, from 1 to 1024, else the number of cores that the process
+    may use. Results do not depend on the number of threads.
 
     The threads are carafepp's own. ``torch.set_num_threads`` and ``OMP_NUM_THREADS`` do not change
     their number, and this function does not change that of other libraries.
@@ -781,7 +781,8 @@ def get_num_threads() -> int:
 def show_config() -> None:
     """Print the version, the build, the processor's instruction sets, CUDA devices and threads.
 
-    The driver is asked for devices, but no CUDA context is made.
+    The driver is asked for devices, but no CUDA context is made. A child that is forked afterwards
+    cannot use CUDA.
     """
     print(_core.config())
     if devices := _core.devices():

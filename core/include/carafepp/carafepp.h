@@ -275,7 +275,8 @@ CARAFEPP_API int carafepp_abi_version(void);     /* 1 */
 CARAFEPP_API const char* carafepp_config(void);  /* lines "key: value": version, compiler, instruction sets, CUDA */
 
 /* The line "CUDA devices: ..." with the driver, and each device with its compute capability; or why there is none. ""
- * in a build without CUDA. It makes no CUDA context. The string lives until this thread calls it again. */
+ * in a build without CUDA. It makes no CUDA context, but initialises the driver: a child that is forked afterwards
+ * cannot use CUDA. The string lives until this thread calls it again. */
 CARAFEPP_API const char* carafepp_devices(void);
 
 /* Threads that one call may use on the CPU, 1024 at most. At first they are CARAFEPP_NUM_THREADS, or else the cores
