@@ -333,6 +333,7 @@ NB_MODULE(_core, m) {
 
     m.def("version", carafepp_version);
     m.def("config", carafepp_config);
+    m.def("devices", carafepp_devices);
     m.def("set_num_threads", carafepp_set_num_threads, "threads"_a);
     m.def("get_num_threads", carafepp_get_num_threads);
 }

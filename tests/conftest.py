@@ -114,7 +114,7 @@ def pytest_collection_finish():
 @pytest.fixture
 def without_cuda():
     """For arrays that only pretend to be on a GPU: they must never reach a real one."""
-    if "built without CUDA" not in carafepp._core.config():
+    if "CUDA: not built" not in carafepp._core.config():
         pytest.skip("a build with CUDA would believe the pretended pointers")
 
 

@@ -12,8 +12,8 @@ from cases import LAYOUTS, numpy_dtype
 from foreign import PretendedCUDA
 from skips import skip
 
-EMULATED = "cuda (emulated)" in carafepp._core.config()
-BUILT_WITHOUT = "built without CUDA" in carafepp._core.config()
+EMULATED = "CUDA: built (emulated)" in carafepp._core.config()
+BUILT_WITHOUT = "CUDA: not built" in carafepp._core.config()
 
 
 class Missing(Exception):

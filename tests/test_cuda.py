@@ -38,6 +38,7 @@ from foreign import PretendedCUDA
 from functions import EACH_INPUT, call_into, each_function
 from products import product
 from skips import skip
+from wrong_environment import call_in_vain
 
 F32, CASE = DTYPES[0], CASES["groups_2"]
 alone = pytest.mark.alone  # the work and memory of other processes would disturb it
@@ -326,23 +327,8 @@ def use_generic_kernels(library):
                     call(function, on_device, params)
 
 
-def call_in_vain(library):
-    """Run where CARAFEPP_CUDA_KERNELS is `some`: nothing is written."""
-    for function in RESULTS:
-        inputs, params = problem(function)
-        on_device = placed(library, inputs)
-        outs = nans_like(library, call(function, inputs, params))
-        end = "the environment variable CARAFEPP_CUDA_KERNELS must be all or generic; got some."
-        sentence = "^" + re.escape(f"[{function}] {end}") + "$"
-        with pytest.raises(ValueError, match=sentence):
-            call_into(function, on_device, params, outs)
-        with pytest.raises(ValueError, match=sentence):
-            carafepp.list_implementations(function, *on_device, **params)
-        assert all(np.isnan(double(out)).all() for out in read(library, outs))
-
-
 def with_kernels(value, test, library):
-    """Call a function of this module in a process that has this CARAFEPP_CUDA_KERNELS."""
+    """Call a function in a process that has this CARAFEPP_CUDA_KERNELS."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -351,7 +337,8 @@ def with_kernels(value, test, library):
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     name = type(library).__name__
-    code = f"import cuda_libraries, test_cuda; test_cuda.{test.__name__}(cuda_libraries.{name}())"
+    module = test.__module__
+    code = f"import cuda_libraries, {module}; {module}.{test.__name__}(cuda_libraries.{name}())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )

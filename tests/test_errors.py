@@ -147,8 +147,7 @@ WRONG = {
                      "1 to 31; got 1089 channels, groups=1."),
     "logits for masks": ("reassemble", {"masks": zeros(2, 36, 3, 5)}, ValueError,
                          "masks must have groups*kernel_size**2 channels with an odd kernel_size "
-                         "from 1 to 31; got 36 channels, groups=1. Logits of that shape go to "
-                         "reassemble_with_logits."),
+                         "from 1 to 31; got 36 channels, groups=1."),
     "no mask channels": ("reassemble", {"masks": zeros(2, 0, 6, 10)}, ValueError,
                          "masks must have groups*kernel_size**2 channels with an odd kernel_size "
                          "from 1 to 31; got 0 channels, groups=1."),
@@ -327,11 +326,34 @@ WRONG = {
                             "make some share one. Pass another array."),
 }  # fmt: skip
 
+# Hints at the end of some of these sentences; test_hints.py follows them.
+HINTS = {
+    "int32": "Cast features to float32: features.astype(np.float32).",
+    "uint16 is not bfloat16": "Cast features to float32: features.astype(np.float32).",
+    "bool": "Cast masks to float32: masks.astype(np.float32).",
+    "mixed": "Cast masks to float32: masks.astype(np.float32).",
+    "half masks": "Cast masks to float32: masks.astype(np.float32).",
+    "half features": "Cast logits to float32: logits.astype(np.float32).",
+    "grad_output": "Cast grad_output to float32: grad_output.astype(np.float32).",
+    "grad_masks": "Cast grad_masks to float32: grad_masks.astype(np.float32).",
+    "logits for masks": "Logits of that shape go to reassemble_with_logits, with kernel_size=3.",
+    "groups": "Did you mean groups=1?",
+    "logits size": "Did you mean down=1?",
+    "logits to normalize": "Did you mean up=1?",
+    "padding too large": "Did you mean padding=1?",
+    "padding negative": "Did you mean padding=1?",
+    "masks of another padding": "Did you mean padding=1?",
+    "logits of another padding": "Did you mean padding=1?",
+    "size too large for its padding": "Did you mean padding=1?",
+}
+
 
 @pytest.mark.parametrize("name", WRONG)
 def test_sentence(name):
     function, replaced, exception, sentence = WRONG[name]
     pattern = sentence if r"\w" in sentence else re.escape(sentence)
+    if name in HINTS:
+        pattern += re.escape(" " + HINTS[name])
     with pytest.raises(exception) as caught:
         getattr(Calls, function)(**replaced)
     assert type(caught.value) is exception

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import carafepp
+
 FRAMEWORKS = (
     *("torch", "cupy", "jax", "tensorflow", "array_api_strict", "ml_dtypes"),
     *("scipy", "skimage", "matplotlib", "PIL", "onnx", "numba", "pandas", "dask", "zarr"),
@@ -80,6 +82,63 @@ assert y.sum() == 4
 """
     allowed = {"carafepp", "nanobind_backend", *FRAMEWORKS}
     assert newly_imported(body) <= allowed
+
+
+MODULES = ("experiments", "jax", "torch", "viz")
+
+
+def test_modules_are_listed_before_they_are_imported():
+    body = f"""
+import carafepp
+assert set(dir(carafepp)) >= {{*{MODULES!r}, *carafepp.__all__, "__version__"}}
+assert not any("carafepp." + name in sys.modules for name in {MODULES!r})
+"""
+    assert newly_imported(body) <= {"carafepp", "nanobind_backend"}
+
+
+def test_a_module_is_imported_when_it_is_used(torch):
+    body = """
+import carafepp
+assert carafepp.torch.CARAFE(8, up=2).up == 2
+assert carafepp.torch.mmcv.CARAFEPack(8, 2).scale_factor == 2
+assert carafepp.torch.models.FPN
+assert "mmcv" in dir(carafepp.torch)
+"""
+    assert "torch" in newly_imported(body)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [
+        ("torch", "torch", "carafepp[torch]"),
+        ("jax", "jax", "carafepp[jax]"),
+        ("viz", "matplotlib", "carafepp[demo]"),
+    ],
+)
+def test_a_module_without_its_package_says_what_to_install(name, package, install):
+    body = f"""
+sys.modules[{package!r}] = None  # its import raises ImportError
+import importlib
+import carafepp
+try:
+    importlib.import_module("carafepp.{name}")
+except ModuleNotFoundError as error:
+    assert str(error).endswith('Install it: pip install "{install}"'), error
+else:
+    raise AssertionError
+try:
+    carafepp.{name}
+except AttributeError as error:
+    assert str(error).startswith("carafepp.{name} cannot be imported: "), error
+    assert str(error).endswith('Install it: pip install "{install}"'), error
+assert not hasattr(carafepp, "{name}")
+"""
+    newly_imported(body)
+
+
+def test_another_attribute_is_an_error():
+    with pytest.raises(AttributeError, match=r"^module 'carafepp' has no attribute 'nonsense'$"):
+        carafepp.nonsense  # noqa: B018
 
 
 def test_import_is_quick():

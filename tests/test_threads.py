@@ -171,6 +171,7 @@ def run_program(body, *, program=PROGRAM, **environment):
     """Return the standard output of the program with this body. A child that hangs, times out."""
     source = program + textwrap.dedent(body)
     environment = {**os.environ, **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source],
         capture_output=True,
@@ -302,12 +303,21 @@ def test_zero_goes_back_to_the_number_of_the_environment():
     assert run_program(body, CARAFEPP_NUM_THREADS="5") == "5"
 
 
-@pytest.mark.parametrize("nonsense", ["", "0", "-2", "many"])
-def test_a_nonsensical_environment_means_the_default(nonsense):
-    body = "print(carafepp.get_num_threads())"
-    default = run_program(body, CARAFEPP_NUM_THREADS="")
-    assert int(default) >= 1
-    assert run_program(body, CARAFEPP_NUM_THREADS=nonsense) == default
+@pytest.mark.parametrize("wrong", ["", "0", "-2", "1.5", "many", "4 ", "1025", "9" * 30])
+def test_a_wrong_number_in_the_environment_is_an_error_of_the_next_call(wrong):
+    body = """
+    carafepp.set_num_threads(2)
+    for _ in range(2):
+        try:
+            carafepp.reassemble(x, m, up=2)
+        except ValueError as error:
+            print(error)
+    """
+    sentence = (
+        "[reassemble] the environment variable CARAFEPP_NUM_THREADS must be a whole number from 1 "
+        f"to 1024; got {wrong or 'nothing'}."
+    )
+    assert run_program(body, CARAFEPP_NUM_THREADS=wrong).splitlines() == [sentence] * 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
@@ -318,7 +328,7 @@ import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import carafepp
 """
-    assert run_program(body, program=program, CARAFEPP_NUM_THREADS="") == "1"
+    assert run_program(body, program=program, CARAFEPP_NUM_THREADS=None) == "1"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to count threads in")

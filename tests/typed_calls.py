@@ -52,7 +52,15 @@ def mistyped(d: Array, x: Array, m: Array, params: dict[str, Any]) -> None:
     carafepp.reassemble(x, m, up=1.5)  # type: ignore[arg-type]
     carafepp.reassemble(x, m, size=6)  # type: ignore[arg-type]
     carafepp.reassemble(x, m, padding=(1, 0, 1))  # type: ignore[arg-type]
-    carafepp.normalize_masks(m, padding=0)  # type: ignore[call-arg]
+    carafepp.normalize_masks(m, padding=0)  # type: ignore[arg-type]
+    carafepp.reassemble(x, m, scale_factor=2)  # type: ignore[arg-type]
+    carafepp.reasemble(x, m)  # type: ignore[attr-defined]
+
+
+def lazy_modules() -> None:
+    carafepp.torch.CARAFE(8, up=2)
+    assert_type(carafepp.torch.mmcv.xavier_init(torch.nn.Identity()), None)
+    carafepp.torch.CARAFF(8)  # type: ignore[attr-defined]
 
 
 def mistyped_for_modules(layer: torch.nn.Module, options: dict[str, Any]) -> None:

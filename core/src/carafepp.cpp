@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points. Each call is checked once; then a kernel of its device's registry is chosen, and runs.
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <string>
 
 #include "call.h"
 #include "cpu/parallel.h"
-#include "cpu/simd/kernels.h"
 #include "cuda/cuda.h"
+#include "environment.h"
 #include "kernel.h"
 
 namespace carafepp {
@@ -37,14 +36,6 @@ const Kernel* list_of(carafepp_device device, carafepp_function function, int k)
 // The kernels of both gradients, or NULL.
 const KernelOfBoth* list_of_both(carafepp_device device, carafepp_function function) {
     return kResultsOf[function][1] == kResults ? nullptr : registry_of(device).of_both;
-}
-
-bool log_choices() {
-    static const bool wanted = [] {
-        const char* level = std::getenv("CARAFEPP_LOG");
-        return level != nullptr && std::strcmp(level, "debug") == 0;
-    }();
-    return wanted;
 }
 
 [[noreturn]] void fail(carafepp_status status, carafepp_function function, const std::string& sentence) {
@@ -81,8 +72,9 @@ const Entry* choose(carafepp_function function, const Entry* list, const char* f
                     const Results&... results) {
     const Entry* forced = forced_name ? find(list, forced_name) : nullptr;
     std::string log;
+    const bool wanted = environment().log;
     const auto skip = [&](const Entry& kernel, const char* why, const char* reason) {
-        if (reason != nullptr && log_choices()) log += std::string("; ") + kernel.name + why + reason;
+        if (reason != nullptr && wanted) log += std::string("; ") + kernel.name + why + reason;
         return reason != nullptr;
     };
     const Entry* chosen = forced ? forced : list;
@@ -94,7 +86,7 @@ const Entry* choose(carafepp_function function, const Entry* list, const char* f
             chosen++;
         }
     }
-    if (log_choices()) {
+    if (wanted) {
         std::fprintf(stderr, "carafepp: [%s] %s%s%s\n", function_name(function),
                      chosen->name ? chosen->name : "no kernel of both gradients", forced ? " (forced)" : "",
                      log.c_str());
@@ -125,15 +117,13 @@ const KernelOfBoth* choose_of_both(carafepp_function function, const Call& call)
 Call check(carafepp_function function, const carafepp_params* params, const carafepp_tensor* const* tensors,
            bool results_required) {
     Call call = check_call(function, params, tensors, results_required);
-    const bool on_cuda = call.problem.device == CARAFEPP_CUDA;
-    if (on_cuda) {
+    if (call.problem.device == CARAFEPP_CUDA) {
         const cuda::Availability cuda = cuda::availability();
         if (cuda.status != CARAFEPP_OK)
             fail(cuda.status, function, "CUDA arrays cannot be computed on: " + cuda.reason + ".");
     }
     check_forced(function, call.params.implementation, registry_of(call.problem.device));
-    if (const char* wrong = on_cuda ? cuda::wrong_environment() : wrong_isa_cap())
-        fail(CARAFEPP_VALUE_ERROR, function, wrong);
+    if (!environment().wrong.empty()) fail(CARAFEPP_VALUE_ERROR, function, environment().wrong);
     return call;
 }
 
@@ -210,7 +200,7 @@ carafepp_status call(carafepp_function function, void* stream, const carafepp_pa
 }
 
 struct Config {
-    char text[512];
+    std::string text;
 
     Config() {
 #if defined(__clang__)
@@ -234,10 +224,11 @@ struct Config {
         const char* target = "generic";
         const char* features[] = {" unknown", "", "", "", ""};
 #endif
-        std::snprintf(text, sizeof text,
-                      "version: %s\ncompiler: %s\nbuilt for: %s\nthis processor has:%s%s%s%s%s\ndevices: cpu%s",
-                      CARAFEPP_VERSION, compiler, target, features[0], features[1], features[2], features[3],
-                      features[4], cuda::description());
+        text = std::string("version: ") + CARAFEPP_VERSION + "\ncompiler: " + compiler + "\nbuilt for: " + target +
+               "\nthis processor has:";
+        for (const char* feature : features) text += feature;
+        text += std::string("\nCUDA: ") + cuda::description();
+        if (!environment().wrong.empty()) text += "\ncalls fail: " + environment().wrong;
     }
 };
 
@@ -324,10 +315,24 @@ const char* carafepp_version(void) { return CARAFEPP_VERSION; }
 int carafepp_abi_version(void) { return 1; }
 
 const char* carafepp_config(void) {
-    static const Config config;
-    return config.text;
+    const char* text = "";
+    guarded([&] {
+        static const Config config;
+        text = config.text.c_str();
+    });
+    return text;
+}
+
+const char* carafepp_devices(void) {
+    static thread_local std::string text;
+    const carafepp_status status = guarded([] { text = cuda::devices(); });
+    return status == CARAFEPP_OK ? text.c_str() : "";
 }
 
 void carafepp_set_num_threads(int threads) { set_num_threads(threads); }
 
-int carafepp_get_num_threads(void) { return get_num_threads(); }
+int carafepp_get_num_threads(void) {
+    int threads = 1;
+    guarded([&] { threads = get_num_threads(); });  // which reads the environment
+    return threads;
+}

@@ -8,6 +8,7 @@
 
 #include "call.h"
 #include "dtypes.h"
+#include "hints.h"
 #include "overlap.h"
 
 namespace carafepp {
@@ -34,14 +35,6 @@ std::string tuple_of(const T* items, int count) {
     for (int k = 0; k < count; k++) text << (k ? ", " : "") << items[k];
     text << (count == 1 ? ",)" : ")");
     return text.str();
-}
-
-std::string dtype_name(carafepp_dtype dtype) {
-    static const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-    const int code = dtype >> 8, bits = dtype & 0xff;
-    if (code == 6) return "bool";
-    if (code >= 0 && code < 6) return kinds[code] + std::to_string(bits);
-    return "DLPack type code " + std::to_string(code) + " of " + std::to_string(bits) + " bits";
 }
 
 std::string device_name(carafepp_device device, int32_t index) {
@@ -227,18 +220,8 @@ public:
         for (int64_t k = 1; k <= kMaxKernelSize; k += 2) {
             if (masks.c == params_.groups * k * k) return k;
         }
-        const int64_t subpixels = int64_t{params_.up} * params_.up;
-        for (int64_t k = 1; k <= kMaxKernelSize && params_.up > 1; k += 2) {
-            if (masks.c % subpixels == 0 && masks.c / subpixels == params_.groups * k * k) {
-                fail_kernel_size(masks, " Logits of that shape go to reassemble_with_logits.");
-            }
-        }
-        fail_kernel_size(masks, "");
-    }
-
-    [[noreturn]] void fail_kernel_size(const Array& masks, const char* hint) const {
         fail_value("masks must have groups*kernel_size**2 channels with an odd kernel_size from 1 to ", kMaxKernelSize,
-                   "; got ", masks.c, " channels, groups=", params_.groups, ".", hint);
+                   "; got ", masks.c, " channels, groups=", params_.groups, ".");
     }
 
     // kernel_size/2 - padding of axis 0, rows, or 1, columns. Checks both.
@@ -336,7 +319,7 @@ private:
             if (dtype == supported) return;
         }
         fail(CARAFEPP_TYPE_ERROR, function_, name, " must be float32, float64, float16 or bfloat16; got ",
-             dtype_name(dtype), ".");
+             dtype_name(dtype), ".", unset(name, dtype, ".dtype to CARAFEPP_FLOAT32 or another one."));
     }
 
     void check_device(const char* name, const carafepp_tensor& tensor) {
@@ -344,7 +327,8 @@ private:
         if (device == CARAFEPP_CUDA_HOST) device = CARAFEPP_CPU;
         if (device == CARAFEPP_CUDA_MANAGED) device = CARAFEPP_CUDA;
         if (device != CARAFEPP_CPU && device != CARAFEPP_CUDA) {
-            fail_value(name, " must be on the CPU or on a CUDA device; got DLPack device type ", device, ".");
+            fail_value(name, " must be on the CPU or on a CUDA device; got DLPack device type ", device, ".",
+                       unset(name, device, ".device to CARAFEPP_CPU or CARAFEPP_CUDA."));
         }
         const int32_t index = device == CARAFEPP_CPU ? 0 : tensor.device_index;
         if (name == first_name_) {
@@ -355,6 +339,11 @@ private:
             fail_value(name, " must be on the device of ", first_name_, " (", device_name(device_, device_index_),
                        "); got ", device_name(device, index), ".");
         }
+    }
+
+    // The hint for a field of a zeroed carafepp_tensor.
+    static std::string unset(const char* name, int32_t field, const char* rest) {
+        return field == 0 ? std::string(" Set ") + name + rest : "";
     }
 
     void check_extent(const char* name, const carafepp_tensor& tensor) const {
@@ -411,6 +400,17 @@ Array& input_of(Problem& problem, Role role) {
 
 }  // namespace
 
+std::string dtype_name(carafepp_dtype dtype) {
+    static const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+    const int code = dtype >> 8, bits = dtype & 0xff;
+    if (code == 6) return "bool";
+    if (code >= 0 && code < 6) return kinds[code] + std::to_string(bits);
+    return "DLPack type code " + std::to_string(code) + " of " + std::to_string(bits) + " bits";
+}
+
+int inputs_of(carafepp_function function) { return kSignatures[function].inputs; }
+const char* argument_name(carafepp_function function, int k) { return kSignatures[function].arguments[k].name; }
+
 const char* function_name(carafepp_function function) {
     return known(function) || function == CARAFEPP_OUTPUT_SIZE ? kSignatures[function].name : "carafepp";
 }
@@ -464,7 +464,18 @@ Call check_call(carafepp_function function, const carafepp_params* given, const 
                 bool results_required) {
     if (!known(function))
         fail(CARAFEPP_VALUE_ERROR, function, "function must be a number from 1 to 6; got ", function, ".");
-    Call call{read_params(function, given), {}, {}, {}};
+    const carafepp_params params = read_params(function, given);
+    try {
+        return check_arrays(function, params, tensors, results_required);
+    } catch (Error& error) {
+        error.message += hint(error.status, function, params, tensors);
+        throw;
+    }
+}
+
+Call check_arrays(carafepp_function function, const carafepp_params& params, const carafepp_tensor* const* tensors,
+                  bool results_required) {
+    Call call{params, {}, {}, {}};
     const Signature& signature = kSignatures[function];
     Checker check(function, call.params);
 

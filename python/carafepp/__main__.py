@@ -1,31 +1,62 @@
-"""`python -m carafepp` prints the configuration; `demo` and `upsample` are its commands."""
+"""`python -m carafepp` prints the configuration; its commands are `demo` and `upsample`."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
-from . import show_config
+from . import __version__, show_config
+
+
+def demo(arguments: list[str]) -> int:
+    """Run the demo, which imports scikit-image and matplotlib."""
+    from .demo import main
+
+    return main(arguments)
+
+
+def upsample(arguments: list[str]) -> int:
+    """Upsample a map."""
+    from .upsample import main
+
+    return main(arguments)
+
+
+COMMANDS = {
+    "demo": (demo, "draw the demo on real data, or shrink a picture of yours"),
+    "upsample": (upsample, "upsample a map along the edges of a picture"),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run one command and return the exit status."""
-    if not arguments:
-        show_config()
-        return 0
-    if arguments[0] == "demo":
-        from .demo import main as demo  # imports scikit-image and matplotlib
-
-        return demo(arguments[1:])
-    if arguments[0] == "upsample":
-        from .upsample import main as upsample
-
-        return upsample(arguments[1:])
-    print(
-        f"carafepp: no command {arguments[0]!r}.\n"
-        "usage: python -m carafepp          version, build, instruction sets, threads, devices\n"
-        "       python -m carafepp demo     the demo on real data (--help tells more)\n"
-        "       python -m carafepp upsample a map along the edges of a picture (--help tells more)",
-        file=sys.stderr,
+    parser = argparse.ArgumentParser(
+        prog="python -m carafepp",
+        description="Without a command, print the version, the build, instruction sets, CUDA "
+        "devices and threads.",
     )
-    return 2
+    version = f"carafepp {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (_, what) in COMMANDS.items():  # each has a parser of its own
+        commands.add_parser(name, help=what, add_help=False)
+    helper = commands.add_parser("help", help="print this, or the help of a command")
+    helper.add_argument("topic", nargs="?", choices=COMMANDS, metavar="COMMAND")
+    commands.add_parser("version", help="print the version")
+    given, rest = parser.parse_known_args(arguments)
+    if given.command in COMMANDS:
+        return COMMANDS[given.command][0](rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if given.command is None:
+        show_config()
+    elif given.command == "version":
+        print(version)
+    elif given.topic is None:
+        parser.print_help()
+    else:
+        return main([given.topic, "--help"])
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Set
+from fractions import Fraction
 from operator import index
 from typing import Any
 
@@ -178,6 +179,65 @@ def module_options(
         "normalizer": normalizer,
         "ceil_mode": ceil_mode,
     }
+
+
+# Names that other libraries have for a parameter
+_OTHER_NAMES = {
+    "up": ("scale_factor", "scale", "factor", "up_factor", "upscale_factor", "upscale"),
+    "down": ("stride", "down_factor", "downscale_factor", "downscale"),
+    "kernel_size": ("kernel", "ksize", "k", "up_kernel", "k_up", "kernel_up", "reassembly_kernel"),
+    "groups": ("group", "group_size", "up_group", "num_groups", "n_groups"),
+    "normalizer": ("normaliser", "normalization", "activation"),
+    "size": ("output_size", "out_size", "target_size"),
+    "layout": ("data_format", "memory_format", "channels_last"),
+    "padding": ("pad",),
+    "out": ("output",),
+    "channels": ("in_channels", "num_channels", "inplanes", "c"),
+    "compressed_channels": ("mid_channels", "c_mid", "c_m", "compress_channels"),
+    "encoder_kernel_size": ("encoder_kernel", "k_enc", "k_encoder", "kernel_encoder"),
+    "encoder_dilation": ("dilation",),
+}
+
+
+def unexpected(function: Callable[..., Any], unknown: Mapping[str, Any]) -> TypeError:
+    """Return the error for keywords that a function does not have, with the name that it has."""
+    from inspect import signature
+
+    name, value = next(iter(unknown.items()))
+    parameters = [p.name for p in signature(function).parameters.values()]
+    parameters = [known for known in parameters if known != "unknown"]
+    meant = _meant(name, value, parameters)
+    hint = f"Did you mean {meant}?" if meant else f"Its parameters are {', '.join(parameters)}."
+    return TypeError(f"[{function.__name__}] got an unexpected keyword argument {name!r}. {hint}")
+
+
+def _meant(name: str, value: Any, parameters: list[str]) -> str | None:
+    """Return the parameter that a keyword may stand for, with its value if that changes."""
+    from difflib import get_close_matches
+
+    known = next((ours for ours, others in _OTHER_NAMES.items() if name in others), None)
+    if known == "up":
+        factor = _factor_of(value)
+        changed = {} if factor is None else {"up": factor.numerator, "down": factor.denominator}
+        changed = {ours: number for ours, number in changed.items() if number > 1}
+        if changed.keys() - set(parameters):
+            return None
+        if changed:
+            return " and ".join(f"{ours}={number}" for ours, number in changed.items())
+    if known in parameters:
+        return known
+    return next(iter(get_close_matches(name, parameters, 1)), None)
+
+
+def _factor_of(value: Any) -> Fraction | None:
+    """Return a number, or the number that a pair repeats, as a ratio of small integers."""
+    try:
+        if isinstance(value, (tuple, list)) and len(set(value)) == 1:
+            value = value[0]
+        factor = Fraction(value).limit_denominator(64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return factor if factor > 0 and abs(factor - Fraction(value)) < 1e-6 * factor else None
 
 
 def check_reach(where: str, size: Any, natural: Any, up: int) -> None:

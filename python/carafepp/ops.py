@@ -8,16 +8,18 @@ A function names its arguments and finds the library of its arrays. From here to
 3. `core/src/carafepp.cpp` checks the arguments and chooses a kernel from a registry.
 4. The kernel's launcher plans the work and starts it.
 5. The kernel writes the result.
+
+A function takes no `unknown` keyword: the error names the parameter that it may stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, overload
 
 from . import _core
-from ._arguments import integer, natural_size, odd, padding_pair, pair, positive
+from ._arguments import integer, natural_size, odd, padding_pair, pair, positive, unexpected
 from ._doors import call, door_of
 from ._doors.door import FUNCTIONS, forced_implementation, params_of
 
@@ -48,6 +50,7 @@ def reassemble(
     layout: Layout = "NCHW",
     padding: Padding | None = None,
     out: ArrayT | None = None,
+    **unknown: NoReturn,
 ) -> ArrayT:
     """Rescale features by a weighted sum over a window for every output pixel.
 
@@ -139,6 +142,8 @@ def reassemble(
            [2., 2., 3., 3.],
            [2., 2., 3., 3.]], dtype=float32)
     """
+    if unknown:
+        raise unexpected(reassemble, unknown)
     params = {
         "up": up,
         "down": down,
@@ -224,6 +229,7 @@ def reassemble_backward(
     need_features: bool = True,
     need_masks: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
+    **unknown: NoReturn,
 ) -> tuple[ArrayT | None, ArrayT | None]:
     """Return the gradients of `reassemble` for features and for masks.
 
@@ -283,6 +289,8 @@ def reassemble_backward(
     array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
+    if unknown:
+        raise unexpected(reassemble_backward, unknown)
     params = {
         "up": up,
         "down": down,
@@ -312,6 +320,7 @@ def reassemble_with_logits(
     layout: Layout = "NCHW",
     padding: Padding | None = None,
     out: ArrayT | None = None,
+    **unknown: NoReturn,
 ) -> ArrayT:
     """Normalise logits to masks and reassemble features with them, in one pass.
 
@@ -367,6 +376,8 @@ def reassemble_with_logits(
     >>> output.shape, bool(np.allclose(output[:, :, 2:-2, 2:-2], 3))
     ((1, 2, 16, 16), True)
     """
+    if unknown:
+        raise unexpected(reassemble_with_logits, unknown)
     params = {
         "up": up,
         "down": down,
@@ -464,6 +475,7 @@ def reassemble_with_logits_backward(
     need_features: bool = True,
     need_logits: bool = True,
     out: tuple[ArrayT | None, ArrayT | None] | None = None,
+    **unknown: NoReturn,
 ) -> tuple[ArrayT | None, ArrayT | None]:
     """Return the gradients of `reassemble_with_logits` for features and for logits.
 
@@ -517,6 +529,8 @@ def reassemble_with_logits_backward(
     >>> bool(np.allclose(grad_logits[:, :, 1:-1, 1:-1], 0, atol=1e-6))
     True
     """
+    if unknown:
+        raise unexpected(reassemble_with_logits_backward, unknown)
     params = {
         "up": up,
         "down": down,
@@ -545,6 +559,7 @@ def normalize_masks(
     size: tuple[int, int] | None = None,
     layout: Layout = "NCHW",
     out: ArrayT | None = None,
+    **unknown: NoReturn,
 ) -> ArrayT:
     """Return the masks that `reassemble_with_logits` uses.
 
@@ -588,6 +603,8 @@ def normalize_masks(
     >>> normalize_masks(np.zeros((1, 9, 1, 1)), kernel_size=3)[0, :, 0, 0].sum().round(12)
     np.float64(1.0)
     """
+    if unknown:
+        raise unexpected(normalize_masks, unknown)
     params = {
         "up": up,
         "groups": groups,
@@ -610,6 +627,7 @@ def normalize_masks_backward(
     normalizer: Normalizer = "softmax",
     layout: Layout = "NCHW",
     out: ArrayT | None = None,
+    **unknown: NoReturn,
 ) -> ArrayT:
     """Return the gradient of `normalize_masks` for logits.
 
@@ -653,6 +671,8 @@ def normalize_masks_backward(
     >>> normalize_masks_backward(np.ones((1, 9, 1, 1)), logits, kernel_size=3).shape
     (1, 9, 1, 1)
     """
+    if unknown:
+        raise unexpected(normalize_masks_backward, unknown)
     params = {
         "up": up,
         "groups": groups,
@@ -670,6 +690,7 @@ def output_size(
     down: int = 1,
     kernel_size: int | None = None,
     padding: Padding | None = None,
+    **unknown: NoReturn,
 ) -> tuple[int, int]:
     """Return the natural size of an output: ``(ceil(h*up/down), ceil(w*up/down))``.
 
@@ -707,6 +728,8 @@ def output_size(
     >>> output_size((7, 8), kernel_size=5, padding=0)
     (3, 4)
     """
+    if unknown:
+        raise unexpected(output_size, unknown)
     size = pair("output_size", size, "(H, W)")
     up, down = positive("output_size", up=up, down=down)
     if any([type(length) is int and length < 0 for length in size]):
@@ -732,8 +755,11 @@ def output_size(
 def set_num_threads(threads: int) -> None:
     """Set the largest number of CPU threads for one call; 0 restores the default.
 
-    The default is CARAFEPP_NUM_THREADS, else the number of cores that the process may use. Results
-    do not depend on the number of threads.
+    The default is CARAFEPP_NUM_THREADS, from 1 to 1024, else the number of cores that the process
+    may use. Results do not depend on the number of threads.
+
+    The threads are carafepp's own. ``torch.set_num_threads`` and ``OMP_NUM_THREADS`` do not change
+    their number, and this function does not change that of other libraries.
 
     Parameters
     ----------
@@ -758,8 +784,14 @@ def get_num_threads() -> int:
 
 
 def show_config() -> None:
-    """Print the version, the build, the processor's instruction sets, threads and devices."""
+    """Print the version, the build, the processor's instruction sets, CUDA devices and threads.
+
+    The driver is asked for devices, but no CUDA context is made. A child that is forked afterwards
+    cannot use CUDA.
+    """
     print(_core.config())
+    if devices := _core.devices():
+        print(devices)
     print(f"threads: {get_num_threads()}")
 
 

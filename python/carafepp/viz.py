@@ -12,11 +12,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from ._lazy import missing
 from .ops import reassemble_backward
+
+try:
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+except ModuleNotFoundError as error:
+    raise missing(error, "carafepp[demo]") from error
 
 Array = NDArray[Any]
 Location = tuple[int, int]  # row and column

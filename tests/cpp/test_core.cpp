@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <set>
@@ -521,12 +522,49 @@ TEST_CASE("tensors that no array library would make") {
     q.x.device = q.m.device = q.y.device = CARAFEPP_CUDA_MANAGED;
     q.x.shape[0] = q.m.shape[0] = q.y.shape[0] = 0;  // nothing to compute where it can be
     const std::string config = carafepp_config();
-    if (config.find("built without CUDA") != std::string::npos) {
+    if (config.find("CUDA: not built") != std::string::npos) {
         q.refused(CARAFEPP_NOT_IMPLEMENTED,
                   "[reassemble] CUDA arrays cannot be computed on: carafepp was built without CUDA");
     } else if (q.run() != CARAFEPP_OK) {
         q.refused(CARAFEPP_RUNTIME_ERROR, "[reassemble] CUDA arrays cannot be computed on: ");
     }
+}
+
+TEST_CASE("hints for C") {
+    Small s;
+    s.x.device = 0;
+    s.refused(CARAFEPP_VALUE_ERROR,
+              "features must be on the CPU or on a CUDA device; got DLPack device type 0. Set features.device to "
+              "CARAFEPP_CPU or CARAFEPP_CUDA.");
+    Small t;
+    t.m.dtype = 0;
+    t.refused(CARAFEPP_TYPE_ERROR, "got int0. Set masks.dtype to CARAFEPP_FLOAT32 or another one.");
+    Small u;
+    u.params.up = 1;
+    u.refused(CARAFEPP_VALUE_ERROR, "got (1, 9, 8, 8). Did you mean up=2?");
+    u.params.up = 2;
+    CHECK(u.run() == CARAFEPP_OK);
+    Small v;
+    v.x = tensor_of(v.features.data(), {1, 4, 4, 2});
+    v.m = tensor_of(v.masks.data(), {1, 8, 8, 9});
+    v.y = tensor_of(v.output.data(), {1, 8, 8, 2});
+    v.refused(CARAFEPP_VALUE_ERROR, "Did you mean layout='NHWC'? In C, set the flag CARAFEPP_CHANNELS_LAST.");
+    v.params.flags = CARAFEPP_CHANNELS_LAST;
+    CHECK(v.run() == CARAFEPP_OK);
+    Small w;
+    w.params.kernel_size = 5;
+    w.refused(CARAFEPP_VALUE_ERROR, "got (1, 9, 8, 8). Did you mean kernel_size=3?");
+}
+
+TEST_CASE("hints do not overflow") {
+    const int64_t smallest = std::numeric_limits<int64_t>::min();
+    Small s;
+    s.params.flags = CARAFEPP_SIZE | CARAFEPP_PADDING;
+    s.params.size[0] = s.params.padding[1] = smallest;
+    s.refused(CARAFEPP_VALUE_ERROR, "[reassemble] ");
+    Small t;
+    t.params.up = t.params.down = t.params.groups = std::numeric_limits<int32_t>::max();
+    t.refused(CARAFEPP_VALUE_ERROR, "[reassemble] ");
 }
 
 TEST_CASE("sizes that overflow") {
@@ -662,6 +700,9 @@ TEST_CASE("versions") {
     CHECK(header_is_c99() == 1);
     CHECK(std::string(carafepp_version()).size() >= 5);
     CHECK(doctest::String(carafepp_config()) == Contains(carafepp_version()));
+    const bool built = std::string(carafepp_config()).find("CUDA: not built") == std::string::npos;
+    CHECK(std::string(carafepp_devices()).rfind(built ? "CUDA devices: " : "", 0) == 0);
+    CHECK(std::string(carafepp_devices()).empty() == !built);
 }
 
 }  // namespace

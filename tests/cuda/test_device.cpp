@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int kDevices = 100;
+int device_count = 100, driver = 13000;
 std::atomic<int> questions{0};  // cudaFuncGetAttributes
 thread_local int current = 0, devices_set = 0;
 thread_local cudaError_t refusal = cudaSuccess;  // the answer to questions and launches
@@ -40,15 +40,23 @@ cudaError_t cudaGetLastError() {
     return error;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = kDevices;
+    *count = device_count;
     return answer(refusal);
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = driver;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+    *properties = {"GPU", architecture(device) / 10, architecture(device) % 10};
+    return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
     *device = current;
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-    if (device >= kDevices) return answer(cudaErrorInvalidDevice);
+    if (device >= device_count) return answer(cudaErrorInvalidDevice);
     devices_set++;
     current = device;
     return cudaSuccess;
@@ -135,7 +143,7 @@ TEST_CASE("threads agree") {
 }
 
 TEST_CASE("answers that cannot be kept are asked again") {
-    for (int device : {1, kDevices - 2}) {
+    for (int device : {1, device_count - 2}) {
         const CurrentDevice here(device);
         for (int number = 0; number < 1000; number++) CHECK(architecture_of(kernel_of(number)) == architecture(device));
     }
@@ -162,6 +170,20 @@ TEST_CASE("another refusal is told by its name") {
     refusal = cudaSuccess;
 }
 
+TEST_CASE("devices are told with their driver, or why there are none") {
+    device_count = 2;
+    CHECK(devices() == "CUDA devices: 2, by a driver for CUDA 13.0: GPU (7.5), GPU (9.0)");
+    device_count = 0;
+    driver = 12080;
+    CHECK(devices() == "CUDA devices: none, by a driver for CUDA 12.8");
+    refusal = cudaErrorNoDevice;
+    CHECK(devices() == "CUDA devices: none, by a driver for CUDA 12.8 (cudaErrorOther: in words)");
+    CHECK(cudaGetLastError() == cudaSuccess);
+    driver = 0;
+    CHECK(devices() == "CUDA devices: none, as there is no CUDA driver");
+    device_count = 100, driver = 13000, refusal = cudaSuccess;
+}
+
 TEST_CASE("the callers device comes back") {
     const int before = devices_set;
     {
@@ -174,7 +196,7 @@ TEST_CASE("the callers device comes back") {
     }
     CHECK(current == 0);
     CHECK(devices_set == before + 2);
-    CHECK(failure_of([] { const CurrentDevice none(kDevices); }) == "cudaErrorOther: in words");
+    CHECK(failure_of([] { const CurrentDevice none(device_count); }) == "cudaErrorOther: in words");
     CHECK(current == 0);
     CHECK(cudaGetLastError() == cudaSuccess);
 }

@@ -52,7 +52,11 @@
  * Kernels: The best kernels for the processor run. The environment variable CARAFEPP_ISA caps them at an instruction
  *          set: avx512, avx2 or sse2 on x86-64, neon on aarch64. There are no kernels for sse2: it leaves the portable
  *          loops, as on a processor without AVX2. For CUDA arrays, CARAFEPP_CUDA_KERNELS=generic leaves only the
- *          generic kernels; all, the default, leaves the fast ones too. A call fails if its variable is anything else.
+ *          generic kernels; all, the default, leaves the fast ones too.
+ *
+ *          CARAFEPP_NUM_THREADS is a whole number from 1 to 1024 (see carafepp_set_num_threads). CARAFEPP_LOG=debug
+ *          prints the choice of kernels to stderr; off, the default, does not. These four variables are read once,
+ *          when a call first needs one. If one has a wrong value, every call that computes fails with a sentence.
  *
  * Errors:  No exception leaves the library. It never aborts, and prints only when CARAFEPP_LOG=debug asks for it.
  *
@@ -265,12 +269,18 @@ CARAFEPP_API carafepp_status carafepp_list_implementations(const carafepp_params
                                                            void* user);
 
 /* The sentence of this thread's last failed call: "[function] argument must <rule> = <numbers>; got <numbers>. <hint>"
- */
+ * There is a hint if the inputs fit with another parameter, dtype, layout or order, or another function. The check
+ * accepts the inputs with that change. */
 CARAFEPP_API const char* carafepp_last_error(void);
 
 CARAFEPP_API const char* carafepp_version(void); /* "major.minor.patch" */
 CARAFEPP_API int carafepp_abi_version(void);     /* 1 */
 CARAFEPP_API const char* carafepp_config(void);  /* lines "key: value": version, compiler, instruction sets, CUDA */
+
+/* The line "CUDA devices: ..." with the driver, and each device with its compute capability; or why there is none. ""
+ * in a build without CUDA. It makes no CUDA context, but initialises the driver: a child that is forked afterwards
+ * cannot use CUDA. The string lives until this thread calls it again. */
+CARAFEPP_API const char* carafepp_devices(void);
 
 /* Threads that one call may use on the CPU, 1024 at most. At first they are CARAFEPP_NUM_THREADS, or else the cores
  * that the process may use; a number below 1 goes back to that. No thread starts before a call has work for it. */

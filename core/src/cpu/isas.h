@@ -37,7 +37,4 @@ constexpr bool has_sixteen_registers([[maybe_unused]] Isa isa) {
 // Why kernels of an instruction set cannot run, or NULL.
 const char* unavailable(Isa isa);
 
-// Why CARAFEPP_ISA cannot be followed, or NULL. Read once.
-const char* wrong_isa_cap();
-
 }  // namespace carafepp

@@ -8,11 +8,12 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+
+#include "environment.h"
 
 namespace carafepp {
 namespace {
@@ -21,14 +22,7 @@ namespace {
 // work for each thread, fewer threads are faster.
 constexpr double kCostWorthAThread = 150e3;
 
-constexpr int kMaxThreads = 1024;
-
-int default_num_threads() {
-    if (const char* text = std::getenv("CARAFEPP_NUM_THREADS")) {
-        char* end = nullptr;
-        const long threads = std::strtol(text, &end, 10);
-        if (end != text && *end == '\0' && threads >= 1) return static_cast<int>(std::min<long>(threads, kMaxThreads));
-    }
+int usable_cores() {
     int cores = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t may_use;  // of all cores, those that this process may use
@@ -119,10 +113,10 @@ alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
 void renew_pool() { new (pool_memory) Pool; }
 
 // When the library is loaded, while there is nobody to race with.
-const int default_threads = [] {
+const int cores = [] {
     renew_pool();
     pthread_atfork(nullptr, nullptr, renew_pool);
-    return default_num_threads();
+    return usable_cores();
 }();
 
 std::atomic<int> chosen_threads{0};  // 0: the default
@@ -135,7 +129,9 @@ void set_num_threads(int threads) {
 
 int get_num_threads() {
     const int chosen = chosen_threads.load(std::memory_order_relaxed);
-    return chosen > 0 ? chosen : default_threads;
+    if (chosen > 0) return chosen;
+    const int of_environment = environment().threads;
+    return of_environment > 0 ? of_environment : cores;
 }
 
 int threads_for(int64_t items, double cost_of_all) {

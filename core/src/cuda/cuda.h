@@ -15,11 +15,11 @@ struct Availability {
 };
 Availability availability();
 
-// The build, as the end of carafepp_config's line "devices: cpu".
+// The build, as the value of carafepp_config's line "CUDA".
 const char* description();
 
-// Why the value of the environment variable CARAFEPP_CUDA_KERNELS is wrong, or NULL. It says which kernels may run.
-const char* wrong_environment();
+// The text of carafepp_devices. It asks the driver and the runtime, but makes no context.
+std::string devices();
 
 // A refusal of CUDA, with its name and text.
 struct Failure {

@@ -96,7 +96,33 @@ Availability availability() {
     return {CARAFEPP_OK, ""};
 }
 
-const char* description() { return ", cuda (" CARAFEPP_CUDA_BUILD ")"; }
+const char* description() { return "built (" CARAFEPP_CUDA_BUILD ")"; }
+
+static std::string version_of(int number) {  // 1000 * major + 10 * minor
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+std::string devices() {
+    int driver = 0, count = 0;
+    cudaError_t error = cudaDriverGetVersion(&driver);
+    if (error == cudaSuccess && driver == 0) return "CUDA devices: none, as there is no CUDA driver";
+    if (error == cudaSuccess) error = cudaGetDeviceCount(&count);
+    std::string names;
+    for (int device = 0; device < count && error == cudaSuccess; device++) {
+        cudaDeviceProp properties;
+        error = cudaGetDeviceProperties(&properties, device);
+        if (error != cudaSuccess) break;
+        names += std::string(device == 0 ? ": " : ", ") + properties.name + " (" + std::to_string(properties.major) +
+                 "." + std::to_string(properties.minor) + ")";
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // or a caller would find it and think it its own
+        names = " (" + text_of(error) + ")";
+        count = 0;
+    }
+    return "CUDA devices: " + (count ? std::to_string(count) : "none") + ", by a driver for CUDA " +
+           version_of(driver) + names;
+}
 
 CurrentDevice::CurrentDevice(int device) {
     check(cudaGetDevice(&callers_));

@@ -12,8 +12,8 @@ Availability availability() {
             "carafepp was built without CUDA. Build it where nvcc is on the PATH, or copy the arrays to the CPU"};
 }
 
-const char* description() { return " (built without CUDA)"; }
-const char* wrong_environment() { return nullptr; }
+const char* description() { return "not built"; }
+std::string devices() { return ""; }
 
 CurrentDevice::CurrentDevice(int) {}
 CurrentDevice::~CurrentDevice() = default;

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels for CUDA. Each queues its work on problem.stream of the current device, and throws Failure. grad_masks
 // stands for grad_logits where problem.from_logits.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-
 #include "cuda.h"
+#include "environment.h"
 #include "kernel.h"
 
 namespace carafepp::cuda {
@@ -92,26 +89,6 @@ void normalize_masks_backward(const Problem& problem, const Array& grad_logits);
 
 namespace {
 
-// The environment variable CARAFEPP_CUDA_KERNELS says which CUDA kernels may run. It is read once.
-struct Environment {
-    bool only_generic = false;
-    char wrong[160] = "";  // why it cannot be followed
-
-    Environment() {
-        const char* text = std::getenv("CARAFEPP_CUDA_KERNELS");
-        if (text == nullptr || *text == '\0' || std::strcmp(text, "all") == 0) return;
-        only_generic = std::strcmp(text, "generic") == 0;
-        if (only_generic) return;
-        std::snprintf(wrong, sizeof wrong,
-                      "the environment variable CARAFEPP_CUDA_KERNELS must be all or generic; got %.64s.", text);
-    }
-};
-
-const Environment& environment() {
-    static const Environment read;
-    return read;
-}
-
 // A fast kernel runs nothing where the environment leaves only the generic ones.
 template <auto cannot_run, class... Results>
 const char* cannot_run_here(const Problem& problem, const Results&... results) {
@@ -154,7 +131,5 @@ const Registry kernels = {
      kOfNormalizeMasksBackward},
     kOfBoth,
 };
-
-const char* wrong_environment() { return *environment().wrong ? environment().wrong : nullptr; }
 
 }  // namespace carafepp::cuda

@@ -13,6 +13,8 @@ from .door import Door
 class CuPy(Door):
     """CuPy."""
 
+    cast = "{}.astype(cupy.{})"
+
     def recognise(self, array: Any) -> str | None:
         """Return "cupy" for a CuPy array, subclasses included."""
         cls = imported_class("cupy", "ndarray")

@@ -80,6 +80,8 @@ class Door:
     or traced) overrides `call`. Only `compute` needs `view`, `empty` and `stream`.
     """
 
+    cast = ""  # how the library casts an array {} to a dtype {}, for errors
+
     def recognise(self, array: Any) -> str | None:
         """Return the name of the library if the array belongs to it, else None."""
         raise NotImplementedError
@@ -118,8 +120,8 @@ class Door:
         for k, name in enumerate(spec.out):
             result = out[k]
             if result is None and needed[k]:
-                shape = result_shape(function, core_params, params, inputs, k)
                 try:
+                    shape = result_shape(function, core_params, params, inputs, k)
                     result = self.empty(function, inputs[spec.like[k]], shape)
                 except (MemoryError, RuntimeError, ValueError):
                     self._check_inputs(function, inputs, core_params)
@@ -129,11 +131,23 @@ class Door:
         try:
             getattr(_core, function)(core_params, *views, self.stream(inputs[0]))
         except (TypeError, ValueError, NotImplementedError) as error:
-            error.args = (_in_callers_names(function, str(error)),)
+            error.args = (self._in_callers_words(function, str(error)),)
             raise
         return tuple(results)
 
     call = compute  # a library with operators of its own overrides call
+
+    def _in_callers_words(self, function: str, sentence: str) -> str:
+        """Return an error sentence of the core with the caller's names of results, and a cast."""
+        spec = FUNCTIONS[function]
+        names = dict(zip(spec.results, spec.out, strict=True))
+        pattern = rf"(\] |share memory with )({'|'.join(names)})\b"
+        sentence = re.sub(pattern, lambda match: match[1] + names[match[2]], sentence)
+        sentence = sentence.partition(" In C, ")[0]
+        cast = re.search(r"Cast (\w+) to (float\d+)\.$", sentence)
+        if cast is None or not self.cast:
+            return sentence
+        return f"{sentence[:-1]}: {self.cast.format(*cast.groups())}."
 
     def _check_inputs(
         self, function: str, inputs: tuple[Any, ...], core_params: _core.Params
@@ -141,7 +155,11 @@ class Door:
         """Let the core refuse inputs: a result may be too large because an argument is wrong."""
         spec = FUNCTIONS[function]
         views = [self.view(function, spec.inputs[k], array) for k, array in enumerate(inputs)]
-        _core.list_implementations(core_params, views, [None for _ in spec.results])
+        try:
+            _core.list_implementations(core_params, views, [None for _ in spec.results])
+        except (TypeError, ValueError, NotImplementedError) as error:
+            error.args = (self._in_callers_words(function, str(error)),)
+            raise error from None
 
 
 def result_shape(
@@ -211,11 +229,3 @@ def params_of(
         _LAYOUTS[layout],
         forced_implementation.get(),
     )
-
-
-def _in_callers_names(function: str, sentence: str) -> str:
-    """Return an error sentence of the core with the caller's names of the results."""
-    spec = FUNCTIONS[function]
-    names = dict(zip(spec.results, spec.out, strict=True))
-    pattern = rf"(\] |share memory with )({'|'.join(names)})\b"
-    return re.sub(pattern, lambda match: match[1] + names[match[2]], sentence)

@@ -18,6 +18,8 @@ LARGE = 1 << 22  # bytes; stores of larger results pass by the caches, and want 
 class NumPy(Door):
     """NumPy."""
 
+    cast = "{}.astype(np.{})"
+
     def recognise(self, array: Any) -> str | None:
         """Return "numpy" for a NumPy array, subclasses included."""
         return "numpy" if isinstance(array, np.ndarray) else None

@@ -13,6 +13,8 @@ from .door import FUNCTIONS, Door, not_an_array
 class PyTorch(Door):
     """PyTorch, whose own operators compute unless `out` is given (`carafepp.torch.operators`)."""
 
+    cast = "{}.to(torch.{})"
+
     def recognise(self, array: Any) -> str | None:
         """Return "torch" for a tensor and for all that PyTorch takes for one, as in traces."""
         if type(array).__module__.partition(".")[0] == "torch":

@@ -7,7 +7,12 @@ and are differentiable. This package adds `CARAFE`, the module for Flax NNX, and
 
 from typing import TYPE_CHECKING, Any
 
-from .operators import register_handlers
+from .._lazy import missing
+
+try:
+    from .operators import register_handlers
+except ModuleNotFoundError as error:
+    raise missing(error, "carafepp[jax]") from error
 
 if TYPE_CHECKING:
     from .modules import CARAFE
@@ -21,6 +26,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from .modules import CARAFE
-    except ImportError as error:
-        raise ImportError(f"carafepp.jax.CARAFE needs Flax: {error}. pip install flax") from error
+    except ModuleNotFoundError as error:
+        raise missing(error, "carafepp[flax]") from error
     return CARAFE

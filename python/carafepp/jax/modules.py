@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,10 @@ class CARAFE(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise _arguments.unexpected(CARAFE, unknown)
         options = _arguments.module_options(
             channels=channels,
             up=up,

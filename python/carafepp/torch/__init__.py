@@ -12,10 +12,24 @@
 Import it before you load an exported program with the operators ``torch.ops.carafepp.*``.
 """
 
-from .modules import CARAFE
-from .operators import decompositions  # which registers the operators
-from .relatives import AdaptiveConv, Involution2d, adaptive_conv, convex_upsample
-from .replacement import Replacement, replace_resampling
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_modules, missing
+
+try:
+    from .modules import CARAFE
+    from .operators import decompositions  # which registers the operators
+    from .relatives import AdaptiveConv, Involution2d, adaptive_conv, convex_upsample
+    from .replacement import Replacement, replace_resampling
+except ModuleNotFoundError as error:
+    raise missing(error, "carafepp[torch]") from error
+
+if TYPE_CHECKING:
+    from . import mmcv as mmcv
+    from . import models as models
+    from . import ultralytics as ultralytics
+else:
+    __getattr__, __dir__ = lazy_modules(globals(), "mmcv", "models", "ultralytics")
 
 __all__ = [
     "CARAFE",

@@ -1,7 +1,7 @@
 """The CARAFE++ module predicts kernels from features and reassembles the features by them."""
 
 import inspect
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +210,9 @@ class CARAFE(nn.Module):
 
     Notes
     -----
+    On the CPU, the reassembly runs on carafepp's own threads. ``torch.set_num_threads`` does not
+    change their number, but `carafepp.set_num_threads` and CARAFEPP_NUM_THREADS do.
+
     The input is (N, C, H, W) or (C, H, W). The output is (N, C, H', W') or (C, H', W'), in the
     memory format of the input. Its size is (ceil(H*up/down), ceil(W*up/down)) or, with
     ceil_mode=False, (H*up//down, W*up//down).
@@ -270,7 +273,10 @@ class CARAFE(nn.Module):
         ceil_mode: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise _arguments.unexpected(CARAFE, unknown)
         super().__init__()
 
         options = _arguments.module_options(
