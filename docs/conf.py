@@ -130,13 +130,16 @@ def keep_initials(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"^(\s*[A-Z])\. ", r"\1\\. ", line) for line in lines]
 
 
-def sign_class(app, what, name, obj, options, signature, returned):
-    """Return the signature of a class by its __init__: a base class that is a mock hides it."""
+def sign(app, what, name, obj, options, signature, returned):
+    """Return a signature without **unknown, whose names are errors.
+
+    That of a class is its __init__'s, as a base class that is a mock hides it.
+    """
     init = getattr(obj, "__init__", None)
     if what == "class" and inspect.isfunction(init) and init.__module__.startswith("carafepp"):
         signature = stringify_signature(inspect.signature(init), show_annotation=False)
-        return re.sub(r"\(self(, )?", "(", signature), returned
-    return None
+        signature = re.sub(r"\(self(, )?", "(", signature)
+    return signature and signature.replace(", **unknown", ""), returned
 
 
 def public_names(module):
@@ -166,5 +169,5 @@ def setup(app):
     """Connect the functions of this file."""
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", keep_initials)
-    app.connect("autodoc-process-signature", sign_class)
+    app.connect("autodoc-process-signature", sign)
     app.connect("env-check-consistency", check_reference)
