@@ -6,7 +6,6 @@
  * the output, and with its difference in colour from the source. So edges stay sharp.
  */
 #include <carafepp/carafepp.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 

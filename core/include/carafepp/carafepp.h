@@ -70,7 +70,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(_WIN32) /* a DLL has a list of its exports */
 #define CARAFEPP_API __attribute__((visibility("default")))
 #else
 #define CARAFEPP_API
