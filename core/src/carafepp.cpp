@@ -7,6 +7,7 @@
 
 #include "call.h"
 #include "cpu/parallel.h"
+#include "cpu/processor.h"
 #include "cuda/cuda.h"
 #include "environment.h"
 #include "kernel.h"
@@ -212,10 +213,10 @@ struct Config {
         const char* target = "x86-64";
         const char* features[] = {
             " sse2",
-            __builtin_cpu_supports("avx2") ? " avx2" : "",
-            __builtin_cpu_supports("fma") ? " fma" : "",
-            __builtin_cpu_supports("avx512f") ? " avx512f" : "",
-            __builtin_cpu_supports("avx512bw") ? " avx512bw" : "",
+            processor().avx2 ? " avx2" : "",
+            processor().fma ? " fma" : "",
+            processor().avx512f ? " avx512f" : "",
+            processor().avx512bw ? " avx512bw" : "",
         };
 #elif defined(__aarch64__)
         const char* target = "aarch64";

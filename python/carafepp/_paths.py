@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from . import _core
@@ -21,6 +22,8 @@ def get_include() -> str:
 
 def get_library() -> str:
     """Return the path of the shared library, to link or to load. It does not need Python."""
+    if sys.platform == "win32":  # which looks for it beside the module
+        return str(_FOLDER / "carafepp.dll")
     (library,) = (_FOLDER / "lib").glob("libcarafepp.*")
     return str(library)
 

@@ -3,27 +3,33 @@
 // struct_size, memory at the edge of a page, fork. Python tests the full table of cases, dtypes and layouts.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
-#include <sys/mman.h>
+#if !defined(_WIN32)
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <random>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <vector>
 
 #include "carafepp/carafepp.h"
+#include "cpu/processor.h"
 #include "definition.h"
 #include "dtypes.h"
 #include "overlap.h"
+#include "pages.h"
 
 extern "C" int header_is_c99(void);
 
@@ -230,15 +236,15 @@ TEST_CASE("every implementation gives the result of the reference") {
 class GuardedBytes {
 public:
     GuardedBytes(const void* from, size_t bytes, bool at_end) {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inside = (bytes + page - 1) / page * page;
+        const size_t page = pages::size(), inside = (bytes + page - 1) / page * page;
         length_ = inside + 2 * page;
-        base_ = static_cast<char*>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        base_ = static_cast<char*>(pages::allocate(length_));
         data = base_ + page + (at_end ? inside - bytes : 0);
         if (bytes) std::memcpy(data, from, bytes);
-        mprotect(base_, page, PROT_NONE);
-        mprotect(base_ + page + inside, page, PROT_NONE);
+        pages::forbid(base_, page);
+        pages::forbid(base_ + page + inside, page);
     }
-    ~GuardedBytes() { munmap(base_, length_); }
+    ~GuardedBytes() { pages::release(base_, length_); }
     GuardedBytes(const GuardedBytes&) = delete;
 
     char* data;
@@ -289,9 +295,8 @@ TEST_CASE("nothing beyond the arrays is touched") {
 TEST_CASE("offsets beyond 32 bits") {
     // 2^33 elements of address space, of which some pages are touched.
     const int64_t side = int64_t{1} << 16, elements = side * side * 2;
-    void* memory = mmap(nullptr, static_cast<size_t>(elements) * 4, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    void* memory = pages::allocate(static_cast<size_t>(elements) * 4);
+    if (memory == nullptr) {
         MESSAGE("skipped: no address space of ", elements * 4, " bytes");
         return;
     }
@@ -316,7 +321,7 @@ TEST_CASE("offsets beyond 32 bits") {
     CHECK(carafepp_reassemble_backward(&identity, &d, &small, &one, &gx, nullptr, nullptr) == CARAFEPP_OK);
     CHECK(features[side * side - 1] == 15);
     CHECK(features[elements - 1] == 15);
-    munmap(memory, static_cast<size_t>(elements) * 4);
+    pages::release(memory, static_cast<size_t>(elements) * 4);
 }
 
 TEST_CASE("overlap agrees with counting every byte") {
@@ -675,6 +680,7 @@ TEST_CASE("concurrent callers") {
     carafepp_set_num_threads(0);
 }
 
+#if !defined(_WIN32)  // which has no fork
 TEST_CASE("a forked child goes on calling") {
     const Large problem;
     carafepp_set_num_threads(3);
@@ -694,6 +700,29 @@ TEST_CASE("a forked child goes on calling") {
     CHECK(problem.results() == expected);
     carafepp_set_num_threads(0);
 }
+#endif
+
+#if defined(__x86_64__)
+TEST_CASE("the processor's extensions are those that Linux tells") {
+    std::ifstream file("/proc/cpuinfo");  // Wine shows it too
+    std::string line;
+    while (std::getline(file, line) && line.compare(0, 5, "flags") != 0) continue;
+    if (!file) {
+        MESSAGE("skipped: there is no /proc/cpuinfo");
+        return;
+    }
+    std::istringstream words(line);
+    const std::set<std::string> flags{std::istream_iterator<std::string>(words), {}};
+    const carafepp::Processor& has = carafepp::processor();
+    const std::pair<std::string, bool> extensions[] = {
+        {"avx2", has.avx2},         {"fma", has.fma},           {"f16c", has.f16c},        {"avx512f", has.avx512f},
+        {"avx512bw", has.avx512bw}, {"avx512dq", has.avx512dq}, {"avx512vl", has.avx512vl}};
+    for (const auto& extension : extensions) {
+        INFO(extension.first);
+        CHECK(extension.second == (flags.count(extension.first) == 1));
+    }
+}
+#endif
 
 TEST_CASE("versions") {
     CHECK(carafepp_abi_version() == 1);

@@ -74,8 +74,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Marks what the shared library exports. */
-#if defined(__GNUC__)
+/* Marks what the shared library exports; a DLL has a list of its exports. */
+#if defined(__GNUC__) && !defined(_WIN32)
 #define CARAFEPP_API __attribute__((visibility("default")))
 #else
 #define CARAFEPP_API

@@ -2,17 +2,14 @@
 // The instruction sets that kernels are compiled for, and the cap that the environment variable CARAFEPP_ISA sets.
 #pragma once
 
+#include "processor.h"
+
 // X(isa, supported, unsupported, a, b) for each instruction set, best first: each includes the next one. `supported`
 // asks the processor, `unsupported` is the reason where it says no. CMakeLists.txt has the compiler's flags.
 #if defined(__x86_64__)
-// A processor with AVX2 has F16C too; clang 14 has no name for it.
-#define CARAFEPP_ISAS(X, a, b)                                                                                         \
-    X(avx512,                                                                                                          \
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
-          __builtin_cpu_supports("avx512vl"),                                                                          \
-      "this processor has no AVX-512 (F, BW, DQ, VL)", a, b)                                                           \
-    X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), "this processor has no AVX2 with FMA", a, \
-      b)
+#define CARAFEPP_ISAS(X, a, b)                                                                  \
+    X(avx512, processor().runs_avx512(), "this processor has no AVX-512 (F, BW, DQ, VL)", a, b) \
+    X(avx2, processor().runs_avx2(), "this processor has no AVX2 with FMA and F16C", a, b)
 #elif defined(__aarch64__)
 #define CARAFEPP_ISAS(X, a, b) X(neon, true, "", a, b)
 #else

@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "parallel.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-
 #include <algorithm>
 #include <atomic>
+#include <bitset>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -14,6 +11,15 @@
 #include <thread>
 
 #include "environment.h"
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#endif
 
 namespace carafepp {
 namespace {
@@ -27,9 +33,36 @@ int usable_cores() {
 #if defined(__linux__)
     cpu_set_t may_use;  // of all cores, those that this process may use
     if (sched_getaffinity(0, sizeof may_use, &may_use) == 0) cores = CPU_COUNT(&may_use);
+#elif defined(_WIN32)
+    DWORD_PTR may_use = 0, all = 0;  // of a process in several groups of processors they stay 0
+    if (GetProcessAffinityMask(GetCurrentProcess(), &may_use, &all) && may_use != 0)
+        cores = static_cast<int>(std::bitset<64>(may_use).count());
 #endif
     return std::clamp(cores, 1, kMaxThreads);
 }
+
+#if defined(_WIN32)
+// Threads outlive a FreeLibrary, so the library that has their code stays loaded.
+struct StartingThreads {
+    StartingThreads() {
+        HMODULE library;
+        GetModuleHandleExW(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_PIN,
+                           reinterpret_cast<LPCWSTR>(&run_on_pool), &library);
+    }
+};
+#else
+// Threads that start in its scope take no signals, which are the caller's to handle.
+struct StartingThreads {
+    sigset_t before;
+
+    StartingThreads() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+    }
+    ~StartingThreads() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+};
+#endif
 
 // One job at a time: the caller and the workers that it wakes draw items from a common counter. A worker that wakes too
 // late finds the job closed; nobody waits for it. The pool is never destroyed, since its threads outlive main: at exit
@@ -58,18 +91,14 @@ public:
     }
 
 private:
-    // As many workers as asked for, or as many as the system lets us start. They take no signals, which are the
-    // caller's to handle.
+    // As many workers as asked for, or as many as the system lets us start.
     void start_workers(int count) {
         if (workers_ >= count) return;
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
+        const StartingThreads starting;
         try {
             for (; workers_ < count; workers_++) std::thread(&Pool::worker, this, workers_ + 1, job_).detach();
         } catch (const std::exception&) {  // no thread, or no memory for one: the others do its work
         }
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 
     void worker(int id, uint64_t job_seen) {
@@ -115,7 +144,9 @@ void renew_pool() { new (pool_memory) Pool; }
 // When the library is loaded, while there is nobody to race with.
 const int cores = [] {
     renew_pool();
+#if !defined(_WIN32)  // which has no fork
     pthread_atfork(nullptr, nullptr, renew_pool);
+#endif
     return usable_cores();
 }();
 
