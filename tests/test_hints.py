@@ -26,7 +26,7 @@ def sentence_of(function, arrays, params):
 
 def hint_of(sentence):
     """The hint at the end of a sentence, or None."""
-    pattern = r"(Did you mean .*\?|\w[\w, ]+ seem to be exchanged\.|\w+ of that shape go to .*\.|Cast .*\.)$"
+    pattern = r"(Did you mean .*\?|\w[\w, ]+ exchanged\.|\w+ of that shape go to .*\.|Cast .*\.)$"
     found = re.search(pattern, sentence)
     return found and found[1]
 
