@@ -241,7 +241,7 @@ def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> 
 def _largest_shares(low: Array, weigh: Callable[[Array], Any]) -> Any:
     """Return the name with the largest share at each pixel; the smallest one of equal shares."""
     names = np.unique(low)
-    most, found = np.float32(-1), names[0]
+    most, found = np.asarray(-1, np.float32), names[:1]
     for begin in range(0, len(names), NAMES):
         some = names[begin : begin + NAMES]
         shares = weigh((low == some[:, None, None]).astype(np.float32))
