@@ -128,9 +128,9 @@ def _turn(candidate: Candidate) -> float:
     """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
     with candidate.settings():
-        seconds = candidate.clock(candidate.call)
+        seconds = wall_time(candidate.call)
         while time.perf_counter() < begin + WARM:
-            seconds = candidate.clock(candidate.call)
+            seconds = wall_time(candidate.call)
         calls = max(1, math.ceil(SAMPLE / seconds))
         turn_end = time.perf_counter() + TURN
         for k in range(TURN_SAMPLES[1]):

@@ -271,6 +271,15 @@ def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
     )
 
 
+def test_a_processor_time_of_zero_divides_nothing(monkeypatch):
+    from benchmarks import timing
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: 1.0)
+    candidate = timing.Candidate("sleep", lambda: timing.time.sleep(1e-3))
+    timing.measure([candidate], 0.01)
+    assert candidate.row()["seconds"] > 0
+
+
 def test_a_call_is_made_with_the_settings_of_its_rival():
     import torch
 
