@@ -26,6 +26,8 @@ HELP = """\
 Check carafepp and PyTorch on the same problems, time them in turns, and print tables.
 The last line is a summary. Exit status 1 if an answer is wrong."""
 SAID = {"forward": "in the forward", "forward+backward": "in forward and backward"}
+ORIGIN = "CPU", "commit of this repository"  # of the rows that are summed up together
+TIMED = "seconds", "flops", "ceiling_flops"
 FACTS = {
     "times": HOW,
     "FLOP": FLOPS,
@@ -70,7 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     text = "draw the speeds as bars, a PNG"
     parser.add_argument("--plot", metavar="FILE", type=report.file_to_write, help=text)
-    text = "run nothing: sum up and draw rows that --json wrote, here or in benchmarks.carafe"
+    text = "run nothing: sum up and draw the rows that --json wrote, here or in benchmarks.carafe, "
+    text += "of the last machine and commit in FILE"
     parser.add_argument("--from-json", metavar="FILE", type=_read_rows, help=text)
     asked, default = parser.parse_args(arguments), vars(parser.parse_args([]))
     for name in ("from_json", "plot", "markdown"):
@@ -78,22 +81,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if asked.from_json and (
         ignored := [name for name in default if vars(asked)[name] != default[name]]
     ):
-        parser.error(f"--{ignored[0]} must be left out with --from-json, which runs nothing")
+        option = {"passes": "pass", "weights": "from"}.get(ignored[0], ignored[0])
+        parser.error(f"--{option} must be left out with --from-json, which runs nothing")
     asked.implementation = _wanted(asked.implementations)
     asked.peer = _wanted(asked.peers or (QUICK_PEERS if asked.quick else None))
     if asked.plot and not asked.seconds:
         parser.error("--plot must be left out with --seconds 0, which times nothing")
     if asked.plot:
+        timed = {row["dtype"] for row in asked.from_json or [] if row["samples"]}
+        if "float32" not in (timed if asked.from_json else asked.dtype):
+            parser.error("--plot draws float32, which must be among the dtypes that are timed")
         report.need("matplotlib")
     return asked
 
 
 def _read_rows(given: str) -> list[report.Row]:
-    """Return the rows of a file; of rows with the same labels, the last one."""
+    """Return the rows of the last machine and commit; of those with the same labels, the last."""
     try:
         found = [json.loads(line) for line in Path(given).read_text().splitlines()]
-        rows = {(row["case"], _labels(row)): row for row in found if "case" in row}
+        found = [row for row in found if "case" in row]
+        origins = [[row["run"][key] for key in ORIGIN] for row in found]
+        rows = {
+            (row["case"], _labels(row)): row
+            for row, origin in zip(found, origins, strict=True)
+            if origin == origins[-1]
+        }
         for row in rows.values():
+            timed = row["samples"] and row["kind"] != "operator"
+            if not {"chosen", "error", *(TIMED if timed else ())} <= row.keys():
+                raise KeyError
             if "x_composition" not in row:  # of `benchmarks.carafe`
                 row |= ratios(row, [one for one in rows.values() if one["case"] == row["case"]])
     except OSError as error:
@@ -133,7 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.plot:
         from . import plot
 
-        plot.draw(rows, asked.plot)
+        try:
+            plot.draw(rows, asked.plot)
+        except ValueError as error:  # all answers in float32 are wrong
+            sys.exit(str(error))
     return 1 if _wrong(rows) else 0
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from . import timing
+from .problems import aligned
 from .timing import Candidate
 
 TRAFFIC = [1 << exponent for exponent in range(18, 29, 2)]  # bytes read plus written by a copy
@@ -147,7 +148,7 @@ class Machine:
     def _copies(self, traffic: int, threads: int) -> list[Work]:
         """Return two ways to copy; each thread has its own arrays."""
         floats = traffic // threads // 8 // 16 * 16
-        pairs = [(_aligned(floats), _aligned(floats)) for _ in range(threads)]
+        pairs = [(_filled(floats), _filled(floats)) for _ in range(threads)]
 
         def copy(function: Callable[..., None], thread: int, rounds: int) -> None:
             to, original = (array.ctypes.data for array in pairs[thread])
@@ -157,7 +158,7 @@ class Machine:
 
     def _exponentials(self) -> list[Work]:
         """Return two ways to compute exponentials."""
-        logits, result = _aligned(_EXPONENTIALS), _aligned(_EXPONENTIALS)
+        logits, result = _filled(_EXPONENTIALS), _filled(_EXPONENTIALS)
 
         def of_c(_: int, rounds: int) -> None:
             self._code.exponentials(result.ctypes.data, logits.ctypes.data, logits.size, rounds)
@@ -234,8 +235,6 @@ def _fastest(name: str, ways: list[Work], amount: int, threads: int) -> Candidat
     return min(found, key=lambda one: one[0])[1]
 
 
-def _aligned(floats: int) -> np.ndarray:
-    """Return float32 memory aligned to 64 bytes, with every page touched."""
-    buffer = np.ones(floats + 16, np.float32)
-    begin = -buffer.ctypes.data % 64 // 4
-    return buffer[begin : begin + floats]
+def _filled(floats: int) -> np.ndarray:
+    """Return float32 memory that begins at a cache line, with every page touched."""
+    return aligned(np.ones(floats, np.float32))

@@ -27,10 +27,18 @@ LABELS = {
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG: float32, the fewest threads, from logits or else from masks."""
+    """Write a PNG: float32, the fewest threads, from logits or else from masks.
+
+    Raises
+    ------
+    ValueError
+        No row of float32 was timed.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["dtype"] == "float32" and row["samples"]]
+    if not rows:
+        raise ValueError("[plot] rows must have one of float32 that was timed; got none.")
     threads = min((row["threads"] for row in rows), default=1)
     weights = "logits" if any(row["weights"] == "logits" for row in rows) else "masks"
     rows = [row for row in rows if (row["threads"], row["weights"]) == (threads, weights)]

@@ -104,7 +104,7 @@ class Arrays:
             return as_nchw(self(name, "NHWC"), "NHWC") if by_taps else self(name, "NCHW")
         if key not in self._made:
             values = in_layout(self._values(name), layout)
-            self._made[key] = _aligned(np.ascontiguousarray(values, numpy_dtype(self.dtype)))
+            self._made[key] = aligned(np.ascontiguousarray(values, numpy_dtype(self.dtype)))
         return self._made[key]
 
     def _values(self, name: str) -> np.ndarray:
@@ -116,7 +116,7 @@ class Arrays:
         return rng.standard_normal(shape(self.case, name), np.float32)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def aligned(array: np.ndarray) -> np.ndarray:
     """Return a copy that begins at a cache line."""
     memory = np.empty(array.nbytes + CACHE_LINE, np.uint8)
     begin = -memory.ctypes.data % CACHE_LINE

@@ -22,6 +22,7 @@ WARM = 4e-3  # seconds of untimed calls before samples: a core is slow for one o
 TURN = 20e-3  # seconds of samples in a turn
 TURN_SAMPLES = (2, 5)  # fewest and most samples in a turn
 PATIENCE = 0.25  # seconds; a shorter call is sampled often, whatever the budget
+LEAST = 1e-9  # seconds; a coarse clock may tell 0
 SLOW = 0.5  # seconds; a slower call is warmed up once
 
 HOW = (
@@ -127,9 +128,9 @@ def _turn(candidate: Candidate) -> float:
     """Take some samples; return the seconds of the turn."""
     begin = time.perf_counter()
     with candidate.settings():
-        seconds = candidate.clock(candidate.call)
+        seconds = wall_time(candidate.call)
         while time.perf_counter() < begin + WARM:
-            seconds = candidate.clock(candidate.call)
+            seconds = wall_time(candidate.call)
         calls = max(1, math.ceil(SAMPLE / seconds))
         turn_end = time.perf_counter() + TURN
         for k in range(TURN_SAMPLES[1]):
@@ -145,14 +146,14 @@ def wall_time(call: Callable[[], Any]) -> float:
     """Return the seconds that pass during a call."""
     begin = time.perf_counter()
     call()
-    return time.perf_counter() - begin
+    return max(time.perf_counter() - begin, LEAST)
 
 
 def processor_time(call: Callable[[], Any]) -> float:
     """Return the seconds of a call that this process, with all its threads, has a processor."""
     begin = time.process_time()
     call()
-    return time.process_time() - begin
+    return max(time.process_time() - begin, LEAST)
 
 
 def clock(threads: int) -> Clock:

@@ -125,12 +125,31 @@ def test_a_file_of_rows_is_summed_up_and_drawn_again(files, tmp_path, capsys):
     assert (tmp_path / "again.png").read_bytes() == files["plot"].read_bytes()
 
 
+def test_rows_of_the_last_machine_are_summed_up_alone(files, tmp_path, capsys):
+    from benchmarks.__main__ import main
+
+    rows = rows_of(files["json"])
+    others = [{**row, "run": {**row["run"], "CPU": "another"}} for row in rows]
+    others = [{**row, "layout": "of another", "x_composition": 1e6} for row in others]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, others + rows)))
+    assert main(["--from-json", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == files["printed"].strip().splitlines()[-1]
+    assert "of another" not in printed
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--from-json", "none.json"], "cannot be read: none.json: No such file or directory"),
         (["--from-json", "text.json"], "must have the rows of --json; got text.json"),
+        (["--from-json", "no_run.json"], "must have the rows of --json; got no_run.json"),
+        (["--from-json", "no_error.json"], "must have the rows of --json; got no_error.json"),
         (["--from-json", "rows.json", "--threads", "2"], "--threads must be left out with"),
+        (["--from-json", "rows.json", "--pass", "forward"], "--pass must be left out with"),
+        (["--from-json", "rows.json", "--from", "masks"], "--from must be left out with"),
+        (["--from-json", "half.json", "--plot", "a.png"], "--plot draws float32, which must be"),
+        (["--dtype", "bfloat16", "--plot", "a.png"], "--plot draws float32, which must be"),
         (["--plot", "none/a.png"], "must be a file in a folder that exists; got none/a.png"),
         (["--threads", "0"], "must be a number from 1; got '0'"),
         (["--threads", "x"], "must be a number from 1; got 'x'"),
@@ -142,7 +161,11 @@ def test_options_that_are_refused(files, monkeypatch, tmp_path, capsys, options,
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("no rows")
-    (tmp_path / "rows.json").write_bytes(files["json"].read_bytes())
+    text = files["json"].read_text()
+    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "half.json").write_text(text.replace('"float32"', '"float16"'))
+    for key in ("run", "error"):
+        (tmp_path / f"no_{key}.json").write_text(text.replace(f'"{key}":', '"other":'))
     with pytest.raises(SystemExit, match="2"):
         main(options)
     assert sentence in capsys.readouterr().err
@@ -246,6 +269,15 @@ def test_rivals_get_the_same_time_and_a_slow_one_a_single_sample(monkeypatch):
     assert [candidate.row()["seconds"] for candidate in candidates] == pytest.approx(
         [1.5e-3, 1.1e-2, 60]
     )
+
+
+def test_a_processor_time_of_zero_divides_nothing(monkeypatch):
+    from benchmarks import timing
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: 1.0)
+    candidate = timing.Candidate("sleep", lambda: timing.time.sleep(1e-3))
+    timing.measure([candidate], 0.01)
+    assert candidate.row()["seconds"] > 0
 
 
 def test_a_call_is_made_with_the_settings_of_its_rival():

@@ -13,9 +13,6 @@ from cuda_libraries import connected
 from skips import skip
 
 DOCS = Path(__file__).parent.parent / "docs"
-pytestmark = pytest.mark.skipif(
-    not DOCS.exists(), reason="docs/ is not part of a source distribution"
-)
 # test_torch_relatives.py runs the lines of relatives.md. A comment says why a block does not run.
 GUIDES = sorted(path.name for path in (DOCS / "guides").glob("*.md") if path.stem != "relatives")
 NOT_RUN = r"(<!-- not run: [^>]*-->\n\n?)?"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import carafepp
 from benchmarks.gpu import counters, report, sanitize
 from benchmarks.gpu.processes import Group, Processes
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.run import STAND_INS
+from benchmarks.gpu.run import BUILT, STAND_INS
 from benchmarks.gpu.worker import Task
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,12 @@ def worker(items, *arguments, **options):
 @pytest.fixture
 def runner(tmp_path):
     return Runner(tmp_path)
+
+
+def test_a_build_is_known_by_its_configuration():
+    lines = carafepp._core.config().splitlines()
+    wanted = [cuda for cuda, line in BUILT.items() if any(one.startswith(line) for one in lines)]
+    assert len(wanted) == ("CUDA: not built" not in lines)
 
 
 def test_a_crash_costs_one_item(runner):

@@ -26,7 +26,7 @@ def sentence_of(function, arrays, params):
 
 def hint_of(sentence):
     """The hint at the end of a sentence, or None."""
-    pattern = r"(Did you mean .*\?|They fit in .*\.|\w+ of that shape go to .*\.|Cast .*\.)$"
+    pattern = r"(Did you mean .*\?|\w[\w, ]+ exchanged\.|\w+ of that shape go to .*\.|Cast .*\.)$"
     found = re.search(pattern, sentence)
     return found and found[1]
 
@@ -41,7 +41,7 @@ def follow(hint, function, arrays, params):
         return [(function, arrays, {**params, "layout": hint[-6:-2]})]
     if hint.startswith("Did you mean"):
         return [(function, arrays, {**params, **numbers_in(hint)})]
-    if hint.startswith("They fit"):
+    if hint.endswith("exchanged."):
         return [(function, list(order), params) for order in itertools.permutations(arrays)]
     if hint.startswith("Cast"):
         names = list(inspect.signature(getattr(carafepp, function)).parameters)
@@ -85,9 +85,9 @@ MISTAKES = {
                "Did you mean layout='NHWC'?"),
     "layout of one image": ("reassemble", [X[0], M[0]], {"up": 2, "layout": "NHWC"},
                             "Did you mean layout='NCHW'?"),
-    "order": ("reassemble", [M, X], {"up": 2}, "They fit in another order: features, masks."),
+    "order": ("reassemble", [M, X], {"up": 2}, "features and masks seem to be exchanged."),
     "order, backward": ("reassemble_backward", [X, M, D], {"up": 2},
-                        "They fit in another order: grad_output, features, masks."),
+                        "grad_output, features, masks seem to be exchanged."),
     "logits for masks": ("reassemble", [X, L], {"up": 2},
                          "Logits of that shape go to reassemble_with_logits, with kernel_size=3."),
     "masks for logits": ("reassemble_with_logits", [X, M], {"up": 2},
@@ -181,6 +181,7 @@ KEYWORDS = {
     "half": ("reassemble", "scale_factor", 0.5, "Did you mean down=2?"),
     "3/2": ("reassemble_backward", "scale_factor", 1.5, "Did you mean up=3 and down=2?"),
     "a pair": ("reassemble", "scale_factor", (2.0, 2.0), "Did you mean up=2?"),
+    "no ratio": ("reassemble", "scale_factor", "1/0", "Did you mean up?"),
     "no number": ("reassemble", "scale_factor", None, "Did you mean up?"),
     "no such ratio": ("reassemble", "scale_factor", 2**0.5, "Did you mean up?"),
     "no down": ("normalize_masks", "scale_factor", 0.5, "Its parameters are logits, up, "

@@ -352,15 +352,12 @@ def test_long_doubles_stay_the_same(layout, isa):
 # docs/numerics.md
 
 PAGE = Path(__file__).parent.parent / "docs" / "numerics.md"
-page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a source distribution")
 
 
-@page
 def test_the_page_has_the_masks_of_extreme_logits():
     assert accuracy.extreme_table() in PAGE.read_text()
 
 
-@page
 def test_the_page_tells_the_bounds_and_no_less_than_the_errors():
     written = {
         (cells[1].strip(), dtype): cell.strip()

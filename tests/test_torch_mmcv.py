@@ -76,7 +76,7 @@ def test_the_operators_have_gradients():
 def test_a_wrong_kernel_size():
     with pytest.raises(ValueError, match=r"^\[carafe\] masks must have .* = 1\*5\*\*2 = 25 chann"):
         mmcv.carafe(torch.zeros(1, 2, 3, 3), torch.zeros(1, 9, 6, 6), 5, 1, 2)
-    with pytest.raises(ValueError, match=r"^\[reassemble\] masks must have shape"):
+    with pytest.raises(ValueError, match=r"^\[carafe\] masks must have the size of features"):
         mmcv.carafe(torch.zeros(1, 2, 3, 3), torch.zeros(1, 9, 5, 6), 3, 1, 2)
 
 
@@ -209,8 +209,19 @@ def test_layers_are_set_as_freqfusion_sets_them():
         (lambda: call(5, 1, 2.0), TypeError, "scale_factor must be a positive integer; got 2.0"),
         (lambda: call(5, True, 2), TypeError, "group_size must be a positive integer; got True"),
         (lambda: call(5, 3, 2), ValueError, "features must be divisible by group_size=3; got 4."),
+        (
+            lambda: call(5, 1, 4),
+            ValueError,
+            "masks must have the size of features, (3, 3), times scale_factor=4; got (6, 6). "
+            "Did you mean scale_factor=2?",
+        ),
+        (
+            lambda: mmcv.CARAFE(5, 1, 3)(torch.zeros(1, 4, 3, 2), torch.zeros(1, 25, 6, 6)),
+            ValueError,
+            "masks must have the size of features, (3, 2), times scale_factor=3; got (6, 6).",
+        ),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_wrong_numbers(make, error, sentence):
     with pytest.raises(error, match=r"^\[(carafe|CARAFE\w*)\] ") as caught:

@@ -24,7 +24,6 @@ from carafepp.torch import AdaptiveConv, Involution2d, adaptive_conv, convex_ups
 from torchvision_import import import_torchvision
 
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "relatives.md"
-page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of a source distribution")
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +219,6 @@ def results(function, tensors):
     return *outputs, *torch.autograd.grad(total, tensors)
 
 
-@page
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda project: project.__name__)
 def test_each_line_computes_what_the_original_computes(project, monkeypatch):
     torch.compiler.reset()  # the limit of compilations is for all projects
@@ -234,7 +232,6 @@ def test_each_line_computes_what_the_original_computes(project, monkeypatch):
     torch.testing.assert_close(results(exported, tensors), expected, rtol=1e-11, atol=1e-11)
 
 
-@page
 @pytest.mark.frameworks
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # in its imports
 def test_raft_of_torchvision_gives_the_same():
@@ -319,7 +316,6 @@ def test_flow_keeps_its_precision_beside_masks_of_16_bits(dtype):
     assert convex_upsample(flow.to(dtype), mask, 4).dtype == dtype
 
 
-@page
 def test_igevs_line_keeps_the_precision_of_disparities_under_autocast(monkeypatch):
     upsample, _, (shape, weights) = igev_stereo(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -413,7 +409,6 @@ def test_involution_is_the_authors_layer(kernel_size, stride, training):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@page
 def test_the_line_of_involution_imports_the_layer():
     assert run("involution")["involution"] is Involution2d
 

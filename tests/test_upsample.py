@@ -77,6 +77,24 @@ def test_labels_are_not_mixed(tmp_path, rng):
     assert len(np.unique(np.load(tmp_path / "mixed.npy"))) > 3
 
 
+def test_labels_in_several_chunks_are_those_of_one(tmp_path, monkeypatch, rng):
+    """Equal shares, as of a flat guide, have the smallest name."""
+    low = rng.permutation(np.arange(40).repeat(3)).reshape(10, 12).astype("u2")
+    for guide in (guide_of(rng, 10, 12), np.zeros((40, 48, 3), np.uint8)):
+        results = []
+        for names in (upsample.NAMES, 7, 100):
+            monkeypatch.setattr(upsample, "NAMES", names)
+            assert run(tmp_path, low, guide, "--labels") == 0
+            results.append(np.load(tmp_path / "out.npy"))
+            (tmp_path / "out.npy").unlink()
+        np.testing.assert_array_equal(results[0], results[2])
+        np.testing.assert_array_equal(results[1], results[2])
+
+
+def test_a_name_as_long_as_a_file_may_have(tmp_path):
+    assert run(tmp_path, LOW, GUIDE, out="f" * 251 + ".npy") == 0
+
+
 def test_a_palette_is_kept(tmp_path, rng):
     picture = Image.fromarray(rng.integers(0, 3, (6, 8), np.uint8))
     picture.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
@@ -220,7 +238,8 @@ LOW, GUIDE = np.ones((6, 8), np.float32), np.zeros((24, 32, 3), np.uint8)
         (LOW, GUIDE, "low.npy", [], "low.npy, which exists"),
         (LOW, GUIDE, "no/folder/out.npy", [], "--out must be in a folder that can be written to;"),
         (LOW, GUIDE, "low.npy/out.npy", [], "--out must be in a folder that can be written to;"),
-        (LOW, GUIDE, 200 * "long" + ".npy", [], ".npy: File name too long"),
+        (LOW, GUIDE, 200 * "long" + ".npy", [], "--out must have a shorter name; got "),
+        (LOW, GUIDE, "f" * 252 + ".npy", [], ".npy: File name too long"),
     ],
 )  # fmt: skip
 def test_errors(tmp_path, monkeypatch, capsys, low, guide, out, options, sentence):

@@ -42,6 +42,8 @@ TOOLS = {
     "ncu": ["ncu", "--version"],
     "compute-sanitizer": ["compute-sanitizer", "--version"],
 }
+# What carafepp's configuration tells of each CARAFEPP_CUDA.
+BUILT = {"ON": "CUDA: built (nvcc ", "EMULATED": "CUDA: built (emulated)"}
 PYTEST = [
     sys.executable,
     "-m",
@@ -213,22 +215,22 @@ class Run:
         folder, site = self.options.bundle, self.options.site / "gpu"
         wheel = bundle.installation((folder / "run").glob("*.whl"), site)
         reason = bundle.why_not(bundle.read(folder))
-        reason = reason or self._fails(wheel, until) or self._not_imported("wheel", site, "nvcc")
+        reason = reason or self._fails(wheel, until) or self._not_imported("wheel", site, "ON")
         if reason:
             print(f"the bundle cannot be used: {reason}", flush=True)
             how = "fail" if self.options.rehearse else "skip"
             self.results.write("install", "wheel", how, error=reason)
         if self.options.rehearse:
-            cuda, wanted = "EMULATED", "cuda (emulated)"
-            if not self._not_imported("installed before", None, wanted):
+            cuda = "EMULATED"
+            if not self._not_imported("installed before", None, cuda):
                 self.site = None
                 return True
         elif reason:
-            cuda, wanted = "ON", "nvcc"
+            cuda = "ON"
         else:
             self._start_mmcv()
             return True
-        reason = self._built(cuda, until) or self._not_imported("build", self.site, wanted)
+        reason = self._built(cuda, until) or self._not_imported("build", self.site, cuda)
         if reason:
             self.results.write("install", "build", "fail", error=reason)
             return False
@@ -268,8 +270,8 @@ class Run:
         status, said = self.processes.run(command, environment or self._plain_environment(), until)
         return "" if status == 0 else f"{' '.join(command[1:4])}: {status}. {said[-600:]}"
 
-    def _not_imported(self, item: str, site: Path | None, wanted: str) -> str:
-        """Import carafepp in a new process; return its configuration unless it is wanted."""
+    def _not_imported(self, item: str, site: Path | None, cuda: str) -> str:
+        """Import carafepp in a new process; return its configuration if CUDA is built otherwise."""
         environment = self._plain_environment()
         environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
         if site is not None and (site / "carafepp").exists():
@@ -277,7 +279,7 @@ class Run:
         _put_first(environment, site)
         command = [sys.executable, "-c", "import carafepp; print(carafepp._core.config())"]
         status, said = self.processes.run(command, environment, time.time() + 60)
-        if status != 0 or wanted not in said:
+        if status != 0 or BUILT[cuda] not in said:
             return f"carafepp was imported as: {said[-600:]}"
         self.results.write("install", item, "pass", config=said.strip())
         return ""

@@ -15,6 +15,11 @@ constexpr int kUsualKernel = 5;        // kernel_size in Python, if it is not gi
 constexpr int64_t kLongest = 1 << 30;  // lengths and factors beyond it get no hints: products could overflow
 constexpr size_t kMostInputs = 3;
 
+// The order of the functions: a forward, its backward, then the same two of logits.
+static_assert(CARAFEPP_REASSEMBLE == 1 && CARAFEPP_REASSEMBLE_BACKWARD == 2 && CARAFEPP_REASSEMBLE_WITH_LOGITS == 3 &&
+              CARAFEPP_REASSEMBLE_WITH_LOGITS_BACKWARD == 4 && CARAFEPP_NORMALIZE_MASKS == 5 &&
+              CARAFEPP_NORMALIZE_MASKS_BACKWARD == 6);
+
 using Tensors = std::array<const carafepp_tensor*, 5>;  // inputs; results are not given
 
 // Tells if the check accepts inputs. Results have the shapes and the dtypes that follow.
@@ -234,12 +239,14 @@ private:
         std::array<int, kMostInputs> order{0, 1, 2};
         while (std::next_permutation(order.begin(), order.begin() + count_)) {
             Tensors inputs{};
-            std::vector<std::string> names;
+            std::vector<std::string> moved;
             for (int k = 0; k < count_; k++) {
                 inputs[k] = inputs_[order[k]];
-                names.push_back(argument_name(function_, k));
+                if (order[k] != k) moved.push_back(argument_name(function_, k));
             }
-            if (accepts(function_, params_, inputs)) return " They fit in another order: " + joined(names, ", ") + ".";
+            if (accepts(function_, params_, inputs)) {
+                return " " + joined(moved, moved.size() == 2 ? " and " : ", ") + " seem to be exchanged.";
+            }
         }
         return "";
     }

@@ -235,7 +235,7 @@ def _factor_of(value: Any) -> Fraction | None:
         if isinstance(value, (tuple, list)) and len(set(value)) == 1:
             value = value[0]
         factor = Fraction(value).limit_denominator(64)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         return None
     return factor if factor > 0 and abs(factor - Fraction(value)) < 1e-6 * factor else None
 

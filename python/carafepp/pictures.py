@@ -288,10 +288,14 @@ def with_bar(todo: Sequence[Item], what: str) -> Iterator[Item]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside this one. It becomes this one at the end, and is deleted on an error."""
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    part = path.with_name(f".{os.getpid()}{path.suffix}")  # short: any name of a file fits
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(part):
+            error.filename = str(path)
+        raise
     finally:
         if part.is_dir():
             shutil.rmtree(part)

@@ -8,10 +8,11 @@ large. Tiles are read, upsampled and written one after the other.
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ except ImportError as error:
     MISSING = error
 
 TILE = 512  # rows and columns of the result, about
+NAMES = 16  # labels that are weighed together
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ = (*PICTURES, ".tif", ".tiff", ".npy", ".zarr")
 WRITTEN = (".png", ".tif", ".tiff", ".npy", ".zarr")
@@ -141,7 +143,13 @@ def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     suffix = path.suffix.lower()
     if suffix not in WRITTEN:
         raise OSError(f"--out must end in one of {' '.join(WRITTEN)}; got {path}")
-    if path.exists():
+    try:
+        exists = bool(path.stat())
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OSError(f"--out must have a shorter name; got {path}: {error.strerror}") from None
+        exists = False
+    if exists:
         raise OSError(f"--out must be a new file; got {path}, which exists")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"--out must be in a folder that can be written to; got {path}")
@@ -157,6 +165,13 @@ def check_out(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 # ------------------------------------------------------------------------------------------ pixels
 
 
+def pieces(pixels: Any) -> Iterator[Array]:
+    """Yield the pixels in pieces that fit into memory."""
+    for first in range(0, pixels.shape[0], TILE):
+        for left in range(0, pixels.shape[1], TILE):
+            yield np.asarray(pixels[first : first + TILE, left : left + TILE])
+
+
 def is_mask(low: Picture) -> bool:
     """Tell whether pixels are labels: a palette, booleans, or integers of at most two values."""
     if low.palette is not None or low.pixels.dtype.kind == "b":
@@ -164,13 +179,23 @@ def is_mask(low: Picture) -> bool:
     if low.pixels.dtype.kind not in "ui" or len(low.pixels.shape) != 2:
         return False
     values: set[int] = set()
-    for first in range(0, low.pixels.shape[0], TILE):
-        for left in range(0, low.pixels.shape[1], TILE):
-            tile = low.pixels[first : first + TILE, left : left + TILE]
-            values.update(np.unique(tile).tolist())
-            if len(values) > 2:
-                return False
+    for piece in pieces(low.pixels):
+        values.update(np.unique(piece).tolist())
+        if len(values) > 2:
+            return False
     return True
+
+
+def check_range(low: Picture) -> None:
+    """Refuse integers that float64 does not hold."""
+    if low.pixels.dtype.kind not in "ui" or low.pixels.dtype.itemsize < 8:
+        return
+    for piece in pieces(low.pixels):
+        if not -(2**53) <= piece.min() <= piece.max() <= 2**53:
+            raise OSError(
+                f"LOW must have integers within 2**53 of 0; got {piece.min()} to {piece.max()}. "
+                "--labels takes others, which are then names"
+            )
 
 
 def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> Any:
@@ -193,15 +218,8 @@ def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> 
         )[0]
 
     if labels:
-        names = np.unique(low)
-        shares = weigh((low == names[:, None, None]).astype(np.float32))
-        return names[shares.argmax(0)]
+        return _largest_shares(low, weigh)
 
-    if low.dtype.kind in "ui" and not -(2**53) <= low.min() <= low.max() <= 2**53:
-        raise OSError(
-            f"LOW must have integers within 2**53 of 0; got {low.min()} to {low.max()}. --labels "
-            "takes others, which are then names"
-        )
     large = low.dtype.itemsize > (4 if low.dtype.kind == "f" else 2)
     values = low.astype(np.float64 if large else np.float32).reshape(*low.shape[:2], -1)
     values = values.transpose(2, 0, 1)
@@ -218,6 +236,19 @@ def upsample(low: Array, guide: Array, factor: int, halo: Any, labels: bool) -> 
         result = np.rint(result)
     result = result.astype(low.dtype).transpose(1, 2, 0)
     return result.reshape(*result.shape[:2], *low.shape[2:])
+
+
+def _largest_shares(low: Array, weigh: Callable[[Array], Any]) -> Any:
+    """Return the name with the largest share at each pixel; the smallest one of equal shares."""
+    names = np.unique(low)
+    most, found = np.asarray(-1, np.float32), names[:1]
+    for begin in range(0, len(names), NAMES):
+        some = names[begin : begin + NAMES]
+        shares = weigh((low == some[:, None, None]).astype(np.float32))
+        largest, named = shares.max(0), some[shares.argmax(0)]
+        more = largest > most
+        most, found = np.where(more, largest, most), np.where(more, named, found)
+    return found
 
 
 def run(
@@ -296,6 +327,8 @@ def main(argv: list[str]) -> int:
             shape = (*guide.pixels.shape[:2], *low.pixels.shape[2:])
             dtype = np.dtype(low.pixels.dtype).newbyteorder("=")
             check_out(out, shape, dtype)
+            if not labels:
+                check_range(low)
             shades = shades_of("GUIDE", guide.pixels)
             for line in (*told("LOW", low), *told("GUIDE", guide, shades)):
                 print(line)

@@ -42,7 +42,10 @@ class NumPy(Door):
         return self.view(function, name, np.lib.stride_tricks.as_strided(one, shape, strides))
 
     def empty(self, function: str, like: Any, shape: Sequence[int]) -> Any:
-        """Return an uninitialised result in C order; a large one begins at a cache line."""
+        """Return an uninitialised result in C order; a large one begins at a cache line.
+
+        The large one is a view: it does not own its memory.
+        """
         dtype = like.dtype
         size = prod(shape) * dtype.itemsize
         if size < LARGE:

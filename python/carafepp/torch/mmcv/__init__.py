@@ -58,6 +58,15 @@ def carafe(
             "[carafe] masks must have group_size*kernel_size**2 = "
             f"{group_size}*{kernel_size}**2 = {channels} channels; got {masks.shape[-3]}."
         )
+    (height, width), size = features.shape[-2:], tuple(masks.shape[-2:])
+    if size != (height * scale_factor, width * scale_factor):
+        fits = size[0] // max(1, height)
+        meant = fits > 0 and size == (height * fits, width * fits)
+        hint = f" Did you mean scale_factor={fits}?" if meant else ""
+        raise ValueError(
+            f"[carafe] masks must have the size of features, {(height, width)}, times "
+            f"scale_factor={scale_factor}; got {size}.{hint}"
+        )
     output = ops.reassemble(features, masks, up=scale_factor, groups=group_size)
     return output
 
