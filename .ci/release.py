@@ -80,12 +80,17 @@ def environment(folder: Path, python: str, packages: Iterable[object]) -> Path:
     return folder / "bin"
 
 
-def check_versions(version: str) -> None:
-    """Compare the version with CHANGELOG.md, CITATION.cff and the tag of this commit."""
+def check_versions() -> str:
+    """Compare the version of CMakeLists.txt with other files and the tag; return it."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    project = re.search(r"^project\(carafepp VERSION ([0-9.]+)", text, re.MULTILINE)
+    require(project, "CMakeLists.txt must have a line `project(carafepp VERSION ...`")
+    version = project[1]
     top = re.search(r"^## \[(.*?)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     require(top, "CHANGELOG.md must have an entry `## [VERSION] - DATE`")
-    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
-    for place, got in (("CHANGELOG.md's first entry", top[1]), ("CITATION.cff", cited)):
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    require(cited, "CITATION.cff must have a line `version: VERSION`")
+    for place, got in (("CHANGELOG.md's first entry", top[1]), ("CITATION.cff", cited[1])):
         require(got == version, f"{place} must have the version {version}; got {got}")
     places = "CMakeLists.txt, CHANGELOG.md, CITATION.cff"
     tags = run("git", "tag", "--points-at", "HEAD", "v*").split()
@@ -95,6 +100,7 @@ def check_versions(version: str) -> None:
         require(dated, f"CHANGELOG.md must date a tagged version; got {top[2]}")
         places += ", the tag"
     told(f"one version, {version}: {places}")
+    return version
 
 
 def check_sdist(path: Path, version: str) -> str:
@@ -217,6 +223,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     require(not list(out.glob("carafepp*")), f"--out must be a folder without a release; got {out}")
+    version = check_versions()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         programs = environment(work / "tools", sys.executable, TOOLS)
@@ -224,23 +231,24 @@ def main() -> None:
         options = ("--sdist", "--no-isolation", "--skip-dependency-check", "--outdir", work)
         run(programs / "python", "-m", "build", *options, ROOT)
         (sdist,) = work.glob("*.tar.gz")
-        version = sdist.name.removeprefix("carafepp-").removesuffix(".tar.gz")
+        require(sdist.name == f"carafepp-{version}.tar.gz", f"{sdist.name} is not of {version}")
         with tarfile.open(sdist) as archive:
             archive.extractall(work, filter="data")
         source = ROOT if arguments.from_tree else work / f"carafepp-{version}"
         run(programs / "python", "-m", "build", "--wheel", "--outdir", work, source)
         (built,) = work.glob("*.whl")
-        run(programs / "auditwheel", "repair", "-w", out, built)
-        sdist = Path(shutil.move(sdist, out))
-        (wheel,) = out.glob("*.whl")
+        run(programs / "auditwheel", "repair", "-w", work / "repaired", built)
+        (wheel,) = (work / "repaired").glob("*.whl")
 
-        check_versions(version)
         description = check_sdist(sdist, version)
         check_wheel(wheel, description, programs)
         run(programs / "twine", "check", "--strict", sdist, wheel)
         told("twine check --strict")
         check_variants(work, programs)
         check_environments(wheel, arguments.pythons, work)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in (sdist, wheel):
+            shutil.move(file, out)
     print(f"release: {sdist.name} and {wheel.name} in {out}")
 
 

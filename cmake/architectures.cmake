@@ -1,5 +1,23 @@
-# The CUDA architectures to build. Those that nvcc lacks, or that the kernels do not run on, are left out with a line.
+# The CUDA architectures to build. A line names what is left out: what nvcc lacks, and what the kernels do not run on.
 set(oldest_architecture 75)
+
+# asked_architectures(RESULT): the user's value, which the cache keeps: CMAKE_CUDA_ARCHITECTURES or else the environment variable CUDAARCHS. A
+# project around this one that has the language CUDA may find there what CMake chose by itself. Nobody asked for that, and kernels may not run on it.
+function(asked_architectures result)
+  set(asked "${CMAKE_CUDA_ARCHITECTURES}")
+  get_property(written CACHE CMAKE_CUDA_ARCHITECTURES PROPERTY HELPSTRING)
+  if(NOT asked OR (written STREQUAL "CUDA architectures" AND asked STREQUAL "$CACHE{CMAKE_CUDA_ARCHITECTURES}"))  # CMake's words
+    set(environment "$ENV{CUDAARCHS}")
+    if(environment AND (NOT asked OR asked STREQUAL environment))
+      set(asked "${environment}")
+      set(CMAKE_CUDA_ARCHITECTURES "${asked}" CACHE STRING "CUDA architectures, of CUDAARCHS" FORCE)
+    elseif(asked)
+      message(STATUS "carafepp: the CUDA architectures ${asked} are CMake's default, so carafepp chooses")
+      set(asked "")
+    endif()
+  endif()
+  set(${result} "${asked}" PARENT_SCOPE)
+endfunction()
 
 # keep_architectures(RESULT ASKED KNOWN): those of ASKED that can be built. KNOWN are those of nvcc; nothing if it does not tell.
 function(keep_architectures result asked known)

@@ -20,7 +20,6 @@ tool(CMAKE_C_COMPILER "cc -target ${target} -O2")
 tool(CMAKE_CXX_COMPILER "c++ -target ${target} -O2")
 tool(CMAKE_AR ar)
 tool(CMAKE_RANLIB ranlib)
-set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)  # this machine's
 
 # Windows programs run in Wine, with an empty configuration and no display.
 find_program(WINE wine64 PATHS /usr/lib/wine)

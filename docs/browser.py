@@ -6,6 +6,7 @@ and the navigation has to open on a phone.
 """
 
 import argparse
+import shutil
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,12 +32,12 @@ class Handler(SimpleHTTPRequestHandler):
 def start():
     """Return a browser."""
     options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
+    options.binary_location = shutil.which("chromium")
     switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync"
     for switch in [*switches.split(), "disable-background-networking", "hide-scrollbars"]:
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
 
 
 def resize(browser, size, scheme="light"):

@@ -3,7 +3,7 @@
 The header is laid out as carafepp.h is. Its first comment is the overview, with sections that begin
 with a "Word:". Blank lines separate what follows: a comment, and the declarations that it is for.
 Declarations, members and enumerators may have a comment behind them. Indented lines and tables stay
-as they are. What fits none of this is an error.
+as they are. Anything else is an error.
 """
 
 import re

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "cpu/isas.h"
@@ -50,21 +51,14 @@ private:
 };
 
 Environment read() {
-#define CARAFEPP_NAME(isa, supported, unsupported, a, b) #isa,
-    const std::vector<const char*> isas = {
-        CARAFEPP_ISAS(CARAFEPP_NAME, , )
-#if defined(__x86_64__)
-            "sse2",  // has no kernels: as a cap it leaves the reference
-#endif
-    };
     Reader reader;
-    Environment read;
-    read.isa = reader.choice("CARAFEPP_ISA", isas);
-    read.threads = reader.number("CARAFEPP_NUM_THREADS", kMaxThreads);
-    read.only_generic = reader.choice("CARAFEPP_CUDA_KERNELS", {"all", "generic"}) == 1;
-    read.log = reader.choice("CARAFEPP_LOG", {"off", "debug"}) == 1;
-    read.wrong = reader.wrong;
-    return read;
+    Environment found;
+    found.isa = reader.choice("CARAFEPP_ISA", {std::begin(kIsaNames), std::end(kIsaNames)});
+    found.threads = reader.number("CARAFEPP_NUM_THREADS", kMaxThreads);
+    found.only_generic = reader.choice("CARAFEPP_CUDA_KERNELS", {"all", "generic"}) == 1;
+    found.log = reader.choice("CARAFEPP_LOG", {"off", "debug"}) == 1;
+    found.wrong = reader.wrong;
+    return found;
 }
 
 }  // namespace

@@ -47,3 +47,24 @@ foreach(refused 50 120 sm_90 "80,90" native)
   expect("${cuda12_4}" ${refused} "${no_gpu}" "carafepp: CMAKE_CUDA_ARCHITECTURES must be a list such as" "got \"${refused}\"."
     "GPUs of this machine: none. This nvcc knows: 50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90.")
 endforeach()
+
+# expect_asked(ASKED WROTE VALUE CUDAARCHS): what counts as asked for where WROTE put VALUE into the cache; it stays when CUDAARCHS is gone.
+function(expect_asked expected wrote value environment)
+  set(CMAKE_CUDA_ARCHITECTURES "${value}" CACHE STRING "${wrote}" FORCE)
+  foreach(now "${environment}" "")
+    set(ENV{CUDAARCHS} "${now}")
+    asked_architectures(asked)
+    if(NOT "${asked}" STREQUAL "${expected}")
+      message(SEND_ERROR "\"${value}\" (${wrote}) with CUDAARCHS=${now}: \"${expected}\" is asked for; got \"${asked}\"")
+    endif()
+  endforeach()
+endfunction()
+
+set(cmake "CUDA architectures")  # CMake's words, where a project has the language CUDA
+expect_asked("" nobody "" "")
+expect_asked(90 nobody "" 90)
+expect_asked("80;90" nobody "" "80;90")
+expect_asked("" ${cmake} 52 "")
+expect_asked(90 ${cmake} 90 90)
+expect_asked(80 user 80 "")
+expect_asked(80 user 80 90)

@@ -22,6 +22,16 @@ namespace carafepp {
 enum class Isa { CARAFEPP_ISAS(CARAFEPP_ENUMERATOR, , ) };
 #undef CARAFEPP_ENUMERATOR
 
+// The values of CARAFEPP_ISA, best first.
+#define CARAFEPP_NAME(isa, supported, unsupported, a, b) #isa,
+constexpr const char* kIsaNames[] = {
+    CARAFEPP_ISAS(CARAFEPP_NAME, , )
+#if defined(__x86_64__)
+        "sse2",  // has no kernels: as a cap it leaves the reference
+#endif
+};
+#undef CARAFEPP_NAME
+
 // AVX2 has 16 vector registers, half of what AVX-512 and NEON have.
 constexpr bool has_sixteen_registers([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)

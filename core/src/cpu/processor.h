@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this processor can compute with.
+// The extensions of this processor that kernels compute with.
 #pragma once
 
 namespace carafepp {
