@@ -303,7 +303,12 @@ def test_zero_goes_back_to_the_number_of_the_environment():
     assert run_program(body, CARAFEPP_NUM_THREADS="5") == "5"
 
 
-@pytest.mark.parametrize("wrong", ["", "0", "-2", "1.5", "many", "4 ", "1025", "9" * 30])
+def test_an_empty_number_in_the_environment_counts_as_not_set():
+    body = "print(carafepp.reassemble(x, m, up=2).ndim, carafepp.get_num_threads() >= 1)"
+    assert run_program(body, CARAFEPP_NUM_THREADS="") == "4 True"
+
+
+@pytest.mark.parametrize("wrong", ["0", "-2", "1.5", "many", "4 ", "1025", "9" * 30])
 def test_a_wrong_number_in_the_environment_is_an_error_of_the_next_call(wrong):
     body = """
     carafepp.set_num_threads(2)
@@ -315,7 +320,7 @@ def test_a_wrong_number_in_the_environment_is_an_error_of_the_next_call(wrong):
     """
     sentence = (
         "[reassemble] the environment variable CARAFEPP_NUM_THREADS must be a whole number from 1 "
-        f"to 1024; got {wrong or 'nothing'}."
+        f"to 1024; got {wrong}."
     )
     assert run_program(body, CARAFEPP_NUM_THREADS=wrong).splitlines() == [sentence] * 2
 

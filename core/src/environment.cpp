@@ -28,10 +28,10 @@ public:
         return 0;
     }
 
-    // A variable's value from 1 to `most`, in decimal digits; 0 if it is not set or wrong.
+    // A variable's value from 1 to `most`, in decimal digits; 0 if it is not set, empty or wrong.
     int number(const char* name, int most) {
         const char* text = std::getenv(name);
-        if (text == nullptr) return 0;
+        if (text == nullptr || *text == '\0') return 0;
         int value = 0;
         const char* end = text + std::strlen(text);
         const auto [read_to, error] = std::from_chars(text, end, value);
@@ -45,7 +45,7 @@ public:
 private:
     void refuse(const char* name, const std::string& rule, const char* text) {
         if (!wrong.empty()) return;
-        const std::string got = *text ? std::string(text).substr(0, 64) : "nothing";
+        const std::string got = std::string(text).substr(0, 64);
         wrong = std::string("the environment variable ") + name + " must be " + rule + "; got " + got + ".";
     }
 };
