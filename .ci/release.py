@@ -106,7 +106,7 @@ def check_versions() -> str:
 def check_sdist(path: Path, version: str) -> str:
     """Compare the archive with the tree; check its description; return the description."""
     tracked = run("git", "ls-files").split("\n")[:-1]
-    left_out = re.compile(r"\.(ci|github)/|docs/.+/.*\.png$|docs/gpu/.*\.jsonl$")
+    left_out = re.compile(r"\.(ci|github)/|docs/.+/.*\.(png|jpg)$|docs/gpu/.*\.jsonl$")
     expected = {name for name in tracked if not left_out.match(name)} | {"PKG-INFO"}
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
