@@ -22,7 +22,6 @@ from cases import CASES, DTYPES, FEW, random_arrays
 from cases.calls import FUNCTIONS, arguments, call, in_layout
 from products import product
 from skips import import_or_skip, skip
-from test_readme import BLOCKS
 
 INSTALL = 'CARAFEPP_JAX=1 pip install ".[test,jax]"'
 jax = import_or_skip("jax", INSTALL)
@@ -142,13 +141,6 @@ def test_calls_from_several_threads(rng):
     with ThreadPoolExecutor(8) as threads:
         for result in threads.map(lambda _: compiled(features, logits), range(64)):
             assert_same_bits(result, expected)
-
-
-def test_the_program_of_the_readme():
-    names = {}
-    exec(BLOCKS["jax"], names)
-    assert names["grad_features"].shape == (2, 64, 28, 32)
-    assert names["grad_logits"].shape == (2, 100, 28, 32)
 
 
 def test_export_of_fixed_shapes(rng):
