@@ -260,7 +260,7 @@ def test_arrays_on_the_cpu_do_not_mix(gpu):
 def test_implementations_for_the_cpu_are_refused(library):
     inputs, params = problem("reassemble")
     on_device = placed(library, inputs)
-    sentence = "implementation must be a name that carafepp_list_implementations gives"
+    sentence = "implementation must be a name of the list of implementations"
     with (
         carafepp.force_implementation("reassemble_any_ref"),
         pytest.raises(ValueError, match=sentence),

@@ -433,8 +433,7 @@ def test_slices_that_interleave_without_sharing_an_element_are_fine():
 @pytest.mark.parametrize("name", ["", "nonsense", "reassemble"])
 def test_an_implementation_must_exist(name):
     sentence = (
-        "[reassemble] implementation must be a name that carafepp_list_implementations gives; "
-        f"got {name}."
+        f"[reassemble] implementation must be a name of the list of implementations; got {name}."
     )
     with carafepp.force_implementation(name), refused(ValueError, sentence):
         Calls.reassemble()

@@ -63,7 +63,7 @@ void check_forced(carafepp_function function, const char* name, const Registry& 
     }
     if (find(registry.of_both, name)) return;
     fail(CARAFEPP_VALUE_ERROR, function,
-         std::string("implementation must be a name that carafepp_list_implementations gives; got ") + name + ".");
+         std::string("implementation must be a name of the list of implementations; got ") + name + ".");
 }
 
 // The forced kernel, or the first of a list that can run a problem and is not slower than a later one; or NULL.

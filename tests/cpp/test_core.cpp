@@ -613,8 +613,7 @@ TEST_CASE("implementations are listed and forced") {
     CHECK(s.run() == CARAFEPP_OK);
     Small t;
     t.params.implementation = "nonsense";
-    t.refused(CARAFEPP_VALUE_ERROR,
-              "implementation must be a name that carafepp_list_implementations gives; got nonsense.");
+    t.refused(CARAFEPP_VALUE_ERROR, "implementation must be a name of the list of implementations; got nonsense.");
 }
 
 // ---- threads ----
