@@ -31,6 +31,8 @@ _CHANNELS = 16
 class Dask(Door):
     """Dask, with chunks of NumPy or CuPy."""
 
+    cast = NumPy.cast
+
     def recognise(self, array: Any) -> str | None:
         """Return "dask" for a Dask array."""
         cls = imported_class("dask.array", "Array")
@@ -78,7 +80,11 @@ class Dask(Door):
         views = [self.view(function, name, array) for name, array in named]
         forced = forced_implementation.get()
         core_params = params_of(function, **params)
-        listed = _core.list_implementations(core_params, views, [None], fastest=forced is None)
+        try:
+            listed = _core.list_implementations(core_params, views, [None], fastest=forced is None)
+        except (TypeError, ValueError) as error:
+            error.args = (self._in_callers_words(function, str(error)),)
+            raise
         reasons = dict(listed)
         if forced is not None and reasons.get(forced):
             raise NotImplementedError(
