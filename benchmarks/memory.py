@@ -21,8 +21,8 @@ from .problems import PROBLEMS, Arrays
 
 WARM = "tiny"  # a problem that is computed first: it loads code and starts threads
 MMCV = "mmcv's CARAFE"
-# What a step with mmcv 2 (mmcv/ops/carafe.py) holds at its peak, and the tensor of the same shape.
-# The peak is in CARAFEFunction.backward, before its scratch is freed.
+# A step with mmcv 2 (mmcv/ops/carafe.py) holds these buffers at its peak, each with the shape of a
+# tensor of the problem. The peak is in CARAFEFunction.backward, before its scratch is freed.
 BUFFERS_OF_MMCV = {
     "masks, saved by softmax": "masks",
     "rfeatures, saved by the forward": "features",
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     pages.table(title, rows, columns)
     listed = [{"name": name, "memory": size} for name, size in buffers.items()]
     columns = {"buffer": lambda row: row["name"], "MB": report.number("memory", 1e6, ".1f")}
-    pages.table("What is counted of mmcv's CARAFE, at its peak in the backward", listed, columns)
+    pages.table("Buffers of mmcv's CARAFE, at its peak in the backward", listed, columns)
     pages.write(asked, rows)
     if asked.plot:
         from . import plot

@@ -39,7 +39,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     rows = [row for row in rows if row["dtype"] == "float32" and row["samples"]]
     if not rows:
         raise ValueError("[plot] rows must have one of float32 that was timed; got none.")
-    threads = min((row["threads"] for row in rows), default=1)
+    threads = min(row["threads"] for row in rows)
     weights = "logits" if any(row["weights"] == "logits" for row in rows) else "masks"
     rows = [row for row in rows if (row["threads"], row["weights"]) == (threads, weights)]
     names = [name for name in PROBLEMS if any(row["case"] == name for row in rows)]

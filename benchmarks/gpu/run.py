@@ -42,7 +42,7 @@ TOOLS = {
     "ncu": ["ncu", "--version"],
     "compute-sanitizer": ["compute-sanitizer", "--version"],
 }
-# What carafepp's configuration tells of each CARAFEPP_CUDA.
+# carafepp's configuration has this line for each CARAFEPP_CUDA.
 BUILT = {"ON": "CUDA: built (nvcc ", "EMULATED": "CUDA: built (emulated)"}
 PYTEST = [
     sys.executable,

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Set
-from fractions import Fraction
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
 from ._imported import imported_class, is_tensor
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 NORMALIZERS = {
     "softmax": _core.SOFTMAX,
@@ -231,6 +233,8 @@ def _meant(name: str, value: Any, parameters: list[str]) -> str | None:
 
 def _factor_of(value: Any) -> Fraction | None:
     """Return a number, or the number that a pair repeats, as a ratio of small integers."""
+    from fractions import Fraction
+
     try:
         if isinstance(value, (tuple, list)) and len(set(value)) == 1:
             value = value[0]
